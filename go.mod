@@ -1,0 +1,3 @@
+module github.com/go-throttler/throttler
+
+go 1.26

@@ -1,0 +1,423 @@
+package storage
+
+import (
+	"cmp"
+	"math"
+	"slices"
+)
+
+// The arithmetic. Taking a token is a hold that ends, and five kinds are one table:
+//
+//	kind           a token's hold ends at            it joins                         then
+//	Replenish      now + P                           the last hold while that lives   all back at once
+//	FixedWindow    the next multiple of P            the hold of the same end         all back at once
+//	SlidingWindow  the next multiple of P            the hold of the same end         fades evenly over the next P
+//	SlidingLog     now + P, rounded up to the grain  the hold of the same end         back one by one
+//	Continuous     -                                 one level                        drains Refill a P
+//
+// The steps of a decision are numbered; other implementations (a Lua script, an SQL function)
+// carry the same numbers:
+//
+//  1. No state, or one seen later than the real time by more than one period plus 60 s: empty.
+//     A clock that steps back less never refills; more costs at most one extra capacity, once.
+//  2. now = max(real, seen): time never runs backwards for a bucket.
+//  3. Spent, in tokens rounded up, by the law they were spent under.
+//  4. Admit if spent + cost <= capacity in every bucket that is asked for more than 0.
+//  5. Admitted: in each such bucket convert to the rule's law, drop dead holds, add the cost.
+//
+// All times are microseconds since the epoch. All numbers are integers below 2^53.
+
+// Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
+type Hold struct{ End, N int64 }
+
+// State is what has been spent from one bucket. A nil Law is a bucket never seen. The zero State
+// is a full bucket.
+type State struct {
+	Law   *Law   // the law it was spent under, not always that of the latest rule
+	Seen  int64  // when it was last changed
+	Holds []Hold // by End. Continuous: at most one, with N units of Period/Tick a token at Seen
+}
+
+// Draw is one bucket in a decision.
+type Draw struct {
+	Rule  *Rule
+	Cost  int64
+	State State // replaced when something is taken; its Holds may then be changed in place
+	Count Count // set by Decide
+}
+
+// Decide answers one request: whether the buckets of all draws admit their costs at the time
+// real. If so, and unless mode is Peek, it takes them all; otherwise it changes no state. The
+// counts of a refusal tell what is, those of an admission what is after it. Costs are 0 or more,
+// and at most the capacity unless mode is Force.
+func Decide(mode Mode, real int64, draws []Draw) bool {
+	allowed := true
+	for i := range draws {
+		d := &draws[i]
+		s, now := d.State.at(d.Rule, real) // 1, 2
+		spent := s.spent(now)              // 3
+		d.Count = s.count(d.Rule, now, spent, real)
+		if d.Cost > 0 && d.Cost > d.Rule.Capacity-spent && mode != Force { // 4
+			allowed = false
+			d.Count.RetryAfter = s.back(now, d.Rule.Capacity-d.Cost, spent) - real
+		}
+	}
+	if !allowed {
+		return false
+	}
+	for i := range draws {
+		d := &draws[i]
+		if d.Cost == 0 {
+			continue
+		}
+		if mode == Peek {
+			var room [2]Hold
+			s := d.State
+			s.Holds = append(room[:0], s.Holds...)
+			d.Count = s.take(d.Rule, d.Cost, real)
+		} else {
+			d.Count = d.State.take(d.Rule, d.Cost, real)
+		}
+	}
+	return true
+}
+
+// take is step 5 for one bucket. What would exceed 4 capacities is not recorded.
+func (s *State) take(r *Rule, cost, real int64) Count {
+	now := s.open(r, real)
+	spent := s.spent(now)
+	cost = min(cost, max(0, 4*r.Capacity-spent))
+	if r.Kind == Continuous {
+		s.level(cost * r.one())
+	} else if end := r.end(now); cost > 0 {
+		if k := len(s.Holds); k > 0 && (r.Kind == Replenish || s.Holds[k-1].End >= end) {
+			s.Holds[k-1].N += cost
+		} else {
+			s.Holds = append(s.Holds, Hold{end, cost})
+		}
+	}
+	return s.count(r, now, spent+cost, real)
+}
+
+// count is what a decision says of the bucket when so much is spent.
+func (s *State) count(r *Rule, now, spent, real int64) Count {
+	return Count{Remaining: max(0, r.Capacity-spent), ResetAfter: s.back(now, 0, spent) - real}
+}
+
+// open makes the state ready for a change under the law of r, and returns the bucket's own time.
+func (s *State) open(r *Rule, real int64) (now int64) {
+	*s, now = s.at(r, real)
+	s.convert(r, now)
+	return now
+}
+
+// at is steps 1 and 2: the state to believe at the time real, and the bucket's own time.
+func (s *State) at(r *Rule, real int64) (State, int64) {
+	if s.Law == nil || s.Seen > real+s.Law.Period+tolerance {
+		return State{Law: &r.Law, Seen: real, Holds: s.Holds[:0]}, real
+	}
+	return *s, max(real, s.Seen)
+}
+
+// Full reports whether nothing is spent at the time real, so that the state may be forgotten. One
+// that is ahead of the clock is not full.
+func (s *State) Full(real int64) bool {
+	return s.Law == nil || s.Seen <= real && s.units(real) == 0
+}
+
+// one is the number of units of a token.
+func (l *Law) one() int64 {
+	if l.Kind == Continuous || l.Kind == SlidingWindow {
+		return l.ticks(l.Period)
+	}
+	return 1
+}
+
+// ticks is floor(t / Tick).
+func (l *Law) ticks(t int64) int64 {
+	if l.Tick == 1 {
+		return t
+	}
+	return t / l.Tick
+}
+
+// fade is how long after its End a hold is gone.
+func (l *Law) fade() int64 {
+	if l.Kind == SlidingWindow {
+		return l.Period
+	}
+	return 0
+}
+
+// end is when the hold of a token taken now ends.
+func (l *Law) end(now int64) int64 {
+	switch l.Kind {
+	case FixedWindow, SlidingWindow:
+		return now - now%l.Period + l.Period
+	case SlidingLog:
+		return roundUp(now+l.Period, l.Grain)
+	}
+	return now + l.Period
+}
+
+// units is what has not come back at now.
+func (s *State) units(now int64) int64 {
+	l, u := s.Law, int64(0)
+	for _, h := range s.Holds {
+		switch {
+		case l.Kind == Continuous:
+			if dt := l.ticks(now) - l.ticks(s.Seen); dt < ceil(h.N, l.Refill) {
+				u = h.N - l.Refill*dt
+			}
+		case l.Kind == SlidingWindow:
+			u += h.N * min(l.one(), max(0, l.ticks(h.End+l.Period)-l.ticks(now)))
+		case h.End > now:
+			u += h.N
+		}
+	}
+	return u
+}
+
+// spent is units in tokens, rounded up.
+func (s *State) spent(now int64) int64 { return ceil(s.units(now), s.Law.one()) }
+
+// back is the moment when spent, now as given, will have fallen to room.
+func (s *State) back(now, room, spent int64) int64 {
+	if spent <= room {
+		return now
+	}
+	l, left := s.Law, int64(0)
+	if l.Kind == Continuous {
+		return (l.ticks(s.Seen) + ceil(s.Holds[0].N-room*l.one(), l.Refill)) * l.Tick
+	}
+	for _, h := range s.Holds {
+		left += h.N
+	}
+	for _, h := range s.Holds {
+		if left -= h.N; left > room {
+			continue
+		}
+		if l.Kind == SlidingWindow {
+			return h.End + l.Period - (room-left)*l.one()/h.N*l.Tick
+		}
+		return h.End
+	}
+	return now
+}
+
+// convert brings the state to now under the law of a rule. Under its own law dead holds are
+// dropped. Under another ("what was spent stays spent") the spent tokens, rounded up, become one
+// hold or one level as if taken now, coming back no earlier than before.
+//
+// A SlidingWindow's holds must end at multiples of the period, and there a hold is rounded down,
+// to less than a new period before, but not before that of a token taken now. Rounded up, a caller
+// that alternates between periods of 7 s and 10 s would move the end forward with every call.
+func (s *State) convert(r *Rule, now int64) {
+	law := &r.Law
+	same := *s.Law == *law
+	if same && law.Kind != Continuous {
+		dead := 0
+		for dead < len(s.Holds) && law.ticks(s.Holds[dead].End+law.fade()) <= law.ticks(now) {
+			dead++
+		}
+		if dead > 0 {
+			s.Holds = s.Holds[:copy(s.Holds, s.Holds[dead:])]
+		}
+		s.Law, s.Seen = law, now
+		return
+	}
+	u, old := s.units(now), s.Law.one()
+	var end int64
+	if law.Kind != Continuous && u > 0 {
+		end = s.back(now, 0, 1)
+		if law.Kind == SlidingWindow {
+			end = max(0, end-law.Period) / law.Period * law.Period
+		}
+		end = max(end, law.end(now))
+	}
+	s.Law, s.Seen, s.Holds = law, now, s.Holds[:0]
+	spent := min(ceil(u, old), 4*r.Capacity)
+	switch {
+	case u == 0:
+	case law.Kind != Continuous:
+		s.Holds = append(s.Holds, Hold{end, spent})
+	case same:
+		s.level(u)
+	case old == law.one():
+		s.level(min(u, spent*old))
+	default:
+		s.level(spent * law.one())
+	}
+}
+
+// level adds units to a Continuous state at its Seen.
+func (s *State) level(units int64) {
+	if len(s.Holds) == 0 {
+		s.Holds = append(s.Holds, Hold{})
+	}
+	s.Holds[0].N += units
+}
+
+// Charge adds a.N tokens that come back in a.In by themselves, whatever the state is; both are 0
+// or more. Nothing is left of an amount whose time has passed, and consumption saturates at 4
+// capacities. An end snaps to the nearest multiple of the period (FixedWindow, SlidingWindow),
+// rounds up to the grain (SlidingLog), and within half a period of the last hold joins it
+// (Replenish, which therefore may hold a few for a while).
+func (s *State) Charge(r *Rule, a Amount, real int64) {
+	now := s.open(r, real)
+	n := min(a.N, 4*r.Capacity-s.spent(now))
+	if n <= 0 || a.In <= 0 {
+		return
+	}
+	if r.Kind == Continuous {
+		s.level(r.drained(n, a.In))
+		return
+	}
+	if h := s.received(now, Amount{n, a.In}); h.End+r.fade() > now {
+		i := 0
+		for i < len(s.Holds) && s.Holds[i].End < h.End {
+			i++
+		}
+		if i < len(s.Holds) && s.Holds[i].End == h.End {
+			s.Holds[i].N += n
+		} else {
+			s.Holds = slices.Insert(s.Holds, i, h)
+		}
+	}
+}
+
+// drained is how many units a Continuous level has that n tokens left and that is empty in a
+// given time: to within a tick's refill, n tokens less what has come back.
+func (l *Law) drained(n, in int64) int64 {
+	in = min(in, farFuture)
+	if all := n * l.one(); ceil(in, l.Tick) >= ceil(all, l.Refill) {
+		return all
+	}
+	return ceil(in, l.Tick) * l.Refill
+}
+
+// received is the hold of an amount from another store, whose clock may differ.
+func (s *State) received(now int64, a Amount) Hold {
+	l := s.Law
+	end := now + min(a.In, farFuture) - l.fade()
+	switch l.Kind {
+	case FixedWindow, SlidingWindow:
+		end = max(0, end+l.Period/2) / l.Period * l.Period
+	case SlidingLog:
+		end = roundUp(end, l.Grain)
+	case Replenish:
+		if k := len(s.Holds); k > 0 && abs(s.Holds[k-1].End-end) < ceil(l.Period, 2) {
+			end = s.Holds[k-1].End
+		}
+	}
+	return Hold{end, a.N}
+}
+
+// Refund gives back n tokens that a decision took and that come back in a given time by
+// themselves: from the hold that the decision made, or the nearest to it; never more than is
+// still held there. A Continuous bucket gets back what has not drained since, to within a tick's
+// refill.
+func (s *State) Refund(n, in, real int64) {
+	if s.Law == nil || len(s.Holds) == 0 || n <= 0 || in <= 0 {
+		return
+	}
+	l, now := s.Law, max(real, s.Seen)
+	if l.Kind == Continuous {
+		n = min(n, math.MaxInt64/2/l.one())
+		s.Holds[0].N -= min(s.units(now), l.drained(n, in))
+		return
+	}
+	made := 0
+	for i, h := range s.Holds {
+		if want := real + min(in, farFuture) - l.fade(); abs(h.End-want) <= abs(s.Holds[made].End-want) {
+			made = i
+		}
+	}
+	if h := &s.Holds[made]; n < h.N {
+		h.N -= n
+	} else {
+		s.Holds = slices.Delete(s.Holds, made, made+1)
+	}
+}
+
+// Debt is everything spent and not yet returned, as the curve of what is still held over the time
+// to come, under the law of r: tokens and the time until they are back. Continuous: the level,
+// rounded up to tokens, with the time until it is empty, which tells the level to within a tick's
+// refill. It is nil for a full bucket.
+func (s State) Debt(r *Rule, real int64) []Amount {
+	s.Holds = slices.Clone(s.Holds)
+	now := s.open(r, real)
+	if r.Kind == Continuous {
+		if n := s.spent(now); n > 0 {
+			return []Amount{{n, s.back(now, 0, n) - now}}
+		}
+		return nil
+	}
+	var out []Amount
+	for _, h := range s.Holds {
+		out = append(out, Amount{h.N, h.End + r.fade() - now})
+	}
+	return out
+}
+
+// Raise lifts what is spent to at least the given debt of another store: the pointwise maximum of
+// the two curves, so that raising twice is raising once. Ends arrive as in Charge.
+func (s *State) Raise(r *Rule, debt []Amount, real int64) {
+	now := s.open(r, real)
+	var theirs []Hold
+	for _, a := range debt {
+		a.N = min(a.N, 4*r.Capacity)
+		switch {
+		case a.N <= 0 || a.In <= 0:
+		case r.Kind == Continuous:
+			s.level(max(0, r.drained(a.N, a.In)-s.units(now)))
+		default:
+			if h := s.received(now, a); h.End+r.fade() > now {
+				theirs = append(theirs, h)
+			}
+		}
+	}
+	if len(theirs) > 0 {
+		s.Holds = highest(s.Holds, theirs, 4*r.Capacity)
+	}
+}
+
+// highest walks the ends of two lists of holds downwards. At each, what is held from there on is
+// the larger of the two sums; the hold there is what later ends do not already hold.
+func highest(own, theirs []Hold, most int64) []Hold {
+	slices.SortFunc(theirs, func(a, b Hold) int { return cmp.Compare(a.End, b.End) })
+	var out []Hold
+	var held, ours, others int64
+	for i, j := len(own)-1, len(theirs)-1; i >= 0 || j >= 0; {
+		end := int64(math.MinInt64)
+		if i >= 0 {
+			end = own[i].End
+		}
+		if j >= 0 {
+			end = max(end, theirs[j].End)
+		}
+		for ; i >= 0 && own[i].End == end; i-- {
+			ours += own[i].N
+		}
+		for ; j >= 0 && theirs[j].End == end; j-- {
+			others = min(most, others+theirs[j].N)
+		}
+		if n := max(ours, others) - held; n > 0 {
+			out = append(out, Hold{end, n})
+			held += n
+		}
+	}
+	slices.Reverse(out)
+	return out
+}
+
+func ceil(a, b int64) int64 {
+	if b == 1 {
+		return a
+	}
+	return (a + b - 1) / b
+}
+
+func roundUp(t, grain int64) int64 { return ceil(t, grain) * grain }
+
+func abs(n int64) int64 { return max(n, -n) }

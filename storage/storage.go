@@ -1,0 +1,343 @@
+// Package storage is the contract between a Throttler and the place that keeps what has been
+// spent, and the only definition of the arithmetic.
+//
+// A storage decides; it is not a key-value store. One call carries identifiers, the rules of
+// their buckets and the costs, and is answered as Decide answers it, atomically. Which buckets an
+// identifier has is not stored: the rules travel with each request. What is stored is
+// consumption: a State for each identifier and bucket name.
+//
+// Package storagetest proves an implementation: every storage of this module passes its Run.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Storage keeps consumption and decides. All methods are safe for concurrent use.
+//
+// A call returns its context's error when the context is done before it begins, and then changes
+// nothing. Invalid requests (Request.Validate) are refused before any I/O. A failure of the
+// storage itself wraps ErrUnavailable, a stored value that cannot be read ErrCorruptState, and a
+// call after Close ErrClosed.
+type Storage interface {
+	// Decide takes the costs of a request from all buckets of all its parts, or from none, as
+	// the function Decide does for their states. A denied request changes nothing.
+	Decide(ctx context.Context, r Request) (Verdict, error)
+
+	// Charge applies amounts unconditionally: a positive one may leave debt, a negative one
+	// gives tokens back (State.Charge, State.Refund).
+	Charge(ctx context.Context, c Charge) error
+
+	// Reset forgets what the identifier has spent under the given Config.Name.
+	Reset(ctx context.Context, name, identifier string) error
+}
+
+// Mode says what a decision may do.
+type Mode uint8
+
+// The modes of a Request.
+const (
+	Take  Mode = iota // take when every bucket admits
+	Peek              // answer exactly as Take would, and take nothing
+	Force             // take whatever the answer is; consumption saturates at 4 capacities
+)
+
+// Limits of a request.
+const (
+	MaxIdentifier = 1024 // bytes of an identifier
+	MaxBuckets    = 16   // buckets of one identifier
+)
+
+// Request asks for one decision. It is a value: a storage may keep its slices, which nobody
+// changes afterwards.
+type Request struct {
+	Name string // the throttler's name: equal names share consumption, others never meet
+	Mode Mode
+
+	// Clocked says that Now is the time, in microseconds since the epoch by the caller's clock.
+	// Without it the storage's own clock is.
+	Clocked bool
+	Now     int64
+
+	Part Part   // the first part, nearly always the only one
+	More []Part // the others
+}
+
+// Parts is the number of parts, and Request.At returns one of them.
+func (r *Request) Parts() int { return 1 + len(r.More) }
+
+// At returns part i.
+func (r *Request) At(i int) *Part {
+	if i == 0 {
+		return &r.Part
+	}
+	return &r.More[i-1]
+}
+
+// inline is how many buckets a part and a verdict hold without allocating.
+const inline = 4
+
+// Part is one identifier in a request, the rules of its buckets and what each is asked for.
+type Part struct {
+	Identifier string
+	Rules      []Rule // never changed after the request is made
+
+	costs [inline]int64
+	rest  []int64 // costs of the rules after the first four
+}
+
+// NewPart asks every rule for the same cost.
+func NewPart(identifier string, rules []Rule, cost int64) Part {
+	p := Part{Identifier: identifier, Rules: rules, costs: [inline]int64{cost, cost, cost, cost}}
+	if len(rules) > inline {
+		p.rest = make([]int64, len(rules)-inline)
+		for i := range p.rest {
+			p.rest[i] = cost
+		}
+	}
+	return p
+}
+
+// Cost is what rule i is asked for, in tokens.
+func (p *Part) Cost(i int) int64 {
+	if i < inline {
+		return p.costs[i]
+	}
+	return p.rest[i-inline]
+}
+
+// SetCost asks rule i for n tokens. It is for whoever makes the part.
+func (p *Part) SetCost(i int, n int64) {
+	if i < inline {
+		p.costs[i] = n
+	} else {
+		p.rest[i-inline] = n
+	}
+}
+
+// Validate returns the typed error of a request that no storage can answer: an identifier that is
+// empty, over MaxIdentifier bytes or named twice, rules that are none or too many, a cost below
+// zero, and, but for Force, a cost above a capacity.
+func (r *Request) Validate() error {
+	for i := range r.Parts() {
+		p := r.At(i)
+		if err := validIdentifier(p.Identifier); err != nil {
+			return err
+		}
+		if len(p.Rules) == 0 || len(p.Rules) > MaxBuckets {
+			return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d buckets in a call, must be 1 to %d", p.Identifier, len(p.Rules), MaxBuckets)}
+		}
+		for j := range p.Rules {
+			if c := p.Cost(j); c < 0 || c > p.Rules[j].Capacity && r.Mode != Force {
+				return invalidCost(p.Rules[j].Name, c, p.Rules[j].Capacity)
+			}
+		}
+		for j := range i {
+			if r.At(j).Identifier == p.Identifier {
+				return fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, p.Identifier)
+			}
+		}
+	}
+	return nil
+}
+
+func validIdentifier(id string) error {
+	if id == "" || len(id) > MaxIdentifier {
+		return fmt.Errorf("%w: it has %d bytes, must have 1 to %d", ErrInvalidIdentifier, len(id), MaxIdentifier)
+	}
+	return nil
+}
+
+func invalidCost(bucket string, cost, capacity int64) error {
+	if cost < 0 {
+		return fmt.Errorf("%w: %d tokens asked of bucket %q, must be 0 or more", ErrInvalidCost, cost, bucket)
+	}
+	return fmt.Errorf("%w: %d tokens asked of bucket %q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, bucket, capacity)
+}
+
+// Amount is N tokens of one bucket, all of which are back In microseconds from now by themselves.
+// It is how consumption crosses stores: durations do, timestamps never. A negative N gives back.
+type Amount struct{ N, In int64 }
+
+// Charge applies one amount to each bucket of one identifier; a zero Amount leaves its bucket
+// alone. Name, Clocked and Now are those of Request.
+type Charge struct {
+	Name       string
+	Clocked    bool
+	Now        int64
+	Identifier string
+	Rules      []Rule
+	Amounts    []Amount // one for each rule
+}
+
+// Validate is Request.Validate for a charge.
+func (c *Charge) Validate() error {
+	if err := validIdentifier(c.Identifier); err != nil {
+		return err
+	}
+	if n := len(c.Rules); n == 0 || n > MaxBuckets || n != len(c.Amounts) {
+		return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d amounts for %d buckets in a charge, must be one each for 1 to %d", c.Identifier, len(c.Amounts), n, MaxBuckets)}
+	}
+	return nil
+}
+
+// Verdict answers a request. It is a value, owned by the caller.
+type Verdict struct {
+	// Allowed says that the cost was taken from every bucket. Otherwise nothing was taken.
+	Allowed bool
+
+	// RetryAfter is how long after the decision the same call is admitted, if nobody else takes:
+	// exact to the microsecond, zero when allowed.
+	RetryAfter time.Duration
+
+	source   string
+	degraded bool
+	at       int64
+	part     Part
+	counts   [inline]Count
+	more     *more
+}
+
+// more is what few verdicts have: further parts, and counts after the first four.
+type more struct {
+	parts  []Part
+	counts []Count
+}
+
+// Count is what a decision says of one bucket: tokens, and microseconds from the decision.
+type Count struct{ Remaining, ResetAfter, RetryAfter int64 }
+
+// NewVerdict begins the answer to r by the named store; a storage fills it with Set.
+//
+// At is when the decision was made, in microseconds: r.Now when r is Clocked, else by Monotonic of
+// this process. A later Refund takes the time since then off what it gives back.
+func NewVerdict(r *Request, source string, at int64) Verdict {
+	v := Verdict{source: source, at: at, part: r.Part}
+	n := len(r.Part.Rules)
+	for i := range r.More {
+		n += len(r.More[i].Rules)
+	}
+	if n > inline || len(r.More) > 0 {
+		v.more = &more{parts: r.More, counts: make([]Count, max(0, n-inline))}
+	}
+	return v
+}
+
+// Set records the count of bucket i, counted through all parts in order.
+func (v *Verdict) Set(i int, c Count) {
+	v.RetryAfter = max(v.RetryAfter, duration(c.RetryAfter))
+	if i < inline {
+		v.counts[i] = c
+	} else {
+		v.more.counts[i-inline] = c
+	}
+}
+
+// Count is the count of bucket i, counted through all parts in order.
+func (v *Verdict) Count(i int) Count {
+	if i < inline {
+		return v.counts[i]
+	}
+	return v.more.counts[i-inline]
+}
+
+// Parts are the parts of the request that v answers.
+func (v *Verdict) Parts() int {
+	if v.part.Rules == nil {
+		return 0
+	}
+	if v.more == nil {
+		return 1
+	}
+	return 1 + len(v.more.parts)
+}
+
+// Part is part i of the request that v answers.
+func (v *Verdict) Part(i int) *Part {
+	if i == 0 {
+		return &v.part
+	}
+	return &v.more.parts[i-1]
+}
+
+// At is the time that NewVerdict was given.
+func (v *Verdict) At() int64 { return v.at }
+
+// Source names the store that answered: "runtime" here. Empty when none did.
+func (v *Verdict) Source() string { return v.source }
+
+// Degraded says that the answer is not the storage's regular one: a policy or a fallback gave it.
+func (v *Verdict) Degraded() bool { return v.degraded }
+
+// Degrade marks v as degraded.
+func (v *Verdict) Degrade() { v.degraded = true }
+
+// Level is the state of one bucket right after a decision.
+type Level struct {
+	Identifier, Bucket string
+	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
+	Period             time.Duration // the bucket's period
+	ResetAfter         time.Duration // until the bucket is full again, if nobody takes
+	RetryAfter         time.Duration // until this bucket admits the denied cost; zero if it did
+}
+
+// Levels returns the level of each bucket, in the order of the request. Up to four buckets it
+// allocates nothing, as long as the result does not outlive the caller.
+func (v *Verdict) Levels() []Level { return v.levels(make([]Level, 0, inline)) }
+
+func (v *Verdict) levels(out []Level) []Level {
+	n := 0
+	for i := range v.Parts() {
+		p := v.Part(i)
+		for j := range p.Rules {
+			c, r := v.Count(n), &p.Rules[j]
+			n++
+			out = append(out, Level{
+				Identifier: p.Identifier, Bucket: r.Name,
+				Limit: r.Capacity, Remaining: c.Remaining,
+				Period:     duration(r.Period),
+				ResetAfter: duration(c.ResetAfter), RetryAfter: duration(c.RetryAfter),
+			})
+		}
+	}
+	return out
+}
+
+func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
+
+// Clock tells the time and waits. The clocks of github.com/benbjohnson/clock satisfy it. It must
+// be safe for concurrent use, and read between the years 1970 and 2184.
+type Clock interface {
+	Now() time.Time
+	After(d time.Duration) <-chan time.Time
+}
+
+// Micros is t in microseconds since the epoch, or ErrInvalidClock for a time that the arithmetic
+// cannot hold.
+func Micros(t time.Time) (int64, error) {
+	if s := t.Unix(); s < 0 || s >= maxClock/1_000_000 {
+		return 0, fmt.Errorf("%w: it reads %v", ErrInvalidClock, t)
+	}
+	return t.UnixMicro(), nil
+}
+
+var started = time.Now()
+
+// Monotonic is the time in microseconds since the epoch, by a clock that starts with the process
+// and is never set: the clock of whatever has none injected.
+func Monotonic() int64 { return started.UnixMicro() + int64(time.Since(started)/time.Microsecond) }
+
+// The errors of this module, always wrapped with the particulars: test with errors.Is.
+var (
+	ErrUnknownIdentifier   = errors.New("throttler: unknown identifier")
+	ErrInvalidIdentifier   = errors.New("throttler: invalid identifier")
+	ErrInvalidCost         = errors.New("throttler: invalid cost")
+	ErrCostExceedsCapacity = errors.New("throttler: cost exceeds capacity")
+	ErrInvalidClock        = errors.New("throttler: the injected clock is outside the years 1970 to 2184")
+	ErrUnavailable         = errors.New("throttler: storage unavailable")
+	ErrCorruptState        = errors.New("throttler: corrupt state")
+	ErrClosed              = errors.New("throttler: closed")
+)
