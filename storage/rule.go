@@ -97,7 +97,7 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	law := Law{Kind: kind, Period: int64((period + time.Microsecond - 1) / time.Microsecond), Tick: 1, Grain: 1}
 	largest := capacity
 	if kind == Continuous {
-		if refill <= 0 || refill >= exact/4 {
+		if refill != capacity && (refill <= 0 || refill >= exact/4) {
 			fault("Refill", "is %d, must be from 1 to %d", refill, exact/4-1)
 		}
 		law.Refill = refill

@@ -124,7 +124,7 @@ func (p *Part) SetCost(i int, n int64) {
 func (r *Request) Validate() error {
 	for i := range r.Parts() {
 		p := r.At(i)
-		if err := validIdentifier(p.Identifier); err != nil {
+		if err := ValidateIdentifier(p.Identifier); err != nil {
 			return err
 		}
 		if len(p.Rules) == 0 || len(p.Rules) > MaxBuckets {
@@ -144,7 +144,9 @@ func (r *Request) Validate() error {
 	return nil
 }
 
-func validIdentifier(id string) error {
+// ValidateIdentifier returns ErrInvalidIdentifier unless id has 1 to MaxIdentifier bytes. Any bytes are
+// allowed.
+func ValidateIdentifier(id string) error {
 	if id == "" || len(id) > MaxIdentifier {
 		return fmt.Errorf("%w: it has %d bytes, must have 1 to %d", ErrInvalidIdentifier, len(id), MaxIdentifier)
 	}
@@ -175,7 +177,7 @@ type Charge struct {
 
 // Validate is Request.Validate for a charge.
 func (c *Charge) Validate() error {
-	if err := validIdentifier(c.Identifier); err != nil {
+	if err := ValidateIdentifier(c.Identifier); err != nil {
 		return err
 	}
 	if n := len(c.Rules); n == 0 || n > MaxBuckets || n != len(c.Amounts) {

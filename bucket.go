@@ -1,0 +1,171 @@
+package throttler
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Bucket is the definition of one limit. It is a value, made by NewBucket and its modifiers,
+// which apply in any order; of two that choose a kind the later one counts. A faulty bucket may be
+// passed around: it is reported, as *BucketError, by New, AddBucket or the call that uses it.
+type Bucket struct {
+	period   time.Duration
+	tokens   int64 // as given to NewBucket
+	burst    int64
+	hasBurst bool
+	kind     storage.Kind
+	name     string
+	named    bool
+
+	rule   storage.Rule // made of all above
+	faults []error
+}
+
+// NewBucket returns a bucket of capacity tokens, which starts full. One period after the first
+// token was taken all of them come back at once (Replenish); the modifiers choose otherwise.
+//
+// The period is from 1 µs to 366 days; a part of a microsecond counts as a whole one. The capacity
+// is at least 1, and for Continuous and SlidingWindow at most so large that 4 times the capacity
+// times the period, in microseconds or in the milliseconds or seconds that divide it, stays below
+// 2^53; else below 2^51.
+func NewBucket(period time.Duration, capacity int64) Bucket {
+	return Bucket{period: period, tokens: capacity}.made()
+}
+
+// Continuous makes tokens come back evenly, NewBucket's capacity of them each period: the token
+// bucket. In the worst window of one period it admits the burst and a period's refill.
+func (b Bucket) Continuous() Bucket { b.kind = storage.Continuous; return b.made() }
+
+// FixedWindow makes all tokens come back at each multiple of the period since the Unix epoch. In
+// the worst window of one period, around such a moment, it admits twice the capacity.
+func (b Bucket) FixedWindow() Bucket { b.kind = storage.FixedWindow; return b.made() }
+
+// SlidingWindow counts the tokens of the present window, of one period since a multiple of it, and
+// those of the one before, fading evenly: the sliding window counter. It admits about the
+// capacity in any window of one period.
+func (b Bucket) SlidingWindow() Bucket { b.kind = storage.SlidingWindow; return b.made() }
+
+// SlidingLog makes each token come back one period after it was taken: it never admits more than
+// the capacity in any window of one period. Above a capacity of 256 a token may come back up to
+// period/256 late, never early, so that the log holds at most about 256 entries.
+func (b Bucket) SlidingLog() Bucket { b.kind = storage.SlidingLog; return b.made() }
+
+// Burst makes a Continuous bucket hold n tokens, at least 1, in place of NewBucket's capacity,
+// which remains the refill of a period. With 1 calls are spaced evenly.
+func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.made() }
+
+// Named gives the bucket a name of 1 to 64 printable ASCII characters. What an identifier has
+// spent is found by the name of the bucket: name the buckets of plans and tiers, so that the
+// count continues under another limit. The default is "<capacity>/<period>" as given to
+// NewBucket ("5/10s", "100/1h"), followed by "/continuous", "/fixed", "/sliding" or "/log".
+func (b Bucket) Named(name string) Bucket { b.name, b.named = name, true; return b.made() }
+
+// Name is the name that was given, or the default.
+func (b Bucket) Name() string { return b.rule.Name }
+
+// Period is the period, in whole microseconds.
+func (b Bucket) Period() time.Duration {
+	if b.rule.Period == 0 {
+		return b.period
+	}
+	return time.Duration(b.rule.Period) * time.Microsecond
+}
+
+// Capacity is how many tokens a full bucket holds: those of Burst, if there is one.
+func (b Bucket) Capacity() int64 {
+	if b.hasBurst {
+		return b.burst
+	}
+	return b.tokens
+}
+
+func (b Bucket) made() Bucket {
+	name := b.name
+	if !b.named {
+		name = fmt.Sprintf("%d/%s", b.tokens, short(b.period))
+		if b.kind != storage.Replenish {
+			name += "/" + b.kind.String()
+		}
+	}
+	b.rule, b.faults = storage.NewRule(name, b.kind, b.period, b.Capacity(), b.tokens)
+	if b.hasBurst && b.kind != storage.Continuous {
+		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: fmt.Sprintf("of %d is for a Continuous bucket only", b.burst)})
+	}
+	return b
+}
+
+// short is the duration without units that are zero: 1h, 1m30s, 250ms, 5us.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return strings.ReplaceAll(s, "µ", "u")
+}
+
+// set is the buckets of an identifier or of a call, ready for requests. It never changes.
+type set struct {
+	buckets []Bucket
+	rules   []storage.Rule
+	err     error
+}
+
+// newSet compiles buckets and joins all their faults.
+func newSet(buckets []Bucket) *set {
+	s := &set{buckets: buckets, rules: make([]storage.Rule, len(buckets))}
+	var faults []error
+	seen := make(map[string]bool, len(buckets))
+	for i, b := range buckets {
+		if b.rule.Name == "" && b.faults == nil {
+			b = b.made()
+		}
+		faults = append(faults, b.faults...)
+		if seen[b.rule.Name] && b.faults == nil {
+			faults = append(faults, &BucketError{Bucket: b.rule.Name, Field: "Name", Reason: "is given to two buckets of one identifier; Named tells them apart"})
+		}
+		seen[b.rule.Name] = true
+		s.rules[i] = b.rule
+	}
+	if len(buckets) > storage.MaxBuckets {
+		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Name", Reason: fmt.Sprintf("is one of %d buckets, an identifier has at most %d", len(buckets), storage.MaxBuckets)})
+	}
+	s.err = errors.Join(faults...)
+	return s
+}
+
+// with returns the set with more buckets; one of the same name is replaced in its place.
+func (s *set) with(more []Bucket) *set {
+	var buckets []Bucket
+	if s != nil {
+		buckets = append(buckets, s.buckets...)
+	}
+	known := len(buckets)
+next:
+	for _, b := range more {
+		for i := range known {
+			if buckets[i].rule.Name == b.rule.Name {
+				buckets[i] = b
+				continue next
+			}
+		}
+		buckets = append(buckets, b)
+	}
+	return newSet(buckets)
+}
+
+// find is the index of the bucket of this name, or -1.
+func (s *set) find(name string) int {
+	for i := range s.rules {
+		if s.rules[i].Name == name {
+			return i
+		}
+	}
+	return -1
+}

@@ -1,0 +1,420 @@
+package storage_test
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/big"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+const (
+	steps     = 40
+	exact     = int64(1) << 53
+	lastClock = exact - exact/4 - 1 // the year 2184
+	tolerance = int64(60_000_000)
+)
+
+func TestDecideAgreesWithADumbTwinAtRefillInstants(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 2000 {
+		story := make([]byte, 20+random.IntN(70))
+		for i := range story {
+			story[i] = byte(random.Uint32())
+		}
+		agree(t, story)
+	}
+}
+
+func FuzzDecide(f *testing.F) {
+	for kind := range byte(5) {
+		f.Add([]byte{0, kind, 12, 5, 0, 2, 0, 0, 1, 2, 15, 0, 1, 0, 1, 15, 0, 0, 0, 1})
+		f.Add([]byte{1, kind, 13, 4, 0, (kind + 1) % 5, 9, 6, 0, 3, 0, 0, 2, 2, 15, 0, 0, 0, 2, 2, 14, 1, 2, 0, 2, 2})
+	}
+	f.Fuzz(func(t *testing.T, story []byte) { agree(t, story) })
+}
+
+// agree lets Decide and the twin live through the same story and compares all their answers.
+func agree(t *testing.T, story []byte) {
+	p := newPlay(story)
+	for n := 0; n < steps && len(p.feed) > 0; n++ {
+		p.moveClock()
+		p.swapRule()
+		mode := p.chooseMode()
+		p.chooseCosts(mode)
+		kept := cloned(p.draws)
+		if err := p.step(mode, kept); err != nil {
+			t.Fatalf("step %d of %q:\n%s%v", n, story, describe(mode, p.real, kept), err)
+		}
+	}
+}
+
+// play is a story being played: the bytes that are left of it, the time, and the same buckets twice.
+type play struct {
+	feed
+	real  int64
+	draws []storage.Draw
+	asks  []ask
+}
+
+func newPlay(story []byte) *play {
+	p := &play{feed: story}
+	buckets := 1 + p.below(4)
+	for range buckets {
+		r := p.rule()
+		p.draws = append(p.draws, storage.Draw{Rule: r})
+		p.asks = append(p.asks, ask{rule: r})
+	}
+	p.real = p.among(0, 1, 1_700_000_000_123_456, 1_799_999_999_999_999, lastClock, p.number()%(lastClock+1))
+	return p
+}
+
+// step is one call, and what must be true of it. The buckets before it are kept.
+func (p *play) step(mode storage.Mode, kept []storage.Draw) error {
+	got := storage.Decide(mode, p.real, p.draws)
+	want, counts := decideDumbly(mode, p.real, p.asks)
+	if got != want {
+		return fmt.Errorf("Decide allows: %v, the twin: %v", got, want)
+	}
+	for i := range p.draws {
+		if p.draws[i].Count != counts[i] {
+			return fmt.Errorf("bucket %d: Decide counts %+v, the twin %+v", i, p.draws[i].Count, counts[i])
+		}
+		if (!got || mode == storage.Peek) && !reflect.DeepEqual(p.draws[i].State, kept[i].State) {
+			return fmt.Errorf("bucket %d: was changed from %+v to %+v", i, kept[i].State, p.draws[i].State)
+		}
+		if err := sound(p.draws[i].State); err != nil {
+			return fmt.Errorf("bucket %d: %w", i, err)
+		}
+	}
+	if !got {
+		return p.retryIsExact()
+	}
+	return nil
+}
+
+// sound: the numbers of a state are below 2^53, and its holds stand in order.
+func sound(s storage.State) error {
+	for i, h := range s.Holds {
+		if h.N < 0 || h.N >= exact || h.End < 0 || h.End >= exact || i > 0 && h.End <= s.Holds[i-1].End {
+			return fmt.Errorf("hold %d of %+v", i, s.Holds)
+		}
+	}
+	return nil
+}
+
+// retryIsExact: the refused call is refused for as long as it says, and not longer.
+func (p *play) retryIsExact() error {
+	retry := int64(0)
+	for i := range p.draws {
+		retry = max(retry, p.draws[i].Count.RetryAfter)
+	}
+	if retry <= 0 {
+		return errors.New("refused, and RetryAfter is zero")
+	}
+	if storage.Decide(storage.Peek, p.real+retry-1, cloned(p.draws)) {
+		return fmt.Errorf("admitted 1µs before RetryAfter %d", retry)
+	}
+	if p.believed() && !storage.Decide(storage.Peek, p.real+retry, cloned(p.draws)) {
+		return fmt.Errorf("refused at RetryAfter %d", retry)
+	}
+	return nil
+}
+
+// believed: no state is so far ahead of the clock that it counts as empty. Such a one, left alone by
+// a refusal of another bucket, is believed again when the clock has come nearer, and may then refuse.
+func (p *play) believed() bool {
+	for _, a := range p.asks {
+		if a.twin.known && !a.twin.believable(p.real) {
+			return false
+		}
+	}
+	return true
+}
+
+func cloned(draws []storage.Draw) []storage.Draw {
+	out := slices.Clone(draws)
+	for i := range out {
+		out[i].State.Holds = slices.Clone(out[i].State.Holds)
+	}
+	return out
+}
+
+// moveClock goes, in more than half of all steps, to where the last answer said that something
+// comes back: random times alone miss the faults.
+func (p *play) moveClock() {
+	d := &p.draws[p.below(len(p.draws))]
+	edge := p.among(-1, 0, 1)
+	switch p.below(16) {
+	case 0:
+	case 1:
+		p.real += int64(p.byte())
+	case 2:
+		p.real += p.number() >> 12
+	case 3:
+		p.real -= p.number() % tolerance
+	case 4:
+		p.real = d.State.Seen - d.Rule.Period - tolerance + edge
+	case 5:
+		p.real -= p.number() >> 12
+	case 6:
+		p.real += d.Rule.Period - p.real%d.Rule.Period + edge
+	case 7, 8, 9, 10:
+		p.real += d.Count.ResetAfter + edge
+	default:
+		p.real += latest(p.draws) + edge
+	}
+	p.real = min(max(0, p.real), lastClock)
+}
+
+// latest is the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
+func latest(draws []storage.Draw) int64 {
+	retry, reset := int64(0), int64(math.MaxInt64)
+	for i := range draws {
+		retry = max(retry, draws[i].Count.RetryAfter)
+		reset = min(reset, draws[i].Count.ResetAfter)
+	}
+	if retry > 0 {
+		return retry
+	}
+	return reset
+}
+
+// swapRule gives, in one step of eight, one bucket another rule.
+func (p *play) swapRule() {
+	if p.below(8) != 7 {
+		return
+	}
+	i, r := p.below(len(p.draws)), (*storage.Rule)(nil)
+	if old := p.draws[i].Rule; p.below(2) == 0 {
+		r = p.rule()
+	} else { // only another capacity, which may change the tick or the grain
+		r = p.makeRule(old.Kind, time.Duration(old.Period)*time.Microsecond, p.capacity(), max(1, old.Refill))
+	}
+	p.draws[i].Rule, p.asks[i].rule = r, r
+}
+
+func (p *play) chooseMode() storage.Mode {
+	return [...]storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[p.below(5)]
+}
+
+func (p *play) chooseCosts(mode storage.Mode) {
+	for i := range p.draws {
+		c := p.cost(&p.draws[i])
+		if mode != storage.Force {
+			c = min(c, p.draws[i].Rule.Capacity)
+		}
+		p.draws[i].Cost, p.asks[i].cost = c, c
+	}
+}
+
+func (p *play) cost(d *storage.Draw) int64 {
+	most, left := d.Rule.Capacity, d.Count.Remaining
+	switch p.below(10) {
+	case 0:
+		return 0
+	case 1:
+		return most
+	case 2:
+		return most - most/3
+	case 3:
+		return left
+	case 4:
+		return left + 1
+	case 5:
+		return p.number() % (most + 1)
+	case 6:
+		return p.number() // beyond the capacity only in Force
+	case 7:
+		return p.among(4*most-1, 4*most, math.MaxInt64)
+	}
+	return 1
+}
+
+// rule is one that NewRule accepts.
+func (p *play) rule() *storage.Rule {
+	kind := storage.Kind(p.below(5))
+	period := p.period()
+	capacity := p.capacity()
+	refill := capacity
+	switch p.below(4) {
+	case 1:
+		refill = 1
+	case 2:
+		refill = 1 + capacity/3
+	case 3:
+		refill = 1 + p.number()%(exact/4-1)
+	}
+	return p.makeRule(kind, period, capacity, refill)
+}
+
+// makeRule halves what is too much until NewRule accepts it.
+func (p *play) makeRule(kind storage.Kind, period time.Duration, capacity, refill int64) *storage.Rule {
+	for {
+		r, faults := storage.NewRule("bucket", kind, period, capacity, refill)
+		if len(faults) == 0 {
+			return &r
+		}
+		capacity, refill = max(1, capacity/2), max(1, refill/2)
+	}
+}
+
+func (p *play) period() time.Duration {
+	day := 24 * time.Hour
+	common := [...]time.Duration{
+		time.Microsecond, 2 * time.Microsecond, 3*time.Microsecond - 1, 7 * time.Microsecond,
+		999 * time.Microsecond, time.Millisecond, 1001 * time.Microsecond, 17 * time.Millisecond,
+		999_983 * time.Microsecond, time.Second, 1500 * time.Millisecond, 7 * time.Second,
+		10 * time.Second, time.Minute, 90*time.Second + 1, time.Hour, day, 7 * day, 30*day + time.Millisecond, 366 * day,
+	}
+	if i := p.below(len(common) + 5); i < len(common) {
+		return common[i]
+	}
+	return 1000 + time.Duration(p.number())%(366*day-1000)
+}
+
+func (p *play) capacity() int64 {
+	common := [...]int64{1, 2, 3, 4, 5, 7, 10, 100, 255, 256, 257, 1000, 1_000_003, 1 << 31, 1 << 40, exact/4 - 1}
+	if i := p.below(len(common) + 4); i < len(common) {
+		return common[i]
+	}
+	return 1 + p.number()%(exact/4-1)
+}
+
+// describe is for a failure: the call, and the states before it.
+func describe(mode storage.Mode, real int64, draws []storage.Draw) string {
+	out := fmt.Sprintf("mode %d at %d\n", mode, real)
+	for _, d := range draws {
+		out += fmt.Sprintf("  %+v cost %d, seen %d, holds %v", *d.Rule, d.Cost, d.State.Seen, d.State.Holds)
+		if d.State.Law != nil {
+			out += fmt.Sprintf(" by %+v", *d.State.Law)
+		}
+		out += "\n"
+	}
+	return out
+}
+
+// feed gives out the bytes of a story, and zeros when there are no more.
+type feed []byte
+
+func (f *feed) byte() byte {
+	if len(*f) == 0 {
+		return 0
+	}
+	b := (*f)[0]
+	*f = (*f)[1:]
+	return b
+}
+
+func (f *feed) below(n int) int { return int(f.byte()) % n }
+
+func (f *feed) among(n ...int64) int64 { return n[f.below(len(n))] }
+
+// number has any size from 0 to 63 bits.
+func (f *feed) number() int64 {
+	bits := f.below(64)
+	n := uint64(0)
+	for range (bits + 7) / 8 {
+		n = n<<8 | uint64(f.byte())
+	}
+	return int64(n & (1<<bits - 1))
+}
+
+func FuzzRule(f *testing.F) {
+	f.Add("5/10s", uint8(0), int64(10*time.Second), int64(5), int64(0))
+	f.Add("100/1h/continuous", uint8(1), int64(time.Hour), int64(100), int64(10))
+	f.Add("1000/1m/sliding", uint8(3), int64(time.Minute), int64(1000), int64(-1))
+	f.Add("257/1µs/log", uint8(4), int64(time.Microsecond), int64(257), int64(0))
+	f.Add("", uint8(5), int64(999), int64(0), int64(0))
+	f.Add("most", uint8(1), int64(math.MaxInt64), int64(math.MaxInt64), int64(math.MaxInt64))
+	f.Add("least", uint8(255), int64(math.MinInt64), int64(math.MinInt64), int64(math.MinInt64))
+	f.Fuzz(func(t *testing.T, name string, kind uint8, period, capacity, refill int64) {
+		w := wanted{name, storage.Kind(kind), time.Duration(period), capacity, refill}
+		r, faults := storage.NewRule(name, w.kind, w.period, capacity, refill)
+		for _, err := range faults {
+			var fault *storage.BucketError
+			if !errors.As(err, &fault) || fault.Bucket != name || fault.Field == "" || fault.Reason == "" {
+				t.Errorf("%+v: a fault that does not say what is wrong: %#v", w, err)
+			}
+		}
+		if possible := w.possible(); possible != (len(faults) == 0) {
+			t.Errorf("%+v: possible: %v, faults: %v", w, possible, faults)
+		}
+		if len(faults) == 0 && r != w.rule() {
+			t.Errorf("%+v: rule %+v, must be %+v", w, r, w.rule())
+		}
+	})
+}
+
+// wanted is what NewRule is asked for. Its bounds are checked here with numbers of any size.
+type wanted struct {
+	name             string
+	kind             storage.Kind
+	period           time.Duration
+	capacity, refill int64
+}
+
+// possible: every bound is kept.
+func (w wanted) possible() bool {
+	return w.named() && w.kind <= storage.SlidingLog &&
+		w.period >= time.Microsecond && w.period <= 366*24*time.Hour &&
+		small(w.capacity) && (w.kind != storage.Continuous || small(w.refill) && w.comesBack()) &&
+		w.tick() > 0
+}
+
+func small(n int64) bool { return n >= 1 && n < exact/4 }
+
+func (w wanted) named() bool {
+	for _, b := range []byte(w.name) {
+		if b < 0x20 || b > 0x7e {
+			return false
+		}
+	}
+	return len(w.name) >= 1 && len(w.name) <= 64
+}
+
+// comesBack: 4 capacities, in whole periods, within 2^51 microseconds.
+func (w wanted) comesBack() bool {
+	periods := ceiling(quotient(product(rat(4), rat(w.capacity)), rat(w.refill)))
+	return product(periods, rat(w.micros())).Cmp(rat(exact/4)) <= 0
+}
+
+// micros is the period, of which a started microsecond is a whole one.
+func (w wanted) micros() int64 { return whole(ceiling(quotient(rat(int64(w.period)), rat(1000)))) }
+
+// tick is the finest that will do, or 0.
+func (w wanted) tick() int64 {
+	if w.kind != storage.Continuous && w.kind != storage.SlidingWindow {
+		return 1
+	}
+	most := w.capacity
+	if w.kind == storage.Continuous {
+		most = max(most, w.refill)
+	}
+	for _, tick := range []int64{1, 1000, 1_000_000} {
+		units := new(big.Int).Mul(big.NewInt(most), big.NewInt(w.micros()/tick))
+		if w.micros()%tick == 0 && units.Mul(units, big.NewInt(4)).Cmp(big.NewInt(exact)) < 0 {
+			return tick
+		}
+	}
+	return 0
+}
+
+// rule is the one rule that keeps the bounds.
+func (w wanted) rule() storage.Rule {
+	l := storage.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), Grain: 1}
+	if w.kind == storage.Continuous {
+		l.Refill = w.refill
+	}
+	if w.kind == storage.SlidingLog && w.capacity > 256 { // at most about 256 holds
+		l.Grain = whole(ceiling(quotient(rat(l.Period), rat(256))))
+	}
+	return storage.Rule{Name: w.name, Law: l, Capacity: w.capacity}
+}

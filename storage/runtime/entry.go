@@ -1,0 +1,247 @@
+package runtime
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// cell is the state of one bucket in three numbers, by the kind of its law:
+//
+//	Replenish, FixedWindow, SlidingLog  the one hold (a its End, b its N), or none (b is 0)
+//	Continuous                          b is the level
+//	SlidingWindow                       b ends at the first multiple of the period after seen, a one before
+//
+// A cell never charged has seen -1; one whose holds do not fit has b -1, and they are in more.
+type cell struct{ seen, a, b int64 }
+
+const (
+	never   = -1
+	outside = -1
+)
+
+func (e *entry) cell(i int) *cell {
+	if i < len(e.cells) {
+		return &e.cells[i]
+	}
+	return &e.more.cells[i-len(e.cells)]
+}
+
+// resize gives the entry n cells that were never charged.
+func (e *entry) resize(n int) {
+	e.more = nil
+	if n > len(e.cells) {
+		e.more = &more{cells: make([]cell, n-len(e.cells))}
+	}
+	for i := range n {
+		*e.cell(i) = cell{seen: never}
+	}
+}
+
+// state is that of cell i. Holds of the cell itself are put into room.
+func (e *entry) state(i int, room *[2]storage.Hold) storage.State {
+	c, law := e.cell(i), &e.layout.rules[i].Law
+	if c.seen == never {
+		return storage.State{Holds: room[:0]}
+	}
+	s := storage.State{Law: law, Seen: c.seen, Holds: room[:0]}
+	switch {
+	case c.b == outside:
+		s.Holds = e.more.holds[i]
+	case law.Kind == storage.SlidingWindow:
+		end := c.seen - c.seen%law.Period + law.Period
+		if c.a > 0 {
+			s.Holds = append(s.Holds, storage.Hold{End: end - law.Period, N: c.a})
+		}
+		if c.b > 0 {
+			s.Holds = append(s.Holds, storage.Hold{End: end, N: c.b})
+		}
+	case c.b > 0:
+		s.Holds = append(s.Holds, storage.Hold{End: c.a, N: c.b})
+	}
+	return s
+}
+
+// set makes s the state of cell i, whose law is that of the layout.
+func (e *entry) set(i int, s *storage.State) {
+	c, law := e.cell(i), &e.layout.rules[i].Law
+	c.seen, c.a, c.b = s.Seen, 0, 0
+	if law.Kind == storage.SlidingWindow {
+		end := s.Seen - s.Seen%law.Period + law.Period
+		for _, h := range s.Holds {
+			switch h.End {
+			case end - law.Period:
+				c.a = h.N
+			case end:
+				c.b = h.N
+			default:
+				e.spill(i, c, s.Holds)
+				return
+			}
+		}
+		return
+	}
+	switch len(s.Holds) {
+	case 0:
+	case 1:
+		c.a, c.b = s.Holds[0].End, s.Holds[0].N
+	default:
+		e.spill(i, c, s.Holds)
+	}
+}
+
+// spill keeps the holds of cell i outside of it. There is room for one more, so that a log seldom
+// allocates.
+func (e *entry) spill(i int, c *cell, holds []storage.Hold) {
+	c.b = outside
+	if e.more == nil {
+		e.more = &more{}
+	}
+	for len(e.more.holds) <= i {
+		e.more.holds = append(e.more.holds, nil)
+	}
+	kept := append(e.more.holds[i][:0], holds...)
+	if len(kept) == cap(kept) {
+		kept = append(kept, storage.Hold{})[:len(kept)]
+	}
+	e.more.holds[i] = kept
+}
+
+// full reports whether all buckets of the entry are full, so that it may be forgotten.
+func (e *entry) full(now int64) bool {
+	var room [2]storage.Hold
+	for i := range e.layout.rules {
+		if s := e.state(i, &room); !s.Full(now) {
+			return false
+		}
+	}
+	return true
+}
+
+// find is the cell of the bucket with the given name, or -1. The guess is nearly always right.
+func (l *layout) find(name string, guess int) int {
+	if guess < len(l.rules) && l.rules[guess].Name == name {
+		return guess
+	}
+	for i := range l.rules {
+		if l.rules[i].Name == name {
+			return i
+		}
+	}
+	return -1
+}
+
+// load reads the states of the place's draws, which begin at number from. It fails when the
+// identifier would come to have too many buckets.
+func (p *place) load(c *call, from int) error {
+	e, extra := p.entry, 0
+	for j := range p.rules {
+		d, room := &c.draws[from+j], &c.room[from+j]
+		if e == nil {
+			d.State.Holds = room[:0]
+		} else if i := e.layout.find(d.Rule.Name, j); i >= 0 {
+			d.State = e.state(i, room)
+		} else {
+			d.State.Holds = room[:0]
+			extra++
+		}
+	}
+	if extra > 0 && extra+len(e.layout.rules) > storage.MaxBuckets {
+		if n := len(p.rules) + len(p.leftovers(c, from)); n > storage.MaxBuckets {
+			return &storage.BucketError{Bucket: c.draws[from].Rule.Name, Field: "Name", Reason: fmt.Sprintf(
+				"of identifier %.64q: with this call %d of its buckets are not full, must be at most %d", p.id, n, storage.MaxBuckets)}
+		}
+	}
+	return nil
+}
+
+// store writes the states of the draws that took something. Where the entry has no cell for one,
+// or one of another law, the entry gets the cells it needs.
+func (p *place) store(c *call, from int) {
+	fits := p.entry != nil
+	charged := false
+	for j := range p.rules {
+		if d := &c.draws[from+j]; d.Cost > 0 && d.State.Law != nil {
+			charged = true
+			fits = fits && p.entry.fits(d, j)
+		}
+	}
+	if !charged {
+		return
+	}
+	if !fits {
+		p.relay(c, from)
+		return
+	}
+	for j := range p.rules {
+		if d := &c.draws[from+j]; d.Cost > 0 && d.State.Law != nil {
+			p.entry.set(p.entry.layout.find(d.Rule.Name, j), &d.State)
+		}
+	}
+}
+
+func (e *entry) fits(d *storage.Draw, guess int) bool {
+	i := e.layout.find(d.Rule.Name, guess)
+	return i >= 0 && (&e.layout.rules[i].Law == d.State.Law || e.layout.rules[i].Law == *d.State.Law)
+}
+
+// leftover is a bucket that the call does not name and that is not full.
+type leftover struct {
+	rule  storage.Rule
+	state storage.State
+}
+
+func (p *place) leftovers(c *call, from int) (out []leftover) {
+	if p.entry == nil {
+		return nil
+	}
+next:
+	for i := range p.entry.layout.rules {
+		rule := p.entry.layout.rules[i]
+		for j := range p.rules {
+			if c.draws[from+j].Rule.Name == rule.Name {
+				continue next
+			}
+		}
+		if s := p.entry.state(i, new([2]storage.Hold)); !s.Full(c.now) {
+			out = append(out, leftover{rule, s})
+		}
+	}
+	return out
+}
+
+// oldLaw says that a bucket which is asked for nothing keeps what it has as it was spent.
+func oldLaw(d storage.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
+
+// relay lays the entry out anew, or makes it: the call's buckets, then the leftovers.
+func (p *place) relay(c *call, from int) {
+	rules, rest := p.rules, p.leftovers(c, from)
+	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules)], oldLaw) {
+		rules = slices.Clone(p.rules)
+		for j := range rules {
+			if d := &c.draws[from+j]; oldLaw(*d) {
+				rules[j].Law = *d.State.Law
+			}
+		}
+		for _, l := range rest {
+			rules = append(rules, l.rule)
+		}
+	}
+	l := p.shard.use(c.name, c.clocked, rules)
+	if p.entry == nil {
+		p.entry, p.made = p.shard.add(p.tag, p.id, l), true
+	} else {
+		p.shard.release(p.entry.layout)
+		p.entry.layout = l
+		p.entry.resize(len(l.rules))
+	}
+	for j := range p.rules {
+		if d := &c.draws[from+j]; d.State.Law != nil {
+			p.entry.set(j, &d.State)
+		}
+	}
+	for k := range rest {
+		p.entry.set(len(p.rules)+k, &rest[k].state)
+	}
+}

@@ -1,0 +1,246 @@
+package runtime
+
+import (
+	"encoding/binary"
+	"hash/maphash"
+	"strings"
+	"sync"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+const (
+	shards = 256
+	chunk  = 32 // entries allocated together
+	visits = 64 // the most entries a call looks at to remove some
+)
+
+// shard is a hash table: an index by open addressing over entries in chunks that never move while
+// it grows. A slot of the index is the entry's tag, which also is its hash, and its number plus
+// one; 0 is free.
+type shard struct {
+	index int          // of this shard; fixed
+	seed  maphash.Seed // of the storage; fixed
+
+	mu      sync.Mutex // held for all that follows, and for the entries
+	slots   []uint64
+	chunks  []*[chunk]entry
+	n       int // entries
+	cursor  int // where the next sweep begins
+	writes  int
+	visited int // by sweeps; for tests
+	layouts map[string]*layout
+	recent  *layout // the last one used, so that making entries seldom asks the map
+	_       [8]byte // two shards never share a cache line
+}
+
+// entry is one identifier.
+type entry struct {
+	id     string
+	layout *layout
+	cells  [2]cell
+	more   *more
+}
+
+// more is what few entries have: cells after the first two, and the holds of cells that need more
+// than two numbers.
+type more struct {
+	cells []cell
+	holds [][]storage.Hold
+}
+
+// layout is what entries have in common: whose they are, and the rule of each cell, by whose law
+// it was spent.
+type layout struct {
+	key     string
+	name    string
+	clocked bool
+	rules   []storage.Rule
+	entries int
+}
+
+func hash(seed maphash.Seed, name, id string) uint64 {
+	h := maphash.String(seed, id)
+	if name != "" {
+		h ^= maphash.String(seed, name) * 0x9e3779b97f4a7c15
+	}
+	return h
+}
+
+func (sh *shard) entry(i int) *entry { return &sh.chunks[i/chunk][i%chunk] }
+
+// find returns the number of an identifier's entry, or -1.
+func (sh *shard) find(tag uint32, name, id string) int {
+	if len(sh.slots) == 0 {
+		return -1
+	}
+	mask := uint32(len(sh.slots) - 1)
+	for at := tag & mask; sh.slots[at] != 0; at = (at + 1) & mask {
+		if slot := sh.slots[at]; uint32(slot>>32) == tag {
+			if e := sh.entry(int(uint32(slot)) - 1); e.id == id && e.layout.name == name {
+				return int(uint32(slot)) - 1
+			}
+		}
+	}
+	return -1
+}
+
+func (sh *shard) tag(e *entry) uint32 { return uint32(hash(sh.seed, e.layout.name, e.id)) }
+
+// slot is where entry number i of the given tag stands in the index.
+func (sh *shard) slot(tag uint32, i int) uint32 {
+	mask := uint32(len(sh.slots) - 1)
+	at := tag & mask
+	for uint32(sh.slots[at]) != uint32(i+1) {
+		at = (at + 1) & mask
+	}
+	return at
+}
+
+func (sh *shard) add(tag uint32, id string, l *layout) *entry {
+	if sh.n*4 >= len(sh.slots)*3 {
+		sh.resize(max(8, 2*len(sh.slots)))
+	}
+	if sh.n == len(sh.chunks)*chunk {
+		sh.chunks = append(sh.chunks, new([chunk]entry))
+	}
+	sh.n++
+	sh.put(uint64(tag)<<32 | uint64(sh.n))
+	e := sh.entry(sh.n - 1)
+	*e = entry{id: strings.Clone(id), layout: l}
+	e.resize(len(l.rules))
+	return e
+}
+
+func (sh *shard) put(slot uint64) {
+	mask := uint32(len(sh.slots) - 1)
+	at := uint32(slot>>32) & mask
+	for sh.slots[at] != 0 {
+		at = (at + 1) & mask
+	}
+	sh.slots[at] = slot
+}
+
+func (sh *shard) resize(size int) {
+	old := sh.slots
+	sh.slots = make([]uint64, size)
+	for _, slot := range old {
+		if slot != 0 {
+			sh.put(slot)
+		}
+	}
+}
+
+// remove forgets entry number i; the last entry takes its number.
+func (sh *shard) remove(i int) {
+	e := sh.entry(i)
+	sh.free(sh.slot(sh.tag(e), i))
+	sh.release(e.layout)
+	last := sh.n - 1
+	if i != last {
+		at := sh.slot(sh.tag(sh.entry(last)), last)
+		sh.slots[at] = sh.slots[at]>>32<<32 | uint64(i+1)
+		*e = *sh.entry(last)
+	}
+	*sh.entry(last) = entry{}
+	sh.n--
+	if len(sh.chunks)*chunk-sh.n >= 2*chunk {
+		sh.chunks[len(sh.chunks)-1] = nil
+		sh.chunks = sh.chunks[:len(sh.chunks)-1]
+	}
+	if len(sh.slots) > 8 && sh.n*8 < len(sh.slots) {
+		sh.resize(len(sh.slots) / 2)
+	}
+}
+
+// free empties a slot and moves back those that had to stand behind it.
+func (sh *shard) free(at uint32) {
+	mask := uint32(len(sh.slots) - 1)
+	for next := (at + 1) & mask; sh.slots[next] != 0; next = (next + 1) & mask {
+		home := uint32(sh.slots[next]>>32) & mask
+		if (next-home)&mask >= (next-at)&mask {
+			sh.slots[at] = sh.slots[next]
+			at = next
+		}
+	}
+	sh.slots[at] = 0
+}
+
+// tidy sweeps a little after a write: four entries for each one made, else one a write.
+func (sh *shard) tidy(c *call, made bool) (removed int) {
+	if made {
+		return sh.sweep(c, 4)
+	}
+	if sh.writes++; sh.writes%8 == 0 {
+		return sh.sweep(c, 8)
+	}
+	return 0
+}
+
+// sweep looks at the next n entries, or fewer, and removes those that are full by the call's
+// time. It leaves alone those of other clocks: time of one says nothing of another.
+func (sh *shard) sweep(c *call, n int) (removed int) {
+	for range min(n, sh.n) {
+		if sh.cursor >= sh.n {
+			sh.cursor = 0
+		}
+		sh.visited++
+		e := sh.entry(sh.cursor)
+		if e.layout.clocked == c.clocked && (!c.clocked || e.layout.name == c.name) && e.full(c.now) {
+			sh.remove(sh.cursor)
+			removed++
+		} else {
+			sh.cursor++
+		}
+		if sh.n == 0 {
+			break
+		}
+	}
+	return removed
+}
+
+// use returns the layout of the given content, and counts one more entry of it.
+func (sh *shard) use(name string, clocked bool, rules []storage.Rule) *layout {
+	l := sh.recent
+	if l == nil || l.name != name || l.clocked != clocked || !sameRules(l.rules, rules) {
+		key := layoutKey(name, clocked, rules)
+		if l = sh.layouts[key]; l == nil {
+			l = &layout{key: key, name: strings.Clone(name), clocked: clocked, rules: rules}
+			if sh.layouts == nil {
+				sh.layouts = make(map[string]*layout)
+			}
+			sh.layouts[key] = l
+		}
+		sh.recent = l
+	}
+	l.entries++
+	return l
+}
+
+func (sh *shard) release(l *layout) {
+	if l.entries--; l.entries == 0 {
+		delete(sh.layouts, l.key)
+		if sh.recent == l {
+			sh.recent = nil
+		}
+	}
+}
+
+func sameRules(a, b []storage.Rule) bool {
+	return len(a) == len(b) && len(a) > 0 && &a[0] == &b[0]
+}
+
+func layoutKey(name string, clocked bool, rules []storage.Rule) string {
+	key := make([]byte, 0, 64)
+	if clocked {
+		key = append(key, '!')
+	}
+	key = append(key, name...)
+	for _, r := range rules {
+		key = append(append(append(key, 0), r.Name...), 0)
+		for _, n := range [...]int64{int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain} {
+			key = binary.AppendVarint(key, n)
+		}
+	}
+	return string(key)
+}

@@ -1,0 +1,526 @@
+// Package throttler limits rates: several buckets for each identifier ("5 per 10 s AND 100 per
+// hour"), from which a call takes its cost all or none.
+//
+//	t, err := throttler.New(throttler.Config{})
+//	err = t.AddBucket("user:42", throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100))
+//	v, err := t.Consume("user:42")
+//	if err != nil { … }                          // the storage failed, or the call is wrong
+//	if !v.Allowed { … v.RetryAfter … }           // a denial is a verdict, not an error
+//
+// Which buckets an identifier has is known to the Throttler only: those of AddBucket, else those of
+// Config.Buckets, or for one call those of Using. What has been spent is kept by the storage, under
+// the identifier and the bucket's name; a storage shared by several processes shares consumption,
+// so each process defines the buckets and all of them spend from one.
+//
+// All numbers are integers and all times whole microseconds: RetryAfter is exact.
+package throttler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/runtime"
+)
+
+// What a storage answers, and the clock it may be given.
+type (
+	Verdict     = storage.Verdict
+	Level       = storage.Level
+	Clock       = storage.Clock
+	BucketError = storage.BucketError
+)
+
+// The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
+// *BucketError.
+var (
+	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier   // it has no buckets, and Config has none for it
+	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier   // empty, over 1024 bytes, or twice in one call
+	ErrInvalidCost         = storage.ErrInvalidCost         // below zero, or a refund above what was taken
+	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity // waiting never helps
+	ErrInvalidClock        = storage.ErrInvalidClock        // Config.Clock reads a time outside 1970 to 2184
+	ErrUnavailable         = storage.ErrUnavailable         // the storage could not decide
+	ErrCorruptState        = storage.ErrCorruptState        // the storage holds a value that is not ours
+	ErrClosed              = storage.ErrClosed              // the storage was closed
+)
+
+// Policy chooses what happens to a call that cannot be decided.
+type Policy int
+
+// The policies. Deny, the default, makes the call fail with an error.
+const (
+	Deny Policy = iota
+	Allow
+)
+
+// Config of a Throttler. The zero value limits nobody yet and keeps consumption in this process.
+type Config struct {
+	// Name separates the consumption of throttlers that share a storage; equal names share it. At
+	// most 64 characters of A-Z, a-z, 0-9, "_", "." and "-".
+	Name string
+
+	// Storage keeps what has been spent. Nil is a new runtime storage.
+	Storage storage.Storage
+
+	// Cost of a call that has no Cost option, in tokens. 0 is 1.
+	Cost int64
+
+	// Buckets are for every identifier that has none of its own.
+	Buckets []Bucket
+
+	// OnUnknownIdentifier is for an identifier without any buckets: Deny returns
+	// ErrUnknownIdentifier, Allow a Verdict that is Allowed and has no Levels.
+	OnUnknownIdentifier Policy
+
+	// OnStorageError is for a decision that failed with ErrUnavailable: Deny returns the error,
+	// Allow a Verdict that is Allowed and Degraded. Cancelled and invalid calls always fail.
+	OnStorageError Policy
+
+	// Clock replaces the storage's own clock, mostly in tests. Throttlers of one Name on one
+	// storage use the same clock.
+	Clock Clock
+
+	// Observe, if not nil, is called once after each decision and change, by the goroutine of the
+	// call, and must be safe for concurrent use.
+	Observe func(context.Context, Event)
+}
+
+// Throttler is safe for concurrent use. It holds no resources of its own.
+type Throttler struct {
+	name     string
+	storage  storage.Storage
+	cost     int64
+	defaults *set // nil: none
+	unknown  Policy
+	failed   Policy
+	clock    Clock // nil: the storage's own
+	observe  func(context.Context, Event)
+
+	lines lines
+
+	owned atomic.Bool // whether own has ever held a set: most throttlers never ask it
+	own   sync.Map    // identifier -> *set, of AddBucket
+	mu    sync.Mutex  // held to change own
+}
+
+var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
+
+// New returns a Throttler, or all faults of the configuration joined.
+func New(c Config) (*Throttler, error) {
+	t := &Throttler{
+		name: c.Name, storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
+		unknown: c.OnUnknownIdentifier, failed: c.OnStorageError,
+	}
+	if t.storage == nil {
+		t.storage = runtime.New(nil)
+	}
+	if t.cost == 0 {
+		t.cost = 1
+	}
+	var faults []error
+	if !validName.MatchString(c.Name) {
+		faults = append(faults, fmt.Errorf("throttler: Config.Name is %.80q, must be at most 64 characters of A-Z, a-z, 0-9, '_', '.' and '-'", c.Name))
+	}
+	if c.Cost < 0 {
+		faults = append(faults, fmt.Errorf("%w: Config.Cost is %d, must be 0 or more", ErrInvalidCost, c.Cost))
+	}
+	for _, p := range [...]Policy{t.unknown, t.failed} {
+		if p != Deny && p != Allow {
+			faults = append(faults, fmt.Errorf("throttler: a policy is %d, must be Deny or Allow", p))
+		}
+	}
+	if len(c.Buckets) > 0 {
+		t.defaults = (*set)(nil).with(c.Buckets)
+		faults = append(faults, t.defaults.err)
+	}
+	if err := errors.Join(faults...); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// AddBucket gives the identifier buckets of its own, in place of Config.Buckets, or more of them.
+// They are known to this Throttler only, until they are removed: call it in every process that
+// limits the identifier. A bucket of a name that it has replaces that one, and what was spent
+// stays spent. If any is faulty none is added, and all faults are returned, joined.
+func (t *Throttler) AddBucket(id string, b ...Bucket) error {
+	if err := storage.ValidateIdentifier(id); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.ownSet(id).with(b)
+	if s.err != nil {
+		return s.err
+	}
+	if len(s.buckets) > 0 {
+		t.own.Store(id, s)
+		t.owned.Store(true)
+	}
+	return nil
+}
+
+// Buckets returns the identifier's buckets: its own, else those of Config.Buckets.
+func (t *Throttler) Buckets(id string) []Bucket {
+	s := t.set(id)
+	if s == nil {
+		return nil
+	}
+	return append([]Bucket(nil), s.buckets...)
+}
+
+// RemoveBucket removes the identifier's own bucket of this name and reports whether it had one.
+// After the last one Config.Buckets applies again. What was spent from it is not forgotten.
+func (t *Throttler) RemoveBucket(id, name string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var rest []Bucket
+	had := t.ownSet(id)
+	if had == nil {
+		return false
+	}
+	for _, b := range had.buckets {
+		if b.Name() != name {
+			rest = append(rest, b)
+		}
+	}
+	if len(rest) == 0 {
+		t.own.Delete(id)
+	} else {
+		t.own.Store(id, newSet(rest))
+	}
+	return len(rest) < len(had.buckets)
+}
+
+// RemoveBuckets removes all buckets of the identifier's own.
+func (t *Throttler) RemoveBuckets(id string) { t.own.Delete(id) }
+
+func (t *Throttler) ownSet(id string) *set {
+	if !t.owned.Load() {
+		return nil
+	}
+	s, _ := t.own.Load(id)
+	own, _ := s.(*set)
+	return own
+}
+
+// set is the buckets that apply to the identifier, or nil.
+func (t *Throttler) set(id string) *set {
+	if s := t.ownSet(id); s != nil {
+		return s
+	}
+	return t.defaults
+}
+
+// Option changes one call. Options are values; one may be made once and used for many calls.
+type Option struct {
+	kind   optionKind
+	n      int64
+	bucket string
+	set    *set
+}
+
+type optionKind uint8
+
+const (
+	costOption optionKind = iota
+	costOfOption
+	usingOption
+)
+
+// Cost asks every bucket for n tokens, 0 or more, in place of Config.Cost.
+func Cost(n int64) Option { return Option{kind: costOption, n: n} }
+
+// CostOf asks the bucket of this name for n tokens, whatever Cost says of the others.
+func CostOf(bucket string, n int64) Option { return Option{kind: costOfOption, bucket: bucket, n: n} }
+
+// Using decides the call by these buckets, whichever the identifier has. Give them names
+// (Bucket.Named): an identifier that moves to a bucket of the same name and another limit keeps
+// what it has spent. Making the Option compiles the buckets; keep it in a variable.
+func Using(b ...Bucket) Option {
+	return Option{kind: usingOption, set: newSet(append([]Bucket(nil), b...))}
+}
+
+// Part is one identifier of a ConsumeAll.
+type Part struct {
+	id      string
+	options []Option
+}
+
+// For names an identifier of a ConsumeAll, with the options of its own.
+func For(id string, o ...Option) Part { return Part{id, o} }
+
+// Consume takes the cost of a call from all buckets of the identifier, or from none. It returns an
+// error when the call is wrong or the storage failed; a denial is a Verdict.
+func (t *Throttler) Consume(id string, o ...Option) (Verdict, error) {
+	return t.decide(context.Background(), storage.Take, id, o)
+}
+
+// ConsumeContext is Consume that gives up when the context is done. A call that gave up in the
+// middle may have been charged, once.
+func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (Verdict, error) {
+	return t.decide(ctx, storage.Take, id, o)
+}
+
+// Peek answers what Consume with the same options would answer now, and takes nothing: the Levels
+// of an allowed Peek are those after the cost. With Cost(0) they are those now.
+func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (Verdict, error) {
+	return t.decide(ctx, storage.Peek, id, o)
+}
+
+// Charge takes the cost from all buckets whether they admit it or not, and may leave debt, up to 4
+// capacities in all: for costs that are known only afterwards.
+func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
+	_, err := t.decide(ctx, storage.Force, id, o)
+	return err
+}
+
+// ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
+// only.
+func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (Verdict, error) {
+	r := storage.Request{Name: t.name}
+	n := 0
+	for _, part := range parts {
+		p, err := t.part(part.id, part.options)
+		if err != nil {
+			return t.rejected(ctx, Event{Op: OpConsume, Identifier: part.id, Err: err})
+		}
+		if p.Rules == nil {
+			continue
+		}
+		if n++; n == 1 {
+			r.Part = p
+		} else {
+			r.More = append(r.More, p)
+		}
+	}
+	return t.ask(ctx, &r)
+}
+
+func (t *Throttler) decide(ctx context.Context, mode storage.Mode, id string, o []Option) (Verdict, error) {
+	r := storage.Request{Name: t.name, Mode: mode}
+	var err error
+	if r.Part, err = t.part(id, o); err != nil {
+		return t.rejected(ctx, Event{Op: opOf(mode), Identifier: id, Err: err})
+	}
+	return t.ask(ctx, &r)
+}
+
+// part is the request for one identifier. Without rules: an unknown identifier that is allowed.
+func (t *Throttler) part(id string, options []Option) (storage.Part, error) {
+	s, cost := (*set)(nil), t.cost
+	for i := range options {
+		switch o := &options[i]; o.kind {
+		case costOption:
+			cost = o.n
+		case usingOption:
+			s = o.set
+		}
+	}
+	if s == nil {
+		s = t.set(id)
+	}
+	if s == nil || len(s.rules) == 0 {
+		return t.unknownPart(id, cost)
+	}
+	if s.err != nil {
+		return storage.Part{}, s.err
+	}
+	p := storage.NewPart(id, s.rules, cost)
+	for i := range options {
+		if o := &options[i]; o.kind == costOfOption {
+			j := s.find(o.bucket)
+			if j < 0 {
+				return storage.Part{}, noSuchBucket(o.bucket, id)
+			}
+			p.SetCost(j, o.n)
+		}
+	}
+	return p, nil
+}
+
+func noSuchBucket(bucket, id string) error {
+	return &BucketError{Bucket: bucket, Field: "CostOf", Reason: fmt.Sprintf("names none of the buckets of %.64q", id)}
+}
+
+func (t *Throttler) unknownPart(id string, cost int64) (storage.Part, error) {
+	if err := storage.ValidateIdentifier(id); err != nil {
+		return storage.Part{}, err
+	}
+	if cost < 0 {
+		return storage.Part{}, fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
+	}
+	if t.unknown == Allow {
+		return storage.Part{Identifier: id}, nil
+	}
+	return storage.Part{}, fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
+}
+
+// ask has the storage decide, and observes.
+func (t *Throttler) ask(ctx context.Context, r *storage.Request) (v Verdict, err error) {
+	var start time.Time
+	if t.observe != nil {
+		start = time.Now()
+	}
+	switch {
+	case r.Part.Rules == nil:
+		v.Allowed = true
+	default:
+		if r.Now, r.Clocked, err = t.now(); err == nil {
+			v, err = t.storage.Decide(ctx, *r)
+		}
+	}
+	cause := err
+	if err != nil && t.failed == Allow && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
+		v, err = Verdict{Allowed: true}, nil
+		v.Degrade()
+	}
+	if t.observe != nil {
+		t.observe(ctx, decided(r, v, cause, time.Since(start)))
+	}
+	return v, err
+}
+
+// now is the injected clock's time; without one the storage has its own.
+func (t *Throttler) now() (micros int64, clocked bool, err error) {
+	if t.clock == nil {
+		return 0, false, nil
+	}
+	micros, err = storage.Micros(t.clock.Now())
+	return micros, true, err
+}
+
+// Refund gives back what v took, or less: Cost(n) is n from every bucket, CostOf(bucket, n) n from
+// that one. It never gives back tokens that have already come back by themselves, and more than
+// was taken is ErrInvalidCost. A Continuous bucket's share that drained in the meantime is known
+// to a tick, nearly always one microsecond. Refund each verdict once: it does not remember.
+func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
+	if !v.Allowed {
+		return nil
+	}
+	n := 0
+	for i := range v.Parts() {
+		p := v.Part(i)
+		c := storage.Charge{Name: t.name, Identifier: p.Identifier, Rules: p.Rules, Amounts: make([]storage.Amount, len(p.Rules))}
+		if err := t.refund(&c, &v, p, n, o); err != nil {
+			return err
+		}
+		start := time.Now()
+		err := t.storage.Charge(ctx, c)
+		if t.observe != nil {
+			t.observe(ctx, Event{Op: OpRefund, Identifier: p.Identifier, Err: err, Duration: time.Since(start)})
+		}
+		if err != nil {
+			return err
+		}
+		n += len(p.Rules)
+	}
+	return nil
+}
+
+// refund fills in the amounts of one part, whose counts begin at number from.
+func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) (err error) {
+	if c.Now, c.Clocked, err = t.now(); err != nil {
+		return err
+	}
+	now := c.Now
+	if !c.Clocked {
+		now = storage.Monotonic()
+	}
+	for j := range p.Rules {
+		taken := p.Cost(j)
+		n := costFor(p.Rules[j].Name, taken, options)
+		if n < 0 || n > taken {
+			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
+		}
+		c.Amounts[j] = storage.Amount{N: -n, In: v.Count(from+j).ResetAfter - max(0, now-v.At())}
+	}
+	return nil
+}
+
+// costFor is what the options ask of one bucket.
+func costFor(bucket string, n int64, options []Option) int64 {
+	for _, o := range options {
+		if o.kind == costOption {
+			n = o.n
+		}
+	}
+	for _, o := range options {
+		if o.kind == costOfOption && o.bucket == bucket {
+			n = o.n
+		}
+	}
+	return n
+}
+
+// Reset forgets what the identifier has spent, from all of its buckets.
+func (t *Throttler) Reset(ctx context.Context, id string) error {
+	err := storage.ValidateIdentifier(id)
+	start := time.Now()
+	if err == nil {
+		err = t.storage.Reset(ctx, t.name, id)
+	}
+	if t.observe != nil {
+		t.observe(ctx, Event{Op: OpReset, Identifier: id, Err: err, Duration: time.Since(start)})
+	}
+	return err
+}
+
+// Op names what an Event is about.
+type Op string
+
+// The values of Op. Each try of a Wait is an OpConsume.
+const (
+	OpConsume Op = "consume"
+	OpPeek    Op = "peek"
+	OpCharge  Op = "charge"
+	OpRefund  Op = "refund"
+	OpReset   Op = "reset"
+)
+
+func opOf(m storage.Mode) Op {
+	return [...]Op{storage.Take: OpConsume, storage.Peek: OpPeek, storage.Force: OpCharge}[m]
+}
+
+// Event is what Observe is told of a call.
+type Event struct {
+	Op         Op
+	Identifier string  // of a refusal by one of several parts: of that part
+	Cost       int64   // the largest cost asked of a bucket
+	Bucket     string  // refused: the bucket with the longest RetryAfter
+	Verdict    Verdict // as the caller got it: Allowed, Levels, Source, Degraded
+	Err        error   // also when a policy allowed the call
+	Duration   time.Duration
+}
+
+func decided(r *storage.Request, v Verdict, err error, d time.Duration) Event {
+	e := Event{Op: opOf(r.Mode), Identifier: r.Part.Identifier, Verdict: v, Err: err, Duration: d}
+	for i := range r.Parts() {
+		p := r.At(i)
+		for j := range p.Rules {
+			e.Cost = max(e.Cost, p.Cost(j))
+		}
+	}
+	if v.Allowed {
+		return e
+	}
+	for _, l := range v.Levels() {
+		if l.RetryAfter == v.RetryAfter && l.RetryAfter > 0 {
+			e.Identifier, e.Bucket = l.Identifier, l.Bucket
+		}
+	}
+	return e
+}
+
+// rejected observes a call that was wrong.
+func (t *Throttler) rejected(ctx context.Context, e Event) (Verdict, error) {
+	if t.observe != nil {
+		t.observe(ctx, e)
+	}
+	return Verdict{}, e.Err
+}

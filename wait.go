@@ -1,0 +1,113 @@
+package throttler
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Wait blocks until the call is admitted: a leaky bucket, with Continuous().Burst(1). Calls of Wait
+// for one identifier on one Throttler are admitted in the order of their arrival, and wait by
+// Config.Clock. When the context's deadline is nearer than RetryAfter it returns at once the
+// denied Verdict and an error that wraps context.DeadlineExceeded; a context that ends later
+// returns its own error. Whoever leaves holds up nobody.
+func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, error) {
+	turn := t.lines.join(id)
+	defer t.lines.leave(id, turn)
+	select {
+	case <-turn:
+	default:
+		if v, err := t.queue(ctx, turn, id, o); err != nil {
+			return v, err
+		}
+	}
+	for {
+		v, err := t.decide(ctx, storage.Take, id, o)
+		if err != nil || v.Allowed {
+			return v, err
+		}
+		if err := t.tooLate(ctx, v.RetryAfter, id); err != nil {
+			return v, err
+		}
+		select {
+		case <-t.after(v.RetryAfter):
+		case <-ctx.Done():
+			return v, ctx.Err()
+		}
+	}
+}
+
+// queue waits for the turn, unless the deadline is nearer than even the first in line would have
+// to wait.
+func (t *Throttler) queue(ctx context.Context, turn <-chan struct{}, id string, o []Option) (Verdict, error) {
+	v, err := t.decide(ctx, storage.Peek, id, o)
+	if err != nil {
+		return v, err
+	}
+	v.Allowed = false
+	if err := t.tooLate(ctx, v.RetryAfter, id); err != nil {
+		return v, err
+	}
+	select {
+	case <-turn:
+		return v, nil
+	case <-ctx.Done():
+		return v, ctx.Err()
+	}
+}
+
+func (t *Throttler) tooLate(ctx context.Context, retry time.Duration, id string) error {
+	now := time.Now
+	if t.clock != nil {
+		now = t.clock.Now
+	}
+	if deadline, ok := ctx.Deadline(); ok && deadline.Before(now().Add(retry)) {
+		return fmt.Errorf("throttler: %.64q has to wait for %v: %w", id, retry, context.DeadlineExceeded)
+	}
+	return nil
+}
+
+func (t *Throttler) after(d time.Duration) <-chan time.Time {
+	if t.clock != nil {
+		return t.clock.After(d)
+	}
+	return time.After(d)
+}
+
+// lines are the queues of Wait, one an identifier. Who is first in one has a closed channel.
+type lines struct {
+	mu      sync.Mutex
+	waiting map[string][]chan struct{}
+}
+
+func (l *lines) join(id string) chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting == nil {
+		l.waiting = make(map[string][]chan struct{})
+	}
+	turn := make(chan struct{})
+	if l.waiting[id] = append(l.waiting[id], turn); len(l.waiting[id]) == 1 {
+		close(turn)
+	}
+	return turn
+}
+
+func (l *lines) leave(id string, turn chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at := slices.Index(l.waiting[id], turn)
+	rest := slices.Delete(l.waiting[id], at, at+1)
+	if len(rest) == 0 {
+		delete(l.waiting, id)
+		return
+	}
+	l.waiting[id] = rest
+	if at == 0 {
+		close(rest[0])
+	}
+}
