@@ -30,19 +30,69 @@ import (
 // Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
 type Hold struct{ End, N int64 }
 
-// State is what has been spent from one bucket. A nil Law is a bucket never seen. The zero State
-// is a full bucket.
+// State is what has been spent from one bucket. The zero State is that of a bucket never seen.
 type State struct {
-	Law   *Law   // the law it was spent under, not always that of the latest rule
-	Seen  int64  // when it was last changed
-	Holds []Hold // by End. Continuous: at most one, with N units of Period/Tick a token at Seen
+	Law  *Law  // the law it was spent under, not always that of the latest rule; nil: never seen
+	Seen int64 // when it was last changed
+
+	// By End. Continuous: at most one, with N units of Period/Tick a token at Seen. The first two are
+	// in the state itself, which so can be copied; more are all in many.
+	n    int
+	few  [2]Hold
+	many []Hold
 }
+
+// MakeState returns a state of the given holds, ordered by End. More than two are not copied, and
+// may be changed in place when something is taken.
+func MakeState(law *Law, seen int64, holds []Hold) State {
+	s := State{Law: law, Seen: seen}
+	if s.n = copy(s.few[:], holds); s.n < len(holds) {
+		s.many = holds
+	}
+	return s
+}
+
+// Holds returns the holds, by End. The result is part of the state.
+func (s *State) Holds() []Hold {
+	if s.many != nil {
+		return s.many
+	}
+	return s.few[:s.n]
+}
+
+// Append adds the hold that ends last.
+func (s *State) Append(h Hold) { s.insert(len(s.Holds()), h) }
+
+func (s *State) insert(i int, h Hold) {
+	switch {
+	case s.many != nil:
+		s.many = slices.Insert(s.many, i, h)
+	case s.n < len(s.few):
+		copy(s.few[i+1:], s.few[i:s.n])
+		s.few[i] = h
+		s.n++
+	default:
+		s.many = slices.Insert(append(make([]Hold, 0, 8), s.few[:]...), i, h)
+	}
+}
+
+// drop removes holds i to j.
+func (s *State) drop(i, j int) {
+	holds := s.Holds()
+	n := i + copy(holds[i:], holds[j:])
+	if s.n = n; s.many != nil {
+		s.many = s.many[:n]
+	}
+}
+
+// clear removes all holds.
+func (s *State) clear() { s.n, s.few[0], s.many = 0, Hold{}, nil }
 
 // Draw is one bucket in a decision.
 type Draw struct {
 	Rule  *Rule
 	Cost  int64
-	State State // replaced when something is taken; its Holds may then be changed in place
+	State State // changed when something is taken
 	Count Count // set by Decide
 }
 
@@ -54,8 +104,12 @@ func Decide(mode Mode, real int64, draws []Draw) bool {
 	allowed := true
 	for i := range draws {
 		d := &draws[i]
-		s, now := d.State.at(d.Rule, real) // 1, 2
-		spent := s.spent(now)              // 3
+		s := &d.State
+		if !s.believable(real) { // 1
+			s = &State{Law: &d.Rule.Law, Seen: real}
+		}
+		now := max(real, s.Seen) // 2
+		spent := s.spent(now)    // 3
 		d.Count = s.count(d.Rule, now, spent, real)
 		if d.Cost > 0 && d.Cost > d.Rule.Capacity-spent && mode != Force { // 4
 			allowed = false
@@ -71,9 +125,8 @@ func Decide(mode Mode, real int64, draws []Draw) bool {
 			continue
 		}
 		if mode == Peek {
-			var room [2]Hold
 			s := d.State
-			s.Holds = append(room[:0], s.Holds...)
+			s.many = slices.Clone(s.many)
 			d.Count = s.take(d.Rule, d.Cost, real)
 		} else {
 			d.Count = d.State.take(d.Rule, d.Cost, real)
@@ -90,10 +143,11 @@ func (s *State) take(r *Rule, cost, real int64) Count {
 	if r.Kind == Continuous {
 		s.level(cost * r.one())
 	} else if end := r.end(now); cost > 0 {
-		if k := len(s.Holds); k > 0 && (r.Kind == Replenish || s.Holds[k-1].End >= end) {
-			s.Holds[k-1].N += cost
+		holds := s.Holds()
+		if k := len(holds); k > 0 && (r.Kind == Replenish || holds[k-1].End >= end) {
+			holds[k-1].N += cost
 		} else {
-			s.Holds = append(s.Holds, Hold{end, cost})
+			s.insert(k, Hold{end, cost})
 		}
 	}
 	return s.count(r, now, spent+cost, real)
@@ -106,17 +160,17 @@ func (s *State) count(r *Rule, now, spent, real int64) Count {
 
 // open makes the state ready for a change under the law of r, and returns the bucket's own time.
 func (s *State) open(r *Rule, real int64) (now int64) {
-	*s, now = s.at(r, real)
+	if !s.believable(real) {
+		*s = State{Law: &r.Law, Seen: real}
+	}
+	now = max(real, s.Seen)
 	s.convert(r, now)
 	return now
 }
 
-// at is steps 1 and 2: the state to believe at the time real, and the bucket's own time.
-func (s *State) at(r *Rule, real int64) (State, int64) {
-	if s.Law == nil || s.Seen > real+s.Law.Period+tolerance {
-		return State{Law: &r.Law, Seen: real, Holds: s.Holds[:0]}, real
-	}
-	return *s, max(real, s.Seen)
+// believable is step 1.
+func (s *State) believable(real int64) bool {
+	return s.Law != nil && s.Seen <= real+s.Law.Period+tolerance
 }
 
 // Full reports whether nothing is spent at the time real, so that the state may be forgotten. One
@@ -163,7 +217,7 @@ func (l *Law) end(now int64) int64 {
 // units is what has not come back at now.
 func (s *State) units(now int64) int64 {
 	l, u := s.Law, int64(0)
-	for _, h := range s.Holds {
+	for _, h := range s.Holds() {
 		switch {
 		case l.Kind == Continuous:
 			if dt := l.ticks(now) - l.ticks(s.Seen); dt < ceil(h.N, l.Refill) {
@@ -188,12 +242,12 @@ func (s *State) back(now, room, spent int64) int64 {
 	}
 	l, left := s.Law, int64(0)
 	if l.Kind == Continuous {
-		return (l.ticks(s.Seen) + ceil(s.Holds[0].N-room*l.one(), l.Refill)) * l.Tick
+		return (l.ticks(s.Seen) + ceil(s.few[0].N-room*l.one(), l.Refill)) * l.Tick
 	}
-	for _, h := range s.Holds {
+	for _, h := range s.Holds() {
 		left += h.N
 	}
-	for _, h := range s.Holds {
+	for _, h := range s.Holds() {
 		if left -= h.N; left > room {
 			continue
 		}
@@ -216,12 +270,12 @@ func (s *State) convert(r *Rule, now int64) {
 	law := &r.Law
 	same := *s.Law == *law
 	if same && law.Kind != Continuous {
-		dead := 0
-		for dead < len(s.Holds) && law.ticks(s.Holds[dead].End+law.fade()) <= law.ticks(now) {
+		holds, dead := s.Holds(), 0
+		for dead < len(holds) && law.ticks(holds[dead].End+law.fade()) <= law.ticks(now) {
 			dead++
 		}
 		if dead > 0 {
-			s.Holds = s.Holds[:copy(s.Holds, s.Holds[dead:])]
+			s.drop(0, dead)
 		}
 		s.Law, s.Seen = law, now
 		return
@@ -235,12 +289,13 @@ func (s *State) convert(r *Rule, now int64) {
 		}
 		end = max(end, law.end(now))
 	}
-	s.Law, s.Seen, s.Holds = law, now, s.Holds[:0]
+	s.Law, s.Seen = law, now
+	s.clear()
 	spent := min(ceil(u, old), 4*r.Capacity)
 	switch {
 	case u == 0:
 	case law.Kind != Continuous:
-		s.Holds = append(s.Holds, Hold{end, spent})
+		s.insert(0, Hold{end, spent})
 	case same:
 		s.level(u)
 	case old == law.one():
@@ -252,10 +307,8 @@ func (s *State) convert(r *Rule, now int64) {
 
 // level adds units to a Continuous state at its Seen.
 func (s *State) level(units int64) {
-	if len(s.Holds) == 0 {
-		s.Holds = append(s.Holds, Hold{})
-	}
-	s.Holds[0].N += units
+	s.n = 1
+	s.few[0].N += units
 }
 
 // Charge adds a.N tokens that come back in a.In by themselves, whatever the state is; both are 0
@@ -274,14 +327,14 @@ func (s *State) Charge(r *Rule, a Amount, real int64) {
 		return
 	}
 	if h := s.received(now, Amount{n, a.In}); h.End+r.fade() > now {
-		i := 0
-		for i < len(s.Holds) && s.Holds[i].End < h.End {
+		holds, i := s.Holds(), 0
+		for i < len(holds) && holds[i].End < h.End {
 			i++
 		}
-		if i < len(s.Holds) && s.Holds[i].End == h.End {
-			s.Holds[i].N += n
+		if i < len(holds) && holds[i].End == h.End {
+			holds[i].N += n
 		} else {
-			s.Holds = slices.Insert(s.Holds, i, h)
+			s.insert(i, h)
 		}
 	}
 }
@@ -306,8 +359,9 @@ func (s *State) received(now int64, a Amount) Hold {
 	case SlidingLog:
 		end = roundUp(end, l.Grain)
 	case Replenish:
-		if k := len(s.Holds); k > 0 && abs(s.Holds[k-1].End-end) < ceil(l.Period, 2) {
-			end = s.Holds[k-1].End
+		holds := s.Holds()
+		if k := len(holds); k > 0 && abs(holds[k-1].End-end) < ceil(l.Period, 2) {
+			end = holds[k-1].End
 		}
 	}
 	return Hold{end, a.N}
@@ -318,25 +372,26 @@ func (s *State) received(now int64, a Amount) Hold {
 // still held there. A Continuous bucket gets back what has not drained since, to within a tick's
 // refill.
 func (s *State) Refund(n, in, real int64) {
-	if s.Law == nil || len(s.Holds) == 0 || n <= 0 || in <= 0 {
+	holds := s.Holds()
+	if len(holds) == 0 || n <= 0 || in <= 0 {
 		return
 	}
 	l, now := s.Law, max(real, s.Seen)
 	if l.Kind == Continuous {
 		n = min(n, math.MaxInt64/2/l.one())
-		s.Holds[0].N -= min(s.units(now), l.drained(n, in))
+		holds[0].N -= min(s.units(now), l.drained(n, in))
 		return
 	}
-	made := 0
-	for i, h := range s.Holds {
-		if want := real + min(in, farFuture) - l.fade(); abs(h.End-want) <= abs(s.Holds[made].End-want) {
+	made, want := 0, real+min(in, farFuture)-l.fade()
+	for i, h := range holds {
+		if abs(h.End-want) <= abs(holds[made].End-want) {
 			made = i
 		}
 	}
-	if h := &s.Holds[made]; n < h.N {
-		h.N -= n
+	if n < holds[made].N {
+		holds[made].N -= n
 	} else {
-		s.Holds = slices.Delete(s.Holds, made, made+1)
+		s.drop(made, made+1)
 	}
 }
 
@@ -345,7 +400,7 @@ func (s *State) Refund(n, in, real int64) {
 // rounded up to tokens, with the time until it is empty, which tells the level to within a tick's
 // refill. It is nil for a full bucket.
 func (s State) Debt(r *Rule, real int64) []Amount {
-	s.Holds = slices.Clone(s.Holds)
+	s.many = slices.Clone(s.many)
 	now := s.open(r, real)
 	if r.Kind == Continuous {
 		if n := s.spent(now); n > 0 {
@@ -354,7 +409,7 @@ func (s State) Debt(r *Rule, real int64) []Amount {
 		return nil
 	}
 	var out []Amount
-	for _, h := range s.Holds {
+	for _, h := range s.Holds() {
 		out = append(out, Amount{h.N, h.End + r.fade() - now})
 	}
 	return out
@@ -378,7 +433,7 @@ func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 		}
 	}
 	if len(theirs) > 0 {
-		s.Holds = highest(s.Holds, theirs, 4*r.Capacity)
+		*s = MakeState(s.Law, s.Seen, highest(s.Holds(), theirs, 4*r.Capacity))
 	}
 }
 

@@ -149,7 +149,9 @@ func (w twin) first(now, room int64) int64 {
 	}
 	step := int64(1)
 	for !fits(now + step) {
-		step *= 32
+		if step *= 32; step > 4*exact {
+			panic("never comes back")
+		}
 	}
 	return now + int64(sort.Search(int(step), func(i int) bool { return fits(now + int64(i)) }))
 }

@@ -39,55 +39,51 @@ func (e *entry) resize(n int) {
 	}
 }
 
-// state is that of cell i. Holds of the cell itself are put into room.
-func (e *entry) state(i int, room *[2]storage.Hold) storage.State {
+// state is that of cell i.
+func (e *entry) state(i int) storage.State {
 	c, law := e.cell(i), &e.layout.rules[i].Law
-	if c.seen == never {
-		return storage.State{Holds: room[:0]}
-	}
-	s := storage.State{Law: law, Seen: c.seen, Holds: room[:0]}
+	s := storage.State{Law: law, Seen: c.seen}
 	switch {
+	case c.seen == never:
+		return storage.State{}
 	case c.b == outside:
-		s.Holds = e.more.holds[i]
+		return storage.MakeState(law, c.seen, e.more.holds[i])
 	case law.Kind == storage.SlidingWindow:
 		end := c.seen - c.seen%law.Period + law.Period
 		if c.a > 0 {
-			s.Holds = append(s.Holds, storage.Hold{End: end - law.Period, N: c.a})
+			s.Append(storage.Hold{End: end - law.Period, N: c.a})
 		}
 		if c.b > 0 {
-			s.Holds = append(s.Holds, storage.Hold{End: end, N: c.b})
+			s.Append(storage.Hold{End: end, N: c.b})
 		}
 	case c.b > 0:
-		s.Holds = append(s.Holds, storage.Hold{End: c.a, N: c.b})
+		s.Append(storage.Hold{End: c.a, N: c.b})
 	}
 	return s
 }
 
 // set makes s the state of cell i, whose law is that of the layout.
 func (e *entry) set(i int, s *storage.State) {
-	c, law := e.cell(i), &e.layout.rules[i].Law
-	c.seen, c.a, c.b = s.Seen, 0, 0
-	if law.Kind == storage.SlidingWindow {
+	c, law, holds := e.cell(i), &e.layout.rules[i].Law, s.Holds()
+	*c = cell{seen: s.Seen}
+	switch {
+	case law.Kind == storage.SlidingWindow:
 		end := s.Seen - s.Seen%law.Period + law.Period
-		for _, h := range s.Holds {
+		for _, h := range holds {
 			switch h.End {
 			case end - law.Period:
 				c.a = h.N
 			case end:
 				c.b = h.N
 			default:
-				e.spill(i, c, s.Holds)
+				e.spill(i, c, holds)
 				return
 			}
 		}
-		return
-	}
-	switch len(s.Holds) {
-	case 0:
-	case 1:
-		c.a, c.b = s.Holds[0].End, s.Holds[0].N
-	default:
-		e.spill(i, c, s.Holds)
+	case len(holds) == 1:
+		c.a, c.b = holds[0].End, holds[0].N
+	case len(holds) > 1:
+		e.spill(i, c, holds)
 	}
 }
 
@@ -110,9 +106,8 @@ func (e *entry) spill(i int, c *cell, holds []storage.Hold) {
 
 // full reports whether all buckets of the entry are full, so that it may be forgotten.
 func (e *entry) full(now int64) bool {
-	var room [2]storage.Hold
 	for i := range e.layout.rules {
-		if s := e.state(i, &room); !s.Full(now) {
+		if s := e.state(i); !s.Full(now) {
 			return false
 		}
 	}
@@ -135,15 +130,15 @@ func (l *layout) find(name string, guess int) int {
 // load reads the states of the place's draws, which begin at number from. It fails when the
 // identifier would come to have too many buckets.
 func (p *place) load(c *call, from int) error {
+	if p.entry == nil {
+		return nil
+	}
 	e, extra := p.entry, 0
 	for j := range p.rules {
-		d, room := &c.draws[from+j], &c.room[from+j]
-		if e == nil {
-			d.State.Holds = room[:0]
-		} else if i := e.layout.find(d.Rule.Name, j); i >= 0 {
-			d.State = e.state(i, room)
+		d := &c.draws[from+j]
+		if i := e.layout.find(d.Rule.Name, j); i >= 0 {
+			d.State = e.state(i)
 		} else {
-			d.State.Holds = room[:0]
 			extra++
 		}
 	}
@@ -204,7 +199,7 @@ next:
 				continue next
 			}
 		}
-		if s := p.entry.state(i, new([2]storage.Hold)); !s.Full(c.now) {
+		if s := p.entry.state(i); !s.Full(c.now) {
 			out = append(out, leftover{rule, s})
 		}
 	}

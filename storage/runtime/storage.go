@@ -69,9 +69,8 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdic
 	}
 	v := storage.NewVerdict(&r, Source, c.now)
 	var few [inline]storage.Draw
-	var room [inline][2]storage.Hold
 	if len(r.More) == 0 && len(r.Part.Rules) <= inline {
-		c.draws, c.room = few[:len(r.Part.Rules)], room[:]
+		c.draws = few[:len(r.Part.Rules)]
 		for i := range c.draws {
 			c.draws[i].Rule, c.draws[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
 		}
@@ -79,7 +78,7 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdic
 		one[0] = s.place(r.Name, r.Part.Identifier, r.Part.Rules)
 		c.places = one[:]
 	} else {
-		s.spread(&c, &r)
+		c.draws, c.places = s.spread(&r)
 	}
 	if err := s.begin(&c); err != nil {
 		return storage.Verdict{}, err
@@ -93,15 +92,15 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdic
 }
 
 // spread lays out a request of many buckets or parts.
-func (s *Storage) spread(c *call, r *storage.Request) {
+func (s *Storage) spread(r *storage.Request) (draws []storage.Draw, places []place) {
 	for i := range r.Parts() {
 		p := r.At(i)
 		for j := range p.Rules {
-			c.draws = append(c.draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j)})
+			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j)})
 		}
-		c.places = append(c.places, s.place(r.Name, p.Identifier, p.Rules))
+		places = append(places, s.place(r.Name, p.Identifier, p.Rules))
 	}
-	c.room = make([][2]storage.Hold, len(c.draws))
+	return draws, places
 }
 
 // Charge implements storage.Storage.
@@ -114,7 +113,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 	}
 	n := len(ch.Rules)
 	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true, draws: make([]storage.Draw, n),
-		room: make([][2]storage.Hold, n), places: []place{s.place(ch.Name, ch.Identifier, ch.Rules)}}
+		places: []place{s.place(ch.Name, ch.Identifier, ch.Rules)}}
 	if !ch.Clocked {
 		c.now = storage.Monotonic()
 	}
@@ -165,8 +164,7 @@ type call struct {
 	keep    bool // false: nothing will be written
 	now     int64
 	draws   []storage.Draw
-	room    [][2]storage.Hold // of each draw, for the holds of a state kept inline
-	places  []place           // of each identifier
+	places  []place // of each identifier
 }
 
 // lock locks the shards of all places, each once and in the order of their indexes, so that no two calls wait for each other.
