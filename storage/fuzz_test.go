@@ -23,20 +23,31 @@ const (
 
 func TestDecideAgreesWithADumbTwinAtRefillInstants(t *testing.T) {
 	t.Parallel()
-	random := rand.New(rand.NewPCG(1, 2))
-	for range 2000 {
-		story := make([]byte, 20+random.IntN(70))
-		for i := range story {
-			story[i] = byte(random.Uint32())
-		}
-		agree(t, story)
+	for seed := range uint64(4) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			t.Parallel()
+			random := rand.New(rand.NewPCG(seed, 0))
+			for range 600 {
+				story := make([]byte, 10+random.IntN(80))
+				for i := range story {
+					story[i] = byte(random.Uint32())
+				}
+				agree(t, story)
+			}
+		})
 	}
 }
 
 func FuzzDecide(f *testing.F) {
 	for kind := range byte(5) {
-		f.Add([]byte{0, kind, 12, 5, 0, 2, 0, 0, 1, 2, 15, 0, 1, 0, 1, 15, 0, 0, 0, 1})
-		f.Add([]byte{1, kind, 13, 4, 0, (kind + 1) % 5, 9, 6, 0, 3, 0, 0, 2, 2, 15, 0, 0, 0, 2, 2, 14, 1, 2, 0, 2, 2})
+		f.Add([]byte{
+			0, kind, 12, 7, 0, 2, // one bucket of 100 in 10 s, in the year 2023
+			5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, // 1 token every 1.25 s
+			0, 24, 15, // a look
+			0, 0, 3, 0, 0, 15, // all that is left, and a refusal
+			10, 0, 0, 15, 10, 1, 24, 15, 10, 2, 0, 15, // around its RetryAfter
+			0, 7, 0, 2, (kind + 2) % 5, 15, 7, 1, 0, 15, // another kind, to its ResetAfter
+		})
 	}
 	f.Fuzz(func(t *testing.T, story []byte) { agree(t, story) })
 }
@@ -46,7 +57,6 @@ func agree(t *testing.T, story []byte) {
 	p := newPlay(story)
 	for n := 0; n < steps && len(p.feed) > 0; n++ {
 		p.moveClock()
-		p.swapRule()
 		mode := p.chooseMode()
 		p.chooseCosts(mode)
 		kept := cloned(p.draws)
@@ -66,13 +76,15 @@ type play struct {
 
 func newPlay(story []byte) *play {
 	p := &play{feed: story}
-	buckets := 1 + p.below(4)
-	for range buckets {
+	for range p.among(1, 1, 1, 2, 2, 3, 4) {
 		r := p.rule()
 		p.draws = append(p.draws, storage.Draw{Rule: r})
 		p.asks = append(p.asks, ask{rule: r})
 	}
-	p.real = p.among(0, 1, 1_700_000_000_123_456, 1_799_999_999_999_999, lastClock, p.number()%(lastClock+1))
+	p.real = p.among(0, 1, 1_700_000_000_123_456, 1_799_999_999_999_999, lastClock, -1)
+	if p.real < 0 {
+		p.real = p.number() % (lastClock + 1)
+	}
 	return p
 }
 
@@ -157,9 +169,12 @@ func cloned(draws []storage.Draw) []storage.Draw {
 // moveClock goes, in more than half of all steps, to where the last answer said that something
 // comes back: random times alone miss the faults.
 func (p *play) moveClock() {
-	d := &p.draws[p.below(len(p.draws))]
-	edge := p.among(-1, 0, 1)
-	switch p.below(16) {
+	move, edge := p.below(16), int64(0)
+	if move >= 4 {
+		edge = p.among(-1, 0, 1)
+	}
+	d := p.anyDraw()
+	switch move {
 	case 0:
 	case 1:
 		p.real += int64(p.byte())
@@ -170,19 +185,26 @@ func (p *play) moveClock() {
 	case 4:
 		p.real = d.State.Seen - d.Rule.Period - tolerance + edge
 	case 5:
-		p.real -= p.number() >> 12
+		p.real += d.Rule.Period/8 + edge
 	case 6:
 		p.real += d.Rule.Period - p.real%d.Rule.Period + edge
-	case 7, 8, 9, 10:
+	case 7, 8, 9:
 		p.real += d.Count.ResetAfter + edge
 	default:
-		p.real += latest(p.draws) + edge
+		p.real += nearest(p.draws) + edge
 	}
 	p.real = min(max(0, p.real), lastClock)
 }
 
-// latest is the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
-func latest(draws []storage.Draw) int64 {
+func (p *play) anyDraw() *storage.Draw {
+	if len(p.draws) == 1 {
+		return &p.draws[0]
+	}
+	return &p.draws[p.below(len(p.draws))]
+}
+
+// nearest is the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
+func nearest(draws []storage.Draw) int64 {
 	retry, reset := int64(0), int64(math.MaxInt64)
 	for i := range draws {
 		retry = max(retry, draws[i].Count.RetryAfter)
@@ -194,22 +216,30 @@ func latest(draws []storage.Draw) int64 {
 	return reset
 }
 
-// swapRule gives, in one step of eight, one bucket another rule.
-func (p *play) swapRule() {
-	if p.below(8) != 7 {
-		return
+// chooseMode also gives one bucket another rule, in one step of eight.
+func (p *play) chooseMode() storage.Mode {
+	b := p.byte()
+	if b%8 == 7 {
+		p.swapRule()
 	}
-	i, r := p.below(len(p.draws)), (*storage.Rule)(nil)
-	if old := p.draws[i].Rule; p.below(2) == 0 {
-		r = p.rule()
-	} else { // only another capacity, which may change the tick or the grain
-		r = p.makeRule(old.Kind, time.Duration(old.Period)*time.Microsecond, p.capacity(), max(1, old.Refill))
-	}
-	p.draws[i].Rule, p.asks[i].rule = r, r
+	return [...]storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[b/8%5]
 }
 
-func (p *play) chooseMode() storage.Mode {
-	return [...]storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[p.below(5)]
+func (p *play) swapRule() {
+	i := p.below(len(p.draws))
+	old := p.draws[i].Rule
+	kind, period, capacity, refill := old.Kind, time.Duration(old.Period)*time.Microsecond, old.Capacity, max(1, old.Refill)
+	switch p.below(4) {
+	case 0:
+		p.draws[i].Rule = p.rule()
+	case 1: // Another capacity may change the tick or the grain.
+		p.draws[i].Rule = p.makeRule(kind, period, p.capacity(), refill)
+	case 2: // Kinds of the same period may count in the same units.
+		p.draws[i].Rule = p.makeRule(storage.Kind(p.below(5)), period, capacity, refill)
+	case 3:
+		p.draws[i].Rule = p.makeRule(kind, period, capacity, p.capacity())
+	}
+	p.asks[i].rule = p.draws[i].Rule
 }
 
 func (p *play) chooseCosts(mode storage.Mode) {
@@ -224,7 +254,7 @@ func (p *play) chooseCosts(mode storage.Mode) {
 
 func (p *play) cost(d *storage.Draw) int64 {
 	most, left := d.Rule.Capacity, d.Count.Remaining
-	switch p.below(10) {
+	switch p.below(16) {
 	case 0:
 		return 0
 	case 1:
@@ -241,6 +271,8 @@ func (p *play) cost(d *storage.Draw) int64 {
 		return p.number() // beyond the capacity only in Force
 	case 7:
 		return p.among(4*most-1, 4*most, math.MaxInt64)
+	case 8, 9, 10:
+		return 1 + most/16
 	}
 	return 1
 }

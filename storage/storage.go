@@ -160,6 +160,15 @@ func invalidCost(bucket string, cost, capacity int64) error {
 	return fmt.Errorf("%w: %d tokens asked of bucket %q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, bucket, capacity)
 }
 
+// TooManyBuckets returns the BucketError of a call after which n buckets of an identifier would not be
+// full, or nil when n is at most MaxBuckets.
+func TooManyBuckets(rules []Rule, n int) error {
+	if n <= MaxBuckets {
+		return nil
+	}
+	return &BucketError{Bucket: rules[0].Name, Field: "Name", Reason: fmt.Sprintf("with this call %d buckets of the identifier are not full, must be at most %d", n, MaxBuckets)}
+}
+
 // Amount is N tokens of one bucket, all of which are back In microseconds from now by themselves.
 // It is how consumption crosses stores: durations do, timestamps never. A negative N gives back.
 type Amount struct{ N, In int64 }

@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"fmt"
 	"slices"
 
 	"github.com/go-throttler/throttler/storage"
@@ -143,10 +142,7 @@ func (p *place) load(c *call, from int) error {
 		}
 	}
 	if extra > 0 && extra+len(e.layout.rules) > storage.MaxBuckets {
-		if n := len(p.rules) + len(p.leftovers(c, from)); n > storage.MaxBuckets {
-			return &storage.BucketError{Bucket: c.draws[from].Rule.Name, Field: "Name", Reason: fmt.Sprintf(
-				"of identifier %.64q: with this call %d of its buckets are not full, must be at most %d", p.id, n, storage.MaxBuckets)}
-		}
+		return storage.TooManyBuckets(p.rules, len(p.rules)+len(p.leftovers(c, from)))
 	}
 	return nil
 }

@@ -143,6 +143,9 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := storage.ValidateIdentifier(identifier); err != nil {
+		return err
+	}
 	p := s.place(name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()

@@ -1,0 +1,155 @@
+package storagetest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+const goroutines = 200
+
+// together runs f in n goroutines that begin at the same moment, and waits for them.
+func together(n int, f func(i int)) {
+	var ready, done sync.WaitGroup
+	begin := make(chan struct{})
+	ready.Add(n)
+	for i := range n {
+		done.Go(func() {
+			ready.Done()
+			<-begin
+			f(i)
+		})
+	}
+	ready.Wait()
+	close(begin)
+	done.Wait()
+}
+
+func exactlyTheLimit(t *testing.T, s storage.Storage) {
+	for _, kind := range []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog} {
+		name, fifty := newName(), []storage.Rule{rule(t, "fifty", kind, time.Hour, 50, 50)}
+		var admitted atomic.Int64
+		together(goroutines, func(int) {
+			v, err := s.Decide(t.Context(), request(name, time.Hour, storage.Take, storage.NewPart("hot", fifty, 1)))
+			if assert.NoError(t, err) && v.Allowed {
+				admitted.Add(1)
+			}
+		})
+		assert.Equal(t, int64(50), admitted.Load(), "%v", kind)
+	}
+}
+
+func bothOrNeither(t *testing.T, s storage.Storage) {
+	name := newName()
+	small, large := rule(t, "small", storage.Replenish, 10*time.Second, 30, 0), rule(t, "large", storage.Continuous, time.Hour, 100, 100)
+	var admitted atomic.Int64
+	together(goroutines, func(int) {
+		v, err := s.Decide(t.Context(), request(name, 0, storage.Take, storage.NewPart("hot", []storage.Rule{small, large}, 1)))
+		if assert.NoError(t, err) && v.Allowed {
+			admitted.Add(1)
+		}
+	})
+	assert.Equal(t, int64(30), admitted.Load())
+	assert.Equal(t, []int64{0, 70}, remaining(t, s, name, "hot", small, large))
+}
+
+// transfers takes from two and three identifiers at a time, in all orders. Some refuse: then the
+// others must not have been charged.
+func transfers(t *testing.T, s storage.Storage) {
+	name, rules := newName(), []storage.Rule{rule(t, "forty", storage.Replenish, time.Hour, 40, 0)}
+	orders := [][]string{{"a", "b"}, {"b", "a"}, {"a", "b", "c"}, {"c", "b", "a"}, {"b", "c"}, {"c", "a"}}
+	var spent [3]atomic.Int64
+	together(goroutines, func(i int) {
+		order := orders[i%len(orders)]
+		r := request(name, 0, storage.Take, storage.NewPart(order[0], rules, 1))
+		for _, id := range order[1:] {
+			r.More = append(r.More, storage.NewPart(id, rules, 1))
+		}
+		v, err := s.Decide(t.Context(), r)
+		if assert.NoError(t, err) && v.Allowed {
+			for _, id := range order {
+				spent[id[0]-'a'].Add(1)
+			}
+		}
+	})
+	for i, id := range []string{"a", "b", "c"} {
+		assert.Equal(t, []int64{40 - spent[i].Load()}, remaining(t, s, name, id, rules...), id)
+	}
+	assert.Equal(t, int64(40), max(spent[0].Load(), spent[1].Load(), spent[2].Load()), "somebody reached the limit")
+}
+
+// linearizable records what concurrent callers were told and has porcupine look for one order of
+// the calls, within what was observed of their order, in which Decide would have told them the same.
+func linearizable(t *testing.T, s storage.Storage) {
+	const callers, calls = 8, 40
+	rules := []storage.Rule{rule(t, "few", storage.Replenish, 50*time.Microsecond, 20, 0), rule(t, "many", storage.Continuous, 100*time.Microsecond, 60, 60)}
+	for seed := range uint64(10) {
+		name := newName()
+		var mu sync.Mutex
+		var history []porcupine.Operation
+		began := time.Now()
+		together(callers, func(i int) {
+			rnd := rand.New(rand.NewPCG(seed, uint64(i)))
+			for n := range calls {
+				r := request(name, time.Duration(n+rnd.IntN(3))*time.Microsecond, []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Force}[rnd.IntN(4)],
+					storage.NewPart(fmt.Sprint("id-", rnd.IntN(2)), rules, rnd.Int64N(4)))
+				call := time.Since(began)
+				v, err := s.Decide(t.Context(), r)
+				back := time.Since(began)
+				if !assert.NoError(t, err) {
+					return
+				}
+				mu.Lock()
+				history = append(history, porcupine.Operation{ClientId: i, Input: r, Call: int64(call), Output: format(&v), Return: int64(back)})
+				mu.Unlock()
+			}
+		})
+		require.Len(t, history, callers*calls)
+		result := porcupine.CheckOperationsTimeout(consumption, history, 30*time.Second)
+		require.Equal(t, porcupine.Ok, result, "seed %d: no order of the calls explains the answers", seed)
+	}
+}
+
+// consumption is one identifier with two buckets, as Decide sees it.
+var consumption = porcupine.Model{
+	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
+		byID := map[string][]porcupine.Operation{}
+		for _, op := range history {
+			id := op.Input.(storage.Request).Part.Identifier
+			byID[id] = append(byID[id], op)
+		}
+		var out [][]porcupine.Operation
+		for _, ops := range byID {
+			out = append(out, ops)
+		}
+		return out
+	},
+	Init: func() any { return [2]storage.State{} },
+	Step: func(state, input, output any) (bool, any) {
+		states, r := state.([2]storage.State), input.(storage.Request)
+		var draws [2]storage.Draw
+		for i := range draws {
+			draws[i] = storage.Draw{Rule: &r.Part.Rules[i], Cost: r.Part.Cost(i), State: states[i]}
+		}
+		v := storage.NewVerdict(&r, "model", r.Now)
+		v.Allowed = storage.Decide(r.Mode, r.Now, draws[:])
+		for i, d := range draws {
+			v.Set(i, d.Count)
+			if v.Allowed && r.Mode != storage.Peek && d.Cost > 0 {
+				states[i] = d.State
+			}
+		}
+		return format(&v) == output.(string), states
+	},
+	Equal: reflect.DeepEqual,
+}

@@ -1,0 +1,195 @@
+package storagetest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+const (
+	sequences = 40
+	steps     = 150
+)
+
+// randomSequences plays seeded calls on the storage and on a Model, and compares every verdict. Half
+// of the steps go to the moment at which something comes back, a microsecond before or after.
+func randomSequences(t *testing.T, s storage.Storage) {
+	for seed := range uint64(sequences) {
+		g := newGame(t, s, seed)
+		for i := range steps {
+			g.now += g.pause()
+			g.step(i)
+		}
+	}
+}
+
+// randomClock is randomSequences with one identifier and a clock that also goes back, by less and by
+// more than is forgiven. With others the storage might have forgotten a full bucket, as it may, and
+// the Model would not.
+func randomClock(t *testing.T, s storage.Storage) {
+	for seed := range uint64(sequences) {
+		g := newGame(t, s, 1000+seed)
+		g.ids, g.named = g.ids[:1], true
+		for i := range steps {
+			g.now += g.pause()
+			if g.rnd.IntN(5) == 0 {
+				g.now = max(0, g.now-g.rnd.Int64N(1+[]int64{1000, 70_000_000, 8_000_000_000}[g.rnd.IntN(3)]))
+			}
+			g.step(i)
+		}
+	}
+}
+
+// game is one sequence.
+type game struct {
+	t      *testing.T
+	seed   uint64
+	rnd    *rand.Rand
+	name   string
+	ids    []string
+	named  bool // every call charges every bucket, so that none is ever full after one
+	rules  []storage.Rule
+	now    int64
+	soon   []int64 // when something of the last answers comes back
+	taken  []storage.Verdict
+	tested storage.Storage
+	model  *Model
+}
+
+func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
+	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel()}
+	g.now = g.rnd.Int64N(2) * (1_700_000_000_000_000 + g.rnd.Int64N(1_000_000_000))
+	for i := range 1 + g.rnd.IntN(5) {
+		g.rules = append(g.rules, g.rule(i))
+	}
+	return g
+}
+
+func (g *game) rule(i int) storage.Rule {
+	periods := []time.Duration{time.Microsecond, 7 * time.Microsecond, 1500 * time.Microsecond, time.Second, 10 * time.Second, 7 * time.Second, time.Hour, 31 * 24 * time.Hour}
+	kind := storage.Kind(g.rnd.IntN(5))
+	most := []int64{1, 3, 10, 300, 100_000}[g.rnd.IntN(5)]
+	for {
+		r, faults := storage.NewRule(fmt.Sprint("bucket-", i), kind, periods[g.rnd.IntN(len(periods))], 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
+		if faults == nil {
+			return r
+		}
+	}
+}
+
+// pause is how long until the next step.
+func (g *game) pause() int64 {
+	if len(g.soon) > 0 && g.rnd.IntN(2) == 0 {
+		return max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1)
+	}
+	switch g.rnd.IntN(6) {
+	case 0, 1, 2:
+		return 0
+	case 3:
+		return g.rnd.Int64N(10)
+	default:
+		return g.rnd.Int64N(2 * g.rules[g.rnd.IntN(len(g.rules))].Period)
+	}
+}
+
+func (g *game) step(i int) {
+	ctx, where := g.t.Context(), fmt.Sprintf("seed %d step %d at %d µs", g.seed, i, g.now)
+	switch g.rnd.IntN(20) {
+	case 0:
+		i := g.rnd.IntN(len(g.rules))
+		g.rules = slices.Clone(g.rules)
+		g.rules[i] = g.rule(i)
+	case 1:
+		id := g.id()
+		require.NoError(g.t, g.tested.Reset(ctx, g.name, id), where)
+		require.NoError(g.t, g.model.Reset(ctx, g.name, id), where)
+	case 2, 3:
+		c := g.charge()
+		require.NoError(g.t, g.model.Charge(ctx, c), where)
+		require.NoError(g.t, g.tested.Charge(ctx, c), where)
+	default:
+		r := g.request()
+		want, err := g.model.Decide(ctx, r)
+		require.NoError(g.t, err, where)
+		got, err := g.tested.Decide(ctx, r)
+		require.NoError(g.t, err, where)
+		require.Equal(g.t, format(&want), format(&got), "%s: %+v", where, r)
+		require.Equal(g.t, want.RetryAfter, got.RetryAfter, where)
+		g.remember(&want, r.Mode)
+	}
+}
+
+func (g *game) id() string { return g.ids[g.rnd.IntN(len(g.ids))] }
+
+func (g *game) request() storage.Request {
+	r := storage.Request{Name: g.name, Mode: []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(5)], Clocked: true, Now: g.now}
+	r.Part = g.part(g.id(), r.Mode)
+	if g.rnd.IntN(4) == 0 {
+		for _, id := range g.ids {
+			if id != r.Part.Identifier && g.rnd.IntN(3) == 0 {
+				r.More = append(r.More, g.part(id, r.Mode))
+			}
+		}
+	}
+	return r
+}
+
+func (g *game) part(id string, mode storage.Mode) storage.Part {
+	rules := g.rules
+	if !g.named && g.rnd.IntN(3) == 0 {
+		rules = slices.Clone(rules)
+		g.rnd.Shuffle(len(rules), func(i, j int) { rules[i], rules[j] = rules[j], rules[i] })
+		rules = rules[:1+g.rnd.IntN(len(rules))]
+	}
+	p := storage.NewPart(id, rules, 1)
+	for i, r := range rules {
+		n := []int64{0, 1, 1, 1, r.Capacity, 1 + g.rnd.Int64N(r.Capacity)}[g.rnd.IntN(6)]
+		if mode == storage.Force {
+			n = []int64{n, 3 * r.Capacity, 1<<63 - 1}[g.rnd.IntN(3)]
+		}
+		if g.named {
+			n = max(1, n)
+		}
+		p.SetCost(i, n)
+	}
+	return p
+}
+
+// charge is of small amounts, or gives back what an earlier decision took.
+func (g *game) charge() storage.Charge {
+	c := storage.Charge{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules}
+	for _, r := range c.Rules {
+		c.Amounts = append(c.Amounts, storage.Amount{N: g.rnd.Int64N(2*r.Capacity+1) - r.Capacity/2, In: g.rnd.Int64N(2 * r.Period)})
+	}
+	if g.named {
+		for i, r := range c.Rules {
+			c.Amounts[i] = storage.Amount{N: 1, In: r.Period}
+		}
+	}
+	if g.named || len(g.taken) == 0 || g.rnd.IntN(3) == 0 {
+		return c
+	}
+	v := g.taken[g.rnd.IntN(len(g.taken))]
+	p := v.Part(0)
+	c.Identifier, c.Rules, c.Amounts = p.Identifier, p.Rules, nil
+	for i := range p.Rules {
+		c.Amounts = append(c.Amounts, storage.Amount{N: -p.Cost(i), In: v.Count(i).ResetAfter - (g.now - v.At())})
+	}
+	return c
+}
+
+func (g *game) remember(v *storage.Verdict, mode storage.Mode) {
+	g.soon = g.soon[:0]
+	for _, l := range v.Levels() {
+		g.soon = append(g.soon, g.now+l.ResetAfter.Microseconds(), g.now+l.RetryAfter.Microseconds())
+	}
+	if v.Allowed && mode != storage.Peek {
+		g.taken = append(g.taken, *v)
+	}
+}

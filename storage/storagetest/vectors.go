@@ -1,0 +1,244 @@
+package storagetest
+
+import (
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// A vector file is a list of steps, played in order on one storage:
+//
+//	# a comment
+//	bucket NAME CAPACITY/PERIOD [continuous|fixed|sliding|log] [burst N]
+//	TIME take|peek|force PART [+ PART]… -> ok|no NAME=REMAINING/RESET[/RETRY]…
+//	TIME take|peek|force PART [+ PART]… -> an error, by its word
+//	TIME charge ID NAME=N@IN…
+//	TIME reset ID
+//
+// TIME is since the epoch, by an injected clock. A PART is ID [xCOST] [NAME[=COST]]…: the buckets
+// it names, or all in the order of their definition. A bucket that is defined again has a new
+// rule. In the expectation each bucket has what remains, the time until it is full, and if it
+// refused, the time until it would not. The error words are those of errorWords.
+
+//go:embed testdata/*.txt
+var files embed.FS
+
+var errorWords = map[string]error{
+	"invalid-identifier": storage.ErrInvalidIdentifier,
+	"invalid-cost":       storage.ErrInvalidCost,
+	"exceeds-capacity":   storage.ErrCostExceedsCapacity,
+}
+
+// vectors plays every file.
+func vectors(t *testing.T, s storage.Storage) {
+	found, err := fs.Glob(files, "testdata/*.txt")
+	require.NoError(t, err)
+	require.NotEmpty(t, found)
+	for _, file := range found {
+		text, err := files.ReadFile(file)
+		require.NoError(t, err)
+		t.Run(path.Base(file), func(t *testing.T) {
+			p := player{t: t, storage: s, name: newName()}
+			for i, line := range strings.Split(string(text), "\n") {
+				line, _, _ = strings.Cut(line, "#")
+				if fields := strings.Fields(line); len(fields) > 0 {
+					p.where = fmt.Sprintf("%s:%d: %s", path.Base(file), i+1, strings.TrimSpace(line))
+					p.step(fields)
+				}
+			}
+		})
+	}
+}
+
+type player struct {
+	t       *testing.T
+	storage storage.Storage
+	name    string
+	rules   []storage.Rule
+	where   string
+}
+
+func (p *player) step(fields []string) {
+	p.t.Helper()
+	if fields[0] == "bucket" {
+		p.bucket(fields[1:])
+		return
+	}
+	at := p.time(fields[0])
+	switch verb := fields[1]; verb {
+	case "reset":
+		require.NoError(p.t, p.storage.Reset(p.t.Context(), p.name, fields[2]), p.where)
+	case "charge":
+		p.charge(at, fields[2], fields[3:])
+	case "take", "peek", "force":
+		asked, want, found := strings.Cut(strings.Join(fields[2:], " "), " -> ")
+		require.True(p.t, found, "%s: no ->", p.where)
+		mode := map[string]storage.Mode{"take": storage.Take, "peek": storage.Peek, "force": storage.Force}[verb]
+		require.Equal(p.t, want, p.decide(at, mode, asked), p.where)
+	default:
+		require.Fail(p.t, "unknown verb", p.where)
+	}
+}
+
+var limit = regexp.MustCompile(`^(\d+)/(.+)$`)
+
+func (p *player) bucket(fields []string) {
+	m := limit.FindStringSubmatch(fields[1])
+	require.NotNil(p.t, m, p.where)
+	capacity := p.number(m[1])
+	kind, refill := storage.Replenish, capacity
+	for i := 2; i < len(fields); i++ {
+		switch word := fields[i]; word {
+		case "burst":
+			i++
+			capacity = p.number(fields[i])
+		default:
+			for kind.String() != word {
+				kind++
+				require.LessOrEqual(p.t, kind, storage.SlidingLog, p.where)
+			}
+		}
+	}
+	period := time.Duration(p.time(m[2])) * time.Microsecond
+	made, faults := storage.NewRule(fields[0], kind, period, capacity, refill)
+	require.NoError(p.t, errors.Join(faults...), p.where)
+	p.rules = append([]storage.Rule(nil), p.rules...)
+	for i := range p.rules {
+		if p.rules[i].Name == made.Name {
+			p.rules[i] = made
+			return
+		}
+	}
+	p.rules = append(p.rules, made)
+}
+
+func (p *player) decide(at int64, mode storage.Mode, asked string) string {
+	r := storage.Request{Name: p.name, Mode: mode, Clocked: true, Now: at}
+	for i, words := range strings.Split(asked, " + ") {
+		if part := p.part(strings.Fields(words)); i == 0 {
+			r.Part = part
+		} else {
+			r.More = append(r.More, part)
+		}
+	}
+	v, err := p.storage.Decide(p.t.Context(), r)
+	if err != nil {
+		for word, is := range errorWords {
+			if errors.Is(err, is) {
+				return word
+			}
+		}
+		return err.Error()
+	}
+	return format(&v)
+}
+
+// format is a verdict as the vectors write it.
+func format(v *storage.Verdict) string {
+	out := map[bool]string{true: "ok", false: "no"}[v.Allowed]
+	for _, l := range v.Levels() {
+		out += fmt.Sprintf(" %s=%d/%s", l.Bucket, l.Remaining, short(l.ResetAfter))
+		if l.RetryAfter != 0 {
+			out += "/" + short(l.RetryAfter)
+		}
+	}
+	return out
+}
+
+func (p *player) part(fields []string) storage.Part {
+	cost, names := int64(1), fields[1:]
+	if len(names) > 0 && regexp.MustCompile(`^x-?\d+$`).MatchString(names[0]) {
+		cost, names = p.number(names[0][1:]), names[1:]
+	}
+	if len(names) == 0 {
+		return storage.NewPart(p.id(fields[0]), p.rules, cost)
+	}
+	var rules []storage.Rule
+	for _, word := range names {
+		name, _, _ := strings.Cut(word, "=")
+		rules = append(rules, p.rule(name))
+	}
+	part := storage.NewPart(p.id(fields[0]), rules, cost)
+	for i, word := range names {
+		if _, n, found := strings.Cut(word, "="); found {
+			part.SetCost(i, p.number(n))
+		}
+	}
+	return part
+}
+
+func (p *player) charge(at int64, id string, words []string) {
+	c := storage.Charge{Name: p.name, Clocked: true, Now: at, Identifier: id}
+	for _, word := range words {
+		name, amount, _ := strings.Cut(word, "=")
+		n, in, found := strings.Cut(amount, "@")
+		require.True(p.t, found, p.where)
+		c.Rules = append(c.Rules, p.rule(name))
+		c.Amounts = append(c.Amounts, storage.Amount{N: p.number(n), In: p.time(in)})
+	}
+	require.NoError(p.t, p.storage.Charge(p.t.Context(), c), p.where)
+}
+
+func (p *player) rule(name string) storage.Rule {
+	for _, r := range p.rules {
+		if r.Name == name {
+			return r
+		}
+	}
+	require.Fail(p.t, "unknown bucket "+name, p.where)
+	return storage.Rule{}
+}
+
+// id reads an identifier; in quotes it may be empty, and "x*N" is N times x.
+func (p *player) id(word string) string {
+	if text, times, found := strings.Cut(word, "*"); found {
+		return strings.Repeat(text, int(p.number(times)))
+	}
+	return strings.Trim(word, `"`)
+}
+
+func (p *player) number(word string) int64 {
+	p.t.Helper()
+	n, err := strconv.ParseInt(word, 10, 64)
+	require.NoError(p.t, err, p.where)
+	return n
+}
+
+// time reads a duration, in microseconds. It may have days and be a sum: 2d+3us.
+func (p *player) time(word string) int64 {
+	p.t.Helper()
+	total := int64(0)
+	for _, term := range strings.Split(word, "+") {
+		if days, found := strings.CutSuffix(term, "d"); found {
+			total += p.number(days) * 24 * time.Hour.Microseconds()
+			continue
+		}
+		d, err := time.ParseDuration(term)
+		require.NoError(p.t, err, p.where)
+		total += d.Microseconds()
+	}
+	return total
+}
+
+// short is the duration without units that are zero.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return strings.ReplaceAll(s, "µ", "u")
+}
