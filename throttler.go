@@ -198,7 +198,11 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 }
 
 // RemoveBuckets removes all buckets of the identifier's own.
-func (t *Throttler) RemoveBuckets(id string) { t.own.Delete(id) }
+func (t *Throttler) RemoveBuckets(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.own.Delete(id)
+}
 
 func (t *Throttler) ownSet(id string) *set {
 	if !t.owned.Load() {

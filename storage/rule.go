@@ -39,10 +39,10 @@ const (
 	exact      = int64(1) << 53
 	maxPeriod  = 366 * 24 * time.Hour
 	maxName    = 64
-	logEntries = 256 // a log of at most this capacity keeps every token to the microsecond
-	farFuture  = int64(1) << 51
-	maxClock   = exact - farFuture
-	tolerance  = int64(60_000_000) // microseconds that a state may be ahead of the clock, beyond one period
+	logEntries = 256            // a log of at most this capacity is exact to the microsecond
+	farFuture  = int64(1) << 50 // 35 years in microseconds: the longest that anything takes to come back
+	maxClock   = exact - 2*farFuture
+	tolerance  = int64(60_000_000) // microseconds, beyond one period, that a state may be ahead of the clock
 )
 
 // Law says how the tokens of a bucket come back. Capacity is not part of it: changing only a

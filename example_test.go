@@ -1,0 +1,137 @@
+package throttler_test
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/benbjohnson/clock"
+
+	"github.com/go-throttler/throttler"
+)
+
+func Example() {
+	t, err := throttler.New(throttler.Config{}) // in process, one token a call
+	if err != nil {
+		panic(err)
+	}
+	err = t.AddBucket("user:42",
+		throttler.NewBucket(10*time.Second, 5), // 5 per 10 s
+		throttler.NewBucket(time.Hour, 100))    // AND 100 per hour
+	if err != nil {
+		panic(err)
+	}
+	for range 6 {
+		v, err := t.Consume("user:42") // takes from both, or from neither
+		if err != nil {
+			panic(err) // the storage failed, or the call is wrong
+		}
+		fmt.Println(v.Allowed, v.RetryAfter.Round(time.Second))
+	}
+	// Output:
+	// true 0s
+	// true 0s
+	// true 0s
+	// true 0s
+	// true 0s
+	// false 10s
+}
+
+// A test moves the time and does not sleep.
+func Example_fakeClock() {
+	mock := clock.NewMock()
+	t, _ := throttler.New(throttler.Config{
+		Clock:   mock,
+		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 1)},
+	})
+	for range 3 {
+		v, _ := t.Consume("anybody")
+		fmt.Println(v.Allowed, v.RetryAfter)
+		mock.Add(5 * time.Second)
+	}
+	// Output:
+	// true 0s
+	// false 5s
+	// true 0s
+}
+
+func ExampleVerdict_Levels() {
+	t, _ := throttler.New(throttler.Config{Clock: clock.NewMock(), Buckets: []throttler.Bucket{
+		throttler.NewBucket(10*time.Second, 5),
+		throttler.NewBucket(time.Hour, 100).Continuous(),
+	}})
+	v, _ := t.Consume("user:42", throttler.Cost(5))
+	for _, l := range v.Levels() {
+		fmt.Printf("%s: %d of %d left, full in %v\n", l.Bucket, l.Remaining, l.Limit, l.ResetAfter)
+	}
+	// Output:
+	// 5/10s: 0 of 5 left, full in 10s
+	// 100/1h/continuous: 95 of 100 left, full in 3m0s
+}
+
+// Plans are options that are made once. An upgrade counts at once and keeps what was spent, because
+// the buckets have the same name.
+func ExampleUsing() {
+	free := throttler.Using(throttler.NewBucket(time.Minute, 3).Named("requests"))
+	premium := throttler.Using(throttler.NewBucket(time.Minute, 10).Named("requests"))
+	t, _ := throttler.New(throttler.Config{Clock: clock.NewMock()})
+	for _, plan := range []throttler.Option{free, free, free, free, premium} {
+		v, _ := t.Consume("user:42", plan)
+		fmt.Println(v.Allowed, v.Levels()[0].Remaining)
+	}
+	// Output:
+	// true 2
+	// true 1
+	// true 0
+	// false 0
+	// true 6
+}
+
+// A call that is paid for when its cost is known: reserve, then give back what was not used.
+func ExampleThrottler_Refund() {
+	ctx := context.Background()
+	t, _ := throttler.New(throttler.Config{Clock: clock.NewMock(), Buckets: []throttler.Bucket{
+		throttler.NewBucket(time.Minute, 60).Named("requests"),
+		throttler.NewBucket(time.Minute, 10_000).Continuous().Named("tokens"),
+	}})
+	v, _ := t.Consume("user:42", throttler.CostOf("tokens", 1000))
+	_ = t.Refund(ctx, v, throttler.Cost(0), throttler.CostOf("tokens", 400))
+	v, _ = t.Peek(ctx, "user:42", throttler.Cost(0))
+	for _, l := range v.Levels() {
+		fmt.Println(l.Bucket, l.Remaining)
+	}
+	// Output:
+	// requests 59
+	// tokens 9400
+}
+
+func ExampleThrottler_ConsumeAll() {
+	ctx := context.Background()
+	t, _ := throttler.New(throttler.Config{Clock: clock.NewMock()})
+	_ = t.AddBucket("user:42", throttler.NewBucket(time.Minute, 10))
+	_ = t.AddBucket("org:7", throttler.NewBucket(time.Minute, 1))
+	for range 2 {
+		v, _ := t.ConsumeAll(ctx, throttler.For("user:42"), throttler.For("org:7"))
+		fmt.Println(v.Allowed)
+	}
+	v, _ := t.Peek(ctx, "user:42", throttler.Cost(0))
+	fmt.Println("user:42 has", v.Levels()[0].Remaining)
+	// Output:
+	// true
+	// false
+	// user:42 has 9
+}
+
+// Wait paces callers: a leaky bucket.
+func ExampleThrottler_Wait() {
+	t, _ := throttler.New(throttler.Config{Buckets: []throttler.Bucket{
+		throttler.NewBucket(time.Second, 100).Continuous().Burst(1),
+	}})
+	start := time.Now()
+	for range 3 {
+		_, _ = t.Wait(context.Background(), "printer")
+	}
+	fmt.Println("at least 20 ms passed:", time.Since(start) >= 20*time.Millisecond)
+	// Output:
+	// at least 20 ms passed: true
+}

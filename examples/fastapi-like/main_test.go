@@ -1,0 +1,332 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
+)
+
+const (
+	hello  = `{"message":"Hello User, you have access!"}`
+	limit  = `{"message":"You've reached the limit!"}`
+	secret = "s3cret-key"
+)
+
+// TestMain is the program itself when the environment says so.
+func TestMain(m *testing.M) {
+	if os.Getenv("FASTAPI_LIKE") != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// program is the example in a process of its own.
+type program struct {
+	*exec.Cmd
+	address string
+	stdout  *bufio.Scanner
+	stderr  strings.Builder
+}
+
+func command(t *testing.T, args ...string) *program {
+	p := &program{Cmd: exec.CommandContext(t.Context(), os.Args[0], args...)}
+	p.Env = append(os.Environ(), "FASTAPI_LIKE=1", "GORACE=atexit_sleep_ms=0")
+	p.Stderr = &p.stderr
+	return p
+}
+
+// start returns when the program listens.
+func start(t *testing.T) *program {
+	p := command(t, "-addr", "127.0.0.1:0")
+	stdout, err := p.StdoutPipe()
+	require.NoError(t, err)
+	p.stdout = bufio.NewScanner(stdout)
+	require.NoError(t, p.Start())
+	line := p.line(t)
+	require.Equal(t, "listening", line["msg"])
+	p.address, _ = line["address"].(string)
+	return p
+}
+
+// line reads one line of the log.
+func (p *program) line(t *testing.T) map[string]any {
+	require.True(t, p.stdout.Scan(), "the program has ended: %s", &p.stderr)
+	var line map[string]any
+	require.NoError(t, json.Unmarshal(p.stdout.Bytes(), &line), p.stdout.Text())
+	return line
+}
+
+// rest reads the log to its end.
+func (p *program) rest(t *testing.T) (lines []string) {
+	for p.stdout.Scan() {
+		lines = append(lines, p.stdout.Text())
+	}
+	require.NoError(t, p.stdout.Err())
+	return lines
+}
+
+type response struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// call asks like curl: by a new connection, from a new port.
+func (p *program) call(t *testing.T, method, path string, header ...string) response {
+	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+p.address+path, nil)
+	require.NoError(t, err)
+	setHeader(r, header)
+	r.Close = true
+	res, err := http.DefaultClient.Do(r)
+	require.NoError(t, err)
+	defer func() { _ = res.Body.Close() }()
+	body, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	return response{res.StatusCode, res.Header, string(body)}
+}
+
+func setHeader(r *http.Request, header []string) {
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
+}
+
+// checkJSON also checks that the answer is what a client of any kind can read.
+func checkJSON(t *testing.T, got response, status int, body string) {
+	require.Equal(t, status, got.status, got.body)
+	require.Equal(t, body, got.body)
+	require.Equal(t, "application/json", got.header.Get("Content-Type"))
+	require.Equal(t, status == http.StatusTooManyRequests, got.header.Get("Retry-After") != "")
+}
+
+func retryAfter(t *testing.T, got response) int {
+	seconds, err := strconv.Atoi(got.header.Get("Retry-After"))
+	require.NoError(t, err)
+	return seconds
+}
+
+func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	calls := 0
+	call := func(method, path string, header ...string) response {
+		calls++
+		return p.call(t, method, path, header...)
+	}
+
+	begin, before := time.Now(), 10
+	for i := range 20 {
+		got := call("GET", "/")
+		if i < 5 {
+			checkJSON(t, got, http.StatusOK, hello)
+			continue
+		}
+		checkJSON(t, got, http.StatusTooManyRequests, limit)
+		seconds := retryAfter(t, got)
+		left := 10*time.Second - time.Since(begin)
+		require.GreaterOrEqual(t, seconds, max(1, int(math.Ceil(left.Seconds()))), "it is too early to come back")
+		require.LessOrEqual(t, seconds, before, "it never grows")
+		before = seconds
+	}
+
+	// None of these is another client.
+	checkJSON(t, call("GET", "/", "X-Forwarded-For", "203.0.113.7", "X-Real-IP", "203.0.113.7", "Forwarded", "for=203.0.113.7"), http.StatusTooManyRequests, limit)
+	checkJSON(t, call("GET", "/", "X-API-Key", ""), http.StatusTooManyRequests, limit)
+	checkJSON(t, call("GET", "/?who=me"), http.StatusTooManyRequests, limit)
+
+	// These are.
+	for _, key := range []string{secret, secret + "-2", "127.0.0.1", "ip:127.0.0.1"} {
+		for range 5 {
+			checkJSON(t, call("GET", "/", "X-API-Key", key), http.StatusOK, hello)
+		}
+		checkJSON(t, call("GET", "/", "X-API-Key", key), http.StatusTooManyRequests, limit)
+	}
+
+	// These are no calls that count.
+	checkJSON(t, call("GET", "/nope"), http.StatusNotFound, `{"message":"Not found."}`)
+	checkJSON(t, call("POST", "/nope"), http.StatusNotFound, `{"message":"Not found."}`)
+	got := call("POST", "/")
+	checkJSON(t, got, http.StatusMethodNotAllowed, `{"message":"Method not allowed."}`)
+	require.Equal(t, "GET, HEAD", got.header.Get("Allow"))
+	checkJSON(t, call("GET", "/", "X-API-Key", strings.Repeat(secret, 103)), http.StatusBadRequest, `{"message":"The API key is too long."}`)
+
+	require.NoError(t, p.Process.Signal(syscall.SIGTERM))
+	lines := p.rest(t)
+	require.NoError(t, p.Wait())
+	require.Zero(t, p.ProcessState.ExitCode())
+	require.Empty(t, p.stderr.String())
+	require.Len(t, lines, calls+1)
+	for i, line := range lines {
+		require.NotContains(t, line, secret)
+		got := parse(t, line)
+		if i == calls {
+			require.Equal(t, "stopped", got["msg"])
+			require.Equal(t, "terminated signal received", got["reason"])
+			continue
+		}
+		require.Equal(t, "request", got["msg"])
+		require.Contains(t, []any{"key", "ip:127.0.0.1"}, got["client"])
+		require.Contains(t, []any{"GET", "POST"}, got["method"])
+		require.Contains(t, []any{"/", "/nope"}, got["path"])
+		elapsed, err := time.ParseDuration(fmt.Sprint(got["duration"]))
+		require.NoError(t, err)
+		require.Positive(t, elapsed)
+		if i < 20 {
+			require.Equal(t, "ip:127.0.0.1", got["client"])
+			require.EqualValues(t, map[bool]int{true: 200, false: 429}[i < 5], got["status"])
+		}
+	}
+}
+
+func parse(t *testing.T, line string) map[string]any {
+	var got map[string]any
+	require.NoError(t, json.Unmarshal([]byte(line), &got), line)
+	return got
+}
+
+func TestAnOccupiedPortIsAReadableErrorAndExitCode1(t *testing.T) {
+	t.Parallel()
+	occupied, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer func() { _ = occupied.Close() }()
+	p := command(t, "-addr", occupied.Addr().String())
+	stdout, err := p.Output()
+	require.Error(t, err)
+	require.Equal(t, 1, p.ProcessState.ExitCode())
+	require.Empty(t, stdout)
+	require.Equal(t, "fastapi-like: listen tcp "+occupied.Addr().String()+": bind: address already in use\n", p.stderr.String())
+}
+
+func TestASecondSignalKillsAProgramThatWaitsForAClient(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	// A connection that says nothing yet is one that Shutdown waits for.
+	silent, err := new(net.Dialer).DialContext(t.Context(), "tcp", p.address)
+	require.NoError(t, err)
+	defer func() { _ = silent.Close() }()
+	p.call(t, "GET", "/nope") // accepted later than the silent one
+
+	again := time.NewTicker(20 * time.Millisecond) // the second may come before the first was handled
+	go func() {
+		for p.Process.Signal(syscall.SIGTERM) == nil {
+			<-again.C
+		}
+	}()
+	require.Len(t, p.rest(t), 1, "no line says that it stopped")
+	require.EqualError(t, p.Wait(), "signal: terminated")
+}
+
+// fakeClock stands still until it is moved.
+type fakeClock struct{ now time.Time }
+
+func (c *fakeClock) Now() time.Time                       { return c.now }
+func (c *fakeClock) After(time.Duration) <-chan time.Time { panic("the example never waits") }
+func (c *fakeClock) forward(d time.Duration)              { c.now = c.now.Add(d) }
+
+// service is the handler with the program's limit, without a network.
+func service(t *testing.T, c throttler.Config, log io.Writer) func(header ...string) response {
+	c.Buckets = []throttler.Bucket{throttler.NewBucket(10*time.Second, 5)}
+	limiter, err := throttler.New(c)
+	require.NoError(t, err)
+	h := newHandler(limiter, slog.New(slog.NewJSONHandler(log, nil)))
+	return func(header ...string) response {
+		w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", "/", nil)
+		setHeader(r, header)
+		h.ServeHTTP(w, r)
+		return response{w.Code, w.Header(), w.Body.String()}
+	}
+}
+
+func TestAllFiveAreBackTenSecondsAfterTheFirst(t *testing.T) {
+	t.Parallel()
+	clock := &fakeClock{time.Unix(1_800_000_000, 0)}
+	get := service(t, throttler.Config{Clock: clock}, io.Discard)
+	for range 3 {
+		for range 5 {
+			checkJSON(t, get(), http.StatusOK, hello)
+			clock.forward(time.Second)
+		}
+		clock.forward(5*time.Second - time.Microsecond)
+		checkJSON(t, get(), http.StatusTooManyRequests, limit)
+		clock.forward(time.Microsecond)
+	}
+}
+
+func TestWaitingExactlyRetryAfterSecondsIsEnoughAndASecondLessIsNot(t *testing.T) {
+	t.Parallel()
+	for after, want := range map[time.Duration]int{
+		0:                                 10,
+		time.Microsecond:                  10,
+		999_999 * time.Microsecond:        10,
+		time.Second:                       9,
+		2500 * time.Millisecond:           8,
+		9 * time.Second:                   1,
+		10*time.Second - time.Nanosecond:  1,
+		10*time.Second - time.Microsecond: 1,
+	} {
+		t.Run(after.String(), func(t *testing.T) {
+			t.Parallel()
+			clock := &fakeClock{time.Unix(1_800_000_000, 0)}
+			get := service(t, throttler.Config{Clock: clock}, io.Discard)
+			for range 5 {
+				checkJSON(t, get(), http.StatusOK, hello)
+			}
+			clock.forward(after)
+			got := get()
+			checkJSON(t, got, http.StatusTooManyRequests, limit)
+			require.Equal(t, want, retryAfter(t, got))
+			clock.forward(time.Duration(want-1) * time.Second)
+			checkJSON(t, get(), http.StatusTooManyRequests, limit)
+			clock.forward(time.Second)
+			checkJSON(t, get(), http.StatusOK, hello)
+		})
+	}
+}
+
+func TestAKeyOfAnIdentifierOf1024BytesIsTheLongest(t *testing.T) {
+	t.Parallel()
+	get := service(t, throttler.Config{}, io.Discard)
+	longest := strings.Repeat("k", 1024-len("key:"))
+	checkJSON(t, get("X-API-Key", longest), http.StatusOK, hello)
+	checkJSON(t, get("X-API-Key", longest+"k"), http.StatusBadRequest, `{"message":"The API key is too long."}`)
+}
+
+// broken is a storage that fails, and tells whose call it was.
+type broken struct{ storage.Storage }
+
+func (broken) Decide(_ context.Context, r storage.Request) (storage.Verdict, error) {
+	return storage.Verdict{}, fmt.Errorf("%w: %s: %w", throttler.ErrUnavailable, r.Part.Identifier, errors.New("connection refused"))
+}
+
+func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	get := service(t, throttler.Config{Storage: broken{}}, &log)
+	checkJSON(t, get("X-API-Key", secret), http.StatusServiceUnavailable, `{"message":"The service is unavailable, please try again later."}`)
+	require.NotContains(t, log.String(), secret)
+	line := parse(t, log.String())
+	require.Equal(t, "ERROR", line["level"])
+	require.EqualValues(t, 503, line["status"])
+	require.Equal(t, "throttler: storage unavailable: key: connection refused", line["error"])
+}

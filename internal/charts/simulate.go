@@ -1,0 +1,98 @@
+package main
+
+import (
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// What is drawn, in microseconds where it is a time.
+const (
+	capacity = 5
+	period   = int64(10 * time.Second / time.Microsecond)
+	step     = period / 100
+	steps    = 300
+)
+
+// client says how many tokens to ask for at a step, one by one, when so many remain.
+type client func(i int, remaining int64) int64
+
+// run is what happened to a client.
+type run struct {
+	calls  []call
+	levels []level // one for each step
+}
+
+// call is one token asked for.
+type call struct {
+	at       int64
+	admitted bool
+}
+
+// level is the tokens that remain before and after the calls of a step.
+type level struct{ before, after int64 }
+
+func ruleOf(kind storage.Kind, capacity int64) *storage.Rule {
+	r, faults := storage.NewRule("chart", kind, time.Duration(period)*time.Microsecond, capacity, capacity)
+	if len(faults) > 0 {
+		panic(faults[0])
+	}
+	return &r
+}
+
+// simulate begins at the epoch, so that the edges of a FixedWindow are multiples of the period.
+func simulate(r *storage.Rule, steps int, step int64, c client) run {
+	var out run
+	draws := []storage.Draw{{Rule: r}}
+	ask := func(at, cost int64) (remaining int64, admitted bool) {
+		draws[0].Cost = cost
+		admitted = storage.Decide(storage.Take, at, draws)
+		return draws[0].Count.Remaining, admitted
+	}
+	for i := range steps {
+		now := int64(i) * step
+		before, _ := ask(now, 0) // a cost of 0 takes nothing and tells the level
+		after := before
+		for range c(i, before) {
+			var admitted bool
+			after, admitted = ask(now, 1)
+			out.calls = append(out.calls, call{now, admitted})
+		}
+		out.levels = append(out.levels, level{before, after})
+	}
+	return out
+}
+
+// worst is the half-open window [from, from+length) in which most calls were admitted: the first
+// of equals. One that begins with an admitted call is always among the worst.
+func (r *run) worst(length int64) (from int64, most int) {
+	var admitted []int64
+	for _, c := range r.calls {
+		if c.admitted {
+			admitted = append(admitted, c.at)
+		}
+	}
+	end := 0
+	for i, t := range admitted {
+		for end < len(admitted) && admitted[end] < t+length {
+			end++
+		}
+		if end-i > most {
+			from, most = t, end-i
+		}
+	}
+	return from, most
+}
+
+// run plays the script of a chart.
+func (c chart) run() run {
+	return simulate(ruleOf(c.kind, capacity), steps, step, func(i int, _ int64) int64 {
+		n := 0
+		for _, a := range c.script {
+			if i >= a.from && i < a.to && (i-a.from)%a.every == 0 {
+				n += a.count
+			}
+		}
+		return int64(n)
+	})
+}
