@@ -94,6 +94,7 @@ type Config struct {
 type Throttler struct {
 	name     string
 	storage  storage.Storage
+	memory   *runtime.Storage // the storage, if it is one: called without copies
 	cost     int64
 	defaults *set // nil: none
 	unknown  Policy
@@ -119,6 +120,7 @@ func New(c Config) (*Throttler, error) {
 	if t.storage == nil {
 		t.storage = runtime.New(nil)
 	}
+	t.memory, _ = t.storage.(*runtime.Storage)
 	if t.cost == 0 {
 		t.cost = 1
 	}
@@ -286,37 +288,39 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
 // only.
-func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (Verdict, error) {
+func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
 	r := storage.Request{Name: t.name}
-	n := 0
 	for _, part := range parts {
-		p, err := t.part(part.id, part.options)
-		if err != nil {
-			return t.rejected(ctx, Event{Op: OpConsume, Identifier: part.id, Err: err})
+		var p storage.Part
+		if err := t.part(&p, part.id, part.options); err != nil {
+			t.rejected(ctx, OpConsume, part.id, err)
+			return v, err
 		}
-		if p.Rules == nil {
-			continue
-		}
-		if n++; n == 1 {
+		switch {
+		case p.Rules == nil:
+		case r.Part.Rules == nil:
 			r.Part = p
-		} else {
+		default:
 			r.More = append(r.More, p)
 		}
 	}
-	return t.ask(ctx, &r)
+	err = t.ask(ctx, &r, &v)
+	return v, err
 }
 
-func (t *Throttler) decide(ctx context.Context, mode storage.Mode, id string, o []Option) (Verdict, error) {
+func (t *Throttler) decide(ctx context.Context, mode storage.Mode, id string, o []Option) (v Verdict, err error) {
 	r := storage.Request{Name: t.name, Mode: mode}
-	var err error
-	if r.Part, err = t.part(id, o); err != nil {
-		return t.rejected(ctx, Event{Op: opOf(mode), Identifier: id, Err: err})
+	if err = t.part(&r.Part, id, o); err != nil {
+		t.rejected(ctx, opOf(mode), id, err)
+		return v, err
 	}
-	return t.ask(ctx, &r)
+	err = t.ask(ctx, &r, &v)
+	return v, err
 }
 
-// part is the request for one identifier. Without rules: an unknown identifier that is allowed.
-func (t *Throttler) part(id string, options []Option) (storage.Part, error) {
+// part is the request for one identifier, in place of a zero one. Without rules it is an unknown
+// identifier that is allowed.
+func (t *Throttler) part(p *storage.Part, id string, options []Option) error {
 	s, cost := (*set)(nil), t.cost
 	for i := range options {
 		switch o := &options[i]; o.kind {
@@ -330,73 +334,76 @@ func (t *Throttler) part(id string, options []Option) (storage.Part, error) {
 		s = t.set(id)
 	}
 	if s == nil || len(s.rules) == 0 {
-		return t.unknownPart(id, cost)
+		return t.unknownPart(p, id, cost)
 	}
 	if s.err != nil {
-		return storage.Part{}, s.err
+		return s.err
 	}
-	p := storage.NewPart(id, s.rules, cost)
+	p.Begin(id, s.rules, cost)
 	for i := range options {
 		if o := &options[i]; o.kind == costOfOption {
 			j := s.find(o.bucket)
 			if j < 0 {
-				return storage.Part{}, noSuchBucket(o.bucket, id)
+				return noSuchBucket(o.bucket, id)
 			}
 			p.SetCost(j, o.n)
 		}
 	}
-	return p, nil
+	return nil
 }
 
 func noSuchBucket(bucket, id string) error {
 	return &BucketError{Bucket: bucket, Field: "CostOf", Reason: fmt.Sprintf("names none of the buckets of %.64q", id)}
 }
 
-func (t *Throttler) unknownPart(id string, cost int64) (storage.Part, error) {
+func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
 	if err := storage.ValidateIdentifier(id); err != nil {
-		return storage.Part{}, err
+		return err
 	}
 	if cost < 0 {
-		return storage.Part{}, fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
+		return fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
 	}
 	if t.unknown == Allow {
-		return storage.Part{Identifier: id}, nil
+		p.Identifier = id
+		return nil
 	}
-	return storage.Part{}, fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
+	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
 }
 
-// ask has the storage decide, and observes.
-func (t *Throttler) ask(ctx context.Context, r *storage.Request) (v Verdict, err error) {
+// ask has the storage decide, in place of a zero Verdict, and observes.
+func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (err error) {
 	var start time.Time
 	if t.observe != nil {
 		start = time.Now()
 	}
-	switch {
-	case r.Part.Rules == nil:
+	if r.Part.Rules == nil {
 		v.Allowed = true
-	default:
-		if r.Now, r.Clocked, err = t.now(); err == nil {
-			v, err = t.storage.Decide(ctx, *r)
+	} else if err = t.now(&r.Now, &r.Clocked); err == nil {
+		if t.memory != nil {
+			err = t.memory.DecideInto(ctx, r, v)
+		} else {
+			*v, err = t.storage.Decide(ctx, *r)
 		}
 	}
 	cause := err
 	if err != nil && t.failed == Allow && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
-		v, err = Verdict{Allowed: true}, nil
+		*v, err = Verdict{Allowed: true}, nil
 		v.Degrade()
 	}
 	if t.observe != nil {
-		t.observe(ctx, decided(r, v, cause, time.Since(start)))
+		t.observe(ctx, decided(r, *v, cause, time.Since(start)))
 	}
-	return v, err
+	return err
 }
 
-// now is the injected clock's time; without one the storage has its own.
-func (t *Throttler) now() (micros int64, clocked bool, err error) {
+// now tells the injected clock's time; without one the storage has its own.
+func (t *Throttler) now(micros *int64, clocked *bool) (err error) {
 	if t.clock == nil {
-		return 0, false, nil
+		return nil
 	}
-	micros, err = storage.Micros(t.clock.Now())
-	return micros, true, err
+	*clocked = true
+	*micros, err = storage.Micros(t.clock.Now())
+	return err
 }
 
 // Refund gives back what v took, or less: Cost(n) is n from every bucket, CostOf(bucket, n) n from
@@ -428,8 +435,8 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 }
 
 // refund fills in the amounts of one part, whose counts begin at number from.
-func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) (err error) {
-	if c.Now, c.Clocked, err = t.now(); err != nil {
+func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) error {
+	if err := t.now(&c.Now, &c.Clocked); err != nil {
 		return err
 	}
 	now := c.Now
@@ -522,9 +529,8 @@ func decided(r *storage.Request, v Verdict, err error, d time.Duration) Event {
 }
 
 // rejected observes a call that was wrong.
-func (t *Throttler) rejected(ctx context.Context, e Event) (Verdict, error) {
+func (t *Throttler) rejected(ctx context.Context, op Op, id string, err error) {
 	if t.observe != nil {
-		t.observe(ctx, e)
+		t.observe(ctx, Event{Op: op, Identifier: id, Err: err})
 	}
-	return Verdict{}, e.Err
 }

@@ -49,6 +49,19 @@ func FuzzDecide(f *testing.F) {
 			0, 7, 0, 2, (kind + 2) % 5, 15, 7, 1, 0, 15, // another kind, to its ResetAfter
 		})
 	}
+	f.Add([]byte{
+		0, 3, 12, 7, 0, 2, // a sliding window of 100 in 10 s
+		0, 32, 7, 1, // 400 by force
+		0, 7, 0, 1, 4, 0, // 5 in 10 s
+		0, 39, 0, 2, 1, 15, // the same continuously, in the same units: 20 are kept
+		10, 1, 0, 15,
+	})
+	f.Add([]byte{
+		0, 4, 12, 7, 0, 2, // a log of 100 in 10 s
+		5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, // three holds
+		0, 7, 0, 1, 11, 15, // 1000 in 10 s, which has a grain: one hold
+		5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15,
+	})
 	f.Fuzz(func(t *testing.T, story []byte) { agree(t, story) })
 }
 

@@ -90,15 +90,23 @@ type Part struct {
 }
 
 // NewPart asks every rule for the same cost.
-func NewPart(identifier string, rules []Rule, cost int64) Part {
-	p := Part{Identifier: identifier, Rules: rules, costs: [inline]int64{cost, cost, cost, cost}}
+func NewPart(identifier string, rules []Rule, cost int64) (p Part) {
+	p.Begin(identifier, rules, cost)
+	return p
+}
+
+// Begin is NewPart in place of a zero Part.
+func (p *Part) Begin(identifier string, rules []Rule, cost int64) {
+	p.Identifier, p.Rules = identifier, rules
+	for i := range p.costs {
+		p.costs[i] = cost
+	}
 	if len(rules) > inline {
 		p.rest = make([]int64, len(rules)-inline)
 		for i := range p.rest {
 			p.rest[i] = cost
 		}
 	}
-	return p
 }
 
 // Cost is what rule i is asked for, in tokens.
@@ -225,8 +233,14 @@ type Count struct{ Remaining, ResetAfter, RetryAfter int64 }
 //
 // At is when the decision was made, in microseconds: r.Now when r is Clocked, else by Monotonic of
 // this process. A later Refund takes the time since then off what it gives back.
-func NewVerdict(r *Request, source string, at int64) Verdict {
-	v := Verdict{source: source, at: at, part: r.Part}
+func NewVerdict(r *Request, source string, at int64) (v Verdict) {
+	v.Begin(r, source, at)
+	return v
+}
+
+// Begin is NewVerdict in place of a zero Verdict.
+func (v *Verdict) Begin(r *Request, source string, at int64) {
+	v.source, v.at, v.part = source, at, r.Part
 	n := len(r.Part.Rules)
 	for i := range r.More {
 		n += len(r.More[i].Rules)
@@ -234,12 +248,13 @@ func NewVerdict(r *Request, source string, at int64) Verdict {
 	if n > inline || len(r.More) > 0 {
 		v.more = &more{parts: r.More, counts: make([]Count, max(0, n-inline))}
 	}
-	return v
 }
 
 // Set records the count of bucket i, counted through all parts in order.
 func (v *Verdict) Set(i int, c Count) {
-	v.RetryAfter = max(v.RetryAfter, duration(c.RetryAfter))
+	if c.RetryAfter > 0 {
+		v.RetryAfter = max(v.RetryAfter, duration(c.RetryAfter))
+	}
 	if i < inline {
 		v.counts[i] = c
 	} else {

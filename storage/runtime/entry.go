@@ -38,15 +38,16 @@ func (e *entry) resize(n int) {
 	}
 }
 
-// state is that of cell i.
-func (e *entry) state(i int) storage.State {
+// state reads cell i, in place of a zero State.
+func (e *entry) state(i int, s *storage.State) {
 	c, law := e.cell(i), &e.layout.rules[i].Law
-	s := storage.State{Law: law, Seen: c.seen}
+	if c.seen == never {
+		return
+	}
+	s.Law, s.Seen = law, c.seen
 	switch {
-	case c.seen == never:
-		return storage.State{}
 	case c.b == outside:
-		return storage.MakeState(law, c.seen, e.more.holds[i])
+		*s = storage.MakeState(law, c.seen, e.more.holds[i])
 	case law.Kind == storage.SlidingWindow:
 		end := c.seen - c.seen%law.Period + law.Period
 		if c.a > 0 {
@@ -58,7 +59,6 @@ func (e *entry) state(i int) storage.State {
 	case c.b > 0:
 		s.Append(storage.Hold{End: c.a, N: c.b})
 	}
-	return s
 }
 
 // set makes s the state of cell i, whose law is that of the layout.
@@ -106,20 +106,21 @@ func (e *entry) spill(i int, c *cell, holds []storage.Hold) {
 // full reports whether all buckets of the entry are full, so that it may be forgotten.
 func (e *entry) full(now int64) bool {
 	for i := range e.layout.rules {
-		if s := e.state(i); !s.Full(now) {
+		var s storage.State
+		if e.state(i, &s); !s.Full(now) {
 			return false
 		}
 	}
 	return true
 }
 
-// find is the cell of the bucket with the given name, or -1. The guess is nearly always right.
-func (l *layout) find(name string, guess int) int {
-	if guess < len(l.rules) && l.rules[guess].Name == name {
+// find is the cell of the bucket of that name, or -1. The guess is nearly always right.
+func (l *layout) find(r *storage.Rule, guess int) int {
+	if guess < len(l.rules) && (&l.rules[guess] == r || l.rules[guess].Name == r.Name) {
 		return guess
 	}
 	for i := range l.rules {
-		if l.rules[i].Name == name {
+		if l.rules[i].Name == r.Name {
 			return i
 		}
 	}
@@ -135,8 +136,8 @@ func (p *place) load(c *call, from int) error {
 	e, extra := p.entry, 0
 	for j := range p.rules {
 		d := &c.draws[from+j]
-		if i := e.layout.find(d.Rule.Name, j); i >= 0 {
-			d.State = e.state(i)
+		if i := e.layout.find(d.Rule, j); i >= 0 {
+			e.state(i, &d.State)
 		} else {
 			extra++
 		}
@@ -167,13 +168,13 @@ func (p *place) store(c *call, from int) {
 	}
 	for j := range p.rules {
 		if d := &c.draws[from+j]; d.Cost > 0 && d.State.Law != nil {
-			p.entry.set(p.entry.layout.find(d.Rule.Name, j), &d.State)
+			p.entry.set(p.entry.layout.find(d.Rule, j), &d.State)
 		}
 	}
 }
 
 func (e *entry) fits(d *storage.Draw, guess int) bool {
-	i := e.layout.find(d.Rule.Name, guess)
+	i := e.layout.find(d.Rule, guess)
 	return i >= 0 && (&e.layout.rules[i].Law == d.State.Law || e.layout.rules[i].Law == *d.State.Law)
 }
 
@@ -195,7 +196,8 @@ next:
 				continue next
 			}
 		}
-		if s := p.entry.state(i); !s.Full(c.now) {
+		var s storage.State
+		if p.entry.state(i, &s); !s.Full(c.now) {
 			out = append(out, leftover{rule, s})
 		}
 	}

@@ -56,49 +56,56 @@ func New(o *Options) *Storage {
 func (s *Storage) Len() int { return int(s.live.Load()) }
 
 // Decide implements storage.Storage.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
+func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+	err = s.DecideInto(ctx, &r, &v)
+	return v, err
+}
+
+// DecideInto is Decide that answers in place of a zero Verdict: copies of the two are most of what a
+// decision in memory would cost.
+func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
 	if err := ctx.Err(); err != nil {
-		return storage.Verdict{}, err
+		return err
 	}
 	if err := r.Validate(); err != nil {
-		return storage.Verdict{}, err
+		return err
 	}
+	var few [inline]storage.Draw
+	var one [1]place
 	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
 	if !r.Clocked {
 		c.now = storage.Monotonic()
 	}
-	v := storage.NewVerdict(&r, Source, c.now)
-	var few [inline]storage.Draw
-	if len(r.More) == 0 && len(r.Part.Rules) <= inline {
-		c.draws = few[:len(r.Part.Rules)]
-		for i := range c.draws {
-			c.draws[i].Rule, c.draws[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
+	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
+		for i := range n {
+			few[i].Rule, few[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
 		}
-		var one [1]place
-		one[0] = s.place(r.Name, r.Part.Identifier, r.Part.Rules)
-		c.places = one[:]
+		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
+		c.draws, c.places = few[:n], one[:]
 	} else {
-		c.draws, c.places = s.spread(&r)
+		c.draws, c.places = s.spread(r)
 	}
 	if err := s.begin(&c); err != nil {
-		return storage.Verdict{}, err
+		return err
 	}
+	v.Begin(r, Source, c.now)
 	v.Allowed = storage.Decide(r.Mode, c.now, c.draws)
 	s.end(&c, v.Allowed)
 	for i := range c.draws {
 		v.Set(i, c.draws[i].Count)
 	}
-	return v, nil
+	return nil
 }
 
 // spread lays out a request of many buckets or parts.
 func (s *Storage) spread(r *storage.Request) (draws []storage.Draw, places []place) {
+	places = make([]place, r.Parts())
 	for i := range r.Parts() {
 		p := r.At(i)
 		for j := range p.Rules {
 			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j)})
 		}
-		places = append(places, s.place(r.Name, p.Identifier, p.Rules))
+		s.place(&places[i], r.Name, p.Identifier, p.Rules)
 	}
 	return draws, places
 }
@@ -112,8 +119,8 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 		return err
 	}
 	n := len(ch.Rules)
-	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true, draws: make([]storage.Draw, n),
-		places: []place{s.place(ch.Name, ch.Identifier, ch.Rules)}}
+	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true, draws: make([]storage.Draw, n), places: make([]place, 1)}
+	s.place(&c.places[0], ch.Name, ch.Identifier, ch.Rules)
 	if !ch.Clocked {
 		c.now = storage.Monotonic()
 	}
@@ -146,7 +153,8 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := storage.ValidateIdentifier(identifier); err != nil {
 		return err
 	}
-	p := s.place(name, identifier, nil)
+	var p place
+	s.place(&p, name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()
 	if i := p.shard.find(p.tag, name, identifier); i >= 0 {
@@ -212,9 +220,10 @@ type place struct {
 	made    bool   // by this call
 }
 
-func (s *Storage) place(name, id string, rules []storage.Rule) place {
+// place sets where the identifier is, in place of a zero one.
+func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
 	h := hash(s.seed, name, id)
-	return place{shard: &s.shards[h>>56], tag: uint32(h), id: id, rules: rules}
+	p.shard, p.tag, p.id, p.rules = &s.shards[h>>56], uint32(h), id, rules
 }
 
 // begin locks the call's shards and loads the states of its draws.
