@@ -94,6 +94,8 @@ type Draw struct {
 	Cost  int64
 	State State // changed when something is taken
 	Count Count // set by Decide
+
+	spent int64 // steps 1 to 3
 }
 
 // Decide answers one request: whether the buckets of all draws admit their costs at the time
@@ -104,64 +106,67 @@ func Decide(mode Mode, real int64, draws []Draw) bool {
 	allowed := true
 	for i := range draws {
 		d := &draws[i]
-		s := &d.State
-		if !s.believable(real) { // 1
-			s = &State{Law: &d.Rule.Law, Seen: real}
+		d.spent = 0
+		if d.State.believable(real) { // 1
+			d.spent = d.State.spent(max(real, d.State.Seen)) // 2, 3
 		}
-		now := max(real, s.Seen) // 2
-		spent := s.spent(now)    // 3
-		d.Count = s.count(d.Rule, now, spent, real)
-		if d.Cost > 0 && d.Cost > d.Rule.Capacity-spent && mode != Force { // 4
+		if d.Cost > d.Rule.Capacity-d.spent && d.Cost > 0 && mode != Force { // 4
 			allowed = false
-			d.Count.RetryAfter = s.back(now, d.Rule.Capacity-d.Cost, spent) - real
 		}
-	}
-	if !allowed {
-		return false
 	}
 	for i := range draws {
-		d := &draws[i]
-		if d.Cost == 0 {
-			continue
-		}
-		if mode == Peek {
-			s := d.State
-			s.many = slices.Clone(s.many)
-			d.Count = s.take(d.Rule, d.Cost, real)
-		} else {
-			d.Count = d.State.take(d.Rule, d.Cost, real)
+		switch d := &draws[i]; {
+		case !allowed || d.Cost == 0:
+			d.look(real)
+		case mode == Peek:
+			peeked := *d
+			peeked.State.many = slices.Clone(d.State.many)
+			peeked.take(real)
+			d.Count = peeked.Count
+		default:
+			d.take(real)
 		}
 	}
-	return true
+	return allowed
 }
 
-// take is step 5 for one bucket. What would exceed 4 capacities is not recorded.
-func (s *State) take(r *Rule, cost, real int64) Count {
+// look counts what is.
+func (d *Draw) look(real int64) {
+	s := &d.State
+	if !s.believable(real) {
+		s = &State{Law: &d.Rule.Law, Seen: real}
+	}
+	now, capacity := max(real, s.Seen), d.Rule.Capacity
+	d.Count = Count{Remaining: max(0, capacity-d.spent), ResetAfter: s.back(now, 0, d.spent) - real}
+	if d.Cost > 0 && d.Cost > capacity-d.spent {
+		d.Count.RetryAfter = s.back(now, capacity-d.Cost, d.spent) - real
+	}
+}
+
+// take is step 5. What would exceed 4 capacities is not recorded.
+func (d *Draw) take(real int64) {
+	s, r := &d.State, d.Rule
 	now := s.open(r, real)
-	spent := s.spent(now)
-	cost = min(cost, max(0, 4*r.Capacity-spent))
+	cost := min(d.Cost, max(0, 4*r.Capacity-d.spent))
 	if r.Kind == Continuous {
 		s.level(cost * r.one())
-	} else if end := r.end(now); cost > 0 {
-		holds := s.Holds()
+	} else if cost > 0 {
+		end, holds := r.end(now), s.Holds()
 		if k := len(holds); k > 0 && (r.Kind == Replenish || holds[k-1].End >= end) {
 			holds[k-1].N += cost
 		} else {
 			s.insert(k, Hold{end, cost})
 		}
 	}
-	return s.count(r, now, spent+cost, real)
-}
-
-// count is what a decision says of the bucket when so much is spent.
-func (s *State) count(r *Rule, now, spent, real int64) Count {
-	return Count{Remaining: max(0, r.Capacity-spent), ResetAfter: s.back(now, 0, spent) - real}
+	spent := d.spent + cost
+	d.Count = Count{Remaining: max(0, r.Capacity-spent), ResetAfter: s.back(now, 0, spent) - real}
 }
 
 // open makes the state ready for a change under the law of r, and returns the bucket's own time.
 func (s *State) open(r *Rule, real int64) (now int64) {
 	if !s.believable(real) {
 		*s = State{Law: &r.Law, Seen: real}
+		return real
 	}
 	now = max(real, s.Seen)
 	s.convert(r, now)
@@ -268,7 +273,7 @@ func (s *State) back(now, room, spent int64) int64 {
 // that alternates between periods of 7 s and 10 s would move the end forward with every call.
 func (s *State) convert(r *Rule, now int64) {
 	law := &r.Law
-	same := *s.Law == *law
+	same := s.Law == law || *s.Law == *law
 	if same && law.Kind != Continuous {
 		holds, dead := s.Holds(), 0
 		for dead < len(holds) && law.ticks(holds[dead].End+law.fade()) <= law.ticks(now) {

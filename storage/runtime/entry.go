@@ -151,31 +151,22 @@ func (p *place) load(c *call, from int) error {
 // store writes the states of the draws that took something. Where the entry has no cell for one,
 // or one of another law, the entry gets the cells it needs.
 func (p *place) store(c *call, from int) {
-	fits := p.entry != nil
-	charged := false
 	for j := range p.rules {
-		if d := &c.draws[from+j]; d.Cost > 0 && d.State.Law != nil {
-			charged = true
-			fits = fits && p.entry.fits(d, j)
+		d := &c.draws[from+j]
+		if d.Cost == 0 || d.State.Law == nil {
+			continue
 		}
-	}
-	if !charged {
-		return
-	}
-	if !fits {
-		p.relay(c, from)
-		return
-	}
-	for j := range p.rules {
-		if d := &c.draws[from+j]; d.Cost > 0 && d.State.Law != nil {
-			p.entry.set(p.entry.layout.find(d.Rule, j), &d.State)
+		if p.entry == nil {
+			p.relay(c, from)
+			return
 		}
+		i := p.entry.layout.find(d.Rule, j)
+		if i < 0 || &p.entry.layout.rules[i].Law != d.State.Law && p.entry.layout.rules[i].Law != *d.State.Law {
+			p.relay(c, from)
+			return
+		}
+		p.entry.set(i, &d.State)
 	}
-}
-
-func (e *entry) fits(d *storage.Draw, guess int) bool {
-	i := e.layout.find(d.Rule, guess)
-	return i >= 0 && (&e.layout.rules[i].Law == d.State.Law || e.layout.rules[i].Law == *d.State.Law)
 }
 
 // leftover is a bucket that the call does not name and that is not full.
