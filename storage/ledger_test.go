@@ -1,0 +1,244 @@
+package storage_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// The arithmetic between two stores: what one took is charged to the other (Charge), which tells what
+// it holds (Debt), to which the first is lifted (Raise).
+
+var everyKind = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+
+func rule(t *testing.T, kind storage.Kind, period time.Duration, capacity, refill int64) storage.Rule {
+	t.Helper()
+	r, faults := storage.NewRule("b", kind, period, capacity, refill)
+	require.NoError(t, errors.Join(faults...))
+	return r
+}
+
+// take asks the state for n tokens.
+func take(s *storage.State, r *storage.Rule, n, now int64) (bool, storage.Count) {
+	d := []storage.Draw{{Rule: r, Cost: n, State: *s}}
+	ok := storage.Decide(storage.Take, now, d)
+	if ok {
+		*s = d[0].State
+	}
+	return ok, d[0].Count
+}
+
+// left is what may be taken at a time.
+func left(s storage.State, r *storage.Rule, now int64) int64 {
+	_, c := take(&s, r, 0, now)
+	return c.Remaining
+}
+
+func copied(s storage.State) storage.State {
+	return storage.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
+}
+
+// spend makes a state by greedy random takes, and returns it with the time.
+func spend(rnd *rand.Rand, r *storage.Rule, now int64) (storage.State, int64) {
+	var s storage.State
+	for range 30 {
+		now += rnd.Int64N(r.Period / 4)
+		take(&s, r, 1+rnd.Int64N(max(1, r.Capacity/5)), now)
+	}
+	return s, now
+}
+
+func TestAmountsChargedWithTheTimeTheyHaveLeftMakeTheSameState(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		for seed := range uint64(50) {
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			r := rule(t, kind, 10*time.Second, 20, 20)
+			var first, second storage.State
+			type amount struct{ n, back int64 }
+			var pending []amount
+			now := int64(1_700_000_000_000_000)
+			for range 200 {
+				now += rnd.Int64N(500_000)
+				n := 1 + rnd.Int64N(3)
+				if ok, c := take(&first, &r, n, now); ok {
+					pending = append(pending, amount{n, now + c.ResetAfter})
+				}
+				if rnd.IntN(4) > 0 {
+					continue
+				}
+				for _, a := range pending {
+					second.Charge(&r, storage.Amount{N: a.n, In: a.back - now}, now)
+				}
+				pending = nil
+				for _, later := range []int64{0, 1, 999_999, 3_000_000, 5_000_001, 12_000_000} {
+					require.InDelta(t, left(first, &r, now+later), left(second, &r, now+later), 0, "%v seed %d: after %d µs", kind, seed, later)
+				}
+			}
+		}
+	}
+}
+
+func TestRaisingTwiceIsRaisingOnceAndRaisingOwnDebtIsNothing(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		for seed := range uint64(200) {
+			rnd := rand.New(rand.NewPCG(seed, 2))
+			r := rule(t, kind, 10*time.Second, 1+rnd.Int64N(500), 1+rnd.Int64N(20))
+			own, now := spend(rnd, &r, 1_700_000_000_000_000)
+			theirs, later := spend(rnd, &r, now-rnd.Int64N(r.Period))
+			now = max(now, later)
+
+			raised := copied(own)
+			raised.Raise(&r, own.Debt(&r, now), now)
+			assert.Equal(t, own.Debt(&r, now), raised.Debt(&r, now), "%v seed %d: own debt", kind, seed)
+
+			raised.Raise(&r, theirs.Debt(&r, now), now)
+			once := raised.Debt(&r, now)
+			raised.Raise(&r, theirs.Debt(&r, now), now)
+			assert.Equal(t, once, raised.Debt(&r, now), "%v seed %d: twice", kind, seed)
+		}
+	}
+}
+
+func TestRaiseIsThePointwiseMaximumOfTheTwoCurves(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		for seed := range uint64(200) {
+			rnd := rand.New(rand.NewPCG(seed, 3))
+			r := rule(t, kind, 10*time.Second, 100, 100)
+			own, now := spend(rnd, &r, 1_700_000_000_000_000)
+			theirs, later := spend(rnd, &r, now-rnd.Int64N(r.Period))
+			now = max(now, later)
+			raised := copied(own)
+			raised.Raise(&r, theirs.Debt(&r, now), now)
+			for at := now; at < now+3*r.Period; at += 123_457 {
+				most := min(left(own, &r, at), left(theirs, &r, at))
+				got := left(raised, &r, at)
+				if kind == storage.Replenish { // ends within half a period of the own last hold join it
+					require.LessOrEqual(t, got, left(own, &r, at), "%v seed %d", kind, seed)
+					continue
+				}
+				require.Equal(t, most, got, "%v seed %d: at +%d µs", kind, seed, at-now)
+			}
+		}
+	}
+}
+
+func TestRaiseOfNothingOrOfThePastChangesNothing(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		r := rule(t, kind, 10*time.Second, 10, 10)
+		var s storage.State
+		s.Raise(&r, nil, 5)
+		s.Raise(&r, []storage.Amount{{N: 5, In: 0}, {N: 0, In: 5}, {N: -5, In: 5}}, 5)
+		assert.Empty(t, s.Debt(&r, 5), kind)
+		s.Raise(&r, []storage.Amount{{N: 1 << 62, In: 1 << 62}}, 5)
+		assert.Zero(t, left(s, &r, 5), kind)
+		total := int64(0)
+		for _, a := range s.Debt(&r, 5) {
+			total += a.N
+		}
+		assert.Equal(t, 4*r.Capacity, total, "%v: saturated", kind)
+	}
+}
+
+// TestARelayBetweenHealthyStoresCostsNothing flushes what one store took to another every 100 ms and
+// lifts the first to what the other holds. Nothing fails, so nothing may be lost: over 40 periods
+// the first store admits at least 99 % of what it would alone, whatever the clocks of the two say.
+func TestARelayBetweenHealthyStoresCostsNothing(t *testing.T) {
+	t.Parallel()
+	const start, flush = int64(1_700_000_000_000_000), int64(100_000)
+	for _, kind := range everyKind {
+		for _, offset := range []int64{0, 3_700_000, -1_234_567, 86_400_000_000} {
+			t.Run(fmt.Sprint(kind, " with clocks apart by ", time.Duration(offset)*time.Microsecond), func(t *testing.T) {
+				t.Parallel()
+				r := rule(t, kind, 10*time.Second, 100, 100)
+				var alone, first, ledger storage.State
+				type amount struct{ n, back int64 }
+				var pending []amount
+				var admitted, reference int
+				for now := start; now < start+40*r.Period; now += 10_000 {
+					if ok, _ := take(&alone, &r, 1, now); ok {
+						reference++
+					}
+					if ok, c := take(&first, &r, 1, now); ok {
+						admitted++
+						pending = append(pending, amount{1, now + c.ResetAfter})
+					}
+					if now%flush != 0 {
+						continue
+					}
+					for _, a := range pending {
+						ledger.Charge(&r, storage.Amount{N: a.n, In: a.back - now}, now+offset)
+					}
+					pending = nil
+					first.Raise(&r, ledger.Debt(&r, now+offset), now)
+				}
+				assert.GreaterOrEqual(t, admitted*100, reference*99, "admitted %d of %d", admitted, reference)
+				assert.LessOrEqual(t, admitted, reference+1)
+			})
+		}
+	}
+}
+
+func TestARefundNeverGivesBackMoreThanWasTakenOrWhatCameBack(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		for seed := range uint64(300) {
+			rnd := rand.New(rand.NewPCG(seed, 4))
+			r := rule(t, kind, 10*time.Second, 1+rnd.Int64N(400), 1+rnd.Int64N(20))
+			s, now := spend(rnd, &r, 1_700_000_000_000_000)
+			n := 1 + rnd.Int64N(r.Capacity)
+			before := copied(s)
+			ok, c := take(&s, &r, n, now)
+			if !ok {
+				continue
+			}
+			at := now
+			if rnd.IntN(2) == 0 {
+				at += rnd.Int64N(2 * r.Period)
+				take(&s, &r, 1, at)
+				take(&before, &r, 1, at)
+			}
+			had := left(s, &r, at)
+			s.Refund(n, c.ResetAfter-(at-now), at)
+			got := left(s, &r, at)
+			require.GreaterOrEqual(t, got, had, "%v seed %d", kind, seed)
+			require.LessOrEqual(t, got-had, n, "%v seed %d", kind, seed)
+			most := left(before, &r, at)
+			if kind == storage.Continuous {
+				most = left(before, &r, at+r.Tick)
+			}
+			require.LessOrEqual(t, got, max(had, most), "%v seed %d: as if it had not been taken, at most", kind, seed)
+			if at == now {
+				require.Equal(t, left(before, &r, at), got, "%v seed %d: at once, all of it", kind, seed)
+			}
+		}
+	}
+}
+
+func TestAStateSurvivesItsHolds(t *testing.T) {
+	t.Parallel()
+	law := rule(t, storage.SlidingLog, time.Second, 5, 0).Law
+	for n := range 6 {
+		var holds []storage.Hold
+		for i := range n {
+			holds = append(holds, storage.Hold{End: int64(i + 1), N: 1})
+		}
+		made, appended := storage.MakeState(&law, 7, holds), storage.State{Law: &law, Seen: 7}
+		for _, h := range holds {
+			appended.Append(h)
+		}
+		assert.Equal(t, holds, append([]storage.Hold(nil), made.Holds()...))
+		assert.Equal(t, made.Holds(), appended.Holds())
+	}
+}
