@@ -1,0 +1,70 @@
+# Needs Go, make, bash, and a C compiler for the race detector. Only lint installs anything.
+
+GO ?= go
+
+# Each fuzz target runs for this long. A number of runs, like 10000x, does as well.
+test:      FUZZTIME ?= 5s
+test-long: FUZZTIME ?= 1m
+fuzz:      FUZZTIME ?= 5m
+
+COUNT     ?= 20
+BENCH     ?= .
+BENCHTIME ?= 1s
+
+GOLANGCI_LINT_VERSION := v2.12.0
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help test test-long fuzz bench lint
+
+# $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
+# benchmark. They are found and not listed, so that none is forgotten.
+find = $(GO) list -f '{{range .TestGoFiles}}{{println $$.ImportPath (printf "%s/%s" $$.Dir .)}}{{end}}{{range .XTestGoFiles}}{{println $$.ImportPath (printf "%s/%s" $$.Dir .)}}{{end}}' ./... | \
+	while read -r package file; do \
+		if [ -n "$$file" ]; then sed -n "s|^func \($(1)[^a-z(][^(]*\)(.*|$$package:\1|p" "$$file"; fi; \
+	done
+
+# One processor for -cpu: with several, Go before 1.27 now and then ends a fuzz run that found
+# nothing with "context deadline exceeded" (go.dev/issue/75804). The number of workers, which
+# -parallel sets, remains that of the processors.
+define fuzz
+	@set -euo pipefail; \
+	targets=$$($(call find,Fuzz)); \
+	[ -n "$$targets" ] || { echo 'found no fuzz target' >&2; exit 1; }; \
+	for target in $$targets; do \
+		(set -x; $(GO) test -run '^$$' -fuzz "^$${target##*:}\$$" -fuzztime $(FUZZTIME) -cpu 1 "$${target%:*}"); \
+	done
+endef
+
+help: ## Show this list (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+test: ## Vet, test with the race detector, fuzz each target for FUZZTIME=5s
+	$(GO) vet ./...
+	$(GO) test -race ./...
+	$(fuzz)
+
+test-long: ## Test COUNT=20 times with the race detector, fuzz each target for FUZZTIME=1m
+	$(GO) test -race -count=$(COUNT) -timeout=1h ./...
+	$(fuzz)
+
+fuzz: ## Fuzz each target for FUZZTIME=5m
+	$(fuzz)
+
+bench: ## Run the benchmarks that match BENCH=. for BENCHTIME=1s each
+	@set -euo pipefail; \
+	packages=$$($(call find,Benchmark) | sed 's/:[^:]*$$//' | sort -u); \
+	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
+	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
+
+lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
+	@set -euo pipefail; \
+	unformatted=$$(gofmt -l .); \
+	[ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
+	$(GO) mod tidy -diff
+	@set -euo pipefail; \
+	installed=$$($(GO) version -m bin/golangci-lint 2>/dev/null | awk '$$1 == "mod" { print $$3 }') || true; \
+	if [ "$$installed" != '$(GOLANGCI_LINT_VERSION)' ]; then \
+		(set -x; GOBIN='$(CURDIR)/bin' $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)); \
+	fi
+	bin/golangci-lint run ./...
