@@ -26,12 +26,13 @@ type Bucket struct {
 }
 
 // NewBucket returns a bucket of capacity tokens, which starts full. One period after the first
-// token was taken all of them come back at once (Replenish); the modifiers choose otherwise.
+// token was taken all of them come back at once (Replenish); the modifiers choose otherwise. In the
+// worst window of one period, around that moment, it admits nearly twice the capacity.
 //
 // The period is from 1 µs to 366 days; a part of a microsecond counts as a whole one. The capacity
-// is at least 1, and for Continuous and SlidingWindow at most so large that 4 times the capacity
-// times the period, in microseconds or in the milliseconds or seconds that divide it, stays below
-// 2^53; else below 2^51.
+// is at least 1, and below 2^51; for Continuous and SlidingWindow also so small that 4 times the
+// capacity times the period in ticks stays below 2^53, in ticks of 1 µs, else 1 ms, else 1 s, that
+// divide the period.
 func NewBucket(period time.Duration, capacity int64) Bucket {
 	return Bucket{period: period, tokens: capacity}.made()
 }
@@ -45,8 +46,9 @@ func (b Bucket) Continuous() Bucket { b.kind = storage.Continuous; return b.made
 func (b Bucket) FixedWindow() Bucket { b.kind = storage.FixedWindow; return b.made() }
 
 // SlidingWindow counts the tokens of the present window, of one period since a multiple of it, and
-// those of the one before, fading evenly: the sliding window counter. It admits about the
-// capacity in any window of one period.
+// those of the one before, fading evenly: the sliding window counter. After a burst just before a
+// multiple of the period it admits nearly twice the capacity within one period, but the second half
+// evenly; short bursts stay near the capacity.
 func (b Bucket) SlidingWindow() Bucket { b.kind = storage.SlidingWindow; return b.made() }
 
 // SlidingLog makes each token come back one period after it was taken: it never admits more than

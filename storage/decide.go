@@ -10,22 +10,27 @@ import (
 //
 //	kind           a token's hold ends at            it joins                         then
 //	Replenish      now + P                           the last hold while that lives   all back at once
-//	FixedWindow    the next multiple of P            the hold of the same end         all back at once
-//	SlidingWindow  the next multiple of P            the hold of the same end         fades evenly over the next P
-//	SlidingLog     now + P, rounded up to the grain  the hold of the same end         back one by one
+//	FixedWindow    the next multiple of P            the hold of that or a later end  all back at once
+//	SlidingWindow  the next multiple of P            the hold of that or a later end  fades evenly over the next P
+//	SlidingLog     now + P, rounded up to the grain  the hold of that or a later end  back one by one
 //	Continuous     -                                 one level                        drains Refill a P
 //
 // The steps of a decision are numbered; other implementations (a Lua script, an SQL function)
 // carry the same numbers:
 //
 //  1. No state, or one seen later than the real time by more than one period plus 60 s: empty.
-//     A clock that steps back less never refills; more costs at most one extra capacity, once.
+//     A clock that steps back less never refills; more costs at most one extra capacity, once. The
+//     period is that of the law it was spent under.
 //  2. now = max(real, seen): time never runs backwards for a bucket.
 //  3. Spent, in tokens rounded up, by the law they were spent under.
 //  4. Admit if spent + cost <= capacity in every bucket that is asked for more than 0.
 //  5. Admitted: in each such bucket convert to the rule's law, drop dead holds, add the cost.
 //
 // All times are microseconds since the epoch. All numbers are integers below 2^53.
+//
+// RetryAfter is exact: the same call a microsecond earlier is refused, at it admitted, if nobody else
+// takes. One case is left out: several buckets, of which one is empty by step 1 when another refuses.
+// As the refusal changes nothing, the first is believed again once the clock has caught up.
 
 // Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
 type Hold struct{ End, N int64 }

@@ -52,7 +52,7 @@ type Law struct {
 	Period int64
 	Refill int64 // Continuous: tokens that come back each Period; else 0
 	Tick   int64 // Continuous and SlidingWindow measure time in ticks of 1 µs, 1 ms or 1 s; else 1
-	Grain  int64 // SlidingLog: holds end at multiples of it; else 1
+	Grain  int64 // SlidingLog: tokens come back at multiples of it; else 1
 }
 
 // Rule is one bucket of a request: its name, which finds its state, its law and its capacity.
@@ -66,7 +66,7 @@ type Rule struct {
 // BucketError is a fault in the definition of a bucket, or in the way a call uses one.
 type BucketError struct {
 	Bucket string // its name
-	Field  string // Period, Capacity, Burst, Kind, Name or CostOf
+	Field  string // Period, Capacity, Refill, Burst, Kind, Name or CostOf
 	Reason string // what was given and what is allowed
 }
 

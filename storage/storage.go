@@ -350,11 +350,14 @@ func Micros(t time.Time) (int64, error) {
 	return t.UnixMicro(), nil
 }
 
-var started = time.Now()
+var (
+	started       = time.Now()
+	startedMicros = started.UnixMicro()
+)
 
 // Monotonic is the time in microseconds since the epoch, by a clock that starts with the process
 // and is never set: the clock of whatever has none injected.
-func Monotonic() int64 { return started.UnixMicro() + int64(time.Since(started)/time.Microsecond) }
+func Monotonic() int64 { return startedMicros + int64(time.Since(started)/time.Microsecond) }
 
 // The errors of this module, always wrapped with the particulars: test with errors.Is.
 var (

@@ -70,27 +70,37 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	if err := r.Validate(); err != nil {
 		return err
 	}
-	var few [inline]storage.Draw
 	var one [1]place
 	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
 	if !r.Clocked {
 		c.now = storage.Monotonic()
 	}
-	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
-		for i := range n {
-			few[i].Rule, few[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
-		}
-		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
-		c.draws, c.places = few[:n], one[:]
-	} else {
+	switch n := len(r.Part.Rules); {
+	case len(r.More) > 0 || n > inline:
 		c.draws, c.places = s.spread(r)
+		return s.answer(&c, r, v)
+	case n > 2:
+		var few [inline]storage.Draw
+		c.draws = few[:n]
+	default:
+		var few [2]storage.Draw
+		c.draws = few[:n]
 	}
-	if err := s.begin(&c); err != nil {
+	for i := range c.draws {
+		c.draws[i].Rule, c.draws[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
+	}
+	s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
+	c.places = one[:]
+	return s.answer(&c, r, v)
+}
+
+func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
+	if err := s.begin(c); err != nil {
 		return err
 	}
 	v.Begin(r, Source, c.now)
 	v.Allowed = storage.Decide(r.Mode, c.now, c.draws)
-	s.end(&c, v.Allowed)
+	s.end(c, v.Allowed)
 	for i := range c.draws {
 		v.Set(i, c.draws[i].Count)
 	}
