@@ -28,13 +28,17 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// What a storage answers, and the clock it may be given.
-type (
-	Verdict     = storage.Verdict
-	Level       = storage.Level
-	Clock       = storage.Clock
-	BucketError = storage.BucketError
-)
+// Verdict is the answer to a call.
+type Verdict = storage.Verdict
+
+// Level is the state of one bucket right after a decision.
+type Level = storage.Level
+
+// Clock tells the time and waits: github.com/benbjohnson/clock has some.
+type Clock = storage.Clock
+
+// BucketError is a fault in the definition of a bucket, or in the way a call uses one.
+type BucketError = storage.BucketError
 
 // The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
 // *BucketError.

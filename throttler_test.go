@@ -49,9 +49,9 @@ func allowed(t *testing.T, th *throttler.Throttler, id string, o ...throttler.Op
 	return v.Allowed
 }
 
-func left(t *testing.T, th *throttler.Throttler, id string, o ...throttler.Option) (out []int64) {
+func left(t *testing.T, th *throttler.Throttler, id string) (out []int64) {
 	t.Helper()
-	v, err := th.Peek(t.Context(), id, append(o, throttler.Cost(0))...)
+	v, err := th.Peek(t.Context(), id, throttler.Cost(0))
 	require.NoError(t, err)
 	for _, l := range v.Levels() {
 		out = append(out, l.Remaining)
