@@ -127,6 +127,19 @@ func (l *layout) find(r *storage.Rule, guess int) int {
 	return -1
 }
 
+// is reports whether the cells are those of the rules, by the same laws and in their order.
+func (l *layout) is(rules []storage.Rule) bool {
+	if len(l.rules) != len(rules) {
+		return false
+	}
+	for i := range rules {
+		if own, r := &l.rules[i], &rules[i]; own != r && (own.Name != r.Name || own.Law != r.Law) {
+			return false
+		}
+	}
+	return true
+}
+
 // load reads the states of the place's draws, which begin at number from. It fails when the
 // identifier would come to have too many buckets.
 func (p *place) load(c *call, from int) error {

@@ -70,28 +70,63 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	if err := r.Validate(); err != nil {
 		return err
 	}
-	var one [1]place
-	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
+	now := r.Now
 	if !r.Clocked {
-		c.now = storage.Monotonic()
+		now = storage.Monotonic()
 	}
-	switch n := len(r.Part.Rules); {
-	case len(r.More) > 0 || n > inline:
-		c.draws, c.places = s.spread(r)
-		return s.answer(&c, r, v)
-	case n > 2:
+	if len(r.More) == 0 && len(r.Part.Rules) <= 2 && s.again(r, v, now) {
+		return nil
+	}
+	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
+	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
 		var few [inline]storage.Draw
-		c.draws = few[:n]
-	default:
-		var few [2]storage.Draw
-		c.draws = few[:n]
+		var one [1]place
+		for i := range n {
+			few[i].Rule, few[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
+		}
+		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
+		c.draws, c.places = few[:n], one[:]
+		return s.answer(&c, r, v)
 	}
-	for i := range c.draws {
-		c.draws[i].Rule, c.draws[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
-	}
-	s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
-	c.places = one[:]
+	c.draws, c.places = s.spread(r)
 	return s.answer(&c, r, v)
+}
+
+// again is the short way for nearly all calls: an identifier that is there, with the one or two
+// buckets of the request. It reports false, and has done nothing, when that is not so.
+func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool {
+	h := hash(s.seed, r.Name, r.Part.Identifier)
+	sh := &s.shards[h>>56]
+	sh.mu.Lock()
+	i := sh.find(uint32(h), r.Name, r.Part.Identifier)
+	if i < 0 || !sh.entry(i).layout.is(r.Part.Rules) {
+		sh.mu.Unlock()
+		return false
+	}
+	e := sh.entry(i)
+	var few [2]storage.Draw
+	draws := few[:len(r.Part.Rules)]
+	for j := range draws {
+		draws[j].Rule, draws[j].Cost = &r.Part.Rules[j], r.Part.Cost(j)
+		e.state(j, &draws[j].State)
+	}
+	v.Begin(r, Source, now)
+	v.Allowed = storage.Decide(r.Mode, now, draws)
+	if v.Allowed && r.Mode != storage.Peek {
+		for j := range draws {
+			if draws[j].Cost > 0 {
+				e.set(j, &draws[j].State)
+			}
+		}
+		if sh.writes++; sh.writes%8 == 0 {
+			s.live.Add(-int64(sh.sweep(r.Name, r.Clocked, now, 8)))
+		}
+	}
+	sh.mu.Unlock()
+	for j := range draws {
+		v.Set(j, draws[j].Count)
+	}
+	return true
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
@@ -321,7 +356,7 @@ func (s *Storage) findRoom(c *call) bool {
 		sh := &s.shards[(hand+i)%shards]
 		sh.mu.Lock()
 		n := min(budget, sh.n)
-		removed := sh.sweep(c, n)
+		removed := sh.sweep(c.name, c.clocked, c.now, n)
 		sh.mu.Unlock()
 		if removed > 0 {
 			s.live.Add(-int64(removed))

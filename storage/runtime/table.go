@@ -169,24 +169,24 @@ func (sh *shard) free(at uint32) {
 // tidy sweeps a little after a write: four entries for each one made, else one a write.
 func (sh *shard) tidy(c *call, made bool) (removed int) {
 	if made {
-		return sh.sweep(c, 4)
+		return sh.sweep(c.name, c.clocked, c.now, 4)
 	}
 	if sh.writes++; sh.writes%8 == 0 {
-		return sh.sweep(c, 8)
+		return sh.sweep(c.name, c.clocked, c.now, 8)
 	}
 	return 0
 }
 
-// sweep looks at the next n entries, or fewer, and removes those that are full by the call's
-// time. It leaves alone those of other clocks: time of one says nothing of another.
-func (sh *shard) sweep(c *call, n int) (removed int) {
+// sweep looks at the next n entries, or fewer, and removes those that are full by the given
+// clock. It leaves alone those of other clocks: time of one says nothing of another.
+func (sh *shard) sweep(name string, clocked bool, now int64, n int) (removed int) {
 	for range min(n, sh.n) {
 		if sh.cursor >= sh.n {
 			sh.cursor = 0
 		}
 		sh.visited++
 		e := sh.entry(sh.cursor)
-		if e.layout.clocked == c.clocked && (!c.clocked || e.layout.name == c.name) && e.full(c.now) {
+		if e.layout.clocked == clocked && (!clocked || e.layout.name == name) && e.full(now) {
 			sh.remove(sh.cursor)
 			removed++
 		} else {
