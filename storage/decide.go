@@ -66,7 +66,14 @@ func (s *State) Holds() []Hold {
 }
 
 // Append adds the hold that ends last.
-func (s *State) Append(h Hold) { s.insert(len(s.Holds()), h) }
+func (s *State) Append(h Hold) {
+	if s.n < len(s.few) && s.many == nil {
+		s.few[s.n] = h
+		s.n++
+		return
+	}
+	s.insert(len(s.Holds()), h)
+}
 
 func (s *State) insert(i int, h Hold) {
 	switch {
@@ -280,14 +287,8 @@ func (s *State) convert(r *Rule, now int64) {
 	law := &r.Law
 	same := s.Law == law || *s.Law == *law
 	if same && law.Kind != Continuous {
-		holds, dead := s.Holds(), 0
-		for dead < len(holds) && law.ticks(holds[dead].End+law.fade()) <= law.ticks(now) {
-			dead++
-		}
-		if dead > 0 {
-			s.drop(0, dead)
-		}
 		s.Law, s.Seen = law, now
+		s.dropDead(now)
 		return
 	}
 	u, old := s.units(now), s.Law.one()
@@ -312,6 +313,16 @@ func (s *State) convert(r *Rule, now int64) {
 		s.level(min(u, spent*old))
 	default:
 		s.level(spent * law.one())
+	}
+}
+
+func (s *State) dropDead(now int64) {
+	l, holds, dead := s.Law, s.Holds(), 0
+	for dead < len(holds) && l.ticks(holds[dead].End+l.fade()) <= l.ticks(now) {
+		dead++
+	}
+	if dead > 0 {
+		s.drop(0, dead)
 	}
 }
 

@@ -130,23 +130,33 @@ func (p *Part) SetCost(i int, n int64) {
 // empty, over MaxIdentifier bytes or named twice, rules that are none or too many, a cost below
 // zero, and, but for Force, a cost above a capacity.
 func (r *Request) Validate() error {
-	for i := range r.Parts() {
-		p := r.At(i)
-		if err := ValidateIdentifier(p.Identifier); err != nil {
+	if err := r.Part.validate(r.Mode); err != nil {
+		return err
+	}
+	for i := range r.More {
+		p := &r.More[i]
+		if err := p.validate(r.Mode); err != nil {
 			return err
 		}
-		if len(p.Rules) == 0 || len(p.Rules) > MaxBuckets {
-			return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d buckets in a call, must be 1 to %d", p.Identifier, len(p.Rules), MaxBuckets)}
-		}
-		for j := range p.Rules {
-			if c := p.Cost(j); c < 0 || c > p.Rules[j].Capacity && r.Mode != Force {
-				return invalidCost(p.Rules[j].Name, c, p.Rules[j].Capacity)
-			}
-		}
-		for j := range i {
+		for j := range i + 1 {
 			if r.At(j).Identifier == p.Identifier {
 				return fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, p.Identifier)
 			}
+		}
+	}
+	return nil
+}
+
+func (p *Part) validate(mode Mode) error {
+	if err := ValidateIdentifier(p.Identifier); err != nil {
+		return err
+	}
+	if len(p.Rules) == 0 || len(p.Rules) > MaxBuckets {
+		return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d buckets in a call, must be 1 to %d", p.Identifier, len(p.Rules), MaxBuckets)}
+	}
+	for j := range p.Rules {
+		if c := p.Cost(j); c < 0 || c > p.Rules[j].Capacity && mode != Force {
+			return invalidCost(p.Rules[j].Name, c, p.Rules[j].Capacity)
 		}
 	}
 	return nil
