@@ -12,8 +12,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -23,7 +23,6 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -97,11 +96,8 @@ func newHandler(t *throttler.Throttler, log *slog.Logger) http.Handler {
 // limited calls next if the client's buckets admit the request, and otherwise answers why not.
 func limited(t *throttler.Throttler, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id, _ := client(r)
-		v, err := t.ConsumeContext(r.Context(), id)
+		v, err := t.ConsumeContext(r.Context(), client(r))
 		switch {
-		case errors.Is(err, throttler.ErrInvalidIdentifier):
-			answer(w, http.StatusBadRequest, "The API key is too long.")
 		case err != nil:
 			if rec, ok := w.(*recorder); ok {
 				rec.err = err
@@ -117,16 +113,16 @@ func limited(t *throttler.Throttler, next http.Handler) http.Handler {
 	})
 }
 
-// client returns whom the request counts for, and a name of it that is fit for the log: an API key
-// is a secret. A key and an address never mean the same client, and X-Forwarded-For is not
-// believed, because anybody can send it. The same is true of an API key that nobody checks: a real
-// service first makes sure that it has issued the key.
-func client(r *http.Request) (id, name string) {
+// client returns whom the request counts for. An API key is a secret, and the identifier stands in
+// errors and in the log, so it is a hash of the key. A key and an address never mean the same
+// client, and X-Forwarded-For is not believed, because anybody can send it. The same is true of an
+// API key that nobody checks: a real service first makes sure that it has issued the key.
+func client(r *http.Request) string {
 	if key := r.Header.Get("X-API-Key"); key != "" {
-		return "key:" + key, "key"
+		return fmt.Sprintf("key:%.8x", sha256.Sum256([]byte(key)))
 	}
 	host, _, _ := net.SplitHostPort(r.RemoteAddr) // the server always sets host and port
-	return "ip:" + host, "ip:" + host
+	return "ip:" + host
 }
 
 // answer writes {"message":"…"}.
@@ -143,12 +139,11 @@ func logged(log *slog.Logger, next http.Handler) http.Handler {
 		start := time.Now()
 		rec := &recorder{ResponseWriter: w, status: http.StatusOK}
 		next.ServeHTTP(rec, r)
-		id, name := client(r)
-		line := []any{"method", r.Method, "path", r.URL.Path, "status", rec.status, "client", name, "duration", time.Since(start).String()}
+		line := []any{"method", r.Method, "path", r.URL.Path, "status", rec.status, "client", client(r), "duration", time.Since(start).String()}
 		if rec.err == nil {
 			log.Info("request", line...)
 		} else {
-			log.Error("request", append(line, "error", strings.ReplaceAll(rec.err.Error(), id, name))...)
+			log.Error("request", append(line, "error", rec.err.Error())...)
 		}
 	})
 }

@@ -169,7 +169,7 @@ func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testin
 	got := call("POST", "/")
 	checkJSON(t, got, http.StatusMethodNotAllowed, `{"message":"Method not allowed."}`)
 	require.Equal(t, "GET, HEAD", got.header.Get("Allow"))
-	checkJSON(t, call("GET", "/", "X-API-Key", strings.Repeat(secret, 103)), http.StatusBadRequest, `{"message":"The API key is too long."}`)
+	checkJSON(t, call("GET", "/", "X-API-Key", strings.Repeat(secret, 103)), http.StatusOK, hello)
 
 	require.NoError(t, p.Process.Signal(syscall.SIGTERM))
 	lines := p.rest(t)
@@ -186,7 +186,7 @@ func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testin
 			continue
 		}
 		require.Equal(t, "request", got["msg"])
-		require.Contains(t, []any{"key", "ip:127.0.0.1"}, got["client"])
+		require.Regexp(t, "^(ip:127.0.0.1|key:[0-9a-f]{16})$", got["client"])
 		require.Contains(t, []any{"GET", "POST"}, got["method"])
 		require.Contains(t, []any{"/", "/nope"}, got["path"])
 		elapsed, err := time.ParseDuration(fmt.Sprint(got["duration"]))
@@ -304,14 +304,6 @@ func TestWaitingExactlyRetryAfterSecondsIsEnoughAndASecondLessIsNot(t *testing.T
 	}
 }
 
-func TestAKeyOfAnIdentifierOf1024BytesIsTheLongest(t *testing.T) {
-	t.Parallel()
-	get := service(t, throttler.Config{}, io.Discard)
-	longest := strings.Repeat("k", 1024-len("key:"))
-	checkJSON(t, get("X-API-Key", longest), http.StatusOK, hello)
-	checkJSON(t, get("X-API-Key", longest+"k"), http.StatusBadRequest, `{"message":"The API key is too long."}`)
-}
-
 // broken is a storage that fails, and tells whose call it was.
 type broken struct{ storage.Storage }
 
@@ -328,5 +320,5 @@ func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing
 	line := parse(t, log.String())
 	require.Equal(t, "ERROR", line["level"])
 	require.EqualValues(t, 503, line["status"])
-	require.Equal(t, "throttler: storage unavailable: key: connection refused", line["error"])
+	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{16}: connection refused$", line["error"])
 }
