@@ -1,10 +1,6 @@
 package runtime
 
-import (
-	"slices"
-
-	"github.com/go-throttler/throttler/storage"
-)
+import "github.com/go-throttler/throttler/storage"
 
 // cell is the state of one bucket in three numbers, by the kind of its law:
 //
@@ -138,107 +134,4 @@ func (l *layout) is(rules []storage.Rule) bool {
 		}
 	}
 	return true
-}
-
-// load reads the states of the place's draws, which begin at number from. It fails when the
-// identifier would come to have too many buckets.
-func (p *place) load(c *call, from int) error {
-	if p.entry == nil {
-		return nil
-	}
-	e, extra := p.entry, 0
-	for j := range p.rules {
-		d := &c.draws[from+j]
-		if i := e.layout.find(d.Rule, j); i >= 0 {
-			e.state(i, &d.State)
-		} else {
-			extra++
-		}
-	}
-	if extra > 0 && extra+len(e.layout.rules) > storage.MaxBuckets {
-		return storage.TooManyBuckets(p.rules, len(p.rules)+len(p.leftovers(c, from)))
-	}
-	return nil
-}
-
-// store writes the states of the draws that took something. Where the entry has no cell for one,
-// or one of another law, the entry gets the cells it needs.
-func (p *place) store(c *call, from int) {
-	for j := range p.rules {
-		d := &c.draws[from+j]
-		if d.Cost == 0 || d.State.Law == nil {
-			continue
-		}
-		if p.entry == nil {
-			p.relay(c, from)
-			return
-		}
-		i := p.entry.layout.find(d.Rule, j)
-		if i < 0 || &p.entry.layout.rules[i].Law != d.State.Law && p.entry.layout.rules[i].Law != *d.State.Law {
-			p.relay(c, from)
-			return
-		}
-		p.entry.set(i, &d.State)
-	}
-}
-
-// leftover is a bucket that the call does not name and that is not full.
-type leftover struct {
-	rule  storage.Rule
-	state storage.State
-}
-
-func (p *place) leftovers(c *call, from int) (out []leftover) {
-	if p.entry == nil {
-		return nil
-	}
-next:
-	for i := range p.entry.layout.rules {
-		rule := p.entry.layout.rules[i]
-		for j := range p.rules {
-			if c.draws[from+j].Rule.Name == rule.Name {
-				continue next
-			}
-		}
-		var s storage.State
-		if p.entry.state(i, &s); !s.Full(c.now) {
-			out = append(out, leftover{rule, s})
-		}
-	}
-	return out
-}
-
-// oldLaw says that a bucket which is asked for nothing keeps what it has as it was spent.
-func oldLaw(d storage.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
-
-// relay lays the entry out anew, or makes it: the call's buckets, then the leftovers.
-func (p *place) relay(c *call, from int) {
-	rules, rest := p.rules, p.leftovers(c, from)
-	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules)], oldLaw) {
-		rules = slices.Clone(p.rules)
-		for j := range rules {
-			if d := &c.draws[from+j]; oldLaw(*d) {
-				rules[j].Law = *d.State.Law
-			}
-		}
-		for _, l := range rest {
-			rules = append(rules, l.rule)
-		}
-	}
-	l := p.shard.use(c.name, c.clocked, rules)
-	if p.entry == nil {
-		p.entry, p.made = p.shard.add(p.tag, p.id, l), true
-	} else {
-		p.shard.release(p.entry.layout)
-		p.entry.layout = l
-		p.entry.resize(len(l.rules))
-	}
-	for j := range p.rules {
-		if d := &c.draws[from+j]; d.State.Law != nil {
-			p.entry.set(j, &d.State)
-		}
-	}
-	for k := range rest {
-		p.entry.set(len(p.rules)+k, &rest[k].state)
-	}
 }

@@ -9,11 +9,8 @@
 package runtime
 
 import (
-	"cmp"
 	"context"
-	"fmt"
 	"hash/maphash"
-	"slices"
 	"sync/atomic"
 
 	"github.com/go-throttler/throttler/storage"
@@ -21,6 +18,9 @@ import (
 
 // Source is what Verdict.Source says of this storage's answers.
 const Source = "runtime"
+
+// inline is how many buckets a call handles without allocating.
+const inline = 4
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
@@ -118,8 +118,8 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 				e.set(j, &draws[j].State)
 			}
 		}
-		if sh.writes++; sh.writes%8 == 0 {
-			s.live.Add(-int64(sh.sweep(r.Name, r.Clocked, now, 8)))
+		if removed := sh.tidy(r.Name, r.Clocked, now, false); removed > 0 {
+			s.live.Add(-int64(removed))
 		}
 	}
 	sh.mu.Unlock()
@@ -207,164 +207,4 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 		s.live.Add(-1)
 	}
 	return nil
-}
-
-// inline is how many buckets a call handles without allocating.
-const inline = 4
-
-// call is one decision or charge on its way through the shards. Between begin and end its shards
-// are locked and its draws hold the states.
-type call struct {
-	name    string
-	clocked bool
-	keep    bool // false: nothing will be written
-	now     int64
-	draws   []storage.Draw
-	places  []place // of each identifier
-}
-
-// lock locks the shards of all places, each once and in the order of their indexes, so that no two calls wait for each other.
-func (c *call) lock() {
-	if len(c.places) == 1 {
-		c.places[0].shard.mu.Lock()
-		return
-	}
-	for _, sh := range c.order() {
-		sh.mu.Lock()
-	}
-}
-
-func (c *call) unlock() {
-	if len(c.places) == 1 {
-		c.places[0].shard.mu.Unlock()
-		return
-	}
-	for _, sh := range c.order() {
-		sh.mu.Unlock()
-	}
-}
-
-func (c *call) order() []*shard {
-	out := make([]*shard, len(c.places))
-	for i := range c.places {
-		out[i] = c.places[i].shard
-	}
-	slices.SortFunc(out, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
-	return slices.Compact(out)
-}
-
-// place is where the state of one identifier is.
-type place struct {
-	shard *shard
-	tag   uint32
-	id    string
-	rules []storage.Rule // as many of the draws are this identifier's
-
-	entry   *entry // nil when there is none
-	counted bool   // there was none, and one more is counted as live
-	made    bool   // by this call
-}
-
-// place sets where the identifier is, in place of a zero one.
-func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
-	h := hash(s.seed, name, id)
-	p.shard, p.tag, p.id, p.rules = &s.shards[h>>56], uint32(h), id, rules
-}
-
-// begin locks the call's shards and loads the states of its draws.
-func (s *Storage) begin(c *call) error {
-	for tried := false; ; tried = true {
-		c.lock()
-		if s.locate(c) {
-			break
-		}
-		c.unlock()
-		if tried || !s.findRoom(c) {
-			return fmt.Errorf("%w: all %d identifiers of the runtime storage have buckets that are not full", storage.ErrUnavailable, s.max)
-		}
-	}
-	n := 0
-	for i := range c.places {
-		p := &c.places[i]
-		if err := p.load(c, n); err != nil {
-			s.leave(c)
-			return err
-		}
-		n += len(p.rules)
-	}
-	return nil
-}
-
-// end stores what was taken, if anything, and unlocks.
-func (s *Storage) end(c *call, taken bool) {
-	if taken && c.keep {
-		n := 0
-		for i := range c.places {
-			c.places[i].store(c, n)
-			n += len(c.places[i].rules)
-		}
-		for i := range c.places {
-			if removed := c.places[i].shard.tidy(c, c.places[i].made); removed > 0 {
-				s.live.Add(-int64(removed))
-			}
-		}
-	}
-	s.leave(c)
-}
-
-// leave gives back the room of identifiers that were not made, and unlocks.
-func (s *Storage) leave(c *call) {
-	for i := range c.places {
-		if p := &c.places[i]; p.counted && !p.made {
-			s.live.Add(-1)
-		}
-	}
-	c.unlock()
-}
-
-// locate finds the entries of the call and counts those that may have to be made. It reports
-// false, and counts none, when they exceed the limit.
-func (s *Storage) locate(c *call) bool {
-	for i := range c.places {
-		p := &c.places[i]
-		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
-			p.entry = p.shard.entry(at)
-			continue
-		}
-		p.entry, p.counted = nil, false
-		if !c.keep {
-			continue
-		}
-		if s.live.Add(1) > s.max && s.max > 0 {
-			for ; i >= 0; i-- {
-				if c.places[i].counted || &c.places[i] == p {
-					s.live.Add(-1)
-					c.places[i].counted = false
-				}
-			}
-			return false
-		}
-		p.counted = true
-	}
-	return true
-}
-
-// findRoom looks for an identifier to remove: in all shards, but at no more than visits entries.
-func (s *Storage) findRoom(c *call) bool {
-	budget, hand := visits, s.hand.Add(1)
-	for i := range uint32(shards) {
-		sh := &s.shards[(hand+i)%shards]
-		sh.mu.Lock()
-		n := min(budget, sh.n)
-		removed := sh.sweep(c.name, c.clocked, c.now, n)
-		sh.mu.Unlock()
-		if removed > 0 {
-			s.live.Add(-int64(removed))
-			return true
-		}
-		if budget -= n; budget == 0 {
-			return false
-		}
-	}
-	return false
 }

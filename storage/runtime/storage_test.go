@@ -193,3 +193,34 @@ func TestAMillionIdentifiersTakeAtMost120BytesEach(t *testing.T) {
 	assert.LessOrEqual(t, float64(heap()-before)/float64(len(all)), 120.0)
 	runtime.KeepAlive(s)
 }
+
+func TestNoCallLooksAtMoreThan64Entries(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(&memstore.Options{MaxIdentifiers: 500})
+	th, mock := clocked(t, s, throttler.NewBucket(10*time.Second, 5))
+	var parts []throttler.Part
+	for i := range 500 {
+		id := fmt.Sprint("user-", i)
+		require.True(t, consume(t, th, id))
+		parts = append(parts, throttler.For(id))
+	}
+	visited := func(call func()) int {
+		before := s.Visited()
+		call()
+		return s.Visited() - before
+	}
+	for range 20 {
+		assert.LessOrEqual(t, visited(func() {
+			_, err := th.Consume("one more")
+			assert.ErrorIs(t, err, throttler.ErrUnavailable)
+		}), 64)
+		assert.LessOrEqual(t, visited(func() {
+			_, err := th.ConsumeAll(t.Context(), parts...)
+			assert.NoError(t, err)
+		}), 64)
+	}
+	mock.Add(10 * time.Second)
+	for i := range 500 {
+		assert.LessOrEqual(t, visited(func() { require.True(t, consume(t, th, fmt.Sprint("new-", i))) }), 64)
+	}
+}

@@ -12,7 +12,11 @@ import (
 const (
 	shards = 256
 	chunk  = 32 // entries allocated together
-	visits = 64 // the most entries a call looks at to remove some
+
+	// A call looks at no more than 64 entries to remove some: at most 32 in search of room, and then
+	// at most 8 in each of 4 shards.
+	searched = 32
+	swept    = 4
 )
 
 // shard is a hash table: an index by open addressing over entries in chunks that never move while
@@ -167,12 +171,12 @@ func (sh *shard) free(at uint32) {
 }
 
 // tidy sweeps a little after a write: four entries for each one made, else one a write.
-func (sh *shard) tidy(c *call, made bool) (removed int) {
+func (sh *shard) tidy(name string, clocked bool, now int64, made bool) (removed int) {
 	if made {
-		return sh.sweep(c.name, c.clocked, c.now, 4)
+		return sh.sweep(name, clocked, now, 4)
 	}
 	if sh.writes++; sh.writes%8 == 0 {
-		return sh.sweep(c.name, c.clocked, c.now, 8)
+		return sh.sweep(name, clocked, now, 8)
 	}
 	return 0
 }

@@ -1,0 +1,271 @@
+package runtime
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// call is one decision or charge on its way through the shards. Between begin and end its shards
+// are locked and its draws hold the states.
+type call struct {
+	name    string
+	clocked bool
+	keep    bool // false: nothing will be written
+	now     int64
+	draws   []storage.Draw
+	places  []place // of each identifier
+}
+
+// lock locks the shards of all places, each once and in the order of their indexes, so that no two
+// calls wait for each other.
+func (c *call) lock() {
+	if len(c.places) == 1 {
+		c.places[0].shard.mu.Lock()
+		return
+	}
+	for _, sh := range c.order() {
+		sh.mu.Lock()
+	}
+}
+
+func (c *call) unlock() {
+	if len(c.places) == 1 {
+		c.places[0].shard.mu.Unlock()
+		return
+	}
+	for _, sh := range c.order() {
+		sh.mu.Unlock()
+	}
+}
+
+func (c *call) order() []*shard {
+	out := make([]*shard, len(c.places))
+	for i := range c.places {
+		out[i] = c.places[i].shard
+	}
+	slices.SortFunc(out, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
+	return slices.Compact(out)
+}
+
+// place is where the state of one identifier is.
+type place struct {
+	shard *shard
+	tag   uint32
+	id    string
+	rules []storage.Rule // as many of the draws are this identifier's
+
+	entry   *entry // nil when there is none
+	counted bool   // there was none, and one more is counted as live
+	made    bool   // by this call
+}
+
+// place sets where the identifier is, in place of a zero one.
+func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
+	h := hash(s.seed, name, id)
+	p.shard, p.tag, p.id, p.rules = &s.shards[h>>56], uint32(h), id, rules
+}
+
+// begin locks the call's shards and loads the states of its draws.
+func (s *Storage) begin(c *call) error {
+	for tried := false; ; tried = true {
+		c.lock()
+		if s.locate(c) {
+			break
+		}
+		c.unlock()
+		if tried || !s.findRoom(c) {
+			return fmt.Errorf("%w: all %d identifiers of the runtime storage are in use: none of those looked at is full", storage.ErrUnavailable, s.max)
+		}
+	}
+	n := 0
+	for i := range c.places {
+		p := &c.places[i]
+		if err := p.load(c, n); err != nil {
+			s.leave(c)
+			return err
+		}
+		n += len(p.rules)
+	}
+	return nil
+}
+
+// end stores what was taken, if anything, and unlocks.
+func (s *Storage) end(c *call, taken bool) {
+	if taken && c.keep {
+		n := 0
+		for i := range c.places {
+			c.places[i].store(c, n)
+			n += len(c.places[i].rules)
+		}
+		for i := range min(len(c.places), swept) {
+			p := &c.places[i]
+			if removed := p.shard.tidy(c.name, c.clocked, c.now, p.made); removed > 0 {
+				s.live.Add(-int64(removed))
+			}
+		}
+	}
+	s.leave(c)
+}
+
+// leave gives back the room of identifiers that were not made, and unlocks.
+func (s *Storage) leave(c *call) {
+	for i := range c.places {
+		if p := &c.places[i]; p.counted && !p.made {
+			s.live.Add(-1)
+		}
+	}
+	c.unlock()
+}
+
+// locate finds the entries of the call and counts those that may have to be made. It reports
+// false, and counts none, when they exceed the limit.
+func (s *Storage) locate(c *call) bool {
+	for i := range c.places {
+		p := &c.places[i]
+		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
+			p.entry = p.shard.entry(at)
+			continue
+		}
+		p.entry, p.counted = nil, false
+		if !c.keep {
+			continue
+		}
+		if s.live.Add(1) > s.max && s.max > 0 {
+			for ; i >= 0; i-- {
+				if c.places[i].counted || &c.places[i] == p {
+					s.live.Add(-1)
+					c.places[i].counted = false
+				}
+			}
+			return false
+		}
+		p.counted = true
+	}
+	return true
+}
+
+// findRoom looks for an identifier to remove: in all shards, but at no more than a bounded number of entries.
+func (s *Storage) findRoom(c *call) bool {
+	budget, hand := searched, s.hand.Add(1)
+	for i := range uint32(shards) {
+		sh := &s.shards[(hand+i)%shards]
+		sh.mu.Lock()
+		n := min(budget, sh.n)
+		removed := sh.sweep(c.name, c.clocked, c.now, n)
+		sh.mu.Unlock()
+		if removed > 0 {
+			s.live.Add(-int64(removed))
+			return true
+		}
+		if budget -= n; budget == 0 {
+			return false
+		}
+	}
+	return false
+}
+
+// load reads the states of the place's draws, which begin at number from. It fails when the
+// identifier would come to have too many buckets.
+func (p *place) load(c *call, from int) error {
+	if p.entry == nil {
+		return nil
+	}
+	e, extra := p.entry, 0
+	for j := range p.rules {
+		d := &c.draws[from+j]
+		if i := e.layout.find(d.Rule, j); i >= 0 {
+			e.state(i, &d.State)
+		} else {
+			extra++
+		}
+	}
+	if extra > 0 && extra+len(e.layout.rules) > storage.MaxBuckets {
+		return storage.TooManyBuckets(p.rules, len(p.rules)+len(p.leftovers(c, from)))
+	}
+	return nil
+}
+
+// store writes the states of the draws that took something. Where the entry has no cell for one,
+// or one of another law, the entry gets the cells it needs.
+func (p *place) store(c *call, from int) {
+	for j := range p.rules {
+		d := &c.draws[from+j]
+		if d.Cost == 0 || d.State.Law == nil {
+			continue
+		}
+		if p.entry == nil {
+			p.relay(c, from)
+			return
+		}
+		i := p.entry.layout.find(d.Rule, j)
+		if i < 0 || &p.entry.layout.rules[i].Law != d.State.Law && p.entry.layout.rules[i].Law != *d.State.Law {
+			p.relay(c, from)
+			return
+		}
+		p.entry.set(i, &d.State)
+	}
+}
+
+// leftover is a bucket that the call does not name and that is not full.
+type leftover struct {
+	rule  storage.Rule
+	state storage.State
+}
+
+func (p *place) leftovers(c *call, from int) (out []leftover) {
+	if p.entry == nil {
+		return nil
+	}
+next:
+	for i := range p.entry.layout.rules {
+		rule := p.entry.layout.rules[i]
+		for j := range p.rules {
+			if c.draws[from+j].Rule.Name == rule.Name {
+				continue next
+			}
+		}
+		var s storage.State
+		if p.entry.state(i, &s); !s.Full(c.now) {
+			out = append(out, leftover{rule, s})
+		}
+	}
+	return out
+}
+
+// oldLaw says that a bucket which is asked for nothing keeps what it has as it was spent.
+func oldLaw(d storage.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
+
+// relay lays the entry out anew, or makes it: the call's buckets, then the leftovers.
+func (p *place) relay(c *call, from int) {
+	rules, rest := p.rules, p.leftovers(c, from)
+	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules)], oldLaw) {
+		rules = slices.Clone(p.rules)
+		for j := range rules {
+			if d := &c.draws[from+j]; oldLaw(*d) {
+				rules[j].Law = *d.State.Law
+			}
+		}
+		for _, l := range rest {
+			rules = append(rules, l.rule)
+		}
+	}
+	l := p.shard.use(c.name, c.clocked, rules)
+	if p.entry == nil {
+		p.entry, p.made = p.shard.add(p.tag, p.id, l), true
+	} else {
+		p.shard.release(p.entry.layout)
+		p.entry.layout = l
+		p.entry.resize(len(l.rules))
+	}
+	for j := range p.rules {
+		if d := &c.draws[from+j]; d.State.Law != nil {
+			p.entry.set(j, &d.State)
+		}
+	}
+	for k := range rest {
+		p.entry.set(len(p.rules)+k, &rest[k].state)
+	}
+}
