@@ -147,21 +147,21 @@ func (s *Storage) locate(c *call) bool {
 	return true
 }
 
-// findRoom looks for an identifier to remove: in all shards, but at no more than a bounded number of entries.
+// findRoom looks for an identifier to remove, beginning where the last search ended, and gives up
+// after a bounded number of entries.
 func (s *Storage) findRoom(c *call) bool {
-	budget, hand := searched, s.hand.Add(1)
+	budget, first := searched, s.hand.Load()
 	for i := range uint32(shards) {
-		sh := &s.shards[(hand+i)%shards]
+		sh := &s.shards[(first+i)%shards]
 		sh.mu.Lock()
 		n := min(budget, sh.n)
 		removed := sh.sweep(c.name, c.clocked, c.now, n)
 		sh.mu.Unlock()
-		if removed > 0 {
+		budget -= n
+		if removed > 0 || budget == 0 {
+			s.hand.Store(first + i)
 			s.live.Add(-int64(removed))
-			return true
-		}
-		if budget -= n; budget == 0 {
-			return false
+			return removed > 0
 		}
 	}
 	return false

@@ -24,8 +24,9 @@ const inline = 4
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
-	// MaxIdentifiers is the most identifiers with buckets that are not full; 0 sets no limit. One
-	// more gets ErrUnavailable: none that is not full is ever evicted.
+	// MaxIdentifiers is the most identifiers that are held; 0 sets no limit. One more gets
+	// ErrUnavailable unless a short search finds one to remove that is full: none that is not full is
+	// ever evicted. Searches go on where the last one ended.
 	MaxIdentifiers int
 }
 
