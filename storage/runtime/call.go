@@ -159,7 +159,7 @@ func (s *Storage) findRoom(c *call) bool {
 		sh.mu.Unlock()
 		budget -= n
 		if removed > 0 || budget == 0 {
-			s.hand.Store(first + i)
+			s.hand.Store(first + i + 1)
 			s.live.Add(-int64(removed))
 			return removed > 0
 		}
