@@ -53,6 +53,22 @@ var (
 	ErrClosed              = storage.ErrClosed              // the storage was closed
 )
 
+// ErrLimited is what a LimitedError is, for errors.Is.
+var ErrLimited = errors.New("throttler: limited")
+
+// LimitedError is a denial for callers that want an error: return &LimitedError{v} when v is not
+// Allowed. Consume itself never returns it.
+type LimitedError struct{ Verdict Verdict }
+
+// Error says who was limited, by which bucket and for how long.
+func (e *LimitedError) Error() string {
+	id, bucket := refusedBy(&e.Verdict)
+	return fmt.Sprintf("%v: %.64q by bucket %q, retry after %v", ErrLimited, id, bucket, e.Verdict.RetryAfter)
+}
+
+// Unwrap returns ErrLimited.
+func (e *LimitedError) Unwrap() error { return ErrLimited }
+
 // Policy chooses what happens to a call that cannot be decided.
 type Policy int
 
@@ -521,15 +537,20 @@ func decided(r *storage.Request, v Verdict, err error, d time.Duration) Event {
 			e.Cost = max(e.Cost, p.Cost(j))
 		}
 	}
-	if v.Allowed {
-		return e
-	}
-	for _, l := range v.Levels() {
-		if l.RetryAfter == v.RetryAfter && l.RetryAfter > 0 {
-			e.Identifier, e.Bucket = l.Identifier, l.Bucket
-		}
+	if id, bucket := refusedBy(&v); bucket != "" {
+		e.Identifier, e.Bucket = id, bucket
 	}
 	return e
+}
+
+// refusedBy is the identifier and the bucket with the longest RetryAfter, if any has one.
+func refusedBy(v *Verdict) (id, bucket string) {
+	for _, l := range v.Levels() {
+		if l.RetryAfter > 0 && l.RetryAfter == v.RetryAfter {
+			id, bucket = l.Identifier, l.Bucket
+		}
+	}
+	return id, bucket
 }
 
 // rejected observes a call that was wrong.

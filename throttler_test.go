@@ -550,6 +550,20 @@ func TestObserveIsToldEachDecisionOnce(t *testing.T) {
 	assert.Equal(t, memstore.Source, seen[0].Verdict.Source())
 }
 
+func TestALimitedErrorSaysWhoWasLimitedByWhatAndForHowLong(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(10*time.Second, 1), throttler.NewBucket(time.Hour, 1))
+	require.True(t, allowed(t, th, "user:42"))
+	v, err := th.Consume("user:42")
+	require.NoError(t, err)
+	err = fmt.Errorf("wrapped: %w", &throttler.LimitedError{Verdict: v})
+	require.ErrorIs(t, err, throttler.ErrLimited)
+	var limited *throttler.LimitedError
+	require.ErrorAs(t, err, &limited)
+	assert.Equal(t, v, limited.Verdict)
+	assert.EqualError(t, limited, `throttler: limited: "user:42" by bucket "1/1h", retry after 1h0m0s`)
+}
+
 func TestAnInjectedClockOutsideTheArithmeticIsATypedError(t *testing.T) {
 	t.Parallel()
 	for _, at := range []time.Time{{}, time.Unix(-1, 0), time.Date(2190, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(1<<62, 0)} {
