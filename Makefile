@@ -26,13 +26,14 @@ find = $(GO) list -f '{{range .TestGoFiles}}{{println $$.ImportPath (printf "%s/
 
 # One processor for -cpu: with several, Go before 1.27 now and then ends a fuzz run that found
 # nothing with "context deadline exceeded" (go.dev/issue/75804). The number of workers, which
-# -parallel sets, remains that of the processors.
+# -parallel sets, remains that of the processors. Minimizing for longer than ten tries would take most
+# of the time.
 define fuzz
 	@set -euo pipefail; \
 	targets=$$($(call find,Fuzz)); \
 	[ -n "$$targets" ] || { echo 'found no fuzz target' >&2; exit 1; }; \
 	for target in $$targets; do \
-		(set -x; $(GO) test -run '^$$' -fuzz "^$${target##*:}\$$" -fuzztime $(FUZZTIME) -cpu 1 "$${target%:*}"); \
+		(set -x; $(GO) test -run '^$$' -fuzz "^$${target##*:}\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x -cpu 1 "$${target%:*}"); \
 	done
 endef
 
