@@ -75,7 +75,7 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	if !r.Clocked {
 		now = storage.Monotonic()
 	}
-	if len(r.More) == 0 && len(r.Part.Rules) <= 2 && s.again(r, v, now) {
+	if len(r.More) == 0 && len(r.Part.Rules) <= inline && s.again(r, v, now) {
 		return nil
 	}
 	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
@@ -93,8 +93,8 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	return s.answer(&c, r, v)
 }
 
-// again is the short way for nearly all calls: an identifier that is there, with the one or two
-// buckets of the request. It reports false, and has done nothing, when that is not so.
+// again is the short way for nearly all calls: an identifier that is there, with the few buckets
+// of the request. It reports false, and has done nothing, when that is not so.
 func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool {
 	h := hash(s.seed, r.Name, r.Part.Identifier)
 	sh := &s.shards[h>>56]
@@ -104,9 +104,15 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 		sh.mu.Unlock()
 		return false
 	}
-	e := sh.entry(i)
-	var few [2]storage.Draw
-	draws := few[:len(r.Part.Rules)]
+	e, n := sh.entry(i), len(r.Part.Rules)
+	var draws []storage.Draw
+	if n <= 2 {
+		var two [2]storage.Draw
+		draws = two[:n]
+	} else {
+		var few [inline]storage.Draw
+		draws = few[:n]
+	}
 	for j := range draws {
 		draws[j].Rule, draws[j].Cost = &r.Part.Rules[j], r.Part.Cost(j)
 		e.state(j, &draws[j].State)
