@@ -505,7 +505,7 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 // Op names what an Event is about.
 type Op string
 
-// The values of Op. Each try of a Wait is an OpConsume.
+// The values of Op. Each try of a Wait is an OpConsume, after an OpPeek when it has to queue.
 const (
 	OpConsume Op = "consume"
 	OpPeek    Op = "peek"
