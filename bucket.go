@@ -94,10 +94,28 @@ func (b Bucket) made() Bucket {
 		}
 	}
 	b.rule, b.faults = storage.NewRule(name, b.kind, b.period, b.Capacity(), b.tokens)
+	for _, fault := range b.faults {
+		b.inUserWords(fault)
+	}
 	if b.hasBurst && b.kind != storage.Continuous {
 		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: fmt.Sprintf("of %d is for a Continuous bucket only", b.burst)})
 	}
 	return b
+}
+
+// inUserWords names the field that the user gave: a rule's capacity is that of Burst, if there is one,
+// and its refill that of NewBucket.
+func (b Bucket) inUserWords(fault error) {
+	var e *BucketError
+	if !errors.As(fault, &e) {
+		return
+	}
+	switch {
+	case e.Field == "Capacity" && b.hasBurst:
+		e.Field = "Burst"
+	case e.Field == "Refill":
+		e.Field = "Capacity"
+	}
 }
 
 // short is the duration without units that are zero: 1h, 1m30s, 250ms, 5us.
@@ -136,7 +154,7 @@ func newSet(buckets []Bucket) *set {
 		s.rules[i] = b.rule
 	}
 	if len(buckets) > storage.MaxBuckets {
-		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Name", Reason: fmt.Sprintf("is one of %d buckets, an identifier has at most %d", len(buckets), storage.MaxBuckets)})
+		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
 	}
 	s.err = errors.Join(faults...)
 	return s

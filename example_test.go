@@ -11,30 +11,39 @@ import (
 )
 
 func Example() {
+	if err := sixCalls(); err != nil {
+		fmt.Println(err)
+	}
+	// Output:
+	// admitted
+	// admitted
+	// admitted
+	// admitted
+	// admitted
+	// come back in 10s
+}
+
+func sixCalls() error {
 	t, err := throttler.New(throttler.Config{}) // in process, one token a call
 	if err != nil {
-		panic(err)
+		return err
 	}
-	err = t.AddBucket("user:42",
-		throttler.NewBucket(10*time.Second, 5), // 5 per 10 s
-		throttler.NewBucket(time.Hour, 100))    // AND 100 per hour
-	if err != nil {
-		panic(err)
+	fivePer10s, hundredPerHour := throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)
+	if err := t.AddBucket("user:42", fivePer10s, hundredPerHour); err != nil {
+		return err
 	}
 	for range 6 {
 		v, err := t.Consume("user:42") // takes from both, or from neither
 		if err != nil {
-			panic(err) // the storage failed, or the call is wrong
+			return err // the storage failed, or the call is wrong
 		}
-		fmt.Println(v.Allowed, v.RetryAfter.Round(time.Second))
+		if v.Allowed {
+			fmt.Println("admitted")
+		} else {
+			fmt.Println("come back in", v.RetryAfter.Round(time.Second))
+		}
 	}
-	// Output:
-	// true 0s
-	// true 0s
-	// true 0s
-	// true 0s
-	// true 0s
-	// false 10s
+	return nil
 }
 
 // A test moves the time and does not sleep.

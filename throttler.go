@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,16 +29,19 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Verdict is the answer to a call.
+// Verdict is the answer to a call: whether it is Allowed, the RetryAfter if not, and by methods Levels,
+// Source, Degraded and Taken. See storage.Verdict.
 type Verdict = storage.Verdict
 
-// Level is the state of one bucket right after a decision.
+// Level is the state of one bucket right after a decision: Identifier, Bucket, Limit, Remaining,
+// Period, ResetAfter and RetryAfter. See storage.Level.
 type Level = storage.Level
 
 // Clock tells the time and waits: github.com/benbjohnson/clock has some.
 type Clock = storage.Clock
 
-// BucketError is a fault in the definition of a bucket, or in the way a call uses one.
+// BucketError is a fault in the definition of a bucket, or in the way a call uses one: the Bucket, the
+// Field and the Reason. See storage.BucketError.
 type BucketError = storage.BucketError
 
 // The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
@@ -49,14 +53,14 @@ var (
 	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity // waiting never helps
 	ErrInvalidClock        = storage.ErrInvalidClock        // Config.Clock reads a time outside 1970 to 2184
 	ErrUnavailable         = storage.ErrUnavailable         // the storage could not decide
-	ErrCorruptState        = storage.ErrCorruptState        // the storage holds a value that is not ours
-	ErrClosed              = storage.ErrClosed              // the storage was closed
+	ErrCorruptState        = storage.ErrCorruptState        // the storage holds a value that is not ours; never the runtime storage
+	ErrClosed              = storage.ErrClosed              // the storage was closed; never the runtime storage
 )
 
 // ErrLimited is what a LimitedError is, for errors.Is.
 var ErrLimited = errors.New("throttler: limited")
 
-// LimitedError is a denial for callers that want an error: return &LimitedError{v} when v is not
+// LimitedError is a denial for callers that want an error: return &LimitedError{Verdict: v} when v is not
 // Allowed. Consume itself never returns it.
 type LimitedError struct{ Verdict Verdict }
 
@@ -98,19 +102,22 @@ type Config struct {
 	OnUnknownIdentifier Policy
 
 	// OnStorageError is for a decision that failed with ErrUnavailable: Deny returns the error,
-	// Allow a Verdict that is Allowed and Degraded. Cancelled and invalid calls always fail.
+	// Allow a Verdict that is Allowed and Degraded and has no Levels. Cancelled and invalid calls
+	// always fail.
 	OnStorageError Policy
 
 	// Clock replaces the storage's own clock, mostly in tests. Throttlers of one Name on one
-	// storage use the same clock.
+	// storage use the same clock. In a testing/synctest bubble none is needed, if the Throttler is
+	// made in the bubble.
 	Clock Clock
 
-	// Observe, if not nil, is called once after each decision and change, by the goroutine of the
-	// call, and must be safe for concurrent use.
+	// Observe, if not nil, is called once after each decision and change, also one that failed (a
+	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
+	// concurrent use.
 	Observe func(context.Context, Event)
 }
 
-// Throttler is safe for concurrent use. It holds no resources of its own.
+// Throttler is safe for concurrent use. It is made by New only, and holds no resources of its own.
 type Throttler struct {
 	name     string
 	storage  storage.Storage
@@ -166,8 +173,8 @@ func New(c Config) (*Throttler, error) {
 	return t, nil
 }
 
-// AddBucket gives the identifier buckets of its own, in place of Config.Buckets, or more of them.
-// They are known to this Throttler only, until they are removed: call it in every process that
+// AddBucket gives the identifier buckets of its own: the first ones replace Config.Buckets for it,
+// later ones are added. They are known to this Throttler only, until they are removed: call it in every process that
 // limits the identifier. A bucket of a name that it has replaces that one, and what was spent
 // stays spent. If any is faulty none is added, and all faults are returned, joined.
 func (t *Throttler) AddBucket(id string, b ...Bucket) error {
@@ -254,7 +261,7 @@ type Option struct {
 type optionKind uint8
 
 const (
-	costOption optionKind = iota
+	costOption optionKind = iota + 1 // the zero Option does nothing
 	costOfOption
 	usingOption
 )
@@ -267,7 +274,8 @@ func CostOf(bucket string, n int64) Option { return Option{kind: costOfOption, b
 
 // Using decides the call by these buckets, whichever the identifier has. Give them names
 // (Bucket.Named): an identifier that moves to a bucket of the same name and another limit keeps
-// what it has spent. Making the Option compiles the buckets; keep it in a variable.
+// what it has spent. Of all buckets that its calls name at most 16 may be less than full at a time.
+// Making the Option compiles the buckets; keep it in a variable.
 func Using(b ...Bucket) Option {
 	return Option{kind: usingOption, set: newSet(append([]Bucket(nil), b...))}
 }
@@ -427,35 +435,49 @@ func (t *Throttler) now(micros *int64, clocked *bool) (err error) {
 }
 
 // Refund gives back what v took, or less: Cost(n) is n from every bucket, CostOf(bucket, n) n from
-// that one. It never gives back tokens that have already come back by themselves, and more than
-// was taken is ErrInvalidCost. A Continuous bucket's share that drained in the meantime is known
-// to a tick, nearly always one microsecond. Refund each verdict once: it does not remember.
+// that one, and without Cost all the others still give back everything. More than was taken is
+// ErrInvalidCost. Tokens that have already come back by themselves are not given back; a Continuous
+// bucket's share that drained in the meantime is known to a tick, nearly always one microsecond. The
+// verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
+// A verdict that took nothing, a denial or a Peek, gives nothing back.
 func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
-	if !v.Allowed {
+	if !v.Taken() {
 		return nil
 	}
+	if err := refundable(&v, o); err != nil {
+		t.rejected(ctx, OpRefund, v.Part(0).Identifier, err)
+		return err
+	}
+	charges := make([]storage.Charge, v.Parts())
 	n := 0
-	for i := range v.Parts() {
+	for i := range charges {
 		p := v.Part(i)
-		c := storage.Charge{Name: t.name, Identifier: p.Identifier, Rules: p.Rules, Amounts: make([]storage.Amount, len(p.Rules))}
-		if err := t.refund(&c, &v, p, n, o); err != nil {
-			return err
-		}
-		start := time.Now()
-		err := t.storage.Charge(ctx, c)
-		if t.observe != nil {
-			t.observe(ctx, Event{Op: OpRefund, Identifier: p.Identifier, Err: err, Duration: time.Since(start)})
-		}
-		if err != nil {
+		if err := t.refund(&charges[i], &v, p, n, o); err != nil {
+			t.rejected(ctx, OpRefund, p.Identifier, err)
 			return err
 		}
 		n += len(p.Rules)
 	}
+	for _, c := range charges {
+		start := time.Now()
+		err := t.storage.Charge(ctx, c)
+		if t.observe != nil {
+			e := Event{Op: OpRefund, Identifier: c.Identifier, Verdict: v, Err: err, Duration: time.Since(start)}
+			for _, a := range c.Amounts {
+				e.Cost = max(e.Cost, -a.N)
+			}
+			t.observe(ctx, e)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// refund fills in the amounts of one part, whose counts begin at number from.
+// refund makes the charge of one part, whose counts begin at number from.
 func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) error {
+	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
 	if err := t.now(&c.Now, &c.Clocked); err != nil {
 		return err
 	}
@@ -469,7 +491,24 @@ func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from 
 		if n < 0 || n > taken {
 			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
 		}
-		c.Amounts[j] = storage.Amount{N: -n, In: v.Count(from+j).ResetAfter - max(0, now-v.At())}
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.Count(from+j).ResetAfter - max(0, now-v.At())})
+	}
+	return nil
+}
+
+// refundable checks that each CostOf names a bucket of v.
+func refundable(v *Verdict, options []Option) error {
+options:
+	for _, o := range options {
+		if o.kind != costOfOption {
+			continue
+		}
+		for i := range v.Parts() {
+			if slices.ContainsFunc(v.Part(i).Rules, func(r storage.Rule) bool { return r.Name == o.bucket }) {
+				continue options
+			}
+		}
+		return noSuchBucket(o.bucket, v.Part(0).Identifier)
 	}
 	return nil
 }
@@ -521,10 +560,10 @@ func opOf(m storage.Mode) Op {
 // Event is what Observe is told of a call.
 type Event struct {
 	Op         Op
-	Identifier string  // of a refusal by one of several parts: of that part
-	Cost       int64   // the largest cost asked of a bucket
+	Identifier string  // of several parts the first, or the one that refused; Levels names all
+	Cost       int64   // the largest cost asked of a bucket, or given back to one
 	Bucket     string  // refused: the bucket with the longest RetryAfter
-	Verdict    Verdict // as the caller got it: Allowed, Levels, Source, Degraded
+	Verdict    Verdict // as the caller got it: Allowed, Levels, Source, Degraded; of OpRefund the refunded one
 	Err        error   // also when a policy allowed the call
 	Duration   time.Duration
 }

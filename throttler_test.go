@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -190,7 +192,8 @@ func TestEveryFaultOfABucketNamesItsField(t *testing.T) {
 		{throttler.NewBucket(time.Second, math.MaxInt64), "Capacity"},
 		{throttler.NewBucket(time.Hour, 1<<50).SlidingWindow(), "Capacity"},
 		{throttler.NewBucket(time.Hour, 1<<50).Continuous(), "Capacity"},
-		{throttler.NewBucket(time.Second, 5).Continuous().Burst(0), "Capacity"},
+		{throttler.NewBucket(time.Second, 5).Continuous().Burst(0), "Burst"},
+		{throttler.NewBucket(time.Second, 0).Continuous().Burst(5), "Capacity"},
 		{throttler.NewBucket(time.Hour, 1).Continuous().Burst(100_000), "Burst"},
 		{throttler.NewBucket(time.Second, 5).SlidingLog().Burst(5), "Burst"},
 		{throttler.NewBucket(time.Second, 5).Named(""), "Name"},
@@ -378,7 +381,10 @@ func TestPeekAnswersWhatConsumeWouldAndTakesNothing(t *testing.T) {
 		v, err := th.Consume("a", throttler.Cost(2))
 		require.NoError(t, err)
 		assert.Equal(t, peeked, again)
-		assert.Equal(t, peeked, v)
+		assert.Equal(t, peeked.Allowed, v.Allowed)
+		assert.Equal(t, peeked.RetryAfter, v.RetryAfter)
+		assert.Equal(t, peeked.Levels(), v.Levels())
+		require.NoError(t, th.Refund(t.Context(), peeked), "a peek took nothing")
 	}
 }
 
@@ -431,6 +437,27 @@ func TestRefundOfADenialGivesBackNothing(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, th.Refund(t.Context(), v))
 	assert.Equal(t, []int64{0}, left(t, th, "a"))
+}
+
+func TestAWrongRefundChangesNothing(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Minute, 10).Named("calls"), throttler.NewBucket(time.Minute, 10).Named("tokens"))
+	v, err := th.ConsumeAll(t.Context(), throttler.For("a", throttler.Cost(5)), throttler.For("b"))
+	require.NoError(t, err)
+	require.ErrorIs(t, th.Refund(t.Context(), v, throttler.Cost(3)), throttler.ErrInvalidCost)
+	assert.Equal(t, []int64{5, 5}, left(t, th, "a"))
+	v, err = th.Consume("c", throttler.Cost(4))
+	require.NoError(t, err)
+	var fault *throttler.BucketError
+	require.ErrorAs(t, th.Refund(t.Context(), v, throttler.CostOf("token", 1)), &fault)
+	assert.Equal(t, []int64{6, 6}, left(t, th, "c"))
+}
+
+func TestTheZeroOptionDoesNothing(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Minute, 10))
+	require.True(t, allowed(t, th, "a", throttler.Option{}))
+	assert.Equal(t, []int64{9}, left(t, th, "a"))
 }
 
 func TestRefundOfSeveralPartsGivesBackToEach(t *testing.T) {
@@ -521,6 +548,7 @@ func TestObserveIsToldEachDecisionOnce(t *testing.T) {
 	_, _ = th.Peek(t.Context(), "a")
 	_ = th.Charge(t.Context(), "a")
 	_ = th.Refund(t.Context(), v)
+	_ = th.Refund(t.Context(), v, throttler.Cost(9))
 	_ = th.Reset(t.Context(), "a")
 	_, _ = th.Consume("")
 	_, _ = th.Consume("a", throttler.Cost(-1))
@@ -540,7 +568,8 @@ func TestObserveIsToldEachDecisionOnce(t *testing.T) {
 		"consume a cost 3 false long",
 		"peek a cost 1 true ",
 		"charge a cost 1 true ",
-		"refund a cost 0 false ",
+		"refund a cost 2 true ",
+		"refund a cost 0 false  failed",
 		"reset a cost 0 false ",
 		"consume  cost 1 false  failed",
 		"consume a cost 0 false  failed",
@@ -643,6 +672,20 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 		}), name)
 	}
 	require.Positive(t, sum)
+}
+
+func TestTheCodeInTheReadmeIsThatOfTheExamples(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	examples, err := os.ReadFile("example_test.go")
+	require.NoError(t, err)
+	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
+	require.NotEmpty(t, blocks)
+	for _, block := range blocks {
+		indented := regexp.MustCompile(`(?m)^(.)`).ReplaceAllString(block[1], "\t$1")
+		assert.Contains(t, string(examples), indented)
+	}
 }
 
 func TestArrowsPointDownOnly(t *testing.T) {

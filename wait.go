@@ -11,10 +11,13 @@ import (
 )
 
 // Wait blocks until the call is admitted: a leaky bucket, with Continuous().Burst(1). Calls of Wait
-// for one identifier on one Throttler are admitted in the order of their arrival, and wait by
-// Config.Clock. When the context's deadline is nearer than RetryAfter it returns at once the
-// denied Verdict and an error that wraps context.DeadlineExceeded; a context that ends later
-// returns its own error. Whoever leaves holds up nobody.
+// for one identifier on one Throttler are admitted in the order of their arrival, whatever their
+// buckets, and wait by Config.Clock; whoever leaves holds up nobody.
+//
+// When the context's deadline is nearer than RetryAfter it returns at once the denied Verdict and an
+// error that wraps context.DeadlineExceeded. In a queue that is the time which the first in line would
+// have to wait: those further back may wait until their deadline in vain. A context that ends later
+// returns its own error. With Config.Clock the deadline must be by that clock too.
 func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, error) {
 	turn := t.lines.join(id)
 	defer t.lines.leave(id, turn)

@@ -66,7 +66,7 @@ type Rule struct {
 // BucketError is a fault in the definition of a bucket, or in the way a call uses one.
 type BucketError struct {
 	Bucket string // its name
-	Field  string // Period, Capacity, Refill, Burst, Kind, Name or CostOf
+	Field  string // Period, Capacity, Refill, Burst, Kind, Name, CostOf or Buckets
 	Reason string // what was given and what is allowed
 }
 

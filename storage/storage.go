@@ -22,6 +22,9 @@ import (
 // nothing. Invalid requests (Request.Validate) are refused before any I/O. A failure of the
 // storage itself wraps ErrUnavailable, a stored value that cannot be read ErrCorruptState, and a
 // call after Close ErrClosed.
+//
+// An identifier keeps the states of all its buckets until they are full, also of those that a request
+// does not name, up to MaxBuckets; one more is refused with TooManyBuckets.
 type Storage interface {
 	// Decide takes the costs of a request from all buckets of all its parts, or from none, as
 	// the function Decide does for their states. A denied request changes nothing.
@@ -152,7 +155,7 @@ func (p *Part) validate(mode Mode) error {
 		return err
 	}
 	if len(p.Rules) == 0 || len(p.Rules) > MaxBuckets {
-		return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d buckets in a call, must be 1 to %d", p.Identifier, len(p.Rules), MaxBuckets)}
+		return &BucketError{Field: "Buckets", Reason: fmt.Sprintf("of identifier %.64q: %d buckets in a call, must be 1 to %d", p.Identifier, len(p.Rules), MaxBuckets)}
 	}
 	for j := range p.Rules {
 		if c := p.Cost(j); c < 0 || c > p.Rules[j].Capacity && mode != Force {
@@ -184,7 +187,7 @@ func TooManyBuckets(rules []Rule, n int) error {
 	if n <= MaxBuckets {
 		return nil
 	}
-	return &BucketError{Bucket: rules[0].Name, Field: "Name", Reason: fmt.Sprintf("with this call %d buckets of the identifier are not full, must be at most %d", n, MaxBuckets)}
+	return &BucketError{Bucket: rules[0].Name, Field: "Buckets", Reason: fmt.Sprintf("of the identifier that are not full would be %d with this call, must be at most %d", n, MaxBuckets)}
 }
 
 // Amount is N tokens of one bucket, all of which are back In microseconds from now by themselves.
@@ -208,7 +211,7 @@ func (c *Charge) Validate() error {
 		return err
 	}
 	if n := len(c.Rules); n == 0 || n > MaxBuckets || n != len(c.Amounts) {
-		return &BucketError{Field: "Name", Reason: fmt.Sprintf("of identifier %.64q: %d amounts for %d buckets in a charge, must be one each for 1 to %d", c.Identifier, len(c.Amounts), n, MaxBuckets)}
+		return &BucketError{Field: "Buckets", Reason: fmt.Sprintf("of identifier %.64q: %d amounts for %d buckets in a charge, must be one each for 1 to %d", c.Identifier, len(c.Amounts), n, MaxBuckets)}
 	}
 	return nil
 }
@@ -224,6 +227,7 @@ type Verdict struct {
 
 	source   string
 	degraded bool
+	peeked   bool
 	at       int64
 	part     Part
 	counts   [inline]Count
@@ -250,7 +254,7 @@ func NewVerdict(r *Request, source string, at int64) (v Verdict) {
 
 // Begin is NewVerdict in place of a zero Verdict.
 func (v *Verdict) Begin(r *Request, source string, at int64) {
-	v.source, v.at, v.part = source, at, r.Part
+	v.source, v.peeked, v.at, v.part = source, r.Mode == Peek, at, r.Part
 	n := len(r.Part.Rules)
 	for i := range r.More {
 		n += len(r.More[i].Rules)
@@ -304,6 +308,9 @@ func (v *Verdict) At() int64 { return v.at }
 
 // Source names the store that answered: "runtime" here. Empty when none did.
 func (v *Verdict) Source() string { return v.source }
+
+// Taken says that the costs were taken: v is Allowed, by a storage, and not the answer to a Peek.
+func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && v.Parts() > 0 }
 
 // Degraded says that the answer is not the storage's regular one: a policy or a fallback gave it.
 func (v *Verdict) Degraded() bool { return v.degraded }

@@ -26,7 +26,8 @@ import (
 )
 
 // Run tests the storages that open returns. It may return the same one each time, or several that
-// share their data: each test keeps to a Config.Name of its own. Open cleans up by tb.Cleanup.
+// share their data: each test keeps to a Config.Name of its own. Open cleans up by tb.Cleanup. Run it
+// with the race detector, which finds what no answer shows.
 func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 	for _, test := range []struct {
 		name string
@@ -183,7 +184,7 @@ func sixteenBuckets(t *testing.T, s storage.Storage) {
 	assert.Equal(t, int64(15), v.Levels()[11].Remaining)
 	var bucketError *storage.BucketError
 	_, err = take(0, 16, 17)
-	require.ErrorAs(t, err, &bucketError)
+	require.ErrorAs(t, err, &bucketError, "16 buckets are not full: one more is refused with TooManyBuckets")
 	v, err = take(0, 0, 1)
 	require.NoError(t, err)
 	assert.False(t, v.Allowed, "the first bucket was kept by calls that do not name it")
