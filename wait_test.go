@@ -39,7 +39,7 @@ func TestWaitPacesCallersAtTheRefillRateInTheOrderOfTheirArrival(t *testing.T) {
 			}()
 			synctest.Wait()
 		}
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		synctest.Wait()
 		assert.Equal(t, []string{
 			"0 at 0s", "1 at 100ms", "2 at 200ms", "3 at 300ms", "4 at 400ms", "5 at 500ms", "6 at 600ms", "7 at 700ms", "8 at 800ms", "9 at 900ms",
@@ -67,7 +67,7 @@ func TestWaitGivesUpAtOnceWhenTheDeadlineIsNearerThanRetryAfter(t *testing.T) {
 		require.ErrorIs(t, err, context.DeadlineExceeded, "behind another, too")
 		assert.False(t, v.Allowed)
 		assert.Zero(t, time.Since(start))
-		time.Sleep(100 * time.Millisecond)
+		<-time.After(100 * time.Millisecond)
 	})
 }
 
@@ -94,7 +94,7 @@ func TestAWaiterThatLeavesBlocksNobody(t *testing.T) {
 			admitted <- time.Since(start)
 		}()
 		synctest.Wait()
-		time.Sleep(10 * time.Millisecond)
+		<-time.After(10 * time.Millisecond)
 		leaveSecond()
 		leaveFirst()
 		require.ErrorIs(t, <-failed, context.Canceled)
@@ -113,7 +113,7 @@ func TestWaitersOfDifferentIdentifiersDoNotWaitForEachOther(t *testing.T) {
 		_, err := th.Wait(t.Context(), "b")
 		require.NoError(t, err)
 		assert.Zero(t, time.Since(start))
-		time.Sleep(100 * time.Millisecond)
+		<-time.After(100 * time.Millisecond)
 	})
 }
 
