@@ -53,11 +53,12 @@ func (b Bucket) SlidingWindow() Bucket { b.kind = storage.SlidingWindow; return 
 
 // SlidingLog makes each token come back one period after it was taken: it never admits more than
 // the capacity in any window of one period. Above a capacity of 256 a token may come back up to
-// period/256 late, never early, so that the log holds at most about 256 entries.
+// period/256 late, never early, so that admitted calls make at most about 256 entries.
 func (b Bucket) SlidingLog() Bucket { b.kind = storage.SlidingLog; return b.made() }
 
-// Burst makes a Continuous bucket hold n tokens, at least 1, in place of NewBucket's capacity,
-// which remains the refill of a period. With 1 calls are spaced evenly.
+// Burst makes a Continuous bucket hold n tokens in place of NewBucket's capacity, which remains the
+// refill of a period. It is at least 1, and at most what comes back in 8.9 years. With 1 calls are
+// spaced evenly.
 func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.made() }
 
 // Named gives the bucket a name of 1 to 64 printable ASCII characters. What an identifier has

@@ -103,7 +103,7 @@ type Config struct {
 
 	// OnStorageError is for a decision that failed with ErrUnavailable: Deny returns the error,
 	// Allow a Verdict that is Allowed and Degraded and has no Levels. Cancelled and invalid calls
-	// always fail.
+	// always fail, and so do Charge, Refund and Reset.
 	OnStorageError Policy
 
 	// Clock replaces the storage's own clock, mostly in tests. Throttlers of one Name on one
@@ -111,7 +111,7 @@ type Config struct {
 	// made in the bubble.
 	Clock Clock
 
-	// Observe, if not nil, is called once after each decision and change, also one that failed (a
+	// Observe, if not nil, is called once after each decision and change of what is spent, also one that failed (a
 	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
 	// concurrent use.
 	Observe func(context.Context, Event)
@@ -414,7 +414,7 @@ func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (er
 		}
 	}
 	cause := err
-	if err != nil && t.failed == Allow && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
+	if err != nil && t.failed == Allow && r.Mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
 		*v, err = Verdict{Allowed: true}, nil
 		v.Degrade()
 	}
@@ -439,7 +439,8 @@ func (t *Throttler) now(micros *int64, clocked *bool) (err error) {
 // ErrInvalidCost. Tokens that have already come back by themselves are not given back; a Continuous
 // bucket's share that drained in the meantime is known to a tick, nearly always one microsecond. The
 // verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
-// A verdict that took nothing, a denial or a Peek, gives nothing back.
+// A verdict that took nothing, a denial or a Peek, gives nothing back. After an error of the storage
+// some of several parts may have been given back: do not try again.
 func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 	if !v.Taken() {
 		return nil
@@ -458,6 +459,7 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 		}
 		n += len(p.Rules)
 	}
+	var failed []error
 	for _, c := range charges {
 		start := time.Now()
 		err := t.storage.Charge(ctx, c)
@@ -468,11 +470,9 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 			}
 			t.observe(ctx, e)
 		}
-		if err != nil {
-			return err
-		}
+		failed = append(failed, err)
 	}
-	return nil
+	return errors.Join(failed...)
 }
 
 // refund makes the charge of one part, whose counts begin at number from.

@@ -195,6 +195,7 @@ func TestEveryFaultOfABucketNamesItsField(t *testing.T) {
 		{throttler.NewBucket(time.Second, 5).Continuous().Burst(0), "Burst"},
 		{throttler.NewBucket(time.Second, 0).Continuous().Burst(5), "Capacity"},
 		{throttler.NewBucket(time.Hour, 1).Continuous().Burst(100_000), "Burst"},
+		{throttler.NewBucket(time.Hour-time.Microsecond, 1<<45).Continuous().Burst(1), "Capacity"},
 		{throttler.NewBucket(time.Second, 5).SlidingLog().Burst(5), "Burst"},
 		{throttler.NewBucket(time.Second, 5).Named(""), "Name"},
 		{throttler.NewBucket(time.Second, 5).Named("a\nb"), "Name"},
@@ -528,6 +529,7 @@ func TestOnStorageErrorAllowsOnlyWhatIsUnavailable(t *testing.T) {
 	assert.Empty(t, v.Levels())
 	require.Len(t, seen, 1)
 	require.ErrorIs(t, seen[0].Err, throttler.ErrUnavailable)
+	require.ErrorIs(t, made(down).Charge(t.Context(), "a"), throttler.ErrUnavailable, "a charge that was lost is not called done")
 	for _, err := range []error{throttler.ErrCorruptState, throttler.ErrClosed, context.Canceled, errors.New("other")} {
 		v, got := made(err).Consume("a")
 		require.ErrorIs(t, got, err)

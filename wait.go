@@ -36,8 +36,12 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 		if err := t.tooLate(ctx, v.RetryAfter, id); err != nil {
 			return v, err
 		}
+		pause := v.RetryAfter
+		if pause <= 0 { // against the contract; a storage that does so is not asked without end
+			pause = time.Millisecond
+		}
 		select {
-		case <-t.after(v.RetryAfter):
+		case <-t.after(pause):
 		case <-ctx.Done():
 			return v, ctx.Err()
 		}

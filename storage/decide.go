@@ -19,8 +19,9 @@ import (
 // carry the same numbers:
 //
 //  1. No state, or one seen later than the real time by more than one period plus 60 s: empty.
-//     A clock that steps back less never refills; more costs at most one extra capacity, once. The
-//     period is that of the law it was spent under.
+//     A clock that steps back less never refills a state; more costs at most one extra capacity,
+//     once. The period is that of the law it was spent under. A storage may have forgotten a full
+//     state before the clock stepped back: then it is full.
 //  2. now = max(real, seen): time never runs backwards for a bucket.
 //  3. Spent, in tokens rounded up, by the law they were spent under.
 //  4. Admit if spent + cost <= capacity in every bucket that is asked for more than 0.
@@ -30,7 +31,8 @@ import (
 //
 // RetryAfter is exact: the same call a microsecond earlier is refused, at it admitted, if nobody else
 // takes. One case is left out: several buckets, of which one is empty by step 1 when another refuses.
-// As the refusal changes nothing, the first is believed again once the clock has caught up.
+// As the refusal changes nothing, the first is believed again once the clock has caught up, unless it
+// was forgotten meanwhile.
 
 // Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
 type Hold struct{ End, N int64 }
@@ -190,10 +192,10 @@ func (s *State) believable(real int64) bool {
 	return s.Law != nil && s.Seen <= real+s.Law.Period+tolerance
 }
 
-// Full reports whether nothing is spent at the time real, so that the state may be forgotten. One
-// that is ahead of the clock is not full.
+// Full reports whether the bucket is full at the time real, so that the state may be forgotten. One
+// that is ahead of the clock is not, unless it is empty by step 1.
 func (s *State) Full(real int64) bool {
-	return s.Law == nil || s.Seen <= real && s.units(real) == 0
+	return !s.believable(real) || s.Seen <= real && s.units(real) == 0
 }
 
 // one is the number of units of a token.
@@ -388,30 +390,44 @@ func (s *State) received(now int64, a Amount) Hold {
 	return Hold{end, a.N}
 }
 
-// Refund gives back n tokens that a decision took and that come back in a given time by
-// themselves: from the hold that the decision made, or the nearest to it; never more than is
-// still held there. A Continuous bucket gets back what has not drained since, to within a tick's
-// refill.
-func (s *State) Refund(n, in, real int64) {
-	holds := s.Holds()
-	if len(holds) == 0 || n <= 0 || in <= 0 {
+// Refund gives back a.N tokens that a decision by r took and that come back in a.In by themselves:
+// from the hold that the decision made, and if that has fewer from the nearest to it. What is farther
+// off than the way between two clocks can explain is another's and stays: half a period, in a
+// SlidingLog a 256th. Under another law, where the hold was converted, the newest holds give. A
+// Continuous bucket gets back what has not drained since, to within a tick's refill.
+func (s *State) Refund(r *Rule, a Amount, real int64) {
+	if s.Law == nil || a.N <= 0 || a.In <= 0 {
 		return
 	}
-	l, now := s.Law, max(real, s.Seen)
+	l, now, n := s.Law, max(real, s.Seen), a.N
 	if l.Kind == Continuous {
 		n = min(n, math.MaxInt64/2/l.one())
-		holds[0].N -= min(s.units(now), l.drained(n, in))
+		s.few[0].N -= min(s.units(now), l.drained(n, a.In))
 		return
 	}
-	made, want := 0, real+min(in, farFuture)-l.fade()
-	for i, h := range holds {
-		if abs(h.End-want) <= abs(holds[made].End-want) {
-			made = i
-		}
+	s.dropDead(now)
+	want, far := real+min(a.In, farFuture)-l.fade(), ceil(l.Period, 2)
+	switch {
+	case *l != r.Law:
+		want, far = math.MaxInt64/2, math.MaxInt64
+	case l.Kind == SlidingLog:
+		far = ceil(l.Period, logEntries) + l.Grain
 	}
-	if n < holds[made].N {
-		holds[made].N -= n
-	} else {
+	for n > 0 && len(s.Holds()) > 0 {
+		holds, made := s.Holds(), 0
+		for i, h := range holds {
+			if abs(h.End-want) <= abs(holds[made].End-want) {
+				made = i
+			}
+		}
+		if abs(holds[made].End-want) > far {
+			return
+		}
+		if n < holds[made].N {
+			holds[made].N -= n
+			return
+		}
+		n -= holds[made].N
 		s.drop(made, made+1)
 	}
 }

@@ -211,7 +211,7 @@ func TestARefundNeverGivesBackMoreThanWasTakenOrWhatCameBack(t *testing.T) {
 				}
 			}
 			had := left(s, &r, at)
-			s.Refund(n, c.ResetAfter-(at-now), at)
+			s.Refund(&r, storage.Amount{N: n, In: c.ResetAfter - (at - now)}, at)
 			got := left(s, &r, at)
 			require.GreaterOrEqual(t, got, had, "%v seed %d", kind, seed)
 			require.LessOrEqual(t, got-had, n, "%v seed %d", kind, seed)
@@ -225,6 +225,56 @@ func TestARefundNeverGivesBackMoreThanWasTakenOrWhatCameBack(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestARefundThatArrivesLateTakesNothingFromTheNextPeriod(t *testing.T) {
+	t.Parallel()
+	for _, kind := range everyKind {
+		r := rule(t, kind, 200*time.Millisecond, 5, 5)
+		var s storage.State
+		start := int64(1_700_000_000_000_000)
+		_, c := take(&s, &r, 5, start)
+		sent := start + c.ResetAfter - 1_000
+		arrived := sent + 3_000
+		before := left(s, &r, arrived)
+		ok, _ := take(&s, &r, before, arrived)
+		require.True(t, ok)
+		s.Refund(&r, storage.Amount{N: 5, In: c.ResetAfter - (sent - start)}, arrived)
+		if kind == storage.Continuous { // what had drained when it was sent, to a tick
+			require.LessOrEqual(t, left(s, &r, arrived), int64(1))
+		} else {
+			require.Zero(t, left(s, &r, arrived), kind)
+		}
+	}
+}
+
+func TestARefundFindsItsTokensInABusyLogThoughTimePassedOnTheWay(t *testing.T) {
+	t.Parallel()
+	r := rule(t, storage.SlidingLog, time.Hour, 100, 0)
+	var s storage.State
+	_, c := take(&s, &r, 50, 0)
+	take(&s, &r, 1, 1)
+	s.Refund(&r, storage.Amount{N: 50, In: c.ResetAfter}, 1)
+	assert.Equal(t, int64(99), left(s, &r, 1))
+}
+
+func TestARefundAfterTheLawChangedTakesFromTheNewestHold(t *testing.T) {
+	t.Parallel()
+	old, changed := rule(t, storage.Replenish, 10*time.Second, 10, 0), rule(t, storage.Replenish, time.Minute, 10, 0)
+	var s storage.State
+	_, c := take(&s, &old, 4, 0)
+	take(&s, &changed, 1, 0)
+	s.Refund(&old, storage.Amount{N: 4, In: c.ResetAfter}, 0)
+	assert.Equal(t, int64(9), left(s, &changed, 0))
+}
+
+func TestAStateTooFarAheadOfTheClockMayBeForgotten(t *testing.T) {
+	t.Parallel()
+	r := rule(t, storage.Replenish, 10*time.Second, 5, 0)
+	var s storage.State
+	take(&s, &r, 5, 1_000_000_000)
+	assert.False(t, s.Full(930_000_000))
+	assert.True(t, s.Full(929_999_999))
 }
 
 func TestAStateSurvivesItsHolds(t *testing.T) {

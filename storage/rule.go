@@ -116,12 +116,19 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	if kind == Continuous || kind == SlidingWindow {
 		for law.Period%law.Tick != 0 || largest > (exact-1)/4/(law.Period/law.Tick) {
 			if law.Tick *= 1000; law.Tick > 1_000_000 {
-				fault("Capacity", "of %d (refill included) is too large for a period of %v: in ticks of 1µs, 1ms or 1s that divide the period, 4 times capacity times ticks must stay below 2^53", largest, period)
+				fault(largestField(capacity, refill, kind), "of %d is too large for a period of %v: in ticks of 1µs, 1ms or 1s that divide the period, 4 times capacity times ticks must stay below 2^53", largest, period)
 				return Rule{Name: name}, faults
 			}
 		}
 	}
 	return Rule{Name: name, Law: law, Capacity: capacity}, nil
+}
+
+func largestField(capacity, refill int64, kind Kind) string {
+	if kind == Continuous && refill > capacity {
+		return "Refill"
+	}
+	return "Capacity"
 }
 
 func validName(name string) bool {

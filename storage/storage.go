@@ -27,7 +27,8 @@ import (
 // does not name, up to MaxBuckets; one more is refused with TooManyBuckets.
 type Storage interface {
 	// Decide takes the costs of a request from all buckets of all its parts, or from none, as
-	// the function Decide does for their states. A denied request changes nothing.
+	// the function Decide does for their states. A denied request changes nothing, and its verdict
+	// has a RetryAfter above zero.
 	Decide(ctx context.Context, r Request) (Verdict, error)
 
 	// Charge applies amounts unconditionally: a positive one may leave debt, a negative one
@@ -86,7 +87,7 @@ const inline = 4
 // Part is one identifier in a request, the rules of its buckets and what each is asked for.
 type Part struct {
 	Identifier string
-	Rules      []Rule // never changed after the request is made
+	Rules      []Rule // of different names; never changed after the request is made
 
 	costs [inline]int64
 	rest  []int64 // costs of the rules after the first four
@@ -131,8 +132,12 @@ func (p *Part) SetCost(i int, n int64) {
 
 // Validate returns the typed error of a request that no storage can answer: an identifier that is
 // empty, over MaxIdentifier bytes or named twice, rules that are none or too many, a cost below
-// zero, and, but for Force, a cost above a capacity.
+// zero, and, but for Force, a cost above a capacity; a time by an injected clock outside of what the
+// arithmetic holds. It does not look for rules of the same name.
 func (r *Request) Validate() error {
+	if r.Clocked && (r.Now < 0 || r.Now >= maxClock) {
+		return invalidClock(r.Now)
+	}
 	if err := r.Part.validate(r.Mode); err != nil {
 		return err
 	}
@@ -174,6 +179,10 @@ func ValidateIdentifier(id string) error {
 	return nil
 }
 
+func invalidClock(micros int64) error {
+	return fmt.Errorf("%w: it reads %d µs since the epoch", ErrInvalidClock, micros)
+}
+
 func invalidCost(bucket string, cost, capacity int64) error {
 	if cost < 0 {
 		return fmt.Errorf("%w: %d tokens asked of bucket %q, must be 0 or more", ErrInvalidCost, cost, bucket)
@@ -207,6 +216,9 @@ type Charge struct {
 
 // Validate is Request.Validate for a charge.
 func (c *Charge) Validate() error {
+	if c.Clocked && (c.Now < 0 || c.Now >= maxClock) {
+		return invalidClock(c.Now)
+	}
 	if err := ValidateIdentifier(c.Identifier); err != nil {
 		return err
 	}

@@ -70,14 +70,15 @@ func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
 
 // begin locks the call's shards and loads the states of its draws.
 func (s *Storage) begin(c *call) error {
-	for tried := false; ; tried = true {
+	for budget := searched; ; {
 		c.lock()
-		if s.locate(c) {
+		need := s.locate(c)
+		if need == 0 {
 			break
 		}
 		c.unlock()
-		if tried || !s.findRoom(c) {
-			return fmt.Errorf("%w: all %d identifiers of the runtime storage are in use: none of those looked at is full", storage.ErrUnavailable, s.max)
+		if !s.findRoom(c, need, &budget) {
+			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, c.places[0].id, s.max)
 		}
 	}
 	n := 0
@@ -120,51 +121,50 @@ func (s *Storage) leave(c *call) {
 	c.unlock()
 }
 
-// locate finds the entries of the call and counts those that may have to be made. It reports
-// false, and counts none, when they exceed the limit.
-func (s *Storage) locate(c *call) bool {
+// locate finds the entries of the call and counts those that may have to be made. When they exceed
+// the limit it counts none, and returns by how many.
+func (s *Storage) locate(c *call) (need int64) {
+	missing, n := int64(0), 0
 	for i := range c.places {
 		p := &c.places[i]
+		p.entry, p.counted = nil, false
 		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
 			p.entry = p.shard.entry(at)
-			continue
+		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules)], func(d storage.Draw) bool { return d.Cost > 0 }) {
+			p.counted = true
+			missing++
 		}
-		p.entry, p.counted = nil, false
-		if !c.keep {
-			continue
-		}
-		if s.live.Add(1) > s.max && s.max > 0 {
-			for ; i >= 0; i-- {
-				if c.places[i].counted || &c.places[i] == p {
-					s.live.Add(-1)
-					c.places[i].counted = false
-				}
-			}
-			return false
-		}
-		p.counted = true
+		n += len(p.rules)
 	}
-	return true
+	if missing == 0 {
+		return 0
+	}
+	if over := s.live.Add(missing) - s.max; over > 0 && s.max > 0 {
+		s.live.Add(-missing)
+		return min(over, missing)
+	}
+	return 0
 }
 
-// findRoom looks for an identifier to remove, beginning where the last search ended, and gives up
-// after a bounded number of entries.
-func (s *Storage) findRoom(c *call) bool {
-	budget, first := searched, s.hand.Load()
+// findRoom looks for as many identifiers to remove as are needed, beginning where the last search
+// ended, and gives up when the budget of entries to look at is spent.
+func (s *Storage) findRoom(c *call, need int64, budget *int) bool {
+	first := s.hand.Load()
 	for i := range uint32(shards) {
+		if need <= 0 || *budget <= 0 {
+			break
+		}
 		sh := &s.shards[(first+i)%shards]
 		sh.mu.Lock()
-		n := min(budget, sh.n)
-		removed := sh.sweep(c.name, c.clocked, c.now, n)
+		n := min(*budget, sh.n)
+		removed := int64(sh.sweep(c.name, c.clocked, c.now, n))
 		sh.mu.Unlock()
-		budget -= n
-		if removed > 0 || budget == 0 {
-			s.hand.Store(first + i + 1)
-			s.live.Add(-int64(removed))
-			return removed > 0
-		}
+		s.hand.Store(first + i + 1)
+		s.live.Add(-removed)
+		*budget -= n
+		need -= removed
 	}
-	return false
+	return need <= 0
 }
 
 // load reads the states of the place's draws, which begin at number from. It fails when the

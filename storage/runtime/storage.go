@@ -26,17 +26,17 @@ const inline = 4
 type Options struct {
 	// MaxIdentifiers is the most identifiers that are held; 0 sets no limit. One more gets
 	// ErrUnavailable unless a short search finds one to remove that is full: none that is not full is
-	// ever evicted. Searches go on where the last one ended.
+	// ever evicted. A search begins where the last one that looked at enough of them ended.
 	MaxIdentifiers int
 }
 
 // Storage is safe for concurrent use. It is made by New only.
 type Storage struct {
+	shards [shards]shard // first, so that they begin at a cache line
 	seed   maphash.Seed
 	max    int64
 	live   atomic.Int64  // identifiers in all shards, and those about to be
 	hand   atomic.Uint32 // the shard where the next search for room begins
-	shards [shards]shard
 }
 
 var _ storage.Storage = (*Storage)(nil)
@@ -178,9 +178,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 	}
 	for i := range c.draws {
 		c.draws[i].Rule = &ch.Rules[i]
-		if ch.Amounts[i].N != 0 {
-			c.draws[i].Cost = 1
-		}
+		c.draws[i].Cost = max(0, ch.Amounts[i].N)
 	}
 	if err := s.begin(&c); err != nil {
 		return err
@@ -190,7 +188,8 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 		if a.N > 0 {
 			d.State.Charge(d.Rule, a, c.now)
 		} else if a.N < 0 {
-			d.State.Refund(-max(a.N, -1<<62), a.In, c.now)
+			d.Cost = 1 // to be stored
+			d.State.Refund(d.Rule, storage.Amount{N: -max(a.N, -1<<62), In: a.In}, c.now)
 		}
 	}
 	s.end(&c, true)

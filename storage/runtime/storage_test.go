@@ -123,6 +123,47 @@ func TestAtMaxIdentifiersANewOneIsUnavailableUntilOneIsFull(t *testing.T) {
 	require.Equal(t, 3, s.Len())
 }
 
+func TestACallThatNeedsNoRoomOrTwoRoomsGetsThemAtMaxIdentifiers(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(&memstore.Options{MaxIdentifiers: 2})
+	th, mock := clocked(t, s, throttler.NewBucket(10*time.Second, 5))
+	v, err := th.Consume("a")
+	require.NoError(t, err)
+	require.True(t, consume(t, th, "b"))
+	require.True(t, consume(t, th, "new", throttler.Cost(0)), "it writes nothing")
+	mock.Add(10 * time.Second)
+	both, err := th.ConsumeAll(t.Context(), throttler.For("x"), throttler.For("y"))
+	require.NoError(t, err, "both that were there are full")
+	require.True(t, both.Allowed)
+	require.NoError(t, th.Refund(t.Context(), v), "nothing is left of it")
+	require.Equal(t, 2, s.Len())
+}
+
+func TestNoNameOfARequestMeetsAnother(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	hour, faults := storage.NewRule("b", storage.Replenish, time.Hour, 1, 0)
+	require.Empty(t, faults)
+	for i := range 3 {
+		for _, r := range []storage.Request{{Name: "x", Clocked: true}, {Name: "!x"}, {Name: "\x01x"}, {Name: ""}} {
+			r.Part = storage.NewPart("a", []storage.Rule{hour}, 1)
+			v, err := s.Decide(t.Context(), r)
+			require.NoError(t, err)
+			require.Equal(t, i == 0, v.Allowed, "%q", r.Name)
+		}
+	}
+}
+
+func TestAGlitchOfTheClockPinsNobody(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(&memstore.Options{MaxIdentifiers: 1})
+	th, mock := clocked(t, s, throttler.NewBucket(10*time.Second, 5))
+	mock.Set(time.Unix(4_000_000_000, 0))
+	require.True(t, consume(t, th, "glitch"))
+	mock.Set(time.Unix(1_700_000_000, 0))
+	require.True(t, consume(t, th, "b"))
+}
+
 func TestMaxIdentifiersHoldsUnderConcurrency(t *testing.T) {
 	t.Parallel()
 	s := memstore.New(&memstore.Options{MaxIdentifiers: 50})

@@ -235,13 +235,13 @@ func sameRules(a, b []storage.Rule) bool {
 }
 
 func layoutKey(name string, clocked bool, rules []storage.Rule) string {
-	key := make([]byte, 0, 64)
+	key := append(make([]byte, 0, 64), 0)
 	if clocked {
-		key = append(key, '!')
+		key[0] = 1
 	}
-	key = append(key, name...)
+	key = append(binary.AppendUvarint(key, uint64(len(name))), name...)
 	for _, r := range rules {
-		key = append(append(append(key, 0), r.Name...), 0)
+		key = append(binary.AppendUvarint(key, uint64(len(r.Name))), r.Name...)
 		for _, n := range [...]int64{int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain} {
 			key = binary.AppendVarint(key, n)
 		}

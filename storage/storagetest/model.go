@@ -86,7 +86,7 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 		case a.N > 0:
 			s.Charge(&c.Rules[i], a, now)
 		case a.N < 0:
-			s.Refund(-max(a.N, -1<<62), a.In, now)
+			s.Refund(&c.Rules[i], storage.Amount{N: -max(a.N, -1<<62), In: a.In}, now)
 		}
 		if a.N != 0 && s.Law != nil {
 			m.keep(c.Name, c.Identifier, c.Rules[i].Name, s)

@@ -46,6 +46,7 @@ func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 		{"returns the error of a finished context and changes nothing", finishedContext},
 		{"holds sixteen buckets of an identifier and no more", sixteenBuckets},
 		{"uses a clock of its own when none is injected", ownClock},
+		{"gives back by that clock while others take", refundsByOwnClock},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -133,6 +134,12 @@ func badInput(t *testing.T, s storage.Storage) {
 			}
 		}
 	}
+	for _, now := range []int64{-1, -1 << 63, 1<<63 - 1} {
+		_, err := s.Decide(t.Context(), storage.Request{Name: name, Clocked: true, Now: now, Part: storage.NewPart("a", rules, 1)})
+		require.ErrorIs(t, err, storage.ErrInvalidClock)
+		err = s.Charge(t.Context(), storage.Charge{Name: name, Clocked: true, Now: now, Identifier: "a", Rules: rules, Amounts: []storage.Amount{{N: 1, In: 1}}})
+		require.ErrorIs(t, err, storage.ErrInvalidClock)
+	}
 	twice := request(name, 0, storage.Take, storage.NewPart("a", rules, 1))
 	twice.More = []storage.Part{storage.NewPart("b", rules, 1), storage.NewPart("a", rules, 1)}
 	_, err := s.Decide(t.Context(), twice)
@@ -209,4 +216,27 @@ func ownClock(t *testing.T, s storage.Storage) {
 	v, err := s.Decide(t.Context(), r)
 	require.NoError(t, err)
 	assert.True(t, v.Allowed, "after a refund")
+}
+
+// refundsByOwnClock has time pass between a decision and its refund, in which another call is made.
+func refundsByOwnClock(t *testing.T, s storage.Storage) {
+	for _, kind := range []storage.Kind{storage.Replenish, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog} {
+		year := rule(t, "year", kind, 366*24*time.Hour, 256, 0)
+		r := storage.Request{Name: newName(), Part: storage.NewPart("a", []storage.Rule{year}, 50)}
+		for range 20 {
+			v, err := s.Decide(t.Context(), r)
+			require.NoError(t, err)
+			require.True(t, v.Allowed, "%v: what was given back may be taken again", kind)
+			other := r
+			other.Part = storage.NewPart("a", r.Part.Rules, 1)
+			_, err = s.Decide(t.Context(), other)
+			require.NoError(t, err)
+			back := storage.Amount{N: -50, In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}
+			require.NoError(t, s.Charge(t.Context(), storage.Charge{Name: r.Name, Identifier: "a", Rules: r.Part.Rules, Amounts: []storage.Amount{back}}))
+		}
+		r.Mode, r.Part = storage.Peek, storage.NewPart("a", r.Part.Rules, 0)
+		v, err := s.Decide(t.Context(), r)
+		require.NoError(t, err)
+		require.Equal(t, int64(236), v.Levels()[0].Remaining, "%v", kind)
+	}
 }
