@@ -3,9 +3,9 @@ package throttler
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/period"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -89,7 +89,7 @@ func (b Bucket) Capacity() int64 {
 func (b Bucket) made() Bucket {
 	name := b.name
 	if !b.named {
-		name = fmt.Sprintf("%d/%s", b.tokens, short(b.period))
+		name = fmt.Sprintf("%d/%s", b.tokens, period.Format(b.period))
 		if b.kind != storage.Replenish {
 			name += "/" + b.kind.String()
 		}
@@ -117,18 +117,6 @@ func (b Bucket) inUserWords(fault error) {
 	case e.Field == "Refill":
 		e.Field = "Capacity"
 	}
-}
-
-// short is the duration without units that are zero: 1h, 1m30s, 250ms, 5us.
-func short(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return strings.ReplaceAll(s, "µ", "u")
 }
 
 // set is the buckets of an identifier or of a call, ready for requests. It never changes.

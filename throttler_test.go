@@ -694,10 +694,10 @@ func TestArrowsPointDownOnly(t *testing.T) {
 	t.Parallel()
 	const module = "github.com/go-throttler/throttler"
 	allowed := map[string][]string{
-		"":                     {"/storage", "/storage/runtime"},
+		"":                     {"/storage", "/storage/runtime", "/internal/period"},
 		"/storage":             {},
 		"/storage/runtime":     {"/storage"},
-		"/storage/storagetest": {"/storage", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "github.com/davecgh/go-spew", "github.com/pmezard/go-difflib", "gopkg.in/yaml.v3"},
+		"/storage/storagetest": {"/storage", "/internal/period", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "github.com/davecgh/go-spew", "github.com/pmezard/go-difflib", "gopkg.in/yaml.v3"},
 	}
 	for pkg, may := range allowed {
 		out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", module+pkg).Output()

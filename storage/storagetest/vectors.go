@@ -14,6 +14,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/period"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -148,9 +149,9 @@ func (p *player) decide(at int64, mode storage.Mode, asked string) string {
 func format(v *storage.Verdict) string {
 	out := map[bool]string{true: "ok", false: "no"}[v.Allowed]
 	for _, l := range v.Levels() {
-		out += fmt.Sprintf(" %s=%d/%s", l.Bucket, l.Remaining, short(l.ResetAfter))
+		out += fmt.Sprintf(" %s=%d/%s", l.Bucket, l.Remaining, period.Format(l.ResetAfter))
 		if l.RetryAfter != 0 {
-			out += "/" + short(l.RetryAfter)
+			out += "/" + period.Format(l.RetryAfter)
 		}
 	}
 	return out
@@ -229,16 +230,4 @@ func (p *player) time(word string) int64 {
 		total += d.Microseconds()
 	}
 	return total
-}
-
-// short is the duration without units that are zero.
-func short(d time.Duration) string {
-	s := d.String()
-	if strings.HasSuffix(s, "m0s") {
-		s = strings.TrimSuffix(s, "0s")
-	}
-	if strings.HasSuffix(s, "h0m") {
-		s = strings.TrimSuffix(s, "0m")
-	}
-	return strings.ReplaceAll(s, "µ", "u")
 }
