@@ -133,7 +133,10 @@ type Throttler struct {
 
 	owned atomic.Bool // whether own has ever held a set: most throttlers never ask it
 	own   sync.Map    // identifier -> *set, of AddBucket
-	mu    sync.Mutex  // held to change own
+	mu    sync.Mutex  // held to change own, and for what follows
+
+	recent [8]*set // sets made lately: identifiers with the same buckets share one
+	oldest int
 }
 
 var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
@@ -188,10 +191,22 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 		return s.err
 	}
 	if len(s.buckets) > 0 {
-		t.own.Store(id, s)
+		t.own.Store(id, t.shared(s))
 		t.owned.Store(true)
 	}
 	return nil
+}
+
+// shared is a set of the same buckets that was made lately, or s.
+func (t *Throttler) shared(s *set) *set {
+	for _, r := range t.recent {
+		if r != nil && slices.Equal(r.rules, s.rules) {
+			return r
+		}
+	}
+	t.recent[t.oldest] = s
+	t.oldest = (t.oldest + 1) % len(t.recent)
+	return s
 }
 
 // Buckets returns the identifier's buckets: its own, else those of Config.Buckets.
@@ -221,7 +236,7 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	if len(rest) == 0 {
 		t.own.Delete(id)
 	} else {
-		t.own.Store(id, newSet(rest))
+		t.own.Store(id, t.shared(newSet(rest)))
 	}
 	return len(rest) < len(had.buckets)
 }

@@ -150,6 +150,26 @@ func TestBucketsOfAnIdentifierReplaceTheDefaultsUntilTheLastIsRemoved(t *testing
 	assert.Equal(t, []int64{9}, left(t, th, "a"))
 }
 
+func TestIdentifiersWithTheSameBucketsChangeByThemselves(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t)
+	for i := range 40 {
+		id := fmt.Sprint("user-", i)
+		require.NoError(t, th.AddBucket(id, throttler.NewBucket(time.Minute, 5)))
+		require.NoError(t, th.AddBucket(id, throttler.NewBucket(time.Hour, int64(10+i%12))))
+	}
+	require.True(t, th.RemoveBucket("user-1", "5/1m"))
+	require.NoError(t, th.AddBucket("user-2", throttler.NewBucket(time.Minute, 3).Named("5/1m")))
+	for i := range 40 {
+		hour := int64(10 + i%12)
+		want := map[int][]int64{1: {hour}, 2: {3, hour}}[i]
+		if want == nil {
+			want = []int64{5, hour}
+		}
+		assert.Equal(t, want, left(t, th, fmt.Sprint("user-", i)), i)
+	}
+}
+
 func TestABucketAddedAgainKeepsWhatWasSpent(t *testing.T) {
 	t.Parallel()
 	th, _ := throttled(t)

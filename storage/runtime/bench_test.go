@@ -162,6 +162,24 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
+// BenchmarkMemoryOfOwnBuckets reports the live heap of an identifier whose two buckets came by
+// AddBucket, before its first call.
+func BenchmarkMemoryOfOwnBuckets(b *testing.B) {
+	const n = 200_000
+	all := ids(n)
+	for range b.N {
+		before := heap()
+		t := made(b)
+		for _, id := range all {
+			for _, bucket := range plans[1].buckets {
+				require.NoError(b, t.AddBucket(id, bucket))
+			}
+		}
+		b.ReportMetric(float64(heap()-before)/n, "bytes/identifier")
+		runtime.KeepAlive(t)
+	}
+}
+
 func heap() uint64 {
 	runtime.GC()
 	var m runtime.MemStats
