@@ -3,6 +3,7 @@ package throttler
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/go-throttler/throttler/internal/period"
@@ -151,20 +152,16 @@ func newSet(buckets []Bucket) *set {
 
 // with returns the set with more buckets; one of the same name is replaced in its place.
 func (s *set) with(more []Bucket) *set {
-	var buckets []Bucket
-	if s != nil {
-		buckets = append(buckets, s.buckets...)
+	if s == nil {
+		return newSet(slices.Clone(more))
 	}
-	known := len(buckets)
-next:
+	buckets, replaced := slices.Clone(s.buckets), make(map[int]bool)
 	for _, b := range more {
-		for i := range known {
-			if buckets[i].rule.Name == b.rule.Name {
-				buckets[i] = b
-				continue next
-			}
+		if i := s.find(b.rule.Name); i >= 0 && !replaced[i] {
+			buckets[i], replaced[i] = b, true
+		} else {
+			buckets = append(buckets, b) // newSet finds a name that more has twice
 		}
-		buckets = append(buckets, b)
 	}
 	return newSet(buckets)
 }

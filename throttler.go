@@ -167,7 +167,7 @@ func New(c Config) (*Throttler, error) {
 		}
 	}
 	if len(c.Buckets) > 0 {
-		t.defaults = (*set)(nil).with(c.Buckets)
+		t.defaults = newSet(slices.Clone(c.Buckets))
 		faults = append(faults, t.defaults.err)
 	}
 	if err := errors.Join(faults...); err != nil {
@@ -215,7 +215,7 @@ func (t *Throttler) Buckets(id string) []Bucket {
 	if s == nil {
 		return nil
 	}
-	return append([]Bucket(nil), s.buckets...)
+	return slices.Clone(s.buckets)
 }
 
 // RemoveBucket removes the identifier's own bucket of this name and reports whether it had one.
@@ -292,7 +292,7 @@ func CostOf(bucket string, n int64) Option { return Option{kind: costOfOption, b
 // what it has spent. Of all buckets that its calls name at most 16 may be less than full at a time.
 // Making the Option compiles the buckets; keep it in a variable.
 func Using(b ...Bucket) Option {
-	return Option{kind: usingOption, set: newSet(append([]Bucket(nil), b...))}
+	return Option{kind: usingOption, set: newSet(slices.Clone(b))}
 }
 
 // Part is one identifier of a ConsumeAll.

@@ -241,6 +241,8 @@ func TestANameTwiceInOneSetIsAFault(t *testing.T) {
 	assert.ErrorAs(t, err, &fault)
 	th, _ := throttled(t)
 	assert.ErrorAs(t, th.AddBucket("a", b, b), &fault)
+	require.NoError(t, th.AddBucket("a", b))
+	assert.ErrorAs(t, th.AddBucket("a", b, b), &fault, "also when the identifier has it")
 	_, err = th.Consume("a", throttler.Using(b, b))
 	assert.ErrorAs(t, err, &fault)
 }

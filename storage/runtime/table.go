@@ -35,7 +35,7 @@ type shard struct {
 	visited int // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
-	_       [8]byte // two shards never share a cache line
+	_       [8]byte // rounds up to two cache lines on 64 bits
 }
 
 // entry is one identifier.
