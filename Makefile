@@ -1,4 +1,5 @@
-# Needs Go, make, bash, and a C compiler for the race detector. Only lint installs anything.
+# Needs Go, make, bash, a C compiler for the race detector, and the servers that the tests start. Only
+# lint, servers and test-long install anything.
 
 GO ?= go
 
@@ -15,7 +16,7 @@ GOLANGCI_LINT_VERSION := v2.12.0
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long fuzz bench lint
+.PHONY: help test test-long servers fuzz bench lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -40,14 +41,19 @@ endef
 help: ## Show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: ## Vet, test with the race detector, fuzz each target for FUZZTIME=5s
+test: servers ## Vet, test with the race detector, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(fuzz)
 
-test-long: ## Test COUNT=20 times with the race detector, fuzz each target for FUZZTIME=1m
+test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with Redis 8 and Valkey 8
 	$(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	$(fuzz)
+	GO='$(GO)' internal/servers/others.sh
+
+# A server that runs, or a program in another place, is named in the environment.
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server
+	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)

@@ -1,0 +1,138 @@
+package combine_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/combine"
+)
+
+// query and answer are as large as those of a storage.
+type (
+	query  struct{ words [25]int64 }
+	answer struct{ words [31]int64 }
+)
+
+func echo(flight []*combine.Call[query, answer]) {
+	for _, c := range flight {
+		c.Answer.words[0] = c.Query.words[0]
+	}
+}
+
+func ask(ctx context.Context, q *combine.Queue[query, answer], n int64) error {
+	c := q.Get()
+	defer q.Put(c)
+	c.Query.words[0] = n
+	if err := q.Do(ctx, c); err != nil {
+		return err
+	}
+	if got := c.Answer.words[0]; got != n {
+		return fmt.Errorf("%d was answered with %d", n, got)
+	}
+	return nil
+}
+
+// BenchmarkGoroutine is the floor: a goroutine that starts and answers.
+func BenchmarkGoroutine(b *testing.B) {
+	done := make(chan struct{}, 1)
+	fly := func() { done <- struct{}{} }
+	b.ReportAllocs()
+	for b.Loop() {
+		go fly()
+		<-done
+	}
+}
+
+func BenchmarkOneCaller(b *testing.B) {
+	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
+	defer q.Close()
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := ask(b.Context(), q, 1); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkParallel has 64 callers. A flight that waits leaves the processor to the callers, as one on
+// the network does; busy ones leave them none when there are only two.
+func BenchmarkParallel(b *testing.B) {
+	for name, fly := range map[string]func(int){
+		"instant": func(int) {},
+		"busy": func(int) {
+			for start := time.Now(); time.Since(start) < 20*time.Microsecond; {
+			}
+		},
+		"waiting": func(int) {
+			for start := time.Now(); time.Since(start) < 20*time.Microsecond; {
+				runtime.Gosched()
+			}
+		},
+		"tcp": roundTrips(b),
+	} {
+		b.Run(name, func(b *testing.B) { parallel(b, fly) })
+	}
+}
+
+func parallel(b *testing.B, fly func(calls int)) {
+	flights := make(chan int, 1)
+	flights <- 0
+	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) {
+		fly(len(flight))
+		echo(flight)
+		flights <- <-flights + 1
+	})
+	b.SetParallelism(64 / runtime.GOMAXPROCS(0))
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		ctx, cancel := context.WithCancel(b.Context()) // each has its own, as requests do
+		defer cancel()
+		for pb.Next() {
+			if err := ask(ctx, q, 1); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+	b.StopTimer()
+	q.Close()
+	b.ReportMetric(float64(b.N)/float64(<-flights), "calls/flight")
+}
+
+// roundTrips returns a function that sends so many queries to a server on this machine and reads as
+// much back.
+func roundTrips(b *testing.B) func(calls int) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(b, err)
+	b.Cleanup(func() { _ = l.Close() })
+	conns := make(chan net.Conn, 2)
+	for range cap(conns) {
+		c, err := net.Dial("tcp", l.Addr().String())
+		require.NoError(b, err)
+		b.Cleanup(func() { _ = c.Close() })
+		conns <- c
+		server, err := l.Accept()
+		require.NoError(b, err)
+		go func() {
+			defer func() { _ = server.Close() }()
+			_, _ = io.CopyBuffer(struct{ io.Writer }{server}, struct{ io.Reader }{server}, make([]byte, 1<<16))
+		}()
+	}
+	bytes := make([]byte, 200*128)
+	return func(calls int) {
+		c, in := <-conns, make([]byte, 200*calls)
+		_, err := c.Write(bytes[:len(in)])
+		assert.NoError(b, err)
+		_, err = io.ReadFull(c, in)
+		assert.NoError(b, err)
+		conns <- c
+	}
+}

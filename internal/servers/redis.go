@@ -1,0 +1,291 @@
+package servers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+// RedisURL returns the URL of a Redis for the test: that in the environment variable
+// THROTTLER_REDIS_URL, which may be shared with others and hold anything, or else that of a server of
+// its own.
+func RedisURL(t TB) string {
+	t.Helper()
+	if url := os.Getenv("THROTTLER_REDIS_URL"); url != "" {
+		return url
+	}
+	return Redis(t).URL()
+}
+
+// Redis is StartRedis for tests.
+func Redis(t TB, config ...string) *Server {
+	t.Helper()
+	s, err := StartRedis(config...)
+	return hand(t, s, err)
+}
+
+// RedisCluster is StartCluster for tests.
+func RedisCluster(t TB, masters int) *Cluster {
+	t.Helper()
+	c, err := StartCluster(masters)
+	return hand(t, c, err)
+}
+
+// RedisSentinel is StartSentinel for tests.
+func RedisSentinel(t TB) *Sentinel {
+	t.Helper()
+	s, err := StartSentinel()
+	return hand(t, s, err)
+}
+
+// StartRedis starts a Redis that keeps nothing in files: when it is started again it is empty. The
+// configuration is in the form of arguments of redis-server, such as "--maxmemory", "10mb". The program
+// is what the environment variable REDIS_SERVER names, a name or an absolute path without arguments, or
+// else redis-server. A script that it names must exec the server.
+func StartRedis(config ...string) (*Server, error) {
+	return launch(func(s *Server) error {
+		return s.redis(append([]string{"--save", "", "--appendonly", "no"}, config...)...)
+	})
+}
+
+func (s *Server) redis(arguments ...string) error {
+	program, err := redisProgram()
+	s.scheme, s.answers = "redis", redisAnswers
+	s.command = append([]string{program, "--port", strconv.Itoa(s.port), "--bind", "127.0.0.1", "--protected-mode", "no"}, arguments...)
+	return err
+}
+
+func redisProgram() (string, error) {
+	name := os.Getenv("REDIS_SERVER")
+	if name == "" {
+		name = "redis-server"
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("servers: there is no Redis here: %w; run \"apt-get install redis-server\", or \"brew install redis\" on macOS, "+
+			"or name the program to start in REDIS_SERVER, or the URL of a server that runs in THROTTLER_REDIS_URL", err)
+	}
+	return filepath.Abs(path)
+}
+
+// redisAnswers returns nil when this very server answers, and not another one that took its port. One
+// that wants a password says no more than that.
+func redisAnswers(ctx context.Context, s *Server) error {
+	if _, err := s.do(ctx, "ping"); err != nil {
+		if strings.HasPrefix(err.Error(), "NOAUTH") {
+			return nil
+		}
+		return err
+	}
+	info, err := s.do(ctx, "info", "server")
+	if err != nil {
+		return err
+	}
+	return s.has(info, "process_id:"+strconv.Itoa(s.child.process.Pid))
+}
+
+// do sends one command over a connection of its own, and returns the answer as a text.
+func (s *Server) do(ctx context.Context, command ...any) (string, error) {
+	c := redis.NewClient(&redis.Options{
+		Addr:                     s.Addr(),
+		Protocol:                 2,
+		MaxRetries:               -1, // none
+		DialerRetries:            1,
+		DisableIdentity:          true,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
+	})
+	defer func() { _ = c.Close() }()
+	answer, err := c.Do(ctx, command...).Result()
+	return fmt.Sprint(answer), err
+}
+
+// has returns nil when the answer to INFO has the lines.
+func (s *Server) has(info string, lines ...string) error {
+	for _, line := range lines {
+		if !strings.Contains("\r\n"+info, "\r\n"+line+"\r\n") {
+			return fmt.Errorf("%s does not say %q but:\n%s", s.Addr(), line, info)
+		}
+	}
+	return nil
+}
+
+// Cluster is a Redis Cluster of masters without replicas, and its methods are safe for concurrent use.
+type Cluster struct {
+	// Nodes have about the same number of slots each, in ascending order. One that is started again has
+	// the slots it had, but not the keys, and takes 2 seconds until it serves them.
+	Nodes []*Server
+
+	busPorts []int
+}
+
+const slots = 16384
+
+// StartCluster starts a cluster of the given number of masters, from 1 to 100, and returns when each of
+// them knows the owner of every slot. That takes 2 seconds, for which a master that is new waits, and
+// with more than three masters now and then some more.
+func StartCluster(masters int) (*Cluster, error) {
+	if masters < 1 || masters > 100 {
+		return nil, fmt.Errorf("servers: a cluster of %d masters; it has from 1 to 100", masters)
+	}
+	c := &Cluster{busPorts: make([]int, masters)}
+	if err := c.start(); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (c *Cluster) start() error {
+	for i := range c.busPorts {
+		s, err := c.launch(i)
+		if err != nil {
+			return err
+		}
+		c.Nodes = append(c.Nodes, s)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := c.join(ctx); err != nil {
+		return err
+	}
+	return c.await()
+}
+
+func (c *Cluster) launch(i int) (*Server, error) {
+	return launch(func(s *Server) (err error) {
+		if c.busPorts[i], err = freePort(); err != nil {
+			return err
+		}
+		return s.redis("--save", "", "--appendonly", "no", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf",
+			"--cluster-announce-ip", "127.0.0.1", "--cluster-port", strconv.Itoa(c.busPorts[i]))
+	})
+}
+
+// join gives each node its slots, and makes it known to all before it: that they tell each other would
+// take longer.
+func (c *Cluster) join(ctx context.Context) error {
+	n := len(c.Nodes)
+	for i, s := range c.Nodes {
+		if _, err := s.do(ctx, "cluster", "addslotsrange", i*slots/n, (i+1)*slots/n-1); err != nil {
+			return fmt.Errorf("servers: cluster addslotsrange: %w", err)
+		}
+		for _, earlier := range c.Nodes[:i] {
+			if _, err := earlier.do(ctx, "cluster", "meet", "127.0.0.1", s.port, c.busPorts[i]); err != nil {
+				return fmt.Errorf("servers: cluster meet: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) await() error {
+	for _, s := range c.Nodes {
+		err := until(nil, func(ctx context.Context) error {
+			info, err := s.do(ctx, "cluster", "info")
+			if err != nil {
+				return err
+			}
+			return s.has(info, "cluster_state:ok", fmt.Sprint("cluster_slots_ok:", slots), fmt.Sprint("cluster_known_nodes:", len(c.Nodes)))
+		})
+		if err != nil {
+			return fmt.Errorf("servers: the cluster is not ready: %w", err)
+		}
+	}
+	return nil
+}
+
+// Addrs returns the addresses of all nodes.
+func (c *Cluster) Addrs() []string {
+	addrs := make([]string, len(c.Nodes))
+	for i, s := range c.Nodes {
+		addrs[i] = s.Addr()
+	}
+	return addrs
+}
+
+// Close closes all nodes. It can be called again.
+func (c *Cluster) Close() error { return closeAll(c.Nodes...) }
+
+// Sentinel is a Redis Sentinel, which is the embedded Server, and the two servers that it watches.
+type Sentinel struct {
+	*Server
+
+	// MasterName is the name under which the sentinel knows the primary.
+	MasterName string
+
+	// Primary and Replica are what they were at the start. When the primary has not answered for half a
+	// second the replica takes its place; if it comes back it is a replica.
+	Primary, Replica *Server
+}
+
+// StartSentinel starts a primary, a replica and a sentinel, and returns when the replica is in sync and
+// the sentinel knows that, so that a failover is possible at once.
+func StartSentinel() (*Sentinel, error) {
+	s := &Sentinel{MasterName: "throttler"}
+	if err := s.start(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+func (s *Sentinel) start() (err error) {
+	// Without a delay a replica is in sync in a moment, and a file from that does not outlive it.
+	quick := []string{"--repl-diskless-sync-delay", "0", "--rdb-del-sync-files", "yes"}
+	if s.Primary, err = StartRedis(quick...); err != nil {
+		return err
+	}
+	if s.Replica, err = StartRedis(append(quick, "--replicaof", "127.0.0.1", strconv.Itoa(s.Primary.port))...); err != nil {
+		return err
+	}
+	if err = until(nil, s.inSync); err != nil {
+		return fmt.Errorf("servers: the replica is not in sync: %w", err)
+	}
+	if s.Server, err = launch(s.sentinel); err != nil {
+		return err
+	}
+	if err = until(nil, s.knowsReplica); err != nil {
+		return fmt.Errorf("servers: the sentinel does not know the replica: %w", err)
+	}
+	return nil
+}
+
+func (s *Sentinel) inSync(ctx context.Context) error {
+	info, err := s.Replica.do(ctx, "info", "replication")
+	if err != nil {
+		return err
+	}
+	return s.Replica.has(info, "role:slave", "master_link_status:up")
+}
+
+// sentinel writes the configuration, which the sentinel itself rewrites. Half a second is long enough
+// for a primary that is busy, and short enough for a test.
+func (s *Sentinel) sentinel(server *Server) error {
+	config := fmt.Sprintf("sentinel monitor %[1]s 127.0.0.1 %[2]d 1\nsentinel down-after-milliseconds %[1]s 500\nsentinel failover-timeout %[1]s 2000\n",
+		s.MasterName, s.Primary.port)
+	if err := os.WriteFile(filepath.Join(server.dir, "sentinel.conf"), []byte(config), 0o600); err != nil {
+		return err
+	}
+	err := server.redis()
+	server.command = append([]string{server.command[0], "sentinel.conf", "--sentinel"}, server.command[1:]...)
+	return err
+}
+
+// knowsReplica returns nil when the sentinel has asked the replica, and not only heard of it: it
+// promotes no other.
+func (s *Sentinel) knowsReplica(ctx context.Context) error {
+	replicas, err := s.do(ctx, "sentinel", "replicas", s.MasterName)
+	if err == nil && !strings.Contains(replicas, "master-link-status ok") {
+		err = fmt.Errorf("%s says: %s", s.Addr(), replicas)
+	}
+	return err
+}
+
+// Close closes all three servers. It can be called again.
+func (s *Sentinel) Close() error { return closeAll(s.Server, s.Replica, s.Primary) }
