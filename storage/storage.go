@@ -53,6 +53,7 @@ const (
 const (
 	MaxIdentifier = 1024 // bytes of an identifier
 	MaxBuckets    = 16   // buckets of one identifier
+	maxDebt       = 4096 // amounts in a bucket's debt
 )
 
 // Request asks for one decision. It is a value: a storage may keep its slices, which nobody
@@ -203,6 +204,12 @@ func TooManyBuckets(rules []Rule, n int) error {
 // It is how consumption crosses stores: durations do, timestamps never. A negative N gives back.
 type Amount struct{ N, In int64 }
 
+// Clamp returns a in the bounds that all storages compute with, 2^53 tokens and 2^50 µs, which are
+// more than any bucket holds and any token is out.
+func (a Amount) Clamp() Amount {
+	return Amount{max(-exact, min(a.N, exact)), max(0, min(a.In, farFuture))}
+}
+
 // Charge applies one amount to each bucket of one identifier; a zero Amount leaves its bucket
 // alone. Name, Clocked and Now are those of Request.
 type Charge struct {
@@ -226,6 +233,37 @@ func (c *Charge) Validate() error {
 		return &BucketError{Field: "Buckets", Reason: fmt.Sprintf("of identifier %.64q: %d amounts for %d buckets in a charge, must be one each for 1 to %d", c.Identifier, len(c.Amounts), n, MaxBuckets)}
 	}
 	return nil
+}
+
+// Debt is, for each bucket of one identifier, what another store has recorded as spent and not yet
+// returned (State.Debt); none leaves its bucket alone. Name, Clocked and Now are those of Request.
+type Debt struct {
+	Name       string
+	Clocked    bool
+	Now        int64
+	Identifier string
+	Rules      []Rule
+	Amounts    [][]Amount // one list for each rule
+}
+
+// Validate is Request.Validate for a debt.
+func (d *Debt) Validate() error {
+	for i := range d.Amounts {
+		if n := len(d.Amounts[i]); n > maxDebt {
+			return &BucketError{Field: "Buckets", Reason: fmt.Sprintf("of identifier %.64q: %d amounts in the debt of one bucket, must be at most %d", d.Identifier, n, maxDebt)}
+		}
+	}
+	c := Charge{Name: d.Name, Clocked: d.Clocked, Now: d.Now, Identifier: d.Identifier, Rules: d.Rules, Amounts: make([]Amount, len(d.Amounts))}
+	return c.Validate()
+}
+
+// Replica is a Storage that can be brought up to what another has recorded.
+type Replica interface {
+	Storage
+
+	// Raise lifts what each bucket has spent to at least its debt, as State.Raise does. Raising twice is
+	// raising once.
+	Raise(ctx context.Context, d Debt) error
 }
 
 // Verdict answers a request. It is a value, owned by the caller.

@@ -95,6 +95,34 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 	return nil
 }
 
+// Raise implements storage.Replica.
+func (m *Model) Raise(ctx context.Context, d storage.Debt) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := d.Validate(); err != nil {
+		return err
+	}
+	now := d.Now
+	if !d.Clocked {
+		now = storage.Monotonic()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	states := m.states[[2]string{d.Name, d.Identifier}]
+	if err := fits(states, d.Rules, now); err != nil {
+		return err
+	}
+	for i, debt := range d.Amounts {
+		if len(debt) > 0 {
+			s := states[d.Rules[i].Name]
+			s.Raise(&d.Rules[i], debt, now)
+			m.keep(d.Name, d.Identifier, d.Rules[i].Name, s)
+		}
+	}
+	return nil
+}
+
 // Reset implements storage.Storage.
 func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {

@@ -83,6 +83,17 @@ func (g *game) rule(i int) storage.Rule {
 	}
 }
 
+// change makes the rule of a bucket another. With a shorter period, a state that is ahead of the clock could
+// become empty by step 1, and be forgotten by the storage and not by the Model.
+func (g *game) change(i int) {
+	period := g.rules[i].Period
+	g.rules = slices.Clone(g.rules)
+	g.rules[i] = g.rule(i)
+	for g.named && g.rules[i].Period < period {
+		g.rules[i] = g.rule(i)
+	}
+}
+
 // pause is how long until the next step.
 func (g *game) pause() int64 {
 	if len(g.soon) > 0 && g.rnd.IntN(2) == 0 {
@@ -102,9 +113,7 @@ func (g *game) step(i int) {
 	ctx, where := g.t.Context(), fmt.Sprintf("seed %d step %d at %d µs", g.seed, i, g.now)
 	switch g.rnd.IntN(20) {
 	case 0:
-		i := g.rnd.IntN(len(g.rules))
-		g.rules = slices.Clone(g.rules)
-		g.rules[i] = g.rule(i)
+		g.change(g.rnd.IntN(len(g.rules)))
 	case 1:
 		id := g.id()
 		require.NoError(g.t, g.tested.Reset(ctx, g.name, id), where)
@@ -113,6 +122,12 @@ func (g *game) step(i int) {
 		c := g.charge()
 		require.NoError(g.t, g.model.Charge(ctx, c), where)
 		require.NoError(g.t, g.tested.Charge(ctx, c), where)
+	case 4:
+		if replica, ok := g.tested.(storage.Replica); ok {
+			d := g.debt()
+			require.NoError(g.t, g.model.Raise(ctx, d), where)
+			require.NoError(g.t, replica.Raise(ctx, d), where)
+		}
 	default:
 		r := g.request()
 		want, err := g.model.Decide(ctx, r)
@@ -169,7 +184,7 @@ func (g *game) charge() storage.Charge {
 	}
 	if g.named {
 		for i, r := range c.Rules {
-			c.Amounts[i] = storage.Amount{N: 1, In: r.Period}
+			c.Amounts[i] = storage.Amount{N: 1, In: 2 * r.Period}
 		}
 	}
 	if g.named || len(g.taken) == 0 || g.rnd.IntN(3) == 0 {
@@ -182,6 +197,20 @@ func (g *game) charge() storage.Charge {
 		c.Amounts = append(c.Amounts, storage.Amount{N: -p.Cost(i), In: v.Count(i).ResetAfter - (g.now - v.At())})
 	}
 	return c
+}
+
+// debt has up to three amounts a bucket.
+func (g *game) debt() storage.Debt {
+	d := storage.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules, Amounts: make([][]storage.Amount, len(g.rules))}
+	for i, r := range d.Rules {
+		for range g.rnd.IntN(4) {
+			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2 * r.Capacity), In: g.rnd.Int64N(2 * r.Period)})
+		}
+		if g.named {
+			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: 1, In: 2 * r.Period})
+		}
+	}
+	return d
 }
 
 func (g *game) remember(v *storage.Verdict, mode storage.Mode) {

@@ -1,0 +1,189 @@
+-- Charge, Refund, Raise and Reset, for any number of identifiers one after another.
+--
+-- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, with 4 if a time is
+-- sent), number of buckets (1), the time if sent (7), then for each bucket its law, capacity (7), number of
+-- amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
+-- negative; a debt has any number.
+--
+-- The answer is one byte for each key: 1 if done, else as in decide.lua.
+
+-- How many units a Continuous level has that n tokens left and that is empty in a given time.
+local function drained(l, n, time)
+  local all, ticks = n * l.one, ceil(time / l.Q)
+  if ticks >= ceil(all / l.R) then return all end
+  return ticks * l.R
+end
+
+-- When the hold of an amount from another store ends.
+local function received(s, now, time)
+  local l, n = s[1], #s
+  local e = now + time - l.fade
+  if l.k == 2 or l.k == 3 then return floor(max(0, e + floor(l.P / 2)) / l.P) * l.P end
+  if l.k == 4 then return ceil(e / l.G) * l.G end
+  if n > 2 and abs(s[n - 1] - e) < ceil(l.P / 2) then return s[n - 1] end
+  return e
+end
+
+local function level(s, n) s[3], s[4] = 0, (s[4] or 0) + n end
+
+local function charge(s, r, n, time, real)
+  local now
+  s, now = open(s, r, real)
+  n = min(n, 4 * r.C - ceil(units(s, now) / r.one))
+  if n <= 0 or time <= 0 then return s end
+  if r.k == 1 then
+    level(s, drained(r, n, time))
+    return s
+  end
+  local e, i = received(s, now, time), 3
+  if e + r.fade <= now then return s end
+  while i < #s and s[i] < e do i = i + 2 end
+  if s[i] == e then
+    s[i + 1] = s[i + 1] + n
+  else
+    table.insert(s, i, n)
+    table.insert(s, i, e)
+  end
+  return s
+end
+
+local function refund(s, r, n, time, real)
+  if not s or time <= 0 then return s end
+  local l, now = s[1], max(real, s[2])
+  if l.k == 1 then
+    n = min(n, floor(exact / l.one))
+    if s[4] then s[4] = s[4] - min(units(s, now), drained(l, n, time)) end
+    return s
+  end
+  s = living(s, now)
+  local want, far = real + time - l.fade, ceil(l.P / 2)
+  if l ~= r then
+    want, far = math.huge, math.huge
+  elseif l.k == 4 then
+    far = ceil(l.P / 256) + l.G
+  end
+  while n > 0 and #s > 2 do
+    local made = 3
+    for i = 3, #s, 2 do
+      if abs(s[i] - want) <= abs(s[made] - want) then made = i end
+    end
+    if abs(s[made] - want) > far then return s end
+    if n < s[made + 1] then
+      s[made + 1] = s[made + 1] - n
+      return s
+    end
+    n = n - s[made + 1]
+    table.remove(s, made)
+    table.remove(s, made)
+  end
+  return s
+end
+
+-- The pointwise maximum of two curves: walk the ends downwards, at each the larger of the two sums.
+local function highest(s, theirs, most)
+  table.sort(theirs, function(a, b) return a[1] < b[1] end)
+  local i, j, held, ours, others, holds = #s - 1, #theirs, 0, 0, 0, {}
+  while i >= 3 or j >= 1 do
+    local e = max(i >= 3 and s[i] or 0, j >= 1 and theirs[j][1] or 0)
+    while i >= 3 and s[i] == e do
+      ours = ours + s[i + 1]
+      i = i - 2
+    end
+    while j >= 1 and theirs[j][1] == e do
+      others = min(most, others + theirs[j][2])
+      j = j - 1
+    end
+    local n = max(ours, others) - held
+    if n > 0 then
+      holds[#holds + 1] = { e, n }
+      held = held + n
+    end
+  end
+  local out = { s[1], s[2] }
+  for h = #holds, 1, -1 do
+    out[#out + 1] = holds[h][1]
+    out[#out + 1] = holds[h][2]
+  end
+  return out
+end
+
+local function raise(s, r, debt, real)
+  local now
+  s, now = open(s, r, real)
+  local theirs = {}
+  for i = 1, #debt, 2 do
+    local n, time = min(debt[i], 4 * r.C), debt[i + 1]
+    if n > 0 and time > 0 then
+      if r.k == 1 then
+        level(s, max(0, drained(r, n, time) - units(s, now)))
+      else
+        local e = received(s, now, time)
+        if e + r.fade > now then theirs[#theirs + 1] = { e, n } end
+      end
+    end
+  end
+  if #theirs > 0 then return highest(s, theirs, 4 * r.C) end
+  return s
+end
+
+-- The server's time.
+local server
+local function clock()
+  if not server then
+    local t = redis.call('TIME')
+    server = t[1] * 1000000 + t[2]
+  end
+  return server
+end
+
+local function reset(key)
+  local v = redis.pcall('GET', key)
+  if v and (type(v) == 'table' or sub(v, 1, 2) ~= 't1') then
+    local _, fault = load(key, {}, 0)
+    return fault
+  end
+  redis.call('DEL', key)
+  return char(1)
+end
+
+local function change(key, what, rules, real, clocked)
+  local states, others = load(key, rules, real)
+  if not states then return others end
+  for j = 1, #rules do
+    local r = rules[j]
+    if what == 1 and #r > 0 then
+      states[j] = raise(states[j], r, r, real)
+    elseif what == 0 and r[1] > 0 then
+      states[j] = charge(states[j], r, r[1], r[2], real)
+    elseif what == 0 and r[1] < 0 then
+      states[j] = refund(states[j], r, -r[1], r[2], real)
+    end
+  end
+  store(key, states, rules, others, real, clocked)
+  return char(1)
+end
+
+local out, arg, p = {}, ARGV[1], 1
+for i = 1, #KEYS do
+  local what, n, real
+  what, n, p = unpack('<BB', arg, p)
+  local clocked = what >= 4
+  if clocked then
+    real, p = unpack('<I7', arg, p)
+  else
+    real = clock()
+  end
+  local rules = {}
+  for j = 1, n do
+    local r, c
+    r, p = law(arg, p)
+    r.C, c, p = unpack('<I7I2', arg, p)
+    for a = 1, 2 * c, 2 do
+      r[a], r[a + 1], p = unpack('<i8i8', arg, p)
+    end
+    rules[j] = r
+  end
+  what = what % 4
+  out[i] = what == 2 and reset(KEYS[i]) or change(KEYS[i], what, rules, real, clocked)
+end
+return concat(out)

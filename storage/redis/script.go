@@ -1,0 +1,288 @@
+package redis
+
+import (
+	"context"
+	"crypto/sha1"
+	_ "embed"
+	"encoding/binary"
+	"encoding/hex"
+	"math"
+	"regexp"
+	"strconv"
+	"strings"
+
+	goredis "github.com/redis/go-redis/v9"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// The scripts. Their first lines say what they are sent and what they answer; this file is the other
+// end of both.
+var (
+	//go:embed state.lua
+	stateLua string
+	//go:embed decide.lua
+	decideLua string
+	//go:embed short.lua
+	shortLua string
+	//go:embed change.lua
+	changeLua string
+
+	decideScript = newScript("local function decider()\n" + stateLua + decideLua + "\nend\n" + shortLua)
+	changeScript = newScript(stateLua + changeLua)
+)
+
+type script struct{ text, sha string }
+
+// comment is a line of a script that the servers need not read.
+var comment = regexp.MustCompile(`(?m)^ *--.*\n`)
+
+func newScript(text string) *script {
+	text = comment.ReplaceAllString(text, "")
+	sum := sha1.Sum([]byte(text)) // the name that Redis gives to a script
+	return &script{text, hex.EncodeToString(sum[:])}
+}
+
+// command is a script call. Its NoRetry keeps every client from sending it again, but for MOVED and ASK
+// where nothing ran: it may have been executed although no answer came.
+type command struct{ *goredis.Cmd }
+
+// NoRetry tells go-redis to send the command once.
+func (command) NoRetry() bool { return true }
+
+// call is the command that runs the script by its hash, or by its text.
+func (s *script) call(ctx context.Context, byText bool, keys []string, args ...[]byte) command {
+	all := make([]any, 0, 3+len(keys)+len(args))
+	if byText {
+		all = append(all, "eval", s.text)
+	} else {
+		all = append(all, "evalsha", s.sha)
+	}
+	all = append(all, len(keys))
+	for _, k := range keys {
+		all = append(all, k)
+	}
+	for _, a := range args {
+		all = append(all, a)
+	}
+	return command{goredis.NewCmd(ctx, all...)}
+}
+
+// The first byte of an answer.
+const (
+	refused = iota
+	admitted
+	foreign
+	wrongType
+	tooMany
+)
+
+// The first byte of a change.
+const (
+	opRaise   = 1
+	opReset   = 2
+	isClocked = 4
+)
+
+// countBytes is the length of a bucket's answer, by the first byte.
+var countBytes = [...]int{refused: 21, admitted: 14}
+
+// shapes are the different parts of the requests in one script call, and which of them each key has.
+type shapes struct {
+	all   []shape
+	index []byte
+}
+
+// shape is what makes two parts the same for the script.
+type shape struct {
+	mode    storage.Mode
+	clocked bool
+	now     int64
+	more    int64 // 1 if the next part belongs to the same request, else 0
+	part    *storage.Part
+}
+
+// lookBack is how many shapes a new part is compared with: parts that differ are few, or many.
+const lookBack = 8
+
+// add adds part i of a request for the next key.
+func (s *shapes) add(r *storage.Request, i int) {
+	w := shape{mode: r.Mode, clocked: r.Clocked, now: r.Now, part: r.At(i)}
+	if i+1 < r.Parts() {
+		w.more = 1
+	}
+	n := len(s.all)
+	for n > 0 && n > len(s.all)-lookBack && !s.all[n-1].same(&w) {
+		n--
+	}
+	if n == 0 || !s.all[n-1].same(&w) {
+		s.all = append(s.all, w)
+		n = len(s.all)
+	}
+	s.index = binary.LittleEndian.AppendUint16(s.index, uint16(n-1))
+}
+
+func (s *shape) same(o *shape) bool {
+	a, b := s.part, o.part
+	if s.mode != o.mode || s.clocked != o.clocked || s.now != o.now || s.more != o.more || len(a.Rules) != len(b.Rules) || &a.Rules[0] != &b.Rules[0] {
+		return false
+	}
+	for i := range a.Rules {
+		if a.Cost(i) != b.Cost(i) {
+			return false
+		}
+	}
+	return true
+}
+
+// args are the arguments of the script.
+func (s *shapes) args() [][]byte {
+	if len(s.all) == 1 {
+		s.index = nil
+	}
+	out := [][]byte{s.index}
+	for i := range s.all {
+		out = append(out, s.all[i].args()...)
+	}
+	return out
+}
+
+func (s *shape) args() [][]byte {
+	rules := s.part.Rules
+	prefix := []byte{'t', '1', byte(len(rules))}
+	hold, size := "I7I4", 7+11*len(rules)
+	for i := range rules {
+		prefix = append(appendLaw(prefix, &rules[i]), 1)
+		if most(&rules[i]) >= 1<<32 {
+			prefix[2] |= 32
+			hold, size = "I7I7", 7+14*len(rules)
+		}
+	}
+	length := strconv.Itoa(len(prefix))
+	form := "<c" + length + "I7" + strings.Repeat(hold, len(rules))
+	now := int64(-1)
+	if s.clocked {
+		now = s.now
+	}
+	b := append(prefix, form...)
+	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), s.more, now, int64(len(rules)))
+	for i := range rules {
+		r := &rules[i]
+		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
+	}
+	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", 5+8*len(rules))), b}
+}
+
+// appendNumbers appends what Lua computes with.
+func appendNumbers(b []byte, numbers ...int64) []byte {
+	for _, n := range numbers {
+		b = binary.LittleEndian.AppendUint64(b, math.Float64bits(float64(n)))
+	}
+	return b
+}
+
+// one is the number of units of a token.
+func one(r *storage.Rule) int64 {
+	if r.Kind == storage.Continuous || r.Kind == storage.SlidingWindow {
+		return r.Period / r.Tick
+	}
+	return 1
+}
+
+// most is the largest N of a hold.
+func most(r *storage.Rule) int64 {
+	if r.Kind == storage.Continuous {
+		return 4 * r.Capacity * one(r)
+	}
+	return 4 * r.Capacity
+}
+
+// appendLaw appends the name and law of a rule in the form in which they are stored.
+func appendLaw(b []byte, r *storage.Rule) []byte {
+	b = append(b, byte(len(r.Name)))
+	b = append(b, r.Name...)
+	b = appendUint(b, uint64(r.Kind)<<45+uint64(r.Period), 6)
+	switch r.Kind {
+	case storage.Continuous:
+		b = appendUint(b, uint64(r.Refill), 7)
+		b = append(b, ticks(r.Tick))
+	case storage.SlidingWindow:
+		b = append(b, ticks(r.Tick))
+	case storage.SlidingLog:
+		b = appendUint(b, uint64(r.Grain), 6)
+	}
+	return b
+}
+
+func ticks(tick int64) byte {
+	switch tick {
+	case 1:
+		return 0
+	case 1000:
+		return 1
+	}
+	return 2
+}
+
+func appendUint(b []byte, n uint64, size int) []byte {
+	for range size {
+		b = append(b, byte(n))
+		n >>= 8
+	}
+	return b
+}
+
+// appendCharge appends what the script for changes is sent for a charge. A Lua number holds 2^53, which is
+// more than any bucket does.
+func appendCharge(b []byte, c *storage.Charge) []byte {
+	b = appendChange(b, 0, c.Clocked, c.Now, len(c.Rules))
+	for i := range c.Rules {
+		b = appendAmounts(b, &c.Rules[i], c.Amounts[i:i+1])
+	}
+	return b
+}
+
+// appendDebt is appendCharge for a debt.
+func appendDebt(b []byte, d *storage.Debt) []byte {
+	b = appendChange(b, opRaise, d.Clocked, d.Now, len(d.Rules))
+	for i := range d.Rules {
+		b = appendAmounts(b, &d.Rules[i], d.Amounts[i])
+	}
+	return b
+}
+
+func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byte {
+	if !clocked {
+		return append(b, op, byte(buckets))
+	}
+	return appendUint(append(b, op|isClocked, byte(buckets)), uint64(now), 7)
+}
+
+func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
+	b = appendUint(appendLaw(b, r), uint64(r.Capacity), 7)
+	b = binary.LittleEndian.AppendUint16(b, uint16(len(amounts)))
+	for _, a := range amounts {
+		a = a.Clamp()
+		b = binary.LittleEndian.AppendUint64(b, uint64(a.N))
+		b = binary.LittleEndian.AppendUint64(b, uint64(a.In))
+	}
+	return b
+}
+
+// fill reads the answer to a decision.
+func (a *answer) fill(v *storage.Verdict) {
+	v.Allowed = a.counts[0] == admitted
+	size := countBytes[a.counts[0]]
+	for i, s := 0, a.counts[1:]; len(s) >= size; i, s = i+1, s[size:] {
+		c := storage.Count{Remaining: integer(s), ResetAfter: integer(s[7:])}
+		if !v.Allowed {
+			c.RetryAfter = integer(s[14:])
+		}
+		v.Set(i, c)
+	}
+}
+
+// integer reads seven bytes.
+func integer(s string) int64 {
+	return int64(s[0]) | int64(s[1])<<8 | int64(s[2])<<16 | int64(s[3])<<24 | int64(s[4])<<32 | int64(s[5])<<40 | int64(s[6])<<48
+}

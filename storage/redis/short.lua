@@ -1,0 +1,179 @@
+-- Take, Peek and Force, for any number of requests one after another.
+--
+-- ARGV[1] is empty, or has the number of its shape for each key (2). After it come the shapes, the
+-- different parts of the requests, as two arguments each: the form of struct.unpack, and what it
+-- reads as the list of
+--
+--   1  the beginning of a value in which these buckets have one hold each, changed at one time
+--   2  the form of all of such a value, and 3 its length
+--   4  mode, and 5 whether the next part belongs to the same request
+--   6  the time, or -1 for the server's
+--   7  the number of buckets, and from 8 on for each of them kind, period, refill, tick in µs, grain,
+--      units a token, capacity and cost
+--
+-- The answer has one byte for each request, 1 if admitted, 0 if not, and for each bucket what remains, when it
+-- is full again and, if not admitted, when it admits the cost (7 each). Other first bytes stand alone: 2 if the
+-- value is none of ours, 3 if it is no string, 4 if there are too many buckets, with their number after it (1).
+--
+-- What follows is the short way for a request of one part whose buckets have at most one hold each, before and
+-- after, under the laws of its rules: nearly all of them. Others go to decide.lua, which is put before
+-- this as the function decider: making its functions costs as much as a decision.
+
+local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
+local ceil, call, try = math.ceil, redis.call, redis.pcall
+
+local shapes, server = {}, nil
+for i = 2, #ARGV, 2 do
+  local shape = { unpack(ARGV[i], ARGV[i + 1]) }
+  if shape[6] < 0 then
+    if not server then
+      local t = call('TIME')
+      server = t[1] * 1000000 + t[2]
+    end
+    shape[6], shape.served = server, true
+  end
+  shapes[i / 2] = shape
+end
+
+local index, decide, keys = ARGV[1], nil, #KEYS
+local out, pieces, units, spent = {}, 0, {}, {} -- out: the answers, in pieces
+local i = 1
+while i <= keys do
+  local shape = shapes[1]
+  if index ~= '' then
+    local lo, hi = byte(index, 2 * i - 1, 2 * i)
+    shape = shapes[lo + 256 * hi + 1]
+  end
+  local form, mode, real, n = shape[2], shape[4], shape[6], shape[7]
+  local long = shape[5] > 0 -- whether it is not for the short way
+  if not long then
+    repeat
+      local f, allowed, last, before = nil, true, 0, 0
+      local v = try('GET', KEYS[i])
+      if not v then
+        f = { shape[1], real } -- then end and N of each bucket
+      elseif type(v) == 'string' and #v == shape[3] then
+        f = { unpack(form, v) }
+        if f[1] ~= shape[1] then
+          long = true
+          break
+        end
+      else
+        long = true
+        break
+      end
+      local seen = f[2]
+      local now = seen > real and seen or real -- 2
+      local r, h = 8, 3 -- where a bucket begins in shape, and its hold in f
+      for j = 1, n do
+        local k, P, one, C, cost, u, m = shape[r], shape[r + 1], shape[r + 5], shape[r + 6], shape[r + 7], 0, f[h + 1]
+        if not m or seen > real + P + 60000000 then -- 1
+          if seen > real then
+            long = true
+            break
+          end
+          f[h], f[h + 1] = 0, 0
+        elseif k == 1 then -- 3
+          local R, Q = shape[r + 2], shape[r + 3]
+          local dt = (now - now % Q - seen + seen % Q) / Q
+          if dt < ceil(m / R) then u = m - R * dt end
+        elseif k == 3 then
+          local e, Q = f[h] + P, shape[r + 3]
+          local left = (e - e % Q - now + now % Q) / Q
+          if left > 0 then u = m * (left < one and left or one) end
+        elseif f[h] > now then
+          u = m
+        end
+        units[j] = u
+        if one > 1 then u = ceil(u / one) end
+        spent[j] = u
+        if cost > C - u and cost > 0 and mode ~= 2 then allowed = false end -- 4
+        r, h = r + 8, h + 2
+      end
+      if long then break end
+
+      local piece = pieces + 1
+      out[piece] = allowed and '\1' or '\0'
+      r, h = 8, 3
+      for j = 1, n do
+        local k, P, one, C, cost = shape[r], shape[r + 1], shape[r + 5], shape[r + 6], shape[r + 7]
+        local u, e, m, reset = spent[j], f[h], f[h + 1], now - real
+        piece = piece + 1
+        if allowed then -- 5
+          if cost == 0 then
+            long = true
+            break
+          end
+          if u + cost > 4 * C then cost = u < 4 * C and 4 * C - u or 0 end
+          if k == 1 then
+            local R, Q = shape[r + 2], shape[r + 3]
+            e, m = 0, units[j] + cost * one
+            reset = now - now % Q + ceil(m / R) * Q - real
+          else
+            local finish, fade = now + P, 0
+            if k == 2 then
+              finish = finish - now % P
+            elseif k == 3 then
+              finish, fade = finish - now % P, P
+            elseif k == 4 then
+              finish = ceil(finish / shape[r + 4]) * shape[r + 4]
+            end
+            if u == 0 then
+              e, m = finish, cost
+            elseif k == 0 or e >= finish then
+              m = m + cost
+              if e + fade > before then before = e + fade end
+            else
+              long = true
+              break
+            end
+            reset = e + fade - real
+          end
+          f[h], f[h + 1] = e, m
+          u = u + cost
+          if reset > last then last = reset end
+          out[piece] = pack('<I7I7', u < C and C - u or 0, reset)
+        else
+          local room, retry = cost > 0 and C - cost or u, 0
+          if u > 0 then
+            if k == 1 then
+              local R, Q = shape[r + 2], shape[r + 3]
+              local t = seen - seen % Q - real
+              reset = t + ceil(m / R) * Q
+              if u > room then retry = t + ceil((m - room * one) / R) * Q end
+            elseif k == 3 then
+              local w = room * one
+              reset = e + P - real
+              if u > room then retry = reset - (w - w % m) / m * shape[r + 3] end
+            else
+              reset = e - real
+              if u > room then retry = reset end
+            end
+          end
+          out[piece] = pack('<I7I7I7', u < C and C - u or 0, reset, retry)
+        end
+        r, h = r + 8, h + 2
+      end
+      if long then break end
+      pieces = piece
+      if allowed and mode ~= 1 then
+        f[2] = now
+        if not shape.served then
+          call('SET', KEYS[i], pack(form, list(f)), 'PX', ceil(last / 1000) + 3601000)
+        elseif last + real <= before then
+          call('SET', KEYS[i], pack(form, list(f)), 'KEEPTTL')
+        else
+          call('SET', KEYS[i], pack(form, list(f)), 'PX', ceil(last / 1000) + 1000)
+        end
+      end
+    until true
+  end
+  if long then
+    decide = decide or decider()
+    pieces = pieces + 1
+    out[pieces], i = decide(shapes, index, i)
+  else
+    i = i + 1
+  end
+end
+return concat(out, '', 1, pieces)

@@ -1,0 +1,218 @@
+-- What the scripts share: the arithmetic of storage/decide.go, whose steps carry the same numbers, and
+-- the stored form of what an identifier has spent.
+--
+-- The value at a key is 't1' (what it is, and the version of its form), the number of buckets with 32
+-- if it is wide and 64 if the buckets were not all changed last at the same time (1), for each bucket its
+-- head and number of holds (1; if over 254, 255 and 2 more), then when the buckets were last changed (7), and of each hold
+-- its end (7) and N (4; 7 if wide). With 64 each bucket's holds have their own time of change before them.
+-- Integers are little-endian and unsigned; in brackets are their bytes.
+--
+-- A head is a name with its length before it (1), and a law: kind * 2^45 + period (6); Continuous: refill
+-- (7) and tick (1); SlidingWindow: tick (1); SlidingLog: grain (6). Tick 0, 1 or 2 is 1 µs, 1 ms or 1 s.
+--
+-- Rules arrive with heads in this form, so that a state whose rule has not changed is found by comparing
+-- bytes. In here a state is a list: its law, seen, then end and N of each hold. A rule is a law with a
+-- capacity C, and is the law of the states that were spent under it: the same law is the same table.
+--
+-- All numbers are integers of at most 2^53, which a Lua number holds exactly.
+
+local char, sub, concat = string.char, string.sub, table.concat
+local pack, unpack, list = struct.pack, struct.unpack, unpack
+local floor, ceil, max, min, abs = math.floor, math.ceil, math.max, math.min, math.abs
+local exact = 2 ^ 53
+
+-- The law at position p of v, and the position after it.
+local function law(v, p)
+  local name, P, q = unpack('<Bc0I6', v, p)
+  local k, R, G, tick = floor(P / 2 ^ 45), 0, 1, 0
+  P = P % 2 ^ 45
+  if k == 1 then
+    R, tick, q = unpack('<I7B', v, q)
+  elseif k == 3 then
+    tick, q = unpack('<B', v, q)
+  elseif k == 4 then
+    G, q = unpack('<I6', v, q)
+  end
+  local Q, one, fade = 1000 ^ tick, 1, 0
+  if k == 1 or k == 3 then one = P / Q end
+  if k == 3 then fade = P end
+  if k > 4 or P < 1 or tick > 2 or one % 1 ~= 0 or G < 1 or k == 1 and R < 1 then error('not a law') end
+  return { name = name, head = sub(v, p, q - 1), k = k, P = P, R = R, Q = Q, G = G, one = one, fade = fade }, q
+end
+
+-- The states of a value at the places of their rules, and a list of the others. It raises an error unless
+-- the value is in the form above.
+local function read(v, rules)
+  if sub(v, 1, 2) ~= 't1' then error('foreign') end
+  local flags, p = unpack('<B', v, 3)
+  local laws, places, counts = {}, {}, {}
+  for i = 1, flags % 32 do
+    local r, at = rules[i], i
+    if r and sub(v, p, p + #r.head - 1) == r.head then
+      p = p + #r.head
+    else
+      r, p = law(v, p)
+      at = nil
+      for j = 1, #rules do
+        if rules[j].name == r.name then
+          at = j
+          if rules[j].head == r.head then r = rules[j] end
+        end
+      end
+    end
+    laws[i], places[i] = r, at
+    counts[i], p = unpack('<B', v, p)
+    if counts[i] == 255 then counts[i], p = unpack('<I2', v, p) end
+  end
+  local states, others, hold, seen = {}, {}, flags % 64 >= 32 and '<I7I7' or '<I7I4', nil
+  for i = 1, #laws do
+    local last, at = 0, places[i]
+    if flags >= 64 or i == 1 then seen, p = unpack('<I7', v, p) end
+    local s = { laws[i], seen }
+    for h = 3, 2 * counts[i] + 2, 2 do
+      local e, m
+      e, m, p = unpack(hold, v, p)
+      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 then error('not a hold') end
+      s[h], s[h + 1], last = e, m, e
+    end
+    if seen > exact or s[1].k == 1 and counts[i] > 1 or at and states[at] then error('not a state') end
+    if at then states[at] = s else others[#others + 1] = s end
+  end
+  if flags >= 128 or p ~= #v + 1 then error('not the end') end
+  return states, others
+end
+
+-- Step 1.
+local function believable(s, real) return s[2] <= real + s[1].P + 60000000 end
+
+-- What has not come back at now, in units.
+local function units(s, now)
+  local l, u = s[1], 0
+  if l.k == 1 then
+    local n = s[4]
+    if n then
+      local dt = floor(now / l.Q) - floor(s[2] / l.Q)
+      if dt < ceil(n / l.R) then u = n - l.R * dt end
+    end
+  elseif l.k == 3 then
+    local t = floor(now / l.Q)
+    for i = 3, #s, 2 do u = u + s[i + 1] * min(l.one, max(0, floor((s[i] + l.P) / l.Q) - t)) end
+  else
+    for i = 3, #s, 2 do
+      if s[i] > now then u = u + s[i + 1] end
+    end
+  end
+  return u
+end
+
+-- The moment when spent, now as given, will have fallen to room.
+local function back(s, now, room, spent)
+  if spent <= room then return now end
+  local l, left = s[1], 0
+  if l.k == 1 then return (floor(s[2] / l.Q) + ceil((s[4] - room * l.one) / l.R)) * l.Q end
+  for i = 4, #s, 2 do left = left + s[i] end
+  for i = 3, #s, 2 do
+    local n = s[i + 1]
+    left = left - n
+    if left <= room then
+      if l.k == 3 then return s[i] + l.P - floor((room - left) * l.one / n) * l.Q end
+      return s[i]
+    end
+  end
+  return now
+end
+
+-- When the hold of a token taken now ends.
+local function finish(l, now)
+  if l.k == 2 or l.k == 3 then return now - now % l.P + l.P end
+  if l.k == 4 then return ceil((now + l.P) / l.G) * l.G end
+  return now + l.P
+end
+
+-- A state without its dead holds.
+local function living(s, now)
+  local l, i, n = s[1], 3, #s
+  local t = floor(now / l.Q)
+  while i <= n and floor((s[i] + l.fade) / l.Q) <= t do i = i + 2 end
+  if i == 3 then return s end
+  return { l, s[2], list(s, i, n) }
+end
+
+-- The state under rule r, ready for a change, and the bucket's own time.
+local function open(s, r, real)
+  if not s or not believable(s, real) then return { r, real }, real end
+  local now, l = max(real, s[2]), s[1]
+  if l == r and r.k ~= 1 then
+    s = living(s, now)
+    s[2] = now
+    return s, now
+  end
+  local u = units(s, now)
+  if u == 0 then return { r, now }, now end
+  local n = min(ceil(u / l.one), 4 * r.C)
+  if r.k ~= 1 then
+    local e = back(s, now, 0, 1)
+    if r.k == 3 then e = floor(max(0, e - r.P) / r.P) * r.P end
+    return { r, now, max(e, finish(r, now)), n }, now
+  end
+  if l == r then return { r, now, 0, u }, now end
+  if l.one == r.one then return { r, now, 0, min(u, n * l.one) }, now end
+  return { r, now, 0, n * r.one }, now
+end
+
+local function full(s, real) return not believable(s, real) or s[2] <= real and units(s, real) == 0 end
+
+-- Writes the states that are not full, with a time to live that outlasts them by a second, and by an hour
+-- if the clock is the client's, which may stand still. Whether the value is wide does not depend on what was
+-- spent, as far as the rules can tell.
+local function store(key, states, rules, others, real, clocked)
+  local kept, flags, last = {}, 0, real
+  local function keep(s)
+    if not s or full(s, real) then return end
+    local l, now = s[1], max(real, s[2])
+    kept[#kept + 1] = s
+    if (l.C or 0) * (l.k == 1 and l.one or 1) >= 2 ^ 30 then flags = 32 end
+    for i = 4, #s, 2 do
+      if s[i] >= 2 ^ 32 then flags = 32 end
+    end
+    last = max(last, back(s, now, 0, units(s, now)))
+  end
+  for i = 1, #rules do keep(states[i]) end
+  for i = 1, #others do keep(others[i]) end
+  if #kept == 0 then return redis.call('DEL', key) end
+
+  local heads, bodies, hold, shared = { 't1', '' }, {}, flags == 32 and '<I7I7' or '<I7I4', true
+  for i = 2, #kept do
+    if kept[i][2] ~= kept[1][2] then shared = false end
+  end
+  if not shared then flags = flags + 64 end
+  heads[2] = char(#kept + flags)
+  for i = 1, #kept do
+    local s = kept[i]
+    local n = (#s - 2) / 2
+    heads[#heads + 1] = s[1].head
+    heads[#heads + 1] = n < 255 and char(n) or pack('<BI2', 255, n)
+    if i == 1 or not shared then bodies[#bodies + 1] = pack('<I7', s[2]) end
+    for h = 3, #s, 2 do bodies[#bodies + 1] = pack(hold, s[h], s[h + 1]) end
+  end
+  redis.call('SET', key, concat(heads) .. concat(bodies), 'PX', ceil((last - real) / 1000) + (clocked and 3601000 or 1000))
+end
+
+-- What an identifier has spent: its states and others as read returns them, or nil and what the script
+-- answers instead.
+local function load(key, rules, real)
+  local v = redis.pcall('GET', key)
+  if not v then return {}, {} end
+  if type(v) == 'table' then
+    if sub(v.err, 1, 9) == 'WRONGTYPE' then return nil, char(3) end
+    redis.call('GET', key)
+  end
+  local ok, states, others = pcall(read, v, rules)
+  if not ok then return nil, char(2) end
+  local n = #rules
+  for i = 1, #others do
+    if not full(others[i], real) then n = n + 1 end
+  end
+  if n > 16 then return nil, char(4, n) end
+  return states, others
+end

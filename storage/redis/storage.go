@@ -1,0 +1,277 @@
+// Package redis keeps consumption in Redis or Valkey, where any number of processes share it.
+//
+// A decision is one call of a Lua script: one round trip, atomic, by the clock of the server unless one
+// is injected. Concurrent decisions of one process share round trips, and none waits for company.
+// Each identifier is one key with one value, which expires soon after its buckets are full.
+//
+//	client := goredis.NewClient(&goredis.Options{Addr: "localhost:6379"})
+//	t, err := throttler.New(throttler.Config{Storage: redisstore.New(client, nil)})
+//
+// Import it as redisstore: the plain name is that of go-redis.
+package redis
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Source is what Verdict.Source says of this storage's answers.
+const Source = "redis"
+
+// Defaults of Options. A packet that was lost is sent again after 200 ms, the shortest retransmission
+// timeout of Linux: the timeout outlasts one loss, and not much more.
+const (
+	DefaultPrefix  = "throttler:"
+	DefaultTimeout = 250 * time.Millisecond
+)
+
+// Options of a Storage. The zero value and nil are the defaults.
+type Options struct {
+	// Prefix is what all keys begin with, by default DefaultPrefix. After it come the throttler's
+	// Config.Name, a colon and the identifier. If that has a brace, {} is put before it, so that users
+	// cannot choose the slots of their keys.
+	Prefix string
+
+	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout.
+	Timeout time.Duration
+
+	// HashTag returns the part of an identifier that decides its slot in a cluster, for example its
+	// tenant. ConsumeAll needs it there: it takes identifiers of one slot only. The tag
+	// stands in braces after the prefix, so all processes must use the same function, and one that
+	// changes makes other keys. It must be safe for concurrent use.
+	HashTag func(identifier string) string
+}
+
+// OptionError is a fault in what Open or New was given. After New, every call returns it.
+type OptionError struct {
+	Field  string // Client, URL or Timeout
+	Reason string // what was given and what is allowed
+}
+
+func (e *OptionError) Error() string {
+	return fmt.Sprintf("throttler: redis: %s %s", e.Field, e.Reason)
+}
+
+// What the functions of go-redis for errors (IsOOMError, IsReadOnlyError, IsLoadingError, IsAuthError,
+// IsClusterDownError and others) do not recognise.
+var (
+	// ErrWrongType comes with ErrCorruptState: at the key is something that is not a string.
+	ErrWrongType = errors.New("WRONGTYPE: the key holds no string")
+
+	// ErrCrossSlot is for a call whose identifiers are in different slots of a cluster. Nothing was sent.
+	ErrCrossSlot = errors.New("throttler: redis: CROSSSLOT")
+)
+
+// Storage is safe for concurrent use. It is made by New or Open.
+//
+// A call sends its script once, and again only after an answer which says that nothing ran
+// (NOSCRIPT, MOVED, ASK, TRYAGAIN). When the answer is lost it may have been executed, once.
+//
+// A call that Redis does not answer in time, or answers with an error, wraps ErrUnavailable and the cause.
+type Storage struct {
+	client  goredis.UniversalClient
+	cluster *goredis.ClusterClient // client, if it is one
+	owned   bool                   // Close closes client
+	options Options
+	fault   error // what every call returns
+
+	known atomic.Bool // the cluster's nodes have been asked for
+
+	mu     sync.RWMutex
+	queues map[string]*queue // by the address of the server, "" when there is no cluster
+	closed bool
+}
+
+var _ storage.Storage = (*Storage)(nil)
+
+// New returns a storage on a *Client, also one of NewFailoverClient, or on a *ClusterClient. The caller
+// closes the client, after the storage.
+//
+// The client's DialerRetries should be 1, so that a refused connection is an error at once, and the
+// timeouts of a ClusterClient at most Options.Timeout: calls return in time whatever they are, but the
+// connection is of no use until they have passed. For a *Client they are set here, and Open sets all of
+// them. MaxRetries does not matter: the scripts are never retried.
+func New(client goredis.UniversalClient, o *Options) *Storage {
+	s := &Storage{client: client, queues: make(map[string]*queue)}
+	if o != nil {
+		s.options = *o
+	}
+	s.options.Prefix = cmp.Or(s.options.Prefix, DefaultPrefix)
+	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
+	if s.options.Timeout < 0 {
+		s.fault = &OptionError{"Timeout", fmt.Sprintf("is %v, must be above 0, or 0 for %v", s.options.Timeout, DefaultTimeout)}
+		return s
+	}
+	switch c := client.(type) {
+	case *goredis.Client:
+		if c != nil {
+			s.client = c.WithTimeout(s.options.Timeout)
+			return s
+		}
+	case *goredis.ClusterClient:
+		if c != nil {
+			s.cluster = c
+			return s
+		}
+	}
+	s.fault = &OptionError{"Client", fmt.Sprintf("is a %T, must be a *Client or a *ClusterClient", client)}
+	return s
+}
+
+// Open returns a storage on a client of its own, which Close closes. The url is one of those that go-redis
+// parses:
+//
+//	redis://user:password@localhost:6379/0?protocol=3             a server; rediss with TLS, unix for a socket
+//	redis://host1:6379?addr=host2:6379&addr=host3:6379            a cluster
+//	redis://sentinel1:26379?addr=sentinel2:26379&master_name=main a server that sentinels watch
+//
+// Timeouts that it does not give are Options.Timeout. Nothing is sent before the first call.
+func Open(url string, o *Options) (*Storage, error) {
+	timeout := DefaultTimeout
+	if o != nil && o.Timeout != 0 {
+		timeout = o.Timeout
+	}
+	client, err := dial(url, timeout)
+	if err != nil {
+		return nil, &OptionError{"URL", "is wrong: " + err.Error()}
+	}
+	s := New(client, o)
+	s.owned = true
+	if s.fault != nil {
+		return nil, errors.Join(s.fault, s.Close())
+	}
+	return s, nil
+}
+
+// Close refuses further calls with ErrClosed, waits until those that were sent are answered or
+// Options.Timeout has passed, and closes the client if Open made it.
+func (s *Storage) Close() error {
+	s.mu.Lock()
+	again := s.closed
+	s.closed = true
+	s.mu.Unlock()
+	var wait sync.WaitGroup
+	for _, q := range s.queues { // closed: nobody changes it
+		wait.Go(q.Close)
+	}
+	wait.Wait()
+	if again || !s.owned {
+		return nil
+	}
+	return s.client.Close()
+}
+
+// Decide implements storage.Storage.
+func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+	if err := s.usable(ctx); err != nil {
+		return v, err
+	}
+	if err := r.Validate(); err != nil {
+		return v, err
+	}
+	key := s.key(r.Name, r.Part.Identifier)
+	more, err := s.moreKeys(&r, key)
+	if err != nil {
+		return v, err
+	}
+	q, err := s.queue(ctx, key)
+	if err != nil {
+		return v, err
+	}
+	c := q.Get()
+	defer q.Put(c)
+	c.Query = query{key: key, more: more, request: r}
+	if err := s.ask(ctx, q, c); err != nil {
+		return v, err
+	}
+	v.Begin(&c.Query.request, Source, c.Answer.at)
+	c.Answer.fill(&v)
+	return v, nil
+}
+
+// Charge implements storage.Storage.
+func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
+	if err := s.usable(ctx); err != nil {
+		return err
+	}
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	return s.change(ctx, c.Name, c.Identifier, c.Rules, appendCharge(nil, &c))
+}
+
+// Raise implements storage.Replica.
+func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
+	if err := s.usable(ctx); err != nil {
+		return err
+	}
+	if err := d.Validate(); err != nil {
+		return err
+	}
+	return s.change(ctx, d.Name, d.Identifier, d.Rules, appendDebt(nil, &d))
+}
+
+// Reset implements storage.Storage. What is none of this package's values stays, and is ErrCorruptState.
+func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
+	if err := s.usable(ctx); err != nil {
+		return err
+	}
+	if err := storage.ValidateIdentifier(identifier); err != nil {
+		return err
+	}
+	return s.change(ctx, name, identifier, nil, []byte{opReset, 0})
+}
+
+func (s *Storage) change(ctx context.Context, name, identifier string, rules []storage.Rule, args []byte) error {
+	key := s.key(name, identifier)
+	q, err := s.queue(ctx, key)
+	if err != nil {
+		return err
+	}
+	c := q.Get()
+	defer q.Put(c)
+	c.Query = query{key: key, change: args, rules: rules}
+	return s.ask(ctx, q, c)
+}
+
+func (s *Storage) usable(ctx context.Context) error {
+	if s.fault != nil {
+		return s.fault
+	}
+	return ctx.Err()
+}
+
+// key is where an identifier is kept.
+func (s *Storage) key(name, id string) string {
+	prefix, mark := s.options.Prefix, ":"
+	if strings.Contains(id, "{") {
+		mark = ":{}" // an empty tag: the whole key decides the slot
+	}
+	if s.options.HashTag != nil {
+		prefix += "{" + strings.ReplaceAll(s.options.HashTag(id), "}", ")") + "}"
+	}
+	return prefix + name + mark + id
+}
+
+// moreKeys are the keys of a request's further parts, all of which must be in the first one's slot.
+func (s *Storage) moreKeys(r *storage.Request, first string) ([]string, error) {
+	var keys []string
+	for i := range r.More {
+		key := s.key(r.Name, r.More[i].Identifier)
+		if s.cluster != nil && slot(key) != slot(first) {
+			return nil, fmt.Errorf("%w: %.64q is in slot %d, %.64q in slot %d: see Options.HashTag", ErrCrossSlot, r.Part.Identifier, slot(first), r.More[i].Identifier, slot(key))
+		}
+		keys = append(keys, key)
+	}
+	return keys, nil
+}

@@ -1,0 +1,128 @@
+package redis_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/storagetest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// patient is for tests of what is decided, which must not depend on how fast the machine is.
+const patient = 20 * time.Second
+
+// open returns a storage on the server of a URL, which is closed after the test.
+func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
+	t.Helper()
+	if o.Timeout == 0 {
+		o.Timeout = patient
+	}
+	s, err := redisstore.Open(url, &o)
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	return s
+}
+
+// client returns a client of the server, which is closed after the test.
+func client(t testing.TB, url string) *goredis.Client {
+	t.Helper()
+	o, err := goredis.ParseURL(url)
+	require.NoError(t, err)
+	c := goredis.NewClient(o)
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	return c
+}
+
+// clusterURL is the URL of a cluster for Open.
+func clusterURL(c *servers.Cluster) string {
+	addrs := c.Addrs()
+	return "redis://" + addrs[0] + "?addr=" + strings.Join(addrs[1:], "&addr=")
+}
+
+func rule(t testing.TB, name string, kind storage.Kind, period time.Duration, capacity int64) storage.Rule {
+	t.Helper()
+	r, faults := storage.NewRule(name, kind, period, capacity, capacity)
+	require.Empty(t, faults)
+	return r
+}
+
+// fivePerHour asks for one token of five an hour.
+func fivePerHour(t testing.TB, id string) storage.Request {
+	t.Helper()
+	return storage.Request{Part: storage.NewPart(id, []storage.Rule{rule(t, "5/1h", storage.Replenish, time.Hour, 5)}, 1)}
+}
+
+// take asks n times, and returns how often it was admitted.
+func take(t testing.TB, s *redisstore.Storage, r storage.Request, n int) (admitted int) {
+	t.Helper()
+	for range n {
+		v, err := s.Decide(t.Context(), r)
+		require.NoError(t, err)
+		if v.Allowed {
+			admitted++
+		}
+	}
+	return admitted
+}
+
+func TestTheStoragePassesTheSuite(t *testing.T) {
+	t.Parallel()
+	url := servers.RedisURL(t)
+	for _, protocol := range []int{2, 3} {
+		t.Run(fmt.Sprintf("RESP%d", protocol), func(t *testing.T) {
+			t.Parallel()
+			s := open(t, fmt.Sprintf("%s?protocol=%d", url, protocol), redisstore.Options{})
+			storagetest.Run(t, func(testing.TB) storage.Storage { return s })
+		})
+	}
+}
+
+func TestTheStoragePassesTheSuiteOnACluster(t *testing.T) {
+	t.Parallel()
+	s := open(t, clusterURL(servers.RedisCluster(t, 3)), redisstore.Options{
+		HashTag: func(string) string { return "one slot, so that all identifiers can be consumed together" },
+	})
+	storagetest.Run(t, func(testing.TB) storage.Storage { return s })
+}
+
+func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 3)
+	s := open(t, clusterURL(cluster), redisstore.Options{})
+	for i := range 30 {
+		assert.Equal(t, 5, take(t, s, fivePerHour(t, fmt.Sprintf("{tag}%d", i)), 7))
+	}
+	for _, node := range cluster.Nodes {
+		n, err := client(t, node.URL()).DBSize(t.Context()).Result()
+		require.NoError(t, err)
+		assert.NotZero(t, n, "identifiers with one tag must be spread")
+	}
+
+	apart := fivePerHour(t, "a")
+	apart.More = []storage.Part{storage.NewPart("b", apart.Part.Rules, 1)}
+	_, err := s.Decide(t.Context(), apart)
+	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
+	require.NotErrorIs(t, err, storage.ErrUnavailable)
+	assert.Equal(t, 5, take(t, s, fivePerHour(t, "a"), 7), "nothing was taken")
+}
+
+func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
+	t.Parallel()
+	s := open(t, servers.RedisURL(t), redisstore.Options{})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := s.Decide(ctx, fivePerHour(t, "done"))
+	require.ErrorIs(t, err, context.Canceled)
+}
