@@ -1,0 +1,148 @@
+// Package benchmarks puts this module beside its peers, in one run on one machine.
+package benchmarks
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-redis/redis_rate/v10"
+	goredis "github.com/redis/go-redis/v9"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/servers"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+)
+
+var server *servers.Server
+
+func TestMain(m *testing.M) {
+	var err error
+	if server, err = servers.StartRedis(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	server.Close()
+	os.Exit(code)
+}
+
+// BenchmarkRedis makes decisions on two limits, for 1,000 identifiers in turn, from 1, 64 and 256
+// goroutines. A floor is what a script costs that decides nothing.
+func BenchmarkRedis(b *testing.B) {
+	for _, goroutines := range []int{1, 64, 256} {
+		for _, c := range []struct {
+			name string
+			open func(*testing.B, *goredis.Client) func(id string) error
+		}{
+			{"throttler", ours},
+			{"redis_rate", redisRate},
+			{"floor-EVALSHA", evalsha},
+			{"floor-AutoPipeline", autoPipeline},
+		} {
+			b.Run(fmt.Sprintf("%s/goroutines=%d", c.name, goroutines), func(b *testing.B) {
+				client := goredis.NewClient(&goredis.Options{Addr: server.Addr(), PoolSize: 256})
+				defer client.Close()
+				decide := c.open(b, client)
+				var ids [1000]string
+				for i := range ids {
+					ids[i] = fmt.Sprintf("user:%d", i)
+					if err := decide(ids[i]); err != nil {
+						b.Fatal(err)
+					}
+				}
+				var next atomic.Int64
+				b.ResetTimer()
+				done := make(chan error, goroutines)
+				for range goroutines {
+					go func() {
+						for {
+							i := int(next.Add(1))
+							if i > b.N {
+								done <- nil
+								return
+							}
+							if err := decide(ids[i%len(ids)]); err != nil {
+								done <- err
+								return
+							}
+						}
+					}()
+				}
+				for range goroutines {
+					if err := <-done; err != nil {
+						b.Fatal(err)
+					}
+				}
+				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "decisions/s")
+			})
+		}
+	}
+}
+
+func ours(b *testing.B, client *goredis.Client) func(string) error {
+	store := redisstore.New(client, nil)
+	b.Cleanup(func() { store.Close() })
+	t, err := throttler.New(throttler.Config{
+		Storage: store,
+		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 1_000_000), throttler.NewBucket(time.Hour, 100_000_000)},
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return func(id string) error {
+		v, err := t.Consume(id)
+		if err == nil && !v.Allowed {
+			err = fmt.Errorf("%s was refused", id)
+		}
+		return err
+	}
+}
+
+func redisRate(_ *testing.B, client *goredis.Client) func(string) error {
+	limiter := redis_rate.NewLimiter(client)
+	short := redis_rate.Limit{Rate: 1_000_000, Burst: 1_000_000, Period: 10 * time.Second}
+	long := redis_rate.Limit{Rate: 100_000_000, Burst: 100_000_000, Period: time.Hour}
+	return func(id string) error {
+		ctx := context.Background()
+		for name, limit := range map[string]redis_rate.Limit{"short:": short, "long:": long} {
+			r, err := limiter.Allow(ctx, name+id, limit)
+			if err != nil {
+				return err
+			}
+			if r.Allowed == 0 {
+				return fmt.Errorf("%s was refused", id)
+			}
+		}
+		return nil
+	}
+}
+
+const empty = "return 1"
+
+func evalsha(b *testing.B, client *goredis.Client) func(string) error {
+	sha, err := client.ScriptLoad(context.Background(), empty).Result()
+	if err != nil {
+		b.Fatal(err)
+	}
+	return func(id string) error {
+		return client.EvalSha(context.Background(), sha, []string{id}, "1").Err()
+	}
+}
+
+func autoPipeline(b *testing.B, client *goredis.Client) func(string) error {
+	sha, err := client.ScriptLoad(context.Background(), empty).Result()
+	if err != nil {
+		b.Fatal(err)
+	}
+	pipe, err := client.AutoPipeline()
+	if err != nil {
+		b.Fatal(err)
+	}
+	return func(id string) error {
+		return pipe.EvalSha(context.Background(), sha, []string{id}, "1").Err()
+	}
+}
