@@ -53,6 +53,7 @@ const (
 const (
 	MaxIdentifier = 1024 // bytes of an identifier
 	MaxBuckets    = 16   // buckets of one identifier
+	MaxParts      = 256  // identifiers of one request
 	maxDebt       = 4096 // amounts in a bucket's debt
 )
 
@@ -131,13 +132,16 @@ func (p *Part) SetCost(i int, n int64) {
 	}
 }
 
-// Validate returns the typed error of a request that no storage can answer: an identifier that is
+// Validate returns the typed error of a request that no storage can answer: over MaxParts identifiers, one that is
 // empty, over MaxIdentifier bytes or named twice, rules that are none or too many, a cost below
 // zero, and, but for Force, a cost above a capacity; a time by an injected clock outside of what the
 // arithmetic holds. It does not look for rules of the same name.
 func (r *Request) Validate() error {
 	if r.Clocked && (r.Now < 0 || r.Now >= maxClock) {
 		return invalidClock(r.Now)
+	}
+	if r.Parts() > MaxParts {
+		return fmt.Errorf("%w: %d of them in one call, must be at most %d", ErrInvalidIdentifier, r.Parts(), MaxParts)
 	}
 	if err := r.Part.validate(r.Mode); err != nil {
 		return err

@@ -1,7 +1,9 @@
 // Fastapi-like is a small web service with a rate limit: each client may ask five times in ten
-// seconds. It keeps the counts in its own memory and needs nothing else.
+// seconds. It keeps the counts in its own memory and needs nothing else, or in a Redis that any
+// number of its processes share.
 //
 //	go run ./examples/fastapi-like                      # on port 8000; -addr changes that
+//	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
 //	for i in $(seq 20); do curl -s -w ' %{http_code}\n' localhost:8000; done
 //	curl -i -H 'X-API-Key: another' localhost:8000      # another client, with a limit of its own
@@ -27,6 +29,9 @@ import (
 	"time"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
 func main() {
@@ -42,10 +47,17 @@ func main() {
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("fastapi-like", flag.ExitOnError)
 	addr := flags.String("addr", ":8000", "listen on this `address`; port 0 picks a free one")
+	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), or in redis")
+	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis: the `URL` of a server, a cluster or sentinels")
 	_ = flags.Parse(args)
 
+	store, closeStore, err := open(*kind, *redisURL)
+	if err != nil {
+		return err
+	}
+	defer closeStore()
 	fivePer10s := throttler.NewBucket(10*time.Second, 5)
-	t, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{fivePer10s}})
+	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{fivePer10s}})
 	if err != nil {
 		return err
 	}
@@ -76,6 +88,21 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	err = server.Shutdown(last)
 	log.Info("stopped", "reason", context.Cause(ctx).Error())
 	return err
+}
+
+// open returns the storage of a kind, and what closes it.
+func open(kind, redisURL string) (storage.Storage, func(), error) {
+	switch kind {
+	case "runtime":
+		return memstore.New(nil), func() {}, nil
+	case "redis":
+		s, err := redisstore.Open(redisURL, nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, func() { _ = s.Close() }, nil
+	}
+	return nil, nil, fmt.Errorf("-storage is %q, must be runtime or redis", kind)
 }
 
 func newHandler(t *throttler.Throttler, log *slog.Logger) http.Handler {

@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -57,8 +58,8 @@ func command(t *testing.T, args ...string) *program {
 }
 
 // start returns when the program listens.
-func start(t *testing.T) *program {
-	p := command(t, "-addr", "127.0.0.1:0")
+func start(t *testing.T, args ...string) *program {
+	p := command(t, append(args, "-addr", "127.0.0.1:0")...)
 	stdout, err := p.StdoutPipe()
 	require.NoError(t, err)
 	p.stdout = bufio.NewScanner(stdout)
@@ -321,4 +322,39 @@ func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing
 	require.Equal(t, "ERROR", line["level"])
 	require.EqualValues(t, 503, line["status"])
 	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{16}: connection refused$", line["error"])
+}
+
+func TestTwoProcessesShareOneLimitInRedis(t *testing.T) {
+	t.Parallel()
+	url := servers.Redis(t).URL()
+	two := []*program{start(t, "-storage", "redis", "-redis-url", url), start(t, "-storage", "redis", "-redis-url", url)}
+	begin, ok := time.Now(), 0
+	for i := range 12 {
+		if got := two[i%2].call(t, "GET", "/"); got.status == http.StatusOK {
+			ok++
+		} else {
+			checkJSON(t, got, http.StatusTooManyRequests, limit)
+		}
+	}
+	if time.Since(begin) < 10*time.Second {
+		require.Equal(t, 5, ok)
+	}
+}
+
+func TestAServerThatIsDownIsServiceUnavailable(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	p := start(t, "-storage", "redis", "-redis-url", server.URL())
+	require.NoError(t, server.Kill())
+	got := p.call(t, "GET", "/")
+	checkJSON(t, got, http.StatusServiceUnavailable, `{"message":"The service is unavailable, please try again later."}`)
+}
+
+func TestAStorageThatIsNotThereIsSaidAtTheStart(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"-storage", "paper"}, {"-storage", "redis", "-redis-url", "http://localhost"}} {
+		p := command(t, args...)
+		require.Error(t, p.Run())
+		require.Contains(t, p.stderr.String(), "fastapi-like: ")
+	}
 }

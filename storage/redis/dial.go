@@ -14,30 +14,33 @@ func dial(url string, timeout time.Duration) (goredis.UniversalClient, error) {
 	if err != nil {
 		return nil, err
 	}
+	complete := func(retries *int, timeouts ...*time.Duration) {
+		*retries = cmp.Or(*retries, 1)
+		for _, t := range timeouts {
+			*t = cmp.Or(*t, timeout)
+		}
+	}
 	switch {
 	case u.Query().Has("master_name"):
 		o, err := goredis.ParseFailoverURL(url)
 		if err != nil {
 			return nil, err
 		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout = cmp.Or(o.DialTimeout, timeout), cmp.Or(o.ReadTimeout, timeout), cmp.Or(o.WriteTimeout, timeout)
-		o.DialerRetries = cmp.Or(o.DialerRetries, 1)
+		complete(&o.DialerRetries, &o.DialTimeout, &o.ReadTimeout, &o.WriteTimeout)
 		return goredis.NewFailoverClient(o), nil
 	case u.Query().Has("addr"):
 		o, err := goredis.ParseClusterURL(url)
 		if err != nil {
 			return nil, err
 		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout = cmp.Or(o.DialTimeout, timeout), cmp.Or(o.ReadTimeout, timeout), cmp.Or(o.WriteTimeout, timeout)
-		o.DialerRetries = cmp.Or(o.DialerRetries, 1)
+		complete(&o.DialerRetries, &o.DialTimeout, &o.ReadTimeout, &o.WriteTimeout)
 		return goredis.NewClusterClient(o), nil
 	default:
 		o, err := goredis.ParseURL(url)
 		if err != nil {
 			return nil, err
 		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout = cmp.Or(o.DialTimeout, timeout), cmp.Or(o.ReadTimeout, timeout), cmp.Or(o.WriteTimeout, timeout)
-		o.DialerRetries = cmp.Or(o.DialerRetries, 1)
+		complete(&o.DialerRetries, &o.DialTimeout, &o.ReadTimeout, &o.WriteTimeout)
 		return goredis.NewClient(o), nil
 	}
 }

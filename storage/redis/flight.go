@@ -104,10 +104,7 @@ const tryAgainPause = 2 * time.Millisecond
 // ask sends a call and waits for its answer. TRYAGAIN says that the keys of one call are on their way
 // from a node of the cluster to another, so that neither could run it.
 func (s *Storage) ask(ctx context.Context, q *queue, c *call) error {
-	var begun time.Time
-	if s.cluster != nil {
-		begun = time.Now()
-	}
+	begun := time.Now()
 	err := q.Do(ctx, c)
 	for goredis.IsTryAgainError(err) {
 		if time.Since(begun)+tryAgainPause > s.options.Timeout {
@@ -142,11 +139,12 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 	}
 	slices.SortStableFunc(flight, apart)
 	var groups []*group
-	for i, c := range flight {
-		if i == 0 || apart(flight[i-1], c) != 0 {
-			groups = append(groups, &group{})
+	for begin := 0; begin < len(flight); begin += len(groups[len(groups)-1].calls) {
+		end := begin + 1
+		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
+			end++
 		}
-		groups[len(groups)-1].add(c)
+		groups = append(groups, &group{calls: flight[begin:end]})
 	}
 	s.run(ctx, groups)
 	at := storage.Monotonic()
@@ -154,7 +152,7 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 		if err := g.land(at); err != nil {
 			err = s.unavailable(err)
 			for _, c := range g.calls {
-				c.Err = cmp.Or(c.Err, err)
+				c.Err = err
 			}
 		}
 	}
@@ -164,7 +162,7 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 // once more by its text.
 func (s *Storage) run(ctx context.Context, groups []*group) {
 	for _, g := range groups {
-		g.command = g.call(ctx, false)
+		g.command = g.script(ctx, false)
 	}
 	s.send(ctx, groups)
 	unknown := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool {
@@ -172,7 +170,7 @@ func (s *Storage) run(ctx context.Context, groups []*group) {
 	})
 	if len(unknown) > 0 {
 		for _, g := range unknown {
-			g.command = g.call(ctx, true)
+			g.command = g.script(ctx, true)
 		}
 		s.send(ctx, unknown)
 	}
@@ -203,32 +201,31 @@ func (s *Storage) unavailable(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }
 
-// group is the calls of one script call.
+// group is the calls that one script call answers.
 type group struct {
 	calls   []*call
-	keys    []string
-	shapes  shapes // of decisions
-	changes []byte // of changes
 	command command
 }
 
-func (g *group) add(c *call) {
-	g.calls = append(g.calls, c)
-	g.keys = append(append(g.keys, c.Query.key), c.Query.more...)
-	if c.Query.change != nil {
-		g.changes = append(g.changes, c.Query.change...)
-		return
+func (g *group) script(ctx context.Context, byText bool) command {
+	keys := make([]string, 0, len(g.calls))
+	for _, c := range g.calls {
+		keys = append(append(keys, c.Query.key), c.Query.more...)
 	}
-	for i := range c.Query.request.Parts() {
-		g.shapes.add(&c.Query.request, i)
+	if g.calls[0].Query.change != nil {
+		var all []byte
+		for _, c := range g.calls {
+			all = append(all, c.Query.change...)
+		}
+		return changeScript.call(ctx, byText, keys, all)
 	}
-}
-
-func (g *group) call(ctx context.Context, byText bool) command {
-	if g.changes != nil {
-		return changeScript.call(ctx, byText, g.keys, g.changes)
+	var all shapes
+	for _, c := range g.calls {
+		for i := range c.Query.request.Parts() {
+			all.add(&c.Query.request, i)
+		}
 	}
-	return decideScript.call(ctx, byText, g.keys, g.shapes.args()...)
+	return decideScript.call(ctx, byText, keys, all.args()...)
 }
 
 // land gives each call its answer.

@@ -164,7 +164,8 @@ func (s *shape) args() [][]byte {
 	if s.clocked {
 		now = s.now
 	}
-	b := append(prefix, form...)
+	b := append(make([]byte, 0, len(prefix)+len(form)+8*(5+8*len(rules))), prefix...)
+	b = append(b, form...)
 	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), s.more, now, int64(len(rules)))
 	for i := range rules {
 		r := &rules[i]

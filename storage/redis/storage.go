@@ -194,7 +194,11 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := s.ask(ctx, q, c); err != nil {
 		return v, err
 	}
-	v.Begin(&c.Query.request, Source, c.Answer.at)
+	at := c.Answer.at
+	if r.Clocked {
+		at = r.Now
+	}
+	v.Begin(&c.Query.request, Source, at)
 	c.Answer.fill(&v)
 	return v, nil
 }

@@ -243,7 +243,9 @@ func TestNoCallLooksAtMoreThan64Entries(t *testing.T) {
 	for i := range 500 {
 		id := fmt.Sprint("user-", i)
 		require.True(t, consume(t, th, id))
-		parts = append(parts, throttler.For(id))
+		if i%2 == 0 {
+			parts = append(parts, throttler.For(id))
+		}
 	}
 	visited := func(call func()) int {
 		before := s.Visited()

@@ -136,6 +136,7 @@ func (g *game) step(i int) {
 		require.NoError(g.t, err, where)
 		require.Equal(g.t, format(&want), format(&got), "%s: %+v", where, r)
 		require.Equal(g.t, want.RetryAfter, got.RetryAfter, where)
+		require.Equal(g.t, want.At(), got.At(), where)
 		g.remember(&want, r.Mode)
 	}
 }

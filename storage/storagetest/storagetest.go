@@ -144,6 +144,12 @@ func badInput(t *testing.T, s storage.Storage) {
 	twice.More = []storage.Part{storage.NewPart("b", rules, 1), storage.NewPart("a", rules, 1)}
 	_, err := s.Decide(t.Context(), twice)
 	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
+	crowd := request(name, 0, storage.Take, storage.NewPart("a", rules, 1))
+	for i := range storage.MaxParts {
+		crowd.More = append(crowd.More, storage.NewPart(fmt.Sprint("crowd", i), rules, 1))
+	}
+	_, err = s.Decide(t.Context(), crowd)
+	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
 	require.ErrorIs(t, s.Charge(t.Context(), storage.Charge{Name: name, Rules: rules, Amounts: make([]storage.Amount, 1)}), storage.ErrInvalidIdentifier)
 	require.ErrorAs(t, s.Charge(t.Context(), storage.Charge{Name: name, Identifier: "a", Rules: rules}), &bucketError)
 	require.ErrorIs(t, s.Reset(t.Context(), name, ""), storage.ErrInvalidIdentifier)
