@@ -46,20 +46,34 @@ func randomClock(t *testing.T, s storage.Storage) {
 	}
 }
 
+// randomChanges is randomSequences with half of the steps charges, refunds and debts that nearly fit
+// what is held.
+func randomChanges(t *testing.T, s storage.Storage) {
+	for seed := range uint64(sequences) {
+		g := newGame(t, s, 2000+seed)
+		g.ids, g.changes = g.ids[:2], true
+		for i := range steps {
+			g.now += g.pause()
+			g.step(i)
+		}
+	}
+}
+
 // game is one sequence.
 type game struct {
-	t      *testing.T
-	seed   uint64
-	rnd    *rand.Rand
-	name   string
-	ids    []string
-	named  bool // every call charges every bucket, so that none is ever full after one
-	rules  []storage.Rule
-	now    int64
-	soon   []int64 // when something of the last answers comes back
-	taken  []storage.Verdict
-	tested storage.Storage
-	model  *Model
+	t       *testing.T
+	seed    uint64
+	rnd     *rand.Rand
+	name    string
+	ids     []string
+	named   bool // every call charges every bucket, so that none is ever full after one
+	changes bool // half of the steps are charges, refunds and debts
+	rules   []storage.Rule
+	now     int64
+	soon    []int64 // when something of the last answers comes back
+	taken   []storage.Verdict
+	tested  storage.Storage
+	model   *Model
 }
 
 func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
@@ -111,7 +125,11 @@ func (g *game) pause() int64 {
 
 func (g *game) step(i int) {
 	ctx, where := g.t.Context(), fmt.Sprintf("seed %d step %d at %d µs", g.seed, i, g.now)
-	switch g.rnd.IntN(20) {
+	what := g.rnd.IntN(20)
+	if g.changes && what > 9 {
+		what = 2 + what%3
+	}
+	switch what {
 	case 0:
 		g.change(g.rnd.IntN(len(g.rules)))
 	case 1:
@@ -194,8 +212,20 @@ func (g *game) charge() storage.Charge {
 	v := g.taken[g.rnd.IntN(len(g.taken))]
 	p := v.Part(0)
 	c.Identifier, c.Rules, c.Amounts = p.Identifier, p.Rules, nil
-	for i := range p.Rules {
-		c.Amounts = append(c.Amounts, storage.Amount{N: -p.Cost(i), In: v.Count(i).ResetAfter - (g.now - v.At())})
+	for i, r := range p.Rules {
+		a := storage.Amount{N: -p.Cost(i), In: v.Count(i).ResetAfter - (g.now - v.At())}
+		if g.changes {
+			a.N *= []int64{1, 1, 2, 1 << 40}[g.rnd.IntN(4)]
+			a.In += (g.rnd.Int64N(3) - 1) * []int64{0, 1, r.Period / 512, r.Period / 256, r.Period / 2, 2 * r.Period}[g.rnd.IntN(6)]
+		}
+		c.Amounts = append(c.Amounts, a)
+	}
+	if g.changes && g.rnd.IntN(2) == 0 {
+		c.Identifier, c.Rules = g.id(), g.rules
+		c.Amounts = c.Amounts[:min(len(c.Amounts), len(c.Rules))]
+		for len(c.Amounts) < len(c.Rules) {
+			c.Amounts = append(c.Amounts, storage.Amount{})
+		}
 	}
 	return c
 }
@@ -205,7 +235,7 @@ func (g *game) debt() storage.Debt {
 	d := storage.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules, Amounts: make([][]storage.Amount, len(g.rules))}
 	for i, r := range d.Rules {
 		for range g.rnd.IntN(4) {
-			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2 * r.Capacity), In: g.rnd.Int64N(2 * r.Period)})
+			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2 * r.Capacity) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
 		}
 		if g.named {
 			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: 1, In: 2 * r.Period})

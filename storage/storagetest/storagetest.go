@@ -36,6 +36,7 @@ func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 		{"decides every step of the vectors", vectors},
 		{"agrees with Decide over random sequences", randomSequences},
 		{"agrees with Decide when the clock goes back", randomClock},
+		{"agrees with Decide over random charges and refunds", randomChanges},
 		{"admits exactly the limit to 200 goroutines", exactlyTheLimit},
 		{"charges the second limit as often as the first admits", bothOrNeither},
 		{"transfers in opposite orders without deadlock or partial charge", transfers},
