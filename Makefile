@@ -12,11 +12,14 @@ COUNT     ?= 20
 BENCH     ?= .
 BENCHTIME ?= 1s
 
+# Modules of their own, whose dependencies are not the root module's.
+NESTED := internal/faulttest benchmarks
+
 GOLANGCI_LINT_VERSION := v2.12.0
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers fuzz bench lint
+.PHONY: help test test-long servers fuzz bench bench-redis lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -44,16 +47,21 @@ help: ## Show this list (the default)
 test: servers ## Vet, test with the race detector, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
 	$(GO) test -race ./...
+	cd internal/faulttest && $(GO) test -race ./...
+	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
 
-test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with Redis 8 and Valkey 8
-	$(GO) test -race -count=$(COUNT) -timeout=1h ./...
+test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
+	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
+	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	$(fuzz)
 	GO='$(GO)' internal/servers/others.sh
 
 # A server that runs, or a program in another place, is named in the environment.
-servers: ## Install with apt-get what the tests start, unless it is there: redis-server
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer
 	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
+	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
+	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)
@@ -64,14 +72,17 @@ bench: ## Run the benchmarks that match BENCH=. for BENCHTIME=1s each
 	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
 	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
 
+bench-redis: servers ## Decisions on Redis beside redis_rate and the floors, BENCHTIME=1s each
+	cd benchmarks && $(GO) test -run '^$$' -bench Redis -benchtime $(BENCHTIME)
+
 lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
 	@set -euo pipefail; \
 	unformatted=$$(gofmt -l .); \
 	[ -z "$$unformatted" ] || { printf 'run gofmt -w on:\n%s\n' "$$unformatted" >&2; exit 1; }
-	$(GO) mod tidy -diff
+	@set -euo pipefail; for module in . $(NESTED); do (set -x; cd $$module && $(GO) mod tidy -diff); done
 	@set -euo pipefail; \
 	installed=$$($(GO) version -m bin/golangci-lint 2>/dev/null | awk '$$1 == "mod" { print $$3 }') || true; \
 	if [ "$$installed" != '$(GOLANGCI_LINT_VERSION)' ]; then \
 		(set -x; GOBIN='$(CURDIR)/bin' $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)); \
 	fi
-	bin/golangci-lint run ./...
+	@set -euo pipefail; for module in . $(NESTED); do (set -x; cd $$module && '$(CURDIR)/bin/golangci-lint' run ./...); done

@@ -1,11 +1,10 @@
-// Package benchmarks puts this module beside its peers, in one run on one machine.
-package benchmarks
+// Package benchmarks_test puts this module beside its peers, in one run on one machine.
+package benchmarks_test
 
 import (
 	"context"
 	"fmt"
 	"os"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,7 +25,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
-	server.Close()
+	_ = server.Close()
 	os.Exit(code)
 }
 
@@ -45,39 +44,8 @@ func BenchmarkRedis(b *testing.B) {
 		} {
 			b.Run(fmt.Sprintf("%s/goroutines=%d", c.name, goroutines), func(b *testing.B) {
 				client := goredis.NewClient(&goredis.Options{Addr: server.Addr(), PoolSize: 256})
-				defer client.Close()
-				decide := c.open(b, client)
-				var ids [1000]string
-				for i := range ids {
-					ids[i] = fmt.Sprintf("user:%d", i)
-					if err := decide(ids[i]); err != nil {
-						b.Fatal(err)
-					}
-				}
-				var next atomic.Int64
-				b.ResetTimer()
-				done := make(chan error, goroutines)
-				for range goroutines {
-					go func() {
-						for {
-							i := int(next.Add(1))
-							if i > b.N {
-								done <- nil
-								return
-							}
-							if err := decide(ids[i%len(ids)]); err != nil {
-								done <- err
-								return
-							}
-						}
-					}()
-				}
-				for range goroutines {
-					if err := <-done; err != nil {
-						b.Fatal(err)
-					}
-				}
-				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "decisions/s")
+				defer func() { _ = client.Close() }()
+				measure(b, goroutines, 1000, c.open(b, client))
 			})
 		}
 	}
@@ -85,11 +53,14 @@ func BenchmarkRedis(b *testing.B) {
 
 func ours(b *testing.B, client *goredis.Client) func(string) error {
 	store := redisstore.New(client, nil)
-	b.Cleanup(func() { store.Close() })
-	t, err := throttler.New(throttler.Config{
-		Storage: store,
-		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 1_000_000), throttler.NewBucket(time.Hour, 100_000_000)},
-	})
+	b.Cleanup(func() { _ = store.Close() })
+	return limited(b, throttler.Config{Storage: store})
+}
+
+// limited consumes from two buckets that admit all that a benchmark asks for.
+func limited(b *testing.B, c throttler.Config) func(string) error {
+	c.Buckets = []throttler.Bucket{throttler.NewBucket(10*time.Second, 100_000_000), throttler.NewBucket(time.Hour, 100_000_000)}
+	t, err := throttler.New(c)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
@@ -58,7 +58,7 @@ func StartRedis(config ...string) (*Server, error) {
 
 func (s *Server) redis(arguments ...string) error {
 	program, err := redisProgram()
-	s.scheme, s.answers = "redis", redisAnswers
+	s.url, s.answers, s.ending = "redis://%s", redisAnswers, syscall.SIGTERM
 	s.command = append([]string{program, "--port", strconv.Itoa(s.port), "--bind", "127.0.0.1", "--protected-mode", "no"}, arguments...)
 	return err
 }
@@ -68,12 +68,12 @@ func redisProgram() (string, error) {
 	if name == "" {
 		name = "redis-server"
 	}
-	path, err := exec.LookPath(name)
+	path, err := find(name)
 	if err != nil {
 		return "", fmt.Errorf("servers: there is no Redis here: %w; run \"apt-get install redis-server\", or \"brew install redis\" on macOS, "+
 			"or name the program to start in REDIS_SERVER, or the URL of a server that runs in THROTTLER_REDIS_URL", err)
 	}
-	return filepath.Abs(path)
+	return path, nil
 }
 
 // redisAnswers returns nil when this very server answers, and not another one that took its port. One

@@ -61,10 +61,11 @@ func TestARedisThatWasStoppedOrKilledIsEmptyOnTheSameAddress(t *testing.T) {
 func TestAFrozenServerDoesNotAnswerUntilItIsThawed(t *testing.T) {
 	t.Parallel()
 	s := servers.Redis(t)
-	conn := dial(t, s.Addr(), 100*time.Millisecond)
+	conn := dial(t, s.Addr(), time.Minute)
 	require.NoError(t, s.Freeze())
 	_, err := io.WriteString(conn, "PING\r\n")
 	require.NoError(t, err)
+	require.NoError(t, conn.SetDeadline(time.Now().Add(100*time.Millisecond)))
 	_, err = conn.Read(make([]byte, 1))
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 

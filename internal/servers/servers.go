@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -39,9 +38,12 @@ type TB interface {
 // Addr and URL.
 type Server struct {
 	// What prepare sets. It is not changed afterwards.
-	scheme  string
-	command []string // the program and its arguments; it runs in dir
-	answers func(context.Context, *Server) error
+	url         string         // with %s in place of the address
+	command     []string       // the program and its arguments; it runs in dir
+	refusesRoot bool           // it runs as another user then
+	ending      syscall.Signal // asks it to end
+	answers     func(context.Context, *Server) error
+	sweep       func(*Server) error // removes what it leaves outside its folder when it is killed; may be nil
 
 	dir  string
 	port int
@@ -110,8 +112,9 @@ func local(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(
 // Addr returns host:port. It is the same for the life of the Server.
 func (s *Server) Addr() string { return local(s.port) }
 
-// URL returns the address as clients of its kind take it, such as redis://127.0.0.1:10042.
-func (s *Server) URL() string { return s.scheme + "://" + s.Addr() }
+// URL returns the address as clients of its kind take it, such as redis://127.0.0.1:10042 or
+// postgres://postgres@127.0.0.1:10042/postgres?sslmode=disable.
+func (s *Server) URL() string { return fmt.Sprintf(s.url, s.Addr()) }
 
 // Start starts a server that is down, on the same port, and returns when it answers. It keeps what its
 // configuration keeps in files, and nothing else. An error holds the end of the server's log. It is an
@@ -139,6 +142,11 @@ func (s *Server) run() error {
 	defer func() { _ = log.Close() }() // the child has its own
 	cmd := exec.Command(s.command[0], s.command[1:]...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = s.dir, log, log
+	if s.refusesRoot {
+		if err := demote(cmd); err != nil {
+			return err
+		}
+	}
 	if s.child, err = startChild(cmd); err != nil {
 		return err
 	}
@@ -156,6 +164,15 @@ func (s *Server) ready(ctx context.Context) error {
 		return err
 	}
 	return errors.Join(conn.Close(), s.answers(ctx, s))
+}
+
+// find returns the path of a program, absolute because the program runs in another folder.
+func find(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(path)
 }
 
 func (s *Server) log() string { return filepath.Join(s.dir, "log") }
@@ -181,7 +198,7 @@ func (s *Server) Stop() error {
 	if !s.child.running() {
 		return nil
 	}
-	if err := errors.Join(s.child.signal(syscall.SIGTERM), s.child.thaw()); err != nil {
+	if err := errors.Join(signal(s.child.process, s.ending), s.child.thaw()); err != nil {
 		return fmt.Errorf("servers: %s: %w", s.URL(), err)
 	}
 	select {
@@ -192,8 +209,8 @@ func (s *Server) Stop() error {
 	}
 }
 
-// Kill ends the server at once, as a crash would, and returns when it has ended. It does nothing to a
-// server that is down.
+// Kill ends the server at once, as a crash would, and returns when it and its child processes have
+// ended. It does nothing to a server that is down.
 func (s *Server) Kill() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -204,15 +221,19 @@ func (s *Server) kill() error {
 	if !s.child.running() {
 		return nil
 	}
-	if err := s.child.signal(syscall.SIGKILL); err != nil {
+	err := s.child.kill()
+	if err == nil && s.sweep != nil {
+		err = s.sweep(s)
+	}
+	if err != nil {
 		return fmt.Errorf("servers: %s: %w", s.URL(), err)
 	}
-	<-s.child.ended
 	return nil
 }
 
-// Freeze stops the server where it is, and returns when it stands still. Its connections stay, and
-// the system still accepts new ones, but nobody answers. It is an error that the server is down.
+// Freeze stops the server and its child processes where they are, and returns when they stand still. Its
+// connections stay, and the system still accepts new ones, but nobody answers. It is an error that the
+// server is down.
 func (s *Server) Freeze() error { return s.whileItRuns((*child).freeze) }
 
 // Thaw lets a frozen server go on. It is an error that the server is down.
@@ -236,61 +257,6 @@ func (s *Server) Close() error {
 	defer s.mu.Unlock()
 	s.closed = true
 	return errors.Join(s.kill(), os.RemoveAll(s.dir))
-}
-
-// child is a process that was started. A nil child does not run.
-type child struct {
-	process *os.Process
-	ended   chan struct{} // closed when the process is gone
-}
-
-// startChild starts and awaits the process in one thread, which lives as long as the process: on Linux
-// a child is told of the end of the thread that started it, not of that of the parent.
-func startChild(cmd *exec.Cmd) (*child, error) {
-	dieWithParent(cmd)
-	c := &child{ended: make(chan struct{})}
-	started := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // how it ended is in its log
-			close(c.ended)
-		}
-	}()
-	err := <-started
-	c.process = cmd.Process
-	return c, err
-}
-
-func (c *child) running() bool {
-	if c == nil || c.process == nil {
-		return false
-	}
-	select {
-	case <-c.ended:
-		return false
-	default:
-		return true
-	}
-}
-
-// signal is no error for a process that has just ended.
-func (c *child) signal(s os.Signal) error {
-	if err := c.process.Signal(s); !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	return nil
-}
-
-// freeze waits until the process stands still, as the signal does not.
-func (c *child) freeze() error {
-	if err := c.pause(); err != nil {
-		return err
-	}
-	return until(c.ended, func(context.Context) error { return c.paused() })
 }
 
 // until calls try every 10 ms until it returns nil. It gives up after patience, and when ended is

@@ -19,18 +19,25 @@ import (
 	"github.com/go-throttler/throttler/internal/servers"
 )
 
-// With this variable set the test binary is a parent that starts a server and waits to be killed.
+// With this variable set the test binary is a parent that starts the server it names, and waits to be
+// killed.
 const parentVariable = "THROTTLER_TEST_PARENT"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(parentVariable) != "" {
-		parent()
+	switch os.Getenv(parentVariable) {
+	case "redis":
+		parent(servers.StartRedis())
+	case "frozen postgres":
+		s, err := servers.StartPostgres()
+		if err == nil {
+			err = s.Freeze()
+		}
+		parent(s, err)
 	}
 	goleak.VerifyTestMain(m)
 }
 
-func parent() {
-	s, err := servers.StartRedis()
+func parent(s *servers.Server, err error) {
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -63,7 +70,7 @@ func TestAChildDoesNotOutliveAParentThatIsKilled(t *testing.T) {
 		return // elsewhere it does outlive it
 	}
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), parentVariable+"=1", "TMPDIR="+t.TempDir())
+	cmd.Env = append(os.Environ(), parentVariable+"=redis", "TMPDIR="+t.TempDir())
 	out, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())

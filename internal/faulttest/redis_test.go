@@ -1,0 +1,158 @@
+package faulttest_test
+
+import (
+	"context"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+)
+
+// connect has the client make so many connections that it could send a command six times, although the
+// reply to the first command on each of them is lost.
+func connect(t testing.TB, c *goredis.Client) {
+	t.Helper()
+	for range 6 {
+		held := c.Conn()
+		defer func() { assert.NoError(t, held.Close()) }()
+		assert.NoError(t, held.Ping(t.Context()).Err())
+	}
+}
+
+func TestAReplyThatIsLostIsChargedAtMostOnce(t *testing.T) {
+	t.Parallel()
+	p := before(t, servers.Redis(t))
+	c := stubborn(t, p.Listen)
+	s, r := on(t, c, patient), hourly(t, "a", 1<<40)
+	var count told
+	require.NoError(t, count.ask(s, r))
+	for i := range 100 {
+		connect(t, c)
+		heal := p.poison(t, "limit_data", replies, attributes{"bytes": 0})
+		crowd(1+i%3, func(int) { assert.ErrorIs(t, count.ask(s, r), storage.ErrUnavailable) })
+		heal()
+		count.assertAccount(t, spent(t, s, r), 1<<40)
+	}
+	t.Logf("%d calls lost their reply, %d of them were charged", count.failed.Load(), spent(t, s, r)-1)
+	assert.Greater(t, spent(t, s, r), int64(50), "the calls did not arrive, so that nothing was tested")
+}
+
+func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
+	t.Parallel()
+	p := before(t, servers.Redis(t))
+	s, r := open(t, p.URL(), redisstore.DefaultTimeout), hourly(t, "a", 1000)
+	var count told
+	require.NoError(t, count.ask(s, r))
+	heals := []func(){p.poison(t, "timeout", requests, attributes{"timeout": 0}), p.poison(t, "timeout", replies, attributes{"timeout": 0})}
+	assertBackAfter(t, redisstore.DefaultTimeout, func() {
+		err := count.ask(s, r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
+	})
+	assertBackAfter(t, 100*time.Millisecond, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		_, err := s.Decide(ctx, r)
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+	})
+	for _, heal := range heals {
+		heal()
+	}
+	t.Log("works after", recovery(t, 5*time.Second, func() error { return count.ask(s, r) }))
+	count.assertAccount(t, spent(t, s, r), 1000)
+	assertExact(t, s, "b")
+}
+
+// The connections into the hole are never closed from outside, as when a host is gone, and the client would
+// wait for them for a minute.
+func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
+	t.Parallel()
+	const timeout = 100 * time.Millisecond
+	server := servers.Redis(t)
+	p := before(t, server)
+	var moved atomic.Bool
+	c := goredis.NewClient(&goredis.Options{
+		DialTimeout: time.Minute, ReadTimeout: time.Minute, WriteTimeout: time.Minute, DialerRetries: 1,
+		Dialer: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			addr := p.Listen
+			if moved.Load() {
+				addr = server.Addr()
+			}
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		},
+	})
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	s, r := on(t, c, timeout), hourly(t, "a", 1000)
+	var count told
+	require.NoError(t, count.ask(s, r))
+	p.poison(t, "timeout", requests, attributes{"timeout": 0})
+	for range 25 { // more than flights can be under way
+		assert.ErrorIs(t, count.ask(s, r), storage.ErrUnavailable)
+	}
+	moved.Store(true)
+	took := recovery(t, 5*time.Second, func() error { return count.ask(s, r) })
+	t.Log("works after", took)
+	assert.Less(t, took, timeout+time.Second, "dead connections are still waited for")
+	count.assertAccount(t, spent(t, s, r), 1000)
+}
+
+func TestLatencyAndJitterDoNotMatter(t *testing.T) {
+	t.Parallel()
+	p := before(t, servers.Redis(t))
+	p.poison(t, "latency", replies, attributes{"latency": 20, "jitter": 15})
+	assertExact(t, open(t, p.URL(), patient), "a")
+}
+
+func TestConnectionsThatAreResetChargeNothingTwice(t *testing.T) {
+	t.Parallel()
+	for _, direction := range []string{requests, replies} {
+		t.Run(direction, func(t *testing.T) {
+			t.Parallel()
+			p := before(t, servers.Redis(t))
+			s := on(t, stubborn(t, p.Listen), patient)
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			assertUnderFire(t, s, func() {
+				heal := p.poison(t, "reset_peer", direction, attributes{"timeout": 0})
+				<-tick.C
+				heal()
+				<-tick.C
+			})
+			assertExact(t, s, "after")
+		})
+	}
+}
+
+func TestRepliesInPiecesDoNotMatter(t *testing.T) {
+	t.Parallel()
+	p := before(t, servers.Redis(t))
+	p.poison(t, "slicer", replies, attributes{"average_size": 3, "size_variation": 2, "delay": 50})
+	p.poison(t, "slicer", requests, attributes{"average_size": 200, "size_variation": 100, "delay": 50})
+	assertExact(t, open(t, p.URL(), patient), "a")
+}
+
+func TestConnectionsThatAreSlowToCloseDoNotMatter(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	p := before(t, server)
+	p.poison(t, "slow_close", replies, attributes{"delay": 100})
+	p.poison(t, "slow_close", requests, attributes{"delay": 100})
+	s := on(t, stubborn(t, p.Listen), patient)
+	assertExact(t, s, "a")
+	admin := stubborn(t, server.Addr())
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	assertUnderFire(t, s, func() {
+		assert.NoError(t, admin.ClientKillByFilter(context.Background(), "TYPE", "normal", "SKIPME", "yes").Err())
+		<-tick.C
+	})
+	assertExact(t, s, "after")
+}
