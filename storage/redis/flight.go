@@ -35,97 +35,143 @@ type answer struct {
 	at     int64  // when it arrived
 }
 
-// queue returns the queue for a key. It asks for the nodes of a cluster once, and the caller waits for that
-// no longer than for a decision.
-func (s *Storage) queue(ctx context.Context, key string) (*queue, error) {
-	address := ""
-	if s.cluster != nil {
-		if err := s.know(ctx, key); err != nil {
-			return nil, err
+// ask sends a query to the server that has its key, and waits for the answer. The caller puts the call back
+// into the queue, if there is one.
+func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err error) {
+	if s.cluster == nil {
+		if q, err = s.queue(""); err == nil {
+			c = q.Get()
+			c.Query = asked
+			err = q.Do(ctx, c)
 		}
-		master, err := s.cluster.MasterForKey(ctx, key)
-		if err != nil {
-			return nil, s.unavailable(err)
-		}
-		address = master.Options().Addr
-	}
-	s.mu.RLock()
-	q, closed := s.queues[address], s.closed
-	s.mu.RUnlock()
-	if q != nil || closed {
-		return q, closedError(closed)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.queues[address] == nil && !s.closed {
-		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.fly)
-	}
-	return s.queues[address], closedError(s.closed)
-}
-
-func closedError(closed bool) error {
-	if closed {
-		return storage.ErrClosed
-	}
-	return nil
-}
-
-// know makes the client learn the nodes of the cluster, which it does by itself from then on.
-func (s *Storage) know(ctx context.Context, key string) error {
-	if s.known.Load() {
-		return nil
-	}
-	done := make(chan error, 1)
-	go func() {
-		limited, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
+	} else {
+		limited, cancel := context.WithTimeout(ctx, s.options.Timeout)
 		defer cancel()
-		_, err := s.cluster.MasterForKey(limited, key)
-		s.known.CompareAndSwap(false, err == nil)
-		done <- err
-	}()
-	late := time.NewTimer(s.options.Timeout)
-	defer late.Stop()
-	select {
-	case err := <-done:
-		if err != nil {
-			return s.unavailable(err)
+		q, c, err = s.askCluster(limited, asked)
+		switch {
+		case err == nil || limited.Err() == nil:
+		case ctx.Err() != nil:
+			err = ctx.Err()
+		case errors.Is(err, limited.Err()):
+			err = combine.ErrTimeout
 		}
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-late.C:
-		return s.unavailable(combine.ErrTimeout)
 	}
+	if errors.Is(err, combine.ErrTimeout) {
+		err = s.unavailable(err)
+	}
+	return q, c, err
 }
 
 // tryAgainPause is how long the keys of a call get to arrive at one node.
 const tryAgainPause = 2 * time.Millisecond
 
-// ask sends a call and waits for its answer. TRYAGAIN says that the keys of one call are on their way
-// from a node of the cluster to another, so that neither could run it.
-func (s *Storage) ask(ctx context.Context, q *queue, c *call) error {
-	begun := time.Now()
-	err := q.Do(ctx, c)
-	for goredis.IsTryAgainError(err) {
-		if time.Since(begun)+tryAgainPause > s.options.Timeout {
-			return err
+// askCluster asks again as long as it is told to TRYAGAIN: the keys of the call are on their way from one
+// node to another, so that neither could run it.
+func (s *Storage) askCluster(ctx context.Context, asked query) (*queue, *call, error) {
+	if err := s.know(ctx, asked.key); err != nil {
+		return nil, nil, err
+	}
+	var again error
+	for {
+		master, err := s.cluster.MasterForKey(ctx, asked.key)
+		if err != nil {
+			return nil, nil, cmp.Or(s.closedError(), s.unavailable(err))
+		}
+		q, err := s.queue(master.Options().Addr)
+		if err != nil {
+			return nil, nil, err
+		}
+		c := q.Get()
+		c.Query = asked
+		err = q.Do(ctx, c)
+		switch {
+		case goredis.IsTryAgainError(err):
+			again = err
+		case err != nil && again != nil && ctx.Err() != nil:
+			return q, c, again
+		default:
+			return q, c, err
 		}
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return q, c, again
 		case <-time.After(tryAgainPause):
+			q.Put(c)
 		}
-		again := q.Get()
-		again.Query = c.Query
-		if err = q.Do(ctx, again); err == nil {
-			c.Answer = again.Answer
-		}
-		q.Put(again)
 	}
-	if errors.Is(err, combine.ErrTimeout) {
-		return s.unavailable(err)
+}
+
+// know makes the client learn the nodes of the cluster, which it goes on to do by itself.
+func (s *Storage) know(ctx context.Context, key string) error {
+	if s.known.Load() {
+		return nil
 	}
-	return err
+	if err := s.closedError(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	l := s.learning
+	if l == nil {
+		l = &learning{done: make(chan struct{})}
+		s.learning = l
+		go s.learn(l, key)
+	}
+	s.mu.Unlock()
+	select {
+	case <-l.done:
+		return l.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// learning is one try to learn the nodes, which takes as long as the client takes to ask one after the other.
+type learning struct {
+	done chan struct{}
+	err  error
+}
+
+func (s *Storage) learn(l *learning, key string) {
+	_, err := s.cluster.MasterForKey(context.Background(), key)
+	if err != nil {
+		l.err = s.unavailable(err)
+	}
+	s.known.Store(err == nil)
+	s.mu.Lock()
+	s.learning = nil
+	s.mu.Unlock()
+	close(l.done)
+}
+
+func (s *Storage) closedError() error {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.closed {
+		return storage.ErrClosed
+	}
+	return nil
+}
+
+// queue returns the queue of the server with an address, which is empty when there is only one.
+func (s *Storage) queue(address string) (*queue, error) {
+	s.mu.RLock()
+	q, closed := s.queues[address], s.closed
+	s.mu.RUnlock()
+	if closed {
+		return nil, storage.ErrClosed
+	}
+	if q != nil {
+		return q, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, storage.ErrClosed
+	}
+	if s.queues[address] == nil {
+		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.fly)
+	}
+	return s.queues[address], nil
 }
 
 // fly executes a flight: all decisions in one script call and all changes in another. In a cluster each key
@@ -219,13 +265,13 @@ func (g *group) script(ctx context.Context, byText bool) command {
 		}
 		return changeScript.call(ctx, byText, keys, all)
 	}
-	var all shapes
+	var all combine.Shapes
 	for _, c := range g.calls {
 		for i := range c.Query.request.Parts() {
-			all.add(&c.Query.request, i)
+			all.Add(&c.Query.request, i)
 		}
 	}
-	return decideScript.call(ctx, byText, keys, all.args()...)
+	return decideScript.call(ctx, byText, keys, decideArgs(&all)...)
 }
 
 // land gives each call its answer.

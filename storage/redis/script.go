@@ -13,6 +13,7 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
+	"github.com/go-throttler/throttler/internal/combine"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -87,68 +88,23 @@ const (
 // countBytes is the length of a bucket's answer, by the first byte.
 var countBytes = [...]int{refused: 21, admitted: 14}
 
-// shapes are the different parts of the requests in one script call, and which of them each key has.
-type shapes struct {
-	all   []shape
-	index []byte
-}
-
-// shape is what makes two parts the same for the script.
-type shape struct {
-	mode    storage.Mode
-	clocked bool
-	now     int64
-	more    int64 // 1 if the next part belongs to the same request, else 0
-	part    *storage.Part
-}
-
-// lookBack is how many shapes a new part is compared with: parts that differ are few, or many.
-const lookBack = 8
-
-// add adds part i of a request for the next key.
-func (s *shapes) add(r *storage.Request, i int) {
-	w := shape{mode: r.Mode, clocked: r.Clocked, now: r.Now, part: r.At(i)}
-	if i+1 < r.Parts() {
-		w.more = 1
-	}
-	n := len(s.all)
-	for n > 0 && n > len(s.all)-lookBack && !s.all[n-1].same(&w) {
-		n--
-	}
-	if n == 0 || !s.all[n-1].same(&w) {
-		s.all = append(s.all, w)
-		n = len(s.all)
-	}
-	s.index = binary.LittleEndian.AppendUint16(s.index, uint16(n-1))
-}
-
-func (s *shape) same(o *shape) bool {
-	a, b := s.part, o.part
-	if s.mode != o.mode || s.clocked != o.clocked || s.now != o.now || s.more != o.more || len(a.Rules) != len(b.Rules) || &a.Rules[0] != &b.Rules[0] {
-		return false
-	}
-	for i := range a.Rules {
-		if a.Cost(i) != b.Cost(i) {
-			return false
+// decideArgs are the arguments of the script for decisions.
+func decideArgs(s *combine.Shapes) [][]byte {
+	var index []byte
+	if len(s.All) > 1 {
+		for _, i := range s.Index {
+			index = binary.LittleEndian.AppendUint16(index, uint16(i))
 		}
 	}
-	return true
-}
-
-// args are the arguments of the script.
-func (s *shapes) args() [][]byte {
-	if len(s.all) == 1 {
-		s.index = nil
-	}
-	out := [][]byte{s.index}
-	for i := range s.all {
-		out = append(out, s.all[i].args()...)
+	out := [][]byte{index}
+	for i := range s.All {
+		out = append(out, shapeArgs(&s.All[i])...)
 	}
 	return out
 }
 
-func (s *shape) args() [][]byte {
-	rules := s.part.Rules
+func shapeArgs(s *combine.Shape) [][]byte {
+	rules := s.Part.Rules
 	prefix := []byte{'t', '1', byte(len(rules))}
 	hold, size := "I7I4", 7+11*len(rules)
 	for i := range rules {
@@ -160,16 +116,19 @@ func (s *shape) args() [][]byte {
 	}
 	length := strconv.Itoa(len(prefix))
 	form := "<c" + length + "I7" + strings.Repeat(hold, len(rules))
-	now := int64(-1)
-	if s.clocked {
-		now = s.now
+	now, more := int64(-1), int64(0)
+	if s.Clocked {
+		now = s.Now
+	}
+	if s.More {
+		more = 1
 	}
 	b := append(make([]byte, 0, len(prefix)+len(form)+8*(5+8*len(rules))), prefix...)
 	b = append(b, form...)
-	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), s.more, now, int64(len(rules)))
+	b = appendNumbers(b, int64(size+len(prefix)), int64(s.Mode), more, now, int64(len(rules)))
 	for i := range rules {
 		r := &rules[i]
-		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
+		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.Part.Cost(i), 4*r.Capacity))
 	}
 	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", 5+8*len(rules))), b}
 }

@@ -21,6 +21,7 @@
 
 local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
 local ceil, call, try = math.ceil, redis.call, redis.pcall
+local exact = 2 ^ 53
 
 local shapes, server = {}, nil
 for i = 2, #ARGV, 2 do
@@ -67,6 +68,10 @@ while i <= keys do
       local r, h = 8, 3 -- where a bucket begins in shape, and its hold in f
       for j = 1, n do
         local k, P, one, C, cost, u, m = shape[r], shape[r + 1], shape[r + 5], shape[r + 6], shape[r + 7], 0, f[h + 1]
+        if m and (seen > exact or f[h] > exact or m > exact or m < 1 or k == 1 and m / shape[r + 2] * shape[r + 3] > exact) then
+          long = true -- perhaps it is none of ours
+          break
+        end
         if not m or seen > real + P + 60000000 then -- 1
           if seen > real then
             long = true

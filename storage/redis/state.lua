@@ -72,7 +72,7 @@ local function read(v, rules)
     for h = 3, 2 * counts[i] + 2, 2 do
       local e, m
       e, m, p = unpack(hold, v, p)
-      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 then error('not a hold') end
+      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 or s[1].k == 1 and m / s[1].R * s[1].Q > exact then error('not a hold') end
       s[h], s[h + 1], last = e, m, e
     end
     if seen > exact or s[1].k == 1 and counts[i] > 1 or at and states[at] then error('not a state') end

@@ -87,9 +87,10 @@ type Storage struct {
 
 	known atomic.Bool // the cluster's nodes have been asked for
 
-	mu     sync.RWMutex
-	queues map[string]*queue // by the address of the server, "" when there is no cluster
-	closed bool
+	mu       sync.RWMutex // guards what follows
+	learning *learning
+	queues   map[string]*queue // by the address of the server, "" when there is no cluster
+	closed   bool
 }
 
 var _ storage.Storage = (*Storage)(nil)
@@ -184,14 +185,11 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err != nil {
 		return v, err
 	}
-	q, err := s.queue(ctx, key)
-	if err != nil {
-		return v, err
+	q, c, err := s.ask(ctx, query{key: key, more: more, request: r})
+	if c != nil {
+		defer q.Put(c)
 	}
-	c := q.Get()
-	defer q.Put(c)
-	c.Query = query{key: key, more: more, request: r}
-	if err := s.ask(ctx, q, c); err != nil {
+	if err != nil {
 		return v, err
 	}
 	at := c.Answer.at
@@ -237,15 +235,11 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 }
 
 func (s *Storage) change(ctx context.Context, name, identifier string, rules []storage.Rule, args []byte) error {
-	key := s.key(name, identifier)
-	q, err := s.queue(ctx, key)
-	if err != nil {
-		return err
+	q, c, err := s.ask(ctx, query{key: s.key(name, identifier), change: args, rules: rules})
+	if c != nil {
+		q.Put(c)
 	}
-	c := q.Get()
-	defer q.Put(c)
-	c.Query = query{key: key, change: args, rules: rules}
-	return s.ask(ctx, q, c)
+	return err
 }
 
 func (s *Storage) usable(ctx context.Context) error {

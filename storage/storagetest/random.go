@@ -235,7 +235,7 @@ func (g *game) debt() storage.Debt {
 	d := storage.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules, Amounts: make([][]storage.Amount, len(g.rules))}
 	for i, r := range d.Rules {
 		for range g.rnd.IntN(4) {
-			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2 * r.Capacity) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
+			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2*r.Capacity) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
 		}
 		if g.named {
 			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: 1, In: 2 * r.Period})

@@ -1,0 +1,1144 @@
+package redis_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/storagetest"
+)
+
+// prompt is for tests of what becomes of calls that are not answered.
+var prompt = redisstore.Options{Timeout: redisstore.DefaultTimeout}
+
+// hourly asks for one token of n an hour.
+func hourly(t testing.TB, id string, n int64) storage.Request {
+	t.Helper()
+	return storage.Request{Part: storage.NewPart(id, []storage.Rule{rule(t, "hourly", storage.Replenish, time.Hour, n)}, 1)}
+}
+
+// chargeOf is for n tokens of each bucket that r asks.
+func chargeOf(r storage.Request, n int64) storage.Charge {
+	c := storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Part.Identifier, Rules: r.Part.Rules}
+	for range c.Rules {
+		c.Amounts = append(c.Amounts, storage.Amount{N: n, In: time.Hour.Microseconds()})
+	}
+	return c
+}
+
+// debtOf is charge for a debt.
+func debtOf(r storage.Request, n int64) storage.Debt {
+	d := storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Part.Identifier, Rules: r.Part.Rules}
+	for _, a := range chargeOf(r, n).Amounts {
+		d.Amounts = append(d.Amounts, []storage.Amount{a})
+	}
+	return d
+}
+
+// spentBy is how many tokens of the first bucket are out.
+func spentBy(t testing.TB, s *redisstore.Storage, r storage.Request) int64 {
+	t.Helper()
+	r.Mode, r.Part = storage.Peek, storage.NewPart(r.Part.Identifier, r.Part.Rules, 0)
+	v, err := s.Decide(t.Context(), r)
+	require.NoError(t, err)
+	return r.Part.Rules[0].Capacity - v.Count(0).Remaining
+}
+
+// do sends a command that must succeed.
+func do(t testing.TB, c *goredis.Client, command ...any) any {
+	t.Helper()
+	answer, err := c.Do(t.Context(), command...).Result()
+	require.NoError(t, err, "%.200s", fmt.Sprint(command...))
+	return answer
+}
+
+// crowd runs f in n goroutines, and waits for them.
+func crowd(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	all.Wait()
+}
+
+// repeatedly calls f each time that the pause has passed, until stop is closed, and returns how often.
+func repeatedly(pause time.Duration, stop <-chan struct{}, f func()) (n int) {
+	tick := time.NewTicker(pause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return n
+		case <-tick.C:
+			f()
+			n++
+		}
+	}
+}
+
+// recovery calls try until it succeeds, and returns how long that took.
+func recovery(t testing.TB, within time.Duration, try func() error) time.Duration {
+	t.Helper()
+	began := time.Now()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try()
+		took := time.Since(began)
+		if err == nil {
+			return took
+		}
+		require.Less(t, took, within, "it still fails: %v", err)
+		<-tick.C
+	}
+}
+
+// told counts what callers were told.
+type told struct{ admitted, denied, failed atomic.Int64 }
+
+func (c *told) ask(s *redisstore.Storage, r storage.Request) error {
+	v, err := s.Decide(context.Background(), r)
+	switch {
+	case err != nil:
+		c.failed.Add(1)
+	case v.Allowed:
+		c.admitted.Add(1)
+	default:
+		c.denied.Add(1)
+	}
+	return err
+}
+
+// assertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten
+// times the promise, and all of them to a second, on a machine that does other things as well.
+func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
+	t.Helper()
+	slices.Sort(took)
+	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
+	assert.GreaterOrEqual(t, took[0], limit-5*time.Millisecond, "a call gave up early")
+	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
+	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
+}
+
+// timed calls f n times, and returns how long each call took.
+func timed(n int, f func()) (took []time.Duration) {
+	for range n {
+		began := time.Now()
+		f()
+		took = append(took, time.Since(began))
+	}
+	return took
+}
+
+func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, r := open(t, server.URL(), prompt), hourly(t, "frozen", 20)
+	require.Equal(t, 1, take(t, s, r, 1))
+	require.NoError(t, server.Freeze())
+	assertBackAfter(t, 100*time.Millisecond, timed(9, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		_, err := s.Decide(ctx, r)
+		assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
+	}))
+	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+		_, err := s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
+	}))
+
+	require.NoError(t, server.Thaw())
+	after := told{}
+	t.Log("works after", recovery(t, 5*time.Second, func() error { return after.ask(s, r) }))
+	for range 20 {
+		require.NoError(t, after.ask(s, r))
+	}
+	assert.LessOrEqual(t, after.admitted.Load(), int64(19), "more than the limit was admitted")
+	assert.GreaterOrEqual(t, after.admitted.Load(), int64(19-14), "more was charged than was asked")
+}
+
+func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	require.NoError(t, server.Freeze())
+	s, r := open(t, server.URL(), prompt), fivePerHour(t, "frozen")
+	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+		_, err := s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+	}))
+	require.NoError(t, server.Thaw())
+	recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
+	assert.Equal(t, 5, take(t, s, r, 7))
+}
+
+// Nothing that is left behind would escape TestMain.
+func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s := open(t, server.URL(), prompt)
+	require.Equal(t, 1, take(t, s, fivePerHour(t, "a"), 1))
+	require.NoError(t, server.Freeze())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	crowd(20, func(i int) {
+		_, err := s.Decide(ctx, fivePerHour(t, "a")) // the flights stay in the air
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+	})
+	took := timed(1, func() { assert.NoError(t, s.Close()) })
+	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
+	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
+	_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+	assert.ErrorIs(t, err, storage.ErrClosed)
+}
+
+// eachNode returns requests for keys of each node in turn, which have been asked for once.
+func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of []storage.Request) {
+	t.Helper()
+	c := client(t, cluster.Nodes[0].URL())
+	for i := 0; len(of) < len(cluster.Nodes); i++ {
+		id := fmt.Sprint("id-", i)
+		slot := do(t, c, "cluster", "keyslot", redisstore.DefaultPrefix+":"+id).(int64)
+		if int(slot)*len(cluster.Nodes)/16384 == len(of) { // they have as many slots each
+			of = append(of, hourly(t, id, 1000))
+			recovery(t, 5*time.Second, func() error { return new(told).ask(s, of[len(of)-1]) })
+		}
+	}
+	return of
+}
+
+func TestAFrozenClusterNodeDelaysOnlyItsOwnKeys(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 3)
+	s := open(t, clusterURL(cluster), prompt)
+	of := eachNode(t, s, cluster)
+	require.NoError(t, cluster.Nodes[1].Freeze())
+	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+		_, err := s.Decide(t.Context(), of[1])
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.NotErrorIs(t, err, context.DeadlineExceeded)
+	}))
+	for _, n := range []int{0, 2} {
+		took := timed(21, func() { assert.NoError(t, new(told).ask(s, of[n])) })
+		slices.Sort(took)
+		assert.Less(t, took[10], prompt.Timeout/2, "the other nodes must answer as ever")
+	}
+	require.NoError(t, cluster.Nodes[1].Thaw())
+	t.Log("works after", recovery(t, 10*time.Second, func() error { return new(told).ask(s, of[1]) }))
+}
+
+func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 1)
+	require.NoError(t, cluster.Nodes[0].Freeze())
+	addr := cluster.Addrs()[0]
+	s := open(t, "redis://"+addr+"?addr="+addr+"&read_timeout=5s&dial_timeout=5s", prompt)
+	r := fivePerHour(t, "a")
+	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+		_, err := s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.NotErrorIs(t, err, context.DeadlineExceeded)
+	}))
+	assertBackAfter(t, 100*time.Millisecond, timed(5, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		_, err := s.Decide(ctx, r)
+		assert.ErrorIs(t, err, context.DeadlineExceeded)
+	}))
+	require.NoError(t, cluster.Nodes[0].Thaw())
+	t.Log("works after", recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 3, take(t, s, r, 3))
+
+	require.NoError(t, cluster.Nodes[0].Freeze())
+	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+		_, err := s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+	}))
+	require.NoError(t, cluster.Nodes[0].Thaw())
+}
+
+// fault is a state of a server in which it refuses.
+type fault struct {
+	name    string
+	config  []string
+	cause   func(testing.TB, *goredis.Client) (cure func())
+	is      func(error) bool
+	says    string
+	answers bool // what changes nothing still works
+}
+
+var faults = []fault{
+	{"its memory is full", nil, fillMemory, goredis.IsOOMError, "OOM", true},
+	{"it is a replica", nil, sends("replicaof 127.0.0.1 1", "replicaof no one"), goredis.IsReadOnlyError, "READONLY", true},
+	{"it is a replica that has lost its primary", []string{"--replica-serve-stale-data", "no"},
+		sends("replicaof 127.0.0.1 1", "replicaof no one"), goredis.IsMasterDownError, "MASTERDOWN", false},
+	{"it has too few replicas", nil, sends("config set min-replicas-to-write 1", "config set min-replicas-to-write 0"), goredis.IsNoReplicasError, "NOREPLICAS", true},
+	{"it cannot save its data", []string{"--save", "3600 1000000", "--dbfilename", "folder"}, failToSave, isMisconfigured, "MISCONF", true},
+	{"it wants a password", nil, wantPassword, goredis.IsAuthError, "NOAUTH", false},
+	{"it allows no scripts", nil, sends("acl setuser default -evalsha", "acl setuser default +evalsha"), goredis.IsPermissionError, "NOPERM", false},
+	{"it allows no writing", nil, sends("acl setuser default -set -del", "acl setuser default +set +del"), isForbiddenInside, "script", true},
+	{"it allows no key of ours", nil, sends("acl setuser default resetkeys ~others:*", "acl setuser default ~*"), goredis.IsPermissionError, "NOPERM", false},
+	{"it runs another script", []string{"--lua-time-limit", "10"}, runForever, isBusy, "BUSY", false},
+	{"it loads its data", []string{"--enable-debug-command", "yes"}, loadSlowly, goredis.IsLoadingError, "LOADING", false},
+}
+
+func isMisconfigured(err error) bool { return goredis.HasErrorPrefix(err, "MISCONF") }
+func isBusy(err error) bool          { return goredis.HasErrorPrefix(err, "BUSY") }
+
+// isForbiddenInside is for a script that calls what the user may not, for which Redis has no code: 7.0 says
+// the one, later ones the other.
+func isForbiddenInside(err error) bool {
+	return goredis.HasErrorPrefix(err, "The user executing the script can't run this command") || goredis.HasErrorPrefix(err, "ACL failure in script")
+}
+
+// sendWords sends a command whose words have no spaces.
+func sendWords(t testing.TB, c *goredis.Client, command string) {
+	t.Helper()
+	var words []any
+	for word := range strings.FieldsSeq(command) {
+		words = append(words, word)
+	}
+	do(t, c, words...)
+}
+
+// sends is a fault that one command causes and another one cures.
+func sends(cause, cure string) func(testing.TB, *goredis.Client) func() {
+	return func(t testing.TB, c *goredis.Client) func() {
+		sendWords(t, c, cause)
+		return func() { sendWords(t, c, cure) }
+	}
+}
+
+// fillMemory writes keys of others, more than there is room for from then on.
+func fillMemory(t testing.TB, c *goredis.Client) (cure func()) {
+	const n = 1000
+	for i := range n {
+		do(t, c, "set", fmt.Sprint("other-", i), strings.Repeat("x", 4000))
+	}
+	sendWords(t, c, "config set maxmemory 3mb")
+	require.True(t, goredis.IsOOMError(c.Set(t.Context(), "other", "x", 0).Err()), "the memory is not full")
+	return func() {
+		for i := range n {
+			do(t, c, "del", fmt.Sprint("other-", i))
+		}
+	}
+}
+
+// failToSave puts a folder where the server saves its data, after which it refuses to change them.
+func failToSave(t testing.TB, c *goredis.Client) (cure func()) {
+	folder := filepath.Join(c.ConfigGet(t.Context(), "dir").Val()["dir"], "folder")
+	require.NoError(t, os.MkdirAll(filepath.Join(folder, "is not empty"), 0o700))
+	sendWords(t, c, "bgsave")
+	saved := func(status string) {
+		recovery(t, 10*time.Second, func() error {
+			if info := c.Info(t.Context(), "persistence").Val(); !strings.Contains(info, "rdb_last_bgsave_status:"+status) {
+				return errors.New(info)
+			}
+			return nil
+		})
+	}
+	saved("err")
+	return func() {
+		require.NoError(t, os.RemoveAll(folder))
+		sendWords(t, c, "bgsave")
+		saved("ok")
+	}
+}
+
+// wantPassword closes the connections of those that did not need one.
+func wantPassword(t testing.TB, c *goredis.Client) (cure func()) {
+	sendWords(t, c, "config set requirepass secret")
+	sendWords(t, c, "client kill type normal skipme yes")
+	return func() { do(t, c, "config", "set", "requirepass", "") }
+}
+
+// runForever has the server run a script for as long as nobody kills it.
+func runForever(t testing.TB, c *goredis.Client) (cure func()) {
+	return inBackground(t, c, []any{"eval", "while true do end", 0}, isBusy, "script kill")
+}
+
+// loadSlowly has the server load as many keys as take it a minute.
+func loadSlowly(t testing.TB, c *goredis.Client) (cure func()) {
+	sendWords(t, c, "debug populate 60000 other 10")
+	sendWords(t, c, "config set loading-process-events-interval-bytes 1024")
+	sendWords(t, c, "config set key-load-delay 1000")
+	return inBackground(t, c, []any{"debug", "reload"}, goredis.IsLoadingError, "config set key-load-delay 0")
+}
+
+// inBackground sends a command which has the server refuse others until it is sent an end.
+func inBackground(t testing.TB, c *goredis.Client, command []any, refuses func(error) bool, end string) (cure func()) {
+	busy := c.WithTimeout(time.Minute)
+	var ended sync.WaitGroup
+	ended.Go(func() { _ = busy.Do(context.Background(), command...).Err() }) // a script that is killed is an error
+	recovery(t, 10*time.Second, func() error {
+		if err := c.Get(t.Context(), "other").Err(); !refuses(err) {
+			return fmt.Errorf("it answers %w", err)
+		}
+		return nil
+	})
+	return func() {
+		sendWords(t, c, end)
+		ended.Wait()
+	}
+}
+
+func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
+	t.Parallel()
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			server := servers.Redis(t, f.config...)
+			s, admin := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+			some, none := fivePerHour(t, "some"), fivePerHour(t, "none")
+			require.Equal(t, 2, take(t, s, some, 2))
+			require.Equal(t, 5, take(t, s, none, 6))
+			cure := f.cause(t, admin)
+			f.assertRefused(t, s, some)
+			if f.answers {
+				assert.Equal(t, int64(2), spentBy(t, s, some), "a Peek")
+				assert.Equal(t, 0, take(t, s, none, 3), "a call that is denied")
+			}
+			cure()
+			assert.Equal(t, int64(2), spentBy(t, s, some), "what was refused was charged")
+			assert.Equal(t, 3, take(t, s, some, 5), "what was refused was charged")
+			assert.Equal(t, 0, take(t, s, none, 3))
+		})
+	}
+}
+
+// assertRefused holds all calls that would change something to the error of the fault.
+func (f *fault) assertRefused(t *testing.T, s *redisstore.Storage, r storage.Request) {
+	t.Helper()
+	for call, ask := range allCalls {
+		if call == "Peek" || call == "Reset" {
+			continue
+		}
+		_, err := ask(t.Context(), s, r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable, call)
+		assert.True(t, f.is(err), "%s: the cause must be told from others, in %v", call, err)
+		assert.ErrorContains(t, err, f.says, call)
+		for _, other := range []error{storage.ErrCorruptState, storage.ErrClosed, context.DeadlineExceeded, context.Canceled} {
+			assert.NotErrorIs(t, err, other, call)
+		}
+	}
+}
+
+func TestAWrongPasswordIsAnAuthenticationError(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t, "--requirepass", "secret")
+	for _, login := range []string{"", ":wrong@", "nobody:secret@"} {
+		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), fivePerHour(t, "a"))
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.True(t, goredis.IsAuthError(err), "%q: %v", login, err)
+		assert.NotContains(t, fmt.Sprint(err), "secret")
+	}
+	assert.Equal(t, 5, take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), fivePerHour(t, "a"), 7))
+}
+
+// mustStay returns a function that holds the key to what it was when mustStay was called.
+func mustStay(t testing.TB, c *goredis.Client, key string) func(after string) {
+	t.Helper()
+	value := func() string { return fmt.Sprintf("%q", do(t, c, "dump", key)) }
+	before, lives := value(), c.PTTL(t.Context(), key).Val()
+	return func(after string) {
+		t.Helper()
+		assert.Equal(t, before, value(), "%s changed the value", after)
+		left := c.PTTL(t.Context(), key).Val()
+		assert.LessOrEqual(t, left, lives, "%s changed the time to live", after)
+		assert.Greater(t, left, lives-time.Minute, "%s changed the time to live", after)
+	}
+}
+
+// anyCall is one of those that can be made for a request. What is no decision returns an empty verdict.
+type anyCall func(context.Context, *redisstore.Storage, storage.Request) (storage.Verdict, error)
+
+var allCalls = map[string]anyCall{
+	"Take":  inMode(storage.Take),
+	"Peek":  inMode(storage.Peek),
+	"Force": inMode(storage.Force),
+	"Charge": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+		return s.Charge(ctx, chargeOf(r, 1))
+	}),
+	"Refund": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+		return s.Charge(ctx, chargeOf(r, -1))
+	}),
+	"Raise": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+		return s.Raise(ctx, debtOf(r, 4))
+	}),
+	"Reset": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+		return s.Reset(ctx, r.Name, r.Part.Identifier)
+	}),
+}
+
+func inMode(mode storage.Mode) anyCall {
+	return func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
+		r.Mode = mode
+		return s.Decide(ctx, r)
+	}
+}
+
+func wordless(call func(context.Context, *redisstore.Storage, storage.Request) error) anyCall {
+	return func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
+		return storage.Verdict{}, call(ctx, s, r)
+	}
+}
+
+func TestWhatOthersKeepAtAKeyIsAnErrorAndStays(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	for i, other := range []struct {
+		write     []any
+		wrongType bool
+	}{
+		{[]any{"hset", "KEY", "field", "value"}, true},
+		{[]any{"rpush", "KEY", "element"}, true},
+		{[]any{"sadd", "KEY", "member"}, true},
+		{[]any{"zadd", "KEY", "1", "member"}, true},
+		{[]any{"xadd", "KEY", "*", "field", "value"}, true},
+		{[]any{"set", "KEY", "a value of somebody else"}, false},
+		{[]any{"set", "KEY", ""}, false},
+		{[]any{"set", "KEY", "t"}, false},
+		{[]any{"set", "KEY", "T1"}, false},
+		{[]any{"set", "KEY", "t2 of a later version"}, false},
+		{[]any{"set", "KEY", "12"}, false},
+		{[]any{"setbit", "KEY", "8000000", "1"}, false},
+		{[]any{"pfadd", "KEY", "element"}, false},
+	} {
+		r := fivePerHour(t, fmt.Sprint(i))
+		key := redisstore.DefaultPrefix + ":" + r.Part.Identifier
+		other.write[1] = key
+		do(t, c, other.write...)
+		for _, seconds := range []int{0, 1000} {
+			if seconds > 0 {
+				do(t, c, "expire", key, seconds)
+			}
+			check := mustStay(t, c, key)
+			for call, ask := range allCalls {
+				_, err := ask(t.Context(), s, r)
+				check(call)
+				assert.ErrorIs(t, err, storage.ErrCorruptState, "%s on %v", call, other.write)
+				assert.NotErrorIs(t, err, storage.ErrUnavailable, "%s on %v", call, other.write)
+				assert.Equal(t, other.wrongType, errors.Is(err, redisstore.ErrWrongType), "%s on %v: %v", call, other.write, err)
+				assert.ErrorContains(t, err, key, "it says where")
+			}
+		}
+	}
+}
+
+func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
+	do(t, c, "set", redisstore.DefaultPrefix+":string", "value")
+	ours, others := told{}, told{}
+	crowd(64, func(i int) {
+		id, count := []string{"hash", "string", "a", "b"}[i%4], &ours
+		if i%4 < 2 {
+			count = &others
+		}
+		r := hourly(t, id, 300)
+		if i%8 == 0 { // an identifier of ours in one call with a key of theirs
+			r.More = []storage.Part{storage.NewPart("a", r.Part.Rules, 1)}
+		}
+		for range 25 {
+			if err := count.ask(s, r); i%4 < 2 {
+				assert.ErrorIs(t, err, storage.ErrCorruptState)
+				assert.NotErrorIs(t, err, storage.ErrUnavailable)
+				assert.Equal(t, id == "hash", errors.Is(err, redisstore.ErrWrongType), "%s: %v", id, err)
+			} else {
+				assert.NoError(t, err, "%s was disturbed", id)
+			}
+		}
+	})
+	assert.Equal(t, int64(600), ours.admitted.Load(), "two limits of 300, of which the calls with a key of others take none")
+	assert.Equal(t, int64(200), ours.denied.Load())
+	assert.Equal(t, int64(800), others.failed.Load())
+}
+
+// epoch is the time of the values that are corrupted.
+const epoch = 1_700_000_000_000_000
+
+// realValues are what is stored by requests, the last of which is asked again of each corrupt form.
+func realValues(t testing.TB) map[string][]storage.Request {
+	at := func(now time.Duration, cost int64, rules ...storage.Rule) storage.Request {
+		return storage.Request{Clocked: true, Now: epoch + now.Microseconds(), Part: storage.NewPart("corrupt", rules, cost)}
+	}
+	all := map[string][]storage.Request{}
+	for _, kind := range []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog} {
+		all[kind.String()] = []storage.Request{at(0, 2, rule(t, "a", kind, time.Hour, 5))}
+	}
+	year, huge := 366*24*time.Hour, int64(1)<<40
+	all["wide"] = []storage.Request{at(0, huge/2, rule(t, "a", storage.Replenish, time.Hour, huge))}
+	all["in seconds"] = []storage.Request{at(0, 3, rule(t, "a", storage.Continuous, year, 10_000_000), rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
+	log := rule(t, "a", storage.SlidingLog, time.Minute, 300)
+	all["several holds"] = []storage.Request{at(0, 1, log), at(time.Second, 1, log), at(2*time.Second, 1, log)}
+	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, rule(t, "c", storage.Replenish, time.Hour, 7))}
+	b, c := rule(t, "b", storage.Continuous, time.Hour, 7), rule(t, "c", storage.SlidingWindow, time.Hour, 7)
+	all["changed apart"] = []storage.Request{at(0, 1, log, b, c), at(time.Second, 1, c), at(2*time.Second, 1, b)}
+	return all
+}
+
+// corruptions are the prefixes of a value, and what it is with one byte changed.
+func corruptions(value string) (all []string) {
+	for i := range len(value) {
+		all = append(all, value[:i])
+		for _, b := range []byte{0, 0x1f, 0xff, value[i] ^ 1, value[i] + 1} {
+			if b != value[i] {
+				all = append(all, value[:i]+string([]byte{b})+value[i+1:])
+			}
+		}
+	}
+	return all
+}
+
+func TestACorruptValueIsAnErrorOrAVerdictAndNothingElse(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	for name, requests := range realValues(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+			var r storage.Request
+			for _, r = range requests {
+				r.Name = name
+				_, err := s.Decide(t.Context(), r)
+				require.NoError(t, err)
+			}
+			key := redisstore.DefaultPrefix + name + ":corrupt"
+			for _, value := range corruptions(do(t, c, "get", key).(string)) {
+				if assertCorruptOrValid(t, s, c, key, value, r); t.Failed() {
+					return // the others would mostly say the same
+				}
+			}
+		})
+	}
+}
+
+// assertCorruptOrValid makes each call on the value.
+func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client, key, value string, r storage.Request) {
+	t.Helper()
+	for call, ask := range allCalls {
+		do(t, c, "set", key, value)
+		v, err := ask(t.Context(), s, r)
+		if err != nil {
+			assert.ErrorIs(t, err, storage.ErrCorruptState, "%s on %q", call, value)
+			assert.Equal(t, value, do(t, c, "get", key), "%s failed and changed the value", call)
+			continue
+		}
+		assertValid(t, call, value, v)
+		v, err = allCalls["Peek"](t.Context(), s, r)
+		assert.NoError(t, err, "%s on %q left what cannot be read", call, value)
+		assertValid(t, "Peek after "+call, value, v)
+	}
+}
+
+// assertValid holds a verdict to what all verdicts promise.
+func assertValid(t *testing.T, call, value string, v storage.Verdict) {
+	t.Helper()
+	assert.GreaterOrEqual(t, v.RetryAfter, time.Duration(0), "%s on %q", call, value)
+	assert.Equal(t, v.Parts() > 0 && !v.Allowed, v.RetryAfter > 0, "%s on %q: RetryAfter is %v", call, value, v.RetryAfter)
+	for _, l := range v.Levels() {
+		assert.True(t, l.Remaining >= 0 && l.Remaining <= l.Limit && l.ResetAfter >= 0 && l.RetryAfter >= 0, "%s on %q: %+v", call, value, l)
+	}
+}
+
+func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	r, key := fivePerHour(t, "a"), redisstore.DefaultPrefix+":a"
+	require.Equal(t, 5, take(t, s, r, 5))
+	value := do(t, c, "get", key).(string)
+	end := len(value) - len("NNNN") - 1 // the highest byte of the hold's end
+	assertCorruptOrValid(t, s, c, key, value[:end]+"\xff"+value[end+1:], r)
+}
+
+// slowest is a value of ours, but of a bucket that nobody has: one unit comes back each second, and 2^52 are
+// out.
+const slowest = "t1\x21" + "\x04slow" + "\x40\x42\x0f\x00\x00\x20" + "\x01\x00\x00\x00\x00\x00\x00" + "\x02" + "\x01" +
+	"\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x10"
+
+func TestAValueThatTakesForeverToExpireFailsNoScript(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	key := redisstore.DefaultPrefix + ":slow"
+	assertCorruptOrValid(t, s, c, key, slowest, fivePerHour(t, "slow"))
+	do(t, c, "set", key, slowest)
+	count := told{}
+	crowd(64, func(i int) {
+		if i%2 == 0 {
+			_ = new(told).ask(s, fivePerHour(t, "slow"))
+			return
+		}
+		assert.NoError(t, count.ask(s, hourly(t, "neighbour", 16)), "a neighbour in the flight was disturbed")
+	})
+	count.assertAccount(t, s, hourly(t, "neighbour", 16))
+}
+
+func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsBack(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, r := open(t, server.URL(), redisstore.Options{}), fivePerHour(t, "a")
+	require.Equal(t, 2, take(t, s, r, 2))
+	require.NoError(t, server.Kill())
+	refused := func() {
+		_, err := s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
+	}
+	took := timed(11, refused)
+	slices.Sort(took)
+	assert.Less(t, took[5], 50*time.Millisecond, "that nobody listens is known at once")
+	assert.Less(t, took[10], 2*time.Second, "a call waited for a server that is down")
+	timed(20*runtime.GOMAXPROCS(0), refused) // until the client's pool does not dial for each call any more
+	require.NoError(t, server.Start())
+	t.Log("works after", recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 5, take(t, s, r, 7))
+}
+
+func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 3)
+	s := open(t, clusterURL(cluster), redisstore.Options{Timeout: time.Second})
+	of := eachNode(t, s, cluster)
+	require.NoError(t, cluster.Nodes[1].Kill())
+	took := timed(21, func() {
+		assert.ErrorIs(t, new(told).ask(s, of[1]), storage.ErrUnavailable)
+		assert.NoError(t, new(told).ask(s, of[0]))
+		assert.NoError(t, new(told).ask(s, of[2]))
+	})
+	slices.Sort(took)
+	assert.Less(t, took[10], 200*time.Millisecond, "that nobody listens is known at once")
+	require.NoError(t, cluster.Nodes[1].Start())
+	t.Log("works after", recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
+	assert.Equal(t, 7, take(t, s, of[1], 7))
+}
+
+// storm is what 50 goroutines were told, each of one identifier that all share and one of its own.
+type storm struct {
+	shared told
+	own    [50]told
+}
+
+func (w *storm) hot(t testing.TB) storage.Request { return hourly(t, "shared", 1000) }
+
+func (w *storm) mine(t testing.TB, i int) storage.Request {
+	return hourly(t, fmt.Sprint("own-", i), 1<<40)
+}
+
+// throughStorm has them ask for two seconds, in which f is called again and again.
+func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f func()) *storm {
+	t.Helper()
+	w, stop, n := &storm{}, make(chan struct{}), 0
+	var weather sync.WaitGroup
+	weather.Go(func() { n = repeatedly(pause, stop, f) })
+	end := time.Now().Add(2 * time.Second)
+	crowd(len(w.own), func(i int) {
+		for hot, mine := w.hot(t), w.mine(t, i); time.Now().Before(end); {
+			_, _ = w.shared.ask(s, hot), w.own[i].ask(s, mine)
+		}
+	})
+	close(stop)
+	weather.Wait()
+	assert.Greater(t, n, 50, "there was no storm")
+	return w
+}
+
+// assertAccounts holds what was taken to what callers were told. It returns how much was taken by calls that
+// failed, and how many those were.
+func (w *storm) assertAccounts(t *testing.T, s *redisstore.Storage) (lost, failed int64) {
+	t.Helper()
+	lost, failed = w.shared.assertAccount(t, s, w.hot(t)), w.shared.failed.Load()
+	for i := range w.own {
+		lost += w.own[i].assertAccount(t, s, w.mine(t, i))
+		failed += w.own[i].failed.Load()
+	}
+	return lost, failed
+}
+
+// assertAccount allows what failed to be taken once, or not.
+func (c *told) assertAccount(t *testing.T, s *redisstore.Storage, r storage.Request) (lost int64) {
+	t.Helper()
+	taken, id := spentBy(t, s, r), r.Part.Identifier
+	assert.GreaterOrEqual(t, taken, c.admitted.Load(), "%s: something was admitted and not taken", id)
+	assert.LessOrEqual(t, taken, c.admitted.Load()+c.failed.Load(), "%s: something was taken twice", id)
+	assert.LessOrEqual(t, c.admitted.Load(), r.Part.Rules[0].Capacity, "%s: more than the limit was admitted", id)
+	return taken - c.admitted.Load()
+}
+
+func TestScriptsThatAreForgottenAllTheTimeDoNotMatter(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	w := throughStorm(t, s, time.Millisecond, func() { assert.NoError(t, c.ScriptFlush(context.Background()).Err()) })
+	assert.Equal(t, int64(1000), w.shared.admitted.Load())
+	assert.Zero(t, w.shared.failed.Load())
+	for i := range w.own {
+		assert.Zero(t, w.own[i].failed.Load())
+	}
+	w.assertAccounts(t, s)
+}
+
+func TestConnectionsThatAreClosedAllTheTimeChargeNothingTwice(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	killed := int64(0)
+	w := throughStorm(t, s, 10*time.Millisecond, func() {
+		n, err := c.ClientKillByFilter(context.Background(), "TYPE", "normal", "SKIPME", "yes").Result()
+		assert.NoError(t, err)
+		killed += n
+	})
+	lost, failed := w.assertAccounts(t, s)
+	t.Logf("%d connections closed; %d calls failed, of which %d had taken", killed, failed, lost)
+	assert.Greater(t, killed, int64(20), "hardly any connection was closed")
+	assert.Positive(t, failed, "no call noticed")
+	assert.Equal(t, 5, take(t, s, fivePerHour(t, "after"), 7), "it works at once when the storm is over")
+}
+
+// leastRights are all that a user needs. Everybody may send HELLO and AUTH; that CLIENT SETINFO is refused
+// does no harm.
+var leastRights = []string{"+evalsha", "+eval", "+get", "+set", "+del", "+time"}
+
+// leastClusterRights are what a user of a cluster needs besides. Without +command each decision works as
+// well, after questions in vain.
+var leastClusterRights = []string{"+cluster|slots", "+command"}
+
+// login makes a user who has no rights but these, and returns the URL with it.
+func login(t testing.TB, c *goredis.Client, url, user string, rights ...string) string {
+	t.Helper()
+	sendWords(t, c, "acl setuser "+user+" reset on >secret ~throttler:* -@all "+strings.Join(rights, " "))
+	return strings.Replace(url, "redis://", "redis://"+user+":secret@", 1)
+}
+
+func TestAUserWithTheLeastRightsPassesTheSuite(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	url := login(t, client(t, server.URL()), server.URL(), "app", leastRights...)
+	for _, protocol := range []int{2, 3} {
+		t.Run(fmt.Sprintf("RESP%d", protocol), func(t *testing.T) {
+			t.Parallel()
+			s := open(t, fmt.Sprintf("%s?protocol=%d&client_name=", url, protocol), redisstore.Options{})
+			storagetest.Run(t, func(testing.TB) storage.Storage { return s })
+		})
+	}
+}
+
+// useAll makes each call, in an order in which all scripts are sent in all ways.
+func useAll(t testing.TB, s *redisstore.Storage, r storage.Request) (failed []error) {
+	for _, call := range []string{"Take", "Peek", "Refund", "Force", "Charge", "Raise", "Reset"} {
+		if _, err := allCalls[call](t.Context(), s, r); err != nil {
+			failed = append(failed, fmt.Errorf("%s: %w", call, err))
+		}
+	}
+	return failed
+}
+
+func TestEachOfTheLeastRightsIsNeeded(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	c := client(t, server.URL())
+	all := open(t, login(t, c, server.URL(), "app", leastRights...), redisstore.Options{})
+	assert.Empty(t, useAll(t, all, fivePerHour(t, "a")))
+	for i, right := range leastRights {
+		sendWords(t, c, "script flush")
+		s := open(t, login(t, c, server.URL(), fmt.Sprint("app", i), slices.Delete(slices.Clone(leastRights), i, i+1)...), redisstore.Options{})
+		failed := useAll(t, s, fivePerHour(t, "a"))
+		assert.NotEmpty(t, failed, "%s is not needed", right)
+		for _, err := range failed {
+			assert.ErrorIs(t, err, storage.ErrUnavailable)
+			assert.True(t, goredis.IsPermissionError(err) || isForbiddenInside(err), "%v", err)
+		}
+	}
+}
+
+func TestAUserWithTheLeastRightsDecidesOnACluster(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 2)
+	url, lacking := clusterURL(cluster), ""
+	for _, node := range cluster.Nodes {
+		c := client(t, node.URL())
+		lacking = login(t, c, clusterURL(cluster), "lacking", leastRights...)
+		url = login(t, c, clusterURL(cluster), "app", append(leastClusterRights, leastRights...)...)
+	}
+	s := open(t, url, redisstore.Options{})
+	for i := range 20 {
+		assert.Empty(t, useAll(t, s, fivePerHour(t, fmt.Sprint(i))))
+	}
+	for _, err := range useAll(t, open(t, lacking, redisstore.Options{}), fivePerHour(t, "a")) {
+		assert.True(t, goredis.IsPermissionError(err), "%v", err)
+		assert.ErrorContains(t, err, "cluster|slots")
+	}
+}
+
+func TestWhatCannotWorkIsAnErrorOfEachCall(t *testing.T) {
+	t.Parallel()
+	ring := goredis.NewRing(&goredis.RingOptions{})
+	defer func() { assert.NoError(t, ring.Close()) }()
+	c := client(t, "redis://127.0.0.1:1")
+	for field, s := range map[string]*redisstore.Storage{
+		"Client":   redisstore.New(ring, nil),
+		"Client ":  redisstore.New(nil, nil),
+		"Client  ": redisstore.New((*goredis.Client)(nil), &redisstore.Options{Prefix: "p"}),
+		"Client\n": redisstore.New((*goredis.ClusterClient)(nil), nil),
+		"Timeout":  redisstore.New(c, &redisstore.Options{Timeout: -1}),
+	} {
+		for name, call := range allCalls {
+			_, err := call(t.Context(), s, fivePerHour(t, "a"))
+			var fault *redisstore.OptionError
+			if assert.ErrorAs(t, err, &fault, "%s of %s", name, field) {
+				assert.Equal(t, strings.TrimSpace(field), fault.Field)
+			}
+			assert.NotErrorIs(t, err, storage.ErrUnavailable, "trying again will not help")
+		}
+		assert.NoError(t, s.Close())
+		assert.NoError(t, s.Close())
+	}
+}
+
+// wrongURLs have a fault that Open must find.
+var wrongURLs = []string{
+	"", "x", "://", "http://localhost", "redis://localhost:port", "redis://local host", "redis://localhost/a", "redis://localhost/0/1",
+	"redis://localhost?unknown=1", "redis://localhost?read_timeout=soon", "redis://localhost?db=x", "redis://localhost?addr=", "redis://localhost?addr=localhost", "unix:///socket?db=x",
+	"redis://localhost?master_name=main&unknown=1", "redis://localhost/a?master_name=main",
+}
+
+func TestOpenFindsTheFaultOfAURL(t *testing.T) {
+	t.Parallel()
+	for _, url := range wrongURLs {
+		_, err := redisstore.Open(url, nil)
+		var fault *redisstore.OptionError
+		if assert.ErrorAs(t, err, &fault, "%q", url) {
+			assert.Equal(t, "URL", fault.Field, "%q", url)
+		}
+	}
+	_, err := redisstore.Open("redis://localhost", &redisstore.Options{Timeout: -1})
+	var fault *redisstore.OptionError
+	require.ErrorAs(t, err, &fault)
+	assert.Equal(t, "Timeout", fault.Field)
+}
+
+func TestOpenDoesNotPanic(t *testing.T) {
+	t.Parallel()
+	for _, parameters := range []string{
+		"pool_size=-1", "pool_size=99999999999", "pipeline_pool_size=99999999999",
+		"master_name=main&route_randomly=true", "master_name=main&route_by_latency=true",
+		"addr=localhost:1&pool_size=99999999999", // the first call would panic, in a goroutine of its own
+	} {
+		assert.NotPanics(t, func() {
+			s, err := redisstore.Open("redis://localhost?"+parameters, nil)
+			var fault *redisstore.OptionError
+			if !assert.ErrorAs(t, err, &fault, parameters) {
+				assert.NoError(t, s.Close())
+			}
+		}, parameters)
+	}
+}
+
+func TestTheErrorOfAWrongURLDoesNotTellThePassword(t *testing.T) {
+	t.Parallel()
+	for _, url := range []string{"redis://user:secret@localhost:port", "redis://user:secret@local host", "redis://user:secret%@localhost", "redis://:secret@localhost/a", "http://:secret@localhost"} {
+		_, err := redisstore.Open(url, nil)
+		assert.Error(t, err)
+		assert.NotContains(t, fmt.Sprint(err), "secret", "errors are logged")
+	}
+}
+
+// hasty are options of a client that tries again, and soon.
+func hasty(addr string) *goredis.Options {
+	return &goredis.Options{Addr: addr, MaxRetries: 5, MinRetryBackoff: time.Millisecond, MaxRetryBackoff: time.Millisecond, ReadTimeout: 50 * time.Millisecond, WriteTimeout: 50 * time.Millisecond}
+}
+
+// connect has the client make so many connections that it could send a command six times to a frozen server.
+func connect(t testing.TB, c *goredis.Client) {
+	t.Helper()
+	for range 10 {
+		held := c.Conn()
+		defer func() { assert.NoError(t, held.Close()) }()
+		assert.NoError(t, held.Ping(t.Context()).Err())
+	}
+}
+
+func TestAClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	c := goredis.NewClient(hasty(server.Addr()))
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	s := redisstore.New(c, &prompt)
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	assertChargedOnce(t, server, c, s, prompt.Timeout)
+}
+
+func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing.T) {
+	t.Parallel()
+	cluster, o := servers.RedisCluster(t, 1), hasty("")
+	c := goredis.NewClusterClient(&goredis.ClusterOptions{Addrs: cluster.Addrs(), MaxRetries: o.MaxRetries, MaxRedirects: o.MaxRetries, MinRetryBackoff: o.MinRetryBackoff,
+		MaxRetryBackoff: o.MaxRetryBackoff, ReadTimeout: o.ReadTimeout, WriteTimeout: o.WriteTimeout})
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	s := redisstore.New(c, &redisstore.Options{Timeout: 500 * time.Millisecond})
+	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	node, err := c.MasterForKey(t.Context(), "a")
+	require.NoError(t, err)
+	assertChargedOnce(t, cluster.Nodes[0], node, s, 500*time.Millisecond)
+}
+
+// assertChargedOnce freezes the server while calls are made, and counts what they took after all: one alone,
+// and some together, which fly in one pipeline to a cluster.
+func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, s *redisstore.Storage, within time.Duration) {
+	t.Helper()
+	for _, together := range []int{1, 1, 8} {
+		recovery(t, 10*time.Second, func() error { return new(told).ask(s, hourly(t, "first", 1000)) })
+		connect(t, c)
+		require.NoError(t, server.Freeze())
+		crowd(together, func(i int) {
+			took := timed(1, func() { assert.ErrorIs(t, new(told).ask(s, hourly(t, fmt.Sprint(i), 1000)), storage.ErrUnavailable) })
+			assert.Less(t, took[0], within+time.Second, "a call outlasted its time")
+		})
+		require.NoError(t, server.Thaw())
+		connect(t, c) // the server has read what was sent before
+		late := int64(0)
+		for i := range together {
+			once := spentBy(t, s, hourly(t, fmt.Sprint(i), 1000))
+			assert.LessOrEqual(t, once, int64(1), "a call was charged more than once")
+			late += once
+			require.NoError(t, s.Reset(t.Context(), "", fmt.Sprint(i)))
+		}
+		assert.Positive(t, late, "no call arrived, so that nothing was tested")
+	}
+}
+
+// closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they were given.
+func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (admitted int64) {
+	t.Helper()
+	var count told
+	var calls sync.WaitGroup
+	for range 50 {
+		calls.Go(func() {
+			err := error(nil)
+			for err == nil {
+				err = count.ask(s, r)
+			}
+			assert.ErrorIs(t, err, storage.ErrClosed)
+		})
+	}
+	recovery(t, 10*time.Second, func() error {
+		if count.admitted.Load() < 500 {
+			return errors.New("there is no load")
+		}
+		return nil
+	})
+	crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	calls.Wait()
+	assert.NoError(t, s.Close(), "again")
+	for call, ask := range allCalls {
+		_, err := ask(t.Context(), s, r)
+		assert.ErrorIs(t, err, storage.ErrClosed, "%s after Close", call)
+	}
+	return count.admitted.Load()
+}
+
+func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	c := client(t, server.URL())
+	again := redisstore.New(c, nil)
+	for name, s := range map[string]*redisstore.Storage{
+		"of New":  redisstore.New(c, &redisstore.Options{Timeout: patient}),
+		"of Open": open(t, server.URL()+"?client_name=owned", redisstore.Options{}),
+	} {
+		r := hourly(t, name, 1<<40)
+		assert.Equal(t, closeDuringLoad(t, s, r), spentBy(t, again, r), "each call that was sent was answered")
+	}
+	assert.NoError(t, again.Close())
+	assert.NoError(t, c.Ping(t.Context()).Err(), "the client of New is the caller's")
+	recovery(t, 10*time.Second, func() error { // as the server notices a moment later
+		if list := c.ClientList(t.Context()).Val(); strings.Contains(list, "name=owned") {
+			return fmt.Errorf("connections of Open are left: %s", list)
+		}
+		return nil
+	})
+}
+
+func TestCloseDuringLoadOnAClusterLeavesNoCallWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 2)
+	r := hourly(t, "a", 1<<40)
+	admitted := closeDuringLoad(t, open(t, clusterURL(cluster), redisstore.Options{}), r)
+	assert.Equal(t, admitted, spentBy(t, open(t, clusterURL(cluster), redisstore.Options{}), r), "each call that was sent was answered")
+}
+
+func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
+	t.Parallel()
+	s, err := redisstore.Open("redis://127.0.0.1:1?addr=127.0.0.1:2", nil)
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+	for call, ask := range allCalls {
+		_, err := ask(t.Context(), s, fivePerHour(t, "a"))
+		assert.ErrorIs(t, err, storage.ErrClosed, call)
+	}
+}
+
+// pacedLoad asks in 10 goroutines, each every two milliseconds, until somebody is denied, and returns the
+// longest that a call took.
+func pacedLoad(c *told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
+	took := make([]time.Duration, 10)
+	crowd(len(took), func(i int) {
+		tick := time.NewTicker(2 * time.Millisecond)
+		defer tick.Stop()
+		for end := time.Now().Add(30 * time.Second); c.denied.Load() == 0 && time.Now().Before(end); <-tick.C {
+			took[i] = max(took[i], timed(1, func() { _ = c.ask(s, r) })[0])
+		}
+	})
+	return slices.Max(took)
+}
+
+func TestAfterAFailoverCallsWorkAndHardlyAnythingWasForgotten(t *testing.T) {
+	t.Parallel()
+	const limit = 5000
+	sentinel := servers.RedisSentinel(t)
+	s := open(t, "redis://"+sentinel.Addr()+"?master_name="+sentinel.MasterName, prompt)
+	count, r := told{}, hourly(t, "a", limit)
+	longest := make(chan time.Duration, 1)
+	go func() { longest <- pacedLoad(&count, s, r) }()
+	until := func(what string, is func() bool) time.Duration {
+		return recovery(t, 20*time.Second, func() error {
+			if !is() {
+				return errors.New(what)
+			}
+			return nil
+		})
+	}
+	until("nothing is admitted", func() bool { return count.admitted.Load() > limit/5 })
+	require.NoError(t, sentinel.Primary.Kill())
+	until("no call fails", func() bool { return count.failed.Load() > 0 })
+	before := count.admitted.Load()
+	recovered := until("nothing is admitted after the failover", func() bool { return count.admitted.Load() > before+10 })
+	hung := <-longest
+	t.Logf("works %v after the failure; the longest call took %v; %d failed; forgotten were %d of %d", recovered, hung, count.failed.Load(), max(0, count.admitted.Load()-limit), before)
+	assert.Less(t, recovered, 10*time.Second, "the storage does not find the new primary")
+	assert.Less(t, hung, prompt.Timeout+time.Second, "a call hung")
+	assert.Positive(t, count.denied.Load(), "the limit is none any more")
+	assert.LessOrEqual(t, count.admitted.Load(), int64(2*limit), "more was forgotten than ever was spent")
+	assert.GreaterOrEqual(t, count.admitted.Load(), limit-count.failed.Load(), "more was charged than was asked")
+	assert.Equal(t, 0, take(t, s, r, 3))
+}

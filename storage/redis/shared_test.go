@@ -1,0 +1,530 @@
+package redis_test
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/storagetest"
+)
+
+var (
+	fresh     atomic.Int64
+	freshFrom = time.Now().UnixNano()
+)
+
+// freshName is a Config.Name that nobody has used, not even on a server that others use, too.
+func freshName() string { return fmt.Sprintf("t%x-%d", freshFrom, fresh.Add(1)) }
+
+// atOnce runs f in n goroutines, and waits for them.
+func atOnce(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	all.Wait()
+}
+
+// eventually waits until something is so, for as long as a test is patient.
+func eventually(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patient); !is(); <-time.After(5 * time.Millisecond) {
+		require.True(t, time.Now().Before(end), what)
+	}
+}
+
+// wire is a real connection that keeps what was said over it.
+type wire struct {
+	net.Conn
+
+	mu         sync.Mutex
+	sent, read []byte
+}
+
+func (w *wire) Write(b []byte) (int, error) {
+	n, err := w.Conn.Write(b)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.sent = append(w.sent, b[:n]...)
+	return n, err
+}
+
+func (w *wire) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.read = append(w.read, b[:n]...)
+	return n, err
+}
+
+// wires are all connections of one client.
+type wires struct {
+	mu  sync.Mutex
+	all []*wire
+}
+
+func (ws *wires) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	w := &wire{Conn: conn}
+	ws.all = append(ws.all, w)
+	return w, nil
+}
+
+// take returns what was sent and read since the last time, connection after connection.
+func (ws *wires) take() (sent, read string) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	for _, w := range ws.all {
+		w.mu.Lock()
+		sent, read = sent+string(w.sent), read+string(w.read)
+		w.sent, w.read = nil, nil
+		w.mu.Unlock()
+	}
+	return sent, read
+}
+
+// scriptCall has the numbers of all arguments and of keys of a script call by hash.
+var scriptCall = regexp.MustCompile(`\*(\d+)\r\n\$7\r\nevalsha\r\n\$40\r\n[0-9a-f]{40}\r\n\$\d+\r\n(\d+)\r\n`)
+
+// flown is how many keys and shapes a script call had (short.lua).
+type flown struct{ keys, shapes int }
+
+func flights(sent string) (out []flown) {
+	for _, m := range scriptCall.FindAllStringSubmatch(sent, -1) {
+		args, _ := strconv.Atoi(m[1])
+		keys, _ := strconv.Atoi(m[2])
+		out = append(out, flown{keys, (args - keys - 4) / 2})
+	}
+	return out
+}
+
+// openWired returns a storage whose connections are kept.
+func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
+	t.Helper()
+	o, err := goredis.ParseURL(url)
+	require.NoError(t, err)
+	ws := new(wires)
+	o.Dialer = ws.dial
+	c := goredis.NewClient(o)
+	s := redisstore.New(c, &redisstore.Options{Timeout: patient})
+	t.Cleanup(func() {
+		assert.NoError(t, s.Close())
+		assert.NoError(t, c.Close())
+	})
+	return s, ws
+}
+
+// left is what remains of each bucket.
+func left(t testing.TB, s storage.Storage, name, id string, rules ...storage.Rule) (out []int64) {
+	t.Helper()
+	v, err := s.Decide(t.Context(), storage.Request{Name: name, Mode: storage.Peek, Part: storage.NewPart(id, rules, 0)})
+	require.NoError(t, err)
+	for _, l := range v.Levels() {
+		out = append(out, l.Remaining)
+	}
+	return out
+}
+
+// limits are two for each of the two ways that a script has: a log has many holds. The first of each is
+// the smaller.
+func limits(t testing.TB) [][]storage.Rule {
+	t.Helper()
+	hour := rule(t, "600/1h", storage.Replenish, time.Hour, 600)
+	return [][]storage.Rule{
+		{hour, rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
+		{hour, rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
+	}
+}
+
+// burst is 50 goroutines that ask five times each, and returns how many were admitted under each of limits.
+func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
+	t.Helper()
+	for i, rules := range limits(t) {
+		r := storage.Request{Name: name, Part: storage.NewPart(fmt.Sprint("hot-", i), rules, 1)}
+		var n atomic.Int64
+		atOnce(50, func(int) {
+			for range 5 {
+				v, err := s.Decide(t.Context(), r)
+				if assert.NoError(t, err) && v.Allowed {
+					n.Add(1)
+				}
+			}
+		})
+		admitted = append(admitted, n.Load())
+	}
+	return admitted
+}
+
+// bursts are four of them. Two days pass in the middle if the process can make its time pass.
+func bursts(t testing.TB, s storage.Storage, name string, pass func()) (admitted []int64) {
+	t.Helper()
+	admitted = make([]int64, len(limits(t)))
+	for i := range 4 {
+		if i == 2 {
+			pass()
+		}
+		for j, n := range burst(t, s, name) {
+			admitted[j] += n
+		}
+	}
+	return admitted
+}
+
+// What a worker is told, in its environment.
+const (
+	workerURL   = "THROTTLER_TEST_WORKER_URL"
+	workerName  = "THROTTLER_TEST_WORKER_NAME"
+	workerClock = "THROTTLER_TEST_WORKER_CLOCK"
+)
+
+// TestWorker is what other tests run in processes of their own. Without their environment it is the one
+// process that asks.
+func TestWorker(t *testing.T) {
+	t.Parallel()
+	url, name := os.Getenv(workerURL), os.Getenv(workerName)
+	if url == "" {
+		s := open(t, servers.RedisURL(t), redisstore.Options{})
+		assert.Equal(t, []int64{600, 600}, bursts(t, s, freshName(), func() {}))
+		return
+	}
+	fmt.Println("ready")
+	_, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	require.NoError(t, err)
+	if os.Getenv(workerClock) == "" {
+		fmt.Println("admitted", bursts(t, open(t, url, redisstore.Options{}), name, func() {}))
+		return
+	}
+	synctest.Test(t, func(t *testing.T) {
+		assert.Equal(t, 2000, time.Now().Year(), "the time in a bubble")
+		s := open(t, url, redisstore.Options{})
+		fmt.Println("admitted", bursts(t, s, name, func() { <-time.After(48 * time.Hour) }))
+	})
+}
+
+// worker is a process that runs TestWorker.
+type worker struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+// startWorker returns when the process is ready.
+func startWorker(t *testing.T, env ...string) *worker {
+	t.Helper()
+	program, err := os.Executable()
+	require.NoError(t, err)
+	w := &worker{cmd: exec.CommandContext(t.Context(), program, "-test.run=^TestWorker$")}
+	w.cmd.Env, w.cmd.Stderr = append(os.Environ(), env...), os.Stderr
+	w.in, err = w.cmd.StdinPipe()
+	require.NoError(t, err)
+	out, err := w.cmd.StdoutPipe()
+	require.NoError(t, err)
+	w.out = bufio.NewReader(out)
+	require.NoError(t, w.cmd.Start())
+	line, err := w.out.ReadString('\n')
+	require.NoError(t, err)
+	require.Equal(t, "ready\n", line)
+	return w
+}
+
+// finish waits for the process, and returns what it admitted.
+func (w *worker) finish(t *testing.T) (admitted []int64) {
+	t.Helper()
+	out, err := io.ReadAll(w.out)
+	require.NoError(t, err)
+	require.NoError(t, w.cmd.Wait(), string(out))
+	numbers := regexp.MustCompile(`(?m)^admitted \[(\d+) (\d+)\]$`).FindStringSubmatch(string(out))
+	require.Len(t, numbers, 3, string(out))
+	for _, n := range numbers[1:] {
+		i, err := strconv.ParseInt(n, 10, 64)
+		require.NoError(t, err)
+		admitted = append(admitted, i)
+	}
+	return admitted
+}
+
+// share has processes with these clocks burst all at once, and asserts that together they got exactly
+// the smaller limit, and that the other bucket was charged as often.
+func share(t *testing.T, clocks ...string) {
+	t.Helper()
+	url, name := servers.RedisURL(t), freshName()
+	var workers []*worker
+	for _, clock := range clocks {
+		workers = append(workers, startWorker(t, workerURL+"="+url, workerName+"="+name, workerClock+"="+clock))
+	}
+	for _, w := range workers {
+		_, err := io.WriteString(w.in, "go\n")
+		require.NoError(t, err)
+	}
+	sum := make([]int64, len(limits(t)))
+	for _, w := range workers {
+		admitted := w.finish(t)
+		t.Log(admitted)
+		for i, n := range admitted {
+			sum[i] += n
+		}
+	}
+	s := open(t, url, redisstore.Options{})
+	for i, rules := range limits(t) {
+		assert.Equal(t, int64(600), sum[i])
+		assert.Equal(t, []int64{0, 30}, left(t, s, name, fmt.Sprint("hot-", i), rules...))
+	}
+}
+
+func TestFourProcessesShareOneLimitExactly(t *testing.T) {
+	t.Parallel()
+	share(t, "", "", "", "")
+}
+
+// Two of these processes believe to be in the year 2000, and see two days pass between two calls: both
+// their wall clock and their monotonic clock are those of a bubble of testing/synctest, while their
+// connections are real. If any part of a decision were by their clocks, a bucket of an hour would be empty or
+// full again for them or for the others. What it cannot show is a server whose own clock steps.
+func TestProcessesWithOtherClocksShareOneLimitExactly(t *testing.T) {
+	t.Parallel()
+	share(t, "2000", "", "2000", "")
+}
+
+// timeless are all calls of a storage, on all kinds of buckets, without an injected clock.
+func timeless(t *testing.T, s *redisstore.Storage, name string) {
+	t.Helper()
+	var rules []storage.Rule
+	for kind := range storage.SlidingLog + 1 {
+		rules = append(rules, rule(t, kind.String(), kind, time.Hour, 1000))
+	}
+	ctx, amounts := t.Context(), []storage.Amount{{N: 1, In: 5}, {N: -1, In: 5}, {N: 1, In: 5}, {}, {}}
+	for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
+		r := storage.Request{Name: name, Mode: mode, Part: storage.NewPart("a", rules, 1)}
+		_, err := s.Decide(ctx, r)
+		require.NoError(t, err)
+		r.More = []storage.Part{storage.NewPart("b", rules, 2), storage.NewPart("c", rules[:1], 3)}
+		_, err = s.Decide(ctx, r)
+		require.NoError(t, err)
+	}
+	require.NoError(t, s.Charge(ctx, storage.Charge{Name: name, Identifier: "a", Rules: rules, Amounts: amounts}))
+	require.NoError(t, s.Raise(ctx, storage.Debt{Name: name, Identifier: "a", Rules: rules, Amounts: make([][]storage.Amount, len(rules))}))
+	require.NoError(t, s.Reset(ctx, name, "a"))
+}
+
+// The same calls at two times are the same bytes: nothing that is sent depends on a time.
+func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
+	t.Parallel()
+	s, ws := openWired(t, servers.Redis(t).URL())
+	name := freshName()
+	timeless(t, s, name) // so that the server has the scripts
+	ws.take()
+	timeless(t, s, name)
+	first, _ := ws.take()
+	<-time.After(1100 * time.Millisecond)
+	timeless(t, s, name)
+	second, _ := ws.take()
+	assert.Equal(t, strconv.Quote(first), strconv.Quote(second))
+	assert.Len(t, flights(first), 9)
+
+	now := time.Now().UnixMicro()
+	ask := func(now int64) string {
+		r := fivePerHour(t, "clocked")
+		r.Name, r.Clocked, r.Now = name, true, now
+		take(t, s, r, 1)
+		sent, _ := ws.take()
+		return sent
+	}
+	assert.NotEqual(t, ask(now), ask(now+1), "the test would see a time")
+}
+
+// skewed has two processes' storages, whose injected clocks are five seconds behind and ahead of the time,
+// ask in random turn for five periods, and returns when those calls were that were admitted: by the clock
+// that is ahead, and by the bucket's, which is the latest that it has seen.
+func skewed(t *testing.T, url string, r storage.Rule) (ahead, seen []int64) {
+	t.Helper()
+	name, rnd := freshName(), rand.New(rand.NewPCG(1, 2))
+	stores, model := []*redisstore.Storage{open(t, url, redisstore.Options{}), open(t, url, redisstore.Options{})}, storagetest.NewModel()
+	const skew, began = 10_000_000, 1_700_000_000_000_000
+	for now, bucket := int64(began), int64(0); now < began+5*r.Period; now += rnd.Int64N(r.Period / 25) {
+		who := rnd.IntN(2)
+		ask := storage.Request{Name: name, Clocked: true, Now: now - skew*int64(who), Part: storage.NewPart("a", []storage.Rule{r}, 1)}
+		want, err := model.Decide(t.Context(), ask)
+		require.NoError(t, err)
+		got, err := stores[who].Decide(t.Context(), ask)
+		require.NoError(t, err)
+		require.Equal(t, said(&want), said(&got), "%v at %d", r, ask.Now)
+		if got.Allowed {
+			bucket = max(bucket, ask.Now)
+			ahead, seen = append(ahead, now), append(seen, bucket)
+		}
+	}
+	return ahead, seen
+}
+
+// said is all that a verdict says.
+func said(v *storage.Verdict) string { return fmt.Sprint(v.Allowed, v.RetryAfter, v.Levels()) }
+
+// most is the largest number of times that lie less than a period apart.
+func most(times []int64, period int64) (n int) {
+	first := 0
+	for i := range times {
+		for first < i && times[i]-times[first] >= period {
+			first++
+		}
+		n = max(n, i+1-first)
+	}
+	return n
+}
+
+// A skew refills nothing, also when the period is shorter, so that each process sees what the other took as in
+// the far future. A log admits its capacity in each window of one period by the latest clock that it has seen. So
+// by any one clock a window is shorter than the period by the skew at most. It is not true that each
+// window of a whole period by the later clock has at most the capacity: what a process takes whose clock is
+// behind comes back as if taken when the later one was last seen.
+func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
+	t.Parallel()
+	url := servers.RedisURL(t)
+	for kind := range storage.SlidingLog + 1 {
+		for _, period := range []time.Duration{2 * time.Second, time.Minute} {
+			r := rule(t, "20", kind, period, 20)
+			ahead, seen := skewed(t, url, r)
+			assert.LessOrEqual(t, len(ahead), 20*(5+2), "%v: the capacity for each period that passed", kind)
+			if kind == storage.SlidingLog {
+				assert.Equal(t, 20, most(seen, r.Period))
+				assert.LessOrEqual(t, most(ahead, r.Period-10_000_000), 20)
+			}
+		}
+	}
+}
+
+// hotCalls are 400 calls of 200 goroutines for a hot identifier, half of them together with another one, in both
+// orders. It returns the costs that were admitted, and the least that was refused.
+func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []storage.Rule) (hotSum, otherSum, refused int64) {
+	t.Helper()
+	var sum, sumOther, least atomic.Int64
+	least.Store(4)
+	atOnce(200, func(i int) {
+		for j := range 2 {
+			cost := int64(1 + (i+j)%3)
+			a, b := storage.NewPart("hot", hot, cost), storage.NewPart("other", other, 1)
+			r := []storage.Request{{Part: a}, {Part: a}, {Part: a, More: []storage.Part{b}}, {Part: b, More: []storage.Part{a}}}[i%4]
+			r.Name = name
+			v, err := s.Decide(t.Context(), r)
+			switch {
+			case !assert.NoError(t, err):
+			case v.Allowed:
+				sum.Add(cost)
+				sumOther.Add(int64(len(r.More)))
+			default:
+				for n := least.Load(); cost < n && !least.CompareAndSwap(n, cost); n = least.Load() {
+				}
+			}
+		}
+	})
+	return sum.Load(), sumOther.Load(), least.Load()
+}
+
+func TestAHotKeyGivesOutAllItHasAndNoMore(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []storage.Kind{storage.SlidingLog, storage.Continuous} {
+		t.Run(kind.String(), func(t *testing.T) {
+			t.Parallel()
+			s, ws := openWired(t, servers.RedisURL(t))
+			name, day := freshName(), 24*time.Hour
+			hot, other := []storage.Rule{rule(t, "hot", kind, day, 100)}, []storage.Rule{rule(t, "other", kind, day, 500)}
+			sum, sumOther, refused := hotCalls(t, s, name, hot, other)
+			assert.LessOrEqual(t, sum, int64(100))
+			assert.Greater(t, sum, 100-refused, "a call was refused that fitted")
+			assert.Equal(t, int64(1), refused, "so it is exactly 100")
+			assert.Equal(t, []int64{100 - sum}, left(t, s, name, "hot", hot...))
+			assert.Equal(t, []int64{500 - sumOther}, left(t, s, name, "other", other...))
+			sent, _ := ws.take()
+			assert.Less(t, len(flights(sent)), 300, "400 calls share round trips")
+		})
+	}
+}
+
+// shapely asks random things of an identifier that nobody else uses, and of another such.
+type shapely struct {
+	rnd  *rand.Rand
+	name string
+	ids  [2]string
+	sets [][]storage.Rule
+}
+
+func (g *shapely) request(now int64) storage.Request {
+	r := storage.Request{Name: g.name, Clocked: true, Now: now, Mode: []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(4)]}
+	r.Part = g.part(g.ids[0])
+	if g.rnd.IntN(4) == 0 {
+		r.More = []storage.Part{g.part(g.ids[1])}
+	}
+	return r
+}
+
+// part has one of the rules, in the slice that all share or in one of its own.
+func (g *shapely) part(id string) storage.Part {
+	rules := g.sets[g.rnd.IntN(len(g.sets))]
+	if g.rnd.IntN(2) == 0 {
+		rules = slices.Clone(rules)
+	}
+	p := storage.NewPart(id, rules, 1)
+	for i := range rules {
+		p.SetCost(i, g.rnd.Int64N(4))
+	}
+	return p
+}
+
+// ruleSets are all kinds, alone and with another one.
+func ruleSets(t *testing.T) (sets [][]storage.Rule) {
+	t.Helper()
+	for kind := range storage.SlidingLog + 1 {
+		a, b := rule(t, "a", kind, 10*time.Second, 5), rule(t, "b", (kind+1)%5, time.Minute, 7)
+		sets = append(sets, []storage.Rule{a}, []storage.Rule{a, b}, []storage.Rule{b, a})
+	}
+	return sets
+}
+
+func TestAFlightOfManyShapesDecidesAsTheModel(t *testing.T) {
+	t.Parallel()
+	s, ws := openWired(t, servers.RedisURL(t))
+	model, name, sets := storagetest.NewModel(), freshName(), ruleSets(t)
+	atOnce(100, func(i int) {
+		g := &shapely{rnd: rand.New(rand.NewPCG(7, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
+		for step := range 30 {
+			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)
+			want, err := model.Decide(t.Context(), r)
+			assert.NoError(t, err)
+			got, err := s.Decide(t.Context(), r)
+			if !assert.NoError(t, err) || !assert.Equal(t, said(&want), said(&got), "%d, step %d: %+v", i, step, r) {
+				return
+			}
+		}
+	})
+	sent, _ := ws.take()
+	all := flights(sent)
+	shared := slices.IndexFunc(all, func(f flown) bool { return f.shapes > 8 && f.shapes < f.keys })
+	assert.GreaterOrEqual(t, shared, 0, "one of more than 8 shapes, some of which have several keys: %v", all)
+	assert.Less(t, strings.Count(sent, "evalsha"), 100*30)
+}
