@@ -4,7 +4,7 @@ package benchmarks_test
 import (
 	"context"
 	"fmt"
-	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,17 +16,20 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-var server *servers.Server
+// redis and postgres are started when a benchmark needs them.
+var (
+	redis    = sync.OnceValues(func() (*servers.Server, error) { return servers.StartRedis() })
+	postgres = sync.OnceValues(func() (*servers.Server, error) { return servers.StartPostgres() })
+)
 
-func TestMain(m *testing.M) {
-	var err error
-	if server, err = servers.StartRedis(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+// url starts a server, or uses the one that was started.
+func url(b *testing.B, start func() (*servers.Server, error)) string {
+	b.Helper()
+	s, err := start()
+	if err != nil {
+		b.Fatal(err)
 	}
-	code := m.Run()
-	_ = server.Close()
-	os.Exit(code)
+	return s.URL()
 }
 
 // BenchmarkRedis makes decisions on two limits, for 1,000 identifiers in turn, from 1, 64 and 256
@@ -43,7 +46,12 @@ func BenchmarkRedis(b *testing.B) {
 			{"floor-AutoPipeline", autoPipeline},
 		} {
 			b.Run(fmt.Sprintf("%s/goroutines=%d", c.name, goroutines), func(b *testing.B) {
-				client := goredis.NewClient(&goredis.Options{Addr: server.Addr(), PoolSize: 256})
+				o, err := goredis.ParseURL(url(b, redis))
+				if err != nil {
+					b.Fatal(err)
+				}
+				o.PoolSize = 256
+				client := goredis.NewClient(o)
 				defer func() { _ = client.Close() }()
 				measure(b, goroutines, 1000, c.open(b, client))
 			})
