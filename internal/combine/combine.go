@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -286,6 +287,9 @@ func (f *flight[Q, A]) land() (more bool) {
 	f.timer.Stop()
 	for _, c := range f.calls {
 		c.done <- struct{}{} // from here on it is the caller's
+	}
+	if len(f.calls) > 1 {
+		runtime.Gosched() // those callers that go on at once are in line for the next flight
 	}
 	clear(f.calls)
 	f.calls = f.calls[:0]
