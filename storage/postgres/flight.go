@@ -100,14 +100,15 @@ func (r *rules) addPart(p *storage.Part) {
 func (s *Storage) decide(ctx context.Context, flight []*call) {
 	slices.SortStableFunc(flight, func(a, b *call) int { return bytes.Compare(a.Query.id, b.Query.id) })
 	var all combine.Shapes
-	ids := make([][]byte, len(flight))
+	var ids [][]byte
+	var firsts, lasts, index []int32
 	for i, c := range flight {
-		ids[i] = c.Query.id
+		if i == 0 || !bytes.Equal(c.Query.id, ids[len(ids)-1]) {
+			ids, firsts, lasts = append(ids, c.Query.id), append(firsts, int32(i+1)), append(lasts, 0)
+		}
+		lasts[len(lasts)-1] = int32(i + 1)
 		all.Add(&c.Query.request, 0)
-	}
-	index := make([]int32, len(flight))
-	for i, n := range all.Index {
-		index[i] = int32(n) + 1
+		index = append(index, int32(all.Index[i]+1))
 	}
 	var r rules
 	var modes []int32
@@ -118,7 +119,7 @@ func (s *Storage) decide(ctx context.Context, flight []*call) {
 		r.addPart(w.Part)
 	}
 	r.begin()
-	s.fly(ctx, flight, s.names.decide, ids, index, r.starts, modes, times, r.names, r.laws, r.capacities, r.costs)
+	s.fly(ctx, flight, s.names.decide, ids, firsts, lasts, index, r.starts, modes, times, r.names, r.laws, r.capacities, r.costs)
 }
 
 // decideAll executes a flight of one request.
@@ -172,7 +173,7 @@ func (s *Storage) fly(ctx context.Context, flight []*call, function string, args
 			continue
 		}
 		n := 1
-		if c.Query.change == nil && len(numbers) > 0 && numbers[0] <= admitted {
+		if c.Query.change == nil {
 			n += 3 * c.Query.buckets()
 		}
 		if len(numbers) < n {

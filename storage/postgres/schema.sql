@@ -318,64 +318,204 @@ BEGIN
   RETURN FOUND;
 END $$;
 
--- Requests of one identifier each, in the order of the identifiers. Shapes are the different requests: the
--- buckets of shape h are starts[h] + 1 to starts[h + 1], and its time is the server's if it is negative. The
--- answer has for each request the code of throttler_judge_1, and after 0 and 1 three numbers for each bucket.
---
--- What the requests of an identifier do together is decided on a row that was read without a lock, and
--- written if nobody else has written meanwhile; else it is decided again under a lock. So a refusal
--- locks nothing and writes nothing.
-CREATE OR REPLACE FUNCTION throttler_decide_1(ids bytea[], shape int[], starts int[], modes int[], times bigint[],
-  names text[], laws bigint[], capacities bigint[], costs bigint[]) RETURNS bigint[] LANGUAGE plpgsql VOLATILE AS $$
+-- The short way, for a request whose buckets are those of the row, under the same laws and with one hold each, before
+-- and after: nearly all of them. Its n buckets begin after place a of the lists, and each has four numbers of the
+-- state. The code is null if the request is not for the short way.
+CREATE OR REPLACE FUNCTION throttler_short_1(INOUT state bigint[], mode int, wall bigint, a int, n int, laws bigint[], capacities bigint[], costs bigint[],
+  OUT code int, OUT answer bigint[], OUT full_at bigint) LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
-  i int := 1;
-  j int;
-  h int;
-  a int;
-  z int;
-  answer bigint[] := '{}';
-  mine bigint[];
-  loaded record;
-  judged record;
-  settled record;
-  r throttler_state;
-  locked boolean;
-  dirty boolean;
-  own bigint;
-  wall bigint;
+  o int := 0;
+  i int := a;
+  l int := 5 * a;
+  k bigint;
+  p bigint;
+  q bigint;
+  c bigint;
+  m bigint;
+  w bigint;
+  now bigint;
+  back bigint;
+  room bigint;
+  admitted boolean := true;
+  units bigint[];
+  spent bigint[];
 BEGIN
-  WHILE i <= cardinality(ids) LOOP
-    locked := false;
-    LOOP
-      loaded := throttler_load_1(ids[i], locked);
-      r := loaded.r;
-      own := throttler_clock_1();
-      dirty := false;
-      mine := '{}';
-      j := i;
-      WHILE j <= cardinality(ids) AND ids[j] = ids[i] LOOP
-        h := shape[j];
-        a := starts[h] + 1;
-        z := starts[h + 1];
-        wall := CASE WHEN times[h] < 0 THEN own ELSE times[h] END;
-        judged := throttler_judge_1(r, names[a:z], laws[5 * a - 4:5 * z], capacities[a:z], costs[a:z], modes[h], wall);
-        mine := mine || judged.code::bigint;
-        IF judged.code < 2 THEN
-          settled := throttler_settle_1(r, names[a:z], laws[5 * a - 4:5 * z], capacities[a:z], costs[a:z], judged.spent, judged.code = 1, wall);
-          mine := mine || settled.answer;
-          IF settled.changed AND modes[h] <> 1 THEN
-            r := settled.r;
-            r.clocked := times[h] >= 0;
-            dirty := true;
+  FOR b IN 1..n LOOP
+    k := laws[l + 1];
+    p := laws[l + 2];
+    now := state[o + 1];
+    IF state[o + 2] <> 1 OR now > wall + p + 60000000 THEN -- 1
+      RETURN;
+    END IF;
+    now := greatest(wall, now); -- 2
+    IF k = 1 OR k = 3 THEN -- 3
+      q := laws[l + 4];
+      w := p / q;
+      IF k = 1 THEN
+        m := now / q - state[o + 1] / q;
+        m := CASE WHEN m < (state[o + 4] + laws[l + 3] - 1) / laws[l + 3] THEN state[o + 4] - laws[l + 3] * m ELSE 0 END;
+      ELSE
+        m := state[o + 4] * least(w, greatest(0, (state[o + 3] + p) / q - now / q));
+      END IF;
+      units[b] := m;
+      m := (m + w - 1) / w;
+    ELSE
+      m := CASE WHEN state[o + 3] > now THEN state[o + 4] ELSE 0 END;
+    END IF;
+    spent[b] := m;
+    IF costs[i + 1] > capacities[i + 1] - m AND costs[i + 1] > 0 AND mode <> 2 THEN -- 4
+      admitted := false;
+    END IF;
+    o := o + 4;
+    i := i + 1;
+    l := l + 5;
+  END LOOP;
+
+  full_at := wall;
+  o := 0;
+  i := a;
+  l := 5 * a;
+  FOR b IN 1..n LOOP
+    k := laws[l + 1];
+    p := laws[l + 2];
+    q := laws[l + 4];
+    c := capacities[i + 1];
+    m := spent[b];
+    room := costs[i + 1];
+    now := greatest(wall, state[o + 1]);
+    back := now;
+    IF admitted THEN -- 5
+      IF room = 0 THEN
+        RETURN;
+      END IF;
+      room := least(room, greatest(0, 4 * c - m));
+      IF k = 1 THEN
+        w := units[b] + room * (p / q);
+        state[o + 4] := w;
+        back := (now / q + (w + laws[l + 3] - 1) / laws[l + 3]) * q;
+      ELSE
+        back := CASE k WHEN 0 THEN now + p WHEN 4 THEN (now + p + laws[l + 5] - 1) / laws[l + 5] * laws[l + 5] ELSE now - now % p + p END;
+        IF m = 0 THEN
+          state[o + 3] := back;
+          state[o + 4] := room;
+        ELSIF k = 0 OR state[o + 3] >= back THEN
+          back := state[o + 3];
+          state[o + 4] := state[o + 4] + room;
+        ELSE
+          RETURN;
+        END IF;
+        IF k = 3 THEN
+          back := back + p;
+        END IF;
+      END IF;
+      state[o + 1] := now;
+      answer[3 * b - 2] := greatest(0, c - m - room);
+      answer[3 * b] := 0;
+    ELSE
+      answer[3 * b - 2] := greatest(0, c - m);
+      answer[3 * b] := 0;
+      IF m > 0 THEN
+        room := CASE WHEN room > 0 THEN c - room ELSE m END;
+        IF k = 1 THEN
+          back := (state[o + 1] / q + (state[o + 4] + laws[l + 3] - 1) / laws[l + 3]) * q;
+          IF m > room THEN
+            answer[3 * b] := (state[o + 1] / q + (state[o + 4] - room * (p / q) + laws[l + 3] - 1) / laws[l + 3]) * q - wall;
+          END IF;
+        ELSE
+          back := state[o + 3] + CASE k WHEN 3 THEN p ELSE 0 END;
+          IF m > room THEN
+            answer[3 * b] := back - CASE k WHEN 3 THEN room * (p / q) / state[o + 4] * q ELSE 0 END - wall;
           END IF;
         END IF;
-        j := j + 1;
-      END LOOP;
-      EXIT WHEN NOT dirty OR throttler_store_1(r, loaded.version);
-      locked := true;
+      END IF;
+    END IF;
+    answer[3 * b - 1] := back - wall;
+    full_at := greatest(full_at, back);
+    o := o + 4;
+    i := i + 1;
+    l := l + 5;
+  END LOOP;
+  code := admitted::int;
+END $$;
+
+-- What the requests first to last do to the row of their identifier, one after the other. Shapes are the different
+-- requests: the buckets of shape h are starts[h] + 1 to starts[h + 1], and its time is the server's if it is negative.
+-- The answer has for each request the code of throttler_judge_1, and three numbers for each bucket.
+CREATE OR REPLACE FUNCTION throttler_row_1(INOUT r throttler_state, first int, last int, shape int[], starts int[], modes int[], times bigint[],
+  names text[], laws bigint[], capacities bigint[], costs bigint[], OUT answer bigint[], OUT dirty boolean) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+  own bigint := throttler_clock_1();
+  wall bigint;
+  h int;
+  a int;
+  n int;
+  was int := 0; -- the shape before
+  fits boolean; -- the row is as the short way needs it, as far as can be seen here
+  short record;
+  judged record;
+  settled record;
+BEGIN
+  dirty := false;
+  answer := '{}';
+  FOR j IN first..last LOOP
+    h := shape[j];
+    a := starts[h];
+    n := starts[h + 1] - a;
+    wall := CASE WHEN times[h] < 0 THEN own ELSE times[h] END;
+    IF h <> was THEN
+      was := h;
+      fits := r.names = names[a + 1:a + n] AND r.laws = laws[5 * a + 1:5 * (a + n)] AND cardinality(r.state) = 4 * n;
+    END IF;
+    IF fits THEN
+      short := throttler_short_1(r.state, modes[h], wall, a, n, laws, capacities, costs);
+      IF short.code IS NOT NULL THEN
+        answer := answer || short.code::bigint || short.answer;
+        IF short.code = 1 AND modes[h] <> 1 THEN
+          r.state := short.state;
+          r.full_at := short.full_at;
+          r.clocked := times[h] >= 0;
+          dirty := true;
+        END IF;
+        CONTINUE;
+      END IF;
+    END IF;
+    was := 0;
+    judged := throttler_judge_1(r, names[a + 1:a + n], laws[5 * a + 1:5 * (a + n)], capacities[a + 1:a + n], costs[a + 1:a + n], modes[h], wall);
+    IF judged.code > 1 THEN
+      answer := answer || judged.code::bigint || array_fill(0::bigint, ARRAY[3 * n]);
+      CONTINUE;
+    END IF;
+    settled := throttler_settle_1(r, names[a + 1:a + n], laws[5 * a + 1:5 * (a + n)], capacities[a + 1:a + n], costs[a + 1:a + n], judged.spent, judged.code = 1, wall);
+    answer := answer || judged.code::bigint || settled.answer;
+    IF settled.changed AND modes[h] <> 1 THEN
+      r := settled.r;
+      r.clocked := times[h] >= 0;
+      dirty := true;
+    END IF;
+  END LOOP;
+END $$;
+
+-- Requests of one identifier each, of which ids has each identifier once, in order, with the first and the last of its
+-- requests. The answer is that of throttler_row_1 for all of them.
+--
+-- Each row is read without a lock, and written if nobody else has written meanwhile; else its requests
+-- are decided again under a lock. So a refusal locks nothing and writes nothing.
+CREATE OR REPLACE FUNCTION throttler_decide_1(ids bytea[], firsts int[], lasts int[], shape int[], starts int[], modes int[], times bigint[],
+  names text[], laws bigint[], capacities bigint[], costs bigint[]) RETURNS bigint[] LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+  answer bigint[] := '{}';
+  loaded record;
+  done record;
+  r throttler_state;
+BEGIN
+  FOR i IN 1..cardinality(ids) LOOP
+    loaded := throttler_load_1(ids[i], false);
+    LOOP
+      done := throttler_row_1(loaded.r, firsts[i], lasts[i], shape, starts, modes, times, names, laws, capacities, costs);
+      EXIT WHEN NOT done.dirty OR throttler_store_1(done.r, loaded.version);
+      loaded := throttler_load_1(ids[i], true);
     END LOOP;
-    answer := answer || mine;
-    i := j;
+    answer := answer || done.answer;
   END LOOP;
   RETURN answer;
 END $$;
@@ -418,7 +558,7 @@ BEGIN
       z := starts[i + 1];
       judged := throttler_judge_1(rows[i], names[a:z], laws[5 * a - 4:5 * z], capacities[a:z], costs[a:z], mode, wall);
       IF judged.code > 1 THEN
-        RETURN ARRAY[judged.code::bigint];
+        RETURN judged.code::bigint || array_fill(0::bigint, ARRAY[3 * cardinality(names)]);
       END IF;
       code := least(code, judged.code);
       spent := spent || judged.spent;
