@@ -119,6 +119,7 @@ func (s *Storage) decide(ctx context.Context, flight []*call) {
 		r.addPart(w.Part)
 	}
 	r.begin()
+	defer s.swept(len(ids), &flight[len(flight)-1].Query)
 	s.fly(ctx, flight, s.names.decide, ids, firsts, lasts, index, r.starts, modes, times, r.names, r.laws, r.capacities, r.costs)
 }
 

@@ -58,7 +58,7 @@ func namesOf(o *Options) names {
 		}
 		return fmt.Sprintf("SELECT %s(%s)", qualified(o, "_"+function+"_1"), strings.Join(list, ", "))
 	}
-	return names{call("decide", 11), call("decide_all", 8), call("change", 10), call("sweep", 4)}
+	return names{call("decide", 11), call("decide_all", 8), call("change", 10), strings.Replace(call("sweep", 5), "SELECT", "SELECT * FROM", 1)}
 }
 
 // install executes the schema unless the comment on the table says that it has been. One process at a

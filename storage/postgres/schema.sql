@@ -197,7 +197,7 @@ DECLARE
   s bigint[];
   n int := cardinality(rules);
 BEGIN
-  IF r.id IS NOT NULL AND NOT throttler_sound_1(r) THEN
+  IF NOT throttler_sound_1(r) THEN
     code := 2;
     RETURN;
   END IF;
@@ -322,7 +322,7 @@ END $$;
 -- and after: nearly all of them. Its n buckets begin after place a of the lists, and each has four numbers of the
 -- state. The code is null if the request is not for the short way.
 CREATE OR REPLACE FUNCTION throttler_short_1(INOUT state bigint[], mode int, wall bigint, a int, n int, laws bigint[], capacities bigint[], costs bigint[],
-  OUT code int, OUT answer bigint[], OUT full_at bigint) LANGUAGE plpgsql IMMUTABLE AS $$
+  OUT code bigint, OUT answer bigint[], OUT full_at bigint) LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
   o int := 0;
   i int := a;
@@ -435,51 +435,61 @@ BEGIN
     i := i + 1;
     l := l + 5;
   END LOOP;
-  code := admitted::int;
+  code := CASE WHEN admitted THEN 1 ELSE 0 END;
 END $$;
 
 -- What the requests first to last do to the row of their identifier, one after the other. Shapes are the different
 -- requests: the buckets of shape h are starts[h] + 1 to starts[h + 1], and its time is the server's if it is negative.
--- The answer has for each request the code of throttler_judge_1, and three numbers for each bucket.
-CREATE OR REPLACE FUNCTION throttler_row_1(INOUT r throttler_state, first int, last int, shape int[], starts int[], modes int[], times bigint[],
-  names text[], laws bigint[], capacities bigint[], costs bigint[], OUT answer bigint[], OUT dirty boolean) LANGUAGE plpgsql VOLATILE AS $$
+-- The answer has for each request the code of throttler_judge_1, and three numbers for each bucket. Changed
+-- is 1 if only the state has changed, 2 if the names or laws have as well.
+CREATE OR REPLACE FUNCTION throttler_row_1(INOUT row_names text[], INOUT row_laws bigint[], INOUT state bigint[], first int, last int,
+  shape int[], starts int[], modes int[], times bigint[], names text[], laws bigint[], capacities bigint[], costs bigint[],
+  OUT full_at bigint, OUT clocked boolean, OUT answer bigint[], OUT changed int) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
-  own bigint := throttler_clock_1();
+  own bigint;
   wall bigint;
   h int;
   a int;
   n int;
   was int := 0; -- the shape before
   fits boolean; -- the row is as the short way needs it, as far as can be seen here
+  r throttler_state;
   short record;
   judged record;
   settled record;
 BEGIN
-  dirty := false;
-  answer := '{}';
+  changed := 0;
   FOR j IN first..last LOOP
     h := shape[j];
-    a := starts[h];
-    n := starts[h + 1] - a;
-    wall := CASE WHEN times[h] < 0 THEN own ELSE times[h] END;
+    IF times[h] >= 0 THEN
+      wall := times[h];
+    ELSE
+      own := coalesce(own, throttler_clock_1());
+      wall := own;
+    END IF;
     IF h <> was THEN
       was := h;
-      fits := r.names = names[a + 1:a + n] AND r.laws = laws[5 * a + 1:5 * (a + n)] AND cardinality(r.state) = 4 * n;
+      a := starts[h];
+      n := starts[h + 1] - a;
+      fits := row_names = names[a + 1:a + n] AND row_laws = laws[5 * a + 1:5 * (a + n)] AND cardinality(state) = 4 * n;
     END IF;
     IF fits THEN
-      short := throttler_short_1(r.state, modes[h], wall, a, n, laws, capacities, costs);
+      short := throttler_short_1(state, modes[h], wall, a, n, laws, capacities, costs);
       IF short.code IS NOT NULL THEN
-        answer := answer || short.code::bigint || short.answer;
+        answer := answer || short.code || short.answer;
         IF short.code = 1 AND modes[h] <> 1 THEN
-          r.state := short.state;
-          r.full_at := short.full_at;
-          r.clocked := times[h] >= 0;
-          dirty := true;
+          state := short.state;
+          full_at := short.full_at;
+          clocked := times[h] >= 0;
+          changed := greatest(changed, 1);
         END IF;
         CONTINUE;
       END IF;
     END IF;
     was := 0;
+    r.names := row_names;
+    r.laws := row_laws;
+    r.state := state;
     judged := throttler_judge_1(r, names[a + 1:a + n], laws[5 * a + 1:5 * (a + n)], capacities[a + 1:a + n], costs[a + 1:a + n], modes[h], wall);
     IF judged.code > 1 THEN
       answer := answer || judged.code::bigint || array_fill(0::bigint, ARRAY[3 * n]);
@@ -489,8 +499,12 @@ BEGIN
     answer := answer || judged.code::bigint || settled.answer;
     IF settled.changed AND modes[h] <> 1 THEN
       r := settled.r;
-      r.clocked := times[h] >= 0;
-      dirty := true;
+      row_names := r.names;
+      row_laws := r.laws;
+      state := r.state;
+      full_at := r.full_at;
+      clocked := times[h] >= 0;
+      changed := 2;
     END IF;
   END LOOP;
 END $$;
@@ -498,22 +512,35 @@ END $$;
 -- Requests of one identifier each, of which ids has each identifier once, in order, with the first and the last of its
 -- requests. The answer is that of throttler_row_1 for all of them.
 --
--- Each row is read without a lock, and written if nobody else has written meanwhile; else its requests
--- are decided again under a lock. So a refusal locks nothing and writes nothing.
+-- The rows are read without a lock, and each is written if nobody else has written it meanwhile; else its
+-- requests are decided again under a lock. So a refusal locks nothing and writes nothing.
 CREATE OR REPLACE FUNCTION throttler_decide_1(ids bytea[], firsts int[], lasts int[], shape int[], starts int[], modes int[], times bigint[],
   names text[], laws bigint[], capacities bigint[], costs bigint[]) RETURNS bigint[] LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
-  answer bigint[] := '{}';
+  answer bigint[];
   loaded record;
   done record;
-  r throttler_state;
 BEGIN
   FOR i IN 1..cardinality(ids) LOOP
-    loaded := throttler_load_1(ids[i], false);
+    SELECT t.names, t.laws, t.state, t.xmin INTO loaded FROM throttler_state t WHERE t.id = ids[i];
     LOOP
-      done := throttler_row_1(loaded.r, firsts[i], lasts[i], shape, starts, modes, times, names, laws, capacities, costs);
-      EXIT WHEN NOT done.dirty OR throttler_store_1(done.r, loaded.version);
-      loaded := throttler_load_1(ids[i], true);
+      IF loaded.xmin IS NULL THEN
+        done := throttler_row_1('{}', '{}', '{}', firsts[i], lasts[i], shape, starts, modes, times, names, laws, capacities, costs);
+        EXIT WHEN done.changed = 0;
+        INSERT INTO throttler_state VALUES (ids[i], done.row_names, done.row_laws, done.state, done.full_at, done.clocked) ON CONFLICT DO NOTHING;
+      ELSE
+        done := throttler_row_1(loaded.names, loaded.laws, loaded.state, firsts[i], lasts[i], shape, starts, modes, times, names, laws, capacities, costs);
+        EXIT WHEN done.changed = 0;
+        IF done.changed = 1 THEN
+          UPDATE throttler_state t SET state = done.state, full_at = done.full_at, clocked = done.clocked
+          WHERE t.id = ids[i] AND t.xmin = loaded.xmin;
+        ELSE
+          UPDATE throttler_state t SET names = done.row_names, laws = done.row_laws, state = done.state, full_at = done.full_at, clocked = done.clocked
+          WHERE t.id = ids[i] AND t.xmin = loaded.xmin;
+        END IF;
+      END IF;
+      EXIT WHEN FOUND;
+      SELECT t.names, t.laws, t.state, t.xmin INTO loaded FROM throttler_state t WHERE t.id = ids[i] FOR UPDATE;
     END LOOP;
     answer := answer || done.answer;
   END LOOP;
@@ -782,14 +809,17 @@ BEGIN
   RETURN answer;
 END $$;
 
--- Removes the rows that are full among the next so many after an identifier, as far as its throttler's name
--- goes, and says how many. It waits for nobody. Rows by the clock of clients are full by the time sent.
-CREATE OR REPLACE FUNCTION throttler_sweep_1(after bytea, until bytea, rows int, sent bigint) RETURNS bigint LANGUAGE sql VOLATILE AS $$
-  WITH near AS MATERIALIZED (SELECT id FROM throttler_state WHERE id >= after AND id < until ORDER BY id LIMIT rows),
+-- Removes those of the next rows after an identifier whose buckets are all full, and says how many, and which
+-- row was the last that it looked at: null if there are no more. It waits for nobody. Rows that clients' clocks
+-- have written are full by the time sent, and only those between since and until are looked at; none if that is
+-- negative.
+CREATE OR REPLACE FUNCTION throttler_sweep_1(after bytea, rows int, since bytea, until bytea, sent bigint,
+  OUT removed bigint, OUT last bytea) LANGUAGE sql VOLATILE AS $$
+  WITH near AS MATERIALIZED (SELECT t.id FROM throttler_state t WHERE t.id > after ORDER BY t.id LIMIT rows),
   gone AS MATERIALIZED (
     SELECT t.id FROM throttler_state t JOIN near ON near.id = t.id
-    WHERE t.clocked = (sent >= 0) AND t.full_at <= CASE WHEN sent < 0 THEN throttler_clock_1() ELSE sent END
+    WHERE CASE WHEN t.clocked THEN t.full_at <= sent AND t.id >= since AND t.id < until ELSE t.full_at <= throttler_clock_1() END
     FOR UPDATE OF t SKIP LOCKED),
-  deleted AS (DELETE FROM throttler_state t USING gone WHERE t.id = gone.id RETURNING 1)
-  SELECT count(*) FROM deleted
+  deleted AS (DELETE FROM throttler_state t USING gone WHERE t.id = gone.id RETURNING t.id)
+  SELECT (SELECT count(*) FROM deleted), CASE WHEN (SELECT count(*) FROM near) = rows THEN (SELECT near.id FROM near ORDER BY near.id DESC LIMIT 1) END
 $$;

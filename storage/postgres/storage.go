@@ -150,7 +150,7 @@ func (s *Storage) Close() error {
 	wait.Go(s.decisions.Close)
 	wait.Go(s.joint.Close)
 	wait.Go(s.changes.Close)
-	wait.Go(s.sweeps.Close)
+	wait.Go(s.sweeps.close)
 	wait.Wait()
 	return nil
 }

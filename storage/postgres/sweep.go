@@ -1,12 +1,96 @@
 package postgres
 
-import "context"
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+)
 
-// sweeps are those in progress.
-type sweeps struct{}
+// Rows whose buckets are all full are of no use. Who decides sweeps: for every sweepEvery rows that were
+// decided on, one look at the next sweepRows of the table, twice as many, so that in a table that only grows
+// at most about half of the rows are full. No lock is waited for.
+const (
+	sweepEvery = 256
+	sweepRows  = 2 * sweepEvery
+)
 
-// Close waits for them.
-func (s *sweeps) Close() {}
+// sweeps is how far the table has been swept.
+type sweeps struct {
+	due atomic.Int64 // rows that were decided on since the last one
 
-// Sweep removes rows whose buckets are all full.
-func (s *Storage) Sweep(ctx context.Context) (int64, error) { return 0, nil }
+	mu     sync.Mutex // guards what follows
+	busy   bool
+	closed bool
+	after  []byte // the last row that was looked at
+	wait   sync.WaitGroup
+}
+
+// swept counts n rows that were decided on, the last of them by q, and sweeps if it is time.
+func (s *Storage) swept(n int, q *query) {
+	w := &s.sweeps
+	if w.due.Add(int64(n)) < sweepEvery || !w.begin() {
+		return
+	}
+	name, sent := q.request.Name, sent(q.request.Clocked, q.request.Now)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
+		defer cancel()
+		_, last, err := s.sweep(ctx, w.after, name, sent)
+		w.end(last, err)
+	}()
+}
+
+func (w *sweeps) begin() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.busy || w.closed {
+		return false
+	}
+	w.busy = true
+	w.due.Store(0)
+	w.wait.Add(1)
+	return true
+}
+
+// end keeps the place where the next sweep begins. One that failed is not repeated: the next one comes.
+func (w *sweeps) end(last []byte, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	defer w.wait.Done()
+	w.busy = false
+	if err == nil {
+		w.after = last
+	}
+}
+
+// close waits for a sweep in progress.
+func (w *sweeps) close() {
+	w.mu.Lock()
+	w.closed = true
+	w.mu.Unlock()
+	w.wait.Wait()
+}
+
+func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int64) (removed int64, last []byte, err error) {
+	if after == nil {
+		after = []byte{}
+	}
+	err = s.pool.QueryRow(ctx, s.names.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).Scan(&removed, &last)
+	return removed, last, err
+}
+
+// Sweep removes all rows whose buckets are full, by the server's clock, and says how many. Nobody needs to
+// call it where calls go on, as those remove rows too; it is for a table that is hardly used any more.
+// It takes the table in small pieces, waits for no lock, and ends with the context.
+func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
+	for last := []byte(nil); ; {
+		n, next, err := s.sweep(ctx, last, "", -1)
+		removed += n
+		if err != nil {
+			return removed, wrap(err)
+		}
+		if last = next; last == nil {
+			return removed, nil
+		}
+	}
+}
