@@ -8,6 +8,7 @@ import (
 	"github.com/benbjohnson/clock"
 
 	"github.com/go-throttler/throttler"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
 func Example() {
@@ -42,6 +43,32 @@ func sixCalls() error {
 		} else {
 			fmt.Println("come back in", v.RetryAfter.Round(time.Second))
 		}
+	}
+	return nil
+}
+
+// Processes that open the same Redis spend from the same buckets.
+func Example_severalProcesses() {
+	if err := shared(); err != nil {
+		fmt.Println(err)
+	}
+	// Output:
+	// 100/1h
+}
+
+func shared() error {
+	store, err := redisstore.Open("redis://localhost:6379", nil) // nothing is sent before the first call
+	if err != nil {
+		return err // the URL is wrong
+	}
+	defer func() { _ = store.Close() }()
+	hundredPerHour := throttler.NewBucket(time.Hour, 100)
+	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{hundredPerHour}})
+	if err != nil {
+		return err
+	}
+	for _, b := range t.Buckets("user:42") {
+		fmt.Println(b.Name())
 	}
 	return nil
 }

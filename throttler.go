@@ -48,7 +48,7 @@ type BucketError = storage.BucketError
 // *BucketError.
 var (
 	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier   // it has no buckets, and Config has none for it
-	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier   // empty, over 1024 bytes, or twice in one call
+	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier   // empty, over 1024 bytes, twice in one call, or over 256 of them
 	ErrInvalidCost         = storage.ErrInvalidCost         // below zero, or a refund above what was taken
 	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity // waiting never helps
 	ErrInvalidClock        = storage.ErrInvalidClock        // Config.Clock reads a time outside 1970 to 2184
@@ -305,7 +305,8 @@ type Part struct {
 func For(id string, o ...Option) Part { return Part{id, o} }
 
 // Consume takes the cost of a call from all buckets of the identifier, or from none. It returns an
-// error when the call is wrong or the storage failed; a denial is a Verdict.
+// error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
+// fails in the middle may have taken the cost, once.
 func (t *Throttler) Consume(id string, o ...Option) (Verdict, error) {
 	return t.decide(context.Background(), storage.Take, id, o)
 }

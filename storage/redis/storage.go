@@ -39,7 +39,7 @@ const (
 type Options struct {
 	// Prefix is what all keys begin with, by default DefaultPrefix. After it come the throttler's
 	// Config.Name, a colon and the identifier. If that has a brace, {} is put before it, so that users
-	// cannot choose the slots of their keys.
+	// cannot choose the slots of their keys. Of two prefixes in one Redis neither may begin with the other.
 	Prefix string
 
 	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout.
@@ -77,7 +77,8 @@ var (
 // A call sends its script once, and again only after an answer which says that nothing ran
 // (NOSCRIPT, MOVED, ASK, TRYAGAIN). When the answer is lost it may have been executed, once.
 //
-// A call that Redis does not answer in time, or answers with an error, wraps ErrUnavailable and the cause.
+// The error of a call that Redis does not answer in time wraps ErrUnavailable, that of one which it answers
+// with an error also the cause; but for CROSSSLOT, which is ErrCrossSlot.
 type Storage struct {
 	client  goredis.UniversalClient
 	cluster *goredis.ClusterClient // client, if it is one
@@ -100,8 +101,8 @@ var _ storage.Storage = (*Storage)(nil)
 //
 // The client's DialerRetries should be 1, so that a refused connection is an error at once, and the
 // timeouts of a ClusterClient at most Options.Timeout: calls return in time whatever they are, but the
-// connection is of no use until they have passed. For a *Client they are set here, and Open sets all of
-// them. MaxRetries does not matter: the scripts are never retried.
+// connection is of no use until they have passed. Those of a *Client for reading and writing are set
+// here, and Open sets all of them. MaxRetries does not matter: the scripts are never retried.
 func New(client goredis.UniversalClient, o *Options) *Storage {
 	s := &Storage{client: client, queues: make(map[string]*queue)}
 	if o != nil {
@@ -136,6 +137,7 @@ func New(client goredis.UniversalClient, o *Options) *Storage {
 //	redis://host1:6379?addr=host2:6379&addr=host3:6379            a cluster
 //	redis://sentinel1:26379?addr=sentinel2:26379&master_name=main a server that sentinels watch
 //
+// The last has the login of the sentinels, and that of the server in the parameters username and password.
 // Timeouts that it does not give are Options.Timeout. Nothing is sent before the first call.
 func Open(url string, o *Options) (*Storage, error) {
 	timeout := DefaultTimeout
@@ -223,7 +225,7 @@ func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
 	return s.change(ctx, d.Name, d.Identifier, d.Rules, appendDebt(nil, &d))
 }
 
-// Reset implements storage.Storage. What is none of this package's values stays, and is ErrCorruptState.
+// Reset implements storage.Storage. A value that this package has not written stays, and is ErrCorruptState.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := s.usable(ctx); err != nil {
 		return err
