@@ -274,7 +274,7 @@ func (f *flight[Q, A]) once() (more bool) {
 // fail answers the calls of a run that did not return. It overrides no Err, but every Answer without
 // one: which of them are complete is not known.
 func (f *flight[Q, A]) fail(fault any) {
-	err := fmt.Errorf("combine: run panicked: %v\n\n%s", fault, debug.Stack())
+	err := fmt.Errorf("%w: combine: run panicked: %v\n\n%s", storage.ErrUnavailable, fault, debug.Stack())
 	for _, c := range f.calls {
 		if c.Err == nil {
 			c.Err = err

@@ -71,8 +71,8 @@ func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	assertExact(t, s, "b")
 }
 
-// The connections into the hole are never closed from outside, as when a host is gone, and the client would
-// wait for them for a minute.
+// The connections into the hole are never closed from outside, as when a host is gone. The client has the
+// timeouts that New asks for.
 func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 	t.Parallel()
 	const timeout = 100 * time.Millisecond
@@ -80,7 +80,7 @@ func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 	p := before(t, server)
 	var moved atomic.Bool
 	c := goredis.NewClient(&goredis.Options{
-		DialTimeout: time.Minute, ReadTimeout: time.Minute, WriteTimeout: time.Minute, DialerRetries: 1,
+		DialTimeout: timeout, ReadTimeout: timeout, WriteTimeout: timeout, DialerRetries: 1,
 		Dialer: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			addr := p.Listen
 			if moved.Load() {

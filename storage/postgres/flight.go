@@ -60,11 +60,13 @@ func (a *answer) fill(v *storage.Verdict) {
 }
 
 func (q *query) err(code int64) error {
+	part := int(code / 65536)
+	code %= 65536
 	switch {
 	case code >= tooMany && q.change != nil:
 		return storage.TooManyBuckets(q.change.rules, int(code-tooMany))
 	case code >= tooMany:
-		return storage.TooManyBuckets(q.request.Part.Rules, int(code-tooMany))
+		return storage.TooManyBuckets(q.request.At(part).Rules, int(code-tooMany))
 	case code == corrupt:
 		return fmt.Errorf("%w: the row is none of this package's, or one of a later version, id %.99q", storage.ErrCorruptState, q.id)
 	}

@@ -547,7 +547,8 @@ BEGIN
   RETURN answer;
 END $$;
 
--- One request of several identifiers, the parts of which are the shapes. It is decided without a lock, and if it
+-- One request of several identifiers, the parts of which are the shapes. A code above 1 has 65536 times the place of its
+-- part, from 0 on, added. It is decided without a lock, and if it
 -- is admitted then once more with all rows locked in the order of their identifiers.
 CREATE OR REPLACE FUNCTION throttler_decide_all_1(ids bytea[], starts int[], mode int, sent bigint,
   names text[], laws bigint[], capacities bigint[], costs bigint[]) RETURNS bigint[] LANGUAGE plpgsql VOLATILE AS $$
@@ -585,7 +586,7 @@ BEGIN
       z := starts[i + 1];
       judged := throttler_judge_1(rows[i], names[a:z], laws[5 * a - 4:5 * z], capacities[a:z], costs[a:z], mode, wall);
       IF judged.code > 1 THEN
-        RETURN judged.code::bigint || array_fill(0::bigint, ARRAY[3 * cardinality(names)]);
+        RETURN (judged.code + 65536 * (i - 1))::bigint || array_fill(0::bigint, ARRAY[3 * cardinality(names)]);
       END IF;
       code := least(code, judged.code);
       spent := spent || judged.spent;

@@ -5,7 +5,7 @@
 -- amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
 -- negative; a debt has any number.
 --
--- The answer is one byte for each key: 1 if done, else as in decide.lua.
+-- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in short.lua.
 
 -- How many units a Continuous level has that n tokens left and that is empty in a given time.
 local function drained(l, n, time)
@@ -159,8 +159,7 @@ local function change(key, what, rules, real, clocked)
       states[j] = refund(states[j], r, -r[1], r[2], real)
     end
   end
-  store(key, states, rules, others, real, clocked)
-  return char(1)
+  return store(key, states, rules, others, real, clocked)
 end
 
 local out, arg, p = {}, ARGV[1], 1

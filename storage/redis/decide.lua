@@ -37,6 +37,7 @@ return function(shapes, index, i)
     local of = rules(shape)
     local states, others = load(KEYS[i], of, real)
     if not states then
+      if sub(others, 1, 1) == char(4) then others = others .. char(#parts) end
       failed, states = failed or others, {}
     end
     local spent = {}

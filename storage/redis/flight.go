@@ -132,15 +132,19 @@ type learning struct {
 }
 
 func (s *Storage) learn(l *learning, key string) {
-	_, err := s.cluster.MasterForKey(context.Background(), key)
-	if err != nil {
+	defer func() {
+		if fault := recover(); fault != nil { // in what the client calls, such as its Dialer
+			l.err = s.unavailable(fmt.Errorf("panic: %v", fault))
+		}
+		s.known.Store(l.err == nil)
+		s.mu.Lock()
+		s.learning = nil
+		s.mu.Unlock()
+		close(l.done)
+	}()
+	if _, err := s.cluster.MasterForKey(context.Background(), key); err != nil {
 		l.err = s.unavailable(err)
 	}
-	s.known.Store(err == nil)
-	s.mu.Lock()
-	s.learning = nil
-	s.mu.Unlock()
-	close(l.done)
 }
 
 func (s *Storage) closedError() error {
@@ -177,22 +181,18 @@ func (s *Storage) queue(address string) (*queue, error) {
 // fly executes a flight: all decisions in one script call and all changes in another. In a cluster each key
 // has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN.
 func (s *Storage) fly(ctx context.Context, flight []*call) {
-	apart := func(a, b *call) int {
-		if d := cmp.Compare(len(a.Query.change), 0) - cmp.Compare(len(b.Query.change), 0); d != 0 || s.cluster == nil {
-			return d
-		}
-		return cmp.Compare(a.Query.key, b.Query.key)
-	}
-	slices.SortStableFunc(flight, apart)
-	var groups []*group
-	for begin := 0; begin < len(flight); begin += len(groups[len(groups)-1].calls) {
-		end := begin + 1
-		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
-			end++
-		}
-		groups = append(groups, &group{calls: flight[begin:end]})
-	}
+	groups := s.groups(flight)
 	s.run(ctx, groups)
+	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
+		s.byKey.Store(true) // a node of a cluster, or a proxy before one, that looks like a single server
+		again := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool { return !crossed(g) })
+		groups = slices.DeleteFunc(groups, crossed)
+		for _, g := range again {
+			split := s.groups(g.calls)
+			s.run(ctx, split)
+			groups = append(groups, split...)
+		}
+	}
 	at := storage.Monotonic()
 	for _, g := range groups {
 		if err := g.land(at); err != nil {
@@ -202,6 +202,31 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 			}
 		}
 	}
+}
+
+// crossed says that the server refused a group because its calls are of different slots.
+func crossed(g *group) bool {
+	return len(g.calls) > 1 && goredis.HasErrorPrefix(g.command.Err(), "CROSSSLOT")
+}
+
+// groups sorts the calls and divides them into script calls.
+func (s *Storage) groups(flight []*call) (groups []*group) {
+	byKey := s.cluster != nil || s.byKey.Load()
+	apart := func(a, b *call) int {
+		if d := cmp.Compare(len(a.Query.change), 0) - cmp.Compare(len(b.Query.change), 0); d != 0 || !byKey {
+			return d
+		}
+		return cmp.Compare(a.Query.key, b.Query.key)
+	}
+	slices.SortStableFunc(flight, apart)
+	for begin := 0; begin < len(flight); begin += len(groups[len(groups)-1].calls) {
+		end := begin + 1
+		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
+			end++
+		}
+		groups = append(groups, &group{calls: flight[begin:end]})
+	}
+	return groups
 }
 
 // run sends each group's script call by its hash, and those of which the server does not have the script
@@ -285,14 +310,22 @@ func (g *group) land(at int64) error {
 		if c.Query.change == nil && text != "" && text[0] <= admitted {
 			n += countBytes[text[0]] * c.Query.buckets()
 		}
-		if text != "" && text[0] == tooMany {
+		switch {
+		case text == "" || text[0] > tooManyHolds:
+			n = len(text) + 1
+		case text[0] == tooMany && c.Query.change == nil:
+			n = 3
+		case text[0] == tooMany:
 			n = 2
 		}
 		if len(text) < n {
-			return fmt.Errorf("the script's answer is %d bytes short", n-len(text))
+			return fmt.Errorf("this is no answer of the script: %.99q", text)
 		}
 		c.Answer, c.Err = answer{text[:n], at}, c.Query.err(text[:n])
 		text = text[n:]
+	}
+	if text != "" {
+		return fmt.Errorf("the script's answer has %d bytes too many", len(text))
 	}
 	return nil
 }
@@ -307,17 +340,19 @@ func (q *query) buckets() (n int) {
 
 // err is the error that the answer to q means.
 func (q *query) err(answer string) error {
-	rules := q.rules
-	if q.change == nil {
-		rules = q.request.Part.Rules
-	}
 	switch answer[0] {
 	case foreign:
 		return fmt.Errorf("%w: the value is none of this package's, at the key %.99q%s", storage.ErrCorruptState, q.key, q.others())
 	case wrongType:
 		return fmt.Errorf("%w: %w, at the key %.99q%s", storage.ErrCorruptState, ErrWrongType, q.key, q.others())
 	case tooMany:
+		rules := q.rules
+		if q.change == nil {
+			rules = q.request.At(int(answer[2])).Rules
+		}
 		return storage.TooManyBuckets(rules, int(answer[1]))
+	case tooManyHolds:
+		return &storage.BucketError{Bucket: q.rules[0].Name, Field: "Buckets", Reason: "of the identifier: one would hold amounts of over 65,000 different times"}
 	}
 	return nil
 }

@@ -76,6 +76,7 @@ const (
 	foreign
 	wrongType
 	tooMany
+	tooManyHolds
 )
 
 // The first byte of a change.

@@ -13,7 +13,8 @@
 --
 -- The answer has one byte for each request, 1 if admitted, 0 if not, and for each bucket what remains, when it
 -- is full again and, if not admitted, when it admits the cost (7 each). Other first bytes stand alone: 2 if the
--- value is none of ours, 3 if it is no string, 4 if there are too many buckets, with their number after it (1).
+-- value is none of ours, 3 if it is no string, 4 if there are too many buckets,
+-- with their number and that of the part after it (1 each).
 --
 -- What follows is the short way for a request of one part whose buckets have at most one hold each, before and
 -- after, under the laws of its rules: nearly all of them. Others go to decide.lua, which is put before
@@ -165,7 +166,7 @@ while i <= keys do
         f[2] = now
         if not shape.served then
           call('SET', KEYS[i], pack(form, list(f)), 'PX', ceil(last / 1000) + 3601000)
-        elseif last + real <= before then
+        elseif last + real <= before and seen <= real then
           call('SET', KEYS[i], pack(form, list(f)), 'KEEPTTL')
         else
           call('SET', KEYS[i], pack(form, list(f)), 'PX', ceil(last / 1000) + 1000)

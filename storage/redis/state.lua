@@ -17,7 +17,7 @@
 -- All numbers are integers of at most 2^53, which a Lua number holds exactly.
 
 local char, sub, concat = string.char, string.sub, table.concat
-local pack, unpack, list = struct.pack, struct.unpack, unpack
+local pack, unpack = struct.pack, struct.unpack
 local floor, ceil, max, min, abs = math.floor, math.ceil, math.max, math.min, math.abs
 local exact = 2 ^ 53
 
@@ -135,7 +135,9 @@ local function living(s, now)
   local t = floor(now / l.Q)
   while i <= n and floor((s[i] + l.fade) / l.Q) <= t do i = i + 2 end
   if i == 3 then return s end
-  return { l, s[2], list(s, i, n) }
+  local out = { l, s[2] }
+  for j = i, n do out[j - i + 3] = s[j] end
+  return out
 end
 
 -- The state under rule r, ready for a change, and the bucket's own time.
@@ -163,7 +165,8 @@ end
 local function full(s, real) return not believable(s, real) or s[2] <= real and units(s, real) == 0 end
 
 -- Writes the states that are not full, with a time to live that outlasts them by a second, and by an hour
--- if the clock is the client's, which may stand still. Whether the value is wide does not depend on what was
+-- if the clock is the client's, which may stand still. A bucket of more holds than the form has room for is
+-- refused. Whether the value is wide does not depend on what was
 -- spent, as far as the rules can tell.
 local function store(key, states, rules, others, real, clocked)
   local kept, flags, last = {}, 0, real
@@ -179,10 +182,14 @@ local function store(key, states, rules, others, real, clocked)
   end
   for i = 1, #rules do keep(states[i]) end
   for i = 1, #others do keep(others[i]) end
-  if #kept == 0 then return redis.call('DEL', key) end
+  if #kept == 0 then
+    redis.call('DEL', key)
+    return char(1)
+  end
 
   local heads, bodies, hold, shared = { 't1', '' }, {}, flags == 32 and '<I7I7' or '<I7I4', true
-  for i = 2, #kept do
+  for i = 1, #kept do
+    if #kept[i] > 2 * 65535 then return char(5) end
     if kept[i][2] ~= kept[1][2] then shared = false end
   end
   if not shared then flags = flags + 64 end
@@ -196,6 +203,7 @@ local function store(key, states, rules, others, real, clocked)
     for h = 3, #s, 2 do bodies[#bodies + 1] = pack(hold, s[h], s[h + 1]) end
   end
   redis.call('SET', key, concat(heads) .. concat(bodies), 'PX', ceil((last - real) / 1000) + (clocked and 3601000 or 1000))
+  return char(1)
 end
 
 -- What an identifier has spent: its states and others as read returns them, or nil and what the script

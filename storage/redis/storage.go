@@ -68,7 +68,7 @@ var (
 	// ErrWrongType comes with ErrCorruptState: at the key is something that is not a string.
 	ErrWrongType = errors.New("WRONGTYPE: the key holds no string")
 
-	// ErrCrossSlot is for a call whose identifiers are in different slots of a cluster. Nothing was sent.
+	// ErrCrossSlot is for a call whose identifiers are in different slots of a cluster. Nothing was executed.
 	ErrCrossSlot = errors.New("throttler: redis: CROSSSLOT")
 )
 
@@ -87,6 +87,7 @@ type Storage struct {
 	fault   error // what every call returns
 
 	known atomic.Bool // the cluster's nodes have been asked for
+	byKey atomic.Bool // a single server has refused keys of different slots
 
 	mu       sync.RWMutex // guards what follows
 	learning *learning
@@ -99,10 +100,10 @@ var _ storage.Storage = (*Storage)(nil)
 // New returns a storage on a *Client, also one of NewFailoverClient, or on a *ClusterClient. The caller
 // closes the client, after the storage.
 //
-// The client's DialerRetries should be 1, so that a refused connection is an error at once, and the
-// timeouts of a ClusterClient at most Options.Timeout: calls return in time whatever they are, but the
-// connection is of no use until they have passed. Those of a *Client for reading and writing are set
-// here, and Open sets all of them. MaxRetries does not matter: the scripts are never retried.
+// The client's DialerRetries should be 1, so that a refused connection is an error at once, and its
+// timeouts at most Options.Timeout: calls return in time whatever they are, but a connection that is
+// stuck is of no use until they have passed. Open sets them. MaxRetries does not matter: the scripts are
+// never retried.
 func New(client goredis.UniversalClient, o *Options) *Storage {
 	s := &Storage{client: client, queues: make(map[string]*queue)}
 	if o != nil {
@@ -117,7 +118,6 @@ func New(client goredis.UniversalClient, o *Options) *Storage {
 	switch c := client.(type) {
 	case *goredis.Client:
 		if c != nil {
-			s.client = c.WithTimeout(s.options.Timeout)
 			return s
 		}
 	case *goredis.ClusterClient:
@@ -138,7 +138,8 @@ func New(client goredis.UniversalClient, o *Options) *Storage {
 //	redis://sentinel1:26379?addr=sentinel2:26379&master_name=main a server that sentinels watch
 //
 // The last has the login of the sentinels, and that of the server in the parameters username and password.
-// Timeouts that it does not give are Options.Timeout. Nothing is sent before the first call.
+// Timeouts that it does not give are Options.Timeout. Unless it has min_idle_conns, nothing is sent before
+// the first call.
 func Open(url string, o *Options) (*Storage, error) {
 	timeout := DefaultTimeout
 	if o != nil && o.Timeout != 0 {
@@ -266,10 +267,14 @@ func (s *Storage) key(name, id string) string {
 // moreKeys are the keys of a request's further parts, all of which must be in the first one's slot.
 func (s *Storage) moreKeys(r *storage.Request, first string) ([]string, error) {
 	var keys []string
+	var here uint16
+	if s.cluster != nil && len(r.More) > 0 {
+		here = slot(first)
+	}
 	for i := range r.More {
 		key := s.key(r.Name, r.More[i].Identifier)
-		if s.cluster != nil && slot(key) != slot(first) {
-			return nil, fmt.Errorf("%w: %.64q is in slot %d, %.64q in slot %d: see Options.HashTag", ErrCrossSlot, r.Part.Identifier, slot(first), r.More[i].Identifier, slot(key))
+		if s.cluster != nil && slot(key) != here {
+			return nil, fmt.Errorf("%w: %.64q is in slot %d, %.64q in slot %d: see Options.HashTag", ErrCrossSlot, r.Part.Identifier, here, r.More[i].Identifier, slot(key))
 		}
 		keys = append(keys, key)
 	}

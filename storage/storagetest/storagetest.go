@@ -199,6 +199,11 @@ func sixteenBuckets(t *testing.T, s storage.Storage) {
 	var bucketError *storage.BucketError
 	_, err = take(0, 16, 17)
 	require.ErrorAs(t, err, &bucketError, "16 buckets are not full: one more is refused with TooManyBuckets")
+	joint := request(name, 0, storage.Take, storage.NewPart("b", []storage.Rule{rule(t, "of b", storage.Replenish, time.Second, 1, 0)}, 1))
+	joint.More = []storage.Part{storage.NewPart("a", []storage.Rule{rule(t, "of a", storage.Replenish, time.Second, 1, 0)}, 1)}
+	_, err = s.Decide(t.Context(), joint)
+	require.ErrorAs(t, err, &bucketError)
+	assert.Equal(t, "of a", bucketError.Bucket, "the error names a bucket of the identifier that has too many")
 	v, err = take(0, 0, 1)
 	require.NoError(t, err)
 	assert.False(t, v.Allowed, "the first bucket was kept by calls that do not name it")
