@@ -2,7 +2,6 @@ package redis_test
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"testing"
 	"time"
@@ -48,7 +47,7 @@ func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 		err = s.Raise(t.Context(), d)
 	}
 	var e *storage.BucketError
-	require.True(t, errors.As(err, &e), "%v", err)
+	require.ErrorAs(t, err, &e)
 	_, err = s.Decide(t.Context(), storage.Request{Name: "debts", Clocked: true, Now: now, Mode: storage.Peek, Part: storage.NewPart("b", []storage.Rule{r}, 1)})
 	require.NoError(t, err, "what was there before is still there")
 }
