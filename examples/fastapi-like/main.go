@@ -1,9 +1,10 @@
 // Fastapi-like is a small web service with a rate limit: each client may ask five times in ten
-// seconds. It keeps the counts in its own memory and needs nothing else, or in a Redis that any
-// number of its processes share.
+// seconds. It keeps the counts in its own memory and needs nothing else, or in a Redis or Postgres that
+// any number of its processes share.
 //
 //	go run ./examples/fastapi-like                      # on port 8000; -addr changes that
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
+//	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
 //	for i in $(seq 20); do curl -s -w ' %{http_code}\n' localhost:8000; done
 //	curl -i -H 'X-API-Key: another' localhost:8000      # another client, with a limit of its own
@@ -28,8 +29,11 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/storage"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
@@ -47,11 +51,12 @@ func main() {
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("fastapi-like", flag.ExitOnError)
 	addr := flags.String("addr", ":8000", "listen on this `address`; port 0 picks a free one")
-	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), or in redis")
+	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), in redis or in postgres")
 	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis: the `URL` of a server, a cluster or sentinels")
+	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres: the `URL` of a database")
 	_ = flags.Parse(args)
 
-	store, closeStore, err := open(*kind, *redisURL)
+	store, closeStore, err := open(ctx, *kind, *redisURL, *postgresURL)
 	if err != nil {
 		return err
 	}
@@ -91,7 +96,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 }
 
 // open returns the storage of a kind, and what closes it.
-func open(kind, redisURL string) (storage.Storage, func(), error) {
+func open(ctx context.Context, kind, redisURL, postgresURL string) (storage.Storage, func(), error) {
 	switch kind {
 	case "runtime":
 		return memstore.New(nil), func() {}, nil
@@ -101,8 +106,19 @@ func open(kind, redisURL string) (storage.Storage, func(), error) {
 			return nil, nil, err
 		}
 		return s, func() { _ = s.Close() }, nil
+	case "postgres":
+		pool, err := pgxpool.New(ctx, postgresURL)
+		if err != nil {
+			return nil, nil, err
+		}
+		s, err := pgstore.New(ctx, pool, nil)
+		if err != nil {
+			pool.Close()
+			return nil, nil, err
+		}
+		return s, func() { _ = s.Close(); pool.Close() }, nil
 	}
-	return nil, nil, fmt.Errorf("-storage is %q, must be runtime or redis", kind)
+	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis or postgres", kind)
 }
 
 func newHandler(t *throttler.Throttler, log *slog.Logger) http.Handler {

@@ -324,13 +324,23 @@ func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing
 	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{16}: connection refused$", line["error"])
 }
 
-func TestTwoProcessesShareOneLimitInRedis(t *testing.T) {
+func TestTwoProcessesShareOneLimit(t *testing.T) {
 	t.Parallel()
-	url := servers.Redis(t).URL()
-	two := []*program{start(t, "-storage", "redis", "-redis-url", url), start(t, "-storage", "redis", "-redis-url", url)}
+	t.Run("in Redis", func(t *testing.T) {
+		t.Parallel()
+		shareOneLimit(t, "-storage", "redis", "-redis-url", servers.RedisURL(t))
+	})
+	t.Run("in Postgres", func(t *testing.T) {
+		t.Parallel()
+		shareOneLimit(t, "-storage", "postgres", "-postgres-url", servers.PostgresURL(t))
+	})
+}
+
+func shareOneLimit(t *testing.T, args ...string) {
+	two := []*program{start(t, args...), start(t, args...)}
 	begin, ok := time.Now(), 0
 	for i := range 12 {
-		if got := two[i%2].call(t, "GET", "/"); got.status == http.StatusOK {
+		if got := two[i%2].call(t, "GET", "/", "X-API-Key", t.Name()); got.status == http.StatusOK {
 			ok++
 		} else {
 			checkJSON(t, got, http.StatusTooManyRequests, limit)
