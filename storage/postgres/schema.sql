@@ -816,11 +816,15 @@ END $$;
 -- negative.
 CREATE OR REPLACE FUNCTION throttler_sweep_1(after bytea, rows int, since bytea, until bytea, sent bigint,
   OUT removed bigint, OUT last bytea) LANGUAGE sql VOLATILE AS $$
-  WITH near AS MATERIALIZED (SELECT t.id FROM throttler_state t WHERE t.id > after ORDER BY t.id LIMIT rows),
+  WITH clock AS MATERIALIZED (SELECT throttler_clock_1() AS now),
+  near AS MATERIALIZED (SELECT t.id, t.full_at, t.clocked FROM throttler_state t WHERE t.id > after ORDER BY t.id LIMIT rows),
+  found AS MATERIALIZED (
+    SELECT near.id FROM near, clock
+    WHERE CASE WHEN near.clocked THEN near.full_at <= sent AND near.id >= since AND near.id < until ELSE near.full_at <= clock.now END),
   gone AS MATERIALIZED (
-    SELECT t.id FROM throttler_state t JOIN near ON near.id = t.id
-    WHERE CASE WHEN t.clocked THEN t.full_at <= sent AND t.id >= since AND t.id < until ELSE t.full_at <= throttler_clock_1() END
+    SELECT t.id FROM throttler_state t JOIN found ON found.id = t.id, clock
+    WHERE t.full_at <= CASE WHEN t.clocked THEN sent ELSE clock.now END
     FOR UPDATE OF t SKIP LOCKED),
   deleted AS (DELETE FROM throttler_state t USING gone WHERE t.id = gone.id RETURNING t.id)
-  SELECT (SELECT count(*) FROM deleted), CASE WHEN (SELECT count(*) FROM near) = rows THEN (SELECT near.id FROM near ORDER BY near.id DESC LIMIT 1) END
+  SELECT (SELECT count(*) FROM deleted), CASE WHEN (SELECT count(*) FROM near) = rows THEN (SELECT max_id.id FROM (SELECT near.id FROM near ORDER BY near.id DESC LIMIT 1) AS max_id) END
 $$;

@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"sync"
 	"time"
 
@@ -82,10 +83,12 @@ type Storage struct {
 	options Options
 	names   names
 
-	// Flights of one kind have one statement, which locks rows in their order.
-	decisions *combine.Queue[query, answer] // requests of one identifier
-	joint     *combine.Queue[query, answer] // a request of several
-	changes   *combine.Queue[query, answer]
+	// Flights of one kind have one statement, which locks rows in their order. The requests of one identifier are
+	// always in the same lane, which has one flight at a time: two would wait for each other's row.
+	lanes   [2]*combine.Queue[query, answer]
+	seed    maphash.Seed
+	joint   *combine.Queue[query, answer] // a request of several
+	changes *combine.Queue[query, answer]
 
 	sweeps sweeps
 }
@@ -115,7 +118,10 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 		}
 	}
 	timeout := s.options.Timeout
-	s.decisions = combine.New(combine.Options{Timeout: timeout}, s.decide)
+	s.seed = maphash.MakeSeed()
+	for i := range s.lanes {
+		s.lanes[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.decide)
+	}
 	s.joint = combine.New(combine.Options{Timeout: timeout, Size: 1}, s.decideAll)
 	s.changes = combine.New(combine.Options{Timeout: timeout}, s.change)
 	return s, nil
@@ -147,7 +153,9 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 // Options.Timeout has passed. It does not close the pool.
 func (s *Storage) Close() error {
 	var wait sync.WaitGroup
-	wait.Go(s.decisions.Close)
+	for _, lane := range s.lanes {
+		wait.Go(lane.Close)
+	}
 	wait.Go(s.joint.Close)
 	wait.Go(s.changes.Close)
 	wait.Go(s.sweeps.close)
@@ -163,13 +171,14 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := r.Validate(); err != nil {
 		return v, err
 	}
-	queue := s.decisions
+	id := rowID(r.Name, r.Part.Identifier)
+	queue := s.lanes[maphash.Bytes(s.seed, id)%uint64(len(s.lanes))]
 	if len(r.More) > 0 {
 		queue = s.joint
 	}
 	c := queue.Get()
 	defer queue.Put(c)
-	c.Query = query{id: rowID(r.Name, r.Part.Identifier), request: r}
+	c.Query = query{id: id, request: r}
 	if err := s.ask(ctx, queue, c); err != nil {
 		return v, err
 	}

@@ -1,0 +1,62 @@
+package postgres_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+)
+
+func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	s := open(t, pool, pgstore.Options{Name: "churn"})
+	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
+	require.Empty(t, faults)
+	const each, minutes = 500, 30 // that many new identifiers come in each minute
+	for now := range int64(minutes) {
+		var wait sync.WaitGroup
+		for worker := range 50 {
+			wait.Go(func() {
+				for i := range each / 50 {
+					r := storage.Request{Name: "churn", Clocked: true, Now: now * 60_000_000, Part: storage.NewPart(fmt.Sprintf("%06d", int(now)*each+worker*each/50+i), []storage.Rule{minute}, 1)}
+					_, err := s.Decide(context.Background(), r)
+					assert.NoError(t, err)
+				}
+			})
+		}
+		wait.Wait()
+	}
+	require.NoError(t, s.Close(), "which waits for a sweep")
+	var rows int
+	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM churn_state").Scan(&rows))
+	assert.Less(t, rows, 4*each, "of %d identifiers %d are not full", each*minutes, each)
+}
+
+func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	s := open(t, pool, pgstore.Options{Name: "sweep"})
+	for i, period := range []time.Duration{time.Microsecond, time.Hour} {
+		rule, faults := storage.NewRule("1", storage.Replenish, period, 1, 0)
+		require.Empty(t, faults)
+		for n := range 40 {
+			_, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint(i, "-", n), []storage.Rule{rule}, 1)})
+			require.NoError(t, err)
+		}
+	}
+	removed, err := s.Sweep(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, int64(40), removed)
+	removed, err = s.Sweep(t.Context())
+	require.NoError(t, err)
+	assert.Zero(t, removed)
+}
