@@ -6,17 +6,21 @@ import (
 	"testing"
 )
 
-// measure makes b.N decisions on so many identifiers in turn, from so many goroutines, after one on each.
-func measure(b *testing.B, goroutines, identifiers int, decide func(id string) error) {
+// measure makes b.N decisions on so many identifiers in turn, from so many goroutines each time, after one
+// on each identifier.
+func measure(b *testing.B, goroutines []int, identifiers int, decide func(id string) error) {
 	b.Helper()
 	ids := make([]string, identifiers)
 	for i := range ids {
 		ids[i] = fmt.Sprintf("user:%d", i)
 	}
 	each(b, 256, identifiers, func(i int) error { return decide(ids[i]) })
-	b.ResetTimer()
-	each(b, goroutines, b.N, func(i int) error { return decide(ids[i%identifiers]) })
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "decisions/s")
+	for _, n := range goroutines {
+		b.Run(fmt.Sprintf("goroutines=%d", n), func(b *testing.B) {
+			each(b, n, b.N, func(i int) error { return decide(ids[i%identifiers]) })
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "decisions/s")
+		})
+	}
 }
 
 // each calls do for 0 to n-1 from so many goroutines.

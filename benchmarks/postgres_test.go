@@ -19,33 +19,31 @@ import (
 // an upsert for each limit (rate-limiter-flexible), and SELECT FOR UPDATE then UPDATE (Bucket4j). The floors
 // decide nothing.
 func BenchmarkPostgres(b *testing.B) {
-	for _, identifiers := range []int{100_000, 1} {
-		for _, goroutines := range []int{1, 64} {
-			for _, c := range []struct {
-				name string
-				open func(*testing.B, *pgxpool.Pool) func(id string) error
-			}{
-				{"throttler", onPostgres(pgstore.Options{Name: "logged"})},
-				{"throttler-unlogged", onPostgres(pgstore.Options{Name: "unlogged", Unlogged: true})},
-				{"upsert-per-limit", upserts},
-				{"select-for-update", forUpdate},
-				{"floor-update", update},
-				{"floor-select-1", selectOne},
-			} {
-				b.Run(fmt.Sprintf("%s/identifiers=%d/goroutines=%d", c.name, identifiers, goroutines), func(b *testing.B) {
-					config, err := pgxpool.ParseConfig(url(b, postgres))
-					if err != nil {
-						b.Fatal(err)
-					}
-					config.MaxConns = 64
-					pool, err := pgxpool.NewWithConfig(b.Context(), config)
-					if err != nil {
-						b.Fatal(err)
-					}
-					defer pool.Close()
-					measure(b, goroutines, identifiers, c.open(b, pool))
-				})
-			}
+	for _, c := range []struct {
+		name string
+		open func(*testing.B, *pgxpool.Pool) func(id string) error
+	}{
+		{"throttler", onPostgres(pgstore.Options{Name: "logged"})},
+		{"throttler-unlogged", onPostgres(pgstore.Options{Name: "unlogged", Unlogged: true})},
+		{"upsert-per-limit", upserts},
+		{"select-for-update", forUpdate},
+		{"floor-update", update},
+		{"floor-select-1", selectOne},
+	} {
+		for _, identifiers := range []int{100_000, 1} {
+			b.Run(fmt.Sprintf("%s/identifiers=%d", c.name, identifiers), func(b *testing.B) {
+				config, err := pgxpool.ParseConfig(url(b, postgres))
+				if err != nil {
+					b.Fatal(err)
+				}
+				config.MaxConns = 64
+				pool, err := pgxpool.NewWithConfig(b.Context(), config)
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer pool.Close()
+				measure(b, []int{1, 64}, identifiers, c.open(b, pool))
+			})
 		}
 	}
 }

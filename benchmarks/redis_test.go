@@ -35,27 +35,25 @@ func url(b *testing.B, start func() (*servers.Server, error)) string {
 // BenchmarkRedis makes decisions on two limits, for 1,000 identifiers in turn, from 1, 64 and 256
 // goroutines. A floor is what a script costs that decides nothing.
 func BenchmarkRedis(b *testing.B) {
-	for _, goroutines := range []int{1, 64, 256} {
-		for _, c := range []struct {
-			name string
-			open func(*testing.B, *goredis.Client) func(id string) error
-		}{
-			{"throttler", ours},
-			{"redis_rate", redisRate},
-			{"floor-EVALSHA", evalsha},
-			{"floor-AutoPipeline", autoPipeline},
-		} {
-			b.Run(fmt.Sprintf("%s/goroutines=%d", c.name, goroutines), func(b *testing.B) {
-				o, err := goredis.ParseURL(url(b, redis))
-				if err != nil {
-					b.Fatal(err)
-				}
-				o.PoolSize = 256
-				client := goredis.NewClient(o)
-				defer func() { _ = client.Close() }()
-				measure(b, goroutines, 1000, c.open(b, client))
-			})
-		}
+	for _, c := range []struct {
+		name string
+		open func(*testing.B, *goredis.Client) func(id string) error
+	}{
+		{"throttler", ours},
+		{"redis_rate", redisRate},
+		{"floor-EVALSHA", evalsha},
+		{"floor-AutoPipeline", autoPipeline},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			o, err := goredis.ParseURL(url(b, redis))
+			if err != nil {
+				b.Fatal(err)
+			}
+			o.PoolSize = 256
+			client := goredis.NewClient(o)
+			defer func() { _ = client.Close() }()
+			measure(b, []int{1, 64, 256}, 1000, c.open(b, client))
+		})
 	}
 }
 
