@@ -198,6 +198,15 @@ func (s *State) Full(real int64) bool {
 	return !s.believable(real) || s.Seen <= real && s.units(real) == 0
 }
 
+// FullAt is when the bucket is full if nobody takes, or the time real if it is.
+func (s *State) FullAt(real int64) int64 {
+	if !s.believable(real) {
+		return real
+	}
+	now := max(real, s.Seen)
+	return s.back(now, 0, s.spent(now))
+}
+
 // one is the number of units of a token.
 func (l *Law) one() int64 {
 	if l.Kind == Continuous || l.Kind == SlidingWindow {

@@ -2,220 +2,404 @@ package postgres
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/go-throttler/throttler/internal/combine"
 	"github.com/go-throttler/throttler/storage"
 )
 
+// A flight reads the rows of its calls, does to them what the calls ask, and writes those that have changed,
+// each on the condition that nobody else has written it meanwhile. So the arithmetic is that of package
+// storage, a refusal locks nothing and writes nothing, and no lock is held while this process thinks. Calls
+// of a row that somebody else has written are contended: they are done again in a transaction that
+// locks the row before it reads it.
+
 type call = combine.Call[query, answer]
 
 // query is a decision, or a change of one identifier.
 type query struct {
-	id      []byte
-	request storage.Request // of a decision
-	change  *change         // nil for a decision
+	ids     [][]byte // of the parts, or the identifier
+	request storage.Request
+	change  *change // nil for a decision
+
+	rows []*row // of the ids; the flight's
 }
 
-// change is what happens to one identifier. The numbers are those of throttler_change_1.
+// change is what happens to one identifier. A Reset has no rules.
 type change struct {
-	what    int32
-	sent    int64
+	clocked bool
+	now     int64
 	rules   []storage.Rule
-	amounts [][]storage.Amount // of each rule
+	charge  []storage.Amount   // of each rule, or nil
+	debt    [][]storage.Amount // of each rule, or nil
 }
 
-const (
-	whatCharge = iota
-	whatRaise
-	whatReset
-)
-
-// answer is what the function said to a query.
 type answer struct {
-	code   int64
-	counts []int64 // three for each bucket
-	at     int64   // when it arrived
+	verdict   storage.Verdict
+	contended bool // and not done
 }
 
-// The codes of throttler_judge_1.
-const (
-	admitted = 1
-	corrupt  = 2
-	tooMany  = 256 // and the number of buckets
-)
+// rules are those of one of the ids.
+func (q *query) rules(i int) []storage.Rule {
+	if q.change != nil {
+		return q.change.rules
+	}
+	return q.request.At(i).Rules
+}
 
-func (a *answer) fill(v *storage.Verdict) {
-	v.Allowed = a.code == admitted
-	for i := 0; 3*i < len(a.counts); i++ {
-		v.Set(i, storage.Count{Remaining: a.counts[3*i], ResetAfter: a.counts[3*i+1], RetryAfter: a.counts[3*i+2]})
+// act does what the call asks to its rows, by the server's clock unless it has its own.
+func act(c *call, server int64) {
+	q := &c.Query
+	c.Answer = answer{}
+	if q.change != nil {
+		c.Err = q.change.apply(q.rows[0], server)
+	} else {
+		c.Err = q.decide(&c.Answer.verdict, server)
 	}
 }
 
-func (q *query) err(code int64) error {
-	part := int(code / 65536)
-	code %= 65536
-	switch {
-	case code >= tooMany && q.change != nil:
-		return storage.TooManyBuckets(q.change.rules, int(code-tooMany))
-	case code >= tooMany:
-		return storage.TooManyBuckets(q.request.At(part).Rules, int(code-tooMany))
-	case code == corrupt:
-		return fmt.Errorf("%w: the row is none of this package's, or one of a later version, id %.99q", storage.ErrCorruptState, q.id)
+func (q *query) decide(v *storage.Verdict, now int64) error {
+	r, at := &q.request, storage.Monotonic()
+	if r.Clocked {
+		at, now = r.Now, r.Now
+	}
+	var few [4]storage.Draw
+	draws := few[:0]
+	for i, row := range q.rows {
+		part := r.At(i)
+		if err := cmp.Or(row.fault, row.room(part.Rules, now)); err != nil {
+			return err
+		}
+		for j := range part.Rules {
+			rule := &part.Rules[j]
+			draws = append(draws, storage.Draw{Rule: rule, Cost: part.Cost(j), State: row.state(rule.Name)})
+		}
+	}
+	v.Begin(r, Source, at)
+	v.Allowed = storage.Decide(r.Mode, now, draws)
+	for i := range draws {
+		v.Set(i, draws[i].Count)
+	}
+	if !v.Taken() {
+		return nil
+	}
+	for i, row := range q.rows {
+		rules := r.At(i).Rules
+		for j := range rules {
+			if draws[j].Cost > 0 {
+				row.set(rules[j].Name, draws[j].State)
+				row.touch(r.Clocked, now)
+			}
+		}
+		draws = draws[len(rules):]
 	}
 	return nil
 }
 
-// rules are the buckets of shapes, as the functions take them.
-type rules struct {
-	starts     []int32
-	names      []string
-	laws       []int64
-	capacities []int64
-	costs      []int64
-}
-
-func (r *rules) begin() { r.starts = append(r.starts, int32(len(r.names))) }
-
-func (r *rules) add(rule *storage.Rule, cost int64) {
-	r.names = append(r.names, rule.Name)
-	r.laws = append(r.laws, int64(rule.Kind), rule.Period, rule.Refill, rule.Tick, rule.Grain)
-	r.capacities = append(r.capacities, rule.Capacity)
-	r.costs = append(r.costs, min(cost, 4*rule.Capacity))
-}
-
-func (r *rules) addPart(p *storage.Part) {
-	r.begin()
-	for i := range p.Rules {
-		r.add(&p.Rules[i], p.Cost(i))
+func (d *change) apply(row *row, now int64) error {
+	if d.clocked {
+		now = d.now
 	}
-}
-
-// decide executes a flight of requests of one identifier each.
-func (s *Storage) decide(ctx context.Context, flight []*call) {
-	slices.SortStableFunc(flight, func(a, b *call) int { return bytes.Compare(a.Query.id, b.Query.id) })
-	var all combine.Shapes
-	var ids [][]byte
-	var firsts, lasts, index []int32
-	for i, c := range flight {
-		if i == 0 || !bytes.Equal(c.Query.id, ids[len(ids)-1]) {
-			ids, firsts, lasts = append(ids, c.Query.id), append(firsts, int32(i+1)), append(lasts, 0)
+	if d.rules == nil {
+		row.reset(now)
+		return nil
+	}
+	if err := cmp.Or(row.fault, row.room(d.rules, now)); err != nil {
+		return err
+	}
+	for i := range d.rules {
+		rule := &d.rules[i]
+		state := row.state(rule.Name)
+		switch {
+		case d.debt != nil && len(d.debt[i]) > 0:
+			state.Raise(rule, d.debt[i], now)
+		case d.charge != nil && d.charge[i].N > 0:
+			state.Charge(rule, d.charge[i], now)
+		case d.charge != nil && d.charge[i].N < 0 && state.Law != nil:
+			state.Refund(rule, storage.Amount{N: -d.charge[i].N, In: d.charge[i].In}, now)
+		default:
+			continue
 		}
-		lasts[len(lasts)-1] = int32(i + 1)
-		all.Add(&c.Query.request, 0)
-		index = append(index, int32(all.Index[i]+1))
+		row.set(rule.Name, state)
+		row.touch(d.clocked, now)
 	}
-	var r rules
-	var modes []int32
-	var times []int64
-	for i := range all.All {
-		w := &all.All[i]
-		modes, times = append(modes, int32(w.Mode)), append(times, sent(w.Clocked, w.Now))
-		r.addPart(w.Part)
-	}
-	r.begin()
-	defer s.swept(len(ids), &flight[len(flight)-1].Query)
-	s.fly(ctx, flight, s.names.decide, ids, firsts, lasts, index, r.starts, modes, times, r.names, r.laws, r.capacities, r.costs)
+	return nil
 }
 
-// decideAll executes a flight of one request.
-func (s *Storage) decideAll(ctx context.Context, flight []*call) {
-	request := &flight[0].Query.request
-	var ids [][]byte
-	var r rules
-	for i := range request.Parts() {
-		ids = append(ids, rowID(request.Name, request.At(i).Identifier))
-		r.addPart(request.At(i))
+// fly executes a flight of calls of one identifier each.
+func (s *Storage) fly(ctx context.Context, flight []*call) {
+	rows := rowsOf(flight)
+	now, err := s.read(ctx, rows)
+	if err != nil {
+		s.fail(flight, err)
+		return
 	}
-	r.begin()
-	s.fly(ctx, flight, s.names.decideAll, ids, r.starts, int32(request.Mode), sent(request.Clocked, request.Now), r.names, r.laws, r.capacities, r.costs)
-}
-
-// change executes a flight of changes.
-func (s *Storage) change(ctx context.Context, flight []*call) {
-	slices.SortStableFunc(flight, func(a, b *call) int { return bytes.Compare(a.Query.id, b.Query.id) })
-	var ids [][]byte
-	var whats, starts []int32
-	var times, ns, ins []int64
-	var r rules
+	s.swept(len(rows), flight)
 	for _, c := range flight {
-		d := c.Query.change
-		ids, whats, times = append(ids, c.Query.id), append(whats, d.what), append(times, d.sent)
-		r.begin()
-		for i := range d.rules {
-			r.add(&d.rules[i], 0)
-			starts = append(starts, int32(len(ns)))
-			for _, a := range d.amounts[i] {
-				a = a.Clamp()
-				ns, ins = append(ns, a.N), append(ins, a.In)
+		act(c, now)
+	}
+	changed := changedOf(rows)
+	if len(changed) == 0 {
+		return
+	}
+	err = s.write(ctx, changed, now)
+	for _, r := range changed {
+		switch {
+		case !r.changed:
+		case err == nil || rolledBack(err) || code(err) == lockNotAvailable:
+			s.contend(r.id)
+			for _, c := range r.calls {
+				c.Answer, c.Err = answer{contended: true}, nil
 			}
+		default:
+			s.fail(r.calls, err)
 		}
-	}
-	r.begin()
-	starts = append(starts, int32(len(ns)))
-	s.fly(ctx, flight, s.names.change, ids, whats, times, r.starts, r.names, r.laws, r.capacities, starts, ns, ins)
-}
-
-// fly calls a function and gives the calls of a flight their answers.
-func (s *Storage) fly(ctx context.Context, flight []*call, function string, args ...any) {
-	numbers, err := s.send(ctx, function, args)
-	for again := 0; again < 2 && rolledBack(err); again++ {
-		numbers, err = s.send(ctx, function, args)
-	}
-	at := storage.Monotonic()
-	for _, c := range flight {
-		if err != nil {
-			c.Err = s.unavailable(err)
-			continue
-		}
-		n := 1
-		if c.Query.change == nil {
-			n += 3 * c.Query.buckets()
-		}
-		if len(numbers) < n {
-			c.Err = s.unavailable(fmt.Errorf("the answer is %d numbers short", n-len(numbers)))
-			continue
-		}
-		c.Answer, c.Err = answer{numbers[0], numbers[1:n], at}, c.Query.err(numbers[0])
-		numbers = numbers[n:]
 	}
 }
 
-func (q *query) buckets() (n int) {
-	for i := range q.request.Parts() {
-		n += len(q.request.At(i).Rules)
+// flyContended executes a flight of contended calls, those of each identifier in a transaction of its own.
+func (s *Storage) flyContended(ctx context.Context, flight []*call) {
+	var wait sync.WaitGroup
+	for _, r := range rowsOf(flight) {
+		wait.Go(func() { s.transact(ctx, r.calls, []*row{r}) })
 	}
-	return n
+	wait.Wait()
 }
 
-// rolledBack tells of a deadlock or a serialization failure, after which nothing has happened.
-func rolledBack(err error) bool {
-	var e *pgconn.PgError
-	return errors.As(err, &e) && (e.Code == "40P01" || e.Code == "40001")
+// flyJoint executes a flight of one call of several identifiers.
+func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
+	q := &flight[0].Query
+	for i, id := range q.ids {
+		q.rows = append(q.rows, &row{id: id, rules: q.rules(i)})
+	}
+	rows := slices.Clone(q.rows)
+	slices.SortFunc(rows, func(a, b *row) int { return bytes.Compare(a.id, b.id) })
+	now, err := s.read(ctx, rows)
+	if err != nil {
+		s.fail(flight, err)
+		return
+	}
+	act(flight[0], now)
+	if slices.ContainsFunc(rows, func(r *row) bool { return r.changed }) {
+		s.transact(ctx, flight, rows)
+	}
 }
 
-// send calls the function in a transaction of its own, which a pipeline without BEGIN is until its end. The
-// server gives up before the context does, as pgx closes the connection when that ends.
-func (s *Storage) send(ctx context.Context, function string, args []any) (numbers []int64, err error) {
+// rowsOf returns the rows of calls of one identifier each, in the order of the ids, which is that in which every
+// transaction locks them.
+func rowsOf(flight []*call) []*row {
+	calls := slices.Clone(flight)
+	slices.SortStableFunc(calls, func(a, b *call) int { return bytes.Compare(a.Query.ids[0], b.Query.ids[0]) })
+	rows := make([]*row, 0, len(calls))
+	for i := 0; i < len(calls); {
+		r := &row{id: calls[i].Query.ids[0], rules: calls[i].Query.rules(0)}
+		rows = append(rows, r)
+		first := i
+		for ; i < len(calls) && bytes.Equal(calls[i].Query.ids[0], r.id); i++ {
+			calls[i].Query.rows = rows[len(rows)-1:]
+		}
+		r.calls = calls[first:i]
+	}
+	return rows
+}
+
+// transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
+// row is removed before it is locked.
+func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) {
+	conn, err := s.pool.Acquire(ctx)
+	if err != nil {
+		s.fail(calls, err)
+		return
+	}
+	defer conn.Release()
+	for again := 0; ; again++ {
+		done, err := s.attempt(ctx, conn.Conn(), calls, rows)
+		if done {
+			return
+		}
+		if conn.Conn().PgConn().TxStatus() != 'I' {
+			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
+		}
+		if err != nil && (again == 2 || !rolledBack(err)) {
+			s.fail(calls, err)
+			return
+		}
+	}
+}
+
+func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row) (done bool, err error) {
+	settings, err := s.settings(ctx, s.options.Timeout)
+	if err != nil {
+		return false, err
+	}
+	ids, found, now := idsOf(rows), 0, time.Time{}
+	b := &pgx.Batch{}
+	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
+	b.Queue(setSettings, settings...)
+	b.Queue(s.sql.blank, ids)
+	b.Queue(s.sql.lock, ids).Query(func(r pgx.Rows) (err error) {
+		found, err = scan(r, rows, &now)
+		return err
+	})
+	b.Queue("SELECT clock_timestamp()").QueryRow(func(r pgx.Row) error { return r.Scan(&now) })
+	if err := conn.SendBatch(ctx, b).Close(); err != nil || found < len(rows) {
+		return false, err
+	}
+	for _, c := range calls {
+		act(c, now.UnixMicro())
+	}
+	b = &pgx.Batch{}
+	s.queueWrites(b, changedOf(rows), now.UnixMicro())
+	b.Queue("COMMIT")
+	err = conn.SendBatch(ctx, b).Close()
+	return err == nil, err
+}
+
+// read reads rows, and the server's clock.
+func (s *Storage) read(ctx context.Context, rows []*row) (now int64, err error) {
+	var clock time.Time
+	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
+	if err == nil {
+		_, err = scan(r, rows, &clock)
+	}
+	return clock.UnixMicro(), err
+}
+
+// scan reads the answer to s.sql.read or s.sql.lock, and returns how many rows it has.
+func scan(r pgx.Rows, rows []*row, clock *time.Time) (n int, err error) {
+	var place, version int64
+	var state pgtype.DriverBytes
+	_, err = pgx.ForEachRow(r, []any{&place, &version, &state, clock}, func() error {
+		n++
+		rows[place-1].read(version, state)
+		return nil
+	})
+	return n, err
+}
+
+// write writes rows. Those that it has written are not changed any more.
+func (s *Storage) write(ctx context.Context, rows []*row, now int64) error {
+	settings, err := s.settings(ctx, s.options.Timeout/10)
+	if err != nil {
+		return err
+	}
+	b := &pgx.Batch{}
+	b.Queue(setSettings, settings...)
+	s.queueWrites(b, rows, now)
+	return s.pool.SendBatch(ctx, b).Close()
+}
+
+// queueWrites adds statements that write rows, which are in the order of their ids.
+func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64) {
+	written := func(r pgx.Rows) error {
+		var id pgtype.DriverBytes
+		_, err := pgx.ForEachRow(r, []any{&id}, func() error {
+			i, _ := slices.BinarySearchFunc(rows, id, func(r *row, id pgtype.DriverBytes) int { return bytes.Compare(r.id, id) })
+			rows[i].changed = false
+			return nil
+		})
+		return err
+	}
+	var inserts, updates columns
+	for _, r := range rows {
+		if r.version == 0 {
+			inserts.add(r, now)
+		} else {
+			updates.add(r, r.version+1)
+		}
+	}
+	if len(inserts.ids) > 0 {
+		b.Queue(s.sql.insert, inserts.ids, inserts.versions, inserts.states, inserts.fullAts, inserts.clocked).Query(written)
+	}
+	if len(updates.ids) > 0 {
+		b.Queue(s.sql.update, updates.ids, updates.versions, updates.states, updates.fullAts, updates.clocked).Query(written)
+	}
+}
+
+// columns are those of rows to be written.
+type columns struct {
+	ids, states       [][]byte
+	versions, fullAts []int64
+	clocked           []bool
+}
+
+func (c *columns) add(r *row, version int64) {
+	fullAt := r.forget()
+	c.ids = append(c.ids, r.id)
+	c.versions = append(c.versions, version)
+	c.states = append(c.states, r.encode())
+	c.fullAts = append(c.fullAts, fullAt)
+	c.clocked = append(c.clocked, r.clocked)
+}
+
+func changedOf(rows []*row) (changed []*row) {
+	for _, r := range rows {
+		if r.changed {
+			changed = append(changed, r)
+		}
+	}
+	return changed
+}
+
+func idsOf(rows []*row) [][]byte {
+	ids := make([][]byte, len(rows))
+	for i, r := range rows {
+		ids[i] = r.id
+	}
+	return ids
+}
+
+// setSettings is for the rest of a transaction, which a batch is.
+const setSettings = `SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true),
+	set_config('idle_in_transaction_session_timeout', $2, true), CASE WHEN $3 <> '' THEN set_config('synchronous_commit', $3, true) END`
+
+// settings are such that the server gives up before the context does, as pgx closes the connection when that
+// ends. No lock is waited for longer than given.
+func (s *Storage) settings(ctx context.Context, lock time.Duration) ([]any, error) {
 	deadline, _ := ctx.Deadline()
-	left := time.Until(deadline) - 5*time.Millisecond
+	left := time.Until(deadline) - max(5*time.Millisecond, s.options.Timeout/10)
 	if left < time.Millisecond {
 		return nil, context.DeadlineExceeded
 	}
-	ms := fmt.Sprint(left.Milliseconds(), "ms")
-	b := &pgx.Batch{}
-	b.Queue("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-	b.Queue("SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $1, true), CASE WHEN $2 <> '' THEN set_config('synchronous_commit', $2, true) END", ms, s.options.SynchronousCommit)
-	b.Queue(function, args...).QueryRow(func(row pgx.Row) error { return row.Scan(&numbers) })
-	err = s.pool.SendBatch(ctx, b).Close()
-	return numbers, err
+	return []any{milliseconds(max(time.Millisecond, min(lock, left))), milliseconds(left), s.options.SynchronousCommit}, nil
+}
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
+// code is what Postgres calls an error, empty if it is not one of Postgres.
+func code(err error) string {
+	var e *pgconn.PgError
+	if errors.As(err, &e) {
+		return e.Code
+	}
+	return ""
+}
+
+const (
+	serializationFailure = "40001"
+	deadlockDetected     = "40P01"
+	lockNotAvailable     = "55P03"
+)
+
+// rolledBack tells of an error after which nothing has happened, and the same may be tried again.
+func rolledBack(err error) bool { return code(err) == serializationFailure || code(err) == deadlockDetected }
+
+func (s *Storage) fail(calls []*call, err error) {
+	err = s.unavailable(err)
+	for _, c := range calls {
+		c.Err = err
+	}
 }
 
 // unavailable wraps the error of a round trip. The context of a flight is not the caller's, and must not

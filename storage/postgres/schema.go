@@ -47,18 +47,37 @@ func qualified(o *Options, suffix string) string {
 	return pgx.Identifier{o.Schema, o.Name + suffix}.Sanitize()
 }
 
-// names are the statements that call the functions.
-type names struct{ decide, decideAll, change, sweep string }
+// statements are the SQL of a flight.
+type statements struct{ read, insert, update, blank, lock, sweep string }
 
-func namesOf(o *Options) names {
-	call := func(function string, args int) string {
-		var list []string
-		for i := range args {
-			list = append(list, fmt.Sprint("$", i+1))
-		}
-		return fmt.Sprintf("SELECT %s(%s)", qualified(o, "_"+function+"_1"), strings.Join(list, ", "))
+// The rows of statements that write are in the order of their ids, and so locks are taken in it. Joins are such
+// that the only way is to look up each id, whatever Postgres knows of the size of the table.
+func statementsOf(o *Options) statements {
+	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", qualified(o, "_state")) }
+	const insert = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
+		SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) `
+	return statements{
+		read: on(`SELECT u.place, coalesce(t.version, 0), t.state, clock_timestamp() FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
+			LEFT JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id OFFSET 0) AS t ON true`),
+		insert: on(insert + `ON CONFLICT DO NOTHING RETURNING id`),
+		update: on(insert + `ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state, full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked
+			WHERE t.version = EXCLUDED.version - 1 RETURNING id`),
+		blank: on(`INSERT INTO throttler_state (id, version, state, full_at, clocked)
+			SELECT id, 1000000 * extract(epoch FROM clock_timestamp()), '', 0, false FROM unnest($1::bytea[]) AS id ON CONFLICT DO NOTHING`),
+		lock: on(`SELECT u.place, t.version, t.state, clock_timestamp() FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
+			CROSS JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id FOR UPDATE) AS t`),
+		sweep: on(`WITH clock AS MATERIALIZED (SELECT (1000000 * extract(epoch FROM clock_timestamp()))::bigint AS now),
+			near AS MATERIALIZED (SELECT id, full_at, clocked FROM throttler_state WHERE id > $1 ORDER BY id LIMIT $2),
+			found AS MATERIALIZED (
+				SELECT id FROM near, clock
+				WHERE CASE WHEN clocked THEN full_at <= $5 AND id >= $3 AND id < $4 ELSE full_at <= now END),
+			gone AS MATERIALIZED (
+				SELECT t.id FROM throttler_state AS t JOIN found USING (id), clock
+				WHERE t.full_at <= CASE WHEN t.clocked THEN $5 ELSE now END
+				FOR UPDATE OF t SKIP LOCKED),
+			deleted AS (DELETE FROM throttler_state AS t USING gone WHERE t.id = gone.id RETURNING t.id)
+			SELECT (SELECT count(*) FROM deleted), (SELECT id FROM near ORDER BY id OFFSET $2 - 1)`),
 	}
-	return names{call("decide", 11), call("decide_all", 8), call("change", 10), strings.Replace(call("sweep", 5), "SELECT", "SELECT * FROM", 1)}
 }
 
 // install executes the schema unless the comment on the table says that it has been. One process at a

@@ -1,8 +1,9 @@
 // Package postgres keeps consumption in PostgreSQL 14 or newer, where any number of processes share it.
 //
-// A decision is one call of a function: one round trip, atomic, by the clock of the server unless one is
-// injected. Concurrent decisions of one process share calls, and none waits for company. Each
-// identifier is one row. A refusal locks nothing and writes nothing.
+// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else
+// has meanwhile; who was too late begins again under a lock. So a refusal is one round trip, locks nothing and
+// writes nothing, and an admission is two. Concurrent decisions of one process share round trips, and none waits
+// for company. The clock is the server's unless one is injected.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	store, err := pgstore.New(ctx, pool, nil)
@@ -17,7 +18,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -81,16 +84,16 @@ func (e *OptionError) Error() string {
 type Storage struct {
 	pool    *pgxpool.Pool
 	options Options
-	names   names
-
-	// Flights of one kind have one statement, which locks rows in their order. The requests of one identifier are
-	// always in the same lane, which has one flight at a time: two would wait for each other's row.
-	lanes   [2]*combine.Queue[query, answer]
+	sql     statements
 	seed    maphash.Seed
-	joint   *combine.Queue[query, answer] // a request of several
-	changes *combine.Queue[query, answer]
 
-	sweeps sweeps
+	// The calls of an identifier are always in the same lane, which has one flight at a time: two would contend.
+	lanes  [2]*combine.Queue[query, answer]
+	locked [8]*combine.Queue[query, answer] // of contended calls
+	joint  *combine.Queue[query, answer]    // a call of several identifiers
+
+	contended [1024]atomic.Int64 // until when calls are, by the hashes of their ids
+	sweeps    sweeps
 }
 
 var _ storage.Replica = (*Storage)(nil)
@@ -111,7 +114,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
 	}
-	s.names = namesOf(&s.options)
+	s.sql = statementsOf(&s.options)
 	if !s.options.NoSchema {
 		if err := s.install(ctx); err != nil {
 			return nil, err
@@ -120,10 +123,12 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	timeout := s.options.Timeout
 	s.seed = maphash.MakeSeed()
 	for i := range s.lanes {
-		s.lanes[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.decide)
+		s.lanes[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.fly)
 	}
-	s.joint = combine.New(combine.Options{Timeout: timeout, Size: 1}, s.decideAll)
-	s.changes = combine.New(combine.Options{Timeout: timeout}, s.change)
+	for i := range s.locked {
+		s.locked[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.flyContended)
+	}
+	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
 	return s, nil
 }
 
@@ -153,11 +158,9 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 // Options.Timeout has passed. It does not close the pool.
 func (s *Storage) Close() error {
 	var wait sync.WaitGroup
-	for _, lane := range s.lanes {
-		wait.Go(lane.Close)
+	for _, queue := range slices.Concat(s.lanes[:], s.locked[:], []*combine.Queue[query, answer]{s.joint}) {
+		wait.Go(queue.Close)
 	}
-	wait.Go(s.joint.Close)
-	wait.Go(s.changes.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
 	return nil
@@ -171,24 +174,11 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := r.Validate(); err != nil {
 		return v, err
 	}
-	id := rowID(r.Name, r.Part.Identifier)
-	queue := s.lanes[maphash.Bytes(s.seed, id)%uint64(len(s.lanes))]
-	if len(r.More) > 0 {
-		queue = s.joint
+	q := query{request: r}
+	for i := range r.Parts() {
+		q.ids = append(q.ids, rowID(r.Name, r.At(i).Identifier))
 	}
-	c := queue.Get()
-	defer queue.Put(c)
-	c.Query = query{id: id, request: r}
-	if err := s.ask(ctx, queue, c); err != nil {
-		return v, err
-	}
-	at := c.Answer.at
-	if r.Clocked {
-		at = r.Now
-	}
-	v.Begin(&c.Query.request, Source, at)
-	c.Answer.fill(&v)
-	return v, nil
+	return s.ask(ctx, &q)
 }
 
 // Charge implements storage.Storage.
@@ -199,11 +189,11 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	d := change{what: whatCharge, sent: sent(c.Clocked, c.Now), rules: c.Rules}
-	for i := range c.Amounts {
-		d.amounts = append(d.amounts, c.Amounts[i:i+1])
+	amounts := slices.Clone(c.Amounts)
+	for i, a := range amounts {
+		amounts[i] = a.Clamp()
 	}
-	return s.apply(ctx, c.Name, c.Identifier, &d)
+	return s.change(ctx, c.Name, c.Identifier, &change{clocked: c.Clocked, now: c.Now, rules: c.Rules, charge: amounts})
 }
 
 // Raise implements storage.Replica.
@@ -214,7 +204,14 @@ func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
 	if err := d.Validate(); err != nil {
 		return err
 	}
-	return s.apply(ctx, d.Name, d.Identifier, &change{what: whatRaise, sent: sent(d.Clocked, d.Now), rules: d.Rules, amounts: d.Amounts})
+	debts := slices.Clone(d.Amounts)
+	for i := range debts {
+		debts[i] = slices.Clone(debts[i])
+		for j, a := range debts[i] {
+			debts[i][j] = a.Clamp()
+		}
+	}
+	return s.change(ctx, d.Name, d.Identifier, &change{clocked: d.Clocked, now: d.Now, rules: d.Rules, debt: debts})
 }
 
 // Reset implements storage.Storage.
@@ -225,31 +222,59 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := storage.ValidateIdentifier(identifier); err != nil {
 		return err
 	}
-	return s.apply(ctx, name, identifier, &change{what: whatReset, sent: -1})
+	return s.change(ctx, name, identifier, &change{})
 }
 
-func (s *Storage) apply(ctx context.Context, name, identifier string, d *change) error {
-	c := s.changes.Get()
-	defer s.changes.Put(c)
-	c.Query = query{id: rowID(name, identifier), change: d}
-	return s.ask(ctx, s.changes, c)
-}
-
-func (s *Storage) ask(ctx context.Context, queue *combine.Queue[query, answer], c *call) error {
-	err := queue.Do(ctx, c)
-	if errors.Is(err, combine.ErrTimeout) {
-		return s.unavailable(err)
-	}
+func (s *Storage) change(ctx context.Context, name, identifier string, d *change) error {
+	_, err := s.ask(ctx, &query{ids: [][]byte{rowID(name, identifier)}, change: d})
 	return err
+}
+
+// ask sends a query. One that turns out to be contended is sent again, within the same time.
+func (s *Storage) ask(ctx context.Context, q *query) (v storage.Verdict, err error) {
+	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
+	if len(q.ids) > 1 {
+		v, _, err = s.send(ctx, s.joint, q)
+		return v, err
+	}
+	locked := s.locked[hash%uint64(len(s.locked))]
+	if s.contention(hash).Load() > storage.Monotonic() {
+		v, _, err = s.send(ctx, locked, q)
+		return v, err
+	}
+	v, contended, err := s.send(ctx, s.lanes[hash%uint64(len(s.lanes))], q)
+	if err != nil || !contended {
+		return v, err
+	}
+	rest, cancel := context.WithDeadline(ctx, began.Add(s.options.Timeout))
+	defer cancel()
+	v, _, err = s.send(rest, locked, q)
+	if err != nil && ctx.Err() == nil && rest.Err() != nil {
+		err = s.unavailable(rest.Err())
+	}
+	return v, err
+}
+
+func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer], q *query) (v storage.Verdict, contended bool, err error) {
+	c := queue.Get()
+	defer queue.Put(c)
+	c.Query = *q
+	if err := queue.Do(ctx, c); errors.Is(err, combine.ErrTimeout) {
+		return v, false, s.unavailable(err)
+	} else if err != nil {
+		return v, false, err
+	}
+	return c.Answer.verdict, c.Answer.contended, nil
+}
+
+// contend has the calls of an id lock its row from the beginning for a second.
+func (s *Storage) contend(id []byte) {
+	s.contention(maphash.Bytes(s.seed, id)).Store(storage.Monotonic() + 1_000_000)
+}
+
+func (s *Storage) contention(hash uint64) *atomic.Int64 {
+	return &s.contended[hash>>32%uint64(len(s.contended))]
 }
 
 // rowID is the key of a row. Names have no colon.
 func rowID(name, identifier string) []byte { return []byte(name + ":" + identifier) }
-
-// sent is the time that a call brings along, or -1.
-func sent(clocked bool, now int64) int64 {
-	if clocked {
-		return now
-	}
-	return -1
-}

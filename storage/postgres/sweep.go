@@ -25,13 +25,16 @@ type sweeps struct {
 	wait   sync.WaitGroup
 }
 
-// swept counts n rows that were decided on, the last of them by q, and sweeps if it is time.
-func (s *Storage) swept(n int, q *query) {
+// swept counts n rows that a flight has looked at, and sweeps if it is time.
+func (s *Storage) swept(n int, flight []*call) {
 	w := &s.sweeps
 	if w.due.Add(int64(n)) < sweepEvery || !w.begin() {
 		return
 	}
-	name, sent := q.request.Name, sent(q.request.Clocked, q.request.Now)
+	name, sent := "", int64(-1)
+	if r := &flight[0].Query.request; r.Clocked {
+		name, sent = r.Name, r.Now
+	}
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
 		defer cancel()
@@ -75,7 +78,7 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int
 	if after == nil {
 		after = []byte{}
 	}
-	err = s.pool.QueryRow(ctx, s.names.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).Scan(&removed, &last)
+	err = s.pool.QueryRow(ctx, s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).Scan(&removed, &last)
 	return removed, last, err
 }
 

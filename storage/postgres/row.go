@@ -1,0 +1,204 @@
+package postgres
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// row is what is known of one identifier.
+type row struct {
+	id      []byte
+	version int64 // 0 if there is none
+	buckets []bucket
+	fault   error // why the buckets cannot be read
+
+	changed bool // and not written yet
+	now     int64
+	clocked bool // now is the client's, not the server's
+
+	rules []storage.Rule // those that the buckets probably have
+	calls []*call        // those of this identifier, if none of the flight has several
+}
+
+// bucket is one that was not full when the row was written.
+type bucket struct {
+	name  string
+	state storage.State
+}
+
+// find returns the bucket of a name, or nil.
+func (r *row) find(name string) *bucket {
+	for i := range r.buckets {
+		if r.buckets[i].name == name {
+			return &r.buckets[i]
+		}
+	}
+	return nil
+}
+
+// state is that of a bucket, the zero State if there is none.
+func (r *row) state(name string) (s storage.State) {
+	if b := r.find(name); b != nil {
+		s = b.state
+	}
+	return s
+}
+
+func (r *row) set(name string, s storage.State) {
+	if b := r.find(name); b != nil {
+		b.state = s
+		return
+	}
+	r.buckets = append(r.buckets, bucket{name, s})
+}
+
+// room returns the error of a call by rules which would leave more buckets than may be.
+func (r *row) room(rules []storage.Rule, now int64) error {
+	n := len(rules)
+	if n+len(r.buckets) <= storage.MaxBuckets {
+		return nil
+	}
+	for i := range r.buckets {
+		b := &r.buckets[i]
+		if !slices.ContainsFunc(rules, func(rule storage.Rule) bool { return rule.Name == b.name }) && !b.state.Full(now) {
+			n++
+		}
+	}
+	return storage.TooManyBuckets(rules, n)
+}
+
+// touch says that the row was changed, and when.
+func (r *row) touch(clocked bool, now int64) { r.changed, r.clocked, r.now = true, clocked, now }
+
+// reset forgets all buckets, also those that cannot be read.
+func (r *row) reset(now int64) {
+	if r.version > 0 || len(r.buckets) > 0 {
+		r.buckets, r.fault = nil, nil
+		r.touch(false, now)
+	}
+}
+
+// tombstone is how long the row of an identifier stays that was reset, so that who has read it before finds it
+// changed.
+const tombstone = 60_000_000
+
+// forget drops the buckets that are full, and returns when all others are.
+func (r *row) forget() (fullAt int64) {
+	r.buckets = slices.DeleteFunc(r.buckets, func(b bucket) bool { return b.state.Full(r.now) })
+	if len(r.buckets) == 0 {
+		return r.now + tombstone
+	}
+	for i := range r.buckets {
+		fullAt = max(fullAt, r.buckets[i].state.FullAt(r.now))
+	}
+	return fullAt
+}
+
+// The state column is format and then, for each bucket, its name behind its length, the five numbers of its
+// law, when it was last changed, and behind their number its holds: by how much later each ends than the one
+// before, and N. All numbers are varints. It is empty for an identifier that was reset.
+const format = 1
+
+func (r *row) encode() []byte {
+	if len(r.buckets) == 0 {
+		return []byte{}
+	}
+	out := append(make([]byte, 0, 40*len(r.buckets)), format)
+	for i := range r.buckets {
+		b := &r.buckets[i]
+		s := &b.state
+		out = binary.AppendUvarint(out, uint64(len(b.name)))
+		out = append(out, b.name...)
+		for _, n := range [...]int64{int64(s.Law.Kind), s.Law.Period, s.Law.Refill, s.Law.Tick, s.Law.Grain, s.Seen, int64(len(s.Holds()))} {
+			out = binary.AppendUvarint(out, uint64(n))
+		}
+		end := int64(0)
+		for _, h := range s.Holds() {
+			out = binary.AppendUvarint(out, uint64(h.End-end))
+			out = binary.AppendUvarint(out, uint64(h.N))
+			end = h.End
+		}
+	}
+	return out
+}
+
+// read sets the row to what Postgres has: buckets or a fault. Where a bucket is that of the rule in the same
+// place, it shares the rule's name and law.
+func (r *row) read(version int64, state []byte) {
+	d := decoder{rest: state}
+		if len(state) > 0 && d.bytes(1)[0] != format {
+		d.fail("format")
+	}
+	r.version, r.buckets, r.fault, r.changed = version, nil, nil, false
+	for i := 0; len(d.rest) > 0; i++ {
+		name := d.bytes(d.number("name", 1<<16))
+		law := storage.Law{
+			Kind:   storage.Kind(d.number("kind", int64(storage.SlidingLog))),
+			Period: d.number("period", most),
+			Refill: d.number("refill", most),
+			Tick:   d.number("tick", most),
+			Grain:  d.number("grain", most),
+		}
+		if law.Period == 0 || law.Tick == 0 || law.Period%law.Tick != 0 || law.Grain == 0 || law.Kind == storage.Continuous && law.Refill == 0 {
+			d.fail("law")
+		}
+		b := bucket{state: storage.State{Seen: d.number("time", most)}}
+		if i < len(r.rules) && string(name) == r.rules[i].Name && law == r.rules[i].Law {
+			b.name, b.state.Law = r.rules[i].Name, &r.rules[i].Law
+		} else {
+			own := law
+			b.name, b.state.Law = string(name), &own
+		}
+		end := int64(0)
+		for n := d.number("number of holds", int64(len(d.rest))); n > 0; n-- {
+			end = min(most, end+d.number("end", most))
+			b.state.Append(storage.Hold{End: end, N: d.number("tokens", most)})
+		}
+		if law.Kind == storage.Continuous && len(b.state.Holds()) > 1 {
+			d.fail("number of levels")
+		}
+		r.buckets = append(r.buckets, b)
+	}
+	if d.fault != "" {
+		r.fault = fmt.Errorf("%w: the row of id %.99q is none of this package's, or one of a later version: its %s cannot be read", storage.ErrCorruptState, r.id, d.fault)
+	}
+}
+
+// most is the largest number of the arithmetic.
+const most = 1<<53 - 1
+
+// decoder reads what there is. After a fault there is nothing more.
+type decoder struct {
+	rest  []byte
+	fault string // what cannot be read
+}
+
+func (d *decoder) fail(what string) {
+	if d.fault == "" {
+		d.fault = what
+	}
+	d.rest = nil
+}
+
+func (d *decoder) number(what string, most int64) int64 {
+	n, size := binary.Uvarint(d.rest)
+	if size <= 0 || n > uint64(most) {
+		d.fail(what)
+		return 0
+	}
+	d.rest = d.rest[size:]
+	return int64(n)
+}
+
+func (d *decoder) bytes(n int64) []byte {
+	if n > int64(len(d.rest)) {
+		d.fail("name")
+		return nil
+	}
+	out := d.rest[:n]
+	d.rest = d.rest[n:]
+	return out
+}
