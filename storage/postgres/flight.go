@@ -172,7 +172,11 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 func (s *Storage) flyContended(ctx context.Context, flight []*call) {
 	var wait sync.WaitGroup
 	for _, r := range rowsOf(flight) {
-		wait.Go(func() { s.transact(ctx, r.calls, []*row{r}) })
+		wait.Go(func() {
+			if err := s.transact(ctx, r.calls, []*row{r}); code(err) == lockNotAvailable {
+				s.contend(r.id)
+			}
+		})
 	}
 	wait.Wait()
 }
@@ -192,7 +196,7 @@ func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
 	}
 	act(flight[0], now)
 	if slices.ContainsFunc(rows, func(r *row) bool { return r.changed }) {
-		s.transact(ctx, flight, rows)
+		_ = s.transact(ctx, flight, rows) // the call has the error
 	}
 }
 
@@ -216,30 +220,30 @@ func rowsOf(flight []*call) []*row {
 
 // transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
 // row is removed before it is locked.
-func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) {
+func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) error {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		s.fail(calls, err)
-		return
+		return err
 	}
 	defer conn.Release()
 	for again := 0; ; again++ {
 		done, err := s.attempt(ctx, conn.Conn(), calls, rows)
 		if done {
-			return
+			return nil
 		}
 		if conn.Conn().PgConn().TxStatus() != 'I' {
 			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
 		}
 		if err != nil && (again == 2 || !rolledBack(err)) {
 			s.fail(calls, err)
-			return
+			return err
 		}
 	}
 }
 
 func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row) (done bool, err error) {
-	settings, err := s.settings(ctx, s.options.Timeout)
+	settings, err := s.settings(ctx, s.options.Timeout*8/10) // the call has been in a lane before
 	if err != nil {
 		return false, err
 	}
@@ -393,7 +397,9 @@ const (
 )
 
 // rolledBack tells of an error after which nothing has happened, and the same may be tried again.
-func rolledBack(err error) bool { return code(err) == serializationFailure || code(err) == deadlockDetected }
+func rolledBack(err error) bool {
+	return code(err) == serializationFailure || code(err) == deadlockDetected
+}
 
 func (s *Storage) fail(calls []*call, err error) {
 	err = s.unavailable(err)

@@ -129,7 +129,7 @@ func (r *row) encode() []byte {
 // place, it shares the rule's name and law.
 func (r *row) read(version int64, state []byte) {
 	d := decoder{rest: state}
-		if len(state) > 0 && d.bytes(1)[0] != format {
+	if len(state) > 0 && d.bytes(1)[0] != format {
 		d.fail("format")
 	}
 	r.version, r.buckets, r.fault, r.changed = version, nil, nil, false

@@ -57,7 +57,7 @@ func statementsOf(o *Options) statements {
 	const insert = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
 		SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) `
 	return statements{
-		read: on(`SELECT u.place, coalesce(t.version, 0), t.state, clock_timestamp() FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
+		read: on(`SELECT u.place, coalesce(t.version, 0), t.state, clock_timestamp() FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS u (id, place)
 			LEFT JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id OFFSET 0) AS t ON true`),
 		insert: on(insert + `ON CONFLICT DO NOTHING RETURNING id`),
 		update: on(insert + `ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state, full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked

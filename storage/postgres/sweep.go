@@ -4,6 +4,10 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/go-throttler/throttler/storage"
 )
 
 // Rows whose buckets are all full are of no use. Who decides sweeps: for every sweepEvery rows that were
@@ -66,6 +70,12 @@ func (w *sweeps) end(last []byte, err error) {
 	}
 }
 
+func (w *sweeps) isClosed() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.closed
+}
+
 // close waits for a sweep in progress.
 func (w *sweeps) close() {
 	w.mu.Lock()
@@ -78,7 +88,10 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int
 	if after == nil {
 		after = []byte{}
 	}
-	err = s.pool.QueryRow(ctx, s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).Scan(&removed, &last)
+	b := &pgx.Batch{}
+	b.Queue("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).QueryRow(func(r pgx.Row) error { return r.Scan(&removed, &last) })
+	err = s.pool.SendBatch(ctx, b).Close()
 	return removed, last, err
 }
 
@@ -87,6 +100,9 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int
 // It takes the table in small pieces, waits for no lock, and ends with the context.
 func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 	for last := []byte(nil); ; {
+		if s.sweeps.isClosed() {
+			return removed, storage.ErrClosed
+		}
 		n, next, err := s.sweep(ctx, last, "", -1)
 		removed += n
 		if err != nil {

@@ -59,4 +59,30 @@ func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	removed, err = s.Sweep(t.Context())
 	require.NoError(t, err)
 	assert.Zero(t, removed)
+	require.NoError(t, s.Close())
+	_, err = s.Sweep(t.Context())
+	assert.ErrorIs(t, err, storage.ErrClosed)
+}
+
+func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
+	t.Parallel()
+	for _, level := range []string{"repeatable read", "serializable"} {
+		t.Run(level, func(t *testing.T) {
+			t.Parallel()
+			pool := connect(t, servers.Postgres(t, "-c", "default_transaction_isolation="+level).URL())
+			s := open(t, pool, pgstore.Options{})
+			short, faults := storage.NewRule("short", storage.Replenish, time.Millisecond, 10, 0)
+			require.Empty(t, faults)
+			crowd(20, func(i int) {
+				for n := range 50 {
+					if i == 0 {
+						_, err := s.Sweep(t.Context())
+						assert.NoError(t, err)
+					}
+					_, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint(n), []storage.Rule{short}, 1)})
+					assert.NoError(t, err)
+				}
+			})
+		})
+	}
 }
