@@ -58,15 +58,24 @@ func (q *query) rules(i int) []storage.Rule {
 	return q.request.At(i).Rules
 }
 
-// act does what the call asks to its rows, by the server's clock unless it has its own.
-func act(c *call, server int64) {
-	q := &c.Query
-	c.Answer = answer{}
-	if q.change != nil {
-		c.Err = q.change.apply(q.rows[0], server)
-	} else {
-		c.Err = q.decide(&c.Answer.verdict, server)
+// act does to the rows what the calls ask, by the server's clock where they have none, and returns those that
+// have changed.
+func act(calls []*call, rows []*row, now int64) (changed []*row) {
+	for _, c := range calls {
+		q := &c.Query
+		c.Answer = answer{}
+		if q.change != nil {
+			c.Err = q.change.apply(q.rows[0], now)
+		} else {
+			c.Err = q.decide(&c.Answer.verdict, now)
+		}
 	}
+	for _, r := range rows {
+		if r.changed {
+			changed = append(changed, r)
+		}
+	}
+	return changed
 }
 
 func (q *query) decide(v *storage.Verdict, now int64) error {
@@ -137,23 +146,15 @@ func (d *change) apply(row *row, now int64) error {
 	return nil
 }
 
-// fly executes a flight of calls of one identifier each.
+// fly executes a flight of calls of one identifier each, none of which is in another flight.
 func (s *Storage) fly(ctx context.Context, flight []*call) {
 	rows := rowsOf(flight)
-	now, err := s.read(ctx, rows)
-	if err != nil {
-		s.fail(flight, err)
-		return
-	}
+	changed, now := s.look(ctx, flight, rows)
 	s.swept(len(rows), flight)
-	for _, c := range flight {
-		act(c, now)
-	}
-	changed := changedOf(rows)
 	if len(changed) == 0 {
 		return
 	}
-	err = s.write(ctx, changed, now)
+	err := s.write(ctx, changed, now)
 	for _, r := range changed {
 		switch {
 		case !r.changed:
@@ -170,8 +171,9 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 
 // flyContended executes a flight of contended calls, those of each identifier in a transaction of its own.
 func (s *Storage) flyContended(ctx context.Context, flight []*call) {
+	changed, _ := s.look(ctx, flight, rowsOf(flight))
 	var wait sync.WaitGroup
-	for _, r := range rowsOf(flight) {
+	for _, r := range changed {
 		wait.Go(func() {
 			if err := s.transact(ctx, r.calls, []*row{r}); code(err) == lockNotAvailable {
 				s.contend(r.id)
@@ -189,15 +191,25 @@ func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
 	}
 	rows := slices.Clone(q.rows)
 	slices.SortFunc(rows, func(a, b *row) int { return bytes.Compare(a.id, b.id) })
-	now, err := s.read(ctx, rows)
-	if err != nil {
-		s.fail(flight, err)
-		return
-	}
-	act(flight[0], now)
-	if slices.ContainsFunc(rows, func(r *row) bool { return r.changed }) {
+	if changed, _ := s.look(ctx, flight, rows); len(changed) > 0 {
 		_ = s.transact(ctx, flight, rows) // the call has the error
 	}
+}
+
+// look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
+// server's time.
+func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
+	var clock time.Time
+	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
+	if err == nil {
+		_, err = scan(r, rows, &clock)
+	}
+	if err != nil {
+		s.fail(calls, err)
+		return nil, 0
+	}
+	now = clock.UnixMicro()
+	return act(calls, rows, now), now
 }
 
 // rowsOf returns the rows of calls of one identifier each, in the order of the ids, which is that in which every
@@ -249,7 +261,7 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 	}
 	ids, found, now := idsOf(rows), 0, time.Time{}
 	b := &pgx.Batch{}
-	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
+	b.Queue(begin)
 	b.Queue(setSettings, settings...)
 	b.Queue(s.sql.blank, ids)
 	b.Queue(s.sql.lock, ids).Query(func(r pgx.Rows) (err error) {
@@ -260,24 +272,12 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 	if err := conn.SendBatch(ctx, b).Close(); err != nil || found < len(rows) {
 		return false, err
 	}
-	for _, c := range calls {
-		act(c, now.UnixMicro())
-	}
+	changed := act(calls, rows, now.UnixMicro())
 	b = &pgx.Batch{}
-	s.queueWrites(b, changedOf(rows), now.UnixMicro())
+	s.queueWrites(b, changed, now.UnixMicro())
 	b.Queue("COMMIT")
 	err = conn.SendBatch(ctx, b).Close()
 	return err == nil, err
-}
-
-// read reads rows, and the server's clock.
-func (s *Storage) read(ctx context.Context, rows []*row) (now int64, err error) {
-	var clock time.Time
-	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
-	if err == nil {
-		_, err = scan(r, rows, &clock)
-	}
-	return clock.UnixMicro(), err
 }
 
 // scan reads the answer to s.sql.read or s.sql.lock, and returns how many rows it has.
@@ -347,15 +347,6 @@ func (c *columns) add(r *row, version int64) {
 	c.clocked = append(c.clocked, r.clocked)
 }
 
-func changedOf(rows []*row) (changed []*row) {
-	for _, r := range rows {
-		if r.changed {
-			changed = append(changed, r)
-		}
-	}
-	return changed
-}
-
 func idsOf(rows []*row) [][]byte {
 	ids := make([][]byte, len(rows))
 	for i, r := range rows {
@@ -363,6 +354,9 @@ func idsOf(rows []*row) [][]byte {
 	}
 	return ids
 }
+
+// begin is for what waits for a lock and then reads what others have committed.
+const begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 // setSettings is for the rest of a transaction, which a batch is.
 const setSettings = `SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true),

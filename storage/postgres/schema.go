@@ -1,13 +1,12 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -18,33 +17,31 @@ import (
 //go:embed schema.sql
 var schemaSQL string
 
-// Schema returns the SQL that New executes: the table and the functions, for people who do that by
-// migrations of their own (Options.NoSchema). It may be executed any number of times.
+// schemaVersion is the comment on a table that schemaSQL has made.
+var schemaVersion = fmt.Sprintf("%.8x", sha256.Sum256([]byte(schemaSQL)))
+
+// Schema returns the SQL that New executes: one table, for people who do that by migrations of their own
+// (Options.NoSchema). It may be executed any number of times.
 func Schema(o *Options) string {
 	var p Options
 	if o != nil {
 		p = *o
 	}
-	if p.Name == "" {
-		p.Name = DefaultName
-	}
+	p.Name = cmp.Or(p.Name, DefaultName)
 	sql := schemaSQL
 	if p.Unlogged {
 		sql = strings.Replace(sql, "CREATE TABLE", "CREATE UNLOGGED TABLE", 1)
 	}
-	sql = regexp.MustCompile(`\bthrottler_\w+`).ReplaceAllStringFunc(sql, func(name string) string {
-		return qualified(&p, strings.TrimPrefix(name, "throttler"))
-	})
-	sum := sha256.Sum256([]byte(sql))
-	return fmt.Sprintf("%s\nCOMMENT ON TABLE %s IS '%s';\n", sql, qualified(&p, "_state"), hex.EncodeToString(sum[:8]))
+	sql += fmt.Sprintf("COMMENT ON TABLE throttler_state IS '%s';\n", schemaVersion)
+	return strings.ReplaceAll(sql, "throttler_state", p.table())
 }
 
-// qualified is the name of an object, quoted.
-func qualified(o *Options, suffix string) string {
+// table is its name, quoted.
+func (o *Options) table() string {
 	if o.Schema == "" {
-		return pgx.Identifier{o.Name + suffix}.Sanitize()
+		return pgx.Identifier{o.Name + "_state"}.Sanitize()
 	}
-	return pgx.Identifier{o.Schema, o.Name + suffix}.Sanitize()
+	return pgx.Identifier{o.Schema, o.Name + "_state"}.Sanitize()
 }
 
 // statements are the SQL of a flight.
@@ -53,7 +50,7 @@ type statements struct{ read, insert, update, blank, lock, sweep string }
 // The rows of statements that write are in the order of their ids, and so locks are taken in it. Joins are such
 // that the only way is to look up each id, whatever Postgres knows of the size of the table.
 func statementsOf(o *Options) statements {
-	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", qualified(o, "_state")) }
+	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", o.table()) }
 	const insert = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
 		SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) `
 	return statements{
@@ -80,19 +77,21 @@ func statementsOf(o *Options) statements {
 	}
 }
 
-// install executes the schema unless the comment on the table says that it has been. One process at a
-// time does: CREATE OR REPLACE fails when two replace the same function.
+// install executes the schema unless the comment on the table says that it has been. One process at a time
+// does. Where no Schema was given it becomes that in which the table is, or will be.
 func (s *Storage) install(ctx context.Context) error {
-	sql := Schema(&s.options)
-	_, comment, _ := strings.Cut(sql, "COMMENT ON TABLE")
-	_, want, _ := strings.Cut(comment, " IS '")
-	want, _, _ = strings.Cut(want, "'")
-	done := func(q interface {
+	type querier interface {
 		QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-	}) (bool, error) {
-		var got *string
-		err := q.QueryRow(ctx, "SELECT obj_description(to_regclass($1), 'pg_class')", qualified(&s.options, "_state")).Scan(&got)
-		return got != nil && *got == want, err
+	}
+	done := func(q querier) (bool, error) {
+		var schema, version *string
+		err := q.QueryRow(ctx, `SELECT coalesce(n.nspname, current_schema()), obj_description(c.oid, 'pg_class')
+			FROM (SELECT to_regclass($1) AS oid) AS t LEFT JOIN pg_class AS c USING (oid) LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace`,
+			s.options.table()).Scan(&schema, &version)
+		if s.options.Schema == "" && schema != nil {
+			s.options.Schema = *schema
+		}
+		return version != nil && *version == schemaVersion, err
 	}
 	if ok, err := done(s.pool); ok || err != nil {
 		return wrap(err)
@@ -104,7 +103,7 @@ func (s *Storage) install(ctx context.Context) error {
 		if ok, err := done(tx); ok || err != nil {
 			return err
 		}
-		_, err := tx.Exec(ctx, "SET LOCAL client_min_messages = warning;\n"+sql)
+		_, err := tx.Exec(ctx, "SET LOCAL client_min_messages = warning;\n"+Schema(&s.options))
 		return err
 	}))
 }

@@ -40,15 +40,16 @@ const (
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
-	// Schema is where the table and the functions are, by default the first of the role's search_path. It
-	// is not created.
+	// Schema is where the table is. By default it is where New finds one, or makes it, by the search_path of the
+	// role. The schema is not created.
 	Schema string
 
-	// Name is what the names of the table and of the functions begin with, by default DefaultName. It has at most 40 bytes.
+	// Name is what the name of the table begins with, by default DefaultName, which makes it throttler_state. It
+	// has at most 40 bytes.
 	Name string
 
 	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout. At
-	// least 10 ms. The server gives up waiting for a lock, or working, shortly before.
+	// least 10 ms. The server gives up when nine tenths have passed, waiting for a lock a little earlier.
 	Timeout time.Duration
 
 	// SynchronousCommit is that setting of Postgres for the transactions of this storage: "on", "off", "local",
@@ -98,8 +99,8 @@ type Storage struct {
 
 var _ storage.Replica = (*Storage)(nil)
 
-// New returns a storage on a pool, which the caller closes after it. It creates the table and the
-// functions, or upgrades them, unless NoSchema says otherwise; any number of processes may do so at once,
+// New returns a storage on a pool, which the caller closes after it. It creates the table, or
+// upgrades it, unless NoSchema says otherwise; any number of processes may do so at once,
 // and when nothing is to be done no right to create is needed.
 //
 // The pool may have any size, and PgBouncer in front of it. In its transaction mode the connections need

@@ -89,8 +89,9 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int
 		after = []byte{}
 	}
 	b := &pgx.Batch{}
-	b.Queue("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+	b.Queue(begin)
 	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).QueryRow(func(r pgx.Row) error { return r.Scan(&removed, &last) })
+	b.Queue("COMMIT")
 	err = s.pool.SendBatch(ctx, b).Close()
 	return removed, last, err
 }

@@ -1,0 +1,796 @@
+package postgres_test
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+)
+
+// sqlDo executes statements, and sqlGet returns the one value that a query returns.
+func sqlDo(t testing.TB, pool *pgxpool.Pool, sql string, args ...any) {
+	t.Helper()
+	_, err := pool.Exec(t.Context(), sql, args...)
+	require.NoError(t, err, sql)
+}
+
+func sqlGet[T any](t testing.TB, pool *pgxpool.Pool, sql string, args ...any) (v T) {
+	t.Helper()
+	require.NoError(t, pool.QueryRow(t.Context(), sql, args...).Scan(&v), sql)
+	return v
+}
+
+// freshID is an identifier that nobody has used, not even on a server that others use, too.
+func freshID(t testing.TB) string { return fmt.Sprint(t.Name(), time.Now().UnixNano()) }
+
+// logged are the first lines of the server's log with one of these words, such as ERROR.
+func logged(t testing.TB, pool *pgxpool.Pool, words string) []string {
+	t.Helper()
+	log := sqlGet[string](t, pool, "SELECT pg_read_file(current_setting('data_directory') || '/../log')")
+	return regexp.MustCompile(`.*(`+words+`): .*(\n.*(DETAIL|CONTEXT): .*(\n\t.*)*)*`).FindAllString(log, 3)
+}
+
+// writers counts the transactions that have written or locked a row, by the next number of one.
+func writers(t testing.TB, pool *pgxpool.Pool) int64 {
+	t.Helper()
+	return sqlGet[int64](t, pool, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+}
+
+// holder is a transaction of somebody else that has locked or written the row of an identifier.
+type holder struct {
+	pool *pgxpool.Pool
+	tx   pgx.Tx
+}
+
+const (
+	lockIt  = "SELECT FROM throttler_state WHERE id = $1 FOR UPDATE"
+	writeIt = "UPDATE throttler_state SET version = version + 1 WHERE id = $1"
+)
+
+func hold(t testing.TB, pool *pgxpool.Pool, sql string, arg any) holder {
+	t.Helper()
+	tx, err := pool.Begin(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = tx.Rollback(context.Background()) })
+	tag, err := tx.Exec(t.Context(), sql, arg)
+	require.NoError(t, err)
+	require.Equal(t, int64(1), tag.RowsAffected())
+	return holder{pool, tx}
+}
+
+// awaited returns when n others wait for it, and commit ends it.
+func (h holder) awaited(t testing.TB, n int) {
+	t.Helper()
+	const waiters = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND $1 = ANY (pg_blocking_pids(pid))"
+	recovery(t, patient, func() error {
+		if got := sqlGet[int](t, h.pool, waiters, int32(h.tx.Conn().PgConn().PID())); got < n {
+			return fmt.Errorf("%d wait", got)
+		}
+		return nil
+	})
+}
+
+func (h holder) commit(t testing.TB) {
+	t.Helper()
+	require.NoError(t, h.tx.Commit(t.Context()))
+}
+
+// awaitCount returns when n has come to what it shall be.
+func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
+	t.Helper()
+	recovery(t, patient, func() error {
+		if got := n.Load(); got < want {
+			return fmt.Errorf("it is %d", got)
+		}
+		return nil
+	})
+}
+
+// limits are two, of which the first is the smaller.
+func limits(t testing.TB, kind storage.Kind) []storage.Rule {
+	t.Helper()
+	return []storage.Rule{rule(t, "600/1h", kind, time.Hour, 600), rule(t, "630/1d", kind, 24*time.Hour, 630)}
+}
+
+var twoKinds = []storage.Kind{storage.Replenish, storage.SlidingLog}
+
+// burst is 50 goroutines that ask four times each, under limits of each of twoKinds.
+func burst(t testing.TB, s *pgstore.Storage, id string) (admitted []int64) {
+	t.Helper()
+	for i, kind := range twoKinds {
+		var all told
+		r := storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), limits(t, kind), 1)}
+		crowd(50, func(int) {
+			for range 4 {
+				assert.NoError(t, all.ask(s, r))
+			}
+		})
+		admitted = append(admitted, all.admitted.Load())
+	}
+	return admitted
+}
+
+// workerID is the environment variable of the identifier that a worker asks for.
+const workerID = "THROTTLER_TEST_WORKER_ID"
+
+// TestOneOfFourProcesses is what the next test runs in processes of their own, which begin all at once. Without
+// its environment it is alone.
+func TestOneOfFourProcesses(t *testing.T) {
+	t.Parallel()
+	pool, id := connect(t, servers.PostgresURL(t)), cmp.Or(os.Getenv(workerID), freshID(t))
+	s := open(t, pool, pgstore.Options{Name: "shared"})
+	sqlDo(t, pool, "SELECT pg_advisory_lock_shared(hashtext($1))", id)
+	admitted := burst(t, s, id)
+	t.Log("admitted", admitted[0], admitted[1])
+	if os.Getenv(workerID) == "" {
+		assert.Equal(t, []int64{200, 200}, admitted)
+	}
+}
+
+func TestFourProcessesShareTwoLimitsExactly(t *testing.T) {
+	t.Parallel()
+	url, id := servers.PostgresURL(t), freshID(t)
+	pool := connect(t, url)
+	s := open(t, pool, pgstore.Options{Name: "shared"})
+	program, err := os.Executable()
+	require.NoError(t, err)
+	start := hold(t, pool, "SELECT pg_advisory_xact_lock(hashtext($1))", id)
+	var sum [2]atomic.Int64
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			worker := exec.CommandContext(t.Context(), program, "-test.run=^TestOneOfFourProcesses$", "-test.v")
+			worker.Env = append(os.Environ(), "THROTTLER_POSTGRES_URL="+url, workerID+"="+id)
+			out, err := worker.CombinedOutput()
+			assert.NoError(t, err, string(out))
+			_, admitted, _ := strings.Cut(string(out), "admitted ")
+			var a, b int64
+			_, err = fmt.Sscan(admitted, &a, &b)
+			assert.NoError(t, err, string(out))
+			t.Log(a, b)
+			sum[0].Add(a)
+			sum[1].Add(b)
+		})
+	}
+	start.awaited(t, 4)
+	start.commit(t)
+	all.Wait()
+	for i, kind := range twoKinds {
+		rules := limits(t, kind)
+		slices.Reverse(rules)
+		assert.Equal(t, int64(600), sum[i].Load(), kind)
+		assert.Equal(t, int64(600), spentBy(t, s, storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), rules, 1)}), kind)
+	}
+}
+
+func TestRacingFirstCallsOfAnIdentifierAreAdmittedUpToTheLimit(t *testing.T) {
+	t.Parallel()
+	url := servers.PostgresURL(t)
+	stores := []*pgstore.Storage{open(t, connect(t, url), pgstore.Options{Name: "shared"}), open(t, connect(t, url), pgstore.Options{Name: "shared"})}
+	for range 10 {
+		var all told
+		r := hourly(t, freshID(t), 57)
+		crowd(200, func(i int) { assert.NoError(t, all.ask(stores[i%2], r)) })
+		assert.Equal(t, int64(57), all.admitted.Load())
+		assert.Equal(t, int64(57), spentBy(t, stores[0], r))
+	}
+}
+
+// chargeOne is for a token of the one bucket that r asks, and owesOne for the same debt.
+func chargeOne(r storage.Request) storage.Charge {
+	return storage.Charge{Identifier: r.Part.Identifier, Rules: r.Part.Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}
+}
+
+func owesOne(r storage.Request) storage.Debt {
+	c := chargeOne(r)
+	return storage.Debt{Identifier: c.Identifier, Rules: c.Rules, Amounts: [][]storage.Amount{c.Amounts}}
+}
+
+// mixed are calls of all sorts by two Storages, and what they took in all.
+type mixed struct {
+	stores [2]*pgstore.Storage
+	all    map[string]storage.Rule
+	sum    map[string]*atomic.Int64
+}
+
+func (m *mixed) part(id string) storage.Part {
+	return storage.NewPart(id, []storage.Rule{m.all[id]}, 1)
+}
+
+func (m *mixed) ask(t testing.TB, s *pgstore.Storage, ids ...string) {
+	r := storage.Request{Part: m.part(ids[0])}
+	for _, id := range ids[1:] {
+		r.More = append(r.More, m.part(id))
+	}
+	if v, err := s.Decide(t.Context(), r); assert.NoError(t, err) && v.Allowed {
+		for _, id := range ids {
+			m.sum[id].Add(1)
+		}
+	}
+}
+
+func (m *mixed) charge(t testing.TB, s *pgstore.Storage, id string) {
+	if assert.NoError(t, s.Charge(t.Context(), chargeOne(storage.Request{Part: m.part(id)}))) {
+		m.sum[id].Add(1)
+	}
+}
+
+// Of the identifiers some have rows from the start, one is new in each round, and one is forgotten now
+// and then, so that its sum says nothing.
+func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	pool := connect(t, server.URL())
+	m := &mixed{all: map[string]storage.Rule{}, sum: map[string]*atomic.Int64{}}
+	for i := range m.stores {
+		m.stores[i] = open(t, connect(t, server.URL()), pgstore.Options{})
+	}
+	const rounds = 12
+	news := func(round int) string { return fmt.Sprint("m", round) }
+	add := func(id string, n int64) {
+		m.all[id], m.sum[id] = rule(t, "r", storage.Replenish, time.Hour, n), new(atomic.Int64)
+	}
+	for _, id := range []string{"a", "b", "forgotten", "y", "z"} {
+		add(id, 1_000_000)
+		m.ask(t, m.stores[0], id)
+	}
+	add("few", 100)
+	for round := range rounds {
+		add(news(round), 1_000_000)
+	}
+	crowd(72, func(i int) {
+		s := m.stores[i%2]
+		for round := range rounds {
+			switch id := news(round); (i/2 + round) % 9 {
+			case 0:
+				m.ask(t, s, "a", "b", id, "few", "z")
+			case 1:
+				m.ask(t, s, "z", "few", id, "b", "a")
+			case 2:
+				m.ask(t, s, id, "forgotten", "a")
+			case 3:
+				m.ask(t, s, id)
+			case 4:
+				m.ask(t, s, "a")
+			case 5:
+				m.charge(t, s, "a")
+			case 6:
+				m.charge(t, s, id)
+			case 7:
+				m.ask(t, s, "b", "y", id)
+			case 8:
+				assert.NoError(t, s.Reset(t.Context(), "", "forgotten"))
+			}
+		}
+	})
+	assert.Equal(t, int64(100), m.sum["few"].Load())
+	for id, sum := range m.sum {
+		if id != "forgotten" {
+			assert.Equal(t, sum.Load(), spentBy(t, m.stores[0], storage.Request{Part: m.part(id)}), id)
+		}
+	}
+	assert.Empty(t, logged(t, pool, "ERROR"), "nobody was a victim of a deadlock, not even unseen")
+}
+
+// While a request of a and b waits for the row of a, that of b is removed, as a sweep does, and made anew. Nobody
+// has locked the new one.
+func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL()+"&pool_max_conns=9")
+	s := open(t, pool, pgstore.Options{})
+	both, b := fivePerHour(t, "a"), fivePerHour(t, "b")
+	require.Equal(t, 2, take(t, s, both, 1)+take(t, s, b, 1))
+	both.More = []storage.Part{b.Part}
+	ofA := hold(t, pool, lockIt, []byte(":a"))
+	var asked told
+	done := make(chan error, 1)
+	go func() { done <- asked.ask(s, both) }()
+	ofA.awaited(t, 1)
+	sqlDo(t, pool, "DELETE FROM throttler_state WHERE id = ':b'")
+	require.Equal(t, 1, take(t, s, b, 1))
+	ofB := hold(t, pool, writeIt, []byte(":b"))
+	ofA.commit(t)
+	ofB.awaited(t, 1)
+	ofB.commit(t)
+	require.NoError(t, <-done)
+	require.Equal(t, int64(1), asked.admitted.Load())
+	assert.Equal(t, []int64{2, 2}, []int64{spentBy(t, s, both), spentBy(t, s, b)})
+}
+
+// A flight of many requests, in all modes, is as if they came one after the other.
+func TestAFlightOfOneIdentifierIsExact(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s, hot := open(t, pool, pgstore.Options{}), hourly(t, "hot", 60)
+	require.Equal(t, 1, take(t, s, hot, 1))
+	held, before := hold(t, pool, lockIt, []byte(":hot")), writers(t, pool)
+	type step struct{ left, cost int64 }
+	var mu sync.Mutex
+	var steps []step
+	var begun, last atomic.Int64
+	var all sync.WaitGroup
+	for i := range 121 {
+		r := hot
+		r.Mode = []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Take, storage.Force, storage.Take, storage.Peek}[i%7]
+		r.Part = storage.NewPart("hot", hot.Part.Rules, int64(1+i%3))
+		all.Go(func() {
+			begun.Add(1)
+			v, err := s.Decide(t.Context(), r)
+			assert.NoError(t, err)
+			cost, left := r.Part.Cost(0), v.Count(0).Remaining
+			if !v.Allowed {
+				assert.Greater(t, cost, left)
+			}
+			if v.Taken() {
+				mu.Lock()
+				defer mu.Unlock()
+				steps = append(steps, step{left, cost})
+			}
+			if v.Taken() && r.Mode == storage.Take && left == 0 {
+				last.Add(1)
+			}
+		})
+	}
+	awaitCount(t, &begun, 121)
+	held.awaited(t, 1)
+	held.commit(t)
+	all.Wait()
+	slices.SortFunc(steps, func(a, b step) int { return cmp.Or(cmp.Compare(b.left, a.left), cmp.Compare(b.cost, a.cost)) })
+	sum, left := int64(1), int64(59)
+	for _, step := range steps {
+		sum, left = sum+step.cost, max(0, left-step.cost)
+		assert.Equal(t, left, step.left)
+	}
+	assert.Zero(t, left)
+	assert.LessOrEqual(t, last.Load(), int64(1), "only forced ones come after the last that fitted")
+	assert.Equal(t, sum, spentBy(t, s, hourly(t, "hot", 1000)))
+	assert.Less(t, writers(t, pool)-before, int64(20), "transactions for 121 requests")
+}
+
+func TestTwentyProcessesInstallTheSchemaAtOnce(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	var all told
+	crowd(20, func(int) {
+		pool, err := pgxpool.New(t.Context(), server.URL())
+		if !assert.NoError(t, err) {
+			return
+		}
+		defer pool.Close()
+		s, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: patient})
+		if assert.NoError(t, err) {
+			assert.NoError(t, all.ask(s, fivePerHour(t, "a")))
+			assert.NoError(t, s.Close())
+		}
+	})
+	assert.Equal(t, int64(5), all.admitted.Load())
+	assert.Empty(t, logged(t, connect(t, server.URL()), "ERROR"))
+}
+
+const commentOf = "SELECT obj_description('throttler_state'::regclass, 'pg_class')"
+
+func TestASchemaOfAnotherVersionIsUpgraded(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s := open(t, pool, pgstore.Options{})
+	require.Equal(t, 3, take(t, s, fivePerHour(t, "a"), 3))
+	comment := sqlGet[string](t, pool, commentOf)
+	sqlDo(t, pool, `COMMENT ON TABLE throttler_state IS 'another'`)
+	s = open(t, pool, pgstore.Options{})
+	assert.Equal(t, comment, sqlGet[string](t, pool, commentOf))
+	assert.Equal(t, 2, take(t, s, fivePerHour(t, "a"), 7))
+}
+
+// everything calls all that a storage does, and returns the first error.
+func everything(ctx context.Context, s *pgstore.Storage, r storage.Request) error {
+	several := r
+	several.More = []storage.Part{storage.NewPart("other", r.Part.Rules, 1)}
+	for _, ask := range []storage.Request{r, r, several, several} {
+		if _, err := s.Decide(ctx, ask); err != nil {
+			return err
+		}
+	}
+	if err := s.Charge(ctx, chargeOne(r)); err != nil {
+		return err
+	}
+	if err := s.Raise(ctx, owesOne(r)); err != nil {
+		return err
+	}
+	if err := s.Reset(ctx, r.Name, r.Part.Identifier); err != nil {
+		return err
+	}
+	_, err := s.Sweep(ctx)
+	return err
+}
+
+func TestCallsWriteNothingToTheLogOfTheServer(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s := open(t, pool, pgstore.Options{})
+	require.NoError(t, everything(t.Context(), s, fivePerHour(t, "a")))
+	assert.Empty(t, logged(t, pool, "WARNING|ERROR"))
+}
+
+func assertRefused(t testing.TB, err error, code string) {
+	t.Helper()
+	var e *pgconn.PgError
+	assert.ErrorIs(t, err, storage.ErrUnavailable)
+	if assert.ErrorAs(t, err, &e) {
+		assert.Equal(t, code, e.Code, e.Message)
+	}
+}
+
+func TestTheLeastRightsOfARole(t *testing.T) {
+	t.Parallel()
+	url := servers.Postgres(t).URL()
+	pool := connect(t, url)
+	sqlDo(t, pool, `CREATE SCHEMA limits; CREATE ROLE app LOGIN; REVOKE ALL ON SCHEMA public FROM public`)
+	open(t, pool, pgstore.Options{Schema: "limits"})
+	rights := []string{
+		"USAGE ON SCHEMA limits", "SELECT ON limits.throttler_state", "INSERT ON limits.throttler_state",
+		"UPDATE ON limits.throttler_state", "DELETE ON limits.throttler_state",
+	}
+	sqlDo(t, pool, "GRANT "+strings.Join(rights, " TO app; GRANT ")+" TO app")
+	try := func(o pgstore.Options) error {
+		pool := connect(t, strings.Replace(url, "postgres@", "app@", 1)) // one that has no statement prepared
+		s, err := pgstore.New(t.Context(), pool, &o)
+		if err != nil {
+			return err
+		}
+		defer func() { assert.NoError(t, s.Close()) }()
+		return everything(t.Context(), s, fivePerHour(t, "a"))
+	}
+	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: patient, NoSchema: true}))
+	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: patient}), "New has nothing to create")
+	for _, right := range rights {
+		sqlDo(t, pool, "REVOKE "+right+" FROM app")
+		t.Log("without", right)
+		assertRefused(t, try(pgstore.Options{Schema: "limits", Timeout: patient, NoSchema: true}), "42501")
+		sqlDo(t, pool, "GRANT "+right+" TO app")
+	}
+	assertRefused(t, try(pgstore.Options{Schema: "limits", Name: "other"}), "42501")
+}
+
+func TestSchemaAndNameMayHaveAnyCharacters(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "fsync=off").URL())
+	names := []string{
+		"select", `Upper with "double" quotes; --comment`, `naïve 日本語 100%s back\slash`, "dotted.name /*comment $1 one$dollar", "throttler_state",
+		"'); DROP TABLE x", "it's", "two$$dollars", "new\nline",
+	}
+	for _, name := range names {
+		quoted := pgx.Identifier{name}.Sanitize()
+		sqlDo(t, pool, "CREATE SCHEMA "+quoted)
+		for _, o := range []pgstore.Options{{Name: name, Timeout: patient}, {Schema: name, Name: name, Timeout: patient}} {
+			s, err := pgstore.New(t.Context(), pool, &o)
+			if !assert.NoError(t, err, "%+v", o) {
+				continue
+			}
+			assert.NoError(t, everything(t.Context(), s, fivePerHour(t, "a")), "%+v", o)
+			assert.Equal(t, 5, take(t, s, fivePerHour(t, "b"), 7), "nobody else's table: %+v", o)
+			assert.NoError(t, s.Close())
+			table := pgx.Identifier{o.Name + "_state"}.Sanitize()
+			if o.Schema != "" {
+				table = quoted + "." + table
+			}
+			assert.Equal(t, 1, sqlGet[int](t, pool, "SELECT count(*) FROM "+table+" WHERE id = ':b'"))
+		}
+	}
+}
+
+func TestASchemaThatIsNamedWorksUnderAnySearchPath(t *testing.T) {
+	t.Parallel()
+	url := servers.Postgres(t).URL()
+	sqlDo(t, connect(t, url), "CREATE SCHEMA one; CREATE SCHEMA two")
+	in := func(path string) *pgxpool.Pool { return connect(t, url+"&search_path="+path) }
+	s, r := open(t, in("two"), pgstore.Options{Schema: "one"}), fivePerHour(t, "b")
+	require.Equal(t, 1, take(t, s, r, 1))
+	for i, path := range []string{"''", "two", "two,one"} {
+		other := open(t, in(path), pgstore.Options{Schema: "one"})
+		assert.NoError(t, everything(t.Context(), other, fivePerHour(t, "a")), path)
+		assert.Equal(t, 1, take(t, other, r, 1))
+		assert.Equal(t, int64(2+i), spentBy(t, s, r), path)
+	}
+	_, err := open(t, in("two"), pgstore.Options{NoSchema: true}).Decide(t.Context(), r)
+	assertRefused(t, err, "42P01")
+	own := open(t, in("two"), pgstore.Options{})
+	require.Equal(t, 3, take(t, own, r, 3))
+	assert.Equal(t, int64(3), spentBy(t, open(t, in("one,two"), pgstore.Options{Schema: "two"}), r), "the first of the path")
+	assert.Equal(t, int64(3), spentBy(t, own, r))
+	assert.Equal(t, int64(4), spentBy(t, s, r), "another table")
+}
+
+func TestOneSchemaIsTheSameWhetherItIsNamedOrFoundByASearchPath(t *testing.T) {
+	t.Parallel()
+	url := servers.Postgres(t).URL()
+	sqlDo(t, connect(t, url), "CREATE SCHEMA one; CREATE SCHEMA two")
+	in := func(path string) *pgxpool.Pool { return connect(t, url+"&search_path="+path) }
+	r := fivePerHour(t, "a")
+	require.Equal(t, 1, take(t, open(t, in("two"), pgstore.Options{Schema: "one"}), r, 1))
+	assert.Equal(t, int64(1), spentBy(t, open(t, in("two,one"), pgstore.Options{}), r), "Postgres finds the table in the second")
+	assert.Equal(t, int64(1), spentBy(t, open(t, in("one"), pgstore.Options{}), r))
+}
+
+func TestDecisionsThroughAPgBouncerAreExactAndLeaveItsConnectionsAsTheyWere(t *testing.T) {
+	t.Parallel()
+	bouncer := servers.PgBouncer(t, servers.Postgres(t), "default_pool_size = 5")
+	pool := connect(t, bouncer.URL()+"&default_query_exec_mode=exec&pool_max_conns=20")
+	stores := []*pgstore.Storage{open(t, pool, pgstore.Options{SynchronousCommit: "off"}), open(t, pool, pgstore.Options{})}
+	var one, two told
+	r, several := hourly(t, "hot", 130), hourly(t, "a", 70)
+	several.More = []storage.Part{hourly(t, "b", 90).Part}
+	crowd(50, func(i int) {
+		for range 4 {
+			assert.NoError(t, one.ask(stores[i%2], r))
+			assert.NoError(t, two.ask(stores[i%2], several))
+		}
+		assert.NoError(t, everything(t.Context(), stores[i%2], fivePerHour(t, fmt.Sprint(i))))
+	})
+	assert.Equal(t, []int64{130, 70}, []int64{one.admitted.Load(), two.admitted.Load()})
+	const settings = `SELECT concat_ws(' ', current_setting('statement_timeout'), current_setting('lock_timeout'),
+		current_setting('idle_in_transaction_session_timeout'), current_setting('synchronous_commit'), current_setting('transaction_isolation'))`
+	seen := map[int]bool{}
+	for range 5 {
+		tx, err := pool.Begin(t.Context()) // has a connection to itself
+		require.NoError(t, err)
+		defer func() { assert.NoError(t, tx.Rollback(t.Context())) }()
+		var is string
+		var pid int
+		require.NoError(t, tx.QueryRow(t.Context(), settings+", pg_backend_pid()").Scan(&is, &pid))
+		assert.Equal(t, "0 0 0 on read committed", is)
+		seen[pid] = true
+	}
+	assert.Len(t, seen, 5)
+}
+
+func TestNewSaysThatASchemaDoesNotExist(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	_, err := pgstore.New(t.Context(), pool, &pgstore.Options{Schema: "nowhere to be found"})
+	assertRefused(t, err, "3F000")
+	assert.ErrorContains(t, err, `schema "nowhere to be found" does not exist`)
+}
+
+func TestASchemaThatAMigrationExecutedNeedsNothingMore(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	sqlDo(t, pool, `CREATE SCHEMA "Mine"`)
+	o := pgstore.Options{Schema: "Mine", Name: "of ours", Unlogged: true, NoSchema: true}
+	s := open(t, pool, o)
+	assertRefused(t, everything(t.Context(), s, fivePerHour(t, "a")), "42P01")
+	for range 2 {
+		conn, err := pool.Acquire(t.Context())
+		require.NoError(t, err)
+		_, err = conn.Conn().PgConn().Exec(t.Context(), pgstore.Schema(&o)).ReadAll() // as psql does
+		conn.Release()
+		require.NoError(t, err)
+		assert.NoError(t, everything(t.Context(), s, fivePerHour(t, "a")))
+	}
+	assert.Equal(t, "u", sqlGet[string](t, pool, `SELECT relpersistence::text FROM pg_class WHERE oid = '"Mine"."of ours_state"'::regclass`))
+	before := writers(t, pool)
+	open(t, pool, pgstore.Options{Schema: "Mine", Name: "of ours", Unlogged: true})
+	assert.Equal(t, before, writers(t, pool), "New finds all that it would create")
+}
+
+func TestFaultsOfOptionsAreNamed(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, "postgres://nobody.invalid/")
+	for field, o := range map[string]pgstore.Options{
+		"Name":              {Name: strings.Repeat("n", 41)},
+		"Timeout":           {Timeout: 9 * time.Millisecond},
+		"SynchronousCommit": {SynchronousCommit: "off; DROP TABLE x"},
+	} {
+		_, err := pgstore.New(t.Context(), pool, &o)
+		var e *pgstore.OptionError
+		if assert.ErrorAs(t, err, &e) {
+			assert.Equal(t, field, e.Field, err)
+		}
+		_, err = pgstore.New(t.Context(), nil, &o)
+		assert.ErrorContains(t, err, "Pool is nil")
+		assert.ErrorContains(t, err, e.Error(), "all faults at once")
+	}
+	_, err := pgstore.New(t.Context(), nil, nil)
+	assert.EqualError(t, err, "throttler: postgres: Pool is nil")
+	_, err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: -time.Second, NoSchema: true})
+	assert.ErrorContains(t, err, "Timeout is -1s")
+}
+
+// A transaction that writes, or locks a row, has a number, and the numbers are in turn.
+func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL())
+	s := open(t, pool, pgstore.Options{})
+	spent, unknown := fivePerHour(t, "spent"), fivePerHour(t, "unknown")
+	require.Equal(t, 5, take(t, s, spent, 5))
+	row := func() string {
+		return sqlGet[string](t, pool, "SELECT string_agg(concat(ctid, xmin, xmax, t), ' ') FROM throttler_state t")
+	}
+	peek, several, free := unknown, unknown, unknown
+	peek.Mode, several.More, free.Part = storage.Peek, []storage.Part{spent.Part}, storage.NewPart("free", unknown.Part.Rules, 0)
+	before, rowBefore := writers(t, pool), row()
+	for i, r := range []storage.Request{peek, free, spent, several} {
+		var all told
+		crowd(50, func(int) {
+			for range 2 {
+				assert.NoError(t, all.ask(s, r))
+			}
+		})
+		assert.Equal(t, int64(i/2*100), all.denied.Load())
+	}
+	assert.Equal(t, before, writers(t, pool))
+	assert.Equal(t, rowBefore, row())
+	require.Equal(t, 1, take(t, s, unknown, 1))
+	assert.Equal(t, before+1, writers(t, pool), "the test would see a write")
+}
+
+// Somebody else writes the row at the same time, after which its calls lock it first for a while.
+func TestRefusalsOfAnIdentifierThatWasContendedWriteAndLockNothing(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL()+"&pool_max_conns=9")
+	s, r := open(t, pool, pgstore.Options{}), fivePerHour(t, "a")
+	require.Equal(t, 4, take(t, s, r, 4))
+	other := hold(t, pool, writeIt, []byte(":a"))
+	var asked told
+	done := make(chan error, 1)
+	go func() { done <- asked.ask(s, r) }()
+	other.awaited(t, 1)
+	other.commit(t)
+	require.NoError(t, <-done)
+	require.Equal(t, int64(1), asked.admitted.Load())
+	before := writers(t, pool)
+	require.Zero(t, take(t, s, r, 10))
+	assert.Equal(t, before, writers(t, pool))
+}
+
+func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	pool := connect(t, server.URL())
+	busy := connect(t, server.URL())
+	s := open(t, busy, pgstore.Options{SynchronousCommit: "off"})
+	const callers, each = 64, 16
+	rounds := 20
+	if os.Getenv("THROTTLER_LONG") != "" {
+		rounds = 100
+	}
+	began := time.Now()
+	crowd(callers, func(c int) {
+		for round := range rounds {
+			for i := range each {
+				r := hourly(t, fmt.Sprintf("user-%010d", c+callers*((i*7+round)%each)), 1000)
+				v, err := s.Decide(t.Context(), r)
+				assert.NoError(t, err)
+				assert.True(t, v.Allowed)
+			}
+		}
+	})
+	took := time.Since(began)
+	require.NoError(t, s.Close())
+	busy.Close() // then its connections report what they did
+	recovery(t, patient, func() error {
+		if sqlGet[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'") > 1 {
+			return errors.New("there are other connections")
+		}
+		return nil
+	})
+	updates := sqlGet[int64](t, pool, "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'throttler_state'")
+	hot := sqlGet[int64](t, pool, "SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'throttler_state'")
+	assert.Equal(t, int64(callers*each*(rounds-1)), updates)
+	assert.GreaterOrEqual(t, float64(hot), 0.99*float64(updates))
+	table, index := sqlGet[int64](t, pool, "SELECT pg_relation_size('throttler_state')"), sqlGet[int64](t, pool, "SELECT pg_relation_size('throttler_state_pkey')")
+	row := sqlGet[float64](t, pool, "SELECT avg(pg_column_size(t))::float8 FROM throttler_state t")
+	assert.Less(t, table, int64(callers*each*1000))
+	t.Logf("%d updates in %v, HOT %.2f %%; a row: %.0f bytes, of the table %d, of its index %d",
+		updates, took.Round(time.Millisecond), 100*float64(hot)/float64(updates), row, table/callers/each, index/callers/each)
+}
+
+// bucketOf is a bucket in a row: the kind, the period, the refill, the tick, the grain, when it was last changed, the
+// number of its holds, and the end and N of each.
+func bucketOf(name string, numbers ...uint64) []byte {
+	out := append(binary.AppendUvarint(nil, uint64(len(name))), name...)
+	for _, n := range numbers {
+		out = binary.AppendUvarint(out, n)
+	}
+	return out
+}
+
+// foreignStates are none of ours.
+func foreignStates() map[string][]byte {
+	const hour, now, end, huge = 3_600_000_000, 1_700_000_000_000_000, 8_000_000_000_000_000, 1 << 63
+	good := append([]byte{1}, bucketOf("hourly", 0, hour, 0, 1, 1, now, 1, end, 2)...)
+	all := map[string][]byte{"another format": append([]byte{2}, good[1:]...), "no format": good[1:], "text": []byte("hourly"), "zeros": make([]byte, 40)}
+	for n := 2; n < len(good); n += 3 {
+		all[fmt.Sprint("the first ", n)] = good[:n]
+	}
+	all["more"] = append(slices.Clone(good), 7)
+	for what, numbers := range map[string][]uint64{
+		"kind":            {5, hour, 0, 1, 1, now, 0},
+		"negative kind":   {math.MaxUint64, hour, 0, 1, 1, now, 0},
+		"no period":       {0, 0, 0, 1, 1, now, 0},
+		"huge period":     {0, huge, 0, 1, 1, now, 0},
+		"no refill":       {1, hour, 0, 720_000_000, 1, now, 1, 0, 5},
+		"no tick":         {0, hour, 0, 0, 1, now, 0},
+		"odd tick":        {0, hour, 0, 7001, 1, now, 0},
+		"no grain":        {0, hour, 0, 1, 0, now, 0},
+		"negative time":   {0, hour, 0, 1, 1, math.MaxUint64, 0},
+		"two levels":      {1, hour, 5, 720_000_000, 1, now, 2, 0, 5, 0, 5},
+		"huge count":      {0, hour, 0, 1, 1, now, huge},
+		"count":           {0, hour, 0, 1, 1, now, 3, end, 2},
+		"negative end":    {0, hour, 0, 1, 1, now, 1, math.MaxUint64, 2},
+		"negative tokens": {0, hour, 0, 1, 1, now, 1, end, math.MaxUint64},
+		"huge tokens":     {0, hour, 0, 1, 1, now, 1, end, huge},
+	} {
+		all[what] = append([]byte{1}, bucketOf("hourly", numbers...)...)
+	}
+	return all
+}
+
+func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "fsync=off").URL())
+	s := open(t, pool, pgstore.Options{})
+	calls := map[string]func(storage.Request) error{
+		"Decide": func(r storage.Request) error { _, err := s.Decide(t.Context(), r); return err },
+		"Decide of several": func(r storage.Request) error {
+			several := fivePerHour(t, "good")
+			several.More = []storage.Part{r.Part}
+			_, err := s.Decide(t.Context(), several)
+			return err
+		},
+		"Charge": func(r storage.Request) error { return s.Charge(t.Context(), chargeOne(r)) },
+		"Raise":  func(r storage.Request) error { return s.Raise(t.Context(), owesOne(r)) },
+	}
+	var bad []storage.Request
+	for what, state := range foreignStates() {
+		r := fivePerHour(t, fmt.Sprint("bad", len(bad)))
+		require.Equal(t, 1, take(t, s, r, 1))
+		sqlDo(t, pool, "UPDATE throttler_state SET state = $1 WHERE id = $2", state, []byte(":"+r.Part.Identifier))
+		for call, do := range calls {
+			assert.ErrorIs(t, do(r), storage.ErrCorruptState, "%s: %s", what, call)
+		}
+		bad = append(bad, r)
+	}
+	crowd(100, func(i int) {
+		_, err := s.Decide(t.Context(), fivePerHour(t, fmt.Sprint("good", i)))
+		assert.NoError(t, err, "an identifier in the flight of those that are corrupt")
+		assert.ErrorIs(t, calls["Decide"](bad[i%len(bad)]), storage.ErrCorruptState)
+	})
+	for _, r := range bad {
+		assert.NoError(t, s.Reset(t.Context(), "", r.Part.Identifier))
+		assert.Equal(t, 5, take(t, s, r, 6))
+	}
+	assert.Empty(t, logged(t, pool, "ERROR"))
+}
+
+// A row of version 0 is none, and after the last version there is no next one.
+func TestTheTableTakesNoRowsOfAnImpossibleVersion(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s := open(t, pool, pgstore.Options{})
+	require.Equal(t, 1, take(t, s, fivePerHour(t, "a"), 1))
+	for _, version := range []int64{0, -1, math.MaxInt64} {
+		_, err := pool.Exec(t.Context(), "UPDATE throttler_state SET version = $1", version)
+		assert.Equal(t, "23514", code(err), version)
+	}
+}
