@@ -19,7 +19,7 @@ GOLANGCI_LINT_VERSION := v2.12.0
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers fuzz bench bench-redis lint
+.PHONY: help test test-long servers fuzz bench bench-redis bench-postgres lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -42,7 +42,7 @@ define fuzz
 endef
 
 help: ## Show this list (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 test: servers ## Vet, test with the race detector, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
@@ -74,6 +74,9 @@ bench: ## Run the benchmarks that match BENCH=. for BENCHTIME=1s each
 
 bench-redis: servers ## Decisions on Redis beside redis_rate and the floors, BENCHTIME=1s each
 	cd benchmarks && $(GO) test -run '^$$' -bench Redis -benchtime $(BENCHTIME)
+
+bench-postgres: servers ## Decisions on Postgres beside two patterns of other limiters and the floors, BENCHTIME=1s each
+	cd benchmarks && $(GO) test -run '^$$' -bench Postgres -benchtime $(BENCHTIME)
 
 lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
 	@set -euo pipefail; \
