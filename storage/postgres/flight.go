@@ -146,29 +146,6 @@ func (d *change) apply(row *row, now int64) error {
 	return nil
 }
 
-// fly executes a flight of calls of one identifier each, none of which is in another flight.
-func (s *Storage) fly(ctx context.Context, flight []*call) {
-	rows := rowsOf(flight)
-	changed, now := s.look(ctx, flight, rows)
-	s.swept(len(rows), flight)
-	if len(changed) == 0 {
-		return
-	}
-	err := s.write(ctx, changed, now)
-	for _, r := range changed {
-		switch {
-		case !r.changed:
-		case err == nil || rolledBack(err) || code(err) == lockNotAvailable:
-			s.contend(r.id)
-			for _, c := range r.calls {
-				c.Answer, c.Err = answer{contended: true}, nil
-			}
-		default:
-			s.fail(r.calls, err)
-		}
-	}
-}
-
 // flyContended executes a flight of contended calls, those of each identifier in a transaction of its own.
 func (s *Storage) flyContended(ctx context.Context, flight []*call) {
 	changed, _ := s.look(ctx, flight, rowsOf(flight))
@@ -176,7 +153,7 @@ func (s *Storage) flyContended(ctx context.Context, flight []*call) {
 	for _, r := range changed {
 		wait.Go(func() {
 			if err := s.transact(ctx, r.calls, []*row{r}); code(err) == lockNotAvailable {
-				s.contend(r.id)
+				s.contended.mark(r.id, time.Second)
 			}
 		})
 	}
@@ -310,7 +287,7 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64) {
 		var id pgtype.DriverBytes
 		_, err := pgx.ForEachRow(r, []any{&id}, func() error {
 			i, _ := slices.BinarySearchFunc(rows, id, func(r *row, id pgtype.DriverBytes) int { return bytes.Compare(r.id, id) })
-			rows[i].changed = false
+			rows[i].version, rows[i].changed = rows[i].next, false
 			return nil
 		})
 		return err
@@ -318,9 +295,11 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64) {
 	var inserts, updates columns
 	for _, r := range rows {
 		if r.version == 0 {
-			inserts.add(r, now)
+			r.next = now // none that a row of this id had before
+			inserts.add(r)
 		} else {
-			updates.add(r, r.version+1)
+			r.next = r.version + 1
+			updates.add(r)
 		}
 	}
 	if len(inserts.ids) > 0 {
@@ -338,10 +317,10 @@ type columns struct {
 	clocked           []bool
 }
 
-func (c *columns) add(r *row, version int64) {
+func (c *columns) add(r *row) {
 	fullAt := r.forget()
 	c.ids = append(c.ids, r.id)
-	c.versions = append(c.versions, version)
+	c.versions = append(c.versions, r.next)
 	c.states = append(c.states, r.encode())
 	c.fullAts = append(c.fullAts, fullAt)
 	c.clocked = append(c.clocked, r.clocked)

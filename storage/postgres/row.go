@@ -12,6 +12,7 @@ import (
 type row struct {
 	id      []byte
 	version int64 // 0 if there is none
+	next    int64 // the version after it is written
 	buckets []bucket
 	fault   error // why the buckets cannot be read
 

@@ -51,13 +51,14 @@ type statements struct{ read, insert, update, blank, lock, sweep string }
 // that the only way is to look up each id, whatever Postgres knows of the size of the table.
 func statementsOf(o *Options) statements {
 	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", o.table()) }
-	const insert = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
-		SELECT * FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) `
+	const rows = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
+		SELECT u.* FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) AS u (id, version, state, full_at, clocked) `
 	return statements{
 		read: on(`SELECT u.place, coalesce(t.version, 0), t.state, clock_timestamp() FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS u (id, place)
 			LEFT JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id OFFSET 0) AS t ON true`),
-		insert: on(insert + `ON CONFLICT DO NOTHING RETURNING id`),
-		update: on(insert + `ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state, full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked
+		insert: on(rows + `ON CONFLICT DO NOTHING RETURNING id`),
+		update: on(rows + `CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id OFFSET 0) AS there
+			ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state, full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked
 			WHERE t.version = EXCLUDED.version - 1 RETURNING id`),
 		blank: on(`INSERT INTO throttler_state (id, version, state, full_at, clocked)
 			SELECT id, 1000000 * extract(epoch FROM clock_timestamp()), '', 0, false FROM unnest($1::bytea[]) AS id ON CONFLICT DO NOTHING`),

@@ -765,7 +765,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	for what, state := range foreignStates() {
 		r := fivePerHour(t, fmt.Sprint("bad", len(bad)))
 		require.Equal(t, 1, take(t, s, r, 1))
-		sqlDo(t, pool, "UPDATE throttler_state SET state = $1 WHERE id = $2", state, []byte(":"+r.Part.Identifier))
+		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+r.Part.Identifier))
 		for call, do := range calls {
 			assert.ErrorIs(t, do(r), storage.ErrCorruptState, "%s: %s", what, call)
 		}

@@ -88,12 +88,13 @@ type Storage struct {
 	sql     statements
 	seed    maphash.Seed
 
-	// The calls of an identifier are always in the same lane, which has one flight at a time: two would contend.
-	lanes  [2]*combine.Queue[query, answer]
+	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
+	lanes  [2]*lane
 	locked [8]*combine.Queue[query, answer] // of contended calls
 	joint  *combine.Queue[query, answer]    // a call of several identifiers
 
-	contended [1024]atomic.Int64 // until when calls are, by the hashes of their ids
+	contended marks // rows that are locked from the beginning
+	shared    marks // rows that others write too
 	sweeps    sweeps
 }
 
@@ -122,9 +123,9 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 		}
 	}
 	timeout := s.options.Timeout
-	s.seed = maphash.MakeSeed()
+	s.seed, s.contended.seed, s.shared.seed = maphash.MakeSeed(), maphash.MakeSeed(), maphash.MakeSeed()
 	for i := range s.lanes {
-		s.lanes[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.fly)
+		s.lanes[i] = newLane(s)
 	}
 	for i := range s.locked {
 		s.locked[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.flyContended)
@@ -159,9 +160,13 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 // Options.Timeout has passed. It does not close the pool.
 func (s *Storage) Close() error {
 	var wait sync.WaitGroup
-	for _, queue := range slices.Concat(s.lanes[:], s.locked[:], []*combine.Queue[query, answer]{s.joint}) {
+	for _, lane := range s.lanes {
+		wait.Go(lane.Close)
+	}
+	for _, queue := range s.locked {
 		wait.Go(queue.Close)
 	}
+	wait.Go(s.joint.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
 	return nil
@@ -233,17 +238,17 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
 func (s *Storage) ask(ctx context.Context, q *query) (v storage.Verdict, err error) {
-	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	if len(q.ids) > 1 {
 		v, _, err = s.send(ctx, s.joint, q)
 		return v, err
 	}
+	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	locked := s.locked[hash%uint64(len(s.locked))]
-	if s.contention(hash).Load() > storage.Monotonic() {
+	if s.contended.marked(q.ids[0]) {
 		v, _, err = s.send(ctx, locked, q)
 		return v, err
 	}
-	v, contended, err := s.send(ctx, s.lanes[hash%uint64(len(s.lanes))], q)
+	v, contended, err := s.send(ctx, s.lanes[hash%uint64(len(s.lanes))].Queue, q)
 	if err != nil || !contended {
 		return v, err
 	}
@@ -268,14 +273,20 @@ func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer],
 	return c.Answer.verdict, c.Answer.contended, nil
 }
 
-// contend has the calls of an id lock its row from the beginning for a second.
-func (s *Storage) contend(id []byte) {
-	s.contention(maphash.Bytes(s.seed, id)).Store(storage.Monotonic() + 1_000_000)
+// marks are on ids, for a time. One may be on another id as well, of which no more than speed depends.
+type marks struct {
+	seed  maphash.Seed
+	until [1024]atomic.Int64
 }
 
-func (s *Storage) contention(hash uint64) *atomic.Int64 {
-	return &s.contended[hash>>32%uint64(len(s.contended))]
+func (m *marks) of(id []byte) *atomic.Int64 {
+	return &m.until[maphash.Bytes(m.seed, id)%uint64(len(m.until))]
 }
+
+func (m *marks) mark(id []byte, d time.Duration) {
+	m.of(id).Store(storage.Monotonic() + d.Microseconds())
+}
+func (m *marks) marked(id []byte) bool { return m.of(id).Load() > storage.Monotonic() }
 
 // rowID is the key of a row. Names have no colon.
 func rowID(name, identifier string) []byte { return []byte(name + ":" + identifier) }

@@ -1,0 +1,107 @@
+package postgres_test
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+)
+
+// trips counts round trips.
+type trips struct{ n atomic.Int64 }
+
+func (c *trips) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	c.n.Add(1)
+	return ctx
+}
+
+func (c *trips) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	c.n.Add(1)
+	return ctx
+}
+
+func (*trips) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+func (*trips) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {
+}
+func (*trips) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
+
+// of is how many round trips f makes.
+func (c *trips) of(f func()) int {
+	before := c.n.Load()
+	f()
+	return int(c.n.Load() - before)
+}
+
+// counted returns a storage of its own, whose round trips are counted.
+func counted(t testing.TB, url, name string) (*pgstore.Storage, *trips) {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(url)
+	require.NoError(t, err)
+	c := &trips{}
+	config.ConnConfig.Tracer = c
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	return open(t, pool, pgstore.Options{Name: name}), c
+}
+
+func TestRoundTrips(t *testing.T) {
+	t.Parallel()
+	url := servers.PostgresURL(t)
+	s, trips := counted(t, url, "trips")
+	other := open(t, connect(t, url), pgstore.Options{Name: "trips"})
+	r := fivePerHour(t, freshID(t))
+	admitted := func(s *pgstore.Storage) func() { return func() { assert.Equal(t, 1, take(t, s, r, 1)) } }
+	assert.Equal(t, 2, trips.of(admitted(s)), "the first admission reads and writes")
+	assert.Equal(t, 1, trips.of(admitted(s)), "the next one knows the row")
+	admitted(other)()
+	assert.Equal(t, 3, trips.of(admitted(s)), "what it knows is no longer true")
+	assert.Equal(t, 2, trips.of(admitted(s)), "and it does not rely on it for a while")
+	assert.Equal(t, 1, trips.of(func() { assert.Zero(t, take(t, s, r, 1)) }), "a refusal reads")
+}
+
+func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	s, other := open(t, pool, pgstore.Options{Name: "memory"}), open(t, pool, pgstore.Options{Name: "memory"})
+	for what, do := range map[string]struct {
+		do   func(storage.Request) error
+		left int
+	}{
+		"a Reset": {func(r storage.Request) error { return other.Reset(t.Context(), "", r.Part.Identifier) }, 5},
+		"a DELETE of the row": {func(r storage.Request) error {
+			_, err := pool.Exec(t.Context(), "DELETE FROM memory_state WHERE id = $1", []byte(":"+r.Part.Identifier))
+			return err
+		}, 5},
+		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, take(t, other, r, 2)); return nil }, 1},
+		"a Charge": {func(r storage.Request) error { return other.Charge(t.Context(), chargeOne(r)) }, 2},
+		"a refund of all that is out": {func(r storage.Request) error {
+			c := chargeOne(r)
+			c.Amounts[0].N = -2
+			return other.Charge(t.Context(), c)
+		}, 5},
+	} {
+		r := fivePerHour(t, freshID(t))
+		require.Equal(t, 2, take(t, s, r, 2), what)
+		require.NoError(t, do.do(r), what)
+		assert.Equal(t, do.left, take(t, s, r, 7), what)
+	}
+}
+
+func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
+	t.Parallel()
+	url := servers.PostgresURL(t)
+	s, other := open(t, connect(t, url), pgstore.Options{Name: "refusal"}), open(t, connect(t, url), pgstore.Options{Name: "refusal"})
+	r := fivePerHour(t, freshID(t))
+	require.Equal(t, 5, take(t, s, r, 5))
+	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
+	assert.Equal(t, 5, take(t, s, r, 7))
+}
