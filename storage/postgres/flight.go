@@ -176,6 +176,7 @@ func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
 // look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
 // server's time.
 func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
+	s.swept(len(rows), calls)
 	var clock time.Time
 	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
 	if err == nil {

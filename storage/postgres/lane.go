@@ -48,8 +48,8 @@ func newLane(s *Storage) *lane {
 // fly executes a flight of calls of one identifier each.
 func (l *lane) fly(ctx context.Context, flight []*call) {
 	rows := rowsOf(flight)
-	l.s.swept(len(rows), flight)
 	if now, ok := l.recall(rows); ok && len(act(flight, rows, now)) == len(rows) && taken(flight) {
+		l.s.swept(len(rows), flight)
 		late, locked := l.write(ctx, rows, now)
 		if locked || len(late) == 0 {
 			l.contend(late)

@@ -41,6 +41,32 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 	assert.Less(t, rows, 4*each, "of %d identifiers %d are not full", each*minutes, each)
 }
 
+func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	s := open(t, pool, pgstore.Options{Name: "joint_churn"})
+	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
+	require.Empty(t, faults)
+	const calls, each = 200, 10
+	crowd(20, func(worker int) {
+		for i := range calls / 20 {
+			r := storage.Request{}
+			for n := range each {
+				part := storage.NewPart(fmt.Sprint(worker, "-", i, "-", n), []storage.Rule{short}, 1)
+				if r.More = append(r.More, part); n == 0 {
+					r.Part, r.More = part, nil
+				}
+			}
+			_, err := s.Decide(context.Background(), r)
+			assert.NoError(t, err)
+		}
+	})
+	require.NoError(t, s.Close(), "which waits for a sweep")
+	var rows int
+	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM joint_churn_state").Scan(&rows))
+	assert.Less(t, rows, calls*each/2, "none of the rows is needed")
+}
+
 func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
