@@ -1,0 +1,51 @@
+package throttlerhttp_test
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+// blank answers nothing, so that only the middleware is measured.
+type blank struct{ header http.Header }
+
+func (b *blank) Header() http.Header         { return b.header }
+func (b *blank) Write(p []byte) (int, error) { return len(p), nil }
+func (b *blank) WriteHeader(int)             {}
+
+func limitedByAddress(t testing.TB, n int64, routes ...throttlerhttp.Route) (http.Handler, *http.Request) {
+	two := buckets(throttler.NewBucket(10*time.Second, n), throttler.NewBucket(time.Hour, n))
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{Key: throttlerhttp.Address(nil), Buckets: two, Routes: routes},
+		http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	return h, httptest.NewRequest(http.MethodGet, "/api/data", nil)
+}
+
+// BenchmarkMiddleware is what the middleware adds to a request: two buckets, the runtime storage, the default
+// fields.
+func BenchmarkMiddleware(b *testing.B) {
+	for name, routes := range map[string][]throttlerhttp.Route{
+		"plain":  nil,
+		"routes": {{Pattern: "GET /api/data", Adds: true, Buckets: buckets(throttler.NewBucket(time.Minute, 1<<40))}, {Pattern: "/health"}},
+	} {
+		b.Run(name, func(b *testing.B) {
+			h, r := limitedByAddress(b, 1<<40, routes...)
+			w := &blank{http.Header{}}
+			b.ReportAllocs()
+			for b.Loop() {
+				h.ServeHTTP(w, r)
+			}
+		})
+	}
+}
+
+func TestTheMiddlewareAddsThreeAllocationsToARequest(t *testing.T) {
+	h, r := limitedByAddress(t, 1<<40)
+	w := &blank{http.Header{}}
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { h.ServeHTTP(w, r) }), 3.0, "the key, and a string and a slice for the fields")
+}

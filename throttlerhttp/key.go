@@ -1,0 +1,257 @@
+package throttlerhttp
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Key names whom a request counts for, such as "user:42". It returns "" when it does not know, which is for the
+// next of First to know; from the Key of the middleware it is a fault of the program: the request is answered
+// 500 and not counted.
+//
+// A nil Key knows nobody. Those of this package may be used by any number of goroutines, and keep nothing
+// between requests. A name of more than 1024 bytes is refused by the throttler, with
+// throttler.ErrInvalidIdentifier.
+type Key func(*http.Request) string
+
+// of is the name, "" from a nil Key.
+func (k Key) of(r *http.Request) string {
+	if k == nil {
+		return ""
+	}
+	return k(r)
+}
+
+// User is "user:" and the id that is found in the context of the request, where the authentication has put it:
+// "user:42". It is "" when id returns "", as for visitors who are not logged in, or is nil. An id of more than
+// 1019 bytes makes a name that the throttler refuses.
+func User(id func(context.Context) string) Key {
+	return func(r *http.Request) string {
+		if id == nil {
+			return ""
+		}
+		if u := id(r.Context()); u != "" {
+			return "user:" + u
+		}
+		return ""
+	}
+}
+
+// APIKey is "key:" and a hash of the header's value, the first 16 bytes of its SHA-256 in hex: identifiers
+// stand in errors, logs and storages, and an API key is a secret. From the hash of a key that is short or a
+// word it can be found by trying; keys are long and random. It is "" if the header is missing or empty; of
+// several lines the first counts, as for Header.Get.
+//
+// Nothing here checks that the key was ever issued: whoever invents a new one with each request has a new limit
+// with each request. Use APIKey behind the authentication that refuses unknown keys, or join it with Address.
+func APIKey(header string) Key {
+	header = http.CanonicalHeaderKey(header)
+	return func(r *http.Request) string {
+		lines := r.Header[header]
+		if len(lines) == 0 || lines[0] == "" {
+			return ""
+		}
+		sum := sha256.Sum256([]byte(lines[0]))
+		var room [len("key:") + 32]byte
+		return string(hex.AppendEncode(append(room[:0], "key:"...), sum[:16]))
+	}
+}
+
+// AddressOptions says which proxies Address believes, and what it takes for one client. The zero value believes
+// nobody. Address copies it.
+type AddressOptions struct {
+	// Trusted are the addresses of proxies of your own, whose word about the address is believed. There are none
+	// by default, and then no header is read. List the proxies and nothing wider: whoever reaches this server
+	// from a trusted address may claim to be anybody. An invalid prefix has no addresses. One of link-local
+	// addresses has those of all interfaces, since prefixes have no zone.
+	Trusted []netip.Prefix
+
+	// Header is the header that they set, by default X-Forwarded-For: addresses separated by commas, of which
+	// the last is that of the nearest proxy's peer. A header with one address, such as X-Real-IP or
+	// CF-Connecting-IP, is a list of one. Each trusted proxy has to add the address of its peer or to replace
+	// what is there: one that passes on the header as it came lets clients choose their address. The syntax of
+	// the header Forwarded is not read: with it all requests that come by a proxy count for the proxy.
+	Header string
+
+	// IPv6Bits, from 1 to 128, is the length of the prefix that the IPv6 addresses of one client share. By
+	// default it is 64, the least that a client gets from its provider: it may change the rest with each
+	// request. Less than 1 means 64, more than 128 means 128.
+	IPv6Bits int
+}
+
+// Address is the address of the client: "ip:192.0.2.1", and of IPv6 the prefix, "ip:2001:db8:1:2::/64". With
+// nil options, or without Trusted, it is that of Request.RemoteAddr, and no header can change it.
+//
+// With Trusted it begins with RemoteAddr, and as long as the address is trusted goes on to the next one of the
+// header, from the last to the first, over all its lines. The first that is not trusted is the client's, for
+// everything before it may have been written by the client. If all are trusted it is the first of the header.
+// Addresses may have a port, and those of IPv6 stand in brackets then. An entry that is anything else, such as
+// "unknown" or nothing, ends the search, and the trusted address after it is taken: a proxy that hides its
+// client must not make believe what that client wrote.
+//
+// IPv4 in IPv6, ::ffff:192.0.2.1, is IPv4. The zone of a link-local address, the %eth0 of fe80::1%eth0, is left
+// out, though two interfaces may be two networks: it has a meaning on one machine only, while a storage may be
+// shared by several, and in a header anything could stand there, a new name with each request.
+//
+// The name is "" if RemoteAddr is not an address and a port, since there is nobody to trust then. A server on a
+// unix socket has "@" or "", and some middleware replaces RemoteAddr by an address without a port: there write
+// a Key of your own.
+func Address(o *AddressOptions) Key {
+	if o == nil {
+		o = &AddressOptions{}
+	}
+	a := addresses{header: "X-Forwarded-For", bits: 64}
+	if o.Header != "" {
+		a.header = http.CanonicalHeaderKey(o.Header)
+	}
+	if o.IPv6Bits >= 1 {
+		a.bits = min(o.IPv6Bits, 128)
+	}
+	for _, p := range o.Trusted {
+		if p.Addr().Is4In6() && p.Bits() >= 96 {
+			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96) // as the addresses that it is compared with
+		}
+		a.trusted = append(a.trusted, p)
+	}
+	return a.key
+}
+
+// addresses are the options of an Address, none of them left to a default.
+type addresses struct {
+	trusted []netip.Prefix
+	header  string // canonical
+	bits    int
+}
+
+func (a *addresses) key(r *http.Request) string {
+	addr, port := parseAddress(r.RemoteAddr)
+	if !addr.IsValid() || !port {
+		return ""
+	}
+	if a.trusts(addr) {
+		addr = a.walk(addr, r.Header[a.header])
+	}
+	var room [len("ip:") + 8*len("ffff:") - 1 + len("/128")]byte
+	name := append(room[:0], "ip:"...)
+	if addr.Is4() {
+		return string(addr.AppendTo(name))
+	}
+	network, _ := addr.Prefix(a.bits) // cannot fail: bits are 1 to 128
+	return string(network.AppendTo(name))
+}
+
+// walk goes from a trusted address through the lines of the header, from the last entry to the first.
+func (a *addresses) walk(addr netip.Addr, lines []string) netip.Addr {
+	for _, line := range slices.Backward(lines) {
+		for more := true; more; {
+			comma := strings.LastIndexByte(line, ',')
+			next, _ := parseAddress(strings.Trim(line[comma+1:], " \t"))
+			if !next.IsValid() {
+				return addr
+			}
+			if addr = next; !a.trusts(addr) {
+				return addr
+			}
+			if more = comma >= 0; more {
+				line = line[:comma]
+			}
+		}
+	}
+	return addr
+}
+
+func (a *addresses) trusts(addr netip.Addr) bool {
+	for _, p := range a.trusted {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
+}
+
+// parseAddress reads 192.0.2.1, 192.0.2.1:80, 2001:db8::1, [2001:db8::1] or [2001:db8::1]:80, and says whether
+// there was a port. IPv4 in IPv6 becomes IPv4, and a zone is left out before it is parsed, which would
+// allocate. The address of anything else is not valid.
+func parseAddress(s string) (addr netip.Addr, hasPort bool) {
+	host, port := s, ""
+	bracket := strings.HasPrefix(s, "[")
+	if bracket {
+		end := strings.LastIndexByte(s, ']')
+		if end < 0 {
+			return netip.Addr{}, false
+		}
+		host, port = s[1:end], s[end+1:]
+	} else if colon := strings.IndexByte(s, ':'); colon >= 0 && colon == strings.LastIndexByte(s, ':') {
+		host, port = s[:colon], s[colon:]
+	}
+	if port != "" {
+		if _, err := strconv.ParseUint(port[1:], 10, 16); err != nil || port[0] != ':' {
+			return netip.Addr{}, false
+		}
+	}
+	host, zone, zoned := strings.Cut(host, "%")
+	addr, err := netip.ParseAddr(host)
+	if err != nil || addr.Is4() && (bracket || zoned) || zoned && zone == "" {
+		return netip.Addr{}, false
+	}
+	return addr.Unmap(), port != ""
+}
+
+// First is the name by the first key that knows one, and "" if none does, or there are none. First(User(id),
+// Address(nil)) limits users by their id and everybody else by address.
+func First(keys ...Key) Key {
+	keys = slices.Clone(keys)
+	return func(r *http.Request) string {
+		for _, k := range keys {
+			if name := k.of(r); name != "" {
+				return name
+			}
+		}
+		return ""
+	}
+}
+
+// Join is the names by all keys together, separated by spaces: "user:42 ip:192.0.2.1" is a user at one address.
+// It is "" if one of them is "", or there are none.
+//
+// Two different lists of names never make the same name, whatever is in them and whatever their lengths: in
+// each a space becomes %20 and a percent sign %25. A name that was not joined is not escaped, and may look like
+// a joined one if it has spaces; where both count in one place, as by First, put Join around it as well.
+func Join(keys ...Key) Key {
+	keys = slices.Clone(keys)
+	return func(r *http.Request) string {
+		var room [128]byte
+		joined := room[:0]
+		for i, k := range keys {
+			name := k.of(r)
+			if name == "" {
+				return ""
+			}
+			if i > 0 {
+				joined = append(joined, ' ')
+			}
+			joined = appendEscaped(joined, name)
+		}
+		return string(joined)
+	}
+}
+
+func appendEscaped(b []byte, name string) []byte {
+	for i := range len(name) {
+		switch c := name[i]; c {
+		case ' ':
+			b = append(b, "%20"...)
+		case '%':
+			b = append(b, "%25"...)
+		default:
+			b = append(b, c)
+		}
+	}
+	return b
+}

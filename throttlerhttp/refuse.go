@@ -1,0 +1,99 @@
+package throttlerhttp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+
+	"github.com/go-throttler/throttler"
+)
+
+// Refusal is why a request did not reach the handler.
+type Refusal struct {
+	// Status is 429 for a request that was limited, 413 if its cost exceeds a capacity, so that waiting does not
+	// help, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
+	Status int
+
+	// Err is a *throttler.LimitedError with the Verdict of a 429, else what the Throttler returned, or ErrNoKey.
+	// It names the identifier and parts of the program: do not show it to clients.
+	Err error
+
+	// Verdict is that of a 429.
+	Verdict throttler.Verdict
+
+	// RetryAfter is the field that a 429 has, in seconds, else 0.
+	RetryAfter int64
+}
+
+// Limits returns the names of the buckets that refused.
+func (r *Refusal) Limits() []string {
+	var names []string
+	for _, l := range r.Verdict.Levels() {
+		if l.RetryAfter > 0 {
+			names = append(names, l.Bucket)
+		}
+	}
+	return names
+}
+
+func (m *middleware) refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
+	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
+	if err == nil {
+		refusal.Err = &throttler.LimitedError{Verdict: v}
+		refusal.RetryAfter = max(1, seconds(v.RetryAfter))
+		w.Header().Set("Retry-After", strconv.FormatInt(refusal.RetryAfter, 10))
+	}
+	m.Refuse(w, r, refusal)
+}
+
+func status(err error) int {
+	switch {
+	case err == nil:
+		return http.StatusTooManyRequests
+	case errors.Is(err, throttler.ErrCostExceedsCapacity):
+		return http.StatusRequestEntityTooLarge
+	case errors.Is(err, throttler.ErrUnknownIdentifier):
+		return http.StatusForbidden
+	case errors.Is(err, throttler.ErrUnavailable), errors.Is(err, throttler.ErrClosed), errors.Is(err, throttler.ErrCorruptState),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusInternalServerError
+}
+
+// Problem answers with application/problem+json (RFC 9457). That of a 429 is of the type quota-exceeded of
+// draft-ietf-httpapi-ratelimit-headers-10, and names the buckets that refused.
+func Problem(w http.ResponseWriter, _ *http.Request, r Refusal) {
+	problem := struct {
+		Type       string   `json:"type"`
+		Title      string   `json:"title"`
+		Status     int      `json:"status"`
+		Violated   []string `json:"violated-policies,omitempty"`
+		RetryAfter int64    `json:"retry-after,omitempty"`
+	}{"about:blank", http.StatusText(r.Status), r.Status, r.Limits(), r.RetryAfter}
+	if r.Status == http.StatusTooManyRequests {
+		problem.Type = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+		problem.Title = "The request exceeds the quota that you have been assigned."
+	}
+	write(w, r.Status, "application/problem+json", problem)
+}
+
+// JSON answers with {"error":"Too Many Requests","limits":["5/10s"],"retry_after":8}; the last two only if the
+// request was limited.
+func JSON(w http.ResponseWriter, _ *http.Request, r Refusal) {
+	write(w, r.Status, "application/json", struct {
+		Error      string   `json:"error"`
+		Limits     []string `json:"limits,omitempty"`
+		RetryAfter int64    `json:"retry_after,omitempty"`
+	}{http.StatusText(r.Status), r.Limits(), r.RetryAfter})
+}
+
+func write(w http.ResponseWriter, status int, kind string, body any) {
+	text, _ := json.Marshal(body) // cannot fail
+	w.Header().Set("Content-Type", kind)
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_, _ = w.Write(text) // fails when the client has gone: there is nobody to tell
+}

@@ -1,0 +1,317 @@
+// Package throttlerhttp limits the requests that a net/http server serves.
+//
+//	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
+//		Key:     throttlerhttp.First(throttlerhttp.APIKey("X-API-Key"), throttlerhttp.Address(nil)),
+//		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)},
+//		Routes: []throttlerhttp.Route{
+//			{Pattern: "GET /api/search", Adds: true, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10)}},
+//			{Pattern: "GET /health"}, // not limited
+//		},
+//	})
+//	http.ListenAndServe(":8000", limit(mux))
+//
+// A request is one decision on all buckets that apply to it: it takes from all of them, or from none. One that
+// is admitted gets the fields of Options.Fields in its answer; one that is not never reaches the handler, and is
+// answered by Options.Refuse: 429 with a Retry-After that is never too early, or what Refusal says.
+//
+// The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Of two that
+// are around each other each decides for itself, so that what the outer one took stays taken when the inner one
+// refuses; let one middleware know both limits instead.
+package throttlerhttp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/go-throttler/throttler"
+)
+
+// Options of New. The zero value limits each address by the buckets that the Throttler has.
+type Options struct {
+	// Key names whom a request counts for. Nil is Address(nil).
+	Key Key
+
+	// Buckets limit the requests. None: those that the Throttler has for the key.
+	Buckets []throttler.Bucket
+
+	// Tier names the set of Tiers that limits a request in place of Buckets; empty is Buckets. Give the buckets
+	// of different tiers the same names (Bucket.Named), so that who changes tiers keeps what was spent.
+	Tier  func(*http.Request) string
+	Tiers map[string][]throttler.Bucket
+
+	// Routes have limits of their own.
+	Routes []Route
+
+	// Cost of a request in tokens, 0 or more. Nil is the Throttler's Config.Cost.
+	Cost func(*http.Request) int64
+
+	// Refund, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
+	// logins only, give back those that did not fail.
+	Refund func(status int) bool
+
+	// Fields are those that tell clients about their limits. 0 is Draft10.
+	Fields Fields
+
+	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After and Fields are set before.
+	Refuse func(http.ResponseWriter, *http.Request, Refusal)
+}
+
+// Route has the limits of some of the requests.
+type Route struct {
+	// Pattern is one of http.ServeMux: "/api/", "POST /login", "/users/{id}". Of several that match a request
+	// the most specific counts, as there.
+	Pattern string
+
+	// Name stands before the names of the route's buckets, so that they are not those of another route. By
+	// default it is Pattern. Routes of one Name share what is spent.
+	Name string
+
+	// Buckets limit the requests in place of Options.Buckets and Options.Tiers, or, if Adds is set, besides
+	// them, in one decision. None, without Adds: the requests are not limited.
+	Buckets []throttler.Bucket
+	Adds    bool
+
+	Key    Key                       // nil: that of Options
+	Cost   func(*http.Request) int64 // nil: that of Options
+	Refund func(status int) bool     // nil: that of Options
+}
+
+// ErrNoKey is that a Key returned nothing.
+var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows nobody whom the request counts for")
+
+// New returns middleware that asks the Throttler before each request. It returns all faults of the options,
+// joined.
+func New(t *throttler.Throttler, o *Options) (func(http.Handler) http.Handler, error) {
+	m := &middleware{t: t}
+	if o != nil {
+		m.Options = *o
+	}
+	if m.Key == nil {
+		m.Key = Address(nil)
+	}
+	if m.Refuse == nil {
+		m.Refuse = Problem
+	}
+	if err := m.compile(); err != nil {
+		return nil, err
+	}
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next) })
+	}, nil
+}
+
+type middleware struct {
+	Options
+
+	t      *throttler.Throttler
+	others limit // of requests that no route matches
+	mux    *http.ServeMux
+	routes map[string]*limit // by patterns
+}
+
+// limit is what applies to some of the requests.
+type limit struct {
+	free   bool
+	key    Key
+	cost   func(*http.Request) int64
+	refund func(int) bool
+	sets   map[string]throttler.Option // by tiers; the Throttler's buckets if there is none for ""
+}
+
+// compile makes the limits, so that nothing is left to do for a request but to choose.
+func (m *middleware) compile() error {
+	var faults []error
+	if m.t == nil {
+		faults = append(faults, errors.New("throttlerhttp: the Throttler is nil"))
+	}
+	if m.Tier == nil && len(m.Tiers) > 0 {
+		faults = append(faults, errors.New("throttlerhttp: Options.Tiers needs a Tier that chooses one"))
+	}
+	var err error
+	if m.others, err = m.limit("Options", nil); err != nil {
+		faults = append(faults, err)
+	}
+	if len(m.Routes) > 0 {
+		m.mux, m.routes = http.NewServeMux(), map[string]*limit{}
+	}
+	for i := range m.Routes {
+		r := &m.Routes[i]
+		where := fmt.Sprintf("Options.Routes[%d] %q", i, r.Pattern)
+		l, err := m.limit(where, r)
+		if err == nil {
+			err = m.register(where, r.Pattern)
+		}
+		if err != nil {
+			faults = append(faults, err)
+		}
+		m.routes[r.Pattern] = &l
+	}
+	return errors.Join(faults...)
+}
+
+// register adds a pattern to the mux, which panics if it is no pattern or there are two of it.
+func (m *middleware) register(where, pattern string) (err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			err = fmt.Errorf("throttlerhttp: %s: %v", where, fault)
+		}
+	}()
+	m.mux.Handle(pattern, http.NotFoundHandler())
+	return nil
+}
+
+// limit makes that of a route, or of the requests without one.
+func (m *middleware) limit(where string, r *Route) (limit, error) {
+	l := limit{key: m.Key, cost: m.Cost, refund: m.Refund, sets: map[string]throttler.Option{}}
+	var own []throttler.Bucket
+	if r != nil {
+		l.free = len(r.Buckets) == 0 && !r.Adds
+		if r.Key != nil {
+			l.key = r.Key
+		}
+		if r.Cost != nil {
+			l.cost = r.Cost
+		}
+		if r.Refund != nil {
+			l.refund = r.Refund
+		}
+		own = r.scoped()
+	}
+	tiers := map[string][]throttler.Bucket{"": m.Buckets}
+	for name, buckets := range m.Tiers {
+		tiers[name] = buckets
+	}
+	for name, buckets := range tiers {
+		if r != nil && !r.Adds {
+			buckets = nil
+		} else if r != nil && len(buckets) == 0 {
+			return l, fmt.Errorf("throttlerhttp: %s: Adds needs Options.Buckets to add to", where)
+		}
+		set := append(append([]throttler.Bucket{}, buckets...), own...)
+		if len(set) == 0 {
+			continue
+		}
+		if _, err := throttler.New(throttler.Config{Buckets: set}); err != nil {
+			return l, fmt.Errorf("throttlerhttp: %s: %w", where, err)
+		}
+		l.sets[name] = throttler.Using(set...)
+	}
+	return l, nil
+}
+
+// scoped returns the buckets with the route in their names.
+func (r *Route) scoped() []throttler.Bucket {
+	name := r.Name
+	if name == "" {
+		name = r.Pattern
+	}
+	out := make([]throttler.Bucket, len(r.Buckets))
+	for i, b := range r.Buckets {
+		out[i] = b.Named(name + " " + b.Name())
+	}
+	return out
+}
+
+// serve is the flow of a request.
+func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	l := m.of(r)
+	if l.free {
+		next.ServeHTTP(w, r)
+		return
+	}
+	v, err := m.ask(r, l)
+	m.Fields.write(w.Header(), &v)
+	switch {
+	case err != nil || !v.Allowed:
+		m.refuse(w, r, v, err)
+	case l.refund == nil:
+		next.ServeHTTP(w, r)
+	default:
+		rec := &recorder{ResponseWriter: w}
+		defer func() {
+			if l.refund(rec.final()) {
+				_ = m.t.Refund(context.WithoutCancel(r.Context()), v) // Observe has the error
+			}
+		}()
+		next.ServeHTTP(rec, r)
+		rec.returned = true
+	}
+}
+
+// of returns the limit that applies to a request.
+func (m *middleware) of(r *http.Request) *limit {
+	if m.mux != nil {
+		if _, pattern := m.mux.Handler(r); pattern != "" {
+			return m.routes[pattern]
+		}
+	}
+	return &m.others
+}
+
+func (m *middleware) ask(r *http.Request, l *limit) (v throttler.Verdict, err error) {
+	key := l.key(r)
+	if key == "" {
+		return v, ErrNoKey
+	}
+	var few [2]throttler.Option
+	options := few[:0]
+	tier := ""
+	if m.Tier != nil {
+		tier = m.Tier(r)
+	}
+	if set, ok := l.sets[tier]; ok {
+		options = append(options, set)
+	} else if tier != "" {
+		return v, fmt.Errorf("throttlerhttp: Options.Tier returned %q, which is none of Options.Tiers", tier)
+	}
+	if l.cost != nil {
+		options = append(options, throttler.Cost(l.cost(r)))
+	}
+	return m.t.ConsumeContext(r.Context(), key, options...)
+}
+
+// recorder remembers the status of an answer.
+type recorder struct {
+	http.ResponseWriter
+
+	status   int
+	returned bool // the handler has, and did not panic
+}
+
+func (r *recorder) WriteHeader(status int) {
+	if r.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
+		r.status = status
+	}
+	r.ResponseWriter.WriteHeader(status)
+}
+
+func (r *recorder) Write(b []byte) (int, error) {
+	if r.status == 0 {
+		r.status = http.StatusOK
+	}
+	return r.ResponseWriter.Write(b)
+}
+
+// Flush is for handlers that do not use an http.ResponseController.
+func (r *recorder) Flush() {
+	if r.status == 0 {
+		r.status = http.StatusOK
+	}
+	_ = http.NewResponseController(r.ResponseWriter).Flush()
+}
+
+// Unwrap is for http.ResponseController.
+func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+// final is the status that the client has got or will get.
+func (r *recorder) final() int {
+	switch {
+	case r.status != 0:
+		return r.status
+	case !r.returned:
+		return http.StatusInternalServerError
+	}
+	return http.StatusOK
+}
