@@ -1,7 +1,7 @@
 // Package throttlerhttp limits the requests that a net/http server serves.
 //
 //	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
-//		Key:     throttlerhttp.First(throttlerhttp.APIKey("X-API-Key"), throttlerhttp.Address(nil)),
+//		Key:     throttlerhttp.First(throttlerhttp.User(userID), throttlerhttp.Address(nil)),
 //		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)},
 //		Routes: []throttlerhttp.Route{
 //			{Pattern: "GET /api/search", Adds: true, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10)}},
