@@ -86,8 +86,8 @@ func item(out []byte, i int, name string) []byte {
 	return append(append(out, name...), '"')
 }
 
-// largest has a digit less than integers of structured fields may have, which not every parser takes.
-const largest = 99_999_999_999_999
+// largest is the largest integer of structured fields.
+const largest = 999_999_999_999_999
 
 func parameter(out []byte, name string, n int64) []byte {
 	return strconv.AppendInt(append(out, name...), min(n, largest), 10)
