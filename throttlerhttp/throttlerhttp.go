@@ -5,7 +5,7 @@
 //		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)},
 //		Routes: []throttlerhttp.Route{
 //			{Pattern: "GET /api/search", Adds: true, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10)}},
-//			{Pattern: "GET /health"}, // not limited
+//			{Pattern: "GET /health", Free: true},
 //		},
 //	})
 //	http.ListenAndServe(":8000", limit(mux))
@@ -20,10 +20,13 @@
 package throttlerhttp
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 
 	"github.com/go-throttler/throttler"
 )
@@ -47,9 +50,11 @@ type Options struct {
 	// Cost of a request in tokens, 0 or more. Nil is the Throttler's Config.Cost.
 	Cost func(*http.Request) int64
 
-	// Refund, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
-	// logins only, give back those that did not fail.
-	Refund func(status int) bool
+	// RefundIf, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
+	// logins only, give back those that did not fail. Until the handler has returned the cost is out. The status
+	// is the one that the handler writes; frameworks that write it after the middleware has returned do not work
+	// with it.
+	RefundIf func(status int) bool
 
 	// Fields are those that tell clients about their limits. 0 is Draft10.
 	Fields Fields
@@ -65,17 +70,20 @@ type Route struct {
 	Pattern string
 
 	// Name stands before the names of the route's buckets, so that they are not those of another route. By
-	// default it is Pattern. Routes of one Name share what is spent.
+	// default it is Pattern. Clients see it in the fields. Routes of one Name share what is spent.
 	Name string
 
 	// Buckets limit the requests in place of Options.Buckets and Options.Tiers, or, if Adds is set, besides
-	// them, in one decision. None, without Adds: the requests are not limited.
+	// them, in one decision. None are those of Options. Nothing is inherited from a less specific route.
 	Buckets []throttler.Bucket
 	Adds    bool
 
-	Key    Key                       // nil: that of Options
-	Cost   func(*http.Request) int64 // nil: that of Options
-	Refund func(status int) bool     // nil: that of Options
+	// Free requests are not limited.
+	Free bool
+
+	Key      Key                       // nil: that of Options
+	Cost     func(*http.Request) int64 // nil: that of Options
+	RefundIf func(status int) bool     // nil: that of Options
 }
 
 // ErrNoKey is that a Key returned nothing.
@@ -113,11 +121,11 @@ type middleware struct {
 
 // limit is what applies to some of the requests.
 type limit struct {
-	free   bool
-	key    Key
-	cost   func(*http.Request) int64
-	refund func(int) bool
-	sets   map[string]throttler.Option // by tiers; the Throttler's buckets if there is none for ""
+	free     bool
+	key      Key
+	cost     func(*http.Request) int64
+	refundIf func(int) bool
+	sets     map[string]throttler.Option // by tiers; the Throttler's buckets if there is none for ""
 }
 
 // compile makes the limits, so that nothing is left to do for a request but to choose.
@@ -162,54 +170,68 @@ func (m *middleware) register(where, pattern string) (err error) {
 	return nil
 }
 
-// limit makes that of a route, or of the requests without one.
+// limit makes that of a route, or of the requests without one, for which r is nil.
 func (m *middleware) limit(where string, r *Route) (limit, error) {
-	l := limit{key: m.Key, cost: m.Cost, refund: m.Refund, sets: map[string]throttler.Option{}}
-	var own []throttler.Bucket
+	l := limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, sets: map[string]throttler.Option{}}
 	if r != nil {
-		l.free = len(r.Buckets) == 0 && !r.Adds
-		if r.Key != nil {
-			l.key = r.Key
+		if err := l.override(r); err != nil {
+			return l, fmt.Errorf("throttlerhttp: %s: %w", where, err)
 		}
-		if r.Cost != nil {
-			l.cost = r.Cost
-		}
-		if r.Refund != nil {
-			l.refund = r.Refund
-		}
-		own = r.scoped()
 	}
 	tiers := map[string][]throttler.Bucket{"": m.Buckets}
-	for name, buckets := range m.Tiers {
-		tiers[name] = buckets
+	maps.Copy(tiers, m.Tiers)
+	if r != nil && r.Adds && len(m.Buckets) == 0 && len(m.Tiers) == 0 {
+		return l, fmt.Errorf("throttlerhttp: %s: Adds needs Options.Buckets or Options.Tiers to add to; those of the Throttler it does not know", where)
 	}
-	for name, buckets := range tiers {
-		if r != nil && !r.Adds {
-			buckets = nil
-		} else if r != nil && len(buckets) == 0 {
-			return l, fmt.Errorf("throttlerhttp: %s: Adds needs Options.Buckets to add to", where)
+	for tier, set := range tiers {
+		if r != nil && len(r.Buckets) > 0 {
+			if !r.Adds {
+				set = nil
+			}
+			set = slices.Concat(set, r.scoped())
 		}
-		set := append(append([]throttler.Bucket{}, buckets...), own...)
 		if len(set) == 0 {
 			continue
 		}
 		if _, err := throttler.New(throttler.Config{Buckets: set}); err != nil {
 			return l, fmt.Errorf("throttlerhttp: %s: %w", where, err)
 		}
-		l.sets[name] = throttler.Using(set...)
+		l.sets[tier] = throttler.Using(set...)
 	}
 	return l, nil
 }
 
+// override sets what the route has of its own, apart from buckets.
+func (l *limit) override(r *Route) error {
+	l.free = r.Free
+	if r.Key != nil {
+		l.key = r.Key
+	}
+	if r.Cost != nil {
+		l.cost = r.Cost
+	}
+	if r.RefundIf != nil {
+		l.refundIf = r.RefundIf
+	}
+	switch {
+	case r.Free && (len(r.Buckets) > 0 || r.Adds):
+		return errors.New("it is Free and has Buckets")
+	case r.Adds && len(r.Buckets) == 0:
+		return errors.New("it has no Buckets that Adds could add")
+	}
+	for _, b := range r.scoped() {
+		if len(b.Name()) > 64 {
+			return fmt.Errorf("the name of a bucket would be %q, %d bytes of at most 64: give the Route a shorter Name", b.Name(), len(b.Name()))
+		}
+	}
+	return nil
+}
+
 // scoped returns the buckets with the route in their names.
 func (r *Route) scoped() []throttler.Bucket {
-	name := r.Name
-	if name == "" {
-		name = r.Pattern
-	}
 	out := make([]throttler.Bucket, len(r.Buckets))
 	for i, b := range r.Buckets {
-		out[i] = b.Named(name + " " + b.Name())
+		out[i] = b.Named(cmp.Or(r.Name, r.Pattern) + " " + b.Name())
 	}
 	return out
 }
@@ -226,12 +248,12 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	switch {
 	case err != nil || !v.Allowed:
 		m.refuse(w, r, v, err)
-	case l.refund == nil:
+	case l.refundIf == nil:
 		next.ServeHTTP(w, r)
 	default:
 		rec := &recorder{ResponseWriter: w}
 		defer func() {
-			if l.refund(rec.final()) {
+			if l.refundIf(rec.final()) {
 				_ = m.t.Refund(context.WithoutCancel(r.Context()), v) // Observe has the error
 			}
 		}()

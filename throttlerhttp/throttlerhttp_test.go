@@ -183,7 +183,7 @@ func TestRoutes(t *testing.T) {
 			{Pattern: "GET /api/search", Adds: true, Buckets: buckets(perHour(3))},
 			{Pattern: "POST /api/search", Name: "writes", Buckets: buckets(perHour(2))},
 			{Pattern: "POST /api/other", Name: "writes", Buckets: buckets(perHour(2))},
-			{Pattern: "/health"},
+			{Pattern: "/health", Free: true},
 		},
 	}, ok)
 	assert.Equal(t, 3, admitted(h, 5, "GET /api/search"), "its own limit, besides that of all")
@@ -230,7 +230,7 @@ func TestCostsAreThoseOfTheRequestOrTheRoute(t *testing.T) {
 	}
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{
 		Buckets: buckets(perHour(10)), Cost: weight,
-		Routes: []throttlerhttp.Route{{Pattern: "/fixed", Adds: true, Cost: func(*http.Request) int64 { return 3 }}},
+		Routes: []throttlerhttp.Route{{Pattern: "/fixed", Cost: func(*http.Request) int64 { return 3 }}},
 	}, ok)
 	assert.Equal(t, http.StatusOK, ask(h, "GET /?weight=6").StatusCode)
 	assert.Equal(t, http.StatusOK, ask(h, "GET /fixed").StatusCode)
@@ -259,7 +259,7 @@ func TestOnlyFailedLoginsCount(t *testing.T) {
 	})
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{
 		Buckets: buckets(perHour(3)),
-		Refund: func(status int) bool {
+		RefundIf: func(status int) bool {
 			return status != http.StatusUnauthorized && status != http.StatusInternalServerError
 		},
 	}, logins)
@@ -354,7 +354,7 @@ func TestBodies(t *testing.T) {
 func TestEarlyHintsAreNotTheStatusThatDecidesARefund(t *testing.T) {
 	t.Parallel()
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{
-		Buckets: buckets(perHour(1)), Refund: func(status int) bool { return status == http.StatusNotFound },
+		Buckets: buckets(perHour(1)), RefundIf: func(status int) bool { return status == http.StatusNotFound },
 	}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
 		http.NotFound(w, nil)
@@ -380,12 +380,15 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 			{Pattern: "no pattern at all", Buckets: buckets(perHour(1))},
 			{Pattern: "/twice", Buckets: buckets(perHour(1))}, {Pattern: "/twice", Buckets: buckets(perHour(1))},
 			{Pattern: "/many", Buckets: buckets(perHour(1), perHour(1))},
+			{Pattern: "/free", Free: true, Buckets: buckets(perHour(1))}, {Pattern: "/adds", Adds: true},
+			{Pattern: "/" + strings.Repeat("long", 15), Buckets: buckets(perHour(1))},
 		},
 	})
-	for _, said := range []string{"Options", "Period", "Tiers needs a Tier", `Options.Routes[0] "no pattern at all"`, `Options.Routes[2] "/twice"`, `Options.Routes[3] "/many"`} {
+	for _, said := range []string{"Options", "Period", "Tiers needs a Tier", `Options.Routes[0] "no pattern at all"`, `Options.Routes[2] "/twice"`, `Options.Routes[3] "/many"`,
+		"it is Free and has Buckets", "no Buckets that Adds could add", "give the Route a shorter Name"} {
 		assert.ErrorContains(t, err, said)
 	}
-	_, err = throttlerhttp.New(nil, &throttlerhttp.Options{Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true}}})
+	_, err = throttlerhttp.New(nil, &throttlerhttp.Options{Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true, Buckets: buckets(perHour(1))}}})
 	assert.ErrorContains(t, err, "Throttler is nil")
-	assert.ErrorContains(t, err, "Adds needs Options.Buckets")
+	assert.ErrorContains(t, err, "Adds needs Options.Buckets or")
 }

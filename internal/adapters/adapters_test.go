@@ -1,0 +1,287 @@
+// Package adapters_test shows the middleware of throttlerhttp under routers that are not net/http's. Its code is
+// that of the section "With other routers" of docs/guide.md.
+package adapters_test
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/go-chi/chi/v5"
+	fiberv2 "github.com/gofiber/fiber/v2"
+	adaptorv2 "github.com/gofiber/fiber/v2/middleware/adaptor"
+	"github.com/gofiber/fiber/v3"
+	"github.com/gofiber/fiber/v3/middleware/adaptor"
+	"github.com/labstack/echo/v4"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+type middleware = func(http.Handler) http.Handler
+
+// ginLimit limits the handlers that are used after it.
+func ginLimit(limit func(http.Handler) http.Handler) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		admitted := false
+		limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			admitted = true
+			c.Request = r
+			c.Next()
+			w.WriteHeader(c.Writer.Status()) // tells RefundIf, and changes nothing
+		})).ServeHTTP(c.Writer, c.Request)
+		if !admitted {
+			c.Abort()
+		}
+	}
+}
+
+// echoErrors answers errors at once, where the limit sees their status.
+func echoErrors(next echo.HandlerFunc) echo.HandlerFunc {
+	return func(c echo.Context) error {
+		if err := next(c); err != nil {
+			c.Error(err)
+		}
+		return nil
+	}
+}
+
+// client sends a request.
+type client func(*http.Request) *httptest.ResponseRecorder
+
+// router serves GET / by a handler that calls served and answers its status, with a limit around it. The
+// answer has a body unless it is an error of echo or fiber.
+type router func(limit middleware, served func() int) client
+
+func onChi(limit middleware, served func() int) client {
+	r := chi.NewRouter()
+	r.Use(limit)
+	r.Get("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(served()) })
+	return recorded(r)
+}
+
+func onEcho(limit middleware, served func() int) client {
+	e := echo.New()
+	e.Use(echo.WrapMiddleware(limit))
+	e.GET("/", func(c echo.Context) error { return echo.NewHTTPError(served()) })
+	return recorded(e)
+}
+
+func onEchoThatAnswersErrorsAtOnce(limit middleware, served func() int) client {
+	e := echo.New()
+	e.Use(echo.WrapMiddleware(limit), echoErrors)
+	e.GET("/", func(c echo.Context) error { return echo.NewHTTPError(served()) })
+	return recorded(e)
+}
+
+func onGin(limit middleware, served func() int) client {
+	g := gin.New()
+	g.Use(ginLimit(limit))
+	g.GET("/", func(c *gin.Context) { c.JSON(served(), "hello") })
+	return recorded(g)
+}
+
+func onGinWithoutBody(limit middleware, served func() int) client {
+	g := gin.New()
+	g.Use(ginLimit(limit))
+	g.GET("/", func(c *gin.Context) { c.Status(served()) })
+	return recorded(g)
+}
+
+func onFiber(limit middleware, served func() int) client {
+	app := fiber.New()
+	app.Use(adaptor.HTTPMiddleware(limit))
+	app.Get("/", func(c fiber.Ctx) error { return c.SendStatus(served()) })
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })
+	}
+}
+
+func onFiber2(limit middleware, served func() int) client {
+	app := fiberv2.New()
+	app.Use(adaptorv2.HTTPMiddleware(limit))
+	app.Get("/", func(c *fiberv2.Ctx) error { return c.SendStatus(served()) })
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, -1) })
+	}
+}
+
+// copied is the answer of fiber, whose tests return it in another form.
+func copied(test func() (*http.Response, error)) *httptest.ResponseRecorder {
+	res, err := test()
+	if err != nil {
+		panic(err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	w := httptest.NewRecorder()
+	for name, values := range res.Header {
+		w.Header()[name] = values
+	}
+	w.WriteHeader(res.StatusCode)
+	_, _ = io.Copy(w, res.Body)
+	return w
+}
+
+func recorded(h http.Handler) client {
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w
+	}
+}
+
+// routers are all, and whether RefundIf sees the status of the answer.
+var routers = []struct {
+	name string
+	on   router
+	sees bool
+}{
+	{"chi", onChi, true},
+	{"echo", onEcho, false},
+	{"echo that answers errors at once", onEchoThatAnswersErrorsAtOnce, true},
+	{"gin", onGin, true},
+	{"gin without a body", onGinWithoutBody, true},
+	{"fiber", onFiber, false},
+	{"fiber 2", onFiber2, false},
+}
+
+func init() { gin.SetMode(gin.ReleaseMode) }
+
+// limited is middleware that admits two requests of anybody.
+func limited(t *testing.T, o throttlerhttp.Options) middleware {
+	t.Helper()
+	limiter, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	o.Buckets = []throttler.Bucket{throttler.NewBucket(time.Hour, 2)}
+	limit, err := throttlerhttp.New(limiter, &o)
+	require.NoError(t, err)
+	return limit
+}
+
+// get asks once.
+func get(ask client) int { return ask(httptest.NewRequest(http.MethodGet, "/", nil)).Code }
+
+func TestTheThirdRequestIsRefusedWithFieldsAndReachesNoHandler(t *testing.T) {
+	t.Parallel()
+	for _, router := range routers {
+		t.Run(router.name, func(t *testing.T) {
+			t.Parallel()
+			served := 0
+			ask := router.on(limited(t, throttlerhttp.Options{}), func() int { served++; return http.StatusAccepted })
+			for i := range 3 {
+				res := ask(httptest.NewRequest(http.MethodGet, "/", nil))
+				assert.Equal(t, []string{`"2/1h";q=2;w=3600`}, res.Header().Values("RateLimit-Policy"))
+				if i < 2 {
+					assert.Equal(t, http.StatusAccepted, res.Code)
+					assert.Empty(t, res.Header().Get("Retry-After"))
+					continue
+				}
+				assert.Equal(t, http.StatusTooManyRequests, res.Code)
+				assert.Regexp(t, `^3(600|59\d)$`, res.Header().Get("Retry-After"))
+				assert.Regexp(t, `^"2/1h";r=0;t=3(600|59\d)$`, res.Header().Get("RateLimit"))
+				assert.Equal(t, "application/problem+json", res.Header().Get("Content-Type"))
+			}
+			assert.Equal(t, 2, served)
+		})
+	}
+}
+
+func TestRefundSeesTheStatusOfTheAnswerOnlyWhereTheGuideSaysSo(t *testing.T) {
+	t.Parallel()
+	for _, router := range routers {
+		t.Run(router.name, func(t *testing.T) {
+			t.Parallel()
+			failed := limited(t, throttlerhttp.Options{RefundIf: func(status int) bool { return status < 400 }})
+			ask := router.on(failed, func() int { return http.StatusUnauthorized })
+			var got []int
+			for range 3 {
+				got = append(got, get(ask))
+			}
+			if router.sees {
+				assert.Equal(t, []int{401, 401, 429}, got)
+			} else {
+				assert.Equal(t, []int{401, 401, 401}, got)
+			}
+		})
+	}
+}
+
+type userKey struct{}
+
+func TestUserReadsTheContextOfTheRequest(t *testing.T) {
+	t.Parallel()
+	user := throttlerhttp.User(func(ctx context.Context) string { id, _ := ctx.Value(userKey{}).(string); return id })
+	limit := limited(t, throttlerhttp.Options{Key: user})
+	login := func(r *http.Request) *http.Request {
+		return r.WithContext(context.WithValue(r.Context(), userKey{}, "42"))
+	}
+	ok := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) }
+
+	r := chi.NewRouter()
+	r.Use(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(w, login(r)) })
+	}, limit)
+	r.Get("/", ok)
+	assert.Equal(t, 200, get(recorded(r)))
+
+	e := echo.New()
+	e.Use(func(next echo.HandlerFunc) echo.HandlerFunc {
+		return func(c echo.Context) error {
+			c.SetRequest(login(c.Request()))
+			return next(c)
+		}
+	}, echo.WrapMiddleware(limit))
+	e.GET("/", echo.WrapHandler(http.HandlerFunc(ok)))
+	assert.Equal(t, 200, get(recorded(e)))
+
+	g := gin.New()
+	g.Use(func(c *gin.Context) { c.Request = login(c.Request) }, ginLimit(limit))
+	g.GET("/", gin.WrapF(ok))
+	assert.Equal(t, 429, get(recorded(g)), "they are one user")
+
+	app := fiber.New()
+	app.Use(func(c fiber.Ctx) error {
+		c.Locals(userKey{}, "42")
+		return c.Next()
+	}, adaptor.HTTPMiddleware(limit))
+	app.Get("/", adaptor.HTTPHandlerFunc(ok))
+	assert.Equal(t, 429, get(func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })
+	}))
+
+	g = gin.New()
+	g.Use(func(c *gin.Context) { c.Set("user", "42") }, ginLimit(limit))
+	g.GET("/", gin.WrapF(ok))
+	assert.Equal(t, 500, get(recorded(g)), "what the router keeps is not in it")
+}
+
+func TestTheCodeOfOtherRoutersInTheGuideIsThatOfThisFile(t *testing.T) {
+	t.Parallel()
+	guide, err := os.ReadFile("../../docs/guide.md")
+	require.NoError(t, err)
+	this, err := os.ReadFile("adapters_test.go")
+	require.NoError(t, err)
+	_, section, found := strings.Cut(string(guide), "\n## With other routers\n")
+	require.True(t, found)
+	section, _, _ = strings.Cut(section, "\n## ")
+	indentation := regexp.MustCompile(`(?m)^\t+`)
+	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(section, -1)
+	require.NotEmpty(t, blocks)
+	for _, block := range blocks {
+		assert.Contains(t, indentation.ReplaceAllString(string(this), ""), indentation.ReplaceAllString(block[1], ""))
+	}
+	lines := regexp.MustCompile("(?m)^\\| .*\\| `([^`]*)` \\|").FindAllStringSubmatch(section, -1)
+	require.NotEmpty(t, lines)
+	for _, line := range lines {
+		assert.Contains(t, string(this), "\t"+line[1]+"\n")
+	}
+}
