@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
@@ -48,6 +49,14 @@ type change struct {
 type answer struct {
 	verdict   storage.Verdict
 	contended bool // and not done
+}
+
+// mark is what stands for all ids of the query in marks.
+func (q *query) mark() []byte {
+	if len(q.ids) == 1 {
+		return q.ids[0]
+	}
+	return bytes.Join(q.ids, []byte{0})
 }
 
 // rules are those of one of the ids.
@@ -146,31 +155,84 @@ func (d *change) apply(row *row, now int64) error {
 	return nil
 }
 
-// flyContended executes a flight of contended calls, those of each identifier in a transaction of its own.
+// flyContended executes a flight of contended calls, those of each identifier, or of several, in a transaction of
+// their own. One that waits for a lock for long is done again, so that it does not hold up the others.
 func (s *Storage) flyContended(ctx context.Context, flight []*call) {
-	changed, _ := s.look(ctx, flight, rowsOf(flight))
+	type work struct {
+		calls []*call
+		rows  []*row
+	}
+	var all []work
+	single := flight[:0:0]
+	for _, c := range flight {
+		if len(c.Query.ids) == 1 {
+			single = append(single, c)
+		} else if calls, rows := []*call{c}, rowsOfJoint(c); len(first(s.look(ctx, calls, rows))) > 0 {
+			all = append(all, work{calls, rows})
+		}
+	}
+	if len(single) > 0 {
+		for _, r := range first(s.look(ctx, single, rowsOf(single))) {
+			all = append(all, work{r.calls, []*row{r}})
+		}
+	}
+	lock := s.options.Timeout * 8 / 10 // as a tenth has passed before
+	if len(all) > 1 {
+		lock = s.options.Timeout / 10
+	}
 	var wait sync.WaitGroup
-	for _, r := range changed {
+	for _, w := range all {
 		wait.Go(func() {
-			if err := s.transact(ctx, r.calls, []*row{r}); code(err) == lockNotAvailable {
-				s.contended.mark(r.id, time.Second)
+			defer s.caught(w.calls)
+			if err := s.transact(ctx, w.calls, w.rows, lock); code(err) == lockNotAvailable {
+				s.contended.mark(w.calls[0].Query.mark(), time.Second)
+				if len(all) > 1 {
+					contend(w.calls)
+				}
 			}
 		})
 	}
 	wait.Wait()
 }
 
+// contend answers calls that they have to be done again, under a lock.
+func contend(calls []*call) {
+	for _, c := range calls {
+		c.Answer, c.Err = answer{contended: true}, nil
+	}
+}
+
+// caught is deferred by a goroutine that answers calls.
+func (s *Storage) caught(calls []*call) {
+	if fault := recover(); fault != nil {
+		s.fail(calls, fmt.Errorf("panic: %v\n\n%s", fault, debug.Stack()))
+	}
+}
+
+func first(changed []*row, _ int64) []*row { return changed }
+
 // flyJoint executes a flight of one call of several identifiers.
 func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
-	q := &flight[0].Query
+	c, rows := flight[0], rowsOfJoint(flight[0])
+	if changed, _ := s.look(ctx, flight, rows); len(changed) == 0 {
+		return
+	}
+	if err := s.transact(ctx, flight, rows, s.options.Timeout/10); code(err) == lockNotAvailable {
+		s.contended.mark(c.Query.mark(), time.Second)
+		contend(flight)
+	}
+}
+
+// rowsOfJoint returns the rows of a call of several identifiers, in the order of the ids.
+func rowsOfJoint(c *call) []*row {
+	q := &c.Query
+	q.rows = nil
 	for i, id := range q.ids {
 		q.rows = append(q.rows, &row{id: id, rules: q.rules(i)})
 	}
 	rows := slices.Clone(q.rows)
 	slices.SortFunc(rows, func(a, b *row) int { return bytes.Compare(a.id, b.id) })
-	if changed, _ := s.look(ctx, flight, rows); len(changed) > 0 {
-		_ = s.transact(ctx, flight, rows) // the call has the error
-	}
+	return rows
 }
 
 // look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
@@ -209,8 +271,8 @@ func rowsOf(flight []*call) []*row {
 }
 
 // transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
-// row is removed before it is locked.
-func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) error {
+// row is removed before it is locked. No lock is waited for longer than given. The calls have its error.
+func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock time.Duration) error {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		s.fail(calls, err)
@@ -218,7 +280,7 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) erro
 	}
 	defer conn.Release()
 	for again := 0; ; again++ {
-		done, err := s.attempt(ctx, conn.Conn(), calls, rows)
+		done, err := s.attempt(ctx, conn.Conn(), calls, rows, lock)
 		if done {
 			return nil
 		}
@@ -232,8 +294,8 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row) erro
 	}
 }
 
-func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row) (done bool, err error) {
-	settings, err := s.settings(ctx, s.options.Timeout*8/10) // the call has been in a lane before
+func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row, lock time.Duration) (done bool, err error) {
+	settings, err := s.settings(ctx, lock)
 	if err != nil {
 		return false, err
 	}
@@ -246,13 +308,12 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 		found, err = scan(r, rows, &now)
 		return err
 	})
-	b.Queue("SELECT clock_timestamp()").QueryRow(func(r pgx.Row) error { return r.Scan(&now) })
 	if err := conn.SendBatch(ctx, b).Close(); err != nil || found < len(rows) {
 		return false, err
 	}
 	changed := act(calls, rows, now.UnixMicro())
 	b = &pgx.Batch{}
-	s.queueWrites(b, changed, now.UnixMicro())
+	s.queueWrites(b, changed, now.UnixMicro(), false)
 	b.Queue("COMMIT")
 	err = conn.SendBatch(ctx, b).Close()
 	return err == nil, err
@@ -270,61 +331,97 @@ func scan(r pgx.Rows, rows []*row, clock *time.Time) (n int, err error) {
 	return n, err
 }
 
-// write writes rows. Those that it has written are not changed any more.
-func (s *Storage) write(ctx context.Context, rows []*row, now int64) error {
+// write writes rows, and returns those that somebody else has written, or whose calls took longer than the clock
+// of memory allows, if that is where the rows come from. After an error none is written.
+func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool) (late []*row, err error) {
 	settings, err := s.settings(ctx, s.options.Timeout/10)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	b := &pgx.Batch{}
 	b.Queue(setSettings, settings...)
-	s.queueWrites(b, rows, now)
-	return s.pool.SendBatch(ctx, b).Close()
+	s.queueWrites(b, rows, now, memory)
+	if err := s.pool.SendBatch(ctx, b).Close(); err != nil {
+		return nil, err
+	}
+	for _, r := range rows {
+		if r.written {
+			r.version = r.next
+		} else {
+			late = append(late, r)
+		}
+	}
+	return late, nil
 }
 
-// queueWrites adds statements that write rows, which are in the order of their ids.
-func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64) {
+// free returns those of the rows that nobody locks.
+func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
+	r, err := s.pool.Query(ctx, s.sql.free, idsOf(rows))
+	if err != nil {
+		return nil
+	}
+	var place int64
+	_, err = pgx.ForEachRow(r, []any{&place}, func() error {
+		free = append(free, rows[place-1])
+		return nil
+	})
+	if err != nil {
+		return nil
+	}
+	return free
+}
+
+// queueWrites adds statements that write rows, which are in the order of their ids, and set their written.
+func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool) {
 	written := func(r pgx.Rows) error {
 		var id pgtype.DriverBytes
 		_, err := pgx.ForEachRow(r, []any{&id}, func() error {
 			i, _ := slices.BinarySearchFunc(rows, id, func(r *row, id pgtype.DriverBytes) int { return bytes.Compare(r.id, id) })
-			rows[i].version, rows[i].changed = rows[i].next, false
+			rows[i].written = true
 			return nil
 		})
 		return err
 	}
 	var inserts, updates columns
 	for _, r := range rows {
+		r.written, r.next = false, max(r.version+1, now)
 		if r.version == 0 {
-			r.next = now // none that a row of this id had before
 			inserts.add(r)
 		} else {
-			r.next = r.version + 1
 			updates.add(r)
 		}
 	}
 	if len(inserts.ids) > 0 {
-		b.Queue(s.sql.insert, inserts.ids, inserts.versions, inserts.states, inserts.fullAts, inserts.clocked).Query(written)
+		b.Queue(s.sql.insert, inserts.args()...).Query(written)
 	}
-	if len(updates.ids) > 0 {
-		b.Queue(s.sql.update, updates.ids, updates.versions, updates.states, updates.fullAts, updates.clocked).Query(written)
+	switch {
+	case len(updates.ids) == 0:
+	case memory:
+		b.Queue(s.sql.recall, append(updates.args(), time.UnixMicro(now))...).Query(written)
+	default:
+		b.Queue(s.sql.update, updates.args()...).Query(written)
 	}
 }
 
 // columns are those of rows to be written.
 type columns struct {
-	ids, states       [][]byte
-	versions, fullAts []int64
-	clocked           []bool
+	ids, states               [][]byte
+	versions, before, fullAts []int64
+	clocked                   []bool
 }
 
 func (c *columns) add(r *row) {
 	fullAt := r.forget()
 	c.ids = append(c.ids, r.id)
 	c.versions = append(c.versions, r.next)
+	c.before = append(c.before, r.version)
 	c.states = append(c.states, r.encode())
 	c.fullAts = append(c.fullAts, fullAt)
 	c.clocked = append(c.clocked, r.clocked)
+}
+
+func (c *columns) args() []any {
+	return []any{c.ids, c.versions, c.before, c.states, c.fullAts, c.clocked}
 }
 
 func idsOf(rows []*row) [][]byte {

@@ -13,6 +13,7 @@ type row struct {
 	id      []byte
 	version int64 // 0 if there is none
 	next    int64 // the version after it is written
+	written bool  // Postgres says so, but may still roll back
 	buckets []bucket
 	fault   error // why the buckets cannot be read
 

@@ -45,25 +45,31 @@ func (o *Options) table() string {
 }
 
 // statements are the SQL of a flight.
-type statements struct{ read, insert, update, blank, lock, sweep string }
+type statements struct{ read, insert, update, recall, blank, lock, free, sweep string }
 
 // The rows of statements that write are in the order of their ids, and so locks are taken in it. Joins are such
 // that the only way is to look up each id, whatever Postgres knows of the size of the table.
 func statementsOf(o *Options) statements {
 	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", o.table()) }
-	const rows = `INSERT INTO throttler_state AS t (id, version, state, full_at, clocked)
-		SELECT u.* FROM unnest($1::bytea[], $2::bigint[], $3::bytea[], $4::bigint[], $5::boolean[]) AS u (id, version, state, full_at, clocked) `
+	const rows = `INSERT INTO throttler_state AS t (id, version, before, state, full_at, clocked)
+		SELECT u.* FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bytea[], $5::bigint[], $6::boolean[])
+			AS u (id, version, before, state, full_at, clocked) `
+	const update = rows + `CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id OFFSET 0) AS there
+		ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, before = EXCLUDED.before, state = EXCLUDED.state,
+			full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked
+		WHERE t.version = EXCLUDED.before `
 	return statements{
 		read: on(`SELECT u.place, coalesce(t.version, 0), t.state, clock_timestamp() FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS u (id, place)
 			LEFT JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id OFFSET 0) AS t ON true`),
 		insert: on(rows + `ON CONFLICT DO NOTHING RETURNING id`),
-		update: on(rows + `CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id OFFSET 0) AS there
-			ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state, full_at = EXCLUDED.full_at, clocked = EXCLUDED.clocked
-			WHERE t.version = EXCLUDED.version - 1 RETURNING id`),
-		blank: on(`INSERT INTO throttler_state (id, version, state, full_at, clocked)
-			SELECT id, 1000000 * extract(epoch FROM clock_timestamp()), '', 0, false FROM unnest($1::bytea[]) AS id ON CONFLICT DO NOTHING`),
+		update: on(update + `RETURNING id`),
+		recall: on(update + `AND clock_timestamp() BETWEEN $7::timestamptz - interval '1 ms' AND $7::timestamptz + interval '5 ms' RETURNING id`),
+		blank: on(`INSERT INTO throttler_state (id, version, before, state, full_at, clocked)
+			SELECT id, 1000000 * extract(epoch FROM clock_timestamp()), 0, '', 0, false FROM unnest($1::bytea[]) AS id ON CONFLICT DO NOTHING`),
 		lock: on(`SELECT u.place, t.version, t.state, clock_timestamp() FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
 			CROSS JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id FOR UPDATE) AS t`),
+		free: on(`SELECT u.place FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
+			CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id FOR UPDATE SKIP LOCKED) AS t`),
 		sweep: on(`WITH clock AS MATERIALIZED (SELECT (1000000 * extract(epoch FROM clock_timestamp()))::bigint AS now),
 			near AS MATERIALIZED (SELECT id, full_at, clocked FROM throttler_state WHERE id > $1 ORDER BY id LIMIT $2),
 			found AS MATERIALIZED (
@@ -95,9 +101,9 @@ func (s *Storage) install(ctx context.Context) error {
 		return version != nil && *version == schemaVersion, err
 	}
 	if ok, err := done(s.pool); ok || err != nil {
-		return wrap(err)
+		return wrap(ctx, err)
 	}
-	return wrap(pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+	return wrap(ctx, pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(8270132754410527301)"); err != nil {
 			return err
 		}
@@ -109,9 +115,15 @@ func (s *Storage) install(ctx context.Context) error {
 	}))
 }
 
-func wrap(err error) error {
-	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return err
+// wrap returns the error of a round trip, or that of the context of the caller if it has ended.
+func wrap(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %v", storage.ErrUnavailable, err) // by pgx's own deadline, and not the caller's
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }

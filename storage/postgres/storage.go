@@ -2,8 +2,9 @@
 //
 // Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else
 // has meanwhile; who was too late begins again under a lock. So a refusal is one round trip, locks nothing and
-// writes nothing, and an admission is two. Concurrent decisions of one process share round trips, and none waits
-// for company. The clock is the server's unless one is injected.
+// writes nothing. An admission is two, or one if this process was the last to write the row, a moment ago.
+// Concurrent decisions of one process share round trips, and none waits for company. The clock is the server's
+// unless one is injected.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	store, err := pgstore.New(ctx, pool, nil)
@@ -77,8 +78,8 @@ func (e *OptionError) Error() string {
 
 // Storage is safe for concurrent use. It is made by New.
 //
-// A call is sent once, and again only after an error which says that it was rolled back (a deadlock or a
-// serialization failure), at most twice. When the answer is lost it may have been executed, once.
+// What was sent is sent again only if it changed nothing: when somebody else has written or locks the row, and
+// after an error which says that it was rolled back. When the answer is lost it may have been executed, once.
 //
 // A call that Postgres does not answer in time, or answers with an error, wraps ErrUnavailable and the
 // cause, a *pgconn.PgError if the server said it.
@@ -116,19 +117,19 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
 	}
-	s.sql = statementsOf(&s.options)
 	if !s.options.NoSchema {
 		if err := s.install(ctx); err != nil {
 			return nil, err
 		}
 	}
+	s.sql = statementsOf(&s.options)
 	timeout := s.options.Timeout
 	s.seed, s.contended.seed, s.shared.seed = maphash.MakeSeed(), maphash.MakeSeed(), maphash.MakeSeed()
 	for i := range s.lanes {
 		s.lanes[i] = newLane(s)
 	}
 	for i := range s.locked {
-		s.locked[i] = combine.New(combine.Options{Flights: 1, Timeout: timeout}, s.flyContended)
+		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.flyContended)
 	}
 	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
 	return s, nil
@@ -238,23 +239,23 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
 func (s *Storage) ask(ctx context.Context, q *query) (v storage.Verdict, err error) {
-	if len(q.ids) > 1 {
-		v, _, err = s.send(ctx, s.joint, q)
-		return v, err
-	}
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
-	locked := s.locked[hash%uint64(len(s.locked))]
-	if s.contended.marked(q.ids[0]) {
-		v, _, err = s.send(ctx, locked, q)
-		return v, err
+	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]
+	if len(q.ids) > 1 {
+		queue = s.joint
 	}
-	v, contended, err := s.send(ctx, s.lanes[hash%uint64(len(s.lanes))].Queue, q)
+	if s.contended.marked(q.mark()) {
+		queue = locked
+	}
+	v, contended, err := s.send(ctx, queue, q)
 	if err != nil || !contended {
 		return v, err
 	}
 	rest, cancel := context.WithDeadline(ctx, began.Add(s.options.Timeout))
 	defer cancel()
-	v, _, err = s.send(rest, locked, q)
+	for contended && err == nil {
+		v, contended, err = s.send(rest, locked, q)
+	}
 	if err != nil && ctx.Err() == nil && rest.Err() != nil {
 		err = s.unavailable(rest.Err())
 	}

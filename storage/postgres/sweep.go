@@ -107,7 +107,7 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 		n, next, err := s.sweep(ctx, last, "", -1)
 		removed += n
 		if err != nil {
-			return removed, wrap(err)
+			return removed, wrap(ctx, err)
 		}
 		if last = next; last == nil {
 			return removed, nil

@@ -1,0 +1,202 @@
+// Faults that this package once had, each with the smallest test that shows it.
+package postgres_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+)
+
+// A read that fails tells no time.
+func TestAReadThatFailedLeavesNoClock(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s, r := open(t, pool, pgstore.Options{}), fivePerHour(t, "a")
+	require.Equal(t, 5, take(t, s, r, 5)) // remembered
+	sqlDo(t, pool, "ALTER TABLE throttler_state RENAME TO away")
+	for i := range 20 { // in both lanes
+		_, err := s.Decide(t.Context(), fivePerHour(t, fmt.Sprint("other-", i)))
+		assertUnavailable(t, err)
+	}
+	sqlDo(t, pool, "ALTER TABLE away RENAME TO throttler_state")
+	assert.Zero(t, take(t, s, r, 7), "more than the limit was admitted")
+}
+
+// A flight of new rows and of a row that somebody else has locked.
+func TestWhatAFailedFlightHasInsertedIsNotAdmitted(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s := open(t, pool, pgstore.Options{Timeout: 5 * time.Second})
+	var old, fresh []storage.Request
+	for i := range 16 {
+		old = append(old, hourly(t, fmt.Sprint("old-", i), 100))
+		require.Equal(t, 1, take(t, s, old[i], 1))
+	}
+	for i := range 40 {
+		fresh = append(fresh, hourly(t, fmt.Sprint("fresh-", i), 100))
+	}
+	tx, err := pool.Begin(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = tx.Rollback(context.Background()) })
+	_, err = tx.Exec(t.Context(), "SELECT FROM throttler_state FOR UPDATE")
+	require.NoError(t, err)
+	admitted := make([]bool, len(fresh))
+	var all sync.WaitGroup
+	for _, r := range old {
+		all.Go(func() { _, _ = s.Decide(context.Background(), r) })
+	}
+	holder{pool, tx}.awaited(t, 2) // a flight of each lane
+	for i, r := range fresh {
+		all.Go(func() {
+			v, err := s.Decide(context.Background(), r)
+			admitted[i] = err == nil && v.Allowed
+		})
+	}
+	all.Wait()
+	require.NoError(t, tx.Commit(t.Context()))
+	lost := 0
+	for i, r := range fresh {
+		if admitted[i] && spentBy(t, s, r) == 0 {
+			lost++
+		}
+	}
+	assert.Zero(t, lost, "identifiers were admitted and nothing was taken from them")
+}
+
+// What fails when it is committed was not taken.
+func TestAWriteThatIsNotCommittedIsNotAdmitted(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t).URL())
+	s, r := open(t, pool, pgstore.Options{}), fivePerHour(t, "a")
+	sqlDo(t, pool, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'`)
+	sqlDo(t, pool, `CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON throttler_state DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()`)
+	_, err := s.Decide(t.Context(), r)
+	assertUnavailable(t, err)
+}
+
+// slow holds up what a server has said.
+type slow struct {
+	net.Conn
+	delay *atomic.Int64
+}
+
+func (c slow) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if d := time.Duration(c.delay.Load()); d > 0 && n > 0 {
+		<-time.After(d)
+	}
+	return n, err
+}
+
+// An answer that took 200 ms says what the clock was, not what it is.
+func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(servers.Postgres(t).URL() + "&pool_max_conns=1&default_query_exec_mode=exec")
+	require.NoError(t, err)
+	var delay atomic.Int64
+	dialer := net.Dialer{}
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := dialer.DialContext(ctx, network, addr)
+		return slow{c, &delay}, err
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	s := open(t, pool, pgstore.Options{})
+	const n = 10
+	r := storage.Request{Part: storage.NewPart("a", []storage.Rule{rule(t, "10/150ms", storage.SlidingLog, 150*time.Millisecond, n)}, 1)}
+	peek := r
+	peek.Mode = storage.Peek
+	_, err = s.Decide(t.Context(), peek)
+	require.NoError(t, err)
+	delay.Store(int64(200 * time.Millisecond)) // a read and a write
+	require.Equal(t, 1, take(t, s, r, 1))
+	delay.Store(0)
+	began := time.Now()
+	admitted := take(t, s, r, 3*n)
+	took := time.Since(began)
+	t.Log(admitted, "in", took)
+	if took < 100*time.Millisecond {
+		assert.LessOrEqual(t, admitted, n, "in less than the period")
+	}
+}
+
+// A row that somebody else has locked is in the way of those calls that name it.
+func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
+	t.Parallel()
+	server, pool := harmed(t)
+	s := open(t, pool, pgstore.Options{Timeout: time.Second})
+	pair := func(a, b string) storage.Request {
+		r := hourly(t, a, 1<<40)
+		r.More = []storage.Part{hourly(t, b, 1<<40).Part}
+		return r
+	}
+	require.Equal(t, 1, take(t, s, pair("locked", "x"), 1))
+	holdRow(t, server.URL(), "locked")
+	stop := make(chan struct{})
+	var blocked sync.WaitGroup
+	for i := range 10 {
+		blocked.Go(func() {
+			for {
+				_ = new(told).ask(s, pair("locked", fmt.Sprint(i)))
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	until(t, "nobody waits", func() bool { return pool.Stat().AcquiredConns() >= 4 })
+	for range 10 {
+		began := time.Now()
+		err := new(told).ask(s, pair("free", "also free"))
+		t.Log(time.Since(began), err)
+		assert.NoError(t, err)
+	}
+	close(stop)
+	blocked.Wait()
+}
+
+// A crash without synchronous_commit, or a failover, takes a row back by one version. That version comes again, with
+// what another process did after the crash.
+func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.PostgresURL(t))
+	s, other := open(t, pool, pgstore.Options{Name: "crashed"}), open(t, pool, pgstore.Options{Name: "crashed"})
+	r := hourly(t, freshID(t), 100)
+	id := []byte(":" + r.Part.Identifier)
+	require.Equal(t, 1, take(t, s, r, 1))
+	sqlDo(t, pool, "CREATE TABLE IF NOT EXISTS disk AS SELECT * FROM crashed_state WHERE id = $1", id)
+	require.Equal(t, 1, take(t, s, r, 1), "this one is lost")
+	sqlDo(t, pool, "UPDATE crashed_state AS c SET version = d.version, state = d.state FROM disk AS d WHERE c.id = d.id")
+	c := chargeOne(r)
+	c.Amounts[0].N = 50
+	require.NoError(t, other.Charge(t.Context(), c))
+	require.Equal(t, 1, take(t, s, r, 1))
+	assert.Equal(t, int64(1+50+1), spentBy(t, s, r), "a charge that was made after the crash")
+}
+
+// The time of connect_timeout is not that of the caller's context.
+func TestNewSaysThatTheServerDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	mute, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, mute.Close()) }()
+	pool := connect(t, "postgres://x@"+mute.Addr().String()+"/x?sslmode=disable&connect_timeout=1")
+	_, err = pgstore.New(t.Context(), pool, nil)
+	t.Log(err)
+	assertUnavailable(t, err)
+}
