@@ -3,12 +3,15 @@ package throttler_test
 import (
 	"context"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"time"
 
 	"github.com/benbjohnson/clock"
 
 	"github.com/go-throttler/throttler"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
 func Example() {
@@ -70,6 +73,37 @@ func shared() error {
 	for _, b := range t.Buckets("user:42") {
 		fmt.Println(b.Name())
 	}
+	return nil
+}
+
+// Around a mux a limit is for all requests, and Routes are the exceptions.
+func Example_http() {
+	t, _ := throttler.New(throttler.Config{})
+	if err := serve(t, http.NewServeMux()); err != nil {
+		fmt.Println(err)
+	}
+	// Output:
+	// 404 404 404 404 404 429
+}
+
+func serve(t *throttler.Throttler, mux *http.ServeMux) error {
+	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
+		Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)},
+		Routes:  []throttlerhttp.Route{{Pattern: "GET /health", Free: true}},
+	})
+	if err != nil {
+		return err // all faults of the options
+	}
+	handler := limit(mux) // each address has these limits
+	for i := range 6 {
+		if i > 0 {
+			fmt.Print(" ")
+		}
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
+		fmt.Print(w.Code)
+	}
+	fmt.Println()
 	return nil
 }
 
