@@ -13,7 +13,7 @@ BENCH     ?= .
 BENCHTIME ?= 1s
 
 # Modules of their own, whose dependencies are not the root module's.
-NESTED := internal/faulttest internal/adapters benchmarks
+NESTED := internal/faulttest internal/adapters internal/browsertest benchmarks
 
 GOLANGCI_LINT_VERSION := v2.12.0
 
@@ -49,6 +49,7 @@ test: servers ## Vet, test with the race detector, fuzz each target for FUZZTIME
 	$(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
 	cd internal/adapters && $(GO) test -race ./...
+	cd internal/browsertest && $(GO) test ./...
 	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
 
@@ -56,14 +57,16 @@ test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, tes
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd internal/adapters && $(GO) test -race -count=$(COUNT) ./...
+	cd internal/browsertest && $(GO) test -count=$(COUNT) -timeout=1h ./...
 	$(fuzz)
 	GO='$(GO)' internal/servers/others.sh
 
 # A server that runs, or a program in another place, is named in the environment.
-servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium
 	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
 	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
 	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
+	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || internal/servers/install.sh chromium
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)

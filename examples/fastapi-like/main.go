@@ -1,22 +1,20 @@
-// Fastapi-like is a small web service with a rate limit: each client may ask five times in ten
-// seconds. It keeps the counts in its own memory and needs nothing else, or in a Redis or Postgres that
-// any number of its processes share.
+// Fastapi-like is a small web service with rate limits: for the whole app, for a router and for single routes,
+// as with Depends in FastAPI. app.go declares them in one table. The counts are in the memory of the process,
+// or in a Redis or Postgres that any number of processes share.
 //
 //	go run ./examples/fastapi-like                      # on port 8000; -addr changes that
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
+//	open http://localhost:8000/docs                     # all routes, to be called, and what is left of each limit
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
-//	for i in $(seq 20); do curl -s -w ' %{http_code}\n' localhost:8000; done
-//	curl -i -H 'X-API-Key: another' localhost:8000      # another client, with a limit of its own
+//	for i in $(seq 20); do curl -s -o /dev/null -w '%{http_code}\n' localhost:8000/api/data; done
+//	curl -i -H 'X-API-Key: another' localhost:8000      # another client, with limits of its own
 //
-// From the sixth call on the answer is 429 {"message":"You've reached the limit!"}, and the header
-// Retry-After says in how many seconds to come back.
+// The loop prints 200 ten times and then 429: the header Retry-After says in how many seconds to come back.
 package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -25,7 +23,6 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -61,8 +58,12 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	defer closeStore()
-	fivePer10s := throttler.NewBucket(10*time.Second, 5)
-	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{fivePer10s}})
+	t, err := throttler.New(throttler.Config{Storage: store})
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewJSONHandler(stdout, nil))
+	handler, err := newHandler(t, log)
 	if err != nil {
 		return err
 	}
@@ -70,9 +71,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewJSONHandler(stdout, nil))
 	server := &http.Server{
-		Handler:           newHandler(t, log),
+		Handler:           handler,
 		ReadHeaderTimeout: 3 * time.Second, // the timeouts are below the 5 s of Shutdown, so that
 		ReadTimeout:       3 * time.Second, // no client can hold up the end
 		WriteTimeout:      3 * time.Second,
@@ -119,86 +119,4 @@ func open(ctx context.Context, kind, redisURL, postgresURL string) (storage.Stor
 		return s, func() { _ = s.Close(); pool.Close() }, nil
 	}
 	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis or postgres", kind)
-}
-
-func newHandler(t *throttler.Throttler, log *slog.Logger) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /{$}", limited(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, http.StatusOK, "Hello User, you have access!")
-	})))
-	mux.HandleFunc("/{$}", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Allow", "GET, HEAD")
-		answer(w, http.StatusMethodNotAllowed, "Method not allowed.")
-	})
-	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, http.StatusNotFound, "Not found.")
-	})
-	return logged(log, mux)
-}
-
-// limited calls next if the client's buckets admit the request, and otherwise answers why not.
-func limited(t *throttler.Throttler, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		v, err := t.ConsumeContext(r.Context(), client(r))
-		switch {
-		case err != nil:
-			if rec, ok := w.(*recorder); ok {
-				rec.err = err
-			}
-			answer(w, http.StatusServiceUnavailable, "The service is unavailable, please try again later.")
-		case !v.Allowed:
-			seconds := max(1, (v.RetryAfter+time.Second-1)/time.Second) // rounded up: never too early
-			w.Header().Set("Retry-After", strconv.FormatInt(int64(seconds), 10))
-			answer(w, http.StatusTooManyRequests, "You've reached the limit!")
-		default:
-			next.ServeHTTP(w, r)
-		}
-	})
-}
-
-// client returns whom the request counts for. An API key is a secret, and the identifier stands in
-// errors and in the log, so it is a hash of the key. A key and an address never mean the same
-// client, and X-Forwarded-For is not believed, because anybody can send it. The same is true of an
-// API key that nobody checks: a real service first makes sure that it has issued the key.
-func client(r *http.Request) string {
-	if key := r.Header.Get("X-API-Key"); key != "" {
-		return fmt.Sprintf("key:%.8x", sha256.Sum256([]byte(key)))
-	}
-	host, _, _ := net.SplitHostPort(r.RemoteAddr) // the server always sets host and port
-	return "ip:" + host
-}
-
-// answer writes {"message":"…"}.
-func answer(w http.ResponseWriter, status int, message string) {
-	body, _ := json.Marshal(map[string]string{"message": message}) // cannot fail
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_, _ = w.Write(body) // fails when the client has gone: there is nobody to tell
-}
-
-// logged writes one line to the log for each request.
-func logged(log *slog.Logger, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		start := time.Now()
-		rec := &recorder{ResponseWriter: w, status: http.StatusOK}
-		next.ServeHTTP(rec, r)
-		line := []any{"method", r.Method, "path", r.URL.Path, "status", rec.status, "client", client(r), "duration", time.Since(start).String()}
-		if rec.err == nil {
-			log.Info("request", line...)
-		} else {
-			log.Error("request", append(line, "error", rec.err.Error())...)
-		}
-	})
-}
-
-// recorder remembers for the log how a request ended.
-type recorder struct {
-	http.ResponseWriter
-	status int
-	err    error
-}
-
-func (r *recorder) WriteHeader(status int) {
-	r.status = status
-	r.ResponseWriter.WriteHeader(status)
 }

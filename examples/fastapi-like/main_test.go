@@ -6,14 +6,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
+	"html/template"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -187,7 +192,7 @@ func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testin
 			continue
 		}
 		require.Equal(t, "request", got["msg"])
-		require.Regexp(t, "^(ip:127.0.0.1|key:[0-9a-f]{16})$", got["client"])
+		require.Regexp(t, "^(ip:127.0.0.1|key:[0-9a-f]{32})$", got["client"])
 		require.Contains(t, []any{"GET", "POST"}, got["method"])
 		require.Contains(t, []any{"/", "/nope"}, got["path"])
 		elapsed, err := time.ParseDuration(fmt.Sprint(got["duration"]))
@@ -245,12 +250,12 @@ func (c *fakeClock) Now() time.Time                       { return c.now }
 func (c *fakeClock) After(time.Duration) <-chan time.Time { panic("the example never waits") }
 func (c *fakeClock) forward(d time.Duration)              { c.now = c.now.Add(d) }
 
-// service is the handler with the program's limit, without a network.
+// service is the handler, without a network.
 func service(t *testing.T, c throttler.Config, log io.Writer) func(header ...string) response {
-	c.Buckets = []throttler.Bucket{throttler.NewBucket(10*time.Second, 5)}
 	limiter, err := throttler.New(c)
 	require.NoError(t, err)
-	h := newHandler(limiter, slog.New(slog.NewJSONHandler(log, nil)))
+	h, err := newHandler(limiter, slog.New(slog.NewJSONHandler(log, nil)))
+	require.NoError(t, err)
 	return func(header ...string) response {
 		w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", "/", nil)
 		setHeader(r, header)
@@ -321,7 +326,7 @@ func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing
 	line := parse(t, log.String())
 	require.Equal(t, "ERROR", line["level"])
 	require.EqualValues(t, 503, line["status"])
-	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{16}: connection refused$", line["error"])
+	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{32}: connection refused$", line["error"])
 }
 
 func TestTwoProcessesShareOneLimit(t *testing.T) {
@@ -367,4 +372,195 @@ func TestAStorageThatIsNotThereIsSaidAtTheStart(t *testing.T) {
 		require.Error(t, p.Run())
 		require.Contains(t, p.stderr.String(), "fastapi-like: ")
 	}
+}
+
+// site asks the handler on any path, without a network.
+func site(t *testing.T, clock throttler.Clock) func(path string, header ...string) response {
+	limiter, err := throttler.New(throttler.Config{Clock: clock})
+	require.NoError(t, err)
+	h, err := newHandler(limiter, slog.New(slog.DiscardHandler))
+	require.NoError(t, err)
+	return func(path string, header ...string) response {
+		w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", path, nil)
+		setHeader(r, header)
+		h.ServeHTTP(w, r)
+		return response{w.Code, w.Header(), w.Body.String()}
+	}
+}
+
+// fields checks the syntax of RateLimit and RateLimit-Policy and returns what is left of each bucket, like "7 of 10".
+func fields(t *testing.T, got response) map[string]string {
+	read := func(name string, syntax *regexp.Regexp) map[string]string {
+		values := map[string]string{}
+		for _, item := range strings.Split(got.header.Get(name), ", ") {
+			parts := syntax.FindStringSubmatch(item)
+			require.NotNil(t, parts, "%s: %s", name, got.header.Get(name))
+			values[parts[1]] = parts[2]
+		}
+		return values
+	}
+	left := read("RateLimit", regexp.MustCompile(`^"([^"]+)";r=(\d+);t=\d+$`))
+	for bucket, capacity := range read("RateLimit-Policy", regexp.MustCompile(`^"([^"]+)";q=(\d+);w=\d+$`)) {
+		left[bucket] += " of " + capacity
+	}
+	return left
+}
+
+func TestEachRouteAdmitsWhatItsLimitSaysAndTellsWhatIsLeft(t *testing.T) {
+	t.Parallel()
+	for path, want := range map[string]struct {
+		admits int
+		left   map[string]string
+	}{
+		"/":              {5, map[string]string{"/ 5/10s": "0 of 5"}},
+		"/status":        {100, map[string]string{"app": "0 of 100"}},
+		"/api/items":     {30, map[string]string{"app": "70 of 100", "api": "0 of 30"}},
+		"/api/search":    {20, map[string]string{"app": "80 of 100", "api": "10 of 30", "/api/search 20/1m": "0 of 20"}},
+		"/api/data":      {10, map[string]string{"/api/data 10/1m": "0 of 10"}},
+		"/api/limited":   {10, map[string]string{"/api/limited 1/1s/continuous": "0 of 10"}},
+		"/api/strict":    {3, map[string]string{"/api/strict 1/2s/continuous": "0 of 3"}},
+		"/api/expensive": {5, map[string]string{"/api/expensive 1/2s/continuous": "0 of 5"}},
+		"/api/window":    {60, map[string]string{"/api/window 60/1m/sliding": "0 of 60"}},
+		"/plan":          {5, map[string]string{"plan": "0 of 5"}},
+	} {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			get := site(t, &fakeClock{time.Unix(1_800_000_000, 0)})
+			for range want.admits {
+				require.Equal(t, http.StatusOK, get(path).status)
+			}
+			for range 20 - want.admits%20 {
+				got := get(path, "X-Forwarded-For", "203.0.113.7", "X-Real-IP", "203.0.113.7", "Forwarded", "for=203.0.113.7")
+				require.Equal(t, http.StatusTooManyRequests, got.status)
+				require.Positive(t, retryAfter(t, got))
+				require.Equal(t, want.left, fields(t, got))
+			}
+			require.Equal(t, http.StatusOK, get(path, "X-API-Key", secret).status)
+		})
+	}
+}
+
+func TestARouteThatIsFreeIsNotLimited(t *testing.T) {
+	t.Parallel()
+	get := site(t, nil)
+	for range 200 {
+		got := get("/api/free")
+		checkJSON(t, got, http.StatusOK, `{"message":"Free for all."}`)
+		require.Empty(t, got.header.Get("RateLimit"))
+	}
+}
+
+func TestALoopOfCurlGetsTenAnswersAndThenRefusals(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	begin := time.Now()
+	for i := range 20 {
+		got := p.call(t, "GET", "/api/data")
+		if time.Since(begin) < time.Minute {
+			require.Equal(t, map[bool]int{true: 200, false: 429}[i < 10], got.status)
+		}
+	}
+}
+
+func TestContinuousBucketsComeBackOneByOne(t *testing.T) {
+	t.Parallel()
+	for path, every := range map[string]time.Duration{"/api/limited": time.Second, "/api/strict": 2 * time.Second, "/api/expensive": 2 * time.Second} {
+		clock := &fakeClock{time.Unix(1_800_000_000, 0)}
+		get := site(t, clock)
+		for get(path).status == http.StatusOK {
+		}
+		for range 5 {
+			clock.forward(every)
+			require.Equal(t, http.StatusOK, get(path).status)
+			require.Equal(t, http.StatusTooManyRequests, get(path).status)
+		}
+	}
+}
+
+func TestACallCostsItsWeight(t *testing.T) {
+	t.Parallel()
+	get := site(t, &fakeClock{time.Unix(1_800_000_000, 0)})
+	for _, bad := range []string{"0", "-1", "1.5", "heavy", "99999999999999999999"} {
+		checkJSON(t, get("/api/expensive?weight="+bad), http.StatusBadRequest, `{"message":"The weight must be a whole number from 1 to 5."}`)
+	}
+	checkJSON(t, get("/api/expensive?weight=6"), http.StatusRequestEntityTooLarge, `{"message":"This costs more than the limit ever admits."}`)
+	require.Equal(t, map[string]string{"/api/expensive 1/2s/continuous": "1 of 5"}, fields(t, get("/api/expensive?weight=4")))
+	got := get("/api/expensive?weight=3")
+	checkJSON(t, got, http.StatusTooManyRequests, limit)
+	require.Equal(t, 4, retryAfter(t, got))
+	checkJSON(t, get("/api/expensive"), http.StatusOK, `{"message":"Computed."}`)
+}
+
+func TestTheWindowHasARefusalOfItsOwn(t *testing.T) {
+	t.Parallel()
+	get := site(t, &fakeClock{time.Unix(1_800_000_000, 0)}) // a window begins
+	for range 60 {
+		checkJSON(t, get("/api/window"), http.StatusOK, `{"message":"Within the window."}`)
+	}
+	checkJSON(t, get("/api/window"), http.StatusTooManyRequests, `{"error":"Try again in 61 s.","window":60,"limit":60}`)
+}
+
+func TestWhoUpgradesKeepsWhatWasSpent(t *testing.T) {
+	t.Parallel()
+	get := site(t, &fakeClock{time.Unix(1_800_000_000, 0)})
+	for range 5 {
+		require.Equal(t, http.StatusOK, get("/plan", "X-Plan", "free").status)
+	}
+	require.Equal(t, http.StatusTooManyRequests, get("/plan", "X-Plan", "gold").status)
+	require.Equal(t, map[string]string{"plan": "14 of 20"}, fields(t, get("/plan", "X-Plan", "premium")))
+	require.Equal(t, map[string]string{"plan": "0 of 5"}, fields(t, get("/plan")))
+}
+
+func TestThePageListsAllRoutesWithTheNamesOfTheirLimits(t *testing.T) {
+	t.Parallel()
+	get := site(t, nil)
+	page := get("/docs")
+	require.Equal(t, http.StatusOK, page.status)
+	policy := page.header.Get("Content-Security-Policy")
+	require.Contains(t, policy, "default-src 'none'; style-src 'sha256-")
+	require.NotContains(t, policy, "unsafe")
+	cards := strings.Split(page.body, "<article ")[1:]
+	for _, group := range routers() {
+		require.Contains(t, page.body, template.HTMLEscapeString(group.About))
+		for _, r := range group.Routes {
+			card := cards[0]
+			cards = cards[1:]
+			require.Contains(t, card, fmt.Sprintf("data-path=%q", r.Path))
+			require.Contains(t, card, template.HTMLEscapeString(r.About))
+			var buckets []string
+			if !r.Free {
+				buckets = slices.Sorted(maps.Keys(fields(t, get(r.Path))))
+			}
+			var shown []string
+			for _, found := range regexp.MustCompile(`data-bucket="([^"]+)"`).FindAllStringSubmatch(card, -1) {
+				shown = append(shown, html.UnescapeString(found[1]))
+			}
+			require.ElementsMatch(t, buckets, shown)
+		}
+	}
+	require.Empty(t, cards)
+}
+
+func TestToLookAtLevelsTakesNothing(t *testing.T) {
+	t.Parallel()
+	get := site(t, &fakeClock{time.Unix(1_800_000_000, 0)})
+	for _, group := range routers() {
+		for _, r := range group.Routes {
+			if r.Free {
+				require.Equal(t, http.StatusNoContent, get("/docs/levels"+r.Path).status)
+				continue
+			}
+			got := get(r.Path)
+			require.Equal(t, http.StatusOK, got.status)
+			for range 200 {
+				levels := get("/docs/levels"+r.Path, "X-Plan", "free")
+				require.Equal(t, http.StatusNoContent, levels.status)
+				require.Equal(t, got.header["Ratelimit"], levels.header["Ratelimit"])
+			}
+		}
+	}
+	for get("/").status == http.StatusOK {
+	}
+	require.Equal(t, map[string]string{"/ 5/10s": "0 of 5"}, fields(t, get("/docs/levels/")))
+	require.Equal(t, http.StatusNotFound, get("/docs/levels/nope").status)
 }
