@@ -1,12 +1,14 @@
 package throttlerhttp
 
 import (
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
 )
 
 // Fields are sets of header fields that tell a client about its limits, to be combined by |. Times are whole
@@ -16,8 +18,9 @@ type Fields uint8
 // The sets of fields.
 const (
 	// Draft10 is RateLimit-Policy and RateLimit of draft-ietf-httpapi-ratelimit-headers-10, with an item for
-	// each bucket: "5/10s";q=5;w=10 is its capacity and period, "5/10s";r=0;t=8 what remains of it and when it
-	// is full again. Names may change until there is an RFC; a later draft will be another constant.
+	// each bucket: "5/10s";q=5;w=10 is its capacity and the time in which an empty one becomes full, which is
+	// the period unless it has a Burst; "5/10s";r=0;t=8 is what remains of it and when it is full again. Names
+	// may change until there is an RFC; a later draft will be another constant.
 	Draft10 Fields = 1 << iota
 
 	// XSeconds is X-RateLimit-Limit, X-RateLimit-Remaining and X-RateLimit-Reset of the bucket that is nearest to
@@ -38,7 +41,7 @@ func (f Fields) write(h http.Header, v *throttler.Verdict) {
 		return
 	}
 	if f == 0 || f&Draft10 != 0 {
-		draft10(h, levels)
+		draft10(h, v, levels)
 	}
 	if f&(XSeconds|XUnix) == 0 {
 		return
@@ -53,14 +56,13 @@ func (f Fields) write(h http.Header, v *throttler.Verdict) {
 	h.Set("X-RateLimit-Reset", strconv.FormatInt(reset, 10))
 }
 
-func draft10(h http.Header, levels []throttler.Level) {
+func draft10(h http.Header, v *throttler.Verdict, levels []throttler.Level) {
 	var buf [256]byte
 	out := buf[:0]
-	for i := range levels {
-		l := &levels[i]
-		out = item(out, i, l.Bucket)
-		out = parameter(out, ";q=", l.Limit)
-		out = parameter(out, ";w=", seconds(l.Period))
+	for i, rule := range v.Part(0).Rules { // the middleware asks for one identifier
+		out = item(out, i, rule.Name)
+		out = parameter(out, ";q=", rule.Capacity)
+		out = parameter(out, ";w=", window(&rule))
 	}
 	policy := len(out)
 	for i := range levels {
@@ -72,6 +74,15 @@ func draft10(h http.Header, levels []throttler.Level) {
 	both := string(out)
 	values := []string{both[:policy], both[policy:]}
 	h["Ratelimit-Policy"], h["Ratelimit"] = values[:1:1], values[1:]
+}
+
+// window is the time in which a bucket becomes full from empty, in seconds, rounded up.
+func window(r *storage.Rule) int64 {
+	period := float64(r.Period) / 1e6
+	if r.Kind == storage.Continuous && r.Refill != r.Capacity {
+		period *= float64(r.Capacity) / float64(r.Refill)
+	}
+	return int64(math.Ceil(period))
 }
 
 // item begins item i of a list of structured fields (RFC 9651), a string: names of buckets are printable ASCII.

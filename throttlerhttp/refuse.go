@@ -13,7 +13,7 @@ import (
 // Refusal is why a request did not reach the handler.
 type Refusal struct {
 	// Status is 429 for a request that was limited, 413 if its cost exceeds a capacity, so that waiting does not
-	// help, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
+	// help, 400 if it is below zero, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
 	Status int
 
 	// Err is a *throttler.LimitedError with the Verdict of a 429, else what the Throttler returned, or ErrNoKey.
@@ -38,14 +38,14 @@ func (r *Refusal) Limits() []string {
 	return names
 }
 
-func (m *middleware) refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
+func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}
 		refusal.RetryAfter = max(1, seconds(v.RetryAfter))
 		w.Header().Set("Retry-After", strconv.FormatInt(refusal.RetryAfter, 10))
 	}
-	m.Refuse(w, r, refusal)
+	l.refuse(w, r, refusal)
 }
 
 func status(err error) int {
@@ -54,6 +54,8 @@ func status(err error) int {
 		return http.StatusTooManyRequests
 	case errors.Is(err, throttler.ErrCostExceedsCapacity):
 		return http.StatusRequestEntityTooLarge
+	case errors.Is(err, throttler.ErrInvalidCost):
+		return http.StatusBadRequest
 	case errors.Is(err, throttler.ErrUnknownIdentifier):
 		return http.StatusForbidden
 	case errors.Is(err, throttler.ErrUnavailable), errors.Is(err, throttler.ErrClosed), errors.Is(err, throttler.ErrCorruptState),

@@ -84,6 +84,8 @@ type Route struct {
 	Key      Key                       // nil: that of Options
 	Cost     func(*http.Request) int64 // nil: that of Options
 	RefundIf func(status int) bool     // nil: that of Options
+
+	Refuse func(http.ResponseWriter, *http.Request, Refusal) // nil: that of Options
 }
 
 // ErrNoKey is that a Key returned nothing.
@@ -125,6 +127,7 @@ type limit struct {
 	key      Key
 	cost     func(*http.Request) int64
 	refundIf func(int) bool
+	refuse   func(http.ResponseWriter, *http.Request, Refusal)
 	sets     map[string]throttler.Option // by tiers; the Throttler's buckets if there is none for ""
 }
 
@@ -172,7 +175,7 @@ func (m *middleware) register(where, pattern string) (err error) {
 
 // limit makes that of a route, or of the requests without one, for which r is nil.
 func (m *middleware) limit(where string, r *Route) (limit, error) {
-	l := limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, sets: map[string]throttler.Option{}}
+	l := limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: map[string]throttler.Option{}}
 	if r != nil {
 		if err := l.override(r); err != nil {
 			return l, fmt.Errorf("throttlerhttp: %s: %w", where, err)
@@ -213,6 +216,9 @@ func (l *limit) override(r *Route) error {
 	if r.RefundIf != nil {
 		l.refundIf = r.RefundIf
 	}
+	if r.Refuse != nil {
+		l.refuse = r.Refuse
+	}
 	switch {
 	case r.Free && (len(r.Buckets) > 0 || r.Adds):
 		return errors.New("it is Free and has Buckets")
@@ -247,7 +253,7 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	m.Fields.write(w.Header(), &v)
 	switch {
 	case err != nil || !v.Allowed:
-		m.refuse(w, r, v, err)
+		l.answer(w, r, v, err)
 	case l.refundIf == nil:
 		next.ServeHTTP(w, r)
 	default:

@@ -195,6 +195,26 @@ func TestRoutes(t *testing.T) {
 	assert.Equal(t, map[string]map[string]int64{"10/1h": {"r": 0, "t": 3600}, "GET /api/search 3/1h": {"r": 0, "t": 3600}}, parsed(t, ask(h, "GET /api/search"), "RateLimit"))
 }
 
+func TestThePolicyOfABurstIsTheTimeInWhichItComesBack(t *testing.T) {
+	t.Parallel()
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(
+		throttler.NewBucket(time.Second, 1).Continuous().Burst(10), throttler.NewBucket(time.Minute, 600).Continuous().Burst(1).Named("even"),
+	)}, ok)
+	assert.Equal(t, map[string]map[string]int64{"1/1s/continuous": {"q": 10, "w": 10}, "even": {"q": 1, "w": 1}}, parsed(t, ask(h, "GET /"), "RateLimit-Policy"))
+}
+
+func TestARouteMayRefuseInItsOwnWay(t *testing.T) {
+	t.Parallel()
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(perHour(1)), Routes: []throttlerhttp.Route{
+		{Pattern: "/own", Refuse: func(w http.ResponseWriter, _ *http.Request, why throttlerhttp.Refusal) {
+			w.WriteHeader(why.Status + 70)
+		}},
+	}}, ok)
+	assert.Equal(t, http.StatusOK, ask(h, "GET /").StatusCode)
+	assert.Equal(t, http.StatusTooManyRequests, ask(h, "GET /").StatusCode)
+	assert.Equal(t, 499, ask(h, "GET /own").StatusCode)
+}
+
 func TestAnUnusualPathDoesNotEvadeItsRoute(t *testing.T) {
 	t.Parallel()
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{
@@ -239,7 +259,7 @@ func TestCostsAreThoseOfTheRequestOrTheRoute(t *testing.T) {
 	tooMuch := ask(h, "GET /?weight=11")
 	assert.Equal(t, http.StatusRequestEntityTooLarge, tooMuch.StatusCode)
 	assert.Empty(t, tooMuch.Header.Get("Retry-After"), "waiting never helps")
-	assert.Equal(t, http.StatusInternalServerError, ask(h, "GET /?weight=-1").StatusCode)
+	assert.Equal(t, http.StatusBadRequest, ask(h, "GET /?weight=-1").StatusCode)
 }
 
 func TestOnlyFailedLoginsCount(t *testing.T) {
