@@ -354,19 +354,24 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 	return late, nil
 }
 
-// free returns those of the rows that nobody locks.
+// free returns those of the rows that nobody locks, as far as can be seen: new ones are.
 func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
+	unlocked := make([]bool, len(rows))
 	r, err := s.pool.Query(ctx, s.sql.free, idsOf(rows))
+	if err == nil {
+		var place int64
+		_, err = pgx.ForEachRow(r, []any{&place}, func() error {
+			unlocked[place-1] = true
+			return nil
+		})
+	}
 	if err != nil {
 		return nil
 	}
-	var place int64
-	_, err = pgx.ForEachRow(r, []any{&place}, func() error {
-		free = append(free, rows[place-1])
-		return nil
-	})
-	if err != nil {
-		return nil
+	for i, r := range rows {
+		if unlocked[i] || r.version == 0 {
+			free = append(free, r)
+		}
 	}
 	return free
 }
