@@ -123,7 +123,7 @@ func wrap(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%w: %v", storage.ErrUnavailable, err) // by pgx's own deadline, and not the caller's
+		return fmt.Errorf("%w: %s", storage.ErrUnavailable, err.Error()) // by pgx's own deadline, and not the caller's
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }
