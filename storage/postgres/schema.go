@@ -52,7 +52,7 @@ type statements struct{ read, insert, update, recall, blank, lock, free, sweep s
 func statementsOf(o *Options) statements {
 	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", o.table()) }
 	const rows = `INSERT INTO throttler_state AS t (id, version, before, state, full_at, clocked)
-		SELECT u.* FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bytea[], $5::bigint[], $6::boolean[])
+		SELECT u.* FROM unnest((SELECT $1::bytea[]), (SELECT $2::bigint[]), (SELECT $3::bigint[]), (SELECT $4::bytea[]), (SELECT $5::bigint[]), (SELECT $6::boolean[]))
 			AS u (id, version, before, state, full_at, clocked) `
 	const update = rows + `CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id OFFSET 0) AS there
 		ON CONFLICT (id) DO UPDATE SET version = EXCLUDED.version, before = EXCLUDED.before, state = EXCLUDED.state,
