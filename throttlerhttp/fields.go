@@ -91,7 +91,7 @@ func item(out []byte, i int, name string) []byte {
 		out = append(out, ", "...)
 	}
 	out = append(out, '"')
-	if strings.ContainsAny(name, `"\`) {
+	if strings.IndexByte(name, '"') >= 0 || strings.IndexByte(name, '\\') >= 0 {
 		name = strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name)
 	}
 	return append(append(out, name...), '"')

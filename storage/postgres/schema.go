@@ -48,7 +48,8 @@ func (o *Options) table() string {
 type statements struct{ read, insert, update, recall, blank, lock, free, sweep string }
 
 // The rows of statements that write are in the order of their ids, and so locks are taken in it. Joins are such
-// that the only way is to look up each id, whatever Postgres knows of the size of the table.
+// that the only way is to look up each id, whatever Postgres knows of the size of the table. Arrays are in
+// subselects, or Postgres would plan anew for their lengths.
 func statementsOf(o *Options) statements {
 	on := func(sql string) string { return strings.ReplaceAll(sql, "throttler_state", o.table()) }
 	const rows = `INSERT INTO throttler_state AS t (id, version, before, state, full_at, clocked)
