@@ -1,7 +1,7 @@
 package throttlerhttp
 
 import (
-	"math"
+	"math/bits"
 	"net/http"
 	"strconv"
 	"strings"
@@ -18,9 +18,9 @@ type Fields uint8
 // The sets of fields.
 const (
 	// Draft10 is RateLimit-Policy and RateLimit of draft-ietf-httpapi-ratelimit-headers-10, with an item for
-	// each bucket: "5/10s";q=5;w=10 is its capacity and the time in which an empty one becomes full, which is
-	// the period unless it has a Burst; "5/10s";r=0;t=8 is what remains of it and when it is full again. Names
-	// may change until there is an RFC; a later draft will be another constant.
+	// each bucket: "5/10s";q=5;w=10 is its capacity and its period, or with a Burst the time in which that comes
+	// back; "5/10s";r=0;t=8 is what remains of it and when it is full again, which in a sliding window is up to
+	// two periods. Names may change until there is an RFC; a later draft will be another constant.
 	Draft10 Fields = 1 << iota
 
 	// XSeconds is X-RateLimit-Limit, X-RateLimit-Remaining and X-RateLimit-Reset of the bucket that is nearest to
@@ -76,13 +76,16 @@ func draft10(h http.Header, v *throttler.Verdict, levels []throttler.Level) {
 	h["Ratelimit-Policy"], h["Ratelimit"] = values[:1:1], values[1:]
 }
 
-// window is the time in which a bucket becomes full from empty, in seconds, rounded up.
+// window is the period, or of a Continuous bucket the time in which it becomes full from empty, in seconds,
+// rounded up. NewRule holds the quotient below 2^50.
 func window(r *storage.Rule) int64 {
-	period := float64(r.Period) / 1e6
-	if r.Kind == storage.Continuous && r.Refill != r.Capacity {
-		period *= float64(r.Capacity) / float64(r.Refill)
+	micros := uint64(r.Period)
+	if r.Kind == storage.Continuous {
+		hi, lo := bits.Mul64(uint64(r.Capacity), uint64(r.Period))
+		quotient, rest := bits.Div64(hi, lo, uint64(r.Refill))
+		micros = quotient + min(rest, 1)
 	}
-	return int64(math.Ceil(period))
+	return int64((micros + 999_999) / 1_000_000)
 }
 
 // item begins item i of a list of structured fields (RFC 9651), a string: names of buckets are printable ASCII.

@@ -20,13 +20,17 @@
 package throttlerhttp
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/http"
+	"path"
 	"slices"
+	"strings"
 
 	"github.com/go-throttler/throttler"
 )
@@ -51,9 +55,10 @@ type Options struct {
 	Cost func(*http.Request) int64
 
 	// RefundIf, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
-	// logins only, give back those that did not fail. Until the handler has returned the cost is out. The status
-	// is the one that the handler writes; frameworks that write it after the middleware has returned do not work
-	// with it.
+	// logins only, give back those below 400. Until the handler has returned the cost is out. The status is the
+	// one that the handler writes; frameworks that write it after the middleware has returned do not work with
+	// it. It is 500 for a handler that panics, 499 if it writes nothing and the client has gone, and 101 if it
+	// hijacks the connection.
 	RefundIf func(status int) bool
 
 	// Fields are those that tell clients about their limits. 0 is Draft10.
@@ -140,6 +145,11 @@ func (m *middleware) compile() error {
 	if m.Tier == nil && len(m.Tiers) > 0 {
 		faults = append(faults, errors.New("throttlerhttp: Options.Tiers needs a Tier that chooses one"))
 	}
+	for tier, set := range m.Tiers {
+		if len(set) == 0 {
+			faults = append(faults, fmt.Errorf("throttlerhttp: Options.Tiers[%q] has no buckets", tier))
+		}
+	}
 	var err error
 	if m.others, err = m.limit("Options", nil); err != nil {
 		faults = append(faults, err)
@@ -183,8 +193,8 @@ func (m *middleware) limit(where string, r *Route) (limit, error) {
 	}
 	tiers := map[string][]throttler.Bucket{"": m.Buckets}
 	maps.Copy(tiers, m.Tiers)
-	if r != nil && r.Adds && len(m.Buckets) == 0 && len(m.Tiers) == 0 {
-		return l, fmt.Errorf("throttlerhttp: %s: Adds needs Options.Buckets or Options.Tiers to add to; those of the Throttler it does not know", where)
+	if r != nil && r.Adds && len(tiers[""]) == 0 {
+		return l, fmt.Errorf("throttlerhttp: %s: Adds needs Options.Buckets to add to; those of the Throttler it does not know", where)
 	}
 	for tier, set := range tiers {
 		if r != nil && len(r.Buckets) > 0 {
@@ -245,6 +255,10 @@ func (r *Route) scoped() []throttler.Bucket {
 // serve is the flow of a request.
 func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	l := m.of(r)
+	if l == nil {
+		m.Refuse(w, r, Refusal{Status: http.StatusBadRequest, Err: errPath})
+		return
+	}
 	if l.free {
 		next.ServeHTTP(w, r)
 		return
@@ -259,7 +273,7 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	default:
 		rec := &recorder{ResponseWriter: w}
 		defer func() {
-			if l.refundIf(rec.final()) {
+			if l.refundIf(rec.final(r.Context())) {
 				_ = m.t.Refund(context.WithoutCancel(r.Context()), v) // Observe has the error
 			}
 		}()
@@ -268,14 +282,68 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 }
 
-// of returns the limit that applies to a request.
+// errPath is that of a request to which two routes apply.
+var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, and of another one without escapes")
+
+// of returns the limit that applies to a request, or nil if that is not clear.
+//
+// A ServeMux matches paths as they are escaped, and what is behind the middleware may not: so that nobody gets
+// around a limit by "/api%2Fsearch" or "/static/%2e%2e/api", a request that is written in an unusual way is also
+// matched as it is usually written. A route counts for more than none, and none for more than a Free one.
 func (m *middleware) of(r *http.Request) *limit {
-	if m.mux != nil {
-		if _, pattern := m.mux.Handler(r); pattern != "" {
-			return m.routes[pattern]
-		}
+	if m.mux == nil {
+		return &m.others
+	}
+	l, usual := m.match(r), usualForm(r)
+	if usual == r {
+		return l
+	}
+	u := m.match(usual)
+	switch {
+	case l == u || u.free:
+		return l
+	case l.free || l == &m.others:
+		return u
+	case u == &m.others:
+		return l
+	}
+	return nil
+}
+
+func (m *middleware) match(r *http.Request) *limit {
+	_, pattern := m.mux.Handler(r)
+	if l := m.routes[pattern]; l != nil {
+		return l
 	}
 	return &m.others
+}
+
+// usualForm returns the request, or a copy with a clean path that has no escapes, a host in lower case without
+// the dot at its end, and a method for which a ServeMux does not go other ways, as for CONNECT.
+func usualForm(r *http.Request) *http.Request {
+	clean := r.URL.Path
+	if !strings.HasPrefix(clean, "/") {
+		clean = "/" + clean
+	}
+	clean = path.Clean(clean)
+	if strings.HasSuffix(r.URL.Path, "/") && clean != "/" {
+		clean += "/"
+	}
+	host, port, _ := strings.Cut(r.Host, ":")
+	host = strings.TrimSuffix(strings.ToLower(host), ".")
+	if port != "" {
+		host += ":" + port
+	}
+	if r.URL.RawPath == "" && clean == r.URL.Path && host == r.Host && r.Method != http.MethodConnect {
+		return r
+	}
+	usual, u := *r, *r.URL
+	u.Path, u.RawPath = clean, ""
+	usual.URL, usual.Host = &u, host
+	if r.Method == http.MethodConnect {
+		usual.Method = "of CONNECT" // so that routes for all methods match
+	}
+	return &usual
 }
 
 func (m *middleware) ask(r *http.Request, l *limit) (v throttler.Verdict, err error) {
@@ -323,23 +391,40 @@ func (r *recorder) Write(b []byte) (int, error) {
 }
 
 // Flush is for handlers that do not use an http.ResponseController.
-func (r *recorder) Flush() {
+func (r *recorder) Flush() { _ = r.FlushError() }
+
+// FlushError is for http.ResponseController.
+func (r *recorder) FlushError() error {
 	if r.status == 0 {
 		r.status = http.StatusOK
 	}
-	_ = http.NewResponseController(r.ResponseWriter).Flush()
+	return http.NewResponseController(r.ResponseWriter).Flush()
+}
+
+// Hijack is for handlers that do not use an http.ResponseController, such as those of websockets.
+func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffer, err := http.NewResponseController(r.ResponseWriter).Hijack()
+	if err == nil && r.status == 0 {
+		r.status = http.StatusSwitchingProtocols
+	}
+	return conn, buffer, err
 }
 
 // Unwrap is for http.ResponseController.
 func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 
-// final is the status that the client has got or will get.
-func (r *recorder) final() int {
+// final is the status for RefundIf.
+func (r *recorder) final(ctx context.Context) int {
 	switch {
+	case !r.returned && r.status < 400:
+		return http.StatusInternalServerError // nothing of it may have been sent
 	case r.status != 0:
 		return r.status
-	case !r.returned:
-		return http.StatusInternalServerError
+	case ctx.Err() != nil:
+		return statusClientClosed
 	}
 	return http.StatusOK
 }
+
+// statusClientClosed is what nginx logs for a client that did not wait for the answer.
+const statusClientClosed = 499

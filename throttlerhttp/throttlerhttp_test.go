@@ -410,5 +410,5 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	}
 	_, err = throttlerhttp.New(nil, &throttlerhttp.Options{Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true, Buckets: buckets(perHour(1))}}})
 	assert.ErrorContains(t, err, "Throttler is nil")
-	assert.ErrorContains(t, err, "Adds needs Options.Buckets or")
+	assert.ErrorContains(t, err, "Adds needs Options.Buckets")
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,7 +20,7 @@ type TransportOptions struct {
 	// sends. 0 is a minute; below 0 nothing is held back. The time that the server takes does not count.
 	MaxWait time.Duration
 
-	// Attempts is how often one request is sent in all. 0 is 3; 1 or less never sends again.
+	// Attempts is how often one request is sent in all. 0 is 3; 1, or below 0, never sends again.
 	Attempts int
 
 	// RetryPercent and RetryBurst are the budget that all requests of the Transport share, so that clients who
@@ -59,7 +60,7 @@ type TransportOptions struct {
 // Fields that cannot be parsed are ignored. Of more than 1,000 hosts that asked for waits, the one whose waits
 // end first is forgotten.
 //
-// A Transport is safe for concurrent use, starts no goroutines, and does not modify requests. Use one for each
+// A Transport is safe for concurrent use, leaves no goroutines behind, and does not modify requests. Use one for each
 // account that the server knows, since all requests by it to a host share what that host said. It is made by
 // NewTransport.
 type Transport struct {
@@ -102,13 +103,22 @@ func (t *Transport) CloseIdleConnections() {
 	}
 }
 
+// hostOf is the scheme, name and port, of which that of the scheme is left out.
+func hostOf(u *url.URL) string {
+	host := strings.ToLower(u.Scheme + "://" + u.Host)
+	if port := map[string]string{"https": ":443", "http": ":80"}[strings.ToLower(u.Scheme)]; port != "" {
+		host = strings.TrimSuffix(host, port)
+	}
+	return host
+}
+
 // RoundTrip sends the request, and sends it again as the Transport says.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL == nil {
 		return t.base.RoundTrip(req) // which knows what to say
 	}
 	t.budget.earn()
-	c := call{Transport: t, req: req, host: strings.ToLower(req.URL.Scheme + "://" + req.URL.Host), left: t.maxWait}
+	c := call{Transport: t, req: req, host: hostOf(req.URL), left: t.maxWait}
 	if err := c.hold(); err != nil {
 		if req.Body != nil {
 			_ = req.Body.Close()
@@ -205,7 +215,10 @@ func (c *call) replayable() bool { return !c.hasBody() || c.req.GetBody != nil }
 
 // resend sends a copy of a request that was refused.
 func (c *call) resend(refusal *http.Response, wait time.Duration) (*http.Response, error) {
-	_, _ = io.CopyN(io.Discard, refusal.Body, 64<<10) // a connection is used again only after the end of the body
+	// A connection is used again only after the end of the body, which need not be waited for.
+	late := time.AfterFunc(time.Second, func() { _ = refusal.Body.Close() })
+	_, _ = io.CopyN(io.Discard, refusal.Body, 64<<10)
+	late.Stop()
 	_ = refusal.Body.Close()
 	if err := c.sleep(wait); err != nil {
 		return nil, err
