@@ -328,7 +328,7 @@ func Example_guideMiddleware() {
 				{
 					Pattern:  "POST /login",
 					Buckets:  []throttler.Bucket{throttler.NewBucket(time.Hour, 3).SlidingLog()},
-					RefundIf: func(status int) bool { return status != http.StatusUnauthorized },
+					RefundIf: func(status int) bool { return status < 400 },
 				},
 				{Pattern: "GET /health", Free: true},
 			},
