@@ -238,7 +238,6 @@ func rowsOfJoint(c *call) []*row {
 // look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
 // server's time.
 func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
-	s.swept(len(rows), calls)
 	var clock time.Time
 	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
 	if err == nil {
@@ -249,6 +248,7 @@ func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed
 		return nil, 0
 	}
 	now = clock.UnixMicro()
+	s.swept(len(rows), calls, now)
 	return act(calls, rows, now), now
 }
 

@@ -72,13 +72,13 @@ func statementsOf(o *Options) statements {
 		free: on(`SELECT u.place FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
 			CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id FOR UPDATE SKIP LOCKED) AS t`),
 		sweep: on(`WITH clock AS MATERIALIZED (SELECT (1000000 * extract(epoch FROM clock_timestamp()))::bigint AS now),
-			near AS MATERIALIZED (SELECT id, full_at, clocked FROM throttler_state WHERE id > $1 ORDER BY id LIMIT $2),
+			near AS MATERIALIZED (SELECT id, version, full_at, clocked FROM throttler_state WHERE id > $1 ORDER BY id LIMIT $2),
 			found AS MATERIALIZED (
 				SELECT id FROM near, clock
-				WHERE CASE WHEN clocked THEN full_at <= $5 AND id >= $3 AND id < $4 ELSE full_at <= now END),
+				WHERE CASE WHEN clocked THEN full_at <= $5 AND version <= $6 AND id >= $3 AND id < $4 ELSE full_at <= now END),
 			gone AS MATERIALIZED (
 				SELECT t.id FROM throttler_state AS t JOIN found USING (id), clock
-				WHERE t.full_at <= CASE WHEN t.clocked THEN $5 ELSE now END
+				WHERE CASE WHEN t.clocked THEN t.full_at <= $5 AND t.version <= $6 ELSE t.full_at <= now END
 				FOR UPDATE OF t SKIP LOCKED),
 			deleted AS (DELETE FROM throttler_state AS t USING gone WHERE t.id = gone.id RETURNING t.id)
 			SELECT (SELECT count(*) FROM deleted), (SELECT id FROM near ORDER BY id OFFSET $2 - 1)`),

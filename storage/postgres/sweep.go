@@ -29,8 +29,9 @@ type sweeps struct {
 	wait   sync.WaitGroup
 }
 
-// swept counts n rows that a flight has looked at, and sweeps if it is time.
-func (s *Storage) swept(n int, flight []*call) {
+// swept counts n rows that a flight has looked at, and sweeps if it is time. The server's clock was now: a row that
+// has been written since may be by a client's clock that was set back.
+func (s *Storage) swept(n int, flight []*call, now int64) {
 	w := &s.sweeps
 	if w.due.Add(int64(n)) < sweepEvery || !w.begin() {
 		return
@@ -42,7 +43,7 @@ func (s *Storage) swept(n int, flight []*call) {
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
 		defer cancel()
-		_, last, err := s.sweep(ctx, w.after, name, sent)
+		_, last, err := s.sweep(ctx, w.after, name, sent, now)
 		w.end(last, err)
 	}()
 }
@@ -84,13 +85,13 @@ func (w *sweeps) close() {
 	w.wait.Wait()
 }
 
-func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent int64) (removed int64, last []byte, err error) {
+func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, now int64) (removed int64, last []byte, err error) {
 	if after == nil {
 		after = []byte{}
 	}
 	b := &pgx.Batch{}
 	b.Queue(begin)
-	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent).QueryRow(func(r pgx.Row) error { return r.Scan(&removed, &last) })
+	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent, now).QueryRow(func(r pgx.Row) error { return r.Scan(&removed, &last) })
 	b.Queue("COMMIT")
 	err = s.pool.SendBatch(ctx, b).Close()
 	return removed, last, err
@@ -104,7 +105,7 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 		if s.sweeps.isClosed() {
 			return removed, storage.ErrClosed
 		}
-		n, next, err := s.sweep(ctx, last, "", -1)
+		n, next, err := s.sweep(ctx, last, "", -1, 0)
 		removed += n
 		if err != nil {
 			return removed, wrap(ctx, err)

@@ -67,6 +67,32 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	assert.Less(t, rows, calls*each/2, "none of the rows is needed")
 }
 
+// A sweep takes place beside the calls, by the time of one that came before: here the clock is set back by a day
+// each time that one begins.
+func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
+	t.Parallel()
+	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{Name: "back"})
+	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
+	require.Empty(t, faults)
+	const day = 86_400_000_000
+	ask := func(now int64, id string) bool {
+		v, err := s.Decide(t.Context(), storage.Request{Name: "back", Clocked: true, Now: now, Part: storage.NewPart(id, []storage.Rule{minute}, 1)})
+		require.NoError(t, err)
+		return v.Allowed
+	}
+	for round := range 12 {
+		for i := range 255 {
+			ask(day, fmt.Sprint(round, "-", i))
+		}
+		ask(day, "the last one before a sweep")
+		id := fmt.Sprint("back-", round)
+		require.True(t, ask(0, id))
+		for range 8 {
+			require.False(t, ask(0, id), "it was swept, round %d", round)
+		}
+	}
+}
+
 func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
