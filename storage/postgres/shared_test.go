@@ -390,7 +390,7 @@ func TestTwentyProcessesInstallTheSchemaAtOnce(t *testing.T) {
 
 const commentOf = "SELECT obj_description('throttler_state'::regclass, 'pg_class')"
 
-func TestASchemaOfAnotherVersionIsUpgraded(t *testing.T) {
+func TestNewExecutesTheSchemaAgainOnATableWithAnotherComment(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{})

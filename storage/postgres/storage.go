@@ -62,7 +62,7 @@ type Options struct {
 	// server, or of a single backend, forgets everything. A standby does not have it.
 	Unlogged bool
 
-	// NoSchema says that somebody else has executed Schema: New then creates and upgrades nothing.
+	// NoSchema says that somebody else has executed Schema: New then creates nothing.
 	NoSchema bool
 }
 
@@ -101,9 +101,9 @@ type Storage struct {
 
 var _ storage.Replica = (*Storage)(nil)
 
-// New returns a storage on a pool, which the caller closes after it. It creates the table, or
-// upgrades it, unless NoSchema says otherwise; any number of processes may do so at once,
-// and when nothing is to be done no right to create is needed.
+// New returns a storage on a pool, which the caller closes after it. It creates the table if
+// it is not there, unless NoSchema says otherwise; any number of processes may do so at once, and when nothing is
+// to be done no right to create is needed.
 //
 // The pool may have any size, and PgBouncer in front of it. In its transaction mode the connections need
 // default_query_exec_mode=exec, as with every use of pgx.
