@@ -252,6 +252,9 @@ type Debt struct {
 
 // Validate is Request.Validate for a debt.
 func (d *Debt) Validate() error {
+	if d.Amounts == nil { // which are asked for
+		return (&Charge{Name: d.Name, Clocked: d.Clocked, Now: d.Now, Identifier: d.Identifier, Rules: d.Rules, Amounts: make([]Amount, len(d.Rules))}).Validate()
+	}
 	for i := range d.Amounts {
 		if n := len(d.Amounts[i]); n > maxDebt {
 			return &BucketError{Field: "Buckets", Reason: fmt.Sprintf("of identifier %.64q: %d amounts in the debt of one bucket, must be at most %d", d.Identifier, n, maxDebt)}
@@ -264,6 +267,10 @@ func (d *Debt) Validate() error {
 // Replica is a Storage that can be brought up to what another has recorded.
 type Replica interface {
 	Storage
+
+	// Debt returns d with its Amounts: for each rule, what its bucket has spent that has not come back,
+	// as State.Debt has it. It changes nothing.
+	Debt(ctx context.Context, d Debt) (Debt, error)
 
 	// Raise lifts what each bucket has spent to at least its debt, as State.Raise does. Raising twice is
 	// raising once.

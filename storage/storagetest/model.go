@@ -95,6 +95,29 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 	return nil
 }
 
+// Debt implements storage.Replica.
+func (m *Model) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+	if err := ctx.Err(); err != nil {
+		return storage.Debt{}, err
+	}
+	d.Amounts = nil
+	if err := d.Validate(); err != nil {
+		return storage.Debt{}, err
+	}
+	now := d.Now
+	if !d.Clocked {
+		now = storage.Monotonic()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d.Amounts = make([][]storage.Amount, len(d.Rules))
+	for i := range d.Rules {
+		s := m.states[[2]string{d.Name, d.Identifier}][d.Rules[i].Name]
+		d.Amounts[i] = s.Debt(&d.Rules[i], now)
+	}
+	return d, nil
+}
+
 // Raise implements storage.Replica.
 func (m *Model) Raise(ctx context.Context, d storage.Debt) error {
 	if err := ctx.Err(); err != nil {

@@ -145,6 +145,11 @@ func (g *game) step(i int) {
 			d := g.debt()
 			require.NoError(g.t, g.model.Raise(ctx, d), where)
 			require.NoError(g.t, replica.Raise(ctx, d), where)
+			want, err := g.model.Debt(ctx, d)
+			require.NoError(g.t, err, where)
+			got, err := replica.Debt(ctx, d)
+			require.NoError(g.t, err, where)
+			require.Equal(g.t, want, got, where)
 		}
 	default:
 		r := g.request()
