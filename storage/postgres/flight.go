@@ -28,11 +28,12 @@ import (
 
 type call = combine.Call[query, answer]
 
-// query is a decision, or a change of one identifier.
+// query is a decision, a change of one identifier, or the question what it owes.
 type query struct {
 	ids     [][]byte // of the parts, or the identifier
 	request storage.Request
 	change  *change // nil for a decision
+	debt    bool    // not the counts of a Peek are asked for, but what is owed
 
 	rows []*row // of the ids; the flight's
 }
@@ -48,6 +49,7 @@ type change struct {
 
 type answer struct {
 	verdict   storage.Verdict
+	debt      [][]storage.Amount
 	contended bool // and not done
 }
 
@@ -73,9 +75,12 @@ func act(calls []*call, rows []*row, now int64) (changed []*row) {
 	for _, c := range calls {
 		q := &c.Query
 		c.Answer = answer{}
-		if q.change != nil {
+		switch {
+		case q.change != nil:
 			c.Err = q.change.apply(q.rows[0], now)
-		} else {
+		case q.debt:
+			c.Answer.debt, c.Err = q.owed(now)
+		default:
 			c.Err = q.decide(&c.Answer.verdict, now)
 		}
 	}
@@ -123,6 +128,13 @@ func (q *query) decide(v *storage.Verdict, now int64) error {
 		draws = draws[len(rules):]
 	}
 	return nil
+}
+
+func (q *query) owed(now int64) ([][]storage.Amount, error) {
+	if q.request.Clocked {
+		now = q.request.Now
+	}
+	return q.rows[0].debt(q.rules(0), now), q.rows[0].fault
 }
 
 func (d *change) apply(row *row, now int64) error {
@@ -248,7 +260,7 @@ func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed
 		return nil, 0
 	}
 	now = clock.UnixMicro()
-	s.swept(len(rows), calls, now)
+	s.swept(len(rows), &calls[0].Query.request, now)
 	return act(calls, rows, now), now
 }
 

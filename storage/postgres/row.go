@@ -5,15 +5,18 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/jackc/pgx/v5/pgtype"
+
 	"github.com/go-throttler/throttler/storage"
 )
 
 // row is what is known of one identifier.
 type row struct {
 	id      []byte
-	version int64 // 0 if there is none
-	next    int64 // the version after it is written
-	written bool  // Postgres says so, but may still roll back
+	version int64      // 0 if there is none
+	next    int64      // the version after it is written
+	written bool       // Postgres says so, but may still roll back
+	at      pgtype.TID // where it is, if a Record has locked it
 	buckets []bucket
 	fault   error // why the buckets cannot be read
 
@@ -70,6 +73,18 @@ func (r *row) room(rules []storage.Rule, now int64) error {
 		}
 	}
 	return storage.TooManyBuckets(rules, n)
+}
+
+// debt is what the buckets of rules owe, nil if the row cannot be read.
+func (r *row) debt(rules []storage.Rule, now int64) [][]storage.Amount {
+	if r.fault != nil {
+		return nil
+	}
+	out := make([][]storage.Amount, len(rules))
+	for i := range rules {
+		out[i] = r.state(rules[i].Name).Debt(&rules[i], now)
+	}
+	return out
 }
 
 // touch says that the row was changed, and when.

@@ -45,8 +45,13 @@ func (o *Options) table() string {
 }
 
 // statements are the SQL of a flight.
-type statements struct{ read, insert, update, recall, blank, lock, free, sweep string }
+type statements struct {
+	read, insert, update, recall, blank, lock, free, sweep string
+	absent, claim, record                                  string // those of a Record
+}
 
+// A row that is locked stays in its place, the ctid, where an update finds it without the index.
+//
 // The rows of statements that write are in the order of their ids, and so locks are taken in it. Joins are such
 // that the only way is to look up each id, whatever Postgres knows of the size of the table. Arrays are in
 // subselects, or Postgres would plan anew for their lengths.
@@ -71,6 +76,16 @@ func statementsOf(o *Options) statements {
 			CROSS JOIN LATERAL (SELECT version, state FROM throttler_state WHERE id = u.id FOR UPDATE) AS t`),
 		free: on(`SELECT u.place FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)
 			CROSS JOIN LATERAL (SELECT FROM throttler_state WHERE id = u.id FOR UPDATE SKIP LOCKED) AS t`),
+		absent: on(`INSERT INTO throttler_state (id, version, before, state, full_at, clocked)
+			SELECT u.id, 1000000 * extract(epoch FROM clock_timestamp()), 0, '', 0, false FROM unnest((SELECT $1::bytea[])) AS u (id)
+				LEFT JOIN LATERAL (SELECT true AS is FROM throttler_state WHERE id = u.id OFFSET 0) AS there ON true
+			WHERE there.is IS NULL ON CONFLICT DO NOTHING`),
+		claim: on(`SELECT u.place, t.version, t.state, t.ctid, clock_timestamp() FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS u (id, place)
+			CROSS JOIN LATERAL (SELECT version, state, ctid FROM throttler_state WHERE id = u.id FOR UPDATE) AS t`),
+		record: on(`UPDATE throttler_state AS t SET version = u.version, before = u.before, state = u.state, full_at = u.full_at, clocked = u.clocked
+			FROM unnest((SELECT $1::bytea[]), (SELECT $2::bigint[]), (SELECT $3::bigint[]), (SELECT $4::bytea[]), (SELECT $5::bigint[]), (SELECT $6::boolean[]), (SELECT $7::tid[]))
+				AS u (id, version, before, state, full_at, clocked, ctid)
+			WHERE t.ctid = u.ctid AND t.id IS NOT DISTINCT FROM u.id`),
 		sweep: on(`WITH clock AS MATERIALIZED (SELECT (1000000 * extract(epoch FROM clock_timestamp()))::bigint AS now),
 			near AS MATERIALIZED (SELECT id, version, full_at, clocked FROM throttler_state WHERE id > $1 ORDER BY id LIMIT $2),
 			found AS MATERIALIZED (

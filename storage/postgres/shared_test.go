@@ -417,6 +417,12 @@ func everything(ctx context.Context, s *pgstore.Storage, r storage.Request) erro
 	if err := s.Raise(ctx, owesOne(r)); err != nil {
 		return err
 	}
+	if _, err := s.Debt(ctx, owesOne(r)); err != nil {
+		return err
+	}
+	if _, err := s.Record(ctx, "origin", time.Now().UnixNano(), []storage.Charge{chargeOne(r), chargeOne(several)}); err != nil {
+		return err
+	}
 	if err := s.Reset(ctx, r.Name, r.Part.Identifier); err != nil {
 		return err
 	}
@@ -760,6 +766,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 		},
 		"Charge": func(r storage.Request) error { return s.Charge(t.Context(), chargeOne(r)) },
 		"Raise":  func(r storage.Request) error { return s.Raise(t.Context(), owesOne(r)) },
+		"Debt":   func(r storage.Request) error { _, err := s.Debt(t.Context(), owesOne(r)); return err },
 	}
 	var bad []storage.Request
 	for what, state := range foreignStates() {

@@ -93,9 +93,11 @@ type Storage struct {
 	lanes  [2]*lane
 	locked [8]*combine.Queue[query, answer] // of contended calls
 	joint  *combine.Queue[query, answer]    // a call of several identifiers
+	ledger *combine.Queue[*record, []storage.Debt]
 
-	contended marks // rows that are locked from the beginning
-	shared    marks // rows that others write too
+	fresh     atomic.Bool // the last Record had to make rows
+	contended marks       // rows that are locked from the beginning
+	shared    marks       // rows that others write too
 	sweeps    sweeps
 }
 
@@ -132,6 +134,8 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.flyContended)
 	}
 	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
+	s.fresh.Store(true)
+	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyRecord)
 	return s, nil
 }
 
@@ -168,6 +172,7 @@ func (s *Storage) Close() error {
 		wait.Go(queue.Close)
 	}
 	wait.Go(s.joint.Close)
+	wait.Go(s.ledger.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
 	return nil
@@ -185,7 +190,8 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	for i := range r.Parts() {
 		q.ids = append(q.ids, rowID(r.Name, r.At(i).Identifier))
 	}
-	return s.ask(ctx, &q)
+	a, err := s.ask(ctx, &q)
+	return a.verdict, err
 }
 
 // Charge implements storage.Storage.
@@ -201,6 +207,25 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 		amounts[i] = a.Clamp()
 	}
 	return s.change(ctx, c.Name, c.Identifier, &change{clocked: c.Clocked, now: c.Now, rules: c.Rules, charge: amounts})
+}
+
+// Debt implements storage.Replica.
+func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+	if err := ctx.Err(); err != nil {
+		return storage.Debt{}, err
+	}
+	d.Amounts = nil
+	if err := d.Validate(); err != nil {
+		return storage.Debt{}, err
+	}
+	q := query{ids: [][]byte{rowID(d.Name, d.Identifier)}, debt: true}
+	q.request = storage.Request{Name: d.Name, Mode: storage.Peek, Clocked: d.Clocked, Now: d.Now, Part: storage.NewPart(d.Identifier, d.Rules, 0)}
+	a, err := s.ask(ctx, &q)
+	if err != nil {
+		return storage.Debt{}, err
+	}
+	d.Amounts = a.debt
+	return d, nil
 }
 
 // Raise implements storage.Replica.
@@ -238,7 +263,7 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 }
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
-func (s *Storage) ask(ctx context.Context, q *query) (v storage.Verdict, err error) {
+func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]
 	if len(q.ids) > 1 {
@@ -247,31 +272,31 @@ func (s *Storage) ask(ctx context.Context, q *query) (v storage.Verdict, err err
 	if s.contended.marked(q.mark()) {
 		queue = locked
 	}
-	v, contended, err := s.send(ctx, queue, q)
-	if err != nil || !contended {
-		return v, err
+	a, err = s.send(ctx, queue, q)
+	if err != nil || !a.contended {
+		return a, err
 	}
 	rest, cancel := context.WithDeadline(ctx, began.Add(s.options.Timeout))
 	defer cancel()
-	for contended && err == nil {
-		v, contended, err = s.send(rest, locked, q)
+	for a.contended && err == nil {
+		a, err = s.send(rest, locked, q)
 	}
 	if err != nil && ctx.Err() == nil && rest.Err() != nil {
 		err = s.unavailable(rest.Err())
 	}
-	return v, err
+	return a, err
 }
 
-func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer], q *query) (v storage.Verdict, contended bool, err error) {
+func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer], q *query) (a answer, err error) {
 	c := queue.Get()
 	defer queue.Put(c)
 	c.Query = *q
 	if err := queue.Do(ctx, c); errors.Is(err, combine.ErrTimeout) {
-		return v, false, s.unavailable(err)
+		return a, s.unavailable(err)
 	} else if err != nil {
-		return v, false, err
+		return a, err
 	}
-	return c.Answer.verdict, c.Answer.contended, nil
+	return c.Answer, nil
 }
 
 // marks are on ids, for a time. One may be on another id as well, of which no more than speed depends.

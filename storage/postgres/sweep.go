@@ -29,15 +29,15 @@ type sweeps struct {
 	wait   sync.WaitGroup
 }
 
-// swept counts n rows that a flight has looked at, and sweeps if it is time. The server's clock was now: a row that
-// has been written since may be by a client's clock that was set back.
-func (s *Storage) swept(n int, flight []*call, now int64) {
+// swept counts n rows that a flight has looked at, and sweeps if it is time. R is one of the requests. The server's
+// clock was now: a row that has been written since may be by a client's clock that was set back.
+func (s *Storage) swept(n int, r *storage.Request, now int64) {
 	w := &s.sweeps
 	if w.due.Add(int64(n)) < sweepEvery || !w.begin() {
 		return
 	}
 	name, sent := "", int64(-1)
-	if r := &flight[0].Query.request; r.Clocked {
+	if r.Clocked {
 		name, sent = r.Name, r.Now
 	}
 	go func() {
