@@ -1,11 +1,13 @@
--- Charge, Refund, Raise and Reset, for any number of identifiers one after another.
+-- Charge, Refund, Raise, Reset and Debt, for any number of identifiers one after another.
 --
--- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, with 4 if a time is
--- sent), number of buckets (1), the time if sent (7), then for each bucket its law, capacity (7), number of
--- amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
+-- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, 3 tell the
+-- debts, with 4 if a time is sent), number of buckets (1), the time if sent (7), then for each bucket its law,
+-- capacity (7), number of amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
 -- negative; a debt has any number.
 --
 -- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in short.lua.
+-- After the 1 of debts that are told come for each bucket the number of its amounts (2), and of each its N and
+-- In (7 each).
 
 -- How many units a Continuous level has that n tokens left and that is empty in a given time.
 local function drained(l, n, time)
@@ -126,6 +128,20 @@ local function raise(s, r, debt, real)
   return s
 end
 
+-- The curve of what is still held over the time to come.
+local function curve(s, r, real)
+  local now
+  s, now = open(s, r, real)
+  if r.k == 1 then
+    local n = ceil(units(s, now) / r.one)
+    if n == 0 then return pack('<I2', 0) end
+    return pack('<I2I7I7', 1, n, back(s, now, 0, n) - now)
+  end
+  local out = { pack('<I2', (#s - 2) / 2) }
+  for i = 3, #s, 2 do out[#out + 1] = pack('<I7I7', s[i + 1], s[i] + r.fade - now) end
+  return concat(out)
+end
+
 -- The server's time.
 local server
 local function clock()
@@ -144,6 +160,14 @@ local function reset(key)
   end
   redis.call('DEL', key)
   return char(1)
+end
+
+local function tell(key, rules, real)
+  local states, fault = load(key, rules)
+  if not states then return fault end
+  local out = { char(1) }
+  for j = 1, #rules do out[j + 1] = curve(states[j], rules[j], real) end
+  return concat(out)
 end
 
 local function change(key, what, rules, real, clocked)
@@ -183,6 +207,12 @@ for i = 1, #KEYS do
     rules[j] = r
   end
   what = what % 4
-  out[i] = what == 2 and reset(KEYS[i]) or change(KEYS[i], what, rules, real, clocked)
+  if what == 2 then
+    out[i] = reset(KEYS[i])
+  elseif what == 3 then
+    out[i] = tell(KEYS[i], rules, real)
+  else
+    out[i] = change(KEYS[i], what, rules, real, clocked)
+  end
 end
 return concat(out)

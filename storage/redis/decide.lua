@@ -29,12 +29,13 @@ local function rules(shape)
 end
 
 return function(shapes, index, i)
-  local failed, allowed, parts, shape, real = nil, true, {}, nil, nil
+  local failed, allowed, stale, parts, shape, real = nil, true, false, {}, nil, nil
   repeat
     local lo, hi = string.byte(index, 2 * i - 1, 2 * i)
     shape = shapes[lo and lo + 256 * hi + 1 or 1]
     real = shape[6]
     local of = rules(shape)
+    local doubted = shape[5] >= 2 and real - shape[8 * #of + 8]
     local states, others = load(KEYS[i], of, real)
     if not states then
       if sub(others, 1, 1) == char(4) then others = others .. char(#parts) end
@@ -44,15 +45,16 @@ return function(shapes, index, i)
     for j = 1, #of do
       local s, r = states[j], of[j]
       spent[j] = 0
-      if s and believable(s, real) then -- 1
-        spent[j] = ceil(units(s, max(real, s[2])) / s[1].one) -- 2, 3
-      end
+      if s and not believable(s, real) then s = nil end -- 1
+      if s then spent[j] = ceil(units(s, max(real, s[2])) / s[1].one) end -- 2, 3
+      if doubted and r.cost > 0 and (not s or s[2] <= doubted) then stale = true end
       if r.cost > r.C - spent[j] and r.cost > 0 and shape[4] ~= 2 then allowed = false end -- 4
     end
     parts[#parts + 1] = { key = KEYS[i], rules = of, states = states, others = others, spent = spent }
     i = i + 1
-  until shape[5] == 0
+  until shape[5] % 2 == 0
   if failed then return failed, i end
+  if allowed and stale then return char(6), i end
 
   local out = { allowed and '\1' or '\0' }
   for k = 1, #parts do

@@ -90,7 +90,7 @@ func TestAHookThatPanicsIsAFailureOfTheStorage(t *testing.T) {
 
 func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
-	for _, text := range []string{"", "\x00", "\x01too short", "\x04", "\x07", "\x01 much longer than an answer of one bucket is"} {
+	for _, text := range []string{"", "\x00", "\x01too short", "\x04", "\x05", "\x06", "\x07", "\x01 much longer than an answer of one bucket is"} {
 		c := client(t, servers.RedisURL(t))
 		s := redisstore.New(c, &redisstore.Options{Timeout: patient})
 		c.AddHook(hook(func(_ context.Context, cmd goredis.Cmder, _ goredis.ProcessHook) error {

@@ -413,6 +413,9 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 			f.assertRefused(t, s, some)
 			if f.answers {
 				assert.Equal(t, int64(2), spentBy(t, s, some), "a Peek")
+				d, err := s.Debt(t.Context(), debtOf(some, 0))
+				assert.NoError(t, err)
+				assert.Equal(t, int64(2), d.Amounts[0][0].N)
 				assert.Equal(t, 0, take(t, s, none, 3), "a call that is denied")
 			}
 			cure()
@@ -427,7 +430,7 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 func (f *fault) assertRefused(t *testing.T, s *redisstore.Storage, r storage.Request) {
 	t.Helper()
 	for call, ask := range allCalls {
-		if call == "Peek" || call == "Reset" {
+		if call == "Peek" || call == "Reset" || call == "Debt" {
 			continue
 		}
 		_, err := ask(t.Context(), s, r)
@@ -482,6 +485,17 @@ var allCalls = map[string]anyCall{
 	"Raise": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
 		return s.Raise(ctx, debtOf(r, 4))
 	}),
+	"Debt": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+		_, err := s.Debt(ctx, debtOf(r, 4))
+		return err
+	}),
+	"Fresh": func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
+		v, err := s.DecideFresh(ctx, r, -1)
+		if errors.Is(err, redisstore.ErrStale) { // the server does not have the script yet
+			return s.Decide(ctx, r)
+		}
+		return v, err
+	},
 	"Reset": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
 		return s.Reset(ctx, r.Name, r.Part.Identifier)
 	}),
@@ -846,7 +860,7 @@ func TestAUserWithTheLeastRightsPassesTheSuite(t *testing.T) {
 
 // useAll makes each call, in an order in which all scripts are sent in all ways.
 func useAll(t testing.TB, s *redisstore.Storage, r storage.Request) (failed []error) {
-	for _, call := range []string{"Take", "Peek", "Refund", "Force", "Charge", "Raise", "Reset"} {
+	for _, call := range []string{"Take", "Peek", "Refund", "Force", "Charge", "Raise", "Debt", "Fresh", "Reset"} {
 		if _, err := allCalls[call](t.Context(), s, r); err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", call, err))
 		}

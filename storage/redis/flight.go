@@ -25,14 +25,37 @@ type query struct {
 	key     string
 	more    []string        // the keys of further parts
 	request storage.Request // of a decision
-	change  []byte          // what the script for changes is sent; nil for a decision
-	rules   []storage.Rule  // of a change
+	fresh   bool            // a server that does not know the script is doubted
+	doubt   doubt
+	change  []byte         // what the script for changes is sent; nil for a decision
+	rules   []storage.Rule // of a change
+}
+
+// doubt is what a decision does not believe: if on, states that were changed last so many microseconds ago or
+// longer, and that a state is not there.
+type doubt struct {
+	on  bool
+	age int64
+}
+
+// ever is longer than any state is ahead of a clock.
+const ever = 1 << 53
+
+// doubtOf is the doubt of a request with an age. An injected clock may stand still, so by it no state is young.
+func doubtOf(r *storage.Request, age time.Duration) doubt {
+	switch {
+	case age < 0 || r.Mode == storage.Force:
+		return doubt{}
+	case r.Clocked:
+		return doubt{true, -ever}
+	}
+	return doubt{true, int64(age/time.Microsecond + min(age%time.Microsecond, 1))}
 }
 
 // answer is what the script said to a query.
 type answer struct {
-	counts string // of a decision; its first byte is whether it was admitted
-	at     int64  // when it arrived
+	text string // its first byte is what became of it
+	at   int64  // when it arrived
 }
 
 // ask sends a query to the server that has its key, and waits for the answer. The caller puts the call back
@@ -75,7 +98,7 @@ func (s *Storage) askCluster(ctx context.Context, asked query) (*queue, *call, e
 	for {
 		master, err := s.cluster.MasterForKey(ctx, asked.key)
 		if err != nil {
-			return nil, nil, cmp.Or(s.closedError(), s.unavailable(err))
+			return nil, nil, s.unsent(err)
 		}
 		q, err := s.queue(master.Options().Addr)
 		if err != nil {
@@ -101,6 +124,18 @@ func (s *Storage) askCluster(ctx context.Context, asked query) (*queue, *call, e
 	}
 }
 
+// unsent is the error of a call for which the client has no node.
+func (s *Storage) unsent(err error) error {
+	if err := s.closedError(); err != nil {
+		return err
+	}
+	err = s.unavailable(err)
+	if s.report != nil {
+		s.report(err)
+	}
+	return err
+}
+
 // know makes the client learn the nodes of the cluster, which it goes on to do by itself.
 func (s *Storage) know(ctx context.Context, key string) error {
 	if s.known.Load() {
@@ -113,7 +148,7 @@ func (s *Storage) know(ctx context.Context, key string) error {
 	l := s.learning
 	if l == nil {
 		l = &learning{done: make(chan struct{})}
-		s.learning = l
+		s.learning, s.begun = l, true
 		go s.learn(l, key)
 	}
 	s.mu.Unlock()
@@ -132,9 +167,18 @@ type learning struct {
 }
 
 func (s *Storage) learn(l *learning, key string) {
+	inTime := func() bool { return false }
+	if s.report != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
+		defer cancel()
+		inTime = s.watch(ctx)
+	}
 	defer func() {
 		if fault := recover(); fault != nil { // in what the client calls, such as its Dialer
 			l.err = s.unavailable(fmt.Errorf("panic: %v", fault))
+		}
+		if inTime() && l.err != nil && s.closedError() == nil {
+			s.report(l.err)
 		}
 		s.known.Store(l.err == nil)
 		s.mu.Lock()
@@ -172,15 +216,35 @@ func (s *Storage) queue(address string) (*queue, error) {
 	if s.closed {
 		return nil, storage.ErrClosed
 	}
+	s.begun = true
 	if s.queues[address] == nil {
 		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.fly)
 	}
 	return s.queues[address], nil
 }
 
-// fly executes a flight: all decisions in one script call and all changes in another. In a cluster each key
-// has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN.
+// fly executes a flight, and tells who watches how it went.
 func (s *Storage) fly(ctx context.Context, flight []*call) {
+	if s.report == nil {
+		_ = s.execute(ctx, flight)
+		return
+	}
+	inTime, err := s.watch(ctx), errPanicked
+	defer func() {
+		if inTime() {
+			s.report(err)
+		}
+	}()
+	err = s.execute(ctx, flight)
+}
+
+// errPanicked is reported of a flight in which something did that the client calls, such as a hook.
+var errPanicked = fmt.Errorf("%w: panic", storage.ErrUnavailable)
+
+// execute makes all decisions of a flight in one script call and all changes in another. In a cluster each key
+// has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN. The error is one
+// that is the server's, and not that of the keys.
+func (s *Storage) execute(ctx context.Context, flight []*call) (failed error) {
 	groups := s.groups(flight)
 	s.run(ctx, groups)
 	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
@@ -200,8 +264,12 @@ func (s *Storage) fly(ctx context.Context, flight []*call) {
 			for _, c := range g.calls {
 				c.Err = err
 			}
+			if !errors.Is(err, ErrCrossSlot) && !goredis.IsTryAgainError(err) {
+				failed = cmp.Or(failed, err)
+			}
 		}
 	}
+	return failed
 }
 
 // crossed says that the server refused a group because its calls are of different slots.
@@ -230,14 +298,14 @@ func (s *Storage) groups(flight []*call) (groups []*group) {
 }
 
 // run sends each group's script call by its hash, and those of which the server does not have the script
-// once more by its text.
+// once more by its text, but for the calls that doubt such a server.
 func (s *Storage) run(ctx context.Context, groups []*group) {
 	for _, g := range groups {
 		g.command = g.script(ctx, false)
 	}
 	s.send(ctx, groups)
 	unknown := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool {
-		return !goredis.HasErrorPrefix(g.command.Err(), "NOSCRIPT")
+		return !goredis.HasErrorPrefix(g.command.Err(), "NOSCRIPT") || g.dropDoubtful() == 0
 	})
 	if len(unknown) > 0 {
 		for _, g := range unknown {
@@ -278,6 +346,20 @@ type group struct {
 	command command
 }
 
+// dropDoubtful answers the calls that doubt a server without the script, and returns how many others are left.
+func (g *group) dropDoubtful() int {
+	var left []*call // and not in place: the flight has the calls in the same array
+	for _, c := range g.calls {
+		if c.Query.fresh {
+			c.Err = ErrStale
+		} else {
+			left = append(left, c)
+		}
+	}
+	g.calls = left
+	return len(left)
+}
+
 func (g *group) script(ctx context.Context, byText bool) command {
 	keys := make([]string, 0, len(g.calls))
 	for _, c := range g.calls {
@@ -290,35 +372,27 @@ func (g *group) script(ctx context.Context, byText bool) command {
 		}
 		return changeScript.call(ctx, byText, keys, all)
 	}
-	var all combine.Shapes
+	var parts shapes
 	for _, c := range g.calls {
 		for i := range c.Query.request.Parts() {
-			all.Add(&c.Query.request, i)
+			parts.add(&c.Query, i)
 		}
 	}
-	return decideScript.call(ctx, byText, keys, decideArgs(&all)...)
+	return decideScript.call(ctx, byText, keys, decideArgs(&parts)...)
 }
 
 // land gives each call its answer.
 func (g *group) land(at int64) error {
+	if len(g.calls) == 0 { // it answered all by itself
+		return nil
+	}
 	text, err := g.command.Text()
 	if err != nil {
 		return err
 	}
 	for _, c := range g.calls {
-		n := 1
-		if c.Query.change == nil && text != "" && text[0] <= admitted {
-			n += countBytes[text[0]] * c.Query.buckets()
-		}
-		switch {
-		case text == "" || text[0] > tooManyHolds:
-			n = len(text) + 1
-		case text[0] == tooMany && c.Query.change == nil:
-			n = 3
-		case text[0] == tooMany:
-			n = 2
-		}
-		if len(text) < n {
+		n := c.Query.answerBytes(text)
+		if n > len(text) {
 			return fmt.Errorf("this is no answer of the script: %.99q", text)
 		}
 		c.Answer, c.Err = answer{text[:n], at}, c.Query.err(text[:n])
@@ -328,6 +402,46 @@ func (g *group) land(at int64) error {
 		return fmt.Errorf("the script's answer has %d bytes too many", len(text))
 	}
 	return nil
+}
+
+// answerBytes is the length of the answer to q with which text begins, and more than text has if that is none.
+func (q *query) answerBytes(text string) int {
+	none := len(text) + 1
+	if text == "" || text[0] > stale {
+		return none
+	}
+	switch first := text[0]; {
+	case q.change != nil:
+		return q.changeBytes(text)
+	case first <= admitted:
+		return 1 + countBytes[first]*q.buckets()
+	case first == tooMany:
+		return 3
+	case first == tooManyHolds || first == stale && !q.doubt.on:
+		return none
+	}
+	return 1
+}
+
+// changeBytes is answerBytes of a change.
+func (q *query) changeBytes(text string) int {
+	none := len(text) + 1
+	switch first := text[0]; {
+	case first == refused || first == stale:
+		return none
+	case first == tooMany:
+		return 2
+	case first != admitted || q.change[0]%isClocked != opDebt:
+		return 1
+	}
+	n := 1
+	for range q.rules {
+		if n+2 > len(text) {
+			return none
+		}
+		n += 2 + amountBytes*amounts(text[n:])
+	}
+	return n
 }
 
 // buckets is how many buckets the request has.
@@ -351,6 +465,8 @@ func (q *query) err(answer string) error {
 			rules = q.request.At(int(answer[2])).Rules
 		}
 		return storage.TooManyBuckets(rules, int(answer[1]))
+	case stale:
+		return ErrStale
 	case tooManyHolds:
 		return &storage.BucketError{Bucket: q.rules[0].Name, Field: "Buckets", Reason: "of the identifier: one would hold amounts of over 65,000 different times"}
 	}

@@ -13,7 +13,6 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
-	"github.com/go-throttler/throttler/internal/combine"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -77,12 +76,14 @@ const (
 	wrongType
 	tooMany
 	tooManyHolds
+	stale
 )
 
 // The first byte of a change.
 const (
 	opRaise   = 1
 	opReset   = 2
+	opDebt    = 3
 	isClocked = 4
 )
 
@@ -90,22 +91,22 @@ const (
 var countBytes = [...]int{refused: 21, admitted: 14}
 
 // decideArgs are the arguments of the script for decisions.
-func decideArgs(s *combine.Shapes) [][]byte {
+func decideArgs(s *shapes) [][]byte {
 	var index []byte
-	if len(s.All) > 1 {
-		for _, i := range s.Index {
+	if len(s.all) > 1 {
+		for _, i := range s.index {
 			index = binary.LittleEndian.AppendUint16(index, uint16(i))
 		}
 	}
 	out := [][]byte{index}
-	for i := range s.All {
-		out = append(out, shapeArgs(&s.All[i])...)
+	for i := range s.all {
+		out = append(out, shapeArgs(&s.all[i])...)
 	}
 	return out
 }
 
-func shapeArgs(s *combine.Shape) [][]byte {
-	rules := s.Part.Rules
+func shapeArgs(s *shape) [][]byte {
+	rules := s.part.Rules
 	prefix := []byte{'t', '1', byte(len(rules))}
 	hold, size := "I7I4", 7+11*len(rules)
 	for i := range rules {
@@ -118,20 +119,28 @@ func shapeArgs(s *combine.Shape) [][]byte {
 	length := strconv.Itoa(len(prefix))
 	form := "<c" + length + "I7" + strings.Repeat(hold, len(rules))
 	now, more := int64(-1), int64(0)
-	if s.Clocked {
-		now = s.Now
+	if s.clocked {
+		now = s.now
 	}
-	if s.More {
+	if s.more {
 		more = 1
 	}
-	b := append(make([]byte, 0, len(prefix)+len(form)+8*(5+8*len(rules))), prefix...)
+	numbers := 5 + 8*len(rules)
+	if s.doubt.on {
+		more += 2
+		numbers++
+	}
+	b := append(make([]byte, 0, len(prefix)+len(form)+8*numbers), prefix...)
 	b = append(b, form...)
-	b = appendNumbers(b, int64(size+len(prefix)), int64(s.Mode), more, now, int64(len(rules)))
+	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), more, now, int64(len(rules)))
 	for i := range rules {
 		r := &rules[i]
-		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.Part.Cost(i), 4*r.Capacity))
+		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
 	}
-	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", 5+8*len(rules))), b}
+	if s.doubt.on {
+		b = appendNumbers(b, s.doubt.age)
+	}
+	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", numbers)), b}
 }
 
 // appendNumbers appends what Lua computes with.
@@ -212,6 +221,15 @@ func appendDebt(b []byte, d *storage.Debt) []byte {
 	return b
 }
 
+// appendQuestion appends what the script for changes is sent to tell a debt.
+func appendQuestion(b []byte, d *storage.Debt) []byte {
+	b = appendChange(b, opDebt, d.Clocked, d.Now, len(d.Rules))
+	for i := range d.Rules {
+		b = appendAmounts(b, &d.Rules[i], nil)
+	}
+	return b
+}
+
 func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byte {
 	if !clocked {
 		return append(b, op, byte(buckets))
@@ -232,9 +250,9 @@ func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
 
 // fill reads the answer to a decision.
 func (a *answer) fill(v *storage.Verdict) {
-	v.Allowed = a.counts[0] == admitted
-	size := countBytes[a.counts[0]]
-	for i, s := 0, a.counts[1:]; len(s) >= size; i, s = i+1, s[size:] {
+	v.Allowed = a.text[0] == admitted
+	size := countBytes[a.text[0]]
+	for i, s := 0, a.text[1:]; len(s) >= size; i, s = i+1, s[size:] {
 		c := storage.Count{Remaining: integer(s), ResetAfter: integer(s[7:])}
 		if !v.Allowed {
 			c.RetryAfter = integer(s[14:])
@@ -242,6 +260,23 @@ func (a *answer) fill(v *storage.Verdict) {
 		v.Set(i, c)
 	}
 }
+
+// amounts reads the answer to a debt.
+func (a *answer) amounts(buckets int) [][]storage.Amount {
+	out, s := make([][]storage.Amount, buckets), a.text[1:]
+	for i := range out {
+		n := amounts(s)
+		for s = s[2:]; n > 0; n, s = n-1, s[amountBytes:] {
+			out[i] = append(out[i], storage.Amount{N: integer(s), In: integer(s[7:])})
+		}
+	}
+	return out
+}
+
+// amountBytes is the length of an amount in an answer, and amounts reads how many follow.
+const amountBytes = 14
+
+func amounts(s string) int { return int(s[0]) | int(s[1])<<8 }
 
 // integer reads seven bytes.
 func integer(s string) int64 {

@@ -6,17 +6,18 @@
 --
 --   1  the beginning of a value in which these buckets have one hold each, changed at one time
 --   2  the form of all of such a value, and 3 its length
---   4  mode, and 5 whether the next part belongs to the same request
+--   4  mode, and 5 whether the next part belongs to the same request, with 2 if states are doubted
 --   6  the time, or -1 for the server's
 --   7  the number of buckets, and from 8 on for each of them kind, period, refill, tick in µs, grain,
---      units a token, capacity and cost
+--      units a token, capacity and cost; then, if states are doubted, how long ago in µs the latest of
+--      these was changed
 --
 -- The answer has one byte for each request, 1 if admitted, 0 if not, and for each bucket what remains, when it
 -- is full again and, if not admitted, when it admits the cost (7 each). Other first bytes stand alone: 2 if the
--- value is none of ours, 3 if it is no string, 4 if there are too many buckets,
--- with their number and that of the part after it (1 each).
+-- value is none of ours, 3 if it is no string, 4 if there are too many buckets, with their number and that of
+-- the part after it (1 each), 6 if it would be admitted, and a state that it takes from is doubted or not there.
 --
--- What follows is the short way for a request of one part whose buckets have at most one hold each, before and
+-- What follows is the short way for a request of one part without doubts whose buckets have at most one hold each, before and
 -- after, under the laws of its rules: nearly all of them. Others go to decide.lua, which is put before
 -- this as the function decider: making its functions costs as much as a decision.
 

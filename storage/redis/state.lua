@@ -207,7 +207,7 @@ local function store(key, states, rules, others, real, clocked)
 end
 
 -- What an identifier has spent: its states and others as read returns them, or nil and what the script
--- answers instead.
+-- answers instead. Without a time there may be any number of buckets.
 local function load(key, rules, real)
   local v = redis.pcall('GET', key)
   if not v then return {}, {} end
@@ -217,6 +217,7 @@ local function load(key, rules, real)
   end
   local ok, states, others = pcall(read, v, rules)
   if not ok then return nil, char(2) end
+  if not real then return states, others end
   local n = #rules
   for i = 1, #others do
     if not full(others[i], real) then n = n + 1 end

@@ -54,7 +54,7 @@ type Options struct {
 
 // OptionError is a fault in what Open or New was given. After New, every call returns it.
 type OptionError struct {
-	Field  string // Client, URL or Timeout
+	Field  string // Client, URL, Timeout or Watch
 	Reason string // what was given and what is allowed
 }
 
@@ -70,6 +70,9 @@ var (
 
 	// ErrCrossSlot is for a call whose identifiers are in different slots of a cluster. Nothing was executed.
 	ErrCrossSlot = errors.New("throttler: redis: CROSSSLOT")
+
+	// ErrStale is for a DecideFresh whose server may have forgotten what was spent. Nothing was executed.
+	ErrStale = errors.New("throttler: redis: stale state")
 )
 
 // Storage is safe for concurrent use. It is made by New or Open.
@@ -84,7 +87,8 @@ type Storage struct {
 	cluster *goredis.ClusterClient // client, if it is one
 	owned   bool                   // Close closes client
 	options Options
-	fault   error // what every call returns
+	fault   error           // what every call returns
+	report  func(err error) // what Watch was given, or nil
 
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots
@@ -92,10 +96,11 @@ type Storage struct {
 	mu       sync.RWMutex // guards what follows
 	learning *learning
 	queues   map[string]*queue // by the address of the server, "" when there is no cluster
+	begun    bool              // there was a call
 	closed   bool
 }
 
-var _ storage.Storage = (*Storage)(nil)
+var _ storage.Replica = (*Storage)(nil)
 
 // New returns a storage on a *Client, also one of NewFailoverClient, or on a *ClusterClient. The caller
 // closes the client, after the storage.
@@ -176,7 +181,22 @@ func (s *Storage) Close() error {
 }
 
 // Decide implements storage.Storage.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
+	return s.decide(ctx, &r, false, doubt{})
+}
+
+// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit a Take or a Peek, and a
+// bucket that is asked for more than 0 tokens has no state, or one that was changed last so long ago or longer
+// by the server's clock, it changes nothing and returns ErrStale. By an injected clock, which may stand still, any
+// state is too old. A negative age doubts no state.
+//
+// With any age and in any Mode it returns ErrStale, too, when the server does not know the script: it was
+// started again, is a replica that was promoted, or has never decided. The next Decide sends the script.
+func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (storage.Verdict, error) {
+	return s.decide(ctx, &r, true, doubtOf(&r, age))
+}
+
+func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, d doubt) (v storage.Verdict, err error) {
 	if err := s.usable(ctx); err != nil {
 		return v, err
 	}
@@ -184,11 +204,11 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 		return v, err
 	}
 	key := s.key(r.Name, r.Part.Identifier)
-	more, err := s.moreKeys(&r, key)
+	more, err := s.moreKeys(r, key)
 	if err != nil {
 		return v, err
 	}
-	q, c, err := s.ask(ctx, query{key: key, more: more, request: r})
+	q, c, err := s.ask(ctx, query{key: key, more: more, request: *r, fresh: fresh, doubt: d})
 	if c != nil {
 		defer q.Put(c)
 	}
@@ -213,6 +233,26 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 		return err
 	}
 	return s.change(ctx, c.Name, c.Identifier, c.Rules, appendCharge(nil, &c))
+}
+
+// Debt implements storage.Replica.
+func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+	if err := s.usable(ctx); err != nil {
+		return storage.Debt{}, err
+	}
+	d.Amounts = nil
+	if err := d.Validate(); err != nil {
+		return storage.Debt{}, err
+	}
+	q, c, err := s.ask(ctx, query{key: s.key(d.Name, d.Identifier), change: appendQuestion(nil, &d), rules: d.Rules})
+	if c != nil {
+		defer q.Put(c)
+	}
+	if err != nil {
+		return storage.Debt{}, err
+	}
+	d.Amounts = c.Answer.amounts(len(d.Rules))
+	return d, nil
 }
 
 // Raise implements storage.Replica.

@@ -1,0 +1,334 @@
+package redis_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/storagetest"
+)
+
+// doubter asks about two identifiers, of which the server's own clock has seen nothing.
+type doubter struct {
+	s     *redisstore.Storage
+	c     *goredis.Client
+	name  string
+	rules []storage.Rule
+}
+
+// newDoubter returns one whose server has the scripts.
+func newDoubter(t *testing.T, kind storage.Kind) *doubter {
+	t.Helper()
+	url := servers.RedisURL(t)
+	d := &doubter{open(t, url, redisstore.Options{}), client(t, url), freshName(), nil}
+	d.rules = []storage.Rule{rule(t, "a", kind, time.Hour, 5), rule(t, "b", kind, 24*time.Hour, 50)}
+	take(t, d.s, fivePerHour(t, d.name), 1)
+	return d
+}
+
+// request asks for n tokens of each bucket.
+func (d *doubter) request(n int64, ids ...string) storage.Request {
+	r := storage.Request{Name: d.name, Part: storage.NewPart(ids[0], d.rules, n)}
+	for _, id := range ids[1:] {
+		r.More = append(r.More, storage.NewPart(id, d.rules, n))
+	}
+	return r
+}
+
+// old is a request at an earlier time.
+func old(r storage.Request, ago time.Duration) storage.Request {
+	r.Clocked, r.Now = true, time.Now().Add(-ago).UnixMicro()
+	return r
+}
+
+// stale asks, and holds a stale answer to changing nothing.
+func (d *doubter) stale(t *testing.T, r storage.Request, age time.Duration) bool {
+	t.Helper()
+	keys := func() (values []string) {
+		for i := range r.Parts() {
+			values = append(values, raw(t, d.c, "throttler:"+r.Name+":"+r.At(i).Identifier))
+		}
+		return values
+	}
+	before := keys()
+	v, err := d.s.DecideFresh(t.Context(), r, age)
+	if !errors.Is(err, redisstore.ErrStale) {
+		require.NoError(t, err)
+		return false
+	}
+	assert.Equal(t, before, keys())
+	assert.Equal(t, storage.Verdict{}, v)
+	assert.NotErrorIs(t, err, storage.ErrUnavailable)
+	return true
+}
+
+var ages = []time.Duration{0, 1, time.Microsecond, time.Second, time.Hour, math.MaxInt64}
+
+func TestAStateThatIsNotThereIsStaleAndOneThatWasJustChangedIsFresh(t *testing.T) {
+	t.Parallel()
+	for kind := range allKinds {
+		d := newDoubter(t, kind)
+		r := d.request(1, "a")
+		peek := r
+		peek.Mode = storage.Peek
+		for _, age := range ages {
+			assert.True(t, d.stale(t, r, age), "%v of %v", kind, age)
+			assert.True(t, d.stale(t, peek, age), "%v of %v", kind, age)
+		}
+		assert.False(t, d.stale(t, peek, -1))
+		assert.False(t, d.stale(t, peek, math.MinInt64))
+		require.Equal(t, 1, take(t, d.s, r, 1))
+		assert.False(t, d.stale(t, r, time.Hour))
+		assert.False(t, d.stale(t, peek, time.Hour))
+		assert.True(t, d.stale(t, r, 0), "time has passed")
+		assert.Equal(t, []int64{3, 48}, left(t, d.s, d.name, "a", d.rules...), kind)
+	}
+}
+
+func TestAStateThatWasChangedLongAgoIsStale(t *testing.T) {
+	t.Parallel()
+	for kind := range allKinds {
+		d := newDoubter(t, kind)
+		r := d.request(1, "a")
+		require.Equal(t, 1, take(t, d.s, old(r, 10*time.Minute), 1))
+		assert.True(t, d.stale(t, r, 0), kind)
+		assert.True(t, d.stale(t, r, 9*time.Minute), kind)
+		assert.False(t, d.stale(t, r, 11*time.Minute), kind)
+		assert.False(t, d.stale(t, r, 9*time.Minute), "%v: it was changed just now", kind)
+	}
+}
+
+func TestOneStateThatIsStaleIsEnoughAmongSeveralBucketsAndParts(t *testing.T) {
+	t.Parallel()
+	d := newDoubter(t, storage.Replenish)
+	all := d.request(1, "a", "b", "c")
+	for _, id := range []string{"a", "b", "c"} {
+		assert.True(t, d.stale(t, all, time.Hour))
+		one := d.request(1, id)
+		one.Part.SetCost(0, 0)
+		require.Equal(t, 1, take(t, d.s, one, 1))
+		assert.True(t, d.stale(t, all, time.Hour), "the other bucket of %s is not there", id)
+		one = d.request(1, id)
+		one.Part.SetCost(1, 0)
+		require.Equal(t, 1, take(t, d.s, one, 1))
+	}
+	assert.False(t, d.stale(t, all, time.Hour))
+	require.NoError(t, d.s.Reset(t.Context(), d.name, "c"))
+	require.Equal(t, 1, take(t, d.s, old(d.request(1, "c"), 10*time.Minute), 1))
+	assert.True(t, d.stale(t, all, 5*time.Minute))
+	assert.False(t, d.stale(t, all, time.Hour))
+	for _, id := range []string{"a", "b"} {
+		assert.Equal(t, []int64{2, 47}, left(t, d.s, d.name, id, d.rules...))
+	}
+}
+
+func TestABucketThatIsAskedForNothingIsNotDoubted(t *testing.T) {
+	t.Parallel()
+	d := newDoubter(t, storage.SlidingLog)
+	r := d.request(0, "a", "b")
+	assert.False(t, d.stale(t, r, 0), "asked for nothing at all")
+	r.Part.SetCost(1, 1)
+	assert.True(t, d.stale(t, r, time.Hour))
+	require.Equal(t, 1, take(t, d.s, r, 1))
+	assert.False(t, d.stale(t, r, time.Hour), "b has no state, and a none for its first bucket")
+}
+
+func TestARefusalAndAForceAreNeverStale(t *testing.T) {
+	t.Parallel()
+	for kind := range allKinds {
+		d := newDoubter(t, kind)
+		full := d.request(5, "a")
+		require.Equal(t, 1, take(t, d.s, old(full, time.Minute), 1))
+		for _, r := range []storage.Request{full, d.request(5, "a", "of nobody"), d.request(5, "of nobody", "a")} {
+			for _, age := range ages {
+				for _, mode := range []storage.Mode{storage.Take, storage.Peek} {
+					r.Mode = mode
+					v, err := d.s.DecideFresh(t.Context(), r, age)
+					require.NoError(t, err, "%v of %v", kind, age)
+					assert.False(t, v.Allowed)
+					assert.Positive(t, v.RetryAfter)
+				}
+			}
+		}
+		for i, age := range ages {
+			r := d.request(1, fmt.Sprint("forced-", i), "a")
+			r.Mode = storage.Force
+			assert.False(t, d.stale(t, r, age))
+		}
+	}
+}
+
+// It is empty, as the arithmetic's first step has it.
+func TestAStateThatIsTooFarAheadOfTheClockIsStale(t *testing.T) {
+	t.Parallel()
+	d := newDoubter(t, storage.Replenish)
+	r := d.request(1, "a")
+	require.Equal(t, 1, take(t, d.s, old(r, -30*time.Minute), 1))
+	assert.False(t, d.stale(t, r, 0), "it is younger than any age")
+	require.NoError(t, d.s.Reset(t.Context(), d.name, "a"))
+	require.Equal(t, 1, take(t, d.s, old(r, -3*24*time.Hour), 1))
+	assert.True(t, d.stale(t, r, time.Hour))
+}
+
+// Requests of many shapes and doubts share flights, and each is answered as the model answers it, or as stale.
+func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
+	t.Parallel()
+	s := open(t, servers.RedisURL(t), redisstore.Options{})
+	model, name, sets := storagetest.NewModel(), freshName(), ruleSets(t)
+	take(t, s, fivePerHour(t, name), 1) // so that the server has the script
+	atOnce(100, func(i int) {
+		g := &shapely{rnd: rand.New(rand.NewPCG(8, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
+		for step := range 30 {
+			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)
+			age := []time.Duration{-1, 0, time.Minute, math.MaxInt64}[g.rnd.IntN(4)]
+			peek := r
+			if r.Mode != storage.Force {
+				peek.Mode = storage.Peek
+				if v, err := model.Decide(t.Context(), peek); assert.NoError(t, err) && v.Allowed && age >= 0 && asks(&r) {
+					_, err = s.DecideFresh(t.Context(), r, age)
+					assert.ErrorIs(t, err, redisstore.ErrStale, "%d, step %d: %+v", i, step, r)
+					age = -1
+				}
+			}
+			want, err := model.Decide(t.Context(), r)
+			assert.NoError(t, err)
+			got, err := s.DecideFresh(t.Context(), r, age)
+			if !assert.NoError(t, err) || !assert.Equal(t, said(&want), said(&got), "%d, step %d: %+v", i, step, r) {
+				return
+			}
+		}
+	})
+}
+
+// asks tells of a request that asks a bucket for something.
+func asks(r *storage.Request) bool {
+	for i := range r.Parts() {
+		for j := range r.At(i).Rules {
+			if r.At(i).Cost(j) > 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// assertDoubted has all calls of DecideFresh be stale, and the first Decide end that.
+func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
+	t.Helper()
+	for _, age := range append(ages, -1) {
+		for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
+			r.Mode = mode
+			v, err := s.DecideFresh(t.Context(), r, age)
+			assert.ErrorIs(t, err, redisstore.ErrStale)
+			assert.Equal(t, storage.Verdict{}, v)
+		}
+	}
+	r.Mode = storage.Take
+	assert.Equal(t, 1, take(t, s, r, 1))
+	for _, age := range []time.Duration{-1, time.Hour} {
+		v, err := s.DecideFresh(t.Context(), r, age)
+		assert.NoError(t, err)
+		assert.True(t, v.Allowed)
+	}
+}
+
+func TestAServerThatLostItsScriptsIsDoubtedUntilTheNextDecide(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	assertDoubted(t, s, hourly(t, "a", 100)) // it has never had any
+	require.NoError(t, c.ScriptFlush(t.Context()).Err())
+	require.NoError(t, s.Raise(t.Context(), debtOf(hourly(t, "a", 100), 1)))
+	assertDoubted(t, s, hourly(t, "a", 100))
+	assert.Equal(t, int64(6), spentBy(t, s, hourly(t, "a", 100)))
+}
+
+func TestAServerThatWasKilledAndStartedAgainIsDoubted(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, r := open(t, server.URL(), redisstore.Options{}), hourly(t, "a", 100)
+	require.Equal(t, 1, take(t, s, r, 1))
+	require.NoError(t, server.Kill())
+	_, err := s.DecideFresh(t.Context(), r, -1)
+	require.ErrorIs(t, err, storage.ErrUnavailable)
+	require.NoError(t, server.Start())
+	recovery(t, patient, func() error {
+		_, err = s.DecideFresh(t.Context(), r, -1)
+		if errors.Is(err, redisstore.ErrStale) {
+			return nil
+		}
+		assert.Error(t, err, "it was believed")
+		return err
+	})
+	assertDoubted(t, s, r)
+}
+
+func TestANodeOfAClusterThatLostItsScriptsIsDoubted(t *testing.T) {
+	t.Parallel()
+	r := newRing(t)
+	plain, _ := r.open(t, 0)
+	for node := range r.nodes {
+		ask := hourly(t, r.idOn(t, node), 100)
+		assertDoubted(t, plain, ask)
+		require.NoError(t, r.nodes[node].ScriptFlush(t.Context()).Err())
+		assertDoubted(t, plain, ask)
+		assert.Equal(t, int64(6), spentBy(t, plain, ask))
+	}
+}
+
+// flushed has half of 64 goroutines doubt while the scripts are forgotten all the time.
+func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
+	t.Helper()
+	var doubting, others told
+	stop, ended := make(chan struct{}), make(chan int)
+	go func() { ended <- repeatedly(time.Millisecond, stop, flush) }()
+	crowd(64, func(i int) {
+		r := hourly(t, fmt.Sprint("id-", i/2), 1<<40)
+		for range 200 {
+			if i%2 == 0 {
+				assert.NoError(t, others.ask(s, r), "a call was disturbed that does not doubt")
+				continue
+			}
+			v, err := s.DecideFresh(context.Background(), r, -1)
+			if errors.Is(err, redisstore.ErrStale) {
+				doubting.failed.Add(1)
+			} else if assert.NoError(t, err) && v.Allowed {
+				doubting.admitted.Add(1)
+			}
+		}
+	})
+	close(stop)
+	t.Log("forgotten", <-ended, "times,", doubting.failed.Load(), "stale,", doubting.admitted.Load(), "fresh")
+	taken := int64(0)
+	for i := range 32 {
+		taken += spentBy(t, s, hourly(t, fmt.Sprint("id-", i), 1<<40))
+	}
+	assert.Equal(t, int64(32*200), others.admitted.Load())
+	assert.Equal(t, doubting.admitted.Load()+others.admitted.Load(), taken, "what was stale took nothing")
+	assert.Positive(t, doubting.failed.Load())
+}
+
+func TestCallsThatDoubtAndOthersShareFlightsToAServerThatForgetsItsScripts(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	c := client(t, server.URL())
+	flushed(t, open(t, server.URL(), redisstore.Options{}), func() { assert.NoError(t, c.ScriptFlush(context.Background()).Err()) })
+}
+
+func TestCallsThatDoubtAndOthersSharePipelinesToNodesThatForgetTheirScripts(t *testing.T) {
+	t.Parallel()
+	r := newRing(t)
+	plain, _ := r.open(t, 0)
+	flushed(t, plain, func() { assert.NoError(t, r.nodes[rand.IntN(3)].ScriptFlush(context.Background()).Err()) })
+}

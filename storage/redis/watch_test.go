@@ -1,0 +1,258 @@
+package redis_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	goredis "github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+)
+
+// reports are what Watch reported.
+type reports struct {
+	mu  sync.Mutex
+	all []error
+}
+
+// watchOf has a storage report here.
+func watchOf(t testing.TB, s *redisstore.Storage, timeout time.Duration) *reports {
+	t.Helper()
+	r := new(reports)
+	require.NoError(t, s.Watch(timeout, func(err error) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.all = append(r.all, err)
+	}))
+	return r
+}
+
+// take returns those since the last time.
+func (r *reports) take() []error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := r.all
+	r.all = nil
+	return all
+}
+
+// next waits for one.
+func (r *reports) next(t testing.TB) error {
+	t.Helper()
+	var all []error
+	eventually(t, "a report", func() bool {
+		all = r.take()
+		return len(all) > 0
+	})
+	require.Len(t, all, 1)
+	return all[0]
+}
+
+const short = 50 * time.Millisecond
+
+func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	seen := watchOf(t, s, patient)
+	for _, call := range []string{"Take", "Take", "Peek", "Refund", "Force", "Charge", "Raise", "Debt", "Fresh", "Reset"} {
+		_, err := allCalls[call](t.Context(), s, fivePerHour(t, "a"))
+		require.NoError(t, err)
+		assert.Equal(t, []error{nil}, seen.take(), call)
+	}
+	_, err := s.DecideFresh(t.Context(), fivePerHour(t, "a"), 0)
+	require.ErrorIs(t, err, redisstore.ErrStale)
+	assert.Equal(t, []error{nil}, seen.take())
+	require.NoError(t, c.ScriptFlush(t.Context()).Err())
+	_, err = s.DecideFresh(t.Context(), fivePerHour(t, "a"), -1)
+	require.ErrorIs(t, err, redisstore.ErrStale)
+	assert.Equal(t, []error{nil}, seen.take())
+
+	do(t, c, "set", redisstore.DefaultPrefix+":foreign", "value")
+	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
+	for _, id := range []string{"foreign", "hash"} {
+		_, err := s.Decide(t.Context(), fivePerHour(t, id))
+		require.ErrorIs(t, err, storage.ErrCorruptState)
+		assert.Equal(t, []error{nil}, seen.take(), "the fault of a key is none of the server")
+	}
+
+	_, err = s.Decide(t.Context(), fivePerHour(t, ""))
+	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
+	require.NoError(t, s.Close())
+	_, err = s.Decide(t.Context(), fivePerHour(t, "a"))
+	require.ErrorIs(t, err, storage.ErrClosed)
+	assert.Empty(t, seen.take(), "nothing was sent")
+}
+
+func TestAWatchIsToldThatAServerIsDownAndThatItIsBack(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s := open(t, server.URL(), redisstore.Options{})
+	seen, r := watchOf(t, s, patient), fivePerHour(t, "a")
+	take(t, s, r, 1)
+	assert.Equal(t, []error{nil}, seen.take())
+	require.NoError(t, server.Kill())
+	for range 3 {
+		_, err := s.Decide(t.Context(), r)
+		require.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.Equal(t, []error{err}, seen.take(), "as the caller sees it")
+		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
+	}
+	require.NoError(t, server.Start())
+	recovery(t, patient, func() error { return s.Reset(t.Context(), "", "a") })
+	all := seen.take()
+	assert.NoError(t, all[len(all)-1])
+}
+
+func TestAWatchIsToldOfWhatAServerRefuses(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s := open(t, server.URL(), redisstore.Options{})
+	seen, r := watchOf(t, s, patient), fivePerHour(t, "a")
+	sendWords(t, client(t, server.URL()), "replicaof 127.0.0.1 1")
+	_, err := s.Decide(t.Context(), r)
+	assert.True(t, goredis.IsReadOnlyError(err), err)
+	assert.Equal(t, []error{err}, seen.take())
+}
+
+// The flight is reported once as overdue although its caller left before, and not again when it lands: the
+// client of the storage waits for it.
+func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, r := open(t, server.URL(), redisstore.Options{}), fivePerHour(t, "a")
+	seen := watchOf(t, s, short)
+	recovery(t, patient, func() error { return new(told).ask(s, r) }) // however slow the machine is
+	eventually(t, "the flights land", func() bool { all := seen.take(); return len(all) > 0 && all[len(all)-1] == nil })
+	require.NoError(t, server.Freeze())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := s.Decide(ctx, r)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	err = seen.next(t)
+	assert.ErrorIs(t, err, storage.ErrUnavailable)
+	assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
+	assert.ErrorContains(t, err, fmt.Sprint(short))
+
+	assertBackAfter(t, short, timed(1, func() {
+		_, err = s.Decide(t.Context(), r)
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+	}))
+	assert.Equal(t, err, seen.next(t), "as the caller sees it")
+	require.NoError(t, server.Thaw())
+	recovery(t, patient, func() error { return s.Reset(t.Context(), "", "a") })
+	require.NoError(t, s.Close())
+	all := seen.take()
+	assert.NoError(t, all[len(all)-1])
+	for _, err := range all[:len(all)-1] {
+		assert.Error(t, err, "a flight landed that was overdue")
+	}
+}
+
+func TestAWatchIsToldOfAPanic(t *testing.T) {
+	t.Parallel()
+	c := client(t, servers.RedisURL(t))
+	s := redisstore.New(c, &redisstore.Options{Timeout: patient})
+	seen := watchOf(t, s, patient)
+	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
+	_, err := s.Decide(t.Context(), fivePerHour(t, "panic"))
+	require.ErrorIs(t, err, storage.ErrUnavailable)
+	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
+}
+
+func TestAWatchIsToldOfAClusterThatIsNotThere(t *testing.T) {
+	t.Parallel()
+	s := open(t, "redis://127.0.0.1:1?addr=127.0.0.1:2", redisstore.Options{})
+	seen := watchOf(t, s, patient)
+	for range 3 {
+		_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+		require.ErrorIs(t, err, storage.ErrUnavailable)
+		assert.Equal(t, []error{err}, seen.take())
+	}
+	require.NoError(t, s.Close())
+	_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+	require.ErrorIs(t, err, storage.ErrClosed)
+	assert.Empty(t, seen.take())
+}
+
+func TestAWatchIsToldOfAClusterThatIsFrozenAtFirst(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 1)
+	addr := cluster.Addrs()[0]
+	s := open(t, "redis://"+addr+"?addr="+addr, redisstore.Options{})
+	seen := watchOf(t, s, short)
+	require.NoError(t, cluster.Nodes[0].Freeze())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := s.Decide(ctx, fivePerHour(t, "a"))
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
+	require.NoError(t, cluster.Nodes[0].Thaw())
+	recovery(t, patient, func() error { return s.Reset(t.Context(), "", "a") })
+	all := seen.take()
+	assert.NoError(t, all[len(all)-1])
+}
+
+func TestAWatchOnAClusterIsToldOfTheNodeThatIsDown(t *testing.T) {
+	t.Parallel()
+	r := newRing(t)
+	s, _ := r.open(t, time.Second)
+	seen := watchOf(t, s, patient)
+	ids := []string{r.idOn(t, 0), r.idOn(t, 1)}
+	for _, id := range ids {
+		take(t, s, fivePerHour(t, id), 1)
+		assert.Equal(t, []error{nil}, seen.take())
+	}
+	require.NoError(t, r.Nodes[1].Kill())
+	take(t, s, fivePerHour(t, ids[0]), 1)
+	assert.Equal(t, []error{nil}, seen.take())
+	_, err := s.Decide(t.Context(), fivePerHour(t, ids[1]))
+	require.ErrorIs(t, err, storage.ErrUnavailable)
+	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
+}
+
+func TestIdentifiersOfDifferentSlotsAreNoFailureOfTheServer(t *testing.T) {
+	t.Parallel()
+	r := newRing(t)
+	s := open(t, r.Nodes[0].URL(), redisstore.Options{}) // a client that does not know that there are slots
+	seen := watchOf(t, s, patient)
+	both := fivePerHour(t, r.idOn(t, 0))
+	both.More = []storage.Part{storage.NewPart(r.idOn(t, 0), both.Part.Rules, 1)}
+	_, err := s.Decide(t.Context(), both)
+	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
+	assert.Equal(t, []error{nil}, seen.take())
+}
+
+func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
+	t.Parallel()
+	report := func(error) {}
+	refused := func(err error, field string) {
+		t.Helper()
+		var fault *redisstore.OptionError
+		require.ErrorAs(t, err, &fault)
+		assert.Equal(t, field, fault.Field)
+	}
+	for _, url := range []string{"redis://127.0.0.1:1", "redis://127.0.0.1:1?addr=127.0.0.1:2"} {
+		s := open(t, url, redisstore.Options{})
+		_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+		require.ErrorIs(t, err, storage.ErrUnavailable)
+		refused(s.Watch(short, report), "Watch")
+
+		s = open(t, url, redisstore.Options{})
+		refused(s.Watch(0, report), "Timeout")
+		refused(s.Watch(-1, report), "Timeout")
+		require.NoError(t, s.Watch(short, report))
+		refused(s.Watch(short, report), "Watch")
+		require.NoError(t, s.Close())
+		assert.ErrorIs(t, s.Watch(short, report), storage.ErrClosed)
+	}
+	refused(redisstore.New(nil, nil).Watch(short, report), "Client")
+}
