@@ -1,0 +1,461 @@
+// Package failover lets Redis decide, and Postgres when Redis cannot, so that an outage of Redis hands out
+// nothing that was spent before it, and its end nothing that was spent during it.
+//
+// Postgres is the ledger: within a tenth of a second it learns what was admitted by Redis. When Redis fails, a
+// call charges what this process has not told the ledger yet, and is then decided there. Once Redis is
+// well again, it is raised to what the ledger has recorded before it admits.
+//
+//	store, err := failover.New(redisstore.New(client, nil), pgstore, nil)
+//	t, err := throttler.New(throttler.Config{Storage: store})
+//	defer store.Close(ctx)
+//
+// docs/failover.md has the protocol, what each fault looks like and how much may be admitted too much.
+package failover
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	mathrand "math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/postgres"
+	"github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/runtime"
+)
+
+// Defaults of Options.
+const (
+	DefaultPrimaryTimeout = 50 * time.Millisecond
+	DefaultLedgerTimeout  = 200 * time.Millisecond
+	DefaultFlushInterval  = 100 * time.Millisecond
+	DefaultMaxPending     = 65536
+)
+
+// Options of a Storage. The zero value and nil are the defaults.
+type Options struct {
+	// PrimaryTimeout and LedgerTimeout are the longest that a call waits for Redis, and after it for Postgres; by
+	// default DefaultPrimaryTimeout and DefaultLedgerTimeout. A shorter Timeout in the options of the
+	// storages remains in force.
+	PrimaryTimeout, LedgerTimeout time.Duration
+
+	// FlushInterval is how long what Redis admitted waits until the ledger is charged, by default
+	// DefaultFlushInterval. A longer one costs Postgres less, and more may be admitted too much.
+	FlushInterval time.Duration
+
+	// MaxPending is for how many identifiers what the ledger has not been charged yet is remembered while
+	// Postgres is away, by default DefaultMaxPending. What is admitted of others is not charged.
+	MaxPending int
+
+	// MaxIsolation refuses calls with ErrUnavailable when Postgres could not be charged for so long, although
+	// Redis would decide. It bounds what is admitted where some processes reach Redis only and others
+	// Postgres only. Zero is without this bound.
+	MaxIsolation time.Duration
+
+	// Local decides in this process while neither store can. Nil: such calls are ErrUnavailable.
+	Local *LocalOptions
+
+	// Observe is told what happens behind the calls. It is called by one goroutine at a time, and should be
+	// quick.
+	Observe func(Event)
+}
+
+// LocalOptions are for when neither store can decide.
+type LocalOptions struct {
+	// Share is the part of each bucket's capacity and refill that this process hands out by itself, above 0 and at
+	// most 1: one over the number of processes keeps the limit. Its buckets begin full. At least one token is.
+	Share float64
+}
+
+// OptionError is a fault in what New was given.
+type OptionError struct {
+	Field  string // Primary, Ledger or a field of Options
+	Reason string // what was given and what is allowed
+}
+
+func (e *OptionError) Error() string {
+	return fmt.Sprintf("throttler: failover: %s %s", e.Field, e.Reason)
+}
+
+// primary is a *redis.Storage.
+type primary interface {
+	storage.Replica
+	DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (storage.Verdict, error)
+	Watch(timeout time.Duration, report func(error)) error
+}
+
+// ledger is a *postgres.Storage.
+type ledger interface {
+	storage.Replica
+	Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error)
+}
+
+// Storage is safe for concurrent use. It is made by New.
+//
+// No call waits longer than PrimaryTimeout and LedgerTimeout together, and none that is answered by Redis
+// does more than one round trip, except where Redis is doubted. An error of one store is not seen as long as
+// the other answers. That of a call which neither does wraps ErrUnavailable and both causes.
+type Storage struct {
+	primary primary
+	ledger  ledger
+	options Options
+	local   *runtime.Storage
+
+	breaker breaker
+	journal journal
+	flusher flusher
+	doubted atomic.Int64     // since when (Monotonic) the primary may have missed what the ledger knows; 0: never
+	outage  atomic.Int64     // since when it has for sure, as Postgres decided meanwhile
+	raising [64]sync.RWMutex // held while the primary is raised, or for reading while tokens are given back there
+
+	calls   atomic.Int64  // that are in progress
+	closed  atomic.Bool   // no further ones are
+	idle    chan struct{} // receives one when closed and none is in progress
+	closing chan struct{} // closed when the goroutines are to end
+	ending  sync.Once
+	left    error // what Close returns
+	running sync.WaitGroup
+	observe sync.Mutex
+	jitter  func(time.Duration) time.Duration // from 0 to that
+}
+
+// New returns a storage that decides by Redis, and by Postgres when Redis fails. The primary must not have been used
+// before, and nothing else may use it. Whoever made the stores closes them, after the storage.
+func New(primary *redis.Storage, ledger *postgres.Storage, o *Options) (*Storage, error) {
+	var faults []error
+	if primary == nil {
+		faults = append(faults, &OptionError{"Primary", "is nil"})
+	}
+	if ledger == nil {
+		faults = append(faults, &OptionError{"Ledger", "is nil"})
+	}
+	if err := errors.Join(faults...); err != nil {
+		return nil, err
+	}
+	return open(primary, ledger, o)
+}
+
+func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
+	s := &Storage{primary: primary, ledger: ledger, jitter: mathrand.N[time.Duration], idle: make(chan struct{}, 1), closing: make(chan struct{})}
+	if o != nil {
+		s.options = *o
+	}
+	s.options.PrimaryTimeout = cmp.Or(s.options.PrimaryTimeout, DefaultPrimaryTimeout)
+	s.options.LedgerTimeout = cmp.Or(s.options.LedgerTimeout, DefaultLedgerTimeout)
+	s.options.FlushInterval = cmp.Or(s.options.FlushInterval, DefaultFlushInterval)
+	s.options.MaxPending = cmp.Or(s.options.MaxPending, DefaultMaxPending)
+	if err := s.options.validate(); err != nil {
+		return nil, err
+	}
+	if s.options.Local != nil {
+		s.local = runtime.New(nil)
+	}
+	s.journal = newJournal(s.options.MaxPending)
+	s.flusher = flusher{origin: rand.Text(), seq: 1}
+	s.breaker.opened = func() { s.running.Go(s.probes) }
+	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil {
+		return nil, err
+	}
+	s.running.Go(s.flushes)
+	return s, nil
+}
+
+func (o *Options) validate() error {
+	var faults []error
+	fault := func(field, format string, args ...any) {
+		faults = append(faults, &OptionError{field, fmt.Sprintf(format, args...)})
+	}
+	for _, d := range []struct {
+		field string
+		value time.Duration
+		least time.Duration
+	}{
+		{"PrimaryTimeout", o.PrimaryTimeout, time.Millisecond},
+		{"LedgerTimeout", o.LedgerTimeout, time.Millisecond},
+		{"FlushInterval", o.FlushInterval, time.Millisecond},
+		{"MaxIsolation", o.MaxIsolation, 0},
+	} {
+		if d.value < d.least {
+			fault(d.field, "is %v, must be at least %v", d.value, d.least)
+		}
+	}
+	if o.MaxPending < 0 {
+		fault("MaxPending", "is %d, must be above 0, or 0 for %d", o.MaxPending, DefaultMaxPending)
+	}
+	if o.Local != nil && !(o.Local.Share > 0 && o.Local.Share <= 1) {
+		fault("Local.Share", "is %v, must be above 0 and at most 1", o.Local.Share)
+	}
+	return errors.Join(faults...)
+}
+
+// Decide implements storage.Storage. The Verdict of a call that Redis did not answer is Degraded.
+func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+	if err := s.enter(ctx); err != nil {
+		return v, err
+	}
+	defer s.leave()
+	if err := r.Validate(); err != nil {
+		return v, err
+	}
+	cause := s.breaker.cause()
+	asked := cause == nil
+	if asked {
+		if v, cause = s.decideOnPrimary(ctx, &r); !fails(cause) {
+			return v, cause
+		}
+	}
+	if v, err = s.decideOnLedger(ctx, &r); err == nil || ctx.Err() != nil || !fails(err) {
+		return v, err
+	}
+	if !asked { // and perhaps it is well again
+		if v, cause = s.decideOnPrimary(ctx, &r); !fails(cause) {
+			v.Degrade()
+			return v, cause
+		}
+	}
+	if s.local != nil {
+		if v, err := s.decideLocally(ctx, &r); err == nil {
+			return v, nil
+		}
+	}
+	return v, unavailable(cause, err)
+}
+
+// decideOnPrimary asks Redis, after it was raised to what the ledger has where it is doubted and would admit.
+func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
+	if err := s.isolated(); err != nil {
+		return v, err
+	}
+	age := s.doubt(r)
+	v, err = s.primary.DecideFresh(ctx, *r, age)
+	if errors.Is(err, redis.ErrStale) {
+		if age < 0 && !r.Clocked { // it has restarted
+			s.doubted.Store(storage.Monotonic())
+			age = 0
+		}
+		if age >= 0 {
+			s.readThrough(ctx, r)
+		}
+		v, err = s.primary.Decide(ctx, *r)
+	}
+	if err == nil && v.Taken() {
+		s.journal.took(r, &v)
+	}
+	return v, err
+}
+
+// decideOnLedger asks Postgres, after it was charged what this process owes it for the identifiers.
+func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
+	err = s.onLedger(ctx, func(ctx context.Context) error {
+		for i := range r.Parts() {
+			if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {
+				return err
+			}
+		}
+		v, err = s.ledger.Decide(ctx, *r)
+		return err
+	})
+	if err != nil {
+		return storage.Verdict{}, err
+	}
+	v.Degrade()
+	if v.Taken() && s.breaker.cause() == nil {
+		for i := range r.Parts() { // others ask Redis
+			s.journal.touch(r.Name, r.At(i), r.Clocked, r.Now)
+		}
+	}
+	return v, nil
+}
+
+// onLedger calls f with a context that ends after LedgerTimeout, and returns the caller's error if the caller's
+// has ended.
+func (s *Storage) onLedger(ctx context.Context, f func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, s.options.LedgerTimeout)
+	defer cancel()
+	err := f(limited)
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case limited.Err() != nil && !fails(err):
+		return fmt.Errorf("%w: no answer from Postgres within %v", storage.ErrUnavailable, s.options.LedgerTimeout)
+	}
+	return err
+}
+
+// decideLocally is for when neither store can decide.
+func (s *Storage) decideLocally(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
+	own := *r
+	if own.Part, err = s.share(&r.Part); err != nil {
+		return v, err
+	}
+	own.More = nil
+	for i := range r.More {
+		p, err := s.share(&r.More[i])
+		if err != nil {
+			return v, err
+		}
+		own.More = append(own.More, p)
+	}
+	v, err = s.local.Decide(ctx, own)
+	v.Degrade()
+	return v, err
+}
+
+// share is a part with this process's share of the capacities.
+func (s *Storage) share(p *storage.Part) (storage.Part, error) {
+	rules := make([]storage.Rule, len(p.Rules))
+	for i := range p.Rules {
+		r, faults := &p.Rules[i], []error(nil)
+		of := func(n int64) int64 { return max(1, int64(float64(n)*s.options.Local.Share)) }
+		if rules[i], faults = storage.NewRule(r.Name, r.Kind, time.Duration(r.Period)*time.Microsecond, of(r.Capacity), of(r.Refill)); len(faults) > 0 {
+			return storage.Part{}, errors.Join(faults...)
+		}
+	}
+	out := storage.NewPart(p.Identifier, rules, 0)
+	for i := range rules {
+		out.SetCost(i, p.Cost(i))
+	}
+	return out, nil
+}
+
+// Charge implements storage.Storage.
+func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	defer s.leave()
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	cause := s.breaker.cause()
+	if cause == nil {
+		if cause = s.chargePrimary(ctx, &c); !fails(cause) {
+			return cause
+		}
+	}
+	err := s.onLedger(ctx, func(ctx context.Context) error {
+		if err := s.settle(ctx, key{c.Name, c.Identifier}); err != nil {
+			return err
+		}
+		return s.ledger.Charge(ctx, c)
+	})
+	if fails(err) && ctx.Err() == nil {
+		return unavailable(cause, err)
+	}
+	return err
+}
+
+func (s *Storage) resetOnPrimary(ctx context.Context, id key) error {
+	raising := s.raisingOf(id)
+	raising.RLock()
+	defer raising.RUnlock()
+	s.journal.reset(id)
+	if cause := s.breaker.cause(); cause != nil {
+		return cause
+	}
+	return s.primary.Reset(ctx, id.name, id.identifier)
+}
+
+func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge) error {
+	raising := s.raisingOf(key{c.Name, c.Identifier})
+	raising.RLock()
+	defer raising.RUnlock()
+	err := s.primary.Charge(ctx, *c)
+	if err == nil {
+		s.journal.charged(c)
+	}
+	return err
+}
+
+func (s *Storage) raisingOf(id key) *sync.RWMutex {
+	return &s.raising[maphash.Comparable(seed, id)%uint64(len(s.raising))]
+}
+
+var seed = maphash.MakeSeed()
+
+// Reset implements storage.Storage. A store that cannot be reached is reset once it can, unless this process ends
+// before. It is an error if neither can.
+func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	defer s.leave()
+	if err := storage.ValidateIdentifier(identifier); err != nil {
+		return err
+	}
+	id := key{name, identifier}
+	cause := s.resetOnPrimary(ctx, id)
+	if errors.Is(cause, storage.ErrUnavailable) {
+		s.journal.resetPrimaryLater(id)
+	}
+	err := s.onLedger(ctx, func(ctx context.Context) error { return s.settle(ctx, id) })
+	switch {
+	case ctx.Err() != nil && err != nil:
+		return ctx.Err()
+	case cause != nil && err != nil:
+		return unavailable(cause, err)
+	case errors.Is(cause, storage.ErrCorruptState):
+		return cause
+	}
+	return nil
+}
+
+// Close refuses further calls with ErrClosed, waits for those in progress, and charges the ledger with what is
+// pending. It ends with the context, or after a second, and returns an error if something was left.
+func (s *Storage) Close(ctx context.Context) error {
+	s.ending.Do(func() {
+		ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+		defer cancel()
+		if s.closed.Store(true); s.calls.Load() == 0 {
+			s.ended()
+		}
+		select {
+		case <-s.idle:
+		case <-ctx.Done():
+		}
+		s.left = s.end(ctx)
+	})
+	return s.left
+}
+
+// fails tells of an error after which the other store is asked.
+func fails(err error) bool {
+	return errors.Is(err, storage.ErrUnavailable) || errors.Is(err, storage.ErrCorruptState)
+}
+
+func unavailable(primary, ledger error) error {
+	return fmt.Errorf("%w: neither Redis (%w) nor Postgres (%w)", storage.ErrUnavailable, primary, ledger)
+}
+
+func (s *Storage) enter(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	s.calls.Add(1)
+	if s.closed.Load() {
+		s.leave()
+		return storage.ErrClosed
+	}
+	return nil
+}
+
+func (s *Storage) leave() {
+	if s.calls.Add(-1) == 0 && s.closed.Load() {
+		s.ended()
+	}
+}
+
+func (s *Storage) ended() {
+	select {
+	case s.idle <- struct{}{}:
+	default:
+	}
+}

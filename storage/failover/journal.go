@@ -1,0 +1,346 @@
+package failover
+
+import (
+	"slices"
+	"sync"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// journal is what this process has to tell the ledger: what the primary admitted, and which identifiers were reset.
+// All times are in microseconds, by Monotonic or the caller's injected clock.
+type journal struct {
+	most int           // identifiers
+	kick chan struct{} // has room for the one token that says that there is something to do
+
+	mu      sync.Mutex // guards what follows, and all entries that are not flying
+	entries map[key]*entry
+	line    []*entry // all entries by age, some of which have flown meanwhile
+	urgent  []*entry // those that somebody waits for
+	flying  map[key]*entry
+	hurry   bool         // somebody waits for what is flying
+	resets  map[key]bool // that the primary has missed
+	lost    int64        // identifiers of which something was not remembered
+}
+
+// key is an identifier under a throttler's name.
+type key struct{ name, identifier string }
+
+// entry is what is to be told of one identifier.
+type entry struct {
+	key
+	clocked bool
+	now     int64 // the latest time of a caller whose clock is injected
+	since   int64 // Monotonic when the entry was made
+	reset   bool  // before the amounts
+	raise   bool  // the primary, whatever it has shown
+	buckets []bucket
+	inline  [2]bucket
+	waiting []*waiter
+	flown   bool
+}
+
+// bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
+type bucket struct {
+	rule    *storage.Rule
+	amounts []storage.Amount // In is when they come back, and not how long until then
+	spent   int64            // tokens, when the primary last admitted
+	resetAt int64            // when the primary last said that they are all back
+}
+
+// waiter waits until an entry has been told.
+type waiter struct {
+	told  chan error // has room for one
+	tries int        // that have failed
+}
+
+func newJournal(most int) journal {
+	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry), resets: make(map[key]bool)}
+}
+
+// find returns the entry of an identifier, and makes one if need be. It is nil if there are too many. The caller holds mu.
+func (j *journal) find(id key) *entry {
+	e := j.entries[id]
+	if e != nil {
+		return e
+	}
+	if len(j.entries) >= j.most {
+		j.lost++
+		return nil
+	}
+	e = &entry{key: id, since: storage.Monotonic()}
+	e.buckets = e.inline[:0]
+	j.entries[id] = e
+	j.line = append(j.line, e)
+	if len(j.entries) == 1 || len(j.entries) == flushSize {
+		j.wake()
+	}
+	return e
+}
+
+func (j *journal) wake() {
+	select {
+	case j.kick <- struct{}{}:
+	default:
+	}
+}
+
+// took remembers what the primary has admitted.
+func (j *journal) took(r *storage.Request, v *storage.Verdict) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := 0
+	for i := range r.Parts() {
+		p := r.At(i)
+		e := j.find(key{r.Name, p.Identifier})
+		if e == nil {
+			n += len(p.Rules)
+			continue
+		}
+		e.clock(r.Clocked, r.Now)
+		for k := range p.Rules {
+			rule, c := &p.Rules[k], v.Count(n)
+			n++
+			b := e.bucket(rule, k)
+			b.spent, b.resetAt = rule.Capacity-c.Remaining, v.At()+c.ResetAfter
+			b.add(storage.Amount{N: min(p.Cost(k), 4*rule.Capacity), In: b.resetAt})
+		}
+	}
+}
+
+// charged remembers what the primary was charged.
+func (j *journal) charged(c *storage.Charge) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e := j.find(key{c.Name, c.Identifier})
+	if e == nil {
+		return
+	}
+	e.clock(c.Clocked, c.Now)
+	for i := range c.Rules {
+		a := c.Amounts[i].Clamp()
+		b := e.bucket(&c.Rules[i], i)
+		b.add(storage.Amount{N: a.N, In: e.time() + a.In})
+		if a.N > 0 {
+			b.spent, b.resetAt = b.spent+a.N, max(b.resetAt, e.time()+a.In)
+		}
+	}
+}
+
+// touch has the primary raised to what the ledger has of an identifier.
+func (j *journal) touch(name string, p *storage.Part, clocked bool, now int64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if e := j.find(key{name, p.Identifier}); e != nil {
+		e.clock(clocked, now)
+		e.raise = true
+		for i := range p.Rules {
+			e.bucket(&p.Rules[i], i)
+		}
+	}
+}
+
+// reset forgets what was to be told, and remembers that the identifier was reset.
+func (j *journal) reset(id key) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if e := j.find(id); e != nil {
+		e.reset, e.buckets = true, e.inline[:0]
+	}
+}
+
+func (j *journal) resetPrimaryLater(id key) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.resets) < j.most {
+		j.resets[id] = true
+	}
+}
+
+// givesBack reports whether the ledger is still to be told that tokens of an identifier were given back.
+func (j *journal) givesBack(id key) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e := j.entries[id]
+	if e == nil || e.reset {
+		return e != nil
+	}
+	for i := range e.buckets {
+		for _, a := range e.buckets[i].amounts {
+			if a.N < 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// missed are the resets that the primary has missed.
+func (j *journal) missed() (ids []key) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for id := range j.resets {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+func (j *journal) wasReset(id key) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	delete(j.resets, id)
+}
+
+// await returns who waits until what there is of an identifier has been told, or nil if there is nothing.
+func (j *journal) await(id key) *waiter {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e := j.entries[id]
+	if e != nil {
+		if len(e.waiting) == 0 {
+			j.urgent = append(j.urgent, e)
+			j.wake()
+		}
+	} else if e = j.flying[id]; e == nil {
+		return nil
+	} else {
+		j.hurry = true
+		j.wake()
+	}
+	w := &waiter{told: make(chan error, 1)}
+	e.waiting = append(e.waiting, w)
+	return w
+}
+
+// due is the time since which the ledger could be told something, how many identifiers there are, and whether
+// somebody waits for it.
+func (j *journal) due() (since int64, pending int, urgent bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for len(j.line) > 0 && j.line[0].flown {
+		j.line = j.line[1:]
+	}
+	if len(j.line) > 0 {
+		since = j.line[0].since
+	}
+	return since, len(j.entries), j.hurry || len(j.urgent) > 0
+}
+
+// board returns the entries that are to be told next: those that could not be told the last time, else first
+// those that somebody waits for, then the oldest.
+func (j *journal) board(batch []*entry) []*entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.hurry = false
+	if len(batch) > 0 {
+		return batch
+	}
+	for _, line := range []*[]*entry{&j.urgent, &j.line} {
+		for len(*line) > 0 && len(batch) < flushSize {
+			e := (*line)[0]
+			*line = (*line)[1:]
+			if !e.flown {
+				e.flown = true
+				delete(j.entries, e.key)
+				j.flying[e.key] = e
+				batch = append(batch, e)
+			}
+		}
+	}
+	return batch
+}
+
+// land lets those go who waited for the entries, which have been told.
+func (j *journal) land(batch []*entry) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	clear(j.flying)
+	for _, e := range batch {
+		e.release(nil)
+	}
+}
+
+// failed lets those go who have seen the telling of an entry fail twice, and those who wait for later ones.
+func (j *journal) failed(err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, e := range j.flying {
+		e.fail(err)
+		j.hurry = j.hurry || len(e.waiting) > 0
+	}
+	for _, e := range j.urgent {
+		e.fail(err)
+	}
+	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.flown || len(e.waiting) == 0 })
+}
+
+func (e *entry) release(err error) {
+	for _, w := range e.waiting {
+		w.told <- err
+	}
+	e.waiting = nil
+}
+
+func (e *entry) fail(err error) {
+	e.waiting = slices.DeleteFunc(e.waiting, func(w *waiter) bool {
+		w.tries++
+		if w.tries == 2 {
+			w.told <- err
+		}
+		return w.tries == 2
+	})
+}
+
+func (e *entry) clock(clocked bool, now int64) {
+	e.clocked, e.now = clocked, max(e.now, now)
+}
+
+// time is the present in that of the entry's amounts.
+func (e *entry) time() int64 {
+	if e.clocked {
+		return e.now
+	}
+	return storage.Monotonic()
+}
+
+// bucket is that of a rule, probably at a place.
+func (e *entry) bucket(r *storage.Rule, place int) *bucket {
+	if place < len(e.buckets) && e.buckets[place].rule == r {
+		return &e.buckets[place]
+	}
+	for i := range e.buckets {
+		if e.buckets[i].rule.Name == r.Name {
+			e.buckets[i].rule = r
+			return &e.buckets[i]
+		}
+	}
+	e.buckets = append(e.buckets, bucket{rule: r})
+	return &e.buckets[len(e.buckets)-1]
+}
+
+// Bounds of what a bucket owes: more amounts than one has that is told in time, and more tokens than there are.
+const (
+	mostAmounts = 512
+	mostTokens  = 1 << 53
+)
+
+// add adds an amount to the last one if it comes back at about the same time: a 256th of the period is what
+// the law of a large log allows. Of a level, only the end of the last matters.
+func (b *bucket) add(a storage.Amount) {
+	if a.N == 0 {
+		return
+	}
+	if n := len(b.amounts); n > 0 {
+		last := &b.amounts[n-1]
+		near := b.rule.Kind == storage.Continuous || max(last.In-a.In, a.In-last.In) <= b.rule.Period/256
+		if near && (last.N > 0) == (a.N > 0) {
+			last.N = max(-mostTokens, min(last.N+a.N, mostTokens))
+			last.In = max(last.In, a.In)
+			return
+		}
+	}
+	if len(b.amounts) == mostAmounts {
+		b.amounts = slices.Delete(b.amounts, 0, 1)
+	}
+	b.amounts = append(b.amounts, a)
+}

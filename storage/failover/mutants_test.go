@@ -1,0 +1,48 @@
+package failover_test
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// The tests are tested: without a rule of the protocol, a test of single rules fails.
+func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
+	if os.Getenv("THROTTLER_MUTANT") != "" {
+		t.Skip("it is one")
+	}
+	t.Parallel()
+	for _, m := range []struct{ rule, file, code, mutant string }{
+		{"2, the ledger is charged", "flush.go", "storage.Amount{N: amounts[k].N,", "storage.Amount{N: 0,"},
+		{"2, once", "flush.go", "s.flusher.origin, s.flusher.seq,", `s.flusher.origin, storage.Monotonic(),`},
+		{"3, Redis is raised where the ledger knows more", "flush.go", "if e.behind(&debts[i]) {", "if e.raise && e.behind(&debts[i]) {"},
+		{"4, what is pending is charged before Postgres decides", "failover.go", "if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {", "if err := error(nil); err != nil && i < 0 {"},
+		{"7, what Redis may have missed is read first", "failover.go", "s.readThrough(ctx, r)", ""},
+	} {
+		t.Run(m.rule, func(t *testing.T) {
+			source, err := os.ReadFile(m.file)
+			require.NoError(t, err)
+			mutant := strings.Replace(string(source), m.code, m.mutant, 1)
+			require.NotEqual(t, string(source), mutant, "the code has changed, and the mutant has not")
+			changed := filepath.Join(t.TempDir(), m.file)
+			require.NoError(t, os.WriteFile(changed, []byte(mutant), 0o600))
+			here, err := filepath.Abs(m.file)
+			require.NoError(t, err)
+			overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{here: changed}})
+			require.NoError(t, err)
+			list := filepath.Join(t.TempDir(), "overlay.json")
+			require.NoError(t, os.WriteFile(list, overlay, 0o600))
+			test := exec.CommandContext(t.Context(), "go", "test", "-overlay", list, "-count=1", "-timeout=100s", "-run", "^TestRule", ".")
+			test.Env = append(os.Environ(), "THROTTLER_MUTANT=1")
+			out, err := test.CombinedOutput()
+			assert.Error(t, err)
+			assert.Contains(t, string(out), "--- FAIL", "it does not compile")
+		})
+	}
+}

@@ -1,0 +1,518 @@
+package failover_test
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+)
+
+// Each rule of the protocol by itself, in virtual time: 100 tokens an hour of every kind, so that none comes back
+// meanwhile.
+
+var kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+
+// each runs a test for every kind, on a world without processes.
+func each(t *testing.T, test func(*testing.T, *world)) {
+	t.Parallel()
+	for _, kind := range kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				rule, faults := storage.NewRule("hourly", kind, time.Hour, 100, 1)
+				require.Empty(t, faults)
+				w := &world{t: t, began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), rules: []storage.Rule{rule}}
+				w.redis.scripts = true
+				w.pg.ahead = (10 * time.Minute).Microseconds() // the clocks of servers differ
+				test(t, w)
+				for _, p := range w.processes {
+					_ = p.storage.Close(context.Background())
+				}
+				time.Sleep(2 * time.Second)
+			})
+		})
+	}
+}
+
+// process starts one without load.
+func (w *world) process(o *failover.Options) *process {
+	p := &process{number: len(w.processes), redis: &link{to: w.redis, trip: trip}, pg: &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}}
+	var err error
+	p.storage, err = failover.Open(p.redis, p.pg, o, 1)
+	require.NoError(w.t, err)
+	w.processes = append(w.processes, p)
+	return p
+}
+
+func (w *world) request(n int64) storage.Request {
+	return storage.Request{Part: storage.NewPart("a", w.rules, n)}
+}
+
+// takes is how many of n tries take a token.
+func (w *world) takes(p *process, n int) (taken int) {
+	w.t.Helper()
+	for range n {
+		v, err := p.storage.Decide(context.Background(), w.request(1))
+		require.NoError(w.t, err)
+		if v.Allowed {
+			taken++
+		}
+	}
+	return taken
+}
+
+// owed is what a store says that the identifier has spent.
+func (w *world) owed(s *store) (n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.debt(storage.Debt{Identifier: "a", Rules: w.rules}).Amounts[0] {
+		n += a.N
+	}
+	return n
+}
+
+// fast waits until what was admitted has been told.
+func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
+
+func (w *world) restart(states map[id]map[string]storage.State) { w.redis.restore(states) }
+
+func empty() map[id]map[string]storage.State { return map[id]map[string]storage.State{} }
+
+// back waits until Redis decides for everybody.
+func (w *world) back() {
+	w.t.Helper()
+	time.Sleep(6 * time.Second)
+	for _, p := range w.processes {
+		require.False(w.t, p.storage.State().Degraded)
+	}
+}
+
+func TestRuleTheLedgerIsChargedWithinTwoIntervals(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		settle()
+		assert.EqualValues(t, 60, w.owed(w.pg))
+		assert.Zero(t, p.storage.State().Pending)
+		w.redis.setDown(true)
+		assert.Equal(t, 40, w.takes(p, 50))
+	})
+}
+
+func TestRuleTheLedgerIsChargedOnceWhenItsAnswerIsLost(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.set(loses)
+		require.Equal(t, 30, w.takes(p, 30))
+		time.Sleep(600 * time.Millisecond)
+		p.pg.set(fine)
+		time.Sleep(time.Second)
+		assert.EqualValues(t, 30, w.owed(w.pg))
+		require.Equal(t, 5, w.takes(p, 5))
+		settle()
+		assert.EqualValues(t, 35, w.owed(w.pg))
+	})
+}
+
+func TestRuleWhatIsPendingForLongIsNotCharged(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p, other := w.process(nil), w.process(nil)
+		p.pg.set(swallows)
+		other.pg.set(swallows)
+		require.Equal(t, 20, w.takes(p, 20))
+		require.Equal(t, 30, w.takes(other, 30))
+		time.Sleep(10 * time.Second)
+		p.pg.set(fine)
+		other.pg.set(fine)
+		time.Sleep(time.Second)
+		assert.EqualValues(t, 50, w.owed(w.pg), "the sum of both, as Redis has it")
+		assert.EqualValues(t, 50, w.owed(w.redis))
+		assert.Equal(t, 50, w.takes(p, 60))
+	})
+}
+
+func TestRuleRedisIsRaisedWhereTheLedgerKnowsMore(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		cut, other := w.process(nil), w.process(nil)
+		cut.redis.set(refuses)
+		require.Equal(t, 60, w.takes(cut, 60))
+		require.Equal(t, 1, w.takes(other, 1), "it cannot know yet")
+		settle()
+		assert.Equal(t, 39, w.takes(other, 100))
+		assert.Positive(t, other.storage.State().Relayed)
+	})
+}
+
+func TestRuleWhatIsPendingIsChargedBeforePostgresDecides(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		w.redis.setDown(true)
+		v, err := p.storage.Decide(context.Background(), w.request(41))
+		require.NoError(t, err)
+		assert.False(t, v.Allowed)
+		assert.Equal(t, 40, w.takes(p, 50))
+	})
+}
+
+func TestRuleACallThatRedisLosesIsDecidedByPostgresAndRelayed(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 10, w.takes(p, 10))
+		p.redis.set(loses)
+		v, err := p.storage.Decide(context.Background(), w.request(1))
+		require.NoError(t, err)
+		assert.True(t, v.Allowed)
+		assert.Equal(t, "postgres", v.Source())
+		assert.True(t, v.Degraded())
+		p.redis.set(fine)
+		require.False(t, p.storage.State().Degraded, "one failure opens nothing")
+		settle()
+		assert.EqualValues(t, 11, w.owed(w.redis), "its answer was lost, and Postgres's token is the same one")
+		assert.EqualValues(t, 11, w.owed(w.pg))
+	})
+}
+
+func TestRuleRedisIsReadThroughAfterAnOutage(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p, other := w.process(nil), w.process(nil)
+		require.Equal(t, 10, w.takes(p, 10))
+		require.Equal(t, 10, w.takes(other, 10))
+		settle()
+		w.redis.setDown(true)
+		require.Equal(t, 50, w.takes(p, 50))
+		require.Equal(t, 1, w.takes(other, 1))
+		w.redis.setDown(false)
+		w.back()
+		assert.Equal(t, 29, w.takes(other, 100), "Redis has seen 20 of 71")
+	})
+}
+
+func TestRuleRedisIsReadThroughAfterARestartThatNobodySaw(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		settle()
+		w.restart(empty())
+		assert.Equal(t, 40, w.takes(p, 100))
+		require.False(t, p.storage.State().Degraded)
+	})
+}
+
+func TestRuleWhatIsPendingIsNotLostWithRedis(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		w.restart(empty())
+		assert.Equal(t, 40, w.takes(p, 100))
+	})
+}
+
+func TestRuleAReplicaThatLacksTheLastWritesIsReadThrough(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 30, w.takes(p, 30))
+		before := w.redis.snapshot()
+		require.Equal(t, 30, w.takes(p, 30))
+		settle()
+		w.redis.setDown(true)
+		require.Equal(t, 10, w.takes(p, 10))
+		w.restart(before)
+		w.back()
+		assert.Equal(t, 30, w.takes(p, 100))
+	})
+}
+
+func TestRuleAReadThatTakesLongIsSkippedAndMadeUpFor(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		settle()
+		p.pg.set(swallows)
+		w.restart(empty())
+		began := time.Now()
+		require.Equal(t, 1, w.takes(p, 1))
+		assert.LessOrEqual(t, time.Since(began), 30*time.Millisecond)
+		p.pg.set(fine)
+		time.Sleep(time.Second)
+		assert.Equal(t, 39, w.takes(p, 100))
+	})
+}
+
+func TestRuleARefusalByRedisIsFinal(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 100, w.takes(p, 100))
+		v, err := p.storage.Decide(context.Background(), w.request(1))
+		require.NoError(t, err)
+		assert.False(t, v.Allowed)
+		assert.Equal(t, "redis", v.Source())
+	})
+}
+
+func TestRuleRefundsReachTheLedger(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		refund := func(n int64) {
+			v, err := p.storage.Decide(context.Background(), w.request(n))
+			require.NoError(t, err)
+			settle()
+			c := storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: -n, In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}}}
+			require.NoError(t, p.storage.Charge(context.Background(), c))
+		}
+		require.Equal(t, 10, w.takes(p, 10))
+		refund(20)
+		settle()
+		assert.InDelta(t, 10, w.owed(w.pg), 1)
+		w.redis.setDown(true)
+		refund(20)
+		assert.InDelta(t, 10, w.owed(w.pg), 1)
+	})
+}
+
+func TestRuleAResetClearsBothStoresAndWaitsForTheOneThatIsAway(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		reset := func() { require.NoError(t, p.storage.Reset(context.Background(), "", "a")) }
+		require.Equal(t, 60, w.takes(p, 60))
+		reset()
+		assert.Zero(t, w.owed(w.redis))
+		assert.Zero(t, w.owed(w.pg), "not even what was pending")
+
+		require.Equal(t, 60, w.takes(p, 60))
+		settle()
+		p.pg.set(refuses)
+		reset()
+		assert.Zero(t, w.owed(w.redis))
+		require.Equal(t, 5, w.takes(p, 5))
+		assert.EqualValues(t, 60, w.owed(w.pg))
+		p.pg.set(fine)
+		time.Sleep(500 * time.Millisecond)
+		assert.EqualValues(t, 5, w.owed(w.pg))
+
+		w.redis.setDown(true)
+		require.Equal(t, 60, w.takes(p, 60))
+		reset()
+		assert.Zero(t, w.owed(w.pg))
+		w.redis.setDown(false)
+		w.back()
+		assert.Equal(t, 100, w.takes(p, 110))
+	})
+}
+
+func TestRuleWhenBothAreDownTheErrorHasBothCauses(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 1, w.takes(p, 1))
+		w.redis.setDown(true)
+		for _, f := range []fault{refuses, swallows} {
+			p.pg.set(f)
+			for range 3 {
+				began := time.Now()
+				_, err := p.storage.Decide(context.Background(), w.request(1))
+				require.ErrorIs(t, err, storage.ErrUnavailable)
+				assert.ErrorContains(t, err, "neither Redis")
+				assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
+			}
+		}
+		assert.ErrorIs(t, p.storage.Reset(context.Background(), "", "a"), storage.ErrUnavailable)
+		assert.ErrorIs(t, p.storage.Charge(context.Background(), storage.Charge{Identifier: "a", Rules: w.rules, Amounts: make([]storage.Amount, 1)}), storage.ErrUnavailable)
+	})
+}
+
+func TestRuleAProcessHandsOutItsShareWhenBothAreDown(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(&failover.Options{Local: &failover.LocalOptions{Share: 0.25}})
+		require.Equal(t, 1, w.takes(p, 1))
+		w.redis.setDown(true)
+		p.pg.set(refuses)
+		assert.Equal(t, 25, w.takes(p, 50))
+		v, err := p.storage.Decide(context.Background(), w.request(1))
+		require.NoError(t, err)
+		assert.Equal(t, "runtime", v.Source())
+		assert.True(t, v.Degraded())
+		_, err = p.storage.Decide(context.Background(), w.request(26))
+		assert.ErrorIs(t, err, storage.ErrUnavailable, "more than the share ever holds")
+	})
+}
+
+func TestRuleWhenOnlyRedisIsLeftItDecides(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		w.redis.setDown(true)
+		require.Equal(t, 1, w.takes(p, 1))
+		require.True(t, p.storage.State().Degraded)
+		w.redis.setDown(false)
+		p.pg.set(refuses)
+		assert.Equal(t, 1, w.takes(p, 1), "before the breaker closes")
+		assert.True(t, p.storage.State().Degraded)
+	})
+}
+
+func TestRuleIsolationEndsAfterItsTime(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(&failover.Options{MaxIsolation: time.Second})
+		p.pg.set(refuses)
+		require.Equal(t, 5, w.takes(p, 5))
+		time.Sleep(500 * time.Millisecond)
+		require.Equal(t, 5, w.takes(p, 5))
+		time.Sleep(time.Second)
+		_, err := p.storage.Decide(context.Background(), w.request(1))
+		require.ErrorIs(t, err, storage.ErrUnavailable)
+		p.pg.set(fine)
+		time.Sleep(500 * time.Millisecond)
+		assert.Equal(t, 5, w.takes(p, 5))
+	})
+}
+
+func TestRuleACallerThatLeavesChangesNothingAndItsTripCounts(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.redis.set(swallows)
+		for range 3 {
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+			_, err := p.storage.Decide(ctx, w.request(1))
+			cancel()
+			assert.ErrorIs(t, err, context.DeadlineExceeded)
+		}
+		time.Sleep(50 * time.Millisecond)
+		assert.True(t, p.storage.State().Degraded)
+
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		_, err := p.storage.Decide(ctx, w.request(1))
+		assert.ErrorIs(t, err, context.Canceled)
+		assert.Zero(t, w.owed(w.pg))
+	})
+}
+
+func TestRuleALinkThatComesAndGoesIsLeftAlone(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		for range 200 {
+			p.redis.set(swallows)
+			assert.LessOrEqual(t, w.takes(p, 1), 1)
+			time.Sleep(50 * time.Millisecond)
+			p.redis.set(fine)
+			assert.LessOrEqual(t, w.takes(p, 1), 1)
+			time.Sleep(50 * time.Millisecond)
+		}
+		assert.LessOrEqual(t, p.storage.State().Transitions, int64(10))
+		w.back()
+	})
+}
+
+func TestRuleCloseTellsWhatIsPending(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 60, w.takes(p, 60))
+		require.NoError(t, p.storage.Close(context.Background()))
+		assert.EqualValues(t, 60, w.owed(w.pg))
+		_, err := p.storage.Decide(context.Background(), w.request(1))
+		assert.ErrorIs(t, err, storage.ErrClosed)
+		assert.ErrorIs(t, p.storage.Reset(context.Background(), "", "a"), storage.ErrClosed)
+		assert.NoError(t, p.storage.Close(context.Background()), "twice")
+
+		p = w.process(nil)
+		p.pg.set(swallows)
+		require.Equal(t, 1, w.takes(p, 1))
+		began := time.Now()
+		assert.Error(t, p.storage.Close(context.Background()), "it could not be told")
+		assert.LessOrEqual(t, time.Since(began), 1100*time.Millisecond)
+	})
+}
+
+func TestRuleNoMoreIsRememberedThanMaxPending(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(&failover.Options{MaxPending: 10})
+		p.pg.set(refuses)
+		for i := range 30 {
+			v, err := p.storage.Decide(context.Background(), storage.Request{Part: storage.NewPart(string(rune('A'+i)), w.rules, 1)})
+			require.NoError(t, err)
+			require.True(t, v.Allowed)
+		}
+		st := p.storage.State()
+		assert.LessOrEqual(t, st.Pending, 10)
+		assert.Positive(t, st.Forgotten)
+	})
+}
+
+func TestRuleWhatHappensIsObserved(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		seen := map[failover.Kind]failover.Event{}
+		p := w.process(&failover.Options{Observe: func(e failover.Event) { seen[e.Kind] = e }})
+		require.Equal(t, 1, w.takes(p, 1))
+		settle()
+		assert.InDelta(t, interval, seen[failover.Flushed].Lag, float64(20*time.Millisecond))
+		w.redis.setDown(true)
+		require.Equal(t, 1, w.takes(p, 1))
+		assert.ErrorIs(t, seen[failover.PrimaryLost].Err, storage.ErrUnavailable)
+		st := p.storage.State()
+		assert.True(t, st.Degraded)
+		assert.Error(t, st.Cause)
+		assert.EqualValues(t, 1, st.Transitions)
+		w.redis.setDown(false)
+		w.back()
+		assert.Contains(t, seen, failover.PrimaryBack)
+		p.pg.set(refuses)
+		require.Equal(t, 1, w.takes(p, 1))
+		settle()
+		assert.ErrorIs(t, seen[failover.FlushFailed].Err, storage.ErrUnavailable)
+		assert.Error(t, p.storage.State().FlushError)
+		assert.Len(t, maps.Clone(seen), 4)
+		p.pg.set(fine)
+	})
+}
+
+func TestRuleOneWithinSeveralPartsAndBucketsIsAllOrNone(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		small, _ := storage.NewRule("small", w.rules[0].Kind, time.Hour, 5, 1)
+		r := storage.Request{Part: storage.NewPart("a", w.rules, 1), More: []storage.Part{storage.NewPart("b", []storage.Rule{w.rules[0], small}, 1)}}
+		take := func(n int) (taken int) {
+			for range n {
+				v, err := p.storage.Decide(context.Background(), r)
+				require.NoError(t, err)
+				if v.Allowed {
+					taken++
+				}
+			}
+			return taken
+		}
+		require.Equal(t, 2, take(2))
+		w.redis.setDown(true)
+		require.Equal(t, 2, take(2))
+		w.redis.setDown(false)
+		w.back()
+		assert.Equal(t, 1, take(10))
+		settle()
+		assert.EqualValues(t, 5, w.owed(w.redis))
+		assert.EqualValues(t, 5, w.owed(w.pg))
+	})
+}
+
+func TestWrongOptionsAreNamed(t *testing.T) {
+	t.Parallel()
+	_, err := failover.New(nil, nil, nil)
+	var fault *failover.OptionError
+	require.ErrorAs(t, err, &fault)
+	for field, o := range map[string]failover.Options{
+		"PrimaryTimeout": {PrimaryTimeout: -1},
+		"LedgerTimeout":  {LedgerTimeout: time.Microsecond},
+		"FlushInterval":  {FlushInterval: -1},
+		"MaxPending":     {MaxPending: -1},
+		"MaxIsolation":   {MaxIsolation: -1},
+		"Local.Share":    {Local: &failover.LocalOptions{Share: 1.5}},
+	} {
+		_, err := failover.Open(&link{}, &link{}, &o, 1)
+		require.True(t, errors.As(err, &fault), field)
+		assert.Equal(t, field, fault.Field)
+	}
+}

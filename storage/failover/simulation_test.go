@@ -1,0 +1,410 @@
+package failover_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+)
+
+// The simulation runs the storage itself, in several processes, on stores and links that fail as a seed says, in
+// virtual time. An independent check of what was admitted finds out whether it was too much. A seed that fails is
+// printed, and runs again with THROTTLER_SEED.
+
+func seeds(t *testing.T, few int) (from, to uint64) {
+	if s := os.Getenv("THROTTLER_SEED"); s != "" {
+		seed, err := strconv.ParseUint(s, 10, 64)
+		require.NoError(t, err)
+		return seed, seed + 1
+	}
+	if n, err := strconv.Atoi(os.Getenv("THROTTLER_SEEDS")); err == nil {
+		few = n
+	}
+	return 0, uint64(few)
+}
+
+// admission is one that a process was told.
+type admission struct {
+	at      time.Duration // since the beginning
+	process int
+	by      string
+	n       int64
+}
+
+// world is one run.
+type world struct {
+	t     *testing.T
+	seed  uint64
+	rnd   *rand.Rand
+	began time.Time
+	redis *store
+	pg    *store
+	rules []storage.Rule
+	ids   []string
+
+	processes []*process
+	wait      sync.WaitGroup // of the load and the faults
+
+	mu       sync.Mutex // guards what follows
+	admitted map[string][]admission
+	errors   int
+	lag      time.Duration // the longest until something was told
+	lost     int64         // at most this many tokens were, by processes and servers that crashed
+	steps    []time.Duration
+	calm     bool // no faults
+}
+
+type process struct {
+	number  int
+	storage *failover.Storage
+	redis   *link
+	pg      *link
+	stop    chan struct{}
+	stopped bool
+}
+
+const (
+	interval = failover.DefaultFlushInterval
+	trip     = time.Millisecond // one way, on average
+)
+
+func newWorld(t *testing.T, seed uint64, kind storage.Kind) *world {
+	w := &world{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 1)), began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), admitted: map[string][]admission{}}
+	period := time.Duration(1+w.rnd.IntN(4)) * time.Second
+	capacity := 10 + w.rnd.Int64N(40)
+	rule, faults := storage.NewRule("limit", kind, period, capacity, capacity)
+	require.Empty(t, faults)
+	w.rules = []storage.Rule{rule}
+	w.redis.ahead, w.pg.ahead = w.rnd.Int64N(2*period.Microseconds()), w.rnd.Int64N(2*period.Microseconds())
+	for i := range 1 + w.rnd.IntN(3) {
+		w.ids = append(w.ids, fmt.Sprint("id", i))
+	}
+	for range 1 + w.rnd.IntN(4) {
+		w.start()
+	}
+	return w
+}
+
+func (w *world) now() time.Duration { return time.Since(w.began) }
+
+// start starts a process and its load.
+func (w *world) start() {
+	n := len(w.processes)
+	p := &process{number: n, stop: make(chan struct{})}
+	p.redis = &link{to: w.redis, seed: w.rnd.Uint64(), trip: trip}
+	p.pg = &link{to: w.pg, seed: w.rnd.Uint64(), trip: 2 * trip, timeout: 250 * time.Millisecond}
+	var err error
+	p.storage, err = failover.Open(p.redis, p.pg, &failover.Options{Observe: w.observe}, w.rnd.Uint64())
+	require.NoError(w.t, err)
+	w.processes = append(w.processes, p)
+	rnd := rand.New(rand.NewPCG(w.seed, uint64(100+n)))
+	w.wait.Go(func() { w.load(p, rnd) })
+}
+
+func (w *world) observe(e failover.Event) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if e.Kind == failover.Flushed || e.Kind == failover.FlushFailed {
+		w.lag = max(w.lag, e.Lag)
+	}
+}
+
+// load takes in bursts, more than is admitted.
+func (w *world) load(p *process, rnd *rand.Rand) {
+	for {
+		pause := time.Duration(rnd.IntN(40_000)) * time.Microsecond
+		if rnd.IntN(50) == 0 {
+			pause += time.Duration(rnd.IntN(3_000_000)) * time.Microsecond
+		}
+		select {
+		case <-p.stop:
+			return
+		case <-time.After(pause):
+		}
+		for range 1 + rnd.IntN(3)*rnd.IntN(4) {
+			which, cost, wait := rnd.IntN(len(w.ids)), 1+rnd.Int64N(2)*rnd.Int64N(4), time.Duration(rnd.IntN(1000))*time.Microsecond
+			w.wait.Go(func() {
+				time.Sleep(wait)
+				w.take(p, w.ids[which], cost)
+			})
+		}
+	}
+}
+
+func (w *world) take(p *process, id string, cost int64) bool {
+	began := time.Now()
+	v, err := p.storage.Decide(context.Background(), storage.Request{Name: "sim", Part: storage.NewPart(id, w.rules, min(cost, w.rules[0].Capacity))})
+	took := time.Since(began)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	assert.LessOrEqual(w.t, took, 310*time.Millisecond, "seed %d", w.seed) // with Redis asked once more
+	if err != nil {
+		w.errors++
+		assert.Less(w.t, p.pg.healthy(), time.Second, "seed %d: %v", w.seed, err)
+		assert.Less(w.t, p.redis.healthy(), 6*time.Second, "seed %d: %v", w.seed, err)
+		return false
+	}
+	if v.Allowed {
+		w.admitted[id] = append(w.admitted[id], admission{w.now(), p.number, v.Source(), min(cost, w.rules[0].Capacity)})
+	}
+	return v.Allowed
+}
+
+// crash ends a process with what it has not told.
+func (w *world) crash(p *process) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if p.stopped {
+		return
+	}
+	p.stopped = true
+	close(p.stop)
+	p.redis.set(refuses)
+	p.pg.set(refuses)
+	untold := w.now() - p.storage.State().Lag - 50*time.Millisecond
+	for _, all := range w.admitted {
+		for _, a := range all {
+			if a.process == p.number && a.at >= untold {
+				w.lost += a.n
+			}
+		}
+	}
+}
+
+// harm does one thing to the world, and takes it back after a while.
+func (w *world) harm() {
+	p := w.processes[w.rnd.IntN(len(w.processes))]
+	d := time.Duration(50+w.rnd.IntN(3000)) * time.Millisecond
+	faults := []fault{refuses, swallows, loses, sometimes, stalls}
+	f := faults[w.rnd.IntN(len(faults))]
+	switch w.rnd.IntN(10) {
+	case 0, 1, 2: // a process does not see Redis
+		w.cut(p.redis, f, d)
+	case 3: // nobody does
+		for _, p := range w.processes {
+			w.cut(p.redis, f, d)
+		}
+	case 4: // or it comes and goes
+		for range 1 + w.rnd.IntN(20) {
+			w.cut(p.redis, f, time.Duration(20+w.rnd.IntN(100))*time.Millisecond)
+			w.sleep(time.Duration(20+w.rnd.IntN(150)) * time.Millisecond)
+		}
+	case 5: // it restarts as it was, or empty
+		w.redis.setDown(true)
+		after := w.redis.snapshot()
+		if w.rnd.IntN(2) == 0 {
+			after = map[id]map[string]storage.State{}
+		}
+		w.sleep(d)
+		w.redis.restore(after)
+	case 6: // or a replica takes over that lacks the last writes
+		behind := time.Duration(w.rnd.IntN(100)) * time.Millisecond
+		after, from := w.redis.snapshot(), w.now()
+		w.sleep(behind)
+		w.lose(from)
+		w.redis.setDown(true)
+		w.sleep(time.Duration(w.rnd.IntN(500)) * time.Millisecond)
+		w.redis.restore(after)
+	case 7: // nobody sees Postgres
+		for _, p := range w.processes {
+			w.cut(p.pg, f, d)
+		}
+	case 8:
+		if len(w.processes) < 8 {
+			w.crash(p)
+			w.start()
+		}
+	case 9: // a clock steps
+		by := time.Duration(w.rnd.IntN(4000)-2000) * time.Millisecond
+		s := []*store{w.redis, w.pg}[w.rnd.IntN(2)]
+		s.step(by.Microseconds())
+		w.mu.Lock()
+		w.steps = append(w.steps, by)
+		w.mu.Unlock()
+	}
+}
+
+// lose counts what Redis has admitted since a time as lost.
+func (w *world) lose(from time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, all := range w.admitted {
+		for _, a := range all {
+			if a.by == "redis" && a.at >= from-50*time.Millisecond {
+				w.lost += a.n
+			}
+		}
+	}
+}
+
+func (w *world) cut(l *link, f fault, d time.Duration) {
+	l.set(f)
+	w.wait.Go(func() {
+		time.Sleep(d)
+		l.heal(f)
+	})
+}
+
+func (w *world) sleep(d time.Duration) { time.Sleep(d) }
+
+// end stops the load and closes everything.
+func (w *world) end() {
+	for _, p := range w.processes {
+		if !p.stopped {
+			p.stopped = true
+			close(p.stop)
+		}
+	}
+	w.wait.Wait()
+	for _, p := range w.processes {
+		_ = p.storage.Close(context.Background())
+	}
+	time.Sleep(10 * time.Second) // what is still on its way
+}
+
+// TestTheBoundHoldsWhateverFails is the safety of the protocol: with faults all along.
+func TestTheBoundHoldsWhateverFails(t *testing.T) {
+	t.Parallel()
+	from, to := seeds(t, 200)
+	for seed := from; seed < to; seed++ {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, seed, storage.Kind(seed%5))
+			for range 4 + w.rnd.IntN(6) {
+				w.sleep(time.Duration(w.rnd.IntN(2500)) * time.Millisecond)
+				w.harm()
+			}
+			w.sleep(time.Second)
+			w.end()
+			w.check()
+		})
+		if t.Failed() {
+			t.Fatalf("again: THROTTLER_SEED=%d go test -run %s ./storage/failover", seed, t.Name())
+		}
+	}
+}
+
+// check compares what was admitted with the bound, both from the record of the run.
+func (w *world) check() {
+	rule := &w.rules[0]
+	period := time.Duration(rule.Period) * time.Microsecond
+	for id, all := range w.admitted {
+		slices.SortFunc(all, func(a, b admission) int { return int(a.at - b.at) })
+		e := burst(all, 2*(max(interval, w.lag)+4*trip)) + w.lost
+		for _, by := range w.steps { // what came back too early
+			e += min(rule.Capacity, int64(by.Abs()*time.Duration(rule.Capacity)/period)+1)
+		}
+		where := fmt.Sprintf("seed %d: %s, %v, %d processes, lag %v, lost %d", w.seed, id, rule.Kind, len(w.processes), w.lag, w.lost)
+		windows := 2 + int64((all[len(all)-1].at-all[0].at)/period) // that it touches
+		switch rule.Kind {
+		case storage.Continuous:
+			require.LessOrEqual(w.t, excess(all, rule), e, where)
+		case storage.SlidingLog: // the same may come again in every period
+			require.LessOrEqual(w.t, burst(all, period), rule.Capacity+2*e, where)
+		default:
+			require.LessOrEqual(w.t, burst(all, time.Hour), windows*(rule.Capacity+e), where)
+		}
+	}
+}
+
+// burst is the most that was admitted in any interval of a length.
+func burst(all []admission, d time.Duration) (most int64) {
+	sum, first := int64(0), 0
+	for i, a := range all {
+		sum += a.n
+		for ; all[first].at < all[i].at-d; first++ {
+			sum -= all[first].n
+		}
+		most = max(most, sum)
+	}
+	return most
+}
+
+// excess is the most that was admitted above capacity and refill in any interval.
+func excess(all []admission, r *storage.Rule) int64 {
+	level, most, last := 0.0, 0.0, time.Duration(0)
+	for _, a := range all {
+		level = max(0, level-float64(a.at-last)/1000*float64(r.Refill)/float64(r.Period))
+		level, last = level+float64(a.n), a.at
+		most = max(most, level-float64(r.Capacity))
+	}
+	return int64(most + 0.999)
+}
+
+// TestAllIsBackWithinSixSecondsAfterTheLastFault is the liveness: once nothing fails any more.
+func TestAllIsBackWithinSixSecondsAfterTheLastFault(t *testing.T) {
+	t.Parallel()
+	from, to := seeds(t, 200)
+	for seed := from; seed < to; seed++ {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, seed, storage.Kind(seed%5))
+			for range 2 + w.rnd.IntN(4) {
+				w.sleep(time.Duration(w.rnd.IntN(1500)) * time.Millisecond)
+				w.harm()
+			}
+			w.redis.setDown(false)
+			for _, p := range w.processes {
+				if !p.stopped {
+					p.redis.set(fine)
+					p.pg.set(fine)
+				}
+			}
+			w.sleep(6 * time.Second)
+			w.fresh()
+			w.end()
+		})
+		if t.Failed() {
+			t.Fatalf("again: THROTTLER_SEED=%d go test -run %s ./storage/failover", seed, t.Name())
+		}
+	}
+}
+
+// fresh requires that Redis decides for everybody, and that a fresh bucket admits exactly its capacity.
+func (w *world) fresh() {
+	rule, _ := storage.NewRule("hourly", w.rules[0].Kind, time.Hour, 50, 50)
+	before := w.errors
+	var mu sync.Mutex
+	var wait sync.WaitGroup
+	admitted := 0
+	for _, p := range w.processes {
+		if p.stopped {
+			continue
+		}
+		st := p.storage.State()
+		require.False(w.t, st.Degraded, "seed %d: %v", w.seed, st.Cause)
+		require.NoError(w.t, st.FlushError, "seed %d", w.seed)
+		require.LessOrEqual(w.t, st.Lag, 2*interval, "seed %d", w.seed)
+		for range 40 {
+			wait.Go(func() {
+				v, err := p.storage.Decide(context.Background(), storage.Request{Name: "sim", Part: storage.NewPart("fresh", []storage.Rule{rule}, 1)})
+				require.NoError(w.t, err, "seed %d", w.seed)
+				require.Equal(w.t, "redis", v.Source(), "seed %d", w.seed)
+				mu.Lock()
+				defer mu.Unlock()
+				if v.Allowed {
+					admitted++
+				}
+			})
+		}
+	}
+	wait.Wait()
+	live := 0
+	for _, p := range w.processes {
+		if !p.stopped {
+			live++
+		}
+	}
+	require.Equal(w.t, min(50, 40*live), admitted, "seed %d", w.seed)
+	require.Equal(w.t, before, w.errors, "seed %d", w.seed)
+}

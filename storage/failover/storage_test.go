@@ -1,0 +1,50 @@
+package failover_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/storage/storagetest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// real returns a storage on servers, which must not be slow where only what is decided matters.
+func real(t testing.TB, o failover.Options) *failover.Storage {
+	t.Helper()
+	const patient = 20 * time.Second
+	o.PrimaryTimeout, o.LedgerTimeout = patient, patient
+	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: patient})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, r.Close()) })
+	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: patient})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, p.Close()) })
+	s, err := failover.New(r, p, &o)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		assert.NoError(t, s.Close(context.Background()))
+		assert.False(t, s.State().Degraded)
+	})
+	return s
+}
+
+func TestTheStoragePassesTheSuite(t *testing.T) {
+	t.Parallel()
+	s := real(t, failover.Options{})
+	storagetest.Run(t, func(testing.TB) storage.Storage { return s })
+}

@@ -1,0 +1,361 @@
+package failover_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/redis"
+)
+
+// A world has two stores and the links of processes to them. Everything takes virtual time, and what takes how long
+// is a function of the seed, the link and the time, so that a seed is always the same run.
+
+// store decides as Redis or Postgres do, by a clock of its own.
+type store struct {
+	name string
+
+	mu      sync.Mutex // guards what follows
+	ahead   int64      // of the clock, in microseconds
+	down    bool
+	scripts bool // what DecideFresh needs is loaded
+	states  map[id]map[string]storage.State
+	seqs    map[string]int64 // of origins
+}
+
+type id struct{ name, identifier string }
+
+func newStore(name string) *store {
+	return &store{name: name, states: map[id]map[string]storage.State{}, seqs: map[string]int64{}}
+}
+
+func (s *store) now() int64 { return storage.Monotonic() + s.ahead }
+
+// of returns the states of an identifier, for changes.
+func (s *store) of(name, identifier string) map[string]storage.State {
+	k := id{name, identifier}
+	if s.states[k] == nil {
+		s.states[k] = map[string]storage.State{}
+	}
+	return s.states[k]
+}
+
+// snapshot is what a restart may bring back.
+func (s *store) snapshot() map[id]map[string]storage.State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[id]map[string]storage.State{}
+	for k, states := range s.states {
+		out[k] = map[string]storage.State{}
+		for name, st := range states {
+			out[k][name] = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
+		}
+	}
+	return out
+}
+
+func (s *store) restore(states map[id]map[string]storage.State) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.states, s.scripts, s.down = states, false, false
+}
+
+func (s *store) setDown(down bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.down = down
+}
+
+func (s *store) step(by int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead += by
+}
+
+// decide decides. With age at least 0 it doubts what was not changed since.
+func (s *store) decide(r *storage.Request, fresh bool, age time.Duration) (v storage.Verdict, err error) {
+	if fresh && !s.scripts {
+		return v, redis.ErrStale
+	}
+	s.scripts = true
+	now := s.now()
+	var draws []storage.Draw
+	doubtful := false
+	for i := range r.Parts() {
+		p := r.At(i)
+		for j := range p.Rules {
+			st := s.of(r.Name, p.Identifier)[p.Rules[j].Name]
+			st = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
+			doubtful = doubtful || p.Cost(j) > 0 && (st.Law == nil || st.Seen <= now-age.Microseconds())
+			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: st})
+		}
+	}
+	v = storage.NewVerdict(r, s.name, storage.Monotonic())
+	v.Allowed = storage.Decide(r.Mode, now, draws)
+	if v.Allowed && doubtful && age >= 0 && r.Mode != storage.Force {
+		return storage.Verdict{}, redis.ErrStale
+	}
+	n := 0
+	for i := range r.Parts() {
+		p := r.At(i)
+		for j := range p.Rules {
+			v.Set(n, draws[n].Count)
+			if v.Taken() && p.Cost(j) > 0 {
+				s.of(r.Name, p.Identifier)[p.Rules[j].Name] = draws[n].State
+			}
+			n++
+		}
+	}
+	return v, nil
+}
+
+func (s *store) charge(c *storage.Charge) {
+	states := s.of(c.Name, c.Identifier)
+	for i := range c.Rules {
+		rule, a := &c.Rules[i], c.Amounts[i]
+		st := states[rule.Name]
+		switch {
+		case a.N > 0:
+			st.Charge(rule, a, s.now())
+		case a.N < 0:
+			st.Refund(rule, storage.Amount{N: -a.N, In: a.In}, s.now())
+		default:
+			continue
+		}
+		states[rule.Name] = st
+	}
+}
+
+func (s *store) debt(d storage.Debt) storage.Debt {
+	d.Amounts = nil
+	for i := range d.Rules {
+		d.Amounts = append(d.Amounts, s.of(d.Name, d.Identifier)[d.Rules[i].Name].Debt(&d.Rules[i], s.now()))
+	}
+	return d
+}
+
+func (s *store) raise(d *storage.Debt) {
+	states := s.of(d.Name, d.Identifier)
+	for i := range d.Rules {
+		if len(d.Amounts[i]) > 0 {
+			st := states[d.Rules[i].Name]
+			st.Raise(&d.Rules[i], d.Amounts[i], s.now())
+			states[d.Rules[i].Name] = st
+		}
+	}
+}
+
+// record is that of a ledger.
+func (s *store) record(origin string, seq int64, batch []storage.Charge) (debts []storage.Debt) {
+	zero := true
+	for i := range batch {
+		for _, a := range batch[i].Amounts {
+			zero = zero && a.N == 0
+		}
+	}
+	if !zero && s.seqs[origin] < seq {
+		s.seqs[origin] = seq
+		for i := range batch {
+			s.charge(&batch[i])
+		}
+	}
+	for i := range batch {
+		debts = append(debts, s.debt(storage.Debt{Name: batch[i].Name, Identifier: batch[i].Identifier, Rules: batch[i].Rules}))
+	}
+	return debts
+}
+
+// fault is what a link does to a call.
+type fault uint8
+
+const (
+	fine      fault = iota
+	refuses         // at once
+	swallows        // everything, without a word
+	loses           // the answers
+	sometimes       // loses one of three answers
+	stalls          // executes it later than the caller waits
+)
+
+// link is the way of one process to a store. It is a primary or a ledger.
+type link struct {
+	to      *store
+	seed    uint64
+	trip    time.Duration // mean of one way
+	timeout time.Duration
+
+	mu     sync.Mutex // guards what follows
+	fault  fault
+	failed time.Time // the last time that a call met a fault
+	calls  uint64
+	report func(error)
+}
+
+func (l *link) set(f fault) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fault = f
+}
+
+// heal ends a fault, unless another has begun.
+func (l *link) heal(f fault) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fault == f {
+		l.fault = fine
+	}
+}
+
+// healthy is for how long no call has met a fault.
+func (l *link) healthy() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Since(l.failed)
+}
+
+// hurt remembers that a call has met a fault.
+func (l *link) hurt() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failed = time.Now()
+}
+
+// random is the same for the same call of the same run.
+func (l *link) random(n uint64) uint64 {
+	h := fnv.New64a()
+	_ = binary.Write(h, binary.LittleEndian, []uint64{l.seed, n, uint64(storage.Monotonic())})
+	return h.Sum64()
+}
+
+// call executes op at the store, or not, and returns when the answer has come or is waited for no longer.
+func (l *link) call(ctx context.Context, op func() error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	l.calls++
+	n, f, report := l.calls, l.fault, l.report
+	l.mu.Unlock()
+	if f != fine {
+		l.hurt()
+	}
+	r := l.random(n)
+	there := l.trip/2 + time.Duration(r%uint64(l.trip))
+	back := l.trip/2 + time.Duration(r>>32%uint64(l.trip))
+	answer := make(chan error, 1)
+	switch f {
+	case refuses:
+		answer <- refused
+	case swallows:
+	case stalls:
+		there += l.timeout
+		fallthrough
+	default:
+		go func() {
+			time.Sleep(there)
+			l.to.mu.Lock()
+			var err error
+			if l.to.down {
+				err = refused
+			} else {
+				err = op()
+			}
+			l.to.mu.Unlock()
+			time.Sleep(back)
+			if f != loses && (f != sometimes || r%3 > 0) {
+				answer <- err
+			}
+		}()
+	}
+	// The round trip goes on when the caller leaves.
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		select {
+		case err = <-answer:
+		case <-time.After(l.timeout):
+			err = fmt.Errorf("%w: no answer", storage.ErrUnavailable)
+		}
+		failure := err
+		if errors.Is(err, storage.ErrUnavailable) {
+			l.hurt()
+		} else {
+			failure = nil
+		}
+		if report != nil {
+			report(failure)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+var refused = fmt.Errorf("%w: %w", storage.ErrUnavailable, syscall.ECONNREFUSED)
+
+func (l *link) Watch(timeout time.Duration, report func(error)) error {
+	l.timeout, l.report = timeout, report
+	return nil
+}
+
+func (l *link) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(&r, false, -1) })
+	return v, err
+}
+
+func (l *link) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (v storage.Verdict, err error) {
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(&r, true, age) })
+	return v, err
+}
+
+// answer is call for something that answers a verdict, which is the caller's once it returns.
+func (l *link) answer(ctx context.Context, v *storage.Verdict, op func() (storage.Verdict, error)) error {
+	answer := make(chan storage.Verdict, 1)
+	err := l.call(ctx, func() error {
+		v, err := op()
+		answer <- v
+		return err
+	})
+	if err == nil {
+		*v = <-answer
+	}
+	return err
+}
+
+func (l *link) Charge(ctx context.Context, c storage.Charge) error {
+	return l.call(ctx, func() error { l.to.charge(&c); return nil })
+}
+
+func (l *link) Reset(ctx context.Context, name, identifier string) error {
+	return l.call(ctx, func() error { delete(l.to.states, id{name, identifier}); return nil })
+}
+
+func (l *link) Raise(ctx context.Context, d storage.Debt) error {
+	return l.call(ctx, func() error { l.to.raise(&d); return nil })
+}
+
+func (l *link) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+	answer := make(chan storage.Debt, 1)
+	if err := l.call(ctx, func() error { answer <- l.to.debt(d); return nil }); err != nil {
+		return d, err
+	}
+	return <-answer, nil
+}
+
+func (l *link) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
+	answer := make(chan []storage.Debt, 1)
+	if err := l.call(ctx, func() error { answer <- l.to.record(origin, seq, batch); return nil }); err != nil {
+		return nil, err
+	}
+	return <-answer, nil
+}
