@@ -18,7 +18,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	mathrand "math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -110,9 +109,8 @@ type Storage struct {
 	breaker breaker
 	journal journal
 	flusher flusher
-	doubted atomic.Int64     // since when (Monotonic) the primary may have missed what the ledger knows; 0: never
-	outage  atomic.Int64     // since when it has for sure, as Postgres decided meanwhile
-	raising [64]sync.RWMutex // held while the primary is raised, or for reading while tokens are given back there
+	doubted atomic.Int64 // since when (Monotonic) the primary may have missed what the ledger knows; 0: never
+	outage  atomic.Int64 // since when it has for sure, as Postgres decided meanwhile
 
 	calls   atomic.Int64  // that are in progress
 	closed  atomic.Bool   // no further ones are
@@ -354,9 +352,10 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 }
 
 func (s *Storage) resetOnPrimary(ctx context.Context, id key) error {
-	raising := s.raisingOf(id)
-	raising.RLock()
-	defer raising.RUnlock()
+	if err := s.journal.giveBack(ctx, id); err != nil {
+		return err
+	}
+	defer s.journal.gaveBack(id)
 	s.journal.reset(id)
 	if cause := s.breaker.cause(); cause != nil {
 		return cause
@@ -365,21 +364,17 @@ func (s *Storage) resetOnPrimary(ctx context.Context, id key) error {
 }
 
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge) error {
-	raising := s.raisingOf(key{c.Name, c.Identifier})
-	raising.RLock()
-	defer raising.RUnlock()
+	id := key{c.Name, c.Identifier}
+	if err := s.journal.giveBack(ctx, id); err != nil {
+		return err
+	}
+	defer s.journal.gaveBack(id)
 	err := s.primary.Charge(ctx, *c)
 	if err == nil {
 		s.journal.charged(c)
 	}
 	return err
 }
-
-func (s *Storage) raisingOf(id key) *sync.RWMutex {
-	return &s.raising[maphash.Comparable(seed, id)%uint64(len(s.raising))]
-}
-
-var seed = maphash.MakeSeed()
 
 // Reset implements storage.Storage. A store that cannot be reached is reset once it can, unless this process ends
 // before. It is an error if neither can.

@@ -238,10 +238,9 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 // raise raises the primary to a debt, unless tokens have been given back there that the ledger does not know of. It is
 // tried again with the next flush.
 func (s *Storage) raise(ctx context.Context, d storage.Debt) (err error) {
-	raising := s.raisingOf(key{d.Name, d.Identifier})
-	raising.Lock()
-	defer raising.Unlock()
-	if !s.journal.givesBack(key{d.Name, d.Identifier}) {
+	id := key{d.Name, d.Identifier}
+	if s.journal.raise(id) {
+		defer s.journal.raised(id)
 		if err = s.primary.Raise(ctx, d); !errors.Is(err, storage.ErrUnavailable) {
 			return nil
 		}

@@ -1,6 +1,7 @@
 package failover
 
 import (
+	"context"
 	"slices"
 	"sync"
 
@@ -18,9 +19,11 @@ type journal struct {
 	line    []*entry // all entries by age, some of which have flown meanwhile
 	urgent  []*entry // those that somebody waits for
 	flying  map[key]*entry
-	hurry   bool         // somebody waits for what is flying
-	resets  map[key]bool // that the primary has missed
-	lost    int64        // identifiers of which something was not remembered
+	hurry   bool                  // somebody waits for what is flying
+	resets  map[key]bool          // that the primary has missed
+	giving  map[key]int           // calls that give tokens back to the primary
+	raising map[key]chan struct{} // identifiers to which the primary is being raised; closed when it was
+	lost    int64                 // identifiers of which something was not remembered
 }
 
 // key is an identifier under a throttler's name.
@@ -55,7 +58,8 @@ type waiter struct {
 }
 
 func newJournal(most int) journal {
-	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry), resets: make(map[key]bool)}
+	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry),
+		resets: make(map[key]bool), giving: make(map[key]int), raising: make(map[key]chan struct{})}
 }
 
 // find returns the entry of an identifier, and makes one if need be. It is nil if there are too many. The caller holds mu.
@@ -157,14 +161,55 @@ func (j *journal) resetPrimaryLater(id key) {
 	}
 }
 
-// givesBack reports whether the ledger is still to be told that tokens of an identifier were given back.
-func (j *journal) givesBack(id key) bool {
+// giveBack waits until the primary is not being raised, as that would take again what is given back, and keeps it
+// from being so until gaveBack is called.
+func (j *journal) giveBack(ctx context.Context, id key) error {
+	for {
+		j.mu.Lock()
+		raising := j.raising[id]
+		if raising == nil {
+			j.giving[id]++
+		}
+		j.mu.Unlock()
+		if raising == nil {
+			return nil
+		}
+		select {
+		case <-raising:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (j *journal) gaveBack(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	e := j.entries[id]
-	if e == nil || e.reset {
-		return e != nil
+	if j.giving[id]--; j.giving[id] == 0 {
+		delete(j.giving, id)
 	}
+}
+
+// raise says that the primary is going to be raised, until raised is called. It returns false, and it must not be,
+// while tokens have been given back there of which the ledger does not know.
+func (j *journal) raise(id key) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.giving[id] > 0 || j.raising[id] != nil || j.entries[id] != nil && j.entries[id].givesBack() {
+		return false
+	}
+	j.raising[id] = make(chan struct{})
+	return true
+}
+
+func (j *journal) raised(id key) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	close(j.raising[id])
+	delete(j.raising, id)
+}
+
+func (e *entry) givesBack() bool {
 	for i := range e.buckets {
 		for _, a := range e.buckets[i].amounts {
 			if a.N < 0 {
@@ -172,7 +217,7 @@ func (j *journal) givesBack(id key) bool {
 			}
 		}
 	}
-	return false
+	return e.reset
 }
 
 // missed are the resets that the primary has missed.
