@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	flushSize    = 512                    // identifiers that are told at once, and that many are told at once
-	staleAfter   = int64(1_000_000)       // µs after which amounts are not charged, as levels would count twice
+	flushSize    = 512                    // identifiers that are told at once
+	oldAfter     = int64(1_000_000)       // µs after which levels are not charged
 	readTimeout  = 20 * time.Millisecond  // for the ledger's debt in a call that Redis answers
 	closeTimeout = time.Second            // for the last flush
 	longestPause = 250 * time.Millisecond // between tries while the ledger fails
@@ -72,7 +72,7 @@ func (s *Storage) flushIn() time.Duration {
 		return 0
 	case failures > 0:
 		return min(s.options.FlushInterval<<min(failures-1, 10), max(longestPause, s.options.FlushInterval))
-	case pending >= flushSize:
+	case pending > s.options.MaxPending/2:
 		return 0
 	}
 	return max(0, s.options.FlushInterval-time.Duration(storage.Monotonic()-since)*time.Microsecond)
@@ -129,8 +129,8 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 			}
 			e.reset = false
 		}
-		if now-e.since > staleAfter {
-			return s.raiseLedger(ctx, e)
+		if now-e.since > oldAfter {
+			return s.raiseLevels(ctx, e)
 		}
 		return nil
 	})
@@ -191,28 +191,27 @@ func (e *entry) rules() []storage.Rule {
 	return rules
 }
 
-// raiseLedger raises the ledger to what the primary has, for an entry that is too old to be charged. If the primary
-// cannot tell, to what it showed last: as if all came back with the last of it.
-func (s *Storage) raiseLedger(ctx context.Context, e *entry) error {
-	if len(e.buckets) == 0 {
-		return nil
-	}
-	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rules()}
-	known, err := d, error(storage.ErrUnavailable)
-	if s.breaker.cause() == nil {
-		known, err = s.primary.Debt(ctx, d)
-	}
-	if err != nil {
-		known = d
-		for i := range e.buckets {
-			known.Amounts = append(known.Amounts, []storage.Amount{{N: e.buckets[i].spent, In: max(0, e.buckets[i].resetAt-e.time())}})
+// raiseLevels raises the ledger to the levels that the primary showed last, of an entry that is old: in the amounts
+// that it was to be charged, what has drained since would count again.
+func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
+	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rules(), Amounts: make([][]storage.Amount, len(e.buckets))}
+	old := false
+	for i := range e.buckets {
+		if b := &e.buckets[i]; b.rule.Kind == storage.Continuous && len(b.amounts) > 0 {
+			d.Amounts[i] = []storage.Amount{{N: b.spent, In: max(0, b.resetAt-e.time())}}
+			old = true
 		}
 	}
-	if err := s.ledger.Raise(ctx, known); fails(err) {
+	if !old {
+		return nil
+	}
+	if err := s.ledger.Raise(ctx, d); fails(err) {
 		return err
 	}
-	for i := range e.buckets {
-		e.buckets[i].amounts = nil
+	for i, raised := range d.Amounts {
+		if raised != nil {
+			e.buckets[i].amounts = nil
+		}
 	}
 	return nil
 }

@@ -76,7 +76,7 @@ func (j *journal) find(id key) *entry {
 	e.buckets = e.inline[:0]
 	j.entries[id] = e
 	j.line = append(j.line, e)
-	if len(j.entries) == 1 || len(j.entries) == flushSize {
+	if len(j.entries) == 1 || len(j.entries) == j.most/2+1 {
 		j.wake()
 	}
 	return e

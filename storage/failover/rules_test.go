@@ -119,7 +119,7 @@ func TestRuleTheLedgerIsChargedOnceWhenItsAnswerIsLost(t *testing.T) {
 	})
 }
 
-func TestRuleWhatIsPendingForLongIsNotCharged(t *testing.T) {
+func TestRuleWhatIsPendingForLongIsCountedOnce(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, other := w.process(nil), w.process(nil)
 		p.pg.set(swallows)

@@ -411,10 +411,20 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool)
 	if len(inserts.ids) > 0 {
 		b.Queue(s.sql.insert, inserts.args()...).Query(written)
 	}
+	var read any // when the rows from memory are as the server has them
+	if memory {
+		read = time.UnixMicro(now)
+	}
 	switch {
 	case len(updates.ids) == 0:
+	case len(rows) == 1: // in half of the server's time
+		u := &updates
+		b.Queue(s.sql.one, u.ids[0], u.versions[0], u.before[0], u.states[0], u.fullAts[0], u.clocked[0], read).Exec(func(tag pgconn.CommandTag) error {
+			rows[0].written = tag.RowsAffected() == 1
+			return nil
+		})
 	case memory:
-		b.Queue(s.sql.recall, append(updates.args(), time.UnixMicro(now))...).Query(written)
+		b.Queue(s.sql.recall, append(updates.args(), read)...).Query(written)
 	default:
 		b.Queue(s.sql.update, updates.args()...).Query(written)
 	}

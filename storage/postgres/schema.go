@@ -46,7 +46,7 @@ func (o *Options) table() string {
 
 // statements are the SQL of a flight.
 type statements struct {
-	read, insert, update, recall, blank, lock, free, sweep string
+	read, insert, update, recall, one, blank, lock, free, sweep string
 	absent, claim, record                                  string // those of a Record
 }
 
@@ -70,6 +70,8 @@ func statementsOf(o *Options) statements {
 		insert: on(rows + `ON CONFLICT DO NOTHING RETURNING id`),
 		update: on(update + `RETURNING id`),
 		recall: on(update + `AND clock_timestamp() BETWEEN $7::timestamptz - interval '1 ms' AND $7::timestamptz + interval '5 ms' RETURNING id`),
+		one: on(`UPDATE throttler_state SET version = $2, before = $3, state = $4, full_at = $5, clocked = $6 WHERE id = $1 AND version = $3
+			AND ($7::timestamptz IS NULL OR clock_timestamp() BETWEEN $7 - interval '1 ms' AND $7 + interval '5 ms')`),
 		blank: on(`INSERT INTO throttler_state (id, version, before, state, full_at, clocked)
 			SELECT id, 1000000 * extract(epoch FROM clock_timestamp()), 0, '', 0, false FROM unnest($1::bytea[]) AS id ON CONFLICT DO NOTHING`),
 		lock: on(`SELECT u.place, t.version, t.state, clock_timestamp() FROM unnest($1::bytea[]) WITH ORDINALITY AS u (id, place)

@@ -1,0 +1,40 @@
+package failover_test
+
+import (
+	"context"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+)
+
+func Example() {
+	serve := func(ctx context.Context, pool *pgxpool.Pool) error {
+		redis, err := redisstore.Open("redis://localhost:6379", nil)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = redis.Close() }()
+		postgres, err := pgstore.New(ctx, pool, nil) // Postgres has to be there when a process starts, Redis has not
+		if err != nil {
+			return err
+		}
+		defer func() { _ = postgres.Close() }()
+		store, err := failover.New(redis, postgres, nil)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = store.Close(context.Background()) }() // first, as it tells Postgres what is pending
+		t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100)}})
+		if err != nil {
+			return err
+		}
+		_, err = t.ConsumeContext(ctx, "user:42")
+		return err
+	}
+	_ = serve
+}
