@@ -19,7 +19,7 @@ GOLANGCI_LINT_VERSION := v2.12.0
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers fuzz bench bench-redis bench-postgres lint
+.PHONY: help test test-long servers fuzz bench bench-redis bench-postgres demo-failover lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -82,6 +82,10 @@ bench-redis: servers ## Decisions on Redis beside redis_rate and the floors, BEN
 
 bench-postgres: servers ## Decisions on Postgres beside two patterns of other limiters and the floors, BENCHTIME=1s each
 	cd benchmarks && $(GO) test -run '^$$' -bench Postgres -benchtime $(BENCHTIME)
+
+# A program of its own and not "go run", which would pass no SIGTERM on.
+demo-failover: servers ## Kill Redis under load and start it again, for 16 s: a line each second says who decides
+	@$(GO) build -o bin/demo-failover ./examples/failover && exec bin/demo-failover
 
 lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
 	@set -euo pipefail; \

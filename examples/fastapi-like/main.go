@@ -1,10 +1,12 @@
 // Fastapi-like is a small web service with rate limits: for the whole app, for a router and for single routes,
 // as with Depends in FastAPI. app.go declares them in one table. The counts are in the memory of the process,
-// or in a Redis or Postgres that any number of processes share.
+// or in a Redis or Postgres that any number of processes share, or in both: then Redis decides, and Postgres
+// while Redis cannot.
 //
 //	go run ./examples/fastapi-like                      # on port 8000; -addr changes that
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
+//	go run ./examples/fastapi-like -storage failover    # both of these; Redis may come and go, Postgres has to be there at the start
 //	open http://localhost:8000/docs                     # all routes, to be called, and what is left of each limit
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
 //	for i in $(seq 20); do curl -s -o /dev/null -w '%{http_code}\n' localhost:8000/api/data; done
@@ -15,6 +17,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -26,13 +29,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/storage"
-	pgstore "github.com/go-throttler/throttler/storage/postgres"
-	redisstore "github.com/go-throttler/throttler/storage/redis"
-	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
 func main() {
@@ -45,24 +42,24 @@ func main() {
 }
 
 // run serves until the context is done, then finishes the requests that have begun.
-func run(ctx context.Context, args []string, stdout io.Writer) error {
+func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	flags := flag.NewFlagSet("fastapi-like", flag.ExitOnError)
 	addr := flags.String("addr", ":8000", "listen on this `address`; port 0 picks a free one")
-	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), in redis or in postgres")
-	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis: the `URL` of a server, a cluster or sentinels")
-	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres: the `URL` of a database")
+	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), in redis, in postgres or in both: failover")
+	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis or failover: the `URL` of a server, a cluster or sentinels")
+	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres or failover: the `URL` of a database")
 	_ = flags.Parse(args)
 
-	store, closeStore, err := open(ctx, *kind, *redisURL, *postgresURL)
+	log := slog.New(slog.NewJSONHandler(stdout, nil))
+	store, closeStore, err := open(ctx, *kind, *redisURL, *postgresURL, log)
 	if err != nil {
 		return err
 	}
-	defer closeStore()
+	defer func() { err = errors.Join(err, closeStore(context.WithoutCancel(ctx))) }() // it takes a second at most
 	t, err := throttler.New(throttler.Config{Storage: store})
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewJSONHandler(stdout, nil))
 	handler, err := newHandler(t, log)
 	if err != nil {
 		return err
@@ -93,30 +90,4 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	err = server.Shutdown(last)
 	log.Info("stopped", "reason", context.Cause(ctx).Error())
 	return err
-}
-
-// open returns the storage of a kind, and what closes it.
-func open(ctx context.Context, kind, redisURL, postgresURL string) (storage.Storage, func(), error) {
-	switch kind {
-	case "runtime":
-		return memstore.New(nil), func() {}, nil
-	case "redis":
-		s, err := redisstore.Open(redisURL, nil)
-		if err != nil {
-			return nil, nil, err
-		}
-		return s, func() { _ = s.Close() }, nil
-	case "postgres":
-		pool, err := pgxpool.New(ctx, postgresURL)
-		if err != nil {
-			return nil, nil, err
-		}
-		s, err := pgstore.New(ctx, pool, nil)
-		if err != nil {
-			pool.Close()
-			return nil, nil, err
-		}
-		return s, func() { _ = s.Close(); pool.Close() }, nil
-	}
-	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis or postgres", kind)
 }

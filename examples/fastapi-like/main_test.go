@@ -356,6 +356,52 @@ func shareOneLimit(t *testing.T, args ...string) {
 	}
 }
 
+func TestNobodyNoticesThatRedisIsKilledAndComesBackEmpty(t *testing.T) {
+	t.Parallel()
+	redis := servers.Redis(t)
+	p := start(t, "-storage", "failover", "-redis-url", redis.URL(), "-postgres-url", servers.PostgresURL(t))
+	begin, calls := time.Now(), 0
+	call := func(times int) {
+		for range times {
+			got := p.call(t, "GET", "/api/data", "X-API-Key", t.Name()) // Postgres may be shared, and knows other tests
+			if calls++; time.Since(begin) < time.Minute {
+				require.Equal(t, map[bool]int{true: http.StatusOK, false: http.StatusTooManyRequests}[calls <= 10], got.status, got.body)
+			}
+		}
+	}
+	call(6)
+	require.NoError(t, redis.Kill())
+	call(3)
+	require.NoError(t, redis.Start())
+	require.Contains(t, p.said(t, "Redis is back and decides"), "Redis is lost, Postgres decides")
+	call(3)
+	require.NoError(t, redis.Kill())
+	call(3)
+
+	require.NoError(t, p.Process.Signal(syscall.SIGTERM))
+	p.rest(t)
+	require.NoError(t, p.Wait())
+}
+
+// said reads the log until it has a message, and returns all of them.
+func (p *program) said(t *testing.T, message string) (messages []any) {
+	for !slices.Contains(messages, any(message)) {
+		messages = append(messages, p.line(t)["msg"])
+	}
+	return messages
+}
+
+func TestRedisMayBeDownAtTheStart(t *testing.T) {
+	t.Parallel()
+	redis := servers.Redis(t)
+	require.NoError(t, redis.Kill())
+	p := start(t, "-storage", "failover", "-redis-url", redis.URL(), "-postgres-url", servers.PostgresURL(t))
+	checkJSON(t, p.call(t, "GET", "/", "X-API-Key", t.Name()), http.StatusOK, hello)
+	require.NoError(t, redis.Start())
+	p.said(t, "Redis is back and decides")
+	checkJSON(t, p.call(t, "GET", "/", "X-API-Key", t.Name()), http.StatusOK, hello)
+}
+
 func TestAServerThatIsDownIsServiceUnavailable(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
@@ -367,7 +413,8 @@ func TestAServerThatIsDownIsServiceUnavailable(t *testing.T) {
 
 func TestAStorageThatIsNotThereIsSaidAtTheStart(t *testing.T) {
 	t.Parallel()
-	for _, args := range [][]string{{"-storage", "paper"}, {"-storage", "redis", "-redis-url", "http://localhost"}} {
+	for _, args := range [][]string{{"-storage", "paper"}, {"-storage", "redis", "-redis-url", "http://localhost"},
+		{"-storage", "failover", "-redis-url", "http://localhost"}, {"-storage", "failover", "-postgres-url", "postgres://127.0.0.1:1/postgres"}} {
 		p := command(t, args...)
 		require.Error(t, p.Run())
 		require.Contains(t, p.stderr.String(), "fastapi-like: ")

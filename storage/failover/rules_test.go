@@ -524,3 +524,30 @@ func TestWrongOptionsAreNamed(t *testing.T) {
 		assert.Equal(t, field, fault.Field)
 	}
 }
+
+func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		rule, _ := storage.NewRule("second", w.rules[0].Kind, time.Second, 50, 50)
+		r := storage.Request{Part: storage.NewPart("busy", []storage.Rule{rule}, 1)}
+		alone := newStore("alone")
+		admitted, without := 0, 0
+		for range 4 {
+			w.process(nil)
+		}
+		for range 5000 { // of 4 ms
+			for _, p := range w.processes {
+				v, err := p.storage.Decide(context.Background(), r)
+				require.NoError(t, err)
+				require.Equal(t, "redis", v.Source())
+				if v.Allowed {
+					admitted++
+				}
+				if v, _ := alone.decide(&r, false, -1); v.Allowed {
+					without++
+				}
+			}
+		}
+		assert.GreaterOrEqual(t, 100*admitted, 99*without, "%d instead of %d", admitted, without)
+		t.Logf("%d instead of %d", admitted, without)
+	})
+}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
+)
+
+// open returns the storage of a kind, and what closes it.
+func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Logger) (storage.Storage, func(context.Context) error, error) {
+	switch kind {
+	case "runtime":
+		return memstore.New(nil), func(context.Context) error { return nil }, nil
+	case "redis":
+		s, err := redisstore.Open(redisURL, nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, func(context.Context) error { return s.Close() }, nil
+	case "postgres":
+		s, closeAll, err := openPostgres(ctx, postgresURL)
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, func(context.Context) error { return closeAll() }, nil
+	case "failover":
+		return openFailover(ctx, redisURL, postgresURL, log)
+	}
+	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis, postgres or failover", kind)
+}
+
+func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func() error, error) {
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := pgstore.New(ctx, pool, nil)
+	if err != nil {
+		pool.Close()
+		return nil, nil, err
+	}
+	return s, func() error {
+		defer pool.Close()
+		return s.Close()
+	}, nil
+}
+
+// openFailover does not ask Redis for anything: it may be down. Postgres may not, as its table is made here.
+func openFailover(ctx context.Context, redisURL, postgresURL string, log *slog.Logger) (storage.Storage, func(context.Context) error, error) {
+	primary, err := redisstore.Open(redisURL, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	ledger, closeLedger, err := openPostgres(ctx, postgresURL)
+	if err != nil {
+		return nil, nil, errors.Join(err, primary.Close())
+	}
+	s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
+	if err != nil {
+		return nil, nil, errors.Join(err, primary.Close(), closeLedger())
+	}
+	return s, func(ctx context.Context) error {
+		return errors.Join(s.Close(ctx), primary.Close(), closeLedger())
+	}, nil
+}
+
+// changes logs what changes, and not that it lasts.
+func changes(log *slog.Logger) func(failover.Event) {
+	failing := false // Postgres could not be charged
+	return func(e failover.Event) {
+		switch e.Kind {
+		case failover.PrimaryLost:
+			log.Warn("Redis is lost, Postgres decides", "error", e.Err.Error())
+		case failover.PrimaryBack:
+			log.Info("Redis is back and decides")
+		case failover.FlushFailed:
+			if !failing {
+				log.Warn("Postgres cannot be charged", "error", e.Err.Error(), "pending", e.Pending)
+			}
+			failing = true
+		case failover.Flushed:
+			if failing {
+				log.Info("Postgres is charged again", "lag", e.Lag.String())
+			}
+			failing = false
+		}
+	}
+}
