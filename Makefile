@@ -9,6 +9,7 @@ test-long: FUZZTIME ?= 1m
 fuzz:      FUZZTIME ?= 5m
 
 COUNT     ?= 20
+SEEDS     ?= 20000
 BENCH     ?= .
 BENCHTIME ?= 1s
 
@@ -19,7 +20,7 @@ GOLANGCI_LINT_VERSION := v2.12.0
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers fuzz bench bench-redis bench-postgres demo-failover lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres demo-failover lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -55,6 +56,7 @@ test: servers ## Vet, test with the race detector, fuzz each target for FUZZTIME
 
 test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
+	$(MAKE) simulate
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd internal/adapters && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/browsertest && $(GO) test -count=$(COUNT) -timeout=1h ./...
@@ -67,6 +69,9 @@ servers: ## Install with apt-get what the tests start, unless it is there: redis
 	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
 	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
 	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || internal/servers/install.sh chromium
+
+simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an hour
+	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBound|TestAllIsBack)' ./storage/failover
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)

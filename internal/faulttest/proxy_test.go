@@ -4,6 +4,7 @@ package faulttest_test
 
 import (
 	"encoding/json"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +17,12 @@ import (
 	"github.com/go-throttler/throttler/internal/servers"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if where := os.Getenv(environment); where != "" {
+		os.Exit(runNode(where))
+	}
+	goleak.VerifyTestMain(program{m})
+}
 
 // proxy is the network between this process and a server.
 type proxy struct {
@@ -55,4 +61,15 @@ func (p *proxy) poison(t testing.TB, kind, direction string, a attributes) (heal
 	require.NoError(t, err)
 	heal = sync.OnceFunc(func() { require.NoError(t, p.Toxics.RemoveToxic(t.Context(), wrapper.Name)) })
 	return heal
+}
+
+// hole swallows everything, in both directions, until it is healed.
+func (p *proxy) hole(t testing.TB) (heal func()) {
+	t.Helper()
+	heals := []func(){p.poison(t, "timeout", requests, attributes{"timeout": 0}), p.poison(t, "timeout", replies, attributes{"timeout": 0})}
+	return func() {
+		for _, heal := range heals {
+			heal()
+		}
+	}
 }

@@ -174,7 +174,7 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 		more = false
 		for i := range e.buckets {
 			if amounts := e.buckets[i].amounts; k < len(amounts) {
-				c.Amounts[i] = storage.Amount{N: amounts[k].N, In: max(0, amounts[k].In-now)}
+				c.Amounts[i] = amounts[k].left(now)
 				more = more || k+1 < len(amounts)
 			}
 		}

@@ -2,6 +2,7 @@ package failover
 
 import (
 	"context"
+	"math"
 	"slices"
 	"sync"
 
@@ -46,10 +47,13 @@ type entry struct {
 // bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
 type bucket struct {
 	rule    *storage.Rule
-	amounts []storage.Amount // In is when they come back, and not how long until then
-	spent   int64            // tokens, when the primary last admitted
-	resetAt int64            // when the primary last said that they are all back
+	amounts []amount
+	spent   int64 // tokens, when the primary last admitted
+	resetAt int64 // when the primary last said that they are all back
 }
+
+// amount is n tokens that come back at a time; of a level, evenly from another time on.
+type amount struct{ n, from, at int64 }
 
 // waiter waits until an entry has been told.
 type waiter struct {
@@ -68,7 +72,7 @@ func (j *journal) find(id key) *entry {
 	if e != nil {
 		return e
 	}
-	if len(j.entries) >= j.most {
+	if len(j.entries)+len(j.flying) >= j.most {
 		j.lost++
 		return nil
 	}
@@ -107,7 +111,7 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 			n++
 			b := e.bucket(rule, k)
 			b.spent, b.resetAt = rule.Capacity-c.Remaining, v.At()+c.ResetAfter
-			b.add(storage.Amount{N: min(p.Cost(k), 4*rule.Capacity), In: b.resetAt})
+			b.add(min(p.Cost(k), 4*rule.Capacity), b.resetAt)
 		}
 	}
 }
@@ -124,7 +128,7 @@ func (j *journal) charged(c *storage.Charge) {
 	for i := range c.Rules {
 		a := c.Amounts[i].Clamp()
 		b := e.bucket(&c.Rules[i], i)
-		b.add(storage.Amount{N: a.N, In: e.time() + a.In})
+		b.add(a.N, e.time()+a.In)
 		if a.N > 0 {
 			b.spent, b.resetAt = b.spent+a.N, max(b.resetAt, e.time()+a.In)
 		}
@@ -212,7 +216,7 @@ func (j *journal) raised(id key) {
 func (e *entry) givesBack() bool {
 	for i := range e.buckets {
 		for _, a := range e.buckets[i].amounts {
-			if a.N < 0 {
+			if a.n < 0 {
 				return true
 			}
 		}
@@ -255,6 +259,27 @@ func (j *journal) await(id key) *waiter {
 	w := &waiter{told: make(chan error, 1)}
 	e.waiting = append(e.waiting, w)
 	return w
+}
+
+// pending is how many identifiers have not been told, and since when (Monotonic) the oldest has to be.
+func (j *journal) pending() (n int, since int64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	oldest := func(e *entry) {
+		if since == 0 || e.since < since {
+			since = e.since
+		}
+	}
+	for _, e := range j.flying {
+		oldest(e)
+	}
+	for _, e := range j.line {
+		if !e.flown {
+			oldest(e)
+			break
+		}
+	}
+	return len(j.entries) + len(j.flying), since
 }
 
 // due is the time since which the ledger could be told something, how many identifiers there are, and whether
@@ -369,23 +394,41 @@ const (
 	mostTokens  = 1 << 53
 )
 
-// add adds an amount to the last one if it comes back at about the same time: a 256th of the period is what
-// the law of a large log allows. Of a level, only the end of the last matters.
-func (b *bucket) add(a storage.Amount) {
-	if a.N == 0 {
+// add adds tokens that come back at a time, to the last amount if that does at about the same time: within a 256th of
+// the period, which is what the law of a large log allows. Amounts of a level are told apart by a 64th of the
+// time that it takes to drain: between the tokens of this process may be those of others.
+func (b *bucket) add(n, at int64) {
+	if n == 0 {
 		return
 	}
-	if n := len(b.amounts); n > 0 {
-		last := &b.amounts[n-1]
-		near := b.rule.Kind == storage.Continuous || max(last.In-a.In, a.In-last.In) <= b.rule.Period/256
-		if near && (last.N > 0) == (a.N > 0) {
-			last.N = max(-mostTokens, min(last.N+a.N, mostTokens))
-			last.In = max(last.In, a.In)
+	next, near := amount{n, at, at}, b.rule.Period/256
+	if b.rule.Kind == storage.Continuous {
+		near = b.drains(b.rule.Capacity) / 64
+		next.from -= b.drains(max(n, 0))
+	}
+	if i := len(b.amounts) - 1; i >= 0 {
+		last := &b.amounts[i]
+		if from, to := min(last.from, next.from), max(last.at, at); to-from <= max(near, last.at-last.from) && (last.n > 0) == (n > 0) {
+			*last = amount{max(-mostTokens, min(last.n+n, mostTokens)), from, to}
 			return
 		}
 	}
 	if len(b.amounts) == mostAmounts {
 		b.amounts = slices.Delete(b.amounts, 0, 1)
 	}
-	b.amounts = append(b.amounts, a)
+	b.amounts = append(b.amounts, next)
+}
+
+// drains is how long n tokens of a level take to come back.
+func (b *bucket) drains(n int64) int64 {
+	return int64(float64(n) * float64(b.rule.Period) / float64(b.rule.Refill))
+}
+
+// left is what has not come back of an amount, and how long until all has.
+func (a amount) left(now int64) storage.Amount {
+	n := a.n
+	if now > a.from && a.at > a.from {
+		n = int64(math.Ceil(float64(n) * float64(max(0, a.at-now)) / float64(a.at-a.from)))
+	}
+	return storage.Amount{N: n, In: max(0, a.at-now)}
 }

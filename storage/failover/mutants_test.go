@@ -19,7 +19,7 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	}
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{
-		{"2, the ledger is charged", "flush.go", "storage.Amount{N: amounts[k].N,", "storage.Amount{N: 0,"},
+		{"2, the ledger is charged", "flush.go", "c.Amounts[i] = amounts[k].left(now)", ""},
 		{"2, once", "flush.go", "s.flusher.origin, s.flusher.seq,", `s.flusher.origin, storage.Monotonic(),`},
 		{"3, Redis is raised where the ledger knows more", "flush.go", "if e.behind(&debts[i]) {", "if e.raise && e.behind(&debts[i]) {"},
 		{"4, what is pending is charged before Postgres decides", "failover.go", "if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {", "if err := error(nil); err != nil && i < 0 {"},

@@ -41,7 +41,7 @@ func (s *Storage) tellObserver(e Event) {
 	if s.options.Observe == nil {
 		return
 	}
-	_, e.Pending, _ = s.journal.due()
+	e.Pending, _ = s.journal.pending()
 	s.observe.Lock()
 	defer s.observe.Unlock()
 	s.options.Observe(e)
@@ -74,15 +74,12 @@ func (s *Storage) State() (out State) {
 	out.Transitions = b.changes
 	b.mu.Unlock()
 
-	since, pending, _ := s.journal.due()
 	f := &s.flusher
 	f.mu.Lock()
-	if out.Flushed, out.FlushError, out.Relayed = f.told, f.failure, f.relayed; f.since > 0 {
-		since = f.since
-	}
+	out.Flushed, out.FlushError, out.Relayed = f.told, f.failure, f.relayed
 	f.mu.Unlock()
-	now := storage.Monotonic()
-	if out.Pending = pending; since > 0 {
+	now, since := storage.Monotonic(), int64(0)
+	if out.Pending, since = s.journal.pending(); since > 0 {
 		out.Lag = micros(now - since)
 	}
 	if doubted := s.doubted.Load(); doubted > 0 {

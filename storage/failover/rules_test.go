@@ -551,3 +551,33 @@ func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 		t.Logf("%d instead of %d", admitted, without)
 	})
 }
+
+func TestRuleABurstOfTwoProcessesIsBackAsSoonAsInRedisAlone(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		rule, _ := storage.NewRule("limit", w.rules[0].Kind, time.Second, 100, 100)
+		w.rules = []storage.Rule{rule}
+		alone, r := newStore("alone"), w.request(1)
+		p := []*process{w.process(nil), w.process(nil)}
+		for i := range 80 {
+			require.Equal(t, 1, w.takes(p[i%2], 1))
+			v, _ := alone.decide(&r, false, -1)
+			require.True(t, v.Allowed)
+		}
+		settle()
+		assert.InDelta(t, w.owed(alone), w.owed(w.redis), 1)
+		assert.LessOrEqual(t, w.owed(w.pg), w.owed(alone)+1)
+	})
+}
+
+func TestRuleWhatIsOnItsWayIsPending(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.set(swallows)
+		require.Equal(t, 1, w.takes(p, 1))
+		time.Sleep(interval + 50*time.Millisecond)
+		st := p.storage.State()
+		require.NoError(t, st.FlushError, "it is still on its way")
+		assert.Equal(t, 1, st.Pending)
+		assert.InDelta(t, interval+50*time.Millisecond, st.Lag, float64(10*time.Millisecond))
+	})
+}
