@@ -160,7 +160,7 @@ func (s *Storage) probe() error {
 
 // handBack lets Redis decide again. From now on it is doubted: other processes may have used Postgres too.
 func (s *Storage) handBack() bool {
-	if s.resetPrimary(context.Background()) != nil {
+	if s.resetMissed(context.Background()) != nil {
 		return false
 	}
 	now := storage.Monotonic()

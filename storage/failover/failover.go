@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -183,6 +184,9 @@ func (o *Options) validate() error {
 			fault(d.field, "is %v, must be at least %v", d.value, d.least)
 		}
 	}
+	if o.FlushInterval > time.Minute {
+		fault("FlushInterval", "is %v, must be at most 1m", o.FlushInterval)
+	}
 	if o.MaxPending < 0 {
 		fault("MaxPending", "is %d, must be above 0, or 0 for %d", o.MaxPending, DefaultMaxPending)
 	}
@@ -230,17 +234,20 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 	if err := s.isolated(); err != nil {
 		return v, err
 	}
-	age := s.doubt(r)
+	began, age := time.Now(), s.doubt(r)
 	v, err = s.primary.DecideFresh(ctx, *r, age)
 	if errors.Is(err, redis.ErrStale) {
-		if age < 0 && !r.Clocked { // it has restarted
+		if errors.Is(err, redis.ErrRestarted) && !r.Clocked {
 			s.doubted.Store(storage.Monotonic())
 			age = 0
 		}
-		if age >= 0 {
-			s.readThrough(ctx, r)
-		}
-		v, err = s.primary.Decide(ctx, *r)
+		err = s.onPrimary(ctx, began, func(ctx context.Context) error {
+			if age >= 0 {
+				s.readThrough(ctx, r)
+			}
+			v, err = s.primary.Decide(ctx, *r)
+			return err
+		})
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
@@ -271,10 +278,19 @@ func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request) (v sto
 	return v, nil
 }
 
-// onLedger calls f with a context that ends after LedgerTimeout, and returns the caller's error if the caller's
-// has ended.
+// onPrimary calls f with a context that ends PrimaryTimeout after the call began.
+func (s *Storage) onPrimary(ctx context.Context, began time.Time, f func(context.Context) error) error {
+	return within(ctx, began.Add(s.options.PrimaryTimeout), "Redis", s.options.PrimaryTimeout, f)
+}
+
+// onLedger calls f with a context that ends after LedgerTimeout.
 func (s *Storage) onLedger(ctx context.Context, f func(context.Context) error) error {
-	limited, cancel := context.WithTimeout(ctx, s.options.LedgerTimeout)
+	return within(ctx, time.Now().Add(s.options.LedgerTimeout), "Postgres", s.options.LedgerTimeout, f)
+}
+
+// within calls f with a context that ends at a deadline, and returns the caller's error if the caller's has ended.
+func within(ctx context.Context, deadline time.Time, who string, timeout time.Duration, f func(context.Context) error) error {
+	limited, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	err := f(limited)
 	switch {
@@ -283,7 +299,7 @@ func (s *Storage) onLedger(ctx context.Context, f func(context.Context) error) e
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case limited.Err() != nil && !fails(err):
-		return fmt.Errorf("%w: no answer from Postgres within %v", storage.ErrUnavailable, s.options.LedgerTimeout)
+		return fmt.Errorf("%w: no answer from %s within %v", storage.ErrUnavailable, who, timeout)
 	}
 	return err
 }
@@ -312,8 +328,11 @@ func (s *Storage) share(p *storage.Part) (storage.Part, error) {
 	rules := make([]storage.Rule, len(p.Rules))
 	for i := range p.Rules {
 		r, faults := &p.Rules[i], []error(nil)
-		of := func(n int64) int64 { return max(1, int64(float64(n)*s.options.Local.Share)) }
-		if rules[i], faults = storage.NewRule(r.Name, r.Kind, time.Duration(r.Period)*time.Microsecond, of(r.Capacity), of(r.Refill)); len(faults) > 0 {
+		capacity, period := max(1, int64(float64(r.Capacity)*s.options.Local.Share)), r.Period
+		if r.Kind == storage.Continuous { // the refill has to remain a whole number
+			period = int64(float64(r.Period) / s.options.Local.Share)
+		}
+		if rules[i], faults = storage.NewRule(r.Name, r.Kind, micros(period), capacity, r.Refill); len(faults) > 0 {
 			return storage.Part{}, errors.Join(faults...)
 		}
 	}
@@ -334,46 +353,81 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 		return err
 	}
 	cause := s.breaker.cause()
-	if cause == nil {
+	asked := cause == nil
+	if asked {
 		if cause = s.chargePrimary(ctx, &c); !fails(cause) {
 			return cause
 		}
 	}
+	err := s.chargeLedger(ctx, &c)
+	if err == nil || ctx.Err() != nil || !fails(err) {
+		return err
+	}
+	if !asked {
+		if cause = s.chargePrimary(ctx, &c); !fails(cause) {
+			return cause
+		}
+	}
+	return unavailable(cause, err)
+}
+
+func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge) error {
 	err := s.onLedger(ctx, func(ctx context.Context) error {
 		if err := s.settle(ctx, key{c.Name, c.Identifier}); err != nil {
 			return err
 		}
-		return s.ledger.Charge(ctx, c)
+		return s.ledger.Charge(ctx, *c)
 	})
-	if fails(err) && ctx.Err() == nil {
-		return unavailable(cause, err)
+	if err == nil && takes(c) && s.breaker.cause() == nil {
+		p := storage.NewPart(c.Identifier, c.Rules, 0)
+		s.journal.touch(c.Name, &p, c.Clocked, c.Now)
 	}
 	return err
 }
 
-func (s *Storage) resetOnPrimary(ctx context.Context, id key) error {
-	if err := s.journal.giveBack(ctx, id); err != nil {
-		return err
-	}
-	defer s.journal.gaveBack(id)
-	s.journal.reset(id)
-	if cause := s.breaker.cause(); cause != nil {
-		return cause
-	}
-	return s.primary.Reset(ctx, id.name, id.identifier)
+func takes(c *storage.Charge) bool {
+	return slices.ContainsFunc(c.Amounts, func(a storage.Amount) bool { return a.N > 0 })
+}
+
+func gives(c *storage.Charge) bool {
+	return slices.ContainsFunc(c.Amounts, func(a storage.Amount) bool { return a.N < 0 })
 }
 
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge) error {
-	id := key{c.Name, c.Identifier}
-	if err := s.journal.giveBack(ctx, id); err != nil {
+	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
+		if takes(c) {
+			r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
+			if s.doubt(&r) >= 0 { // afterwards the state is young
+				s.readThrough(ctx, &r)
+			}
+		}
+		if gives(c) {
+			if err := s.journal.giveBack(ctx, key{c.Name, c.Identifier}); err != nil {
+				return err
+			}
+			defer s.journal.gaveBack(key{c.Name, c.Identifier})
+		}
+		err := s.primary.Charge(ctx, *c)
+		if err == nil {
+			s.journal.charged(c)
+		}
 		return err
-	}
-	defer s.journal.gaveBack(id)
-	err := s.primary.Charge(ctx, *c)
-	if err == nil {
-		s.journal.charged(c)
-	}
-	return err
+	})
+}
+
+func (s *Storage) resetPrimary(ctx context.Context, id key) error {
+	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
+		err := s.journal.giveBack(ctx, id)
+		s.journal.reset(id)
+		if err != nil {
+			return err
+		}
+		defer s.journal.gaveBack(id)
+		if cause := s.breaker.cause(); cause != nil {
+			return cause
+		}
+		return s.primary.Reset(ctx, id.name, id.identifier)
+	})
 }
 
 // Reset implements storage.Storage. A store that cannot be reached is reset once it can, unless this process ends
@@ -387,7 +441,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 		return err
 	}
 	id := key{name, identifier}
-	cause := s.resetOnPrimary(ctx, id)
+	cause := s.resetPrimary(ctx, id)
 	if errors.Is(cause, storage.ErrUnavailable) {
 		s.journal.resetPrimaryLater(id)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -12,10 +13,11 @@ import (
 
 const (
 	flushSize    = 512                    // identifiers that are told at once
-	oldAfter     = int64(1_000_000)       // µs after which levels are not charged
-	readTimeout  = 20 * time.Millisecond  // for the ledger's debt in a call that Redis answers
+	flushAmounts = 2048                   // amounts that are told at once, about
+	oldAfter     = int64(1_000_000)       // µs after which levels are not charged, or 2 intervals
 	closeTimeout = time.Second            // for the last flush
 	longestPause = 250 * time.Millisecond // between tries while the ledger fails
+	urgentPause  = 10 * time.Millisecond  // and if somebody waits
 	atATime      = 64                     // calls of one store in a flush
 )
 
@@ -61,6 +63,8 @@ func (s *Storage) flushIn() time.Duration {
 	since, pending, urgent := s.journal.due()
 	if len(s.flusher.batch) > 0 {
 		since = s.flusher.batch[0].since
+	} else if pending == 0 && len(s.journal.missed()) > 0 && s.breaker.cause() == nil {
+		return s.options.FlushInterval
 	} else if pending == 0 {
 		return -1
 	}
@@ -68,6 +72,8 @@ func (s *Storage) flushIn() time.Duration {
 	failures := s.flusher.failures
 	s.flusher.mu.Unlock()
 	switch {
+	case urgent && failures > 0:
+		return urgentPause
 	case urgent:
 		return 0
 	case failures > 0:
@@ -78,26 +84,40 @@ func (s *Storage) flushIn() time.Duration {
 	return max(0, s.options.FlushInterval-time.Duration(storage.Monotonic()-since)*time.Microsecond)
 }
 
-// flush tells the ledger one batch.
+// flush tells the ledger one batch. If it refuses, it is told the entries one by one, and those that it refuses are lost.
 func (s *Storage) flush(ctx context.Context) {
 	f := &s.flusher
 	if f.batch = s.journal.board(f.batch); len(f.batch) == 0 {
+		if s.breaker.cause() == nil {
+			_ = s.resetMissed(ctx)
+		}
 		return
 	}
-	debts, err := s.tell(ctx, f.batch)
-	if errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
-		s.flushFailed(err)
-		return
-	}
-	lag := storage.Monotonic() - f.batch[0].since
-	relayed := 0
-	if err == nil {
+	since, size, relayed, refused := f.batch[0].since, len(f.batch), 0, error(nil)
+	for len(f.batch) > 0 {
+		some := f.batch[:size]
+		asked := storage.Monotonic()
+		debts, err := s.tell(ctx, some)
+		if err != nil && (errors.Is(err, storage.ErrUnavailable) || ctx.Err() != nil) {
+			s.flushFailed(err)
+			return
+		}
 		f.seq++
-		relayed = s.relay(ctx, f.batch, debts)
+		if err != nil && size > 1 {
+			size = 1
+			continue
+		}
+		if err != nil {
+			refused = err
+		} else {
+			relayed += s.relay(ctx, some, debts, asked)
+		}
+		for _, e := range some {
+			s.journal.land(e, err)
+		}
+		f.batch = f.batch[size:]
 	}
-	s.journal.land(f.batch)
-	f.batch = nil
-	s.flushed(err, lag, relayed)
+	s.flushed(refused, storage.Monotonic()-since, relayed)
 }
 
 func (s *Storage) flushFailed(err error) {
@@ -122,6 +142,7 @@ func (s *Storage) flushed(err error, lag int64, relayed int) {
 // tell has the ledger know a batch, and returns what each entry's buckets owe there afterwards.
 func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
 	now := storage.Monotonic()
+	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
 	err := each(batch, func(e *entry) error {
 		if e.reset {
 			if err := s.ledger.Reset(ctx, e.name, e.identifier); err != nil {
@@ -129,7 +150,7 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 			}
 			e.reset = false
 		}
-		if now-e.since > oldAfter {
+		if now-e.since > old {
 			return s.raiseLevels(ctx, e)
 		}
 		return nil
@@ -138,122 +159,168 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 		return nil, err
 	}
 	var charges []storage.Charge
-	var last []int // the place of each entry's last charge, or -1
-	for _, e := range batch {
+	ends := make([]int, len(batch)) // of each entry's charges
+	for i, e := range batch {
 		charges = e.charges(charges, now)
-		last = append(last, len(charges)-1)
-		if len(e.buckets) == 0 {
-			last[len(last)-1] = -1
-		}
+		ends[i] = len(charges)
 	}
+	debts := make([]storage.Debt, len(batch))
 	if len(charges) == 0 {
-		return make([]storage.Debt, len(batch)), nil
+		return debts, nil
 	}
 	answers, err := s.ledger.Record(ctx, s.flusher.origin, s.flusher.seq, charges)
 	if err != nil {
 		return nil, err
 	}
-	debts := make([]storage.Debt, len(batch))
-	for i, at := range last {
-		if at >= 0 {
-			debts[i] = answers[at]
-		}
+	from := 0
+	for i, e := range batch {
+		debts[i] = e.debt(answers[from:ends[i]])
+		from = ends[i]
 	}
 	return debts, nil
 }
 
-// charges appends what the ledger is charged for an entry: as many charges as a bucket has amounts, and at least
-// one if there are buckets.
+// charges appends what the ledger is charged for an entry: first a charge for each MaxBuckets of its buckets, then more
+// of those that have several amounts.
 func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	if e.clocked {
 		now = e.now
 	}
-	rules := e.rules()
-	for k, more := 0, len(e.buckets) > 0; more; k++ {
-		c := storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(rules))}
-		more = false
-		for i := range e.buckets {
-			if amounts := e.buckets[i].amounts; k < len(amounts) {
-				c.Amounts[i] = amounts[k].left(now)
-				more = more || k+1 < len(amounts)
+	rules, amounts := rulesOf(e.buckets), make([][]storage.Amount, len(e.buckets))
+	rounds := 1
+	for i := range e.buckets {
+		amounts[i] = e.buckets[i].left(now)
+		rounds = max(rounds, len(amounts[i]))
+	}
+	for k := range rounds {
+		for from := 0; from < len(rules); from += storage.MaxBuckets {
+			some := rules[from:min(from+storage.MaxBuckets, len(rules))]
+			c := storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: some, Amounts: make([]storage.Amount, len(some))}
+			any := k == 0
+			for i := range some {
+				if all := amounts[from+i]; k < len(all) {
+					c.Amounts[i], any = all[k], true
+				}
+			}
+			if any {
+				out = append(out, c)
 			}
 		}
-		out = append(out, c)
 	}
 	return out
 }
 
-func (e *entry) rules() []storage.Rule {
-	rules := make([]storage.Rule, len(e.buckets))
-	for i := range e.buckets {
-		rules[i] = *e.buckets[i].rule
+// left is what has not come back of what the bucket owes.
+func (b *bucket) left(now int64) (out []storage.Amount) {
+	for _, a := range b.taken {
+		if left := a.left(now); left.In > 0 {
+			out = append(out, left)
+		}
+	}
+	for _, a := range b.given {
+		if left := a.left(now); left.In > 0 {
+			out = append(out, storage.Amount{N: -left.N, In: left.In})
+		}
+	}
+	return out
+}
+
+// debt is what the ledger answered to the entry's charges.
+func (e *entry) debt(answers []storage.Debt) storage.Debt {
+	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
+	for from := 0; from < len(d.Rules); from += storage.MaxBuckets {
+		copy(d.Amounts[from:], answers[from/storage.MaxBuckets].Amounts)
+	}
+	return d
+}
+
+func rulesOf(buckets []bucket) []storage.Rule {
+	rules := make([]storage.Rule, len(buckets))
+	for i := range buckets {
+		rules[i] = *buckets[i].rule
 	}
 	return rules
 }
 
-// raiseLevels raises the ledger to the levels that the primary showed last, of an entry that is old: in the amounts
-// that it was to be charged, what has drained since would count again.
+// raiseLevels raises the ledger to the levels that the primary has shown of an entry that is old: in the amounts that it
+// was to be charged, what has drained since would count again. The time until a level is empty tells how high it is.
 func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
-	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rules(), Amounts: make([][]storage.Amount, len(e.buckets))}
-	old := false
+	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
+	var raised []*bucket
 	for i := range e.buckets {
-		if b := &e.buckets[i]; b.rule.Kind == storage.Continuous && len(b.amounts) > 0 {
-			d.Amounts[i] = []storage.Amount{{N: b.spent, In: max(0, b.resetAt-e.time())}}
-			old = true
+		b := &e.buckets[i]
+		if b.rule.Kind != storage.Continuous || len(b.taken) == 0 || b.unshown || len(d.Rules) == storage.MaxBuckets {
+			continue
 		}
+		raised = append(raised, b)
+		d.Rules = append(d.Rules, *b.rule)
+		d.Amounts = append(d.Amounts, []storage.Amount{{N: 4 * b.rule.Capacity, In: max(0, b.resetAt-e.time())}})
 	}
-	if !old {
+	if len(raised) == 0 {
 		return nil
 	}
-	if err := s.ledger.Raise(ctx, d); fails(err) {
+	if err := s.ledger.Raise(ctx, d); errors.Is(err, storage.ErrUnavailable) {
 		return err
 	}
-	for i, raised := range d.Amounts {
-		if raised != nil {
-			e.buckets[i].amounts = nil
-		}
+	for _, b := range raised {
+		b.taken, b.given = nil, nil
 	}
 	return nil
 }
 
 // relay raises the primary where the ledger knows of more than it has shown, and returns for how many identifiers.
-func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Debt) (n int) {
+func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Debt, asked int64) (n int) {
 	if s.breaker.cause() != nil {
 		return 0
 	}
-	if err := s.resetPrimary(ctx); err != nil {
-		return 0
-	}
+	_ = s.resetMissed(ctx)
 	var higher []storage.Debt
 	for i, e := range batch {
-		if (e.raise || !e.clocked) && e.behind(&debts[i]) {
+		if (e.raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval) {
 			higher = append(higher, debts[i])
 		}
 	}
-	_ = each(higher, func(d storage.Debt) error { return s.raise(ctx, d) })
+	_ = each(higher, func(d storage.Debt) error { return s.raise(ctx, d, asked) })
 	return len(higher)
 }
 
-// raise raises the primary to a debt, unless tokens have been given back there that the ledger does not know of. It is
-// tried again with the next flush.
-func (s *Storage) raise(ctx context.Context, d storage.Debt) (err error) {
-	id := key{d.Name, d.Identifier}
+// raise raises the primary to a debt that was asked for at a time, unless tokens have been given back there of which the
+// ledger does not know. It is tried again with the next flush.
+func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error {
+	id, err := key{d.Name, d.Identifier}, errGivenBack
 	if s.journal.raise(id) {
-		defer s.journal.raised(id)
-		if err = s.primary.Raise(ctx, d); !errors.Is(err, storage.ErrUnavailable) {
-			return nil
-		}
+		age(&d, asked)
+		err = s.primary.Raise(ctx, d)
+		s.journal.raised(id)
 	}
-	p := storage.NewPart(d.Identifier, d.Rules, 0)
-	s.journal.touch(d.Name, &p, d.Clocked, d.Now)
-	return err
+	if err == errGivenBack || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
+		s.journal.again(&d)
+		return err
+	}
+	return nil
 }
 
-// behind reports whether the ledger knows of more than the primary has shown.
-func (e *entry) behind(d *storage.Debt) bool {
+// age takes the way off the times of a debt, which else would grow with each relay.
+func age(d *storage.Debt, asked int64) {
+	if d.Clocked {
+		return
+	}
+	way := storage.Monotonic() - asked
+	for _, amounts := range d.Amounts {
+		for i := range amounts {
+			amounts[i].In = max(0, amounts[i].In-way)
+		}
+	}
+}
+
+var errGivenBack = errors.New("tokens are being given back")
+
+// behind reports whether the ledger knows of more than the primary has shown. In buckets of a period shorter than an
+// interval it never does, as what it knows has come back by then.
+func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
 	now := e.time()
 	for i, debt := range d.Amounts {
-		if len(debt) == 0 {
+		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !e.raise {
 			continue
 		}
 		b := &e.buckets[i]
@@ -283,8 +350,8 @@ func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
 	return n, last
 }
 
-// resetPrimary makes up for the resets that the primary has missed.
-func (s *Storage) resetPrimary(ctx context.Context) error {
+// resetMissed makes up for the resets that the primary has missed.
+func (s *Storage) resetMissed(ctx context.Context) error {
 	return each(s.journal.missed(), func(id key) error {
 		err := s.primary.Reset(ctx, id.name, id.identifier)
 		if !errors.Is(err, storage.ErrUnavailable) {
@@ -309,22 +376,35 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 	}
 }
 
-// readThrough raises Redis to what the ledger has of a request's identifiers. When that takes long it comes
+// readThrough raises Redis to what the ledger has of a request's identifiers. Where that takes too long it comes
 // afterwards.
 func (s *Storage) readThrough(ctx context.Context, r *storage.Request) {
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout/2)
 	defer cancel()
-	for i := range r.Parts() {
-		s.journal.touch(r.Name, r.At(i), r.Clocked, r.Now)
+	parts := make([]*storage.Part, r.Parts())
+	for i := range parts {
+		parts[i] = r.At(i)
 	}
-	if s.ledgerFails() {
-		return
-	}
-	for i := range r.Parts() {
-		if s.settle(ctx, key{r.Name, r.At(i).Identifier}) != nil {
-			return
+	fails := s.ledgerFails()
+	_ = each(parts, func(p *storage.Part) error {
+		if fails || s.read(ctx, r, p) != nil {
+			s.journal.touch(r.Name, p, r.Clocked, r.Now)
 		}
+		return nil
+	})
+}
+
+// read raises Redis to what the ledger has of an identifier, once it knows what this process admitted.
+func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) error {
+	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
+		return err
 	}
+	asked := storage.Monotonic()
+	d, err := s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
+	if err != nil || !slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
+		return err
+	}
+	return s.raise(ctx, d, asked)
 }
 
 func (s *Storage) ledgerFails() bool {

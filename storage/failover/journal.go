@@ -38,6 +38,7 @@ type entry struct {
 	since   int64 // Monotonic when the entry was made
 	reset   bool  // before the amounts
 	raise   bool  // the primary, whatever it has shown
+	hold    bool  // and until then nothing is given back to it
 	buckets []bucket
 	inline  [2]bucket
 	waiting []*waiter
@@ -47,9 +48,11 @@ type entry struct {
 // bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
 type bucket struct {
 	rule    *storage.Rule
-	amounts []amount
-	spent   int64 // tokens, when the primary last admitted
-	resetAt int64 // when the primary last said that they are all back
+	taken   []amount
+	given   []amount // back, with n above 0
+	unshown bool     // a Charge took, of which the primary shows nothing
+	spent   int64    // tokens, when the primary last admitted
+	resetAt int64    // when the primary last said that they are all back
 }
 
 // amount is n tokens that come back at a time; of a level, evenly from another time on.
@@ -66,13 +69,14 @@ func newJournal(most int) journal {
 		resets: make(map[key]bool), giving: make(map[key]int), raising: make(map[key]chan struct{})}
 }
 
-// find returns the entry of an identifier, and makes one if need be. It is nil if there are too many. The caller holds mu.
-func (j *journal) find(id key) *entry {
+// find returns the entry of an identifier, and makes one if need be. It is nil if there are too many, and the identifier
+// need not have one. The caller holds mu.
+func (j *journal) find(id key, must bool) *entry {
 	e := j.entries[id]
 	if e != nil {
 		return e
 	}
-	if len(j.entries)+len(j.flying) >= j.most {
+	if len(j.entries)+len(j.flying) >= j.most && !must {
 		j.lost++
 		return nil
 	}
@@ -100,7 +104,7 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 	n := 0
 	for i := range r.Parts() {
 		p := r.At(i)
-		e := j.find(key{r.Name, p.Identifier})
+		e := j.find(key{r.Name, p.Identifier}, false)
 		if e == nil {
 			n += len(p.Rules)
 			continue
@@ -109,9 +113,12 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 		for k := range p.Rules {
 			rule, c := &p.Rules[k], v.Count(n)
 			n++
-			b := e.bucket(rule, k)
-			b.spent, b.resetAt = rule.Capacity-c.Remaining, v.At()+c.ResetAfter
-			b.add(min(p.Cost(k), 4*rule.Capacity), b.resetAt)
+			if p.Cost(k) == 0 {
+				continue
+			}
+			b, at := e.bucket(rule, k), v.At()+c.ResetAfter
+			b.spent, b.resetAt = rule.Capacity-c.Remaining, max(b.resetAt, at)
+			b.add(&b.taken, min(p.Cost(k), 4*rule.Capacity), at)
 		}
 	}
 }
@@ -120,18 +127,23 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 func (j *journal) charged(c *storage.Charge) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	e := j.find(key{c.Name, c.Identifier})
+	e := j.find(key{c.Name, c.Identifier}, false)
 	if e == nil {
 		return
 	}
 	e.clock(c.Clocked, c.Now)
 	for i := range c.Rules {
-		a := c.Amounts[i].Clamp()
-		b := e.bucket(&c.Rules[i], i)
-		b.add(a.N, e.time()+a.In)
-		if a.N > 0 {
-			b.spent, b.resetAt = b.spent+a.N, max(b.resetAt, e.time()+a.In)
+		a, at := c.Amounts[i].Clamp(), int64(0)
+		if a.N == 0 {
+			continue
 		}
+		b := e.bucket(&c.Rules[i], i)
+		if at = e.time() + a.In; a.N < 0 {
+			b.add(&b.given, -a.N, at)
+			continue
+		}
+		b.add(&b.taken, a.N, at)
+		b.unshown, b.spent, b.resetAt = true, b.spent+a.N, max(b.resetAt, at)
 	}
 }
 
@@ -139,30 +151,56 @@ func (j *journal) charged(c *storage.Charge) {
 func (j *journal) touch(name string, p *storage.Part, clocked bool, now int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if e := j.find(key{name, p.Identifier}); e != nil {
+	j.touched(name, p, clocked, now)
+}
+
+func (j *journal) touched(name string, p *storage.Part, clocked bool, now int64) *entry {
+	e := j.find(key{name, p.Identifier}, false)
+	if e != nil {
 		e.clock(clocked, now)
 		e.raise = true
 		for i := range p.Rules {
 			e.bucket(&p.Rules[i], i)
 		}
 	}
+	return e
+}
+
+// again is touch for a primary that could not be raised. Until it is, nothing more is given back to it, as that could
+// go on for ever.
+func (j *journal) again(d *storage.Debt) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	p := storage.NewPart(d.Identifier, d.Rules, 0)
+	e := j.touched(d.Name, &p, d.Clocked, d.Now)
+	if e == nil || e.hold {
+		return
+	}
+	if flying := j.flying[e.key]; flying != nil && flying.hold {
+		flying.hold = false // e goes on with it
+	} else if j.raising[e.key] != nil {
+		return
+	} else {
+		j.raising[e.key] = make(chan struct{})
+	}
+	e.hold = true
+	j.urgent = append(j.urgent, e)
+	j.wake()
 }
 
 // reset forgets what was to be told, and remembers that the identifier was reset.
 func (j *journal) reset(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if e := j.find(id); e != nil {
-		e.reset, e.buckets = true, e.inline[:0]
-	}
+	e := j.find(id, true)
+	e.reset, e.buckets = true, e.inline[:0]
 }
 
 func (j *journal) resetPrimaryLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if len(j.resets) < j.most {
-		j.resets[id] = true
-	}
+	j.resets[id] = true
+	j.wake()
 }
 
 // giveBack waits until the primary is not being raised, as that would take again what is given back, and keeps it
@@ -199,26 +237,34 @@ func (j *journal) gaveBack(id key) {
 func (j *journal) raise(id key) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.giving[id] > 0 || j.raising[id] != nil || j.entries[id] != nil && j.entries[id].givesBack() {
+	flying := j.flying[id]
+	held := flying != nil && flying.hold
+	if j.giving[id] > 0 || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
 		return false
 	}
-	j.raising[id] = make(chan struct{})
+	if !held {
+		j.raising[id] = make(chan struct{})
+	}
 	return true
 }
 
 func (j *journal) raised(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if e := j.flying[id]; e == nil || !e.hold { // else when it lands
+		j.release(id)
+	}
+}
+
+func (j *journal) release(id key) {
 	close(j.raising[id])
 	delete(j.raising, id)
 }
 
 func (e *entry) givesBack() bool {
 	for i := range e.buckets {
-		for _, a := range e.buckets[i].amounts {
-			if a.n < 0 {
-				return true
-			}
+		if len(e.buckets[i].given) > 0 {
+			return true
 		}
 	}
 	return e.reset
@@ -238,6 +284,11 @@ func (j *journal) wasReset(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	delete(j.resets, id)
+	for _, e := range []*entry{j.entries[id], j.flying[id]} {
+		if e != nil {
+			e.raise = true // to what was admitted after it
+		}
+	}
 }
 
 // await returns who waits until what there is of an identifier has been told, or nil if there is nothing.
@@ -305,11 +356,13 @@ func (j *journal) board(batch []*entry) []*entry {
 	if len(batch) > 0 {
 		return batch
 	}
+	amounts := 0
 	for _, line := range []*[]*entry{&j.urgent, &j.line} {
-		for len(*line) > 0 && len(batch) < flushSize {
+		for len(*line) > 0 && len(batch) < flushSize && amounts < flushAmounts {
 			e := (*line)[0]
 			*line = (*line)[1:]
 			if !e.flown {
+				amounts += e.amounts()
 				e.flown = true
 				delete(j.entries, e.key)
 				j.flying[e.key] = e
@@ -320,13 +373,16 @@ func (j *journal) board(batch []*entry) []*entry {
 	return batch
 }
 
-// land lets those go who waited for the entries, which have been told.
-func (j *journal) land(batch []*entry) {
+// land lets those go who waited for an entry, which has been told, or never will be because of an error.
+func (j *journal) land(e *entry, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	clear(j.flying)
-	for _, e := range batch {
-		e.release(nil)
+	delete(j.flying, e.key)
+	if e.release(err); e.hold {
+		j.release(e.key)
+	}
+	if err != nil {
+		j.lost++
 	}
 }
 
@@ -335,11 +391,11 @@ func (j *journal) failed(err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, e := range j.flying {
-		e.fail(err)
+		j.fail(e, err)
 		j.hurry = j.hurry || len(e.waiting) > 0
 	}
 	for _, e := range j.urgent {
-		e.fail(err)
+		j.fail(e, err)
 	}
 	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.flown || len(e.waiting) == 0 })
 }
@@ -351,7 +407,11 @@ func (e *entry) release(err error) {
 	e.waiting = nil
 }
 
-func (e *entry) fail(err error) {
+func (j *journal) fail(e *entry, err error) {
+	if e.hold {
+		e.hold = false
+		j.release(e.key)
+	}
 	e.waiting = slices.DeleteFunc(e.waiting, func(w *waiter) bool {
 		w.tries++
 		if w.tries == 2 {
@@ -359,6 +419,14 @@ func (e *entry) fail(err error) {
 		}
 		return w.tries == 2
 	})
+}
+
+// amounts is how many charges an entry makes, at least.
+func (e *entry) amounts() (n int) {
+	for i := range e.buckets {
+		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].given))
+	}
+	return n
 }
 
 func (e *entry) clock(clocked bool, now int64) {
@@ -390,33 +458,35 @@ func (e *entry) bucket(r *storage.Rule, place int) *bucket {
 
 // Bounds of what a bucket owes: more amounts than one has that is told in time, and more tokens than there are.
 const (
-	mostAmounts = 512
+	mostAmounts = 1024
 	mostTokens  = 1 << 53
 )
 
-// add adds tokens that come back at a time, to the last amount if that does at about the same time: within a 256th of
-// the period, which is what the law of a large log allows. Amounts of a level are told apart by a 64th of the
-// time that it takes to drain: between the tokens of this process may be those of others.
-func (b *bucket) add(n, at int64) {
-	if n == 0 {
-		return
-	}
-	next, near := amount{n, at, at}, b.rule.Period/256
+// add adds tokens that come back at a time to one of the bucket's lists: to the last amount there if that does at about
+// the same time. Amounts of a level are told apart by a 64th of the time that it takes to drain, as between the tokens
+// of this process may be those of others.
+func (b *bucket) add(list *[]amount, n, at int64) {
+	next, near := amount{n, at, at}, b.rule.Period/2048
 	if b.rule.Kind == storage.Continuous {
 		near = b.drains(b.rule.Capacity) / 64
-		next.from -= b.drains(max(n, 0))
+		next.from -= b.drains(n)
 	}
-	if i := len(b.amounts) - 1; i >= 0 {
-		last := &b.amounts[i]
-		if from, to := min(last.from, next.from), max(last.at, at); to-from <= max(near, last.at-last.from) && (last.n > 0) == (n > 0) {
-			*last = amount{max(-mostTokens, min(last.n+n, mostTokens)), from, to}
+	all := *list
+	if i := len(all) - 1; i >= 0 {
+		if both := all[i].and(next); both.at-both.from <= max(near, all[i].at-all[i].from) {
+			all[i] = both
 			return
 		}
 	}
-	if len(b.amounts) == mostAmounts {
-		b.amounts = slices.Delete(b.amounts, 0, 1)
+	if len(all) == mostAmounts {
+		all[1] = all[0].and(all[1])
+		all = slices.Delete(all, 0, 1)
 	}
-	b.amounts = append(b.amounts, next)
+	*list = append(all, next)
+}
+
+func (a amount) and(o amount) amount {
+	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
 }
 
 // drains is how long n tokens of a level take to come back.

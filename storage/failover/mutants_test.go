@@ -19,9 +19,9 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	}
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{
-		{"2, the ledger is charged", "flush.go", "c.Amounts[i] = amounts[k].left(now)", ""},
+		{"2, the ledger is charged", "flush.go", "amounts[i] = e.buckets[i].left(now)", ""},
 		{"2, once", "flush.go", "s.flusher.origin, s.flusher.seq,", `s.flusher.origin, storage.Monotonic(),`},
-		{"3, Redis is raised where the ledger knows more", "flush.go", "if e.behind(&debts[i]) {", "if e.raise && e.behind(&debts[i]) {"},
+		{"3, Redis is raised where the ledger knows more", "flush.go", "if (e.raise || !e.clocked) && e.behind(", "if e.raise && e.behind("},
 		{"4, what is pending is charged before Postgres decides", "failover.go", "if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {", "if err := error(nil); err != nil && i < 0 {"},
 		{"7, what Redis may have missed is read first", "failover.go", "s.readThrough(ctx, r)", ""},
 	} {

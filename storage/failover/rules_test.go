@@ -18,6 +18,8 @@ import (
 // Each rule of the protocol by itself, in virtual time: 100 tokens an hour of every kind, so that none comes back
 // meanwhile.
 
+var bg = context.Background()
+
 var kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
 
 // each runs a test for every kind, on a world without processes.
@@ -29,11 +31,10 @@ func each(t *testing.T, test func(*testing.T, *world)) {
 				rule, faults := storage.NewRule("hourly", kind, time.Hour, 100, 1)
 				require.Empty(t, faults)
 				w := &world{t: t, began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), rules: []storage.Rule{rule}}
-				w.redis.scripts = true
 				w.pg.ahead = (10 * time.Minute).Microseconds() // the clocks of servers differ
 				test(t, w)
 				for _, p := range w.processes {
-					_ = p.storage.Close(context.Background())
+					_ = p.storage.Close(bg)
 				}
 				time.Sleep(2 * time.Second)
 			})
@@ -48,18 +49,39 @@ func (w *world) process(o *failover.Options) *process {
 	p.storage, err = failover.Open(p.redis, p.pg, o, 1)
 	require.NoError(w.t, err)
 	w.processes = append(w.processes, p)
+	w.redis.scripts[p.redis] = true
 	return p
 }
 
-func (w *world) request(n int64) storage.Request {
-	return storage.Request{Part: storage.NewPart("a", w.rules, n)}
+func (w *world) request(n int64) storage.Request { return w.req("a", n) }
+
+func (w *world) req(id string, n int64) storage.Request {
+	return storage.Request{Part: storage.NewPart(id, w.rules, n)}
+}
+
+// do tells whether n tokens of an identifier were admitted.
+func (w *world) do(p *process, id string, n int64) bool {
+	w.t.Helper()
+	v, err := p.storage.Decide(bg, w.req(id, n))
+	require.NoError(w.t, err)
+	return v.Allowed
+}
+
+// owes is what a store says that an identifier has spent.
+func (w *world) owes(s *store, identifier string) (n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.debt(storage.Debt{Identifier: identifier, Rules: w.rules}).Amounts[0] {
+		n += a.N
+	}
+	return n
 }
 
 // takes is how many of n tries take a token.
 func (w *world) takes(p *process, n int) (taken int) {
 	w.t.Helper()
 	for range n {
-		v, err := p.storage.Decide(context.Background(), w.request(1))
+		v, err := p.storage.Decide(bg, w.request(1))
 		require.NoError(w.t, err)
 		if v.Allowed {
 			taken++
@@ -68,15 +90,8 @@ func (w *world) takes(p *process, n int) (taken int) {
 	return taken
 }
 
-// owed is what a store says that the identifier has spent.
-func (w *world) owed(s *store) (n int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, a := range s.debt(storage.Debt{Identifier: "a", Rules: w.rules}).Amounts[0] {
-		n += a.N
-	}
-	return n
-}
+// owed is owes for the one identifier of most tests.
+func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 
 // settle waits until what was admitted has been told.
 func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
@@ -153,7 +168,7 @@ func TestRuleWhatIsPendingIsChargedBeforePostgresDecides(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
 		w.redis.setDown(true)
-		v, err := p.storage.Decide(context.Background(), w.request(41))
+		v, err := p.storage.Decide(bg, w.request(41))
 		require.NoError(t, err)
 		assert.False(t, v.Allowed)
 		assert.Equal(t, 40, w.takes(p, 50))
@@ -165,7 +180,7 @@ func TestRuleACallThatRedisLosesIsDecidedByPostgresAndRelayed(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 10, w.takes(p, 10))
 		p.redis.set(loses)
-		v, err := p.storage.Decide(context.Background(), w.request(1))
+		v, err := p.storage.Decide(bg, w.request(1))
 		require.NoError(t, err)
 		assert.True(t, v.Allowed)
 		assert.Equal(t, "postgres", v.Source())
@@ -248,7 +263,7 @@ func TestRuleARefusalByRedisIsFinal(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 100, w.takes(p, 100))
-		v, err := p.storage.Decide(context.Background(), w.request(1))
+		v, err := p.storage.Decide(bg, w.request(1))
 		require.NoError(t, err)
 		assert.False(t, v.Allowed)
 		assert.Equal(t, "redis", v.Source())
@@ -259,11 +274,11 @@ func TestRuleRefundsReachTheLedger(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		refund := func(n int64) {
-			v, err := p.storage.Decide(context.Background(), w.request(n))
+			v, err := p.storage.Decide(bg, w.request(n))
 			require.NoError(t, err)
 			settle()
 			c := storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: -n, In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}}}
-			require.NoError(t, p.storage.Charge(context.Background(), c))
+			require.NoError(t, p.storage.Charge(bg, c))
 		}
 		require.Equal(t, 10, w.takes(p, 10))
 		refund(20)
@@ -278,7 +293,7 @@ func TestRuleRefundsReachTheLedger(t *testing.T) {
 func TestRuleAResetClearsBothStoresAndWaitsForTheOneThatIsAway(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
-		reset := func() { require.NoError(t, p.storage.Reset(context.Background(), "", "a")) }
+		reset := func() { require.NoError(t, p.storage.Reset(bg, "", "a")) }
 		require.Equal(t, 60, w.takes(p, 60))
 		reset()
 		assert.Zero(t, w.owed(w.redis))
@@ -314,14 +329,14 @@ func TestRuleWhenBothAreDownTheErrorHasBothCauses(t *testing.T) {
 			p.pg.set(f)
 			for range 3 {
 				began := time.Now()
-				_, err := p.storage.Decide(context.Background(), w.request(1))
+				_, err := p.storage.Decide(bg, w.request(1))
 				require.ErrorIs(t, err, storage.ErrUnavailable)
 				assert.ErrorContains(t, err, "neither Redis")
 				assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
 			}
 		}
-		assert.ErrorIs(t, p.storage.Reset(context.Background(), "", "a"), storage.ErrUnavailable)
-		assert.ErrorIs(t, p.storage.Charge(context.Background(), storage.Charge{Identifier: "a", Rules: w.rules, Amounts: make([]storage.Amount, 1)}), storage.ErrUnavailable)
+		assert.ErrorIs(t, p.storage.Reset(bg, "", "a"), storage.ErrUnavailable)
+		assert.ErrorIs(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: make([]storage.Amount, 1)}), storage.ErrUnavailable)
 	})
 }
 
@@ -332,11 +347,11 @@ func TestRuleAProcessHandsOutItsShareWhenBothAreDown(t *testing.T) {
 		w.redis.setDown(true)
 		p.pg.set(refuses)
 		assert.Equal(t, 25, w.takes(p, 50))
-		v, err := p.storage.Decide(context.Background(), w.request(1))
+		v, err := p.storage.Decide(bg, w.request(1))
 		require.NoError(t, err)
 		assert.Equal(t, "runtime", v.Source())
 		assert.True(t, v.Degraded())
-		_, err = p.storage.Decide(context.Background(), w.request(26))
+		_, err = p.storage.Decide(bg, w.request(26))
 		assert.ErrorIs(t, err, storage.ErrUnavailable, "more than the share ever holds")
 	})
 }
@@ -362,7 +377,7 @@ func TestRuleIsolationEndsAfterItsTime(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 		require.Equal(t, 5, w.takes(p, 5))
 		time.Sleep(time.Second)
-		_, err := p.storage.Decide(context.Background(), w.request(1))
+		_, err := p.storage.Decide(bg, w.request(1))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		p.pg.set(fine)
 		time.Sleep(500 * time.Millisecond)
@@ -375,7 +390,7 @@ func TestRuleACallerThatLeavesChangesNothingAndItsTripCounts(t *testing.T) {
 		p := w.process(nil)
 		p.redis.set(swallows)
 		for range 3 {
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+			ctx, cancel := context.WithTimeout(bg, 10*time.Millisecond)
 			_, err := p.storage.Decide(ctx, w.request(1))
 			cancel()
 			assert.ErrorIs(t, err, context.DeadlineExceeded)
@@ -383,7 +398,7 @@ func TestRuleACallerThatLeavesChangesNothingAndItsTripCounts(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 		assert.True(t, p.storage.State().Degraded)
 
-		ctx, cancel := context.WithCancel(context.Background())
+		ctx, cancel := context.WithCancel(bg)
 		cancel()
 		_, err := p.storage.Decide(ctx, w.request(1))
 		assert.ErrorIs(t, err, context.Canceled)
@@ -411,18 +426,18 @@ func TestRuleCloseTellsWhatIsPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
-		require.NoError(t, p.storage.Close(context.Background()))
+		require.NoError(t, p.storage.Close(bg))
 		assert.EqualValues(t, 60, w.owed(w.pg))
-		_, err := p.storage.Decide(context.Background(), w.request(1))
+		_, err := p.storage.Decide(bg, w.request(1))
 		assert.ErrorIs(t, err, storage.ErrClosed)
-		assert.ErrorIs(t, p.storage.Reset(context.Background(), "", "a"), storage.ErrClosed)
-		assert.NoError(t, p.storage.Close(context.Background()), "twice")
+		assert.ErrorIs(t, p.storage.Reset(bg, "", "a"), storage.ErrClosed)
+		assert.NoError(t, p.storage.Close(bg), "twice")
 
 		p = w.process(nil)
 		p.pg.set(swallows)
 		require.Equal(t, 1, w.takes(p, 1))
 		began := time.Now()
-		assert.Error(t, p.storage.Close(context.Background()), "it could not be told")
+		assert.Error(t, p.storage.Close(bg), "it could not be told")
 		assert.LessOrEqual(t, time.Since(began), 1100*time.Millisecond)
 	})
 }
@@ -432,7 +447,7 @@ func TestRuleNoMoreIsRememberedThanMaxPending(t *testing.T) {
 		p := w.process(&failover.Options{MaxPending: 10})
 		p.pg.set(refuses)
 		for i := range 30 {
-			v, err := p.storage.Decide(context.Background(), storage.Request{Part: storage.NewPart(string(rune('A'+i)), w.rules, 1)})
+			v, err := p.storage.Decide(bg, storage.Request{Part: storage.NewPart(string(rune('A'+i)), w.rules, 1)})
 			require.NoError(t, err)
 			require.True(t, v.Allowed)
 		}
@@ -486,7 +501,7 @@ func TestRuleOneWithinSeveralPartsAndBucketsIsAllOrNone(t *testing.T) {
 		r := storage.Request{Part: storage.NewPart("a", w.rules, 1), More: []storage.Part{storage.NewPart("b", []storage.Rule{w.rules[0], small}, 1)}}
 		take := func(n int) (taken int) {
 			for range n {
-				v, err := p.storage.Decide(context.Background(), r)
+				v, err := p.storage.Decide(bg, r)
 				require.NoError(t, err)
 				if v.Allowed {
 					taken++
@@ -536,13 +551,13 @@ func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 		}
 		for range 5000 { // of 4 ms
 			for _, p := range w.processes {
-				v, err := p.storage.Decide(context.Background(), r)
+				v, err := p.storage.Decide(bg, r)
 				require.NoError(t, err)
 				require.Equal(t, "redis", v.Source())
 				if v.Allowed {
 					admitted++
 				}
-				if v, _ := alone.decide(&r, false, -1); v.Allowed {
+				if v, _ := alone.decide(nil, &r, false, -1); v.Allowed {
 					without++
 				}
 			}
@@ -560,7 +575,7 @@ func TestRuleABurstOfTwoProcessesIsBackAsSoonAsInRedisAlone(t *testing.T) {
 		p := []*process{w.process(nil), w.process(nil)}
 		for i := range 80 {
 			require.Equal(t, 1, w.takes(p[i%2], 1))
-			v, _ := alone.decide(&r, false, -1)
+			v, _ := alone.decide(nil, &r, false, -1)
 			require.True(t, v.Allowed)
 		}
 		settle()

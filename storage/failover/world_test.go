@@ -24,7 +24,7 @@ type store struct {
 	mu      sync.Mutex // guards what follows
 	ahead   int64      // of the clock, in microseconds
 	down    bool
-	scripts bool // what DecideFresh needs is loaded
+	scripts map[*link]bool // whose script it knows
 	states  map[id]map[string]storage.State
 	seqs    map[string]int64 // of origins
 }
@@ -32,7 +32,7 @@ type store struct {
 type id struct{ name, identifier string }
 
 func newStore(name string) *store {
-	return &store{name: name, states: map[id]map[string]storage.State{}, seqs: map[string]int64{}}
+	return &store{name: name, scripts: map[*link]bool{}, states: map[id]map[string]storage.State{}, seqs: map[string]int64{}}
 }
 
 func (s *store) now() int64 { return storage.Monotonic() + s.ahead }
@@ -63,7 +63,7 @@ func (s *store) snapshot() map[id]map[string]storage.State {
 func (s *store) restore(states map[id]map[string]storage.State) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.states, s.scripts, s.down = states, false, false
+	s.states, s.scripts, s.down = states, map[*link]bool{}, false
 }
 
 func (s *store) setDown(down bool) {
@@ -79,11 +79,11 @@ func (s *store) step(by int64) {
 }
 
 // decide decides. With age at least 0 it doubts what was not changed since.
-func (s *store) decide(r *storage.Request, fresh bool, age time.Duration) (v storage.Verdict, err error) {
-	if fresh && !s.scripts {
-		return v, redis.ErrStale
+func (s *store) decide(l *link, r *storage.Request, fresh bool, age time.Duration) (v storage.Verdict, err error) {
+	if fresh && !s.scripts[l] {
+		return v, redis.ErrRestarted
 	}
-	s.scripts = true
+	s.scripts[l] = true
 	now := s.now()
 	var draws []storage.Draw
 	doubtful := false
@@ -98,7 +98,7 @@ func (s *store) decide(r *storage.Request, fresh bool, age time.Duration) (v sto
 	}
 	v = storage.NewVerdict(r, s.name, storage.Monotonic())
 	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && doubtful && age >= 0 && r.Mode != storage.Force {
+	if v.Allowed && doubtful && age >= 0 {
 		return storage.Verdict{}, redis.ErrStale
 	}
 	n := 0
@@ -309,12 +309,12 @@ func (l *link) Watch(timeout time.Duration, report func(error)) error {
 }
 
 func (l *link) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(&r, false, -1) })
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, false, -1) })
 	return v, err
 }
 
 func (l *link) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(&r, true, age) })
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, true, age) })
 	return v, err
 }
 

@@ -47,7 +47,7 @@ func (o *Options) table() string {
 // statements are the SQL of a flight.
 type statements struct {
 	read, insert, update, recall, one, blank, lock, free, sweep string
-	absent, claim, record                                  string // those of a Record
+	absent, claim, record                                       string // those of a Record
 }
 
 // A row that is locked stays in its place, the ctid, where an update finds it without the index.

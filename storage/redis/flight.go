@@ -44,7 +44,7 @@ const ever = 1 << 53
 // doubtOf is the doubt of a request with an age. An injected clock may stand still, so by it no state is young.
 func doubtOf(r *storage.Request, age time.Duration) doubt {
 	switch {
-	case age < 0 || r.Mode == storage.Force:
+	case age < 0:
 		return doubt{}
 	case r.Clocked:
 		return doubt{true, -ever}
@@ -292,7 +292,7 @@ func (s *Storage) groups(flight []*call) (groups []*group) {
 		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
 			end++
 		}
-		groups = append(groups, &group{calls: flight[begin:end]})
+		groups = append(groups, &group{calls: flight[begin:end], decider: s.decider})
 	}
 	return groups
 }
@@ -343,6 +343,7 @@ func (s *Storage) unavailable(err error) error {
 // group is the calls that one script call answers.
 type group struct {
 	calls   []*call
+	decider *script
 	command command
 }
 
@@ -351,7 +352,7 @@ func (g *group) dropDoubtful() int {
 	var left []*call // and not in place: the flight has the calls in the same array
 	for _, c := range g.calls {
 		if c.Query.fresh {
-			c.Err = ErrStale
+			c.Err = ErrRestarted
 		} else {
 			left = append(left, c)
 		}
@@ -378,7 +379,7 @@ func (g *group) script(ctx context.Context, byText bool) command {
 			parts.add(&c.Query, i)
 		}
 	}
-	return decideScript.call(ctx, byText, keys, decideArgs(&parts)...)
+	return g.decider.call(ctx, byText, keys, decideArgs(&parts)...)
 }
 
 // land gives each call its answer.

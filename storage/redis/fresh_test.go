@@ -144,7 +144,7 @@ func TestABucketThatIsAskedForNothingIsNotDoubted(t *testing.T) {
 	assert.False(t, d.stale(t, r, time.Hour), "b has no state, and a none for its first bucket")
 }
 
-func TestARefusalAndAForceAreNeverStale(t *testing.T) {
+func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 	t.Parallel()
 	for kind := range allKinds {
 		d := newDoubter(t, kind)
@@ -164,7 +164,7 @@ func TestARefusalAndAForceAreNeverStale(t *testing.T) {
 		for i, age := range ages {
 			r := d.request(1, fmt.Sprint("forced-", i), "a")
 			r.Mode = storage.Force
-			assert.False(t, d.stale(t, r, age))
+			assert.True(t, d.stale(t, r, age))
 		}
 	}
 }
@@ -193,13 +193,17 @@ func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)
 			age := []time.Duration{-1, 0, time.Minute, math.MaxInt64}[g.rnd.IntN(4)]
 			peek := r
-			if r.Mode != storage.Force {
+			allowed := r.Mode == storage.Force
+			if !allowed {
 				peek.Mode = storage.Peek
-				if v, err := model.Decide(t.Context(), peek); assert.NoError(t, err) && v.Allowed && age >= 0 && asks(&r) {
-					_, err = s.DecideFresh(t.Context(), r, age)
-					assert.ErrorIs(t, err, redisstore.ErrStale, "%d, step %d: %+v", i, step, r)
-					age = -1
-				}
+				v, err := model.Decide(t.Context(), peek)
+				assert.NoError(t, err)
+				allowed = v.Allowed
+			}
+			if allowed && age >= 0 && asks(&r) {
+				_, err := s.DecideFresh(t.Context(), r, age)
+				assert.ErrorIs(t, err, redisstore.ErrStale, "%d, step %d: %+v", i, step, r)
+				age = -1
 			}
 			want, err := model.Decide(t.Context(), r)
 			assert.NoError(t, err)
@@ -230,6 +234,7 @@ func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
 		for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
 			r.Mode = mode
 			v, err := s.DecideFresh(t.Context(), r, age)
+			assert.ErrorIs(t, err, redisstore.ErrRestarted)
 			assert.ErrorIs(t, err, redisstore.ErrStale)
 			assert.Equal(t, storage.Verdict{}, v)
 		}

@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"encoding/binary"
 	"encoding/hex"
+	"fmt"
 	"math"
 	"regexp"
 	"strconv"
@@ -28,7 +29,8 @@ var (
 	//go:embed change.lua
 	changeLua string
 
-	decideScript = newScript("local function decider()\n" + stateLua + decideLua + "\nend\n" + shortLua)
+	decideText   = "local function decider()\n" + stateLua + decideLua + "\nend\n" + shortLua
+	decideScript = newScript(decideText)
 	changeScript = newScript(stateLua + changeLua)
 )
 
@@ -42,6 +44,12 @@ func newScript(text string) *script {
 	sum := sha1.Sum([]byte(text)) // the name that Redis gives to a script
 	return &script{text, hex.EncodeToString(sum[:])}
 }
+
+// variants is how many variants of the script for decisions a server may come to know.
+const variants = 256
+
+// variant is the script for decisions, and to a server another one.
+func variant(n int) *script { return newScript(fmt.Sprintf("local variant = %d\n", n) + decideText) }
 
 // command is a script call. Its NoRetry keeps every client from sending it again, but for MOVED and ASK
 // where nothing ran: it may have been executed although no answer came.

@@ -73,6 +73,9 @@ var (
 
 	// ErrStale is for a DecideFresh whose server may have forgotten what was spent. Nothing was executed.
 	ErrStale = errors.New("throttler: redis: stale state")
+
+	// ErrRestarted is an ErrStale, as the server does not know the script.
+	ErrRestarted = fmt.Errorf("%w: the server has lost its scripts", ErrStale)
 )
 
 // Storage is safe for concurrent use. It is made by New or Open.
@@ -88,6 +91,7 @@ type Storage struct {
 	owned   bool                   // Close closes client
 	options Options
 	fault   error           // what every call returns
+	decider *script         // for decisions
 	report  func(err error) // what Watch was given, or nil
 
 	known atomic.Bool // the cluster's nodes have been asked for
@@ -110,7 +114,7 @@ var _ storage.Replica = (*Storage)(nil)
 // stuck is of no use until they have passed. Open sets them. MaxRetries does not matter: the scripts are
 // never retried.
 func New(client goredis.UniversalClient, o *Options) *Storage {
-	s := &Storage{client: client, queues: make(map[string]*queue)}
+	s := &Storage{client: client, decider: decideScript, queues: make(map[string]*queue)}
 	if o != nil {
 		s.options = *o
 	}
@@ -185,12 +189,12 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdic
 	return s.decide(ctx, &r, false, doubt{})
 }
 
-// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit a Take or a Peek, and a
+// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a
 // bucket that is asked for more than 0 tokens has no state, or one that was changed last so long ago or longer
 // by the server's clock, it changes nothing and returns ErrStale. By an injected clock, which may stand still, any
 // state is too old. A negative age doubts no state.
 //
-// With any age and in any Mode it returns ErrStale, too, when the server does not know the script: it was
+// With any age it returns ErrRestarted when the server does not know the script: it was
 // started again, is a replica that was promoted, or has never decided. The next Decide sends the script.
 func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (storage.Verdict, error) {
 	return s.decide(ctx, &r, true, doubtOf(&r, age))

@@ -3,6 +3,7 @@ package redis
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/go-throttler/throttler/internal/combine"
@@ -17,6 +18,9 @@ import (
 //
 // Report is called by several goroutines at a time, before the callers return unless they had to give up, and
 // must be quick. It may be called until the Timeout after Close.
+//
+// The storage also uses one of 256 variants of its script, at random, so that each process finds out by ErrRestarted
+// that a server has restarted, and not only the one that uses it first. The server keeps each, some 10 kB.
 //
 // Watch must be called once, and before the first call has begun: after it, and for a timeout that is not above 0,
 // it returns an *OptionError.
@@ -37,7 +41,7 @@ func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
 		return &OptionError{"Timeout", fmt.Sprintf("of Watch is %v, must be above 0", timeout)}
 	}
 	s.options.Timeout = min(s.options.Timeout, timeout)
-	s.report = report
+	s.report, s.decider = report, variant(rand.N(variants))
 	return nil
 }
 

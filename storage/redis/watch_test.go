@@ -256,3 +256,20 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 	}
 	refused(redisstore.New(nil, nil).Watch(short, report), "Client")
 }
+
+func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {
+	t.Parallel()
+	url := servers.RedisURL(t)
+	missed := 0
+	for range 10 { // of which two may have the same variant
+		s := open(t, url, redisstore.Options{})
+		require.NoError(t, s.Watch(patient, func(error) {}))
+		if _, err := s.DecideFresh(t.Context(), hourly(t, freshName(), 5), -1); err == nil {
+			missed++
+		} else {
+			assert.ErrorIs(t, err, redisstore.ErrRestarted)
+		}
+		assert.Equal(t, 1, take(t, s, hourly(t, freshName(), 5), 1))
+	}
+	assert.LessOrEqual(t, missed, 3)
+}

@@ -1,0 +1,361 @@
+package failover_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+)
+
+// Each of these has failed once.
+
+// giveBack refunds what a verdict took.
+func (w *world) giveBack(p *process, id string, v *storage.Verdict) error {
+	a := storage.Amount{N: -v.Part(0).Cost(0), In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}
+	return p.storage.Charge(bg, storage.Charge{Identifier: id, Rules: w.rules, Amounts: []storage.Amount{a}})
+}
+
+// strict refuses what a *postgres.Storage refuses.
+type strict struct{ *link }
+
+func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
+	for i := range batch {
+		if err := batch[i].Validate(); err != nil {
+			return nil, err
+		}
+	}
+	return l.link.Record(ctx, origin, seq, batch)
+}
+
+func (l strict) Raise(ctx context.Context, d storage.Debt) error {
+	if d.Identifier == "corrupt" {
+		return storage.ErrCorruptState
+	}
+	return l.link.Raise(ctx, d)
+}
+
+// strictProcess is a process with a strict ledger.
+func (w *world) strictProcess(o *failover.Options) *process {
+	p := &process{number: len(w.processes), redis: &link{to: w.redis, trip: trip}, pg: &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}}
+	var err error
+	p.storage, err = failover.Open(p.redis, strict{p.pg}, o, 1)
+	require.NoError(w.t, err)
+	w.processes = append(w.processes, p)
+	w.redis.scripts[p.redis] = true
+	return p
+}
+
+func TestRegressionARestartIsSeenThoughAnotherProcessSawItFirst(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p, other := w.process(nil), w.process(nil)
+		require.True(t, w.do(p, "a", 60))
+		time.Sleep(time.Second)
+		w.redis.restore(empty())
+		require.True(t, w.do(other, "b", 1))
+		time.Sleep(time.Second)
+		assert.False(t, w.do(p, "a", 60), "one process uses a, which was quiet for 2 s")
+	})
+}
+
+func TestRegressionASecondRestartBeginsTheDoubtAnew(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		w.redis.restore(empty())
+		require.True(t, w.do(p, "a", 1))
+		require.True(t, w.do(p, "b", 1))
+		time.Sleep(time.Second)
+		before := w.redis.snapshot()
+		require.True(t, w.do(p, "a", 60))
+		require.True(t, w.do(p, "b", 60))
+		time.Sleep(time.Second)
+		w.redis.restore(before)
+		assert.False(t, w.do(p, "a", 60), "a")
+		assert.False(t, w.do(p, "b", 60), "b")
+	})
+}
+
+func TestRegressionAForceDoesNotEndTheDoubt(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 60))
+		time.Sleep(time.Second)
+		w.redis.setDown(true)
+		require.True(t, w.do(p, "a", 20))
+		w.redis.restore(empty())
+		w.back()
+		r := w.req("a", 1)
+		r.Mode = storage.Force
+		_, err := p.storage.Decide(bg, r)
+		require.NoError(t, err)
+		assert.False(t, w.do(p, "a", 60))
+	})
+}
+
+func TestRegressionAChargeDoesNotEndTheDoubt(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 60))
+		time.Sleep(time.Second)
+		w.redis.setDown(true)
+		require.True(t, w.do(p, "a", 20))
+		w.redis.restore(empty())
+		w.back()
+		require.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
+		assert.False(t, w.do(p, "a", 60))
+	})
+}
+
+func TestRegressionRefundsDoNotKeepRedisFromBeingRaised(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		cut, other := w.process(nil), w.process(nil)
+		cut.redis.set(refuses)
+		stop := time.Now().Add(5 * time.Second)
+		done := make(chan struct{})
+		for i := range 20 {
+			go func() {
+				time.Sleep(time.Duration(i) * 300 * time.Microsecond)
+				for time.Now().Before(stop) {
+					v, err := other.storage.Decide(bg, w.req("a", 1))
+					if err == nil && v.Allowed {
+						time.Sleep(5 * time.Millisecond)
+						_ = w.giveBack(other, "a", &v)
+					}
+					time.Sleep(3 * time.Millisecond)
+				}
+				done <- struct{}{}
+			}()
+		}
+		time.Sleep(time.Second)
+		require.True(t, w.do(cut, "a", 60))
+		time.Sleep(3500 * time.Millisecond)
+		assert.GreaterOrEqual(t, w.owes(w.redis, "a"), int64(60))
+		for range 20 {
+			<-done
+		}
+	})
+}
+
+func TestRegressionDebtIsToldAfterPostgresWasAway(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.set(refuses)
+		r := w.req("a", 100)
+		r.Mode = storage.Force
+		for range 3 {
+			_, err := p.storage.Decide(bg, r)
+			require.NoError(t, err)
+		}
+		time.Sleep(3 * time.Second)
+		p.pg.set(fine)
+		time.Sleep(time.Second)
+		assert.EqualValues(t, 300, w.owes(w.redis, "a"))
+		assert.EqualValues(t, 300, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionAChargeIsToldAfterPostgresWasAway(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 50))
+		time.Sleep(time.Second)
+		p.pg.set(refuses)
+		require.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 10, In: 100 * time.Hour.Microseconds()}}}))
+		time.Sleep(3 * time.Second)
+		p.pg.set(fine)
+		time.Sleep(time.Second)
+		assert.EqualValues(t, 60, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionAResetIsToldThoughTooMuchIsPending(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(&failover.Options{MaxPending: 5})
+		require.True(t, w.do(p, "a", 50))
+		time.Sleep(time.Second)
+		p.pg.set(refuses)
+		for i := range 1000 { // flying takes up to 512
+			w.do(p, fmt.Sprint("x", i), 1)
+		}
+		require.NoError(t, p.storage.Reset(bg, "", "a"))
+		p.pg.set(fine)
+		time.Sleep(3 * time.Second)
+		assert.Zero(t, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionAResetThatRedisMissedTakesNothingBackLater(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(time.Second)
+		p.redis.set(swallows)
+		go func() { time.Sleep(102 * time.Millisecond); p.redis.set(fine) }()
+		require.NoError(t, p.storage.Reset(bg, "", "a"))
+		p.redis.set(fine)
+		require.False(t, p.storage.State().Degraded)
+		require.True(t, w.do(p, "a", 60))
+		time.Sleep(time.Second)
+		assert.False(t, w.do(p, "a", 60))
+	})
+}
+
+func TestRegressionAResetThatRedisMissedNeedsNoTraffic(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(time.Second)
+		p.redis.set(swallows)
+		go func() { time.Sleep(102 * time.Millisecond); p.redis.set(fine) }()
+		require.NoError(t, p.storage.Reset(bg, "", "a"))
+		p.redis.set(fine)
+		time.Sleep(20 * time.Second)
+		assert.Zero(t, w.owes(w.redis, "a"))
+	})
+}
+
+func TestRegressionACallInDoubtTakesNoLonger(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(time.Second)
+		w.redis.restore(empty())
+		p.pg.set(swallows)
+		go func() { time.Sleep(20 * time.Millisecond); p.redis.set(swallows) }()
+		p.redis.trip = 30 * time.Millisecond // slow: 15..45 a way
+		began := time.Now()
+		_, _ = p.storage.Decide(bg, w.req("a", 1))
+		assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
+	})
+}
+
+func TestRegressionALongIntervalChargesLevelsToo(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(&failover.Options{FlushInterval: 5 * time.Second})
+		require.True(t, w.do(p, "a", 40))
+		time.Sleep(2 * time.Second)
+		p.redis.set(refuses)
+		require.True(t, w.do(p, "a", 10))
+		p.redis.set(fine)
+		for p.storage.State().Degraded {
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(20 * time.Second)
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(20 * time.Second)
+		assert.EqualValues(t, 80, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionManyRefundsPushOutNothing(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.set(refuses)
+		require.True(t, w.do(p, "a", 60))
+		for range 300 {
+			v, err := p.storage.Decide(bg, w.req("a", 1))
+			require.NoError(t, err)
+			require.NoError(t, w.giveBack(p, "a", &v))
+		}
+		p.pg.set(fine)
+		time.Sleep(2 * time.Second)
+		assert.InDelta(t, 60, w.owes(w.pg, "a"), 2)
+	})
+}
+
+func TestRegressionManyBucketsOfAnIdentifierLoseNothingOfOthers(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.strictProcess(nil)
+		require.True(t, w.do(p, "a", 60))
+		for i := range 17 {
+			rule, _ := storage.NewRule(fmt.Sprint("r", i), w.rules[0].Kind, time.Millisecond, 100, 100)
+			v, err := p.storage.Decide(bg, storage.Request{Part: storage.NewPart("many", []storage.Rule{rule}, 1)})
+			require.NoError(t, err)
+			require.True(t, v.Allowed)
+		}
+		time.Sleep(time.Second)
+		assert.EqualValues(t, 60, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionACorruptRowLosesNothingOfOthers(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.strictProcess(nil)
+		p.pg.set(refuses)
+		require.True(t, w.do(p, "corrupt", 1))
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(2 * time.Second)
+		p.pg.set(fine)
+		time.Sleep(2 * time.Second)
+		assert.EqualValues(t, 30, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionWhatFollowsARefusedBatchIsTold(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.strictProcess(nil)
+		p.pg.set(loses)
+		require.True(t, w.do(p, "corrupt", 1))
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(150 * time.Millisecond) // told, answer lost
+		p.pg.set(refuses)
+		time.Sleep(2 * time.Second)
+		p.pg.set(fine)
+		time.Sleep(400 * time.Millisecond) // retried and dropped
+		require.True(t, w.do(p, "b", 60))
+		time.Sleep(2 * time.Second)
+		assert.EqualValues(t, 60, w.owes(w.pg, "b"))
+	})
+}
+
+func TestRegressionManyIdentifiersAreReadThroughAtOnce(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.trip = 5 * time.Millisecond // one way
+		p.pg.timeout = 500 * time.Millisecond
+		const n = 200
+		for i := range n {
+			go w.do(p, fmt.Sprint("i", i), 60)
+		}
+		time.Sleep(3 * time.Second)
+		w.redis.setDown(true)
+		for i := range n {
+			go w.do(p, fmt.Sprint("i", i), 30)
+		}
+		time.Sleep(2 * time.Second)
+		w.redis.restore(empty())
+		w.back()
+		over := 0
+		done := make(chan bool)
+		for i := range n {
+			go func() {
+				time.Sleep(time.Duration(i) * time.Millisecond)
+				v, err := p.storage.Decide(bg, w.req(fmt.Sprint("i", i), 30))
+				done <- err == nil && v.Allowed
+			}()
+		}
+		for range n {
+			if <-done {
+				over++
+			}
+		}
+		assert.Zero(t, over)
+	})
+}
+
+func TestRegressionAChargeSucceedsWhenOnlyRedisIsLeft(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		w.redis.setDown(true)
+		w.do(p, "a", 1)
+		require.True(t, p.storage.State().Degraded)
+		w.redis.setDown(false)
+		p.pg.set(refuses)
+		assert.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 1, In: 1000000}}}))
+	})
+}
