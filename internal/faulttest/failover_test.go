@@ -284,7 +284,7 @@ func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 func TestT7ALinkThatFlapsIsLeftAlone(t *testing.T) {
 	var r record
 	p := before(t, servers.Redis(t))
-	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL()})
+	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), PostgresTimeout: patient})
 	targets := append(ofEachKind(t, 1000), steady(t))
 	n.begin(order{Targets: targets, Workers: 6, Pause: 5 * time.Millisecond})
 	tick := time.NewTicker(50 * time.Millisecond)

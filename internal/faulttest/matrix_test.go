@@ -225,7 +225,7 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			t.Parallel()
 			var r record
 			server := servers.Redis(t, f.config...)
-			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL()})
+			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
 			quiet()
@@ -254,7 +254,7 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 			t.Parallel()
 			var r record
 			server := servers.Redis(t)
-			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL()}), client(t, server)
+			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: patient}), client(t, server)
 			targets, others := ofEachKind(t, 100), ofEachKind(t, 100)
 			key := func(g *target) string { return redisstore.DefaultPrefix + "fault:" + g.ID }
 			at := func(command string, g *target) any {
@@ -348,7 +348,7 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 			t.Parallel()
 			var r record
 			redis := servers.Redis(t)
-			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
 			limited := func(capacity int64) (all []target) {
@@ -380,7 +380,7 @@ func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 	var r record
 	cluster := servers.RedisCluster(t, 2)
 	url := "redis://" + strings.Join(cluster.Addrs(), "?addr=")
-	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL()})
+	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: patient})
 	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // in some slots of both
 	require.Equal(t, append(five(60), five(60)...), n.times(60, targets))
 	n.settled(t)
@@ -424,7 +424,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	t.Parallel()
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t, "-c", "synchronous_commit=off", "-c", "wal_writer_delay=10s")
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), PostgresTimeout: patient})
 	targets := ofEachKind(t, 100)
 	require.Equal(t, five(40), n.times(40, targets))
 	n.settled(t)

@@ -20,7 +20,7 @@ import (
 // must be quick. It may be called until the Timeout after Close.
 //
 // The storage also uses one of 256 variants of its script, at random, so that each process finds out by ErrRestarted
-// that a server has restarted, and not only the one that uses it first. The server keeps each, some 10 kB.
+// that a server has restarted, and not only the one that uses it first. The server keeps each, 15 kB of text.
 //
 // Watch must be called once, and before the first call has begun: after it, and for a timeout that is not above 0,
 // it returns an *OptionError.
