@@ -17,10 +17,11 @@ BENCHTIME ?= 1s
 NESTED := internal/faulttest internal/adapters internal/browsertest benchmarks
 
 GOLANGCI_LINT_VERSION := v2.12.0
+BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres demo-failover lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-check demo-failover lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -76,17 +77,31 @@ simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)
 
-bench: ## Run the benchmarks that match BENCH=. for BENCHTIME=1s each
+# Flags of the program, such as FLAGS='-rounds 2 -d 50ms'. It is built and not run by "go run", which would pass
+# no SIGTERM on.
+bench: servers ## Put this beside its peers and write docs/benchmarks.md, in about 15 minutes
+	@command -v wrk >/dev/null || internal/servers/install.sh wrk || echo 'without wrk there are no figures for HTTP' >&2
+	@cd benchmarks && $(GO) build -o ../bin/bench . && exec ../bin/bench -out ../docs $(FLAGS)
+
+bench-redis: servers ## Print the part of "make bench" about Redis, of fewer rounds
+	@cd benchmarks && $(GO) build -o ../bin/bench . && exec ../bin/bench -only '^redis' -rounds 3 $(FLAGS)
+
+bench-postgres: servers ## Print the part of "make bench" about Postgres, of fewer rounds
+	@cd benchmarks && $(GO) build -o ../bin/bench . && exec ../bin/bench -only '^postgres' -rounds 3 $(FLAGS)
+
+bench-go: ## Run the Go benchmarks that match BENCH=. for BENCHTIME=1s each
 	@set -euo pipefail; \
 	packages=$$($(call find,Benchmark) | sed 's/:[^:]*$$//' | sort -u); \
 	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
 	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
 
-bench-redis: servers ## Decisions on Redis beside redis_rate and the floors, BENCHTIME=1s each
-	cd benchmarks && $(GO) test -run '^$$' -bench Redis -benchtime $(BENCHTIME)
-
-bench-postgres: servers ## Decisions on Postgres beside two patterns of other limiters and the floors, BENCHTIME=1s each
-	cd benchmarks && $(GO) test -run '^$$' -bench Postgres -benchtime $(BENCHTIME)
+bench-check: ## Fail if the hot path got slower since BASE, by default the last tag: in turns, by benchstat
+	@set -euo pipefail; \
+	installed=$$($(GO) version -m bin/benchstat 2>/dev/null | awk '$$1 == "mod" { print $$3 }') || true; \
+	if [ "$$installed" != '$(BENCHSTAT_VERSION)' ]; then \
+		(set -x; GOBIN='$(CURDIR)/bin' $(GO) install golang.org/x/perf/cmd/benchstat@$(BENCHSTAT_VERSION)); \
+	fi
+	@GO='$(GO)' benchmarks/check.sh $(BASE)
 
 # A program of its own and not "go run", which would pass no SIGTERM on.
 demo-failover: servers ## Kill Redis under load and start it again, for 16 s: a line each second says who decides

@@ -288,10 +288,12 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 // ledger does not know. It is tried again with the next flush.
 func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error {
 	id, err := key{d.Name, d.Identifier}, errGivenBack
-	if s.journal.raise(id) {
+	if may, own := s.journal.raise(id); may {
 		age(&d, asked)
 		err = s.primary.Raise(ctx, d)
-		s.journal.raised(id)
+		if own {
+			s.journal.raised(id)
+		}
 	}
 	if err == errGivenBack || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
 		s.journal.again(&d)

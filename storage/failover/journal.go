@@ -232,28 +232,26 @@ func (j *journal) gaveBack(id key) {
 	}
 }
 
-// raise says that the primary is going to be raised, until raised is called. It returns false, and it must not be,
+// raise says that the primary is going to be raised, and own that raised has to be called afterwards. It may not be
 // while tokens have been given back there of which the ledger does not know.
-func (j *journal) raise(id key) bool {
+func (j *journal) raise(id key) (may, own bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	flying := j.flying[id]
 	held := flying != nil && flying.hold
 	if j.giving[id] > 0 || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
-		return false
+		return false, false
 	}
 	if !held {
 		j.raising[id] = make(chan struct{})
 	}
-	return true
+	return true, !held
 }
 
 func (j *journal) raised(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if e := j.flying[id]; e == nil || !e.hold { // else when it lands
-		j.release(id)
-	}
+	j.release(id)
 }
 
 func (j *journal) release(id key) {
