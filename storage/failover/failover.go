@@ -236,22 +236,27 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 	}
 	began, age := time.Now(), s.doubt(r)
 	v, err = s.primary.DecideFresh(ctx, *r, age)
+	if errors.Is(err, redis.ErrRestarted) && !r.Clocked {
+		s.doubted.Store(storage.Monotonic())
+		age = 0
+	}
 	if errors.Is(err, redis.ErrStale) {
-		if errors.Is(err, redis.ErrRestarted) && !r.Clocked {
-			s.doubted.Store(storage.Monotonic())
-			age = 0
-		}
-		err = s.onPrimary(ctx, began, func(ctx context.Context) error {
-			if age >= 0 {
-				s.readThrough(ctx, r)
-			}
-			v, err = s.primary.Decide(ctx, *r)
-			return err
-		})
+		v, err = s.decideAnyway(ctx, r, began, age >= 0)
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
 	}
+	return v, err
+}
+
+func (s *Storage) decideAnyway(ctx context.Context, r *storage.Request, began time.Time, doubted bool) (v storage.Verdict, err error) {
+	err = s.onPrimary(ctx, began, func(ctx context.Context) error {
+		if doubted {
+			s.readThrough(ctx, r)
+		}
+		v, err = s.primary.Decide(ctx, *r)
+		return err
+	})
 	return v, err
 }
 
