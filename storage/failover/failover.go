@@ -86,7 +86,7 @@ func (e *OptionError) Error() string {
 // primary is a *redis.Storage.
 type primary interface {
 	storage.Replica
-	DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (storage.Verdict, error)
+	DecideFresh(ctx context.Context, r storage.Request, since int64) (storage.Verdict, error)
 	Watch(timeout time.Duration, report func(error)) error
 }
 
@@ -234,14 +234,14 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 	if err := s.isolated(); err != nil {
 		return v, err
 	}
-	began, age := time.Now(), s.doubt(r)
-	v, err = s.primary.DecideFresh(ctx, *r, age)
+	began, since := time.Now(), s.doubt(r)
+	v, err = s.primary.DecideFresh(ctx, *r, since)
 	if errors.Is(err, redis.ErrRestarted) && !r.Clocked {
-		s.doubted.Store(storage.Monotonic())
-		age = 0
+		since = storage.Monotonic()
+		s.doubted.Store(since)
 	}
 	if errors.Is(err, redis.ErrStale) {
-		v, err = s.decideAnyway(ctx, r, began, age >= 0)
+		v, err = s.decideAnyway(ctx, r, began, since != 0)
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
@@ -402,7 +402,7 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge) error {
 	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
 		if takes(c) {
 			r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
-			if s.doubt(&r) >= 0 { // afterwards the state is young
+			if s.doubt(&r) != 0 { // afterwards the state is young
 				s.readThrough(ctx, &r)
 			}
 		}

@@ -415,26 +415,25 @@ func (s *Storage) ledgerFails() bool {
 	return s.flusher.failures > 0
 }
 
-// doubt is how long ago the primary may have missed something of a request's buckets, negative if it has not, or if
-// it would have come back since.
-func (s *Storage) doubt(r *storage.Request) time.Duration {
-	since := s.doubted.Load()
-	if r.Clocked { // to which it does not matter whether a server has restarted
+// doubt is since when the primary may have missed something of a request's buckets, 0 if it has not, or if that would
+// have come back since.
+func (s *Storage) doubt(r *storage.Request) (since int64) {
+	if since = s.doubted.Load(); r.Clocked { // to which it does not matter whether a server has restarted
 		since = s.outage.Load()
 	}
 	if since == 0 {
-		return -1
+		return 0
 	}
 	age := storage.Monotonic() - since
 	for i := range r.Parts() {
 		rules := r.At(i).Rules
 		for j := range rules {
 			if age <= longest(&rules[j]) {
-				return micros(age)
+				return since
 			}
 		}
 	}
-	return -1
+	return 0
 }
 
 // longest is at least how long anything of a rule's bucket takes to come back.

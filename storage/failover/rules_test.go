@@ -557,7 +557,7 @@ func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 				if v.Allowed {
 					admitted++
 				}
-				if v, _ := alone.decide(nil, &r, false, -1); v.Allowed {
+				if v, _ := alone.decide(nil, &r, false, 0); v.Allowed {
 					without++
 				}
 			}
@@ -575,7 +575,7 @@ func TestRuleABurstOfTwoProcessesIsBackAsSoonAsInRedisAlone(t *testing.T) {
 		p := []*process{w.process(nil), w.process(nil)}
 		for i := range 80 {
 			require.Equal(t, 1, w.takes(p[i%2], 1))
-			v, _ := alone.decide(nil, &r, false, -1)
+			v, _ := alone.decide(nil, &r, false, 0)
 			require.True(t, v.Allowed)
 		}
 		settle()

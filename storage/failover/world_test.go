@@ -78,8 +78,8 @@ func (s *store) step(by int64) {
 	s.ahead += by
 }
 
-// decide decides. With age at least 0 it doubts what was not changed since.
-func (s *store) decide(l *link, r *storage.Request, fresh bool, age time.Duration) (v storage.Verdict, err error) {
+// decide decides, and doubts what was not changed since.
+func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
 	if fresh && !s.scripts[l] {
 		return v, redis.ErrRestarted
 	}
@@ -92,13 +92,13 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, age time.Duratio
 		for j := range p.Rules {
 			st := s.of(r.Name, p.Identifier)[p.Rules[j].Name]
 			st = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
-			doubtful = doubtful || p.Cost(j) > 0 && (st.Law == nil || st.Seen <= now-age.Microseconds())
+			doubtful = doubtful || p.Cost(j) > 0 && (st.Law == nil || st.Seen <= now-(storage.Monotonic()-since))
 			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: st})
 		}
 	}
 	v = storage.NewVerdict(r, s.name, storage.Monotonic())
 	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && doubtful && age >= 0 {
+	if v.Allowed && doubtful && since != 0 {
 		return storage.Verdict{}, redis.ErrStale
 	}
 	n := 0
@@ -309,12 +309,12 @@ func (l *link) Watch(timeout time.Duration, report func(error)) error {
 }
 
 func (l *link) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, false, -1) })
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, false, 0) })
 	return v, err
 }
 
-func (l *link) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, true, age) })
+func (l *link) DecideFresh(ctx context.Context, r storage.Request, since int64) (v storage.Verdict, err error) {
+	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, true, since) })
 	return v, err
 }
 

@@ -35,7 +35,7 @@ return function(shapes, index, i)
     shape = shapes[lo and lo + 256 * hi + 1 or 1]
     real = shape[6]
     local of = rules(shape)
-    local doubted = shape[5] >= 2 and real - shape[8 * #of + 8]
+    local doubted = shape.doubted
     local states, others = load(KEYS[i], of, real)
     if not states then
       if sub(others, 1, 1) == char(4) then others = others .. char(#parts) end
@@ -52,7 +52,7 @@ return function(shapes, index, i)
     end
     parts[#parts + 1] = { key = KEYS[i], rules = of, states = states, others = others, spent = spent }
     i = i + 1
-  until shape[5] % 2 == 0
+  until shape[5] == 0
   if failed then return failed, i end
   if allowed and stale then return char(6), i end
 

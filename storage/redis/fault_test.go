@@ -490,7 +490,7 @@ var allCalls = map[string]anyCall{
 		return err
 	}),
 	"Fresh": func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
-		v, err := s.DecideFresh(ctx, r, -1)
+		v, err := s.DecideFresh(ctx, r, ago(-1))
 		if errors.Is(err, redisstore.ErrStale) { // the server does not have the script yet
 			return s.Decide(ctx, r)
 		}

@@ -26,30 +26,9 @@ type query struct {
 	more    []string        // the keys of further parts
 	request storage.Request // of a decision
 	fresh   bool            // a server that does not know the script is doubted
-	doubt   doubt
-	change  []byte         // what the script for changes is sent; nil for a decision
-	rules   []storage.Rule // of a change
-}
-
-// doubt is what a decision does not believe: if on, states that were changed last so many microseconds ago or
-// longer, and that a state is not there.
-type doubt struct {
-	on  bool
-	age int64
-}
-
-// ever is longer than any state is ahead of a clock.
-const ever = 1 << 53
-
-// doubtOf is the doubt of a request with an age. An injected clock may stand still, so by it no state is young.
-func doubtOf(r *storage.Request, age time.Duration) doubt {
-	switch {
-	case age < 0:
-		return doubt{}
-	case r.Clocked:
-		return doubt{true, -ever}
-	}
-	return doubt{true, int64(age/time.Microsecond + min(age%time.Microsecond, 1))}
+	since   int64           // states that were changed last before then (Monotonic) are doubted; 0: none is
+	change  []byte          // what the script for changes is sent; nil for a decision
+	rules   []storage.Rule  // of a change
 }
 
 // answer is what the script said to a query.
@@ -418,7 +397,7 @@ func (q *query) answerBytes(text string) int {
 		return 1 + countBytes[first]*q.buckets()
 	case first == tooMany:
 		return 3
-	case first == tooManyHolds || first == stale && !q.doubt.on:
+	case first == tooManyHolds || first == stale && q.since == 0:
 		return none
 	}
 	return 1

@@ -62,7 +62,7 @@ func (d *doubter) stale(t *testing.T, r storage.Request, age time.Duration) bool
 		return values
 	}
 	before := keys()
-	v, err := d.s.DecideFresh(t.Context(), r, age)
+	v, err := d.s.DecideFresh(t.Context(), r, ago(age))
 	if !errors.Is(err, redisstore.ErrStale) {
 		require.NoError(t, err)
 		return false
@@ -154,7 +154,7 @@ func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 			for _, age := range ages {
 				for _, mode := range []storage.Mode{storage.Take, storage.Peek} {
 					r.Mode = mode
-					v, err := d.s.DecideFresh(t.Context(), r, age)
+					v, err := d.s.DecideFresh(t.Context(), r, ago(age))
 					require.NoError(t, err, "%v of %v", kind, age)
 					assert.False(t, v.Allowed)
 					assert.Positive(t, v.RetryAfter)
@@ -201,13 +201,13 @@ func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 				allowed = v.Allowed
 			}
 			if allowed && age >= 0 && asks(&r) {
-				_, err := s.DecideFresh(t.Context(), r, age)
+				_, err := s.DecideFresh(t.Context(), r, ago(age))
 				assert.ErrorIs(t, err, redisstore.ErrStale, "%d, step %d: %+v", i, step, r)
 				age = -1
 			}
 			want, err := model.Decide(t.Context(), r)
 			assert.NoError(t, err)
-			got, err := s.DecideFresh(t.Context(), r, age)
+			got, err := s.DecideFresh(t.Context(), r, ago(age))
 			if !assert.NoError(t, err) || !assert.Equal(t, said(&want), said(&got), "%d, step %d: %+v", i, step, r) {
 				return
 			}
@@ -227,13 +227,21 @@ func asks(r *storage.Request) bool {
 	return false
 }
 
+// ago is the time so long ago, and 0 for less than 0.
+func ago(age time.Duration) int64 {
+	if age < 0 {
+		return 0
+	}
+	return storage.Monotonic() - age.Microseconds()
+}
+
 // assertDoubted has all calls of DecideFresh be stale, and the first Decide end that.
 func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
 	t.Helper()
 	for _, age := range append(ages, -1) {
 		for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
 			r.Mode = mode
-			v, err := s.DecideFresh(t.Context(), r, age)
+			v, err := s.DecideFresh(t.Context(), r, ago(age))
 			assert.ErrorIs(t, err, redisstore.ErrRestarted)
 			assert.ErrorIs(t, err, redisstore.ErrStale)
 			assert.Equal(t, storage.Verdict{}, v)
@@ -242,7 +250,7 @@ func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
 	r.Mode = storage.Take
 	assert.Equal(t, 1, take(t, s, r, 1))
 	for _, age := range []time.Duration{-1, time.Hour} {
-		v, err := s.DecideFresh(t.Context(), r, age)
+		v, err := s.DecideFresh(t.Context(), r, ago(age))
 		assert.NoError(t, err)
 		assert.True(t, v.Allowed)
 	}
@@ -265,11 +273,11 @@ func TestAServerThatWasKilledAndStartedAgainIsDoubted(t *testing.T) {
 	s, r := open(t, server.URL(), redisstore.Options{}), hourly(t, "a", 100)
 	require.Equal(t, 1, take(t, s, r, 1))
 	require.NoError(t, server.Kill())
-	_, err := s.DecideFresh(t.Context(), r, -1)
+	_, err := s.DecideFresh(t.Context(), r, ago(-1))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	require.NoError(t, server.Start())
 	recovery(t, patient, func() error {
-		_, err = s.DecideFresh(t.Context(), r, -1)
+		_, err = s.DecideFresh(t.Context(), r, ago(-1))
 		if errors.Is(err, redisstore.ErrStale) {
 			return nil
 		}
@@ -305,7 +313,7 @@ func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
 				assert.NoError(t, others.ask(s, r), "a call was disturbed that does not doubt")
 				continue
 			}
-			v, err := s.DecideFresh(context.Background(), r, -1)
+			v, err := s.DecideFresh(context.Background(), r, ago(-1))
 			if errors.Is(err, redisstore.ErrStale) {
 				doubting.failed.Add(1)
 			} else if assert.NoError(t, err) && v.Allowed {

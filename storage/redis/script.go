@@ -134,7 +134,7 @@ func shapeArgs(s *shape) [][]byte {
 		more = 1
 	}
 	numbers := 5 + 8*len(rules)
-	if s.doubt.on {
+	if s.since != 0 {
 		more += 2
 		numbers++
 	}
@@ -145,11 +145,23 @@ func shapeArgs(s *shape) [][]byte {
 		r := &rules[i]
 		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
 	}
-	if s.doubt.on {
-		b = appendNumbers(b, s.doubt.age)
+	if s.since != 0 {
+		b = appendNumbers(b, s.age())
 	}
 	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", numbers)), b}
 }
+
+// age is how long ago a state has to have been changed that is not doubted. An injected clock may stand still, so by it no
+// state is young.
+func (s *shape) age() int64 {
+	if s.clocked {
+		return -ever
+	}
+	return storage.Monotonic() - s.since
+}
+
+// ever is longer than any state is ahead of a clock.
+const ever = 1 << 53
 
 // appendNumbers appends what Lua computes with.
 func appendNumbers(b []byte, numbers ...int64) []byte {

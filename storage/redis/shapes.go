@@ -14,8 +14,8 @@ type shape struct {
 	mode    storage.Mode
 	clocked bool
 	now     int64
-	more    bool // the next part belongs to the same request
-	doubt   doubt
+	more    bool          // the next part belongs to the same request
+	since   int64         // as in a query
 	part    *storage.Part // of which the identifier does not matter
 }
 
@@ -25,7 +25,7 @@ const lookBack = 8
 // add adds part i of a decision.
 func (s *shapes) add(q *query, i int) {
 	r := &q.request
-	w := shape{r.Mode, r.Clocked, r.Now, i+1 < r.Parts(), q.doubt, r.At(i)}
+	w := shape{r.Mode, r.Clocked, r.Now, i+1 < r.Parts(), q.since, r.At(i)}
 	for n := len(s.all) - 1; n >= max(0, len(s.all)-lookBack); n-- {
 		if s.all[n].same(&w) {
 			s.index = append(s.index, n)
@@ -38,7 +38,7 @@ func (s *shapes) add(q *query, i int) {
 
 func (s *shape) same(o *shape) bool {
 	a, b := s.part, o.part
-	if s.mode != o.mode || s.clocked != o.clocked || s.now != o.now || s.more != o.more || s.doubt != o.doubt ||
+	if s.mode != o.mode || s.clocked != o.clocked || s.now != o.now || s.more != o.more || s.since != o.since ||
 		len(a.Rules) != len(b.Rules) || &a.Rules[0] != &b.Rules[0] {
 		return false
 	}

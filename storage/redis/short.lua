@@ -17,7 +17,7 @@
 -- value is none of ours, 3 if it is no string, 4 if there are too many buckets, with their number and that of
 -- the part after it (1 each), 6 if it would be admitted, and a state that it takes from is doubted or not there.
 --
--- What follows is the short way for a request of one part without doubts whose buckets have at most one hold each, before and
+-- What follows is the short way for a request of one part whose buckets have at most one hold each, before and
 -- after, under the laws of its rules: nearly all of them. Others go to decide.lua, which is put before
 -- this as the function decider: making its functions costs as much as a decision.
 
@@ -35,6 +35,9 @@ for i = 2, #ARGV, 2 do
     end
     shape[6], shape.served = server, true
   end
+  if shape[5] > 1 then
+    shape[5], shape.doubted = shape[5] - 2, shape[6] - shape[8 * shape[7] + 8]
+  end
   shapes[i / 2] = shape
 end
 
@@ -47,7 +50,7 @@ while i <= keys do
     local lo, hi = byte(index, 2 * i - 1, 2 * i)
     shape = shapes[lo + 256 * hi + 1]
   end
-  local form, mode, real, n = shape[2], shape[4], shape[6], shape[7]
+  local form, mode, real, n, doubted = shape[2], shape[4], shape[6], shape[7], shape.doubted
   local long = shape[5] > 0 -- whether it is not for the short way
   if not long then
     repeat
@@ -97,6 +100,7 @@ while i <= keys do
         if cost > C - u and cost > 0 and mode ~= 2 then allowed = false end -- 4
         r, h = r + 8, h + 2
       end
+      if allowed and doubted and (not v or seen <= doubted) then long = true end
       if long then break end
 
       local piece = pieces + 1

@@ -186,21 +186,21 @@ func (s *Storage) Close() error {
 
 // Decide implements storage.Storage.
 func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
-	return s.decide(ctx, &r, false, doubt{})
+	return s.decide(ctx, &r, false, 0)
 }
 
-// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a
-// bucket that is asked for more than 0 tokens has no state, or one that was changed last so long ago or longer
-// by the server's clock, it changes nothing and returns ErrStale. By an injected clock, which may stand still, any
-// state is too old. A negative age doubts no state.
+// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a bucket that is
+// asked for more than 0 tokens has no state, or one that was changed last at the time since or before, it changes
+// nothing and returns ErrStale. Since is a time of storage.Monotonic; 0 doubts no state. By an injected clock, which may
+// stand still, every state is too old.
 //
-// With any age it returns ErrRestarted when the server does not know the script: it was
+// In any case it returns ErrRestarted when the server does not know the script: it was
 // started again, is a replica that was promoted, or has never decided. The next Decide sends the script.
-func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, age time.Duration) (storage.Verdict, error) {
-	return s.decide(ctx, &r, true, doubtOf(&r, age))
+func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, since int64) (storage.Verdict, error) {
+	return s.decide(ctx, &r, true, since)
 }
 
-func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, d doubt) (v storage.Verdict, err error) {
+func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
 	if err := s.usable(ctx); err != nil {
 		return v, err
 	}
@@ -212,7 +212,7 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, d 
 	if err != nil {
 		return v, err
 	}
-	q, c, err := s.ask(ctx, query{key: key, more: more, request: *r, fresh: fresh, doubt: d})
+	q, c, err := s.ask(ctx, query{key: key, more: more, request: *r, fresh: fresh, since: since})
 	if c != nil {
 		defer q.Put(c)
 	}

@@ -68,11 +68,11 @@ func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, []error{nil}, seen.take(), call)
 	}
-	_, err := s.DecideFresh(t.Context(), fivePerHour(t, "a"), 0)
+	_, err := s.DecideFresh(t.Context(), fivePerHour(t, "a"), ago(0))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 	require.NoError(t, c.ScriptFlush(t.Context()).Err())
-	_, err = s.DecideFresh(t.Context(), fivePerHour(t, "a"), -1)
+	_, err = s.DecideFresh(t.Context(), fivePerHour(t, "a"), ago(-1))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 
@@ -264,7 +264,7 @@ func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {
 	for range 10 { // of which two may have the same variant
 		s := open(t, url, redisstore.Options{})
 		require.NoError(t, s.Watch(patient, func(error) {}))
-		if _, err := s.DecideFresh(t.Context(), hourly(t, freshName(), 5), -1); err == nil {
+		if _, err := s.DecideFresh(t.Context(), hourly(t, freshName(), 5), ago(-1)); err == nil {
 			missed++
 		} else {
 			assert.ErrorIs(t, err, redisstore.ErrRestarted)
