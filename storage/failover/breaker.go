@@ -83,7 +83,8 @@ func (b *breaker) report(err error) (opened bool) {
 	}
 	b.openedAt = now
 	b.changes++
-	b.why.Store(&err)
+	why := err
+	b.why.Store(&why)
 	b.opened()
 	return true
 }

@@ -212,7 +212,7 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 			return v, cause
 		}
 	}
-	if v, err = s.decideOnLedger(ctx, &r); err == nil || ctx.Err() != nil || !fails(err) {
+	if v, err = s.decideOnLedger(ctx, r); err == nil || ctx.Err() != nil || !fails(err) {
 		return v, err
 	}
 	if !asked { // and perhaps it is well again
@@ -222,7 +222,7 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 		}
 	}
 	if s.local != nil {
-		if v, err := s.decideLocally(ctx, &r); err == nil {
+		if v, err := s.decideLocally(ctx, r); err == nil {
 			return v, nil
 		}
 	}
@@ -241,7 +241,7 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 		s.doubted.Store(since)
 	}
 	if errors.Is(err, redis.ErrStale) {
-		v, err = s.decideAnyway(ctx, r, began, since != 0)
+		v, err = s.decideAnyway(ctx, *r, began, since != 0)
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
@@ -249,26 +249,26 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 	return v, err
 }
 
-func (s *Storage) decideAnyway(ctx context.Context, r *storage.Request, began time.Time, doubted bool) (v storage.Verdict, err error) {
+func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, began time.Time, doubted bool) (v storage.Verdict, err error) {
 	err = s.onPrimary(ctx, began, func(ctx context.Context) error {
 		if doubted {
-			s.readThrough(ctx, r)
+			s.readThrough(ctx, &r)
 		}
-		v, err = s.primary.Decide(ctx, *r)
+		v, err = s.primary.Decide(ctx, r)
 		return err
 	})
 	return v, err
 }
 
 // decideOnLedger asks Postgres, after it was charged what this process owes it for the identifiers.
-func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
+func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
 	err = s.onLedger(ctx, func(ctx context.Context) error {
 		for i := range r.Parts() {
 			if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {
 				return err
 			}
 		}
-		v, err = s.ledger.Decide(ctx, *r)
+		v, err = s.ledger.Decide(ctx, r)
 		return err
 	})
 	if err != nil {
@@ -310,8 +310,8 @@ func within(ctx context.Context, deadline time.Time, who string, timeout time.Du
 }
 
 // decideLocally is for when neither store can decide.
-func (s *Storage) decideLocally(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
-	own := *r
+func (s *Storage) decideLocally(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+	own := r
 	if own.Part, err = s.share(&r.Part); err != nil {
 		return v, err
 	}
