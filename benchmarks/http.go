@@ -170,12 +170,16 @@ func request(ctx context.Context, wrk, url string) (t turn, err error) {
 				return t, err
 			}
 			t.elapsed, err = time.ParseDuration(strings.TrimSuffix(took, ","))
-		case strings.HasPrefix(line, "Non-2xx"), strings.HasPrefix(line, "Socket errors"):
+		case strings.HasPrefix(line, "Non-2xx"):
+			if _, err := fmt.Sscanf(line, "Non-2xx or 3xx responses: %d", &t.failed); err != nil {
+				return t, err
+			}
+		case strings.HasPrefix(line, "Socket errors"):
 			err = errors.Join(err, errors.New(line))
 		}
 	}
-	if t.decisions == 0 && err == nil {
-		err = fmt.Errorf("wrk said no number of requests: %s", out)
+	if t.decisions -= t.failed; t.decisions <= 0 && err == nil {
+		err = fmt.Errorf("no request was answered as it should be: %s", out)
 	}
 	return t, err
 }

@@ -280,7 +280,10 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 			higher = append(higher, debts[i])
 		}
 	}
-	_ = each(higher, func(d storage.Debt) error { return s.raise(ctx, d, asked) })
+	_ = each(higher, func(d storage.Debt) error {
+		_ = s.raise(ctx, d, asked)
+		return s.breaker.cause() // and then all are doubted
+	})
 	return len(higher)
 }
 
