@@ -116,17 +116,18 @@ func (b *bench) http(ctx context.Context) error {
 		b.report.noHTTP()
 		return nil
 	}
-	var urls []string
 	var all []contender
 	for _, m := range middlewares {
-		url, done, err := serve(m)
+		all = append(all, contender{name: m.name})
+	}
+	turns, err := rounds(ctx, b, name, len(all), func(i int) (turn, error) {
+		url, done, err := serve(middlewares[i]) // a new limiter, as in the process
 		if err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
+			return turn{}, fmt.Errorf("%s: %w", all[i].name, err)
 		}
 		defer done()
-		urls, all = append(urls, url), append(all, contender{name: m.name})
-	}
-	turns, err := rounds(ctx, b, name, len(all), func(i int) (turn, error) { return request(ctx, wrk, urls[i]) })
+		return request(ctx, wrk, url)
+	})
 	if err != nil {
 		return err
 	}
@@ -178,9 +179,10 @@ func request(ctx context.Context, wrk, url string) (t turn, err error) {
 			err = errors.Join(err, errors.New(line))
 		}
 	}
-	if t.decisions -= t.failed; t.decisions <= 0 && err == nil {
-		err = fmt.Errorf("no request was answered as it should be: %s", out)
+	if t.decisions == 0 && err == nil {
+		err = fmt.Errorf("wrk said no number of requests: %s", out)
 	}
+	t.decisions -= t.failed
 	return t, err
 }
 
