@@ -10,6 +10,8 @@ import (
 	"github.com/benbjohnson/clock"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
@@ -74,6 +76,17 @@ func shared() error {
 		fmt.Println(b.Name())
 	}
 	return nil
+}
+
+// Redis decides, and Postgres while Redis cannot.
+func Example_failover() { _ = redisOrPostgres }
+
+func redisOrPostgres(redis *redisstore.Storage, postgres *pgstore.Storage) (*throttler.Throttler, error) {
+	store, err := failover.New(redis, postgres, nil) // of storage/failover: a *redisstore.Storage and a *pgstore.Storage
+	if err != nil {
+		return nil, err
+	}
+	return throttler.New(throttler.Config{Storage: store})
 }
 
 // Around a mux a limit is for all requests, and Routes are the exceptions.

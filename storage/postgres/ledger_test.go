@@ -358,11 +358,14 @@ func TestRecordThatCannotLockGivesUpInTimeAndNothingHasHappened(t *testing.T) {
 	batch := []storage.Charge{entryOf(a, 1), entryOf(b, 1)}
 	record(t, s, "o", 1, batch...)
 	release, before := holdRow(t, server.URL(), "b"), connected(t, pool)
-	assertBackAfter(t, 800*time.Millisecond, timed(2, func() {
+	for _, took := range timed(2, func() {
 		_, err := s.Record(t.Context(), "o", 2, batch)
 		assertUnavailable(t, err)
 		assert.Equal(t, lockTimeout, code(err), "%v", err)
-	}))
+	}) {
+		assert.Greater(t, took, 750*time.Millisecond, "it gave up early")
+		assert.Less(t, took, 1050*time.Millisecond, "it outlasted its timeout")
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	assertBackAfter(t, 200*time.Millisecond, timed(1, func() {
