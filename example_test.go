@@ -79,7 +79,10 @@ func shared() error {
 }
 
 // Redis decides, and Postgres while Redis cannot.
-func Example_failover() { _ = redisOrPostgres }
+func Example_failover() {
+	_ = redisOrPostgres
+	// Output:
+}
 
 func redisOrPostgres(redis *redisstore.Storage, postgres *pgstore.Storage) (*throttler.Throttler, error) {
 	store, err := failover.New(redis, postgres, nil) // of storage/failover: a *redisstore.Storage and a *pgstore.Storage

@@ -37,4 +37,5 @@ func Example() {
 		return err
 	}
 	_ = serve
+	// Output:
 }

@@ -298,7 +298,7 @@ func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error 
 			s.journal.raised(id)
 		}
 	}
-	if err == errGivenBack || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
+	if errors.Is(err, errGivenBack) || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
 		s.journal.again(&d)
 		return err
 	}

@@ -2,7 +2,6 @@ package failover_test
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -535,7 +534,7 @@ func TestWrongOptionsAreNamed(t *testing.T) {
 		"Local.Share":    {Local: &failover.LocalOptions{Share: 1.5}},
 	} {
 		_, err := failover.Open(&link{}, &link{}, &o, 1)
-		require.True(t, errors.As(err, &fault), field)
+		require.ErrorAs(t, err, &fault, field)
 		assert.Equal(t, field, fault.Field)
 	}
 }

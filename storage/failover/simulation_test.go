@@ -63,7 +63,6 @@ type world struct {
 	lag      time.Duration // the longest until something was told
 	lost     int64         // at most this many tokens were, by processes and servers that crashed
 	steps    []time.Duration
-	calm     bool // no faults
 }
 
 type process struct {

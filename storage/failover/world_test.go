@@ -251,7 +251,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 	answer := make(chan error, 1)
 	switch f {
 	case refuses:
-		answer <- refused
+		answer <- errRefused
 	case swallows:
 	case stalls:
 		there += l.timeout
@@ -262,7 +262,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 			l.to.mu.Lock()
 			var err error
 			if l.to.down {
-				err = refused
+				err = errRefused
 			} else {
 				err = op()
 			}
@@ -301,7 +301,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 	}
 }
 
-var refused = fmt.Errorf("%w: %w", storage.ErrUnavailable, syscall.ECONNREFUSED)
+var errRefused = fmt.Errorf("%w: %w", storage.ErrUnavailable, syscall.ECONNREFUSED)
 
 func (l *link) Watch(timeout time.Duration, report func(error)) error {
 	l.timeout, l.report = timeout, report
