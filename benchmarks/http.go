@@ -110,8 +110,8 @@ func (b *bench) http(ctx context.Context) error {
 	if !b.wants(name) {
 		return nil
 	}
-	wrk, missing := exec.LookPath("wrk")
-	if missing != nil {
+	wrk, _ := exec.LookPath("wrk")
+	if wrk == "" {
 		fmt.Fprintln(os.Stderr, "http is left out: there is no wrk here; on Debian, apt-get install wrk")
 		b.report.noHTTP()
 		return nil
