@@ -14,9 +14,6 @@ import (
 
 // The tests are tested: without a rule of the protocol, a test of single rules fails.
 func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
-	if os.Getenv("THROTTLER_MUTANT") != "" {
-		t.Skip("it is one")
-	}
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{
 		{"2, the ledger is charged", "flush.go", "amounts[i] = e.buckets[i].left(now)", ""},
@@ -39,7 +36,6 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 			list := filepath.Join(t.TempDir(), "overlay.json")
 			require.NoError(t, os.WriteFile(list, overlay, 0o600))
 			test := exec.CommandContext(t.Context(), "go", "test", "-overlay", list, "-count=1", "-timeout=100s", "-run", "^TestRule", ".")
-			test.Env = append(os.Environ(), "THROTTLER_MUTANT=1")
 			out, err := test.CombinedOutput()
 			assert.Error(t, err)
 			assert.Contains(t, string(out), "--- FAIL", "it does not compile")
