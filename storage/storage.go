@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -92,7 +93,7 @@ type Part struct {
 	Rules      []Rule // of different names; never changed after the request is made
 
 	costs [inline]int64
-	rest  []int64 // costs of the rules after the first four
+	rest  []int64 // costs of the rules after the first four; nil: that of the fourth
 }
 
 // NewPart asks every rule for the same cost.
@@ -107,12 +108,6 @@ func (p *Part) Begin(identifier string, rules []Rule, cost int64) {
 	for i := range p.costs {
 		p.costs[i] = cost
 	}
-	if len(rules) > inline {
-		p.rest = make([]int64, len(rules)-inline)
-		for i := range p.rest {
-			p.rest[i] = cost
-		}
-	}
 }
 
 // Cost is what rule i is asked for, in tokens.
@@ -120,11 +115,17 @@ func (p *Part) Cost(i int) int64 {
 	if i < inline {
 		return p.costs[i]
 	}
+	if p.rest == nil {
+		return p.costs[inline-1]
+	}
 	return p.rest[i-inline]
 }
 
 // SetCost asks rule i for n tokens. It is for whoever makes the part.
 func (p *Part) SetCost(i int, n int64) {
+	if len(p.Rules) > inline && p.rest == nil {
+		p.rest = slices.Repeat(p.costs[inline-1:], len(p.Rules)-inline)
+	}
 	if i < inline {
 		p.costs[i] = n
 	} else {

@@ -75,7 +75,7 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	if !r.Clocked {
 		now = storage.Monotonic()
 	}
-	if len(r.More) == 0 && len(r.Part.Rules) <= inline && s.again(r, v, now) {
+	if len(r.More) == 0 && s.again(r, v, now) {
 		return nil
 	}
 	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
@@ -93,8 +93,8 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	return s.answer(&c, r, v)
 }
 
-// again is the short way for nearly all calls: an identifier that is there, with the few buckets
-// of the request. It reports false, and has done nothing, when that is not so.
+// again is the short way for nearly all calls: an identifier that is there, with the buckets of the request. It reports
+// false, and has done nothing, when that is not so.
 func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool {
 	h := hash(s.seed, r.Name, r.Part.Identifier)
 	sh := &s.shards[h>>56]
@@ -105,6 +105,17 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 		return false
 	}
 	e, n := sh.entry(i), len(r.Part.Rules)
+	if e.quick(r, v, now) {
+		if v.Allowed && r.Mode != storage.Peek {
+			s.tidy(sh, r, now)
+		}
+		sh.mu.Unlock()
+		return true
+	}
+	if n > inline {
+		sh.mu.Unlock()
+		return false
+	}
 	var draws []storage.Draw
 	if n <= 2 {
 		var two [2]storage.Draw
@@ -125,15 +136,20 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 				e.set(j, &draws[j].State)
 			}
 		}
-		if removed := sh.tidy(r.Name, r.Clocked, now, false); removed > 0 {
-			s.live.Add(-int64(removed))
-		}
+		s.tidy(sh, r, now)
 	}
 	sh.mu.Unlock()
 	for j := range draws {
 		v.Set(j, draws[j].Count)
 	}
 	return true
+}
+
+// tidy sweeps a little after a write to an entry that was there.
+func (s *Storage) tidy(sh *shard, r *storage.Request, now int64) {
+	if removed := sh.tidy(r.Name, r.Clocked, now, false); removed > 0 {
+		s.live.Add(-int64(removed))
+	}
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
