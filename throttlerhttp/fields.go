@@ -1,10 +1,13 @@
 package throttlerhttp
 
 import (
+	"fmt"
 	"math/bits"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-throttler/throttler"
@@ -35,13 +38,13 @@ const (
 )
 
 // write sets the fields. It allocates a string and a slice for a set.
-func (f Fields) write(h http.Header, v *throttler.Verdict) {
+func (f Fields) write(h http.Header, v *throttler.Verdict, known *policies) {
 	levels := v.Levels()
 	if len(levels) == 0 {
 		return
 	}
 	if f == 0 || f&Draft10 != 0 {
-		draft10(h, v, levels)
+		draft10(h, known.of(v.Part(0).Rules), levels) // the middleware asks for one identifier
 	}
 	if f&(XSeconds|XUnix) == 0 {
 		return
@@ -56,24 +59,73 @@ func (f Fields) write(h http.Header, v *throttler.Verdict) {
 	h.Set("X-RateLimit-Reset", strconv.FormatInt(reset, 10))
 }
 
-func draft10(h http.Header, v *throttler.Verdict, levels []throttler.Level) {
+func draft10(h http.Header, p *policy, levels []throttler.Level) {
 	var buf [256]byte
 	out := buf[:0]
-	for i, rule := range v.Part(0).Rules { // the middleware asks for one identifier
-		out = item(out, i, rule.Name)
-		out = parameter(out, ";q=", rule.Capacity)
-		out = parameter(out, ";w=", window(&rule))
-	}
-	policy := len(out)
 	for i := range levels {
-		l := &levels[i]
-		out = item(out, i, l.Bucket)
-		out = parameter(out, ";r=", l.Remaining)
-		out = parameter(out, ";t=", seconds(l.ResetAfter))
+		out = strconv.AppendInt(append(out, p.items[i]...), min(levels[i].Remaining, largest), 10)
+		out = strconv.AppendInt(append(out, ";t="...), seconds(levels[i].ResetAfter), 10)
 	}
-	both := string(out)
-	values := []string{both[:policy], both[policy:]}
+	values := []string{p.field, string(out)}
 	h["Ratelimit-Policy"], h["Ratelimit"] = values[:1:1], values[1:]
+}
+
+// policy is what is the same in all answers by some rules.
+type policy struct {
+	rules []storage.Rule
+	field string   // RateLimit-Policy
+	items []string // how those of RateLimit begin
+}
+
+func newPolicy(rules []storage.Rule) *policy {
+	p := &policy{rules: rules}
+	for i := range rules {
+		rule, item := &rules[i], ""
+		if i > 0 {
+			item = ", "
+		}
+		item += quoted(rule.Name)
+		p.items = append(p.items, item+";r=")
+		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
+	}
+	return p
+}
+
+// largest is the largest integer of structured fields.
+const largest = 999_999_999_999_999
+
+// quoted is the name of a bucket as a string of structured fields (RFC 9651): names are printable ASCII.
+func quoted(name string) string {
+	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name) + `"`
+}
+
+// policies are those of the rules that came first. Rules never change, and few sets of them limit most requests.
+type policies struct{ known atomic.Pointer[[]*policy] }
+
+const mostPolicies = 16
+
+func (p *policies) of(rules []storage.Rule) *policy {
+	if known := p.known.Load(); known != nil {
+		for _, k := range *known {
+			if &k.rules[0] == &rules[0] && len(k.rules) == len(rules) {
+				return k
+			}
+		}
+	}
+	return p.add(newPolicy(rules))
+}
+
+func (p *policies) add(made *policy) *policy {
+	var all []*policy
+	known := p.known.Load()
+	if known != nil {
+		all = *known
+	}
+	if len(all) < mostPolicies {
+		all = append(slices.Clip(all), made)
+		p.known.CompareAndSwap(known, &all)
+	}
+	return made
 }
 
 // window is the period, or of a Continuous bucket the time in which it becomes full from empty, in seconds,
@@ -86,25 +138,6 @@ func window(r *storage.Rule) int64 {
 		micros = quotient + min(rest, 1)
 	}
 	return int64((micros + 999_999) / 1_000_000)
-}
-
-// item begins item i of a list of structured fields (RFC 9651), a string: names of buckets are printable ASCII.
-func item(out []byte, i int, name string) []byte {
-	if i > 0 {
-		out = append(out, ", "...)
-	}
-	out = append(out, '"')
-	if strings.IndexByte(name, '"') >= 0 || strings.IndexByte(name, '\\') >= 0 {
-		name = strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name)
-	}
-	return append(append(out, name...), '"')
-}
-
-// largest is the largest integer of structured fields.
-const largest = 999_999_999_999_999
-
-func parameter(out []byte, name string, n int64) []byte {
-	return strconv.AppendInt(append(out, name...), min(n, largest), 10)
 }
 
 // nearest is the level whose bucket makes the next call wait longest, else that of which the least remains.

@@ -121,9 +121,10 @@ type middleware struct {
 	Options
 
 	t      *throttler.Throttler
-	others limit // of requests that no route matches
+	others *limit // of requests that no route matches
 	mux    *http.ServeMux
 	routes map[string]*limit // by patterns
+	plain  map[plain]*limit  // that a ServeMux need not look for
 }
 
 // limit is what applies to some of the requests.
@@ -134,6 +135,7 @@ type limit struct {
 	refundIf func(int) bool
 	refuse   func(http.ResponseWriter, *http.Request, Refusal)
 	sets     map[string]throttler.Option // by tiers; the Throttler's buckets if there is none for ""
+	policies policies
 }
 
 // compile makes the limits, so that nothing is left to do for a request but to choose.
@@ -167,8 +169,9 @@ func (m *middleware) compile() error {
 		if err != nil {
 			faults = append(faults, err)
 		}
-		m.routes[r.Pattern] = &l
+		m.routes[r.Pattern] = l
 	}
+	m.plain = plainRoutes(m.routes)
 	return errors.Join(faults...)
 }
 
@@ -184,8 +187,8 @@ func (m *middleware) register(where, pattern string) (err error) {
 }
 
 // limit makes that of a route, or of the requests without one, for which r is nil.
-func (m *middleware) limit(where string, r *Route) (limit, error) {
-	l := limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: map[string]throttler.Option{}}
+func (m *middleware) limit(where string, r *Route) (*limit, error) {
+	l := &limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: map[string]throttler.Option{}}
 	if r != nil {
 		if err := l.override(r); err != nil {
 			return l, fmt.Errorf("throttlerhttp: %s: %w", where, err)
@@ -264,7 +267,7 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 	v, err := m.ask(r, l)
-	m.Fields.write(w.Header(), &v)
+	m.Fields.write(w.Header(), &v, &l.policies)
 	switch {
 	case err != nil || !v.Allowed:
 		l.answer(w, r, v, err)
@@ -292,7 +295,7 @@ var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, 
 // matched as it is usually written. A route counts for more than none, and none for more than a Free one.
 func (m *middleware) of(r *http.Request) *limit {
 	if m.mux == nil {
-		return &m.others
+		return m.others
 	}
 	l, usual := m.match(r), usualForm(r)
 	if usual == r {
@@ -302,20 +305,48 @@ func (m *middleware) of(r *http.Request) *limit {
 	switch {
 	case l == u || u.free:
 		return l
-	case l.free || l == &m.others:
+	case l.free || l == m.others:
 		return u
-	case u == &m.others:
+	case u == m.others:
 		return l
 	}
 	return nil
 }
 
 func (m *middleware) match(r *http.Request) *limit {
+	if r.URL.RawPath == "" {
+		if l := m.plain[plain{r.Method, r.URL.Path}]; l != nil {
+			return l
+		}
+	}
 	_, pattern := m.mux.Handler(r)
 	if l := m.routes[pattern]; l != nil {
 		return l
 	}
-	return &m.others
+	return m.others
+}
+
+// plain is a method and a path, which the pattern of a route is: no other matches them better. That saves most of what a
+// ServeMux takes, which allocates.
+type plain struct{ method, path string }
+
+// plainRoutes finds those routes. With hosts in any pattern there are none, as one with a host matches better.
+func plainRoutes(routes map[string]*limit) map[plain]*limit {
+	found := map[plain]*limit{}
+	for pattern, l := range routes {
+		method, path, _ := strings.Cut(pattern, " ")
+		path = strings.TrimLeft(path, " \t")
+		if method == pattern {
+			method, path = "", pattern
+		}
+		if !strings.HasPrefix(path, "/") {
+			return nil
+		}
+		if method != "" && method != http.MethodConnect && !strings.HasSuffix(path, "/") && !strings.ContainsAny(path, "{%") {
+			found[plain{method, path}] = l
+		}
+	}
+	return found
 }
 
 // usualForm returns the request, or a copy with a clean path that has no escapes, a host in lower case without

@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -411,4 +413,28 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	_, err = throttlerhttp.New(nil, &throttlerhttp.Options{Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true, Buckets: buckets(perHour(1))}}})
 	assert.ErrorContains(t, err, "Throttler is nil")
 	assert.ErrorContains(t, err, "Adds needs Options.Buckets")
+}
+
+func TestTheRouteIsTheOneThatAServeMuxWouldChoose(t *testing.T) {
+	t.Parallel()
+	patterns := []string{"/", "/api/", "GET /api/data", "/api/data", "POST /api/data", "HEAD /api/head", "GET /api/head", "GET  /api/spaces",
+		"/api/users/{id}", "GET /api/users/me", "GET /api/users/{id}", "GET /api/dir/", "GET /api/a%20b", "CONNECT /api/tunnel", "/end/{$}"}
+	for _, more := range [][]string{nil, {"example.com/api/data", "GET example.com/api/users/me"}} {
+		mux, routes := http.NewServeMux(), []throttlerhttp.Route(nil)
+		for i, pattern := range append(patterns, more...) {
+			mux.Handle(pattern, http.NotFoundHandler())
+			routes = append(routes, throttlerhttp.Route{Pattern: pattern, Name: fmt.Sprint("route", i), Buckets: buckets(throttler.NewBucket(time.Hour, 1<<40))})
+		}
+		h := serve(t, throttler.Config{}, throttlerhttp.Options{Routes: routes}, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "OPTIONS"} {
+			for _, path := range []string{"/", "/api/", "/api/data", "/api/data/", "/api/head", "/api/spaces", "/api/users/me", "/api/users/7", "/api/dir/", "/api/dir/x", "/api/a%20b", "/api/tunnel", "/end/", "/end/x"} {
+				r := httptest.NewRequest(method, path, nil)
+				_, pattern := mux.Handler(r)
+				route := slices.IndexFunc(routes, func(r throttlerhttp.Route) bool { return r.Pattern == pattern })
+				w := httptest.NewRecorder()
+				h.ServeHTTP(w, r)
+				assert.Contains(t, w.Header().Get("RateLimit-Policy"), fmt.Sprintf(`"route%d `, route), "%s %s: %s", method, path, pattern)
+			}
+		}
+	}
 }
