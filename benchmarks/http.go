@@ -32,28 +32,42 @@ type middleware struct {
 }
 
 var middlewares = []middleware{
-	{"throttlerhttp", throttlerMiddleware},
+	{"throttlerhttp", throttlerMiddleware(0)},
+	{"throttlerhttp, NoFields", throttlerMiddleware(throttlerhttp.NoFields)},
 	{"without a limiter", func(h http.Handler) (http.Handler, error) { return h, nil }},
+	{"without a limiter, with the fields", fieldsOnly},
 	{"go-limiter, httplimit", nested(goLimiterMiddleware)},
 	{"throttled", nested(throttledMiddleware)},
 	{"ulule/limiter, stdlib", nested(ululeMiddleware)},
 	{"httprate", nested(httprateMiddleware)},
 }
 
-func throttlerMiddleware(h http.Handler) (http.Handler, error) {
-	t, err := throttler.New(throttler.Config{})
-	if err != nil {
-		return nil, err
+func throttlerMiddleware(fields throttlerhttp.Fields) func(http.Handler) (http.Handler, error) {
+	return func(h http.Handler) (http.Handler, error) {
+		t, err := throttler.New(throttler.Config{})
+		if err != nil {
+			return nil, err
+		}
+		o := &throttlerhttp.Options{Fields: fields}
+		for _, l := range plenty(2, 1e8) {
+			o.Buckets = append(o.Buckets, throttler.NewBucket(l.period, l.n))
+		}
+		limited, err := throttlerhttp.New(t, o)
+		if err != nil {
+			return nil, err
+		}
+		return limited(h), nil
 	}
-	o := &throttlerhttp.Options{}
-	for _, l := range plenty(2, 1e8) {
-		o.Buckets = append(o.Buckets, throttler.NewBucket(l.period, l.n))
-	}
-	limited, err := throttlerhttp.New(t, o)
-	if err != nil {
-		return nil, err
-	}
-	return limited(h), nil
+}
+
+// fieldsOnly is the floor of middleware that tells clients their limits: it sets two fields, which are always the same.
+func fieldsOnly(h http.Handler) (http.Handler, error) {
+	policy, level := []string{`"100000000/10s";q=100000000;w=10, "100000000/1h";q=100000000;w=3600`}, []string{`"100000000/10s";r=99999999;t=10, "100000000/1h";r=99999999;t=3600`}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fields := w.Header()
+		fields["Ratelimit-Policy"], fields["Ratelimit"] = policy, level
+		h.ServeHTTP(w, r)
+	}), nil
 }
 
 // nested is a middleware for each limit, around another.
