@@ -80,7 +80,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet()
+		quiet(t)
 		require.NoError(t, redis.Kill())
 		assert.Equal(t, five(40), n.times(60, targets))
 		r.assertTotals(t, 100, targets)
@@ -96,7 +96,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 		all := fleet(t, &r, 4, stores{PostgresTimeout: patient}, redis, postgres(t))
 		do(all, order{Do: "take", Targets: targets, Calls: 15})
 		r.assertTotals(t, 60, targets)
-		quiet()
+		quiet(t)
 		require.NoError(t, redis.Kill())
 		do(all, order{Do: "take", Targets: targets, Calls: 30})
 		r.assertTotals(t, 100, targets)
@@ -124,7 +124,7 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 		until(t, "something was left", func() bool {
 			return !slices.ContainsFunc(slowly, func(g target) bool { return r.admitted(g.ID) < 300 })
 		})
-		quiet()
+		quiet(t)
 		n.end()
 		r.assertTotals(t, 300, slowly)
 		all := admissions(r.all(), flowing.ID)
@@ -145,7 +145,7 @@ func hot(t *testing.T, harm func(redis *servers.Server, all []*process), after t
 	do(all, order{Do: "begin", Targets: targets, Workers: 3, Pause: 10 * time.Millisecond})
 	until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 150 })
 	harm(redis, all)
-	time.Sleep(after)
+	pass(t, after)
 	do(all, order{Do: "end"})
 	for i := range targets {
 		r.assertBound(t, &targets[i])
@@ -166,7 +166,7 @@ func TestT3ARestartThatNobodySawHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet()
+		quiet(t)
 		require.NoError(t, redis.Kill())
 		require.NoError(t, redis.Start())
 		n.times(60, targets)
@@ -184,7 +184,7 @@ func TestT3ARestartAfterAnOutageHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet()
+		quiet(t)
 		require.NoError(t, redis.Kill())
 		require.Equal(t, five(10), n.times(10, targets))
 		require.NoError(t, redis.Start())
@@ -210,7 +210,7 @@ func TestT4AFrozenRedisHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet()
+		quiet(t)
 		require.NoError(t, redis.Freeze())
 		assert.Equal(t, five(20), n.times(20, targets))
 		require.NoError(t, redis.Thaw())
@@ -226,7 +226,7 @@ func TestT4AFrozenRedisHandsOutExactlyWhatIsLeft(t *testing.T) {
 func TestT4AFrozenRedisUnderFourProcessesKeepsTheBound(t *testing.T) {
 	hot(t, func(redis *servers.Server, _ []*process) {
 		require.NoError(t, redis.Freeze())
-		time.Sleep(time.Second)
+		pass(t, time.Second)
 		require.NoError(t, redis.Thaw())
 	}, 2*time.Second)
 }
@@ -238,7 +238,7 @@ func TestT5AReplicaThatTakesOverHandsOutExactlyWhatIsLeft(t *testing.T) {
 	url := fmt.Sprintf("redis://%s?master_name=%s", sentinel.Addr(), sentinel.MasterName)
 	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL()})
 	require.Equal(t, five(60), n.times(60, targets))
-	quiet()
+	quiet(t)
 	require.NoError(t, sentinel.Primary.Kill())
 	require.Equal(t, five(10), n.times(10, targets))
 	t.Log("back after", n.back(t))
@@ -252,7 +252,7 @@ func TestT5AReplicaThatTakesOverHandsOutExactlyWhatIsLeft(t *testing.T) {
 func TestT6AProcessThatIsCutFromRedisKeepsTheBound(t *testing.T) {
 	hot(t, func(_ *servers.Server, all []*process) {
 		heal := all[3].redis.hole(t)
-		time.Sleep(lasting(3*time.Second, 10*time.Second))
+		pass(t, lasting(3*time.Second, 10*time.Second))
 		assert.True(t, all[3].state().Degraded)
 		for _, p := range all[:3] {
 			assert.False(t, p.state().Degraded)
@@ -268,11 +268,11 @@ func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 	all := fleet(t, &r, 2, stores{PostgresTimeout: patient}, redis, postgres(t))
 	whole, cut := all[:1], all[1:]
 	do(all, order{Do: "take", Targets: targets, Calls: 10})
-	quiet()
+	quiet(t)
 	heal := cut[0].redis.hole(t)
 	do(cut, order{Do: "take", Targets: targets, Calls: 60})
 	do(whole, order{Do: "take", Targets: targets, Calls: 1}) // Postgres tells it
-	quiet()
+	quiet(t)
 	do(whole, order{Do: "take", Targets: targets, Calls: 60})
 	do(cut, order{Do: "take", Targets: targets, Calls: 10})
 	heal()
@@ -318,7 +318,7 @@ func TestT8AProcessThatIsKilledCostsAtMostWhatItHadNotTold(t *testing.T) {
 	do(killed, order{Do: "take", Targets: targets, Calls: 12})
 	killed[0].kill()
 	require.NoError(t, redis.Kill())
-	quiet() // what was on its way arrives
+	quiet(t) // what was on its way arrives
 	for i := range targets {
 		g := &targets[i]
 		known := owed(t, told, g)[0]
@@ -398,15 +398,15 @@ func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 	fast, slowly := quick(t, 50, 500*time.Millisecond), ofEachKind(t, 100)
 	require.Equal(t, five(60), n.times(60, slowly))
 	n.begin(order{Targets: fast, Workers: 5, Pause: 2 * time.Millisecond, Alone: true})
-	time.Sleep(500 * time.Millisecond)
+	pass(t, 500 * time.Millisecond)
 	require.NoError(t, pg.Kill())
-	time.Sleep(750 * time.Millisecond)
+	pass(t, 750 * time.Millisecond)
 	require.Equal(t, five(10), n.times(10, slowly))
-	time.Sleep(750 * time.Millisecond)
+	pass(t, 750 * time.Millisecond)
 	require.Error(t, n.State().FlushError)
 	require.NoError(t, pg.Start())
 	until(t, "Postgres is not told", func() bool { return n.State().FlushError == nil })
-	time.Sleep(time.Second)
+	pass(t, time.Second)
 	n.end()
 	r.assertLikeAlone(t, fast)
 	r.assertNoErrors(t)
@@ -416,7 +416,7 @@ func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 
 	require.Equal(t, five(5), n.times(5, slowly))
 	n.settled(t)
-	quiet()
+	quiet(t)
 	require.NoError(t, redis.Kill())
 	assert.Equal(t, five(25), n.times(40, slowly))
 	r.assertTotals(t, 100, slowly)
@@ -430,7 +430,7 @@ func TestT10WhenBothAreDownCallsFailInTime(t *testing.T) {
 			n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
 			t.Cleanup(func() { assert.NoError(t, pg.Close()) }) // or the pool waits for it
 			require.Equal(t, five(10), n.times(10, targets))
-			quiet()
+			quiet(t)
 			require.NoError(t, harm(redis))
 			require.NoError(t, harm(pg))
 			var took []int64
@@ -456,11 +456,11 @@ func TestT11AllIsWellSixSecondsAfterTheLastFault(t *testing.T) {
 	until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
 	require.NoError(t, redis.Kill())
 	heals := []func(){all[0].pg.hole(t), all[1].pg.poison(t, "limit_data", replies, attributes{"bytes": 0})}
-	time.Sleep(500 * time.Millisecond)
+	pass(t, 500 * time.Millisecond)
 	require.NoError(t, pg.Kill())
 	require.NoError(t, redis.Start())
 	heals = append(heals, all[2].redis.hole(t))
-	time.Sleep(500 * time.Millisecond)
+	pass(t, 500 * time.Millisecond)
 	require.NoError(t, pg.Start())
 	for _, heal := range heals {
 		heal()
@@ -487,7 +487,7 @@ func TestT12HealthyProcessesAdmitWhatRedisAloneDoes(t *testing.T) {
 	targets := quick(t, 20, time.Second)
 	all := fleet(t, &r, 4, stores{RedisTimeout: patient, PostgresTimeout: patient}, redis, postgres(t))
 	do(all, order{Do: "begin", Targets: targets, Workers: 5, Pause: 10 * time.Millisecond, Alone: true})
-	time.Sleep(lasting(5*time.Second, 30*time.Second))
+	pass(t, lasting(5*time.Second, 30*time.Second))
 	do(all, order{Do: "end"})
 	r.assertLikeAlone(t, targets)
 	r.assertNoErrors(t)

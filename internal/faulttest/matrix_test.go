@@ -76,14 +76,14 @@ func TestABadLinkCostsACallAtMostOnceInEachStore(t *testing.T) {
 			n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL()})
 			targets := ofEachKind(t, 1000)
 			n.times(10, targets)
-			quiet()
+			quiet(t)
 			heal := harm(p, t)
 			n.times(20, targets)
 			heal()
 			n.back(t)
 			n.times(10, targets)
 			n.settled(t)
-			quiet()
+			quiet(t)
 			r.assertNoErrors(t)
 			r.assertTotals(t, 40, targets)
 			r.assertPrompt(t, callLimit)
@@ -129,7 +129,7 @@ func TestAContextThatEndsCostsACallAtMostOnce(t *testing.T) {
 	assert.LessOrEqual(t, micros(quantile(late, 0.5)), 50*time.Millisecond)
 	require.Equal(t, five(5), n.times(5, targets))
 	n.settled(t)
-	quiet()
+	quiet(t)
 	assert.Zero(t, n.State().Transitions)
 	direct := open(t, server.URL(), patient)
 	for i := range targets {
@@ -228,7 +228,7 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
-			quiet()
+			quiet(t)
 			cure := f.harm(t, client(t, server))
 			assert.Equal(t, five(20), n.times(20, targets))
 			assert.True(t, n.State().Degraded)
@@ -284,7 +284,7 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 			assert.Equal(t, []int{90}, n.times(100, others[:1]))
 			// And goes away again.
 			at("del %s", &targets[0])
-			quiet()
+			quiet(t)
 			t.Logf("after the foreign data was gone: %d more", n.times(1, targets[:1])[0])
 		})
 	}
@@ -298,7 +298,7 @@ func TestAPostgresThatIsKilledWithSomethingPendingIsToldOnce(t *testing.T) {
 	targets := ofEachKind(t, 1000)
 	for i := range 3 {
 		require.Equal(t, five(20), n.times(20, targets))
-		time.Sleep(time.Duration(i) * 50 * time.Millisecond) // before, while and after it is told
+		pass(t, time.Duration(i) * 50 * time.Millisecond) // before, while and after it is told
 		require.NoError(t, pg.Kill())
 		require.Equal(t, five(5), n.times(5, targets))
 		require.NoError(t, pg.Start())
@@ -384,7 +384,7 @@ func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // in some slots of both
 	require.Equal(t, append(five(60), five(60)...), n.times(60, targets))
 	n.settled(t)
-	quiet()
+	quiet(t)
 	require.NoError(t, cluster.Nodes[1].Kill())
 	require.Equal(t, append(five(10), five(10)...), n.times(10, targets))
 	require.NoError(t, cluster.Nodes[1].Start())
@@ -428,7 +428,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	targets := ofEachKind(t, 100)
 	require.Equal(t, five(40), n.times(40, targets))
 	n.settled(t)
-	time.Sleep(20 * time.Millisecond)
+	pass(t, 20 * time.Millisecond)
 	require.NoError(t, pg.Kill())
 	require.NoError(t, pg.Start())
 	look, lost := ledger(t, pg), make([]int64, len(targets))
@@ -437,7 +437,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	}
 	require.Equal(t, five(20), n.times(20, targets), "Redis has not forgotten")
 	n.settled(t)
-	quiet()
+	quiet(t)
 	require.NoError(t, redis.Kill())
 	for i := range targets {
 		n.times(100, targets[i:i+1])
@@ -458,7 +458,7 @@ func TestAKeyThatIsEvictedIsRaisedAgain(t *testing.T) {
 	for i := range targets {
 		require.NoError(t, c.Del(t.Context(), redisstore.DefaultPrefix+"fault:"+targets[i].ID).Err())
 	}
-	time.Sleep(1500 * time.Millisecond)
+	pass(t, 1500 * time.Millisecond)
 	n.end()
 	for i := range targets {
 		r.assertBound(t, &targets[i])
@@ -481,7 +481,7 @@ func TestWhatIsOnItsWayToPostgresIsPending(t *testing.T) {
 		st := n.State()
 		assert.Equal(t, 1, st.Pending, "of which Postgres has not been charged")
 		assert.Positive(t, st.Lag)
-		time.Sleep(25 * time.Millisecond)
+		pass(t, 25 * time.Millisecond)
 	}
 }
 
@@ -514,7 +514,7 @@ func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 		heal()
 		n.settled(t)
 	}
-	quiet()
+	quiet(t)
 	t.Logf("%d flushes failed, %d commits had no answer", failures(), committed)
 	assert.Positive(t, committed)
 	for i := range targets {

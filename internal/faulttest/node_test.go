@@ -539,11 +539,20 @@ func until(t testing.TB, what string, is func() bool) time.Duration {
 func (n *node) settled(t testing.TB) {
 	t.Helper()
 	until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
-	time.Sleep(50 * time.Millisecond)
+	pass(t, 50 * time.Millisecond)
 }
 
 // quiet is two flush intervals, after which Postgres must know everything.
-func quiet() { time.Sleep(2 * failover.DefaultFlushInterval) }
+func quiet(t testing.TB) { pass(t, 2*failover.DefaultFlushInterval) }
+
+// pass lets a fault or a load go on, as how long it lasts is what the bound is about. For all that can be seen there is
+// until.
+func pass(t testing.TB, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-t.Context().Done():
+	}
+}
 
 // back waits until Redis decides again, and returns how long that took.
 func (n *node) back(t testing.TB) time.Duration {
