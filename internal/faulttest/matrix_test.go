@@ -298,7 +298,7 @@ func TestAPostgresThatIsKilledWithSomethingPendingIsToldOnce(t *testing.T) {
 	targets := ofEachKind(t, 1000)
 	for i := range 3 {
 		require.Equal(t, five(20), n.times(20, targets))
-		pass(t, time.Duration(i) * 50 * time.Millisecond) // before, while and after it is told
+		pass(t, time.Duration(i)*50*time.Millisecond) // before, while and after it is told
 		require.NoError(t, pg.Kill())
 		require.Equal(t, five(5), n.times(5, targets))
 		require.NoError(t, pg.Start())
@@ -428,7 +428,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	targets := ofEachKind(t, 100)
 	require.Equal(t, five(40), n.times(40, targets))
 	n.settled(t)
-	pass(t, 20 * time.Millisecond)
+	pass(t, 20*time.Millisecond)
 	require.NoError(t, pg.Kill())
 	require.NoError(t, pg.Start())
 	look, lost := ledger(t, pg), make([]int64, len(targets))
@@ -458,7 +458,7 @@ func TestAKeyThatIsEvictedIsRaisedAgain(t *testing.T) {
 	for i := range targets {
 		require.NoError(t, c.Del(t.Context(), redisstore.DefaultPrefix+"fault:"+targets[i].ID).Err())
 	}
-	pass(t, 1500 * time.Millisecond)
+	pass(t, 1500*time.Millisecond)
 	n.end()
 	for i := range targets {
 		r.assertBound(t, &targets[i])
@@ -481,7 +481,7 @@ func TestWhatIsOnItsWayToPostgresIsPending(t *testing.T) {
 		st := n.State()
 		assert.Equal(t, 1, st.Pending, "of which Postgres has not been charged")
 		assert.Positive(t, st.Lag)
-		pass(t, 25 * time.Millisecond)
+		pass(t, 25*time.Millisecond)
 	}
 }
 

@@ -539,7 +539,7 @@ func until(t testing.TB, what string, is func() bool) time.Duration {
 func (n *node) settled(t testing.TB) {
 	t.Helper()
 	until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
-	pass(t, 50 * time.Millisecond)
+	pass(t, 50*time.Millisecond)
 }
 
 // quiet is two flush intervals, after which Postgres must know everything.
