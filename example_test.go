@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/benbjohnson/clock"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/storage/failover"
@@ -46,7 +47,7 @@ func sixCalls() error {
 		if v.Allowed {
 			fmt.Println("admitted")
 		} else {
-			fmt.Println("come back in", v.RetryAfter.Round(time.Second))
+			fmt.Println("come back in", v.RetryAfter.Truncate(time.Second)+time.Second) // rounded up
 		}
 	}
 	return nil
@@ -78,6 +79,31 @@ func shared() error {
 	return nil
 }
 
+// The same in Postgres, which has to be there when the storage is made.
+func Example_postgres() {
+	_ = inPostgres
+	// Output:
+}
+
+func inPostgres(ctx context.Context) error {
+	pool, err := pgxpool.New(ctx, "postgres://localhost:5432/postgres") // of github.com/jackc/pgx/v5/pgxpool
+	if err != nil {
+		return err // the URL is wrong
+	}
+	defer pool.Close()
+	store, err := pgstore.New(ctx, pool, nil) // makes its table, unless it is there
+	if err != nil {
+		return err // Postgres did not answer, or refused to make the table
+	}
+	defer func() { _ = store.Close() }()
+	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100)}})
+	if err != nil {
+		return err
+	}
+	_, err = t.ConsumeContext(ctx, "user:42")
+	return err
+}
+
 // Redis decides, and Postgres while Redis cannot.
 func Example_failover() {
 	_ = redisOrPostgres
@@ -85,7 +111,7 @@ func Example_failover() {
 }
 
 func redisOrPostgres(redis *redisstore.Storage, postgres *pgstore.Storage) (*throttler.Throttler, error) {
-	store, err := failover.New(redis, postgres, nil) // of storage/failover: a *redisstore.Storage and a *pgstore.Storage
+	store, err := failover.New(redis, postgres, nil) // a *redisstore.Storage and a *pgstore.Storage, as above
 	if err != nil {
 		return nil, err
 	}

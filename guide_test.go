@@ -69,15 +69,19 @@ func Example_guideBucket() {
 			if err != nil {
 				return err // the storage failed, or the call is wrong
 			}
-			fmt.Println(v.Allowed, v.RetryAfter.Round(time.Second))
+			if v.Allowed {
+				fmt.Println("admitted")
+			} else {
+				fmt.Println("come back in", v.RetryAfter.Truncate(time.Second)+time.Second) // rounded up
+			}
 		}
 		return nil
 	})
 	// Output:
-	// true 0s
-	// true 0s
-	// true 0s
-	// false 1m0s
+	// admitted
+	// admitted
+	// admitted
+	// come back in 1m0s
 }
 
 func Example_guideSeveralBuckets() {
@@ -679,6 +683,17 @@ func TestTheMistakesOfTheGuideDoWhatItSays(t *testing.T) {
 		assert.Equal(t, 404, code(h, ""))
 		assert.Equal(t, 429, code(h, ""))
 		assert.Equal(t, []int64{8}, left(t, outer, "everybody"))
+	})
+	mistake("two middlewares on one Throttler, with buckets of one name", func(t *testing.T) {
+		th, _ := throttled(t)
+		around := func(b throttler.Bucket) http.Handler {
+			limit, err := throttlerhttp.New(th, &throttlerhttp.Options{Key: everybody, Buckets: []throttler.Bucket{b}})
+			require.NoError(t, err)
+			return limit(http.NotFoundHandler())
+		}
+		assert.Equal(t, 404, code(around(one), ""))
+		assert.Equal(t, 429, code(around(one), ""))
+		assert.Equal(t, 404, code(around(one.Named("search")), ""))
 	})
 	mistake("`Peek`, and `Consume` or not afterwards", func(t *testing.T) {
 		th, _ := throttled(t, one)

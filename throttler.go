@@ -29,12 +29,14 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Verdict is the answer to a call: whether it is Allowed, the RetryAfter if not, and by methods Levels,
-// Source, Degraded and Taken. See storage.Verdict.
+// Verdict is the answer to a call: Allowed bool; RetryAfter time.Duration, exact to 1 µs, 0 if allowed;
+// Levels() []Level; Source() string, "runtime", "redis" or "postgres", or "" if no storage answered;
+// Degraded() and Taken() bool. The methods have pointer receivers. See storage.Verdict.
 type Verdict = storage.Verdict
 
-// Level is the state of one bucket right after a decision: Identifier, Bucket, Limit, Remaining,
-// Period, ResetAfter and RetryAfter. See storage.Level.
+// Level is the state of one bucket right after a decision: Identifier and Bucket, string; Limit and
+// Remaining, int64, in tokens; Period, ResetAfter until full, and RetryAfter until this bucket admits
+// the refused cost, 0 if it did, each a time.Duration. See storage.Level.
 type Level = storage.Level
 
 // Clock tells the time and waits: github.com/benbjohnson/clock has some.
@@ -91,10 +93,12 @@ type Config struct {
 	// Storage keeps what has been spent. Nil is a new runtime storage.
 	Storage storage.Storage
 
-	// Cost of a call that has no Cost option, in tokens. 0 is 1.
+	// Cost of a call that has no Cost option, in tokens. 0 is 1; below 0 is an error of New; above a
+	// capacity each call but Charge is ErrCostExceedsCapacity.
 	Cost int64
 
-	// Buckets are for every identifier that has none of its own.
+	// Buckets are for every identifier that has none of its own: at most 16 for an identifier, of
+	// different names; more are a *BucketError.
 	Buckets []Bucket
 
 	// OnUnknownIdentifier is for an identifier without any buckets: Deny returns
@@ -179,7 +183,9 @@ func New(c Config) (*Throttler, error) {
 // AddBucket gives the identifier buckets of its own: the first ones replace Config.Buckets for it,
 // later ones are added. They are known to this Throttler only, until they are removed: call it in every process that
 // limits the identifier. A bucket of a name that it has replaces that one, and what was spent
-// stays spent. If any is faulty none is added, and all faults are returned, joined.
+// stays spent. An identifier has at most 16 buckets, of different names; more are a *BucketError. If any
+// is faulty none is added, and all faults are returned, joined. An invalid identifier is
+// ErrInvalidIdentifier; no buckets change nothing.
 func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 	if err := storage.ValidateIdentifier(id); err != nil {
 		return err
@@ -323,8 +329,10 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (Verdict, 
 	return t.decide(ctx, storage.Peek, id, o)
 }
 
-// Charge takes the cost from all buckets whether they admit it or not, and may leave debt, up to 4
-// capacities in all: for costs that are known only afterwards.
+// Charge takes the cost, 0 or more, from all buckets, even where too little is left: for costs that are
+// known only afterwards. What is spent of a bucket stops growing at 4 times its capacity, which is a debt
+// of 3 capacities, and no error tells of it. Calls are refused until the debt is paid. In a bucket that is
+// not Continuous it is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	_, err := t.decide(ctx, storage.Force, id, o)
 	return err
@@ -576,12 +584,12 @@ func opOf(m storage.Mode) Op {
 // Event is what Observe is told of a call.
 type Event struct {
 	Op         Op
-	Identifier string  // of several parts the first, or the one that refused; Levels names all
-	Cost       int64   // the largest cost asked of a bucket, or given back to one
-	Bucket     string  // refused: the bucket with the longest RetryAfter
-	Verdict    Verdict // as the caller got it: Allowed, Levels, Source, Degraded; of OpRefund the refunded one
-	Err        error   // also when a policy allowed the call
-	Duration   time.Duration
+	Identifier string        // of several parts the first, or the one that refused; Levels names all
+	Cost       int64         // the largest cost asked of a bucket, or given back to one
+	Bucket     string        // refused: the bucket with the longest RetryAfter
+	Verdict    Verdict       // as the caller got it: Allowed, Levels, Source, Degraded; of OpRefund the refunded one
+	Err        error         // also when a policy allowed the call
+	Duration   time.Duration // of the call, storage included
 }
 
 func decided(r *storage.Request, v Verdict, err error, d time.Duration) Event {

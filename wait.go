@@ -10,9 +10,10 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Wait blocks until the call is admitted: a leaky bucket, with Continuous().Burst(1). Calls of Wait
-// for one identifier on one Throttler are admitted in the order of their arrival, whatever their
-// buckets, and wait by Config.Clock; whoever leaves holds up nobody.
+// Wait blocks until the call is admitted and takes the cost. It returns an error, never a denied Verdict
+// without one. Without a deadline it waits as long as it must. Calls of Wait for one identifier on one
+// Throttler are admitted in the order of their arrival, whatever their buckets, and wait by
+// Config.Clock; whoever leaves holds up nobody. With Continuous().Burst(1) it is a leaky bucket.
 //
 // When the context's deadline is nearer than RetryAfter it returns at once the denied Verdict and an
 // error that wraps context.DeadlineExceeded. In a queue that is the time which the first in line would

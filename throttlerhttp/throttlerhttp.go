@@ -41,6 +41,9 @@ type Options struct {
 	Key Key
 
 	// Buckets limit the requests. None: those that the Throttler has for the key.
+	//
+	// What is spent is found by key and bucket name: two middlewares on Throttlers of one Name and storage share
+	// buckets of one name, such as two of 5 per 10 s. Use Routes, or Named, to keep them apart.
 	Buckets []throttler.Bucket
 
 	// Tier names the set of Tiers that limits a request in place of Buckets; empty is Buckets. Give the buckets
@@ -96,8 +99,9 @@ type Route struct {
 // ErrNoKey is that a Key returned nothing.
 var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows nobody whom the request counts for")
 
-// New returns middleware that asks the Throttler before each request. It returns all faults of the options,
-// joined.
+// New returns middleware that asks the Throttler before each request. Nil options are the zero value. A nil
+// Throttler is an error. It returns all faults of the options, joined. The middleware is safe for concurrent use,
+// and may be put around several handlers, which then share the limits.
 func New(t *throttler.Throttler, o *Options) (func(http.Handler) http.Handler, error) {
 	m := &middleware{t: t}
 	if o != nil {

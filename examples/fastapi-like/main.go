@@ -3,7 +3,7 @@
 // or in a Redis or Postgres that any number of processes share, or in both: then Redis decides, and Postgres
 // while Redis cannot.
 //
-//	go run ./examples/fastapi-like                      # on port 8000; -addr changes that
+//	go run ./examples/fastapi-like                      # on localhost:8000; -addr :8000 is on all interfaces
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
 //	go run ./examples/fastapi-like -storage failover    # both of these; Redis may come and go, Postgres has to be there at the start
@@ -44,8 +44,8 @@ func main() {
 // run serves until the context is done, then finishes the requests that have begun.
 func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	flags := flag.NewFlagSet("fastapi-like", flag.ExitOnError)
-	addr := flags.String("addr", ":8000", "listen on this `address`; port 0 picks a free one")
-	kind := flags.String("storage", "runtime", "keep the counts in the memory of this process (`runtime`), in redis, in postgres or in both: failover")
+	addr := flags.String("addr", "localhost:8000", "listen on this `address`; port 0 picks a free one")
+	kind := flags.String("storage", "runtime", "keep the counts in this `place`: runtime (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
 	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis or failover: the `URL` of a server, a cluster or sentinels")
 	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres or failover: the `URL` of a database")
 	_ = flags.Parse(args)

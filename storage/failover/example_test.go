@@ -19,7 +19,7 @@ func Example() {
 			return err
 		}
 		defer func() { _ = redis.Close() }()
-		postgres, err := pgstore.New(ctx, pool, nil) // Postgres has to be there when a process starts, Redis has not
+		postgres, err := pgstore.New(ctx, pool, nil) // Postgres must be up when a process starts, Redis need not
 		if err != nil {
 			return err
 		}
@@ -28,7 +28,7 @@ func Example() {
 		if err != nil {
 			return err
 		}
-		defer func() { _ = store.Close(context.Background()) }() // first, as it tells Postgres what is pending
+		defer func() { _ = store.Close(context.Background()) }() // runs before the two Closes above: it still needs both stores
 		t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100)}})
 		if err != nil {
 			return err

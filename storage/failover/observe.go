@@ -14,7 +14,7 @@ type Kind uint8
 const (
 	PrimaryLost Kind = iota // from now on Postgres decides, because of Err
 	PrimaryBack             // from now on Redis decides
-	Flushed                 // Postgres was charged what was admitted up to Lag ago. With Err it refused to be
+	Flushed                 // Postgres was charged what was admitted up to Lag ago. With Err it refused some entries, which are lost
 	FlushFailed             // Postgres could not be charged because of Err. What is pending is Lag old
 )
 
@@ -31,10 +31,10 @@ func (k Kind) String() string {
 // Event is something that happened behind the calls.
 type Event struct {
 	Kind    Kind
-	Err     error
-	Lag     time.Duration
-	Pending int // identifiers of which Postgres has not been charged yet
-	Relayed int // Flushed: identifiers to which Redis was raised, as Postgres knew of more
+	Err     error         // PrimaryLost: why; Flushed: why entries were refused, else nil; FlushFailed: why
+	Lag     time.Duration // Flushed, FlushFailed: age of the oldest entry
+	Pending int           // identifiers of which Postgres has not been charged yet
+	Relayed int           // Flushed: identifiers to which Redis was raised, as Postgres knew of more
 }
 
 func (s *Storage) tellObserver(e Event) {
@@ -59,7 +59,7 @@ type State struct {
 	Flushed     time.Time     // when Postgres was last charged; zero: never
 	FlushError  error         // why it could not be the last time, nil if it could
 	Relayed     int64         // identifiers to which Redis was raised
-	Forgotten   int64         // admissions that were not charged because MaxPending was reached
+	Forgotten   int64         // admissions that were not charged because MaxPending was reached, or Postgres refused them
 }
 
 // State returns how the storage is now. It asks nobody.
