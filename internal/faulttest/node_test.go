@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
@@ -98,7 +99,7 @@ type node struct {
 }
 
 func openNode(where stores, emit func(event)) (*node, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patient)
+	ctx, cancel := context.WithTimeout(context.Background(), asktest.Patient)
 	defer cancel()
 	n := &node{number: where.Number, emit: emit}
 	var err error
@@ -174,7 +175,7 @@ func (n *node) obey(o order) (e event) {
 			}
 		}
 	case "crowd":
-		crowd(o.Workers, func(int) {
+		asktest.Crowd(o.Workers, func(int) {
 			for range o.Calls {
 				for i := range o.Targets {
 					n.take(&o.Targets[i])
@@ -471,8 +472,6 @@ func (p program) Run() int {
 	return code
 }
 
-var kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
-
 // slow is n tokens of which none comes back during a test: the end of a window is not near.
 func slow(t testing.TB, name string, kind storage.Kind, n int64) storage.Rule {
 	t.Helper()
@@ -502,7 +501,7 @@ func id(t testing.TB) string {
 // ofEachKind are targets of n tokens, one of each kind, of which none comes back.
 func ofEachKind(t testing.TB, n int64) (all []target) {
 	t.Helper()
-	for _, kind := range kinds {
+	for _, kind := range asktest.Kinds {
 		all = append(all, target{id(t) + " " + kind.String(), []storage.Rule{slow(t, "slow", kind, n)}})
 	}
 	return all
@@ -524,21 +523,10 @@ func (n *node) times(calls int, targets []target) []int {
 // five is n for each of the five kinds.
 func five(n int) []int { return []int{n, n, n, n, n} }
 
-// until waits until something is so.
-func until(t testing.TB, what string, is func() bool) time.Duration {
-	t.Helper()
-	return recovery(t, patient, func() error {
-		if !is() {
-			return errors.New(what)
-		}
-		return nil
-	})
-}
-
 // settled waits until nothing is pending, and what has just been told is relayed.
 func (n *node) settled(t testing.TB) {
 	t.Helper()
-	until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
+	asktest.Until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
 	pass(t, 50*time.Millisecond)
 }
 
@@ -546,7 +534,7 @@ func (n *node) settled(t testing.TB) {
 func quiet(t testing.TB) { pass(t, 2*failover.DefaultFlushInterval) }
 
 // pass lets a fault or a load go on, as how long it lasts is what the bound is about. For all that can be seen there is
-// until.
+// asktest.Until.
 func pass(t testing.TB, d time.Duration) {
 	select {
 	case <-time.After(d):
@@ -557,7 +545,7 @@ func pass(t testing.TB, d time.Duration) {
 // back waits until Redis decides again, and returns how long that took.
 func (n *node) back(t testing.TB) time.Duration {
 	t.Helper()
-	return until(t, "Postgres decides", func() bool { return !n.State().Degraded })
+	return asktest.Until(t, "Postgres decides", func() bool { return !n.State().Degraded })
 }
 
 // owed is what each bucket of a target has spent in a store.

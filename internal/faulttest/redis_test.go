@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -31,43 +32,43 @@ func TestAReplyThatIsLostIsChargedAtMostOnce(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
 	c := stubborn(t, p.Listen)
-	s, r := on(t, c, patient), hourly(t, "a", 1<<40)
-	var count told
-	require.NoError(t, count.ask(s, r))
+	s, r := on(t, c, asktest.Patient), asktest.Hourly(t, "a", 1<<40)
+	var count asktest.Told
+	require.NoError(t, count.Ask(s, r))
 	for i := range 100 {
 		connect(t, c)
 		heal := p.poison(t, "limit_data", replies, attributes{"bytes": 0})
-		crowd(1+i%3, func(int) { assert.ErrorIs(t, count.ask(s, r), storage.ErrUnavailable) })
+		asktest.Crowd(1+i%3, func(int) { assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable) })
 		heal()
-		count.assertAccount(t, spent(t, s, r), 1<<40)
+		count.AssertAccount(t, s, r)
 	}
-	t.Logf("%d calls lost their reply, %d of them were charged", count.failed.Load(), spent(t, s, r)-1)
-	assert.Greater(t, spent(t, s, r), int64(50), "the calls did not arrive, so that nothing was tested")
+	t.Logf("%d calls lost their reply, %d of them were charged", count.Failed.Load(), asktest.Spent(t, s, r)-1)
+	assert.Greater(t, asktest.Spent(t, s, r), int64(50), "the calls did not arrive, so that nothing was tested")
 }
 
 func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
-	s, r := open(t, p.URL(), redisstore.DefaultTimeout), hourly(t, "a", 1000)
-	var count told
-	require.NoError(t, count.ask(s, r))
+	s, r := open(t, p.URL(), redisstore.DefaultTimeout), asktest.Hourly(t, "a", 1000)
+	var count asktest.Told
+	require.NoError(t, count.Ask(s, r))
 	heals := []func(){p.poison(t, "timeout", requests, attributes{"timeout": 0}), p.poison(t, "timeout", replies, attributes{"timeout": 0})}
-	assertBackAfter(t, redisstore.DefaultTimeout, func() {
-		err := count.ask(s, r)
+	asktest.AssertBackAfter(t, redisstore.DefaultTimeout, asktest.Timed(7, func() {
+		err := count.Ask(s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
-	})
-	assertBackAfter(t, 100*time.Millisecond, func() {
+	}))
+	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(7, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
-	})
+	}))
 	for _, heal := range heals {
 		heal()
 	}
-	t.Log("works after", recovery(t, 5*time.Second, func() error { return count.ask(s, r) }))
-	count.assertAccount(t, spent(t, s, r), 1000)
+	t.Log("works after", asktest.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) }))
+	count.AssertAccount(t, s, r)
 	assertExact(t, s, "b")
 }
 
@@ -90,25 +91,25 @@ func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 		},
 	})
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s, r := on(t, c, timeout), hourly(t, "a", 1000)
-	var count told
-	require.NoError(t, count.ask(s, r))
+	s, r := on(t, c, timeout), asktest.Hourly(t, "a", 1000)
+	var count asktest.Told
+	require.NoError(t, count.Ask(s, r))
 	p.poison(t, "timeout", requests, attributes{"timeout": 0})
 	for range 25 { // more than flights can be under way
-		assert.ErrorIs(t, count.ask(s, r), storage.ErrUnavailable)
+		assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable)
 	}
 	moved.Store(true)
-	took := recovery(t, 5*time.Second, func() error { return count.ask(s, r) })
+	took := asktest.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) })
 	t.Log("works after", took)
 	assert.Less(t, took, timeout+time.Second, "dead connections are still waited for")
-	count.assertAccount(t, spent(t, s, r), 1000)
+	count.AssertAccount(t, s, r)
 }
 
 func TestLatencyAndJitterDoNotMatter(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
 	p.poison(t, "latency", replies, attributes{"latency": 20, "jitter": 15})
-	assertExact(t, open(t, p.URL(), patient), "a")
+	assertExact(t, open(t, p.URL(), asktest.Patient), "a")
 }
 
 func TestConnectionsThatAreResetChargeNothingTwice(t *testing.T) {
@@ -117,7 +118,7 @@ func TestConnectionsThatAreResetChargeNothingTwice(t *testing.T) {
 		t.Run(direction, func(t *testing.T) {
 			t.Parallel()
 			p := before(t, servers.Redis(t))
-			s := on(t, stubborn(t, p.Listen), patient)
+			s := on(t, stubborn(t, p.Listen), asktest.Patient)
 			tick := time.NewTicker(10 * time.Millisecond)
 			defer tick.Stop()
 			assertUnderFire(t, s, func() {
@@ -136,7 +137,7 @@ func TestRepliesInPiecesDoNotMatter(t *testing.T) {
 	p := before(t, servers.Redis(t))
 	p.poison(t, "slicer", replies, attributes{"average_size": 3, "size_variation": 2, "delay": 50})
 	p.poison(t, "slicer", requests, attributes{"average_size": 200, "size_variation": 100, "delay": 50})
-	assertExact(t, open(t, p.URL(), patient), "a")
+	assertExact(t, open(t, p.URL(), asktest.Patient), "a")
 }
 
 func TestConnectionsThatAreSlowToCloseDoNotMatter(t *testing.T) {
@@ -145,7 +146,7 @@ func TestConnectionsThatAreSlowToCloseDoNotMatter(t *testing.T) {
 	p := before(t, server)
 	p.poison(t, "slow_close", replies, attributes{"delay": 100})
 	p.poison(t, "slow_close", requests, attributes{"delay": 100})
-	s := on(t, stubborn(t, p.Listen), patient)
+	s := on(t, stubborn(t, p.Listen), asktest.Patient)
 	assertExact(t, s, "a")
 	admin := stubborn(t, server.Addr())
 	tick := time.NewTicker(10 * time.Millisecond)

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 )
@@ -19,12 +20,10 @@ import (
 
 var bg = context.Background()
 
-var kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
-
 // each runs a test for every kind, on a world without processes.
 func each(t *testing.T, test func(*testing.T, *world)) {
 	t.Parallel()
-	for _, kind := range kinds {
+	for _, kind := range asktest.Kinds {
 		t.Run(kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rule, faults := storage.NewRule("hourly", kind, time.Hour, 100, 1)

@@ -3,13 +3,13 @@ package failover_test
 import (
 	"context"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
@@ -23,15 +23,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // real returns a storage on servers, which must not be slow where only what is decided matters.
 func real(t testing.TB, o failover.Options) *failover.Storage {
 	t.Helper()
-	const patient = 20 * time.Second
-	o.PrimaryTimeout, o.LedgerTimeout = patient, patient
-	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: patient})
+	o.PrimaryTimeout, o.LedgerTimeout = asktest.Patient, asktest.Patient
+	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, r.Close()) })
 	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
-	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: patient})
+	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, p.Close()) })
 	s, err := failover.New(r, p, &o)

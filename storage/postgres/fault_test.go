@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -25,103 +25,6 @@ import (
 
 // prompt is for tests of what becomes of calls that are not answered.
 var prompt = pgstore.Options{Timeout: pgstore.DefaultTimeout}
-
-func rule(t testing.TB, name string, kind storage.Kind, period time.Duration, capacity int64) storage.Rule {
-	t.Helper()
-	r, faults := storage.NewRule(name, kind, period, capacity, capacity)
-	require.Empty(t, faults)
-	return r
-}
-
-// hourly asks for one token of n an hour.
-func hourly(t testing.TB, id string, n int64) storage.Request {
-	t.Helper()
-	return storage.Request{Part: storage.NewPart(id, []storage.Rule{rule(t, "hourly", storage.Replenish, time.Hour, n)}, 1)}
-}
-
-// fivePerHour asks for one token of five an hour.
-func fivePerHour(t testing.TB, id string) storage.Request {
-	t.Helper()
-	return hourly(t, id, 5)
-}
-
-// take asks n times, and returns how often it was admitted.
-func take(t testing.TB, s *pgstore.Storage, r storage.Request, n int) (admitted int) {
-	t.Helper()
-	for range n {
-		v, err := s.Decide(t.Context(), r)
-		require.NoError(t, err)
-		if v.Allowed {
-			admitted++
-		}
-	}
-	return admitted
-}
-
-// spentBy is how many tokens of the first bucket are out.
-func spentBy(t testing.TB, s *pgstore.Storage, r storage.Request) int64 {
-	t.Helper()
-	r.Mode, r.Part, r.More = storage.Peek, storage.NewPart(r.Part.Identifier, r.Part.Rules, 0), nil
-	v, err := s.Decide(t.Context(), r)
-	require.NoError(t, err)
-	return r.Part.Rules[0].Capacity - v.Count(0).Remaining
-}
-
-// crowd runs f in n goroutines, and waits for them.
-func crowd(n int, f func(i int)) {
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { f(i) })
-	}
-	all.Wait()
-}
-
-// recovery calls try until it succeeds, and returns how long that took.
-func recovery(t testing.TB, within time.Duration, try func() error) time.Duration {
-	t.Helper()
-	began := time.Now()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := try()
-		took := time.Since(began)
-		if err == nil {
-			return took
-		}
-		require.Less(t, took, within, "it still fails: %v", err)
-		<-tick.C
-	}
-}
-
-// told counts what callers were told.
-type told struct{ admitted, denied, failed atomic.Int64 }
-
-func (c *told) ask(s *pgstore.Storage, r storage.Request) error {
-	v, err := s.Decide(context.Background(), r)
-	c.count(v, err)
-	return err
-}
-
-func (c *told) count(v storage.Verdict, err error) {
-	switch {
-	case err != nil:
-		c.failed.Add(1)
-	case v.Allowed:
-		c.admitted.Add(1)
-	default:
-		c.denied.Add(1)
-	}
-}
-
-// timed calls f n times, and returns how long each call took.
-func timed(n int, f func()) (took []time.Duration) {
-	for range n {
-		began := time.Now()
-		f()
-		took = append(took, time.Since(began))
-	}
-	return took
-}
 
 // assertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten
 // times the promise, and all of them to a second, on a machine that does other things as well.
@@ -206,28 +109,17 @@ const (
 	queryTimeout = "57014"
 )
 
-// until waits until something is so.
-func until(t testing.TB, what string, is func() bool) {
-	t.Helper()
-	recovery(t, 20*time.Second, func() error {
-		if !is() {
-			return errors.New(what)
-		}
-		return nil
-	})
-}
-
 // load is what 50 goroutines were told, each of an identifier that all share and of one of its own.
 type load struct {
-	shared told
-	own    [50]told
+	shared asktest.Told
+	own    [50]asktest.Told
 	took   [50]time.Duration // the longest call
 }
 
-func (w *load) hot(t testing.TB) storage.Request { return hourly(t, "shared", 1<<40) }
+func (w *load) hot(t testing.TB) storage.Request { return asktest.Hourly(t, "shared", 1<<40) }
 
 func (w *load) mine(t testing.TB, i int) storage.Request {
-	return hourly(t, fmt.Sprint("own-", i), 1<<40)
+	return asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
 // ask asks for the one, the other or both, in both orders.
@@ -240,10 +132,10 @@ func (w *load) ask(t testing.TB, s *pgstore.Storage, i, n int) {
 	v, err := s.Decide(context.Background(), r)
 	w.took[i] = max(w.took[i], time.Since(began))
 	if n%4 != 1 {
-		w.shared.count(v, err)
+		w.shared.Count(v, err)
 	}
 	if n%4 != 0 {
-		w.own[i].count(v, err)
+		w.own[i].Count(v, err)
 	}
 	if err != nil {
 		assertUnavailable(t, err)
@@ -277,25 +169,14 @@ func (w *load) during(t testing.TB, s *pgstore.Storage, f func()) {
 // goesOn waits until calls are admitted.
 func (w *load) goesOn(t testing.TB) {
 	t.Helper()
-	before := w.shared.admitted.Load()
-	until(t, "nothing is admitted", func() bool { return w.shared.admitted.Load() > before+200 })
+	before := w.shared.Admitted.Load()
+	asktest.Until(t, "nothing is admitted", func() bool { return w.shared.Admitted.Load() > before+200 })
 }
 
 // fails waits until a call fails.
 func (w *load) fails(t testing.TB) {
 	t.Helper()
-	until(t, "no call fails", func() bool { return w.shared.failed.Load() > 0 })
-}
-
-// assertAccount allows what failed to be taken once, or not; what was admitted may be forgotten by those who are told so.
-func (c *told) assertAccount(t testing.TB, s *pgstore.Storage, r storage.Request, forgets bool) (lost int64) {
-	t.Helper()
-	taken := spentBy(t, s, r)
-	if !forgets {
-		assert.GreaterOrEqual(t, taken, c.admitted.Load(), "%s: something was admitted and not taken", r.Part.Identifier)
-	}
-	assert.LessOrEqual(t, taken, c.admitted.Load()+c.failed.Load(), "%s: something was taken twice", r.Part.Identifier)
-	return taken - c.admitted.Load()
+	asktest.Until(t, "no call fails", func() bool { return w.shared.Failed.Load() > 0 })
 }
 
 // crash harms a server in the middle of a load, and holds what was taken to what callers were told.
@@ -308,13 +189,17 @@ func crash(t *testing.T, o pgstore.Options, forgets bool, harm func(*servers.Ser
 		harm(server, pool, w)
 		w.goesOn(t)
 	})
-	lost := w.shared.assertAccount(t, s, w.hot(t), forgets)
-	for i := range w.own {
-		lost += w.own[i].assertAccount(t, s, w.mine(t, i), forgets)
+	account := (*asktest.Told).AssertAccount
+	if forgets {
+		account = (*asktest.Told).AssertNotTwice
 	}
-	t.Logf("%d admitted, %d failed, the longest after %v; taken besides, or less: %d", w.shared.admitted.Load(), w.shared.failed.Load(), slices.Max(w.took[:]), lost)
+	lost := account(&w.shared, t, s, w.hot(t))
+	for i := range w.own {
+		lost += account(&w.own[i], t, s, w.mine(t, i))
+	}
+	t.Logf("%d admitted, %d failed, the longest after %v; taken besides, or less: %d", w.shared.Admitted.Load(), w.shared.Failed.Load(), slices.Max(w.took[:]), lost)
 	assert.Less(t, slices.Max(w.took[:]), o.Timeout+time.Second, "a call hung")
-	assert.Equal(t, 5, take(t, s, fivePerHour(t, "after"), 7))
+	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "after"), 7))
 }
 
 // kill ends the server at once, and starts it again when that was noticed.
@@ -359,75 +244,75 @@ func TestWithoutSynchronousCommitAServerThatIsKilledChargesNothingTwice(t *testi
 func TestACrashEmptiesAnUnloggedTable(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, Unlogged: true}), fivePerHour(t, "a")
-	require.Equal(t, 5, take(t, s, r, 7))
+	s, r := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, Unlogged: true}), asktest.FivePerHour(t, "a")
+	require.Equal(t, 5, asktest.Take(t, s, r, 7))
 	require.NoError(t, server.Stop())
 	require.NoError(t, server.Start())
 	works := func() error { return s.Reset(t.Context(), "", "b") }
-	recovery(t, 10*time.Second, works)
-	require.Equal(t, 0, take(t, s, r, 3), "nothing is forgotten by a server that is stopped")
+	asktest.Recovery(t, 10*time.Second, works)
+	require.Equal(t, 0, asktest.Take(t, s, r, 3), "nothing is forgotten by a server that is stopped")
 	killBackend(t, server, pool)
 	peek := r
 	peek.Mode = storage.Peek
-	until(t, "the crash empties the table", func() bool {
+	asktest.Until(t, "the crash empties the table", func() bool {
 		v, err := s.Decide(t.Context(), peek)
 		return err == nil && v.Allowed
 	})
 	pool.Reset() // connections from before the crash
-	assert.Equal(t, 5, take(t, s, r, 7))
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
 func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, prompt), hourly(t, "frozen", 20)
-	require.Equal(t, 1, take(t, s, r, 1))
+	s, r := open(t, pool, prompt), asktest.Hourly(t, "frozen", 20)
+	require.Equal(t, 1, asktest.Take(t, s, r, 1))
 	require.NoError(t, server.Freeze())
-	assertBackAfter(t, 100*time.Millisecond, timed(9, func() {
+	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 		assert.NotErrorIs(t, err, storage.ErrUnavailable)
 	}))
-	assertBackAfter(t, prompt.Timeout, timed(3, func() {
+	assertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 	}))
 	require.NoError(t, server.Thaw())
-	after := told{}
-	t.Log("works after", recovery(t, 10*time.Second, func() error { return after.ask(s, r) }))
+	after := asktest.Told{}
+	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
-		require.NoError(t, after.ask(s, r))
+		require.NoError(t, after.Ask(s, r))
 	}
-	assert.LessOrEqual(t, after.admitted.Load(), int64(19), "more than the limit was admitted")
-	assert.GreaterOrEqual(t, after.admitted.Load(), int64(19-12), "more was charged than was asked")
+	assert.LessOrEqual(t, after.Admitted.Load(), int64(19), "more than the limit was admitted")
+	assert.GreaterOrEqual(t, after.Admitted.Load(), int64(19-12), "more was charged than was asked")
 }
 
 func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
 	executeSQL(t, server.URL(), pgstore.Schema(nil))
-	s, r, count := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, NoSchema: true}), hourly(t, "a", 20), told{}
+	s, r, count := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, NoSchema: true}), asktest.Hourly(t, "a", 20), asktest.Told{}
 	require.NoError(t, server.Freeze())
-	assertBackAfter(t, prompt.Timeout, timed(3, func() { assertUnavailable(t, count.ask(s, r)) }))
-	assertBackAfter(t, 100*time.Millisecond, timed(3, func() {
+	assertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() { assertUnavailable(t, count.Ask(s, r)) }))
+	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(3, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		v, err := s.Decide(ctx, r)
-		count.count(v, err)
+		count.Count(v, err)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
-	assertBackAfter(t, 100*time.Millisecond, timed(3, func() {
+	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(3, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := pgstore.New(ctx, pool, nil)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	require.NoError(t, server.Thaw())
-	t.Log("works after", recovery(t, 10*time.Second, func() error { return count.ask(s, r) }))
-	count.assertAccount(t, s, r, false)
-	assert.Equal(t, 5, take(t, s, fivePerHour(t, "b"), 7))
+	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return count.Ask(s, r) }))
+	count.AssertAccount(t, s, r)
+	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "b"), 7))
 }
 
 func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
@@ -439,8 +324,8 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 		assertUnavailable(t, err)
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
 	}
-	s, r := open(t, pool, pgstore.Options{NoSchema: true}), fivePerHour(t, "a")
-	took := timed(5, func() {
+	s, r := open(t, pool, pgstore.Options{NoSchema: true}), asktest.FivePerHour(t, "a")
+	took := asktest.Timed(5, func() {
 		_, err := pgstore.New(t.Context(), pool, nil)
 		refused(err)
 		_, err = s.Decide(t.Context(), r)
@@ -449,7 +334,7 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 	slices.Sort(took)
 	assert.Less(t, took[2], 100*time.Millisecond, "that nobody listens is known at once")
 	require.NoError(t, server.Start())
-	assert.Equal(t, 5, take(t, s, r, 7))
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
 // hung is a reason for the server to be late.
@@ -475,17 +360,17 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 		t.Run(h.name, func(t *testing.T) {
 			t.Parallel()
 			server, pool := harmed(t)
-			s, r := open(t, pool, pgstore.Options{Timeout: time.Second}), fivePerHour(t, "a")
-			require.Equal(t, 1, take(t, s, r, 1))
+			s, r := open(t, pool, pgstore.Options{Timeout: time.Second}), asktest.FivePerHour(t, "a")
+			require.Equal(t, 1, asktest.Take(t, s, r, 1))
 			cure, before := h.cause(t, server.URL()), connected(t, pool)
-			assertBackAfter(t, h.after, timed(3, func() {
+			assertBackAfter(t, h.after, asktest.Timed(3, func() {
 				_, err := s.Decide(t.Context(), r)
 				assertUnavailable(t, err)
 				assert.Equal(t, h.code, code(err), "%v", err)
 			}))
 			assert.Equal(t, before, pool.Stat().NewConnsCount(), "connections were lost")
 			cure()
-			assert.Equal(t, 4, take(t, s, r, 7), "what failed was charged")
+			assert.Equal(t, 4, asktest.Take(t, s, r, 7), "what failed was charged")
 		})
 	}
 }
@@ -493,11 +378,11 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, prompt), hourly(t, "a", 50)
-	require.Equal(t, 1, take(t, s, r, 1))
+	s, r := open(t, pool, prompt), asktest.Hourly(t, "a", 50)
+	require.Equal(t, 1, asktest.Take(t, s, r, 1))
 	release, before := holdRow(t, server.URL(), "a"), connected(t, pool)
 	const limit, calls = 20 * time.Millisecond, 15
-	took := timed(calls, func() {
+	took := asktest.Timed(calls, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
@@ -506,25 +391,25 @@ func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 	assertBackAfter(t, limit, took)
 	assert.Less(t, took[calls/2], limit+5*time.Millisecond)
 	release()
-	until(t, "a call is still waiting", func() bool { return pool.Stat().AcquiredConns() == 0 })
+	asktest.Until(t, "a call is still waiting", func() bool { return pool.Stat().AcquiredConns() == 0 })
 	assert.Equal(t, before, pool.Stat().NewConnsCount(), "connections were lost")
-	spent := spentBy(t, s, r)
+	spent := asktest.Spent(t, s, r)
 	assert.LessOrEqual(t, spent, int64(1+calls), "something was charged twice")
-	assert.Equal(t, 50-int(spent), take(t, s, r, 60))
+	assert.Equal(t, 50-int(spent), asktest.Take(t, s, r, 60))
 }
 
 func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, locked := open(t, pool, prompt), hourly(t, "locked", 10)
-	require.Equal(t, 1, take(t, s, locked, 1))
+	s, locked := open(t, pool, prompt), asktest.Hourly(t, "locked", 10)
+	require.Equal(t, 1, asktest.Take(t, s, locked, 1))
 	holdRow(t, server.URL(), "locked")
 	stop := make(chan struct{})
 	var blocked sync.WaitGroup
 	for range 10 {
 		blocked.Go(func() {
 			for {
-				assertUnavailable(t, new(told).ask(s, locked))
+				assertUnavailable(t, new(asktest.Told).Ask(s, locked))
 				select {
 				case <-stop:
 					return
@@ -533,10 +418,10 @@ func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 			}
 		})
 	}
-	took := timed(1, func() {
-		crowd(20, func(i int) {
+	took := asktest.Timed(1, func() {
+		asktest.Crowd(20, func(i int) {
 			for range 100 {
-				assert.NoError(t, new(told).ask(s, hourly(t, fmt.Sprint("own-", i), 1<<40)))
+				assert.NoError(t, new(asktest.Told).Ask(s, asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)))
 			}
 		})
 	})
@@ -555,12 +440,12 @@ func TestNoCallsDeadlock(t *testing.T) {
 		all[i] = open(t, connect(t, server.URL()), pgstore.Options{})
 	}
 	for epoch := range 3 {
-		crowd(60, func(worker int) {
+		asktest.Crowd(60, func(worker int) {
 			random := rand.New(rand.NewPCG(uint64(epoch), uint64(worker)))
 			for range 10 {
 				r := storage.Request{}
 				for _, i := range random.Perm(40)[:1+worker%4*7] {
-					part := hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Part
+					part := asktest.Hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Part
 					if r.Part.Rules == nil {
 						r.Part = part
 					} else {
@@ -584,23 +469,23 @@ func TestNoCallsDeadlock(t *testing.T) {
 func TestARefusalWaitsForNoLock(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, full, some := open(t, pool, prompt), fivePerHour(t, "full"), fivePerHour(t, "some")
-	require.Equal(t, 5, take(t, s, full, 5))
-	require.Equal(t, 2, take(t, s, some, 2))
+	s, full, some := open(t, pool, prompt), asktest.FivePerHour(t, "full"), asktest.FivePerHour(t, "some")
+	require.Equal(t, 5, asktest.Take(t, s, full, 5))
+	require.Equal(t, 2, asktest.Take(t, s, some, 2))
 	holdRow(t, server.URL(), "full")
 	holdRow(t, server.URL(), "some")
 	both := some
 	both.More = []storage.Part{full.Part}
-	assert.Equal(t, 0, take(t, s, full, 3))
-	assert.Equal(t, 0, take(t, s, both, 3))
-	assert.Equal(t, int64(5), spentBy(t, s, full))
-	assert.Equal(t, int64(2), spentBy(t, s, some))
+	assert.Equal(t, 0, asktest.Take(t, s, full, 3))
+	assert.Equal(t, 0, asktest.Take(t, s, both, 3))
+	assert.Equal(t, int64(5), asktest.Spent(t, s, full))
+	assert.Equal(t, int64(2), asktest.Spent(t, s, some))
 }
 
 func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL()+"&pool_max_conns=2")
-	s, r := open(t, pool, prompt), fivePerHour(t, "a")
+	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
 	var held []*pgxpool.Conn
 	for range 2 {
 		conn, err := pool.Acquire(t.Context())
@@ -609,24 +494,24 @@ func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 		held = append(held, conn)
 	}
 	took := make([]time.Duration, 20)
-	crowd(len(took), func(i int) {
-		took[i] = timed(1, func() { assertUnavailable(t, new(told).ask(s, fivePerHour(t, fmt.Sprint(i)))) })[0]
+	asktest.Crowd(len(took), func(i int) {
+		took[i] = asktest.Timed(1, func() { assertUnavailable(t, new(asktest.Told).Ask(s, asktest.FivePerHour(t, fmt.Sprint(i)))) })[0]
 	})
 	assertBackAfter(t, prompt.Timeout, took)
 	held[0].Release()
-	assert.Equal(t, 5, take(t, s, r, 7), "one connection is enough")
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7), "one connection is enough")
 }
 
 func TestOneConnectionIsEnoughForEverything(t *testing.T) {
 	t.Parallel()
-	s, hot := open(t, connect(t, servers.Postgres(t).URL()+"&pool_max_conns=1"), pgstore.Options{}), told{}
-	crowd(50, func(i int) {
-		own := hourly(t, fmt.Sprint("own-", i), 1000)
+	s, hot := open(t, connect(t, servers.Postgres(t).URL()+"&pool_max_conns=1"), pgstore.Options{}), asktest.Told{}
+	asktest.Crowd(50, func(i int) {
+		own := asktest.Hourly(t, fmt.Sprint("own-", i), 1000)
 		for n := range 5 {
-			assert.NoError(t, hot.ask(s, hourly(t, "hot", 200)))
-			pair, other := own, hourly(t, fmt.Sprint("other-", i, "-", n), 1000)
+			assert.NoError(t, hot.Ask(s, asktest.Hourly(t, "hot", 200)))
+			pair, other := own, asktest.Hourly(t, fmt.Sprint("other-", i, "-", n), 1000)
 			pair.More = []storage.Part{other.Part}
-			assert.NoError(t, new(told).ask(s, pair))
+			assert.NoError(t, new(asktest.Told).Ask(s, pair))
 			assert.NoError(t, s.Charge(t.Context(), storage.Charge{Identifier: own.Part.Identifier, Rules: own.Part.Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
 			if i%10 == 0 {
 				_, err := s.Sweep(t.Context())
@@ -634,30 +519,30 @@ func TestOneConnectionIsEnoughForEverything(t *testing.T) {
 			}
 		}
 	})
-	assert.Equal(t, int64(200), hot.admitted.Load())
+	assert.Equal(t, int64(200), hot.Admitted.Load())
 	for i := range 50 {
-		assert.Equal(t, int64(10), spentBy(t, s, hourly(t, fmt.Sprint("own-", i), 1000)))
+		assert.Equal(t, int64(10), asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint("own-", i), 1000)))
 	}
 }
 
 func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	t.Parallel()
 	primary, pool := harmed(t)
-	some, none := fivePerHour(t, "some"), fivePerHour(t, "none")
+	some, none := asktest.FivePerHour(t, "some"), asktest.FivePerHour(t, "none")
 	s := open(t, pool, pgstore.Options{})
-	require.Equal(t, 2, take(t, s, some, 2))
-	require.Equal(t, 5, take(t, s, none, 7))
+	require.Equal(t, 2, asktest.Take(t, s, some, 2))
+	require.Equal(t, 5, asktest.Take(t, s, none, 7))
 	standby := connect(t, servers.PostgresStandby(t, primary).URL())
-	recovery(t, 10*time.Second, func() error { // as it follows within a moment
+	asktest.Recovery(t, 10*time.Second, func() error { // as it follows within a moment
 		_, err := pgstore.New(t.Context(), standby, nil)
 		return err
 	})
 	s = open(t, standby, pgstore.Options{})
-	until(t, "a Peek tells something else", func() bool { return spentBy(t, s, some) == 2 && spentBy(t, s, none) == 5 })
-	assert.Equal(t, 0, take(t, s, none, 3), "a call that is denied")
+	asktest.Until(t, "a Peek tells something else", func() bool { return asktest.Spent(t, s, some) == 2 && asktest.Spent(t, s, none) == 5 })
+	assert.Equal(t, 0, asktest.Take(t, s, none, 3), "a call that is denied")
 	both := some
-	both.More = []storage.Part{fivePerHour(t, "new").Part}
-	for _, r := range []storage.Request{some, fivePerHour(t, "new"), both} {
+	both.More = []storage.Part{asktest.FivePerHour(t, "new").Part}
+	for _, r := range []storage.Request{some, asktest.FivePerHour(t, "new"), both} {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 		assert.Equal(t, readOnly, code(err), "%v", err)
@@ -668,7 +553,7 @@ func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	assert.Equal(t, readOnly, code(err), "there is no table: %v", err)
 	_, err = standby.Exec(t.Context(), "SELECT pg_promote()")
 	require.NoError(t, err)
-	assert.Equal(t, 3, take(t, s, some, 5), "it is a primary now")
+	assert.Equal(t, 3, asktest.Take(t, s, some, 5), "it is a primary now")
 }
 
 func TestADatabaseThatOnlyReadsByDefaultRefusesChanges(t *testing.T) {
@@ -677,10 +562,10 @@ func TestADatabaseThatOnlyReadsByDefaultRefusesChanges(t *testing.T) {
 	open(t, pool, pgstore.Options{})
 	reads := connect(t, server.URL()+"&default_transaction_read_only=on")
 	s := open(t, reads, pgstore.Options{})
-	_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	assertUnavailable(t, err)
 	assert.Equal(t, readOnly, code(err), "%v", err)
-	assert.Equal(t, int64(0), spentBy(t, s, fivePerHour(t, "a")))
+	assert.Equal(t, int64(0), asktest.Spent(t, s, asktest.FivePerHour(t, "a")))
 }
 
 func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
@@ -690,29 +575,29 @@ func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
 			t.Parallel()
 			_, pool := harmed(t, "-c", "default_transaction_isolation="+isolation)
 			stores := make([]*pgstore.Storage, 4)
-			crowd(len(stores), func(i int) {
+			asktest.Crowd(len(stores), func(i int) {
 				var err error
-				stores[i], err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: patient})
+				stores[i], err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
 				assert.NoError(t, err, "several at once")
 			})
 			require.False(t, t.Failed())
-			a, b := hourly(t, "a", 150), hourly(t, "b", 150)
+			a, b := asktest.Hourly(t, "a", 150), asktest.Hourly(t, "b", 150)
 			ab, ba := a, b
 			ab.More, ba.More = []storage.Part{b.Part}, []storage.Part{a.Part}
-			var singleA, singleB, joint told
-			crowd(50, func(i int) {
+			var singleA, singleB, joint asktest.Told
+			asktest.Crowd(50, func(i int) {
 				for n := range 4 {
 					s := stores[(i+n)%len(stores)]
-					assert.NoError(t, singleA.ask(s, a))
-					assert.NoError(t, joint.ask(s, ab))
-					assert.NoError(t, singleB.ask(s, b))
-					assert.NoError(t, joint.ask(s, ba))
+					assert.NoError(t, singleA.Ask(s, a))
+					assert.NoError(t, joint.Ask(s, ab))
+					assert.NoError(t, singleB.Ask(s, b))
+					assert.NoError(t, joint.Ask(s, ba))
 				}
 			})
-			assert.Equal(t, int64(150), singleA.admitted.Load()+joint.admitted.Load())
-			assert.Equal(t, int64(150), singleB.admitted.Load()+joint.admitted.Load())
-			assert.Equal(t, int64(150), spentBy(t, stores[0], a))
-			assert.Equal(t, int64(150), spentBy(t, stores[0], b))
+			assert.Equal(t, int64(150), singleA.Admitted.Load()+joint.Admitted.Load())
+			assert.Equal(t, int64(150), singleB.Admitted.Load()+joint.Admitted.Load())
+			assert.Equal(t, int64(150), asktest.Spent(t, stores[0], a))
+			assert.Equal(t, int64(150), asktest.Spent(t, stores[0], b))
 		})
 	}
 }
@@ -721,7 +606,7 @@ func TestAServerWithoutAFreeConnectionIsAnErrorWithItsCause(t *testing.T) {
 	t.Parallel()
 	const connections = 8
 	server, pool := harmed(t, "-c", fmt.Sprint("max_connections=", connections))
-	s, r := open(t, pool, prompt), fivePerHour(t, "a")
+	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
 	var held []*pgx.Conn
 	release := sync.OnceFunc(func() {
 		for _, conn := range held {
@@ -729,42 +614,42 @@ func TestAServerWithoutAFreeConnectionIsAnErrorWithItsCause(t *testing.T) {
 		}
 	})
 	t.Cleanup(release)
-	until(t, "others have connections", func() bool {
+	asktest.Until(t, "others have connections", func() bool {
 		pool.Reset()
 		if conn, err := pgx.Connect(t.Context(), server.URL()); err == nil {
 			held = append(held, conn)
 		}
 		return len(held) == connections
 	})
-	took := timed(3, func() {
+	took := asktest.Timed(3, func() {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 		assert.Equal(t, tooMany, code(err), "%v", err)
 	})
 	assert.Less(t, slices.Min(took), 200*time.Millisecond, "it is known at once")
 	release()
-	recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") })
-	assert.Equal(t, 5, take(t, s, r, 7))
+	asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") })
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
 func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
-	again, s, r, count := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), hourly(t, "a", 1<<40), told{}
+	again, s, r, count := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), asktest.Hourly(t, "a", 1<<40), asktest.Told{}
 	var calls sync.WaitGroup
 	for range 50 {
 		calls.Go(func() {
 			err := error(nil)
 			for err == nil {
-				err = count.ask(s, r)
+				err = count.Ask(s, r)
 			}
 			assert.ErrorIs(t, err, storage.ErrClosed)
 		})
 	}
-	until(t, "there is no load", func() bool { return count.admitted.Load() > 500 })
-	crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	asktest.Until(t, "there is no load", func() bool { return count.Admitted.Load() > 500 })
+	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close()) })
 	calls.Wait()
-	assert.Equal(t, count.admitted.Load(), spentBy(t, again, r), "each call that was sent was answered")
+	assert.Equal(t, count.Admitted.Load(), asktest.Spent(t, again, r), "each call that was sent was answered")
 	assert.ErrorIs(t, s.Reset(t.Context(), "", "a"), storage.ErrClosed)
 	assert.NoError(t, pool.Ping(t.Context()), "the pool is the caller's")
 }
@@ -779,23 +664,23 @@ func TestCloseReturnsInTime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, pool := harmed(t)
-			s, r := open(t, pool, prompt), fivePerHour(t, "a")
-			require.Equal(t, 1, take(t, s, r, 1))
+			s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
+			require.Equal(t, 1, asktest.Take(t, s, r, 1))
 			cause(t, server)
 			var calls sync.WaitGroup
 			defer calls.Wait()
 			for range 20 {
 				calls.Go(func() {
-					if err := new(told).ask(s, r); !errors.Is(err, storage.ErrClosed) {
+					if err := new(asktest.Told).Ask(s, r); !errors.Is(err, storage.ErrClosed) {
 						assertUnavailable(t, err)
 					}
 				})
 			}
-			until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
-			took := timed(1, func() { assert.NoError(t, s.Close()) })
+			asktest.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
+			took := asktest.Timed(1, func() { assert.NoError(t, s.Close()) })
 			assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 			assert.Greater(t, took[0], prompt.Timeout/20, "Close did not wait for what was sent")
-			assert.ErrorIs(t, new(told).ask(s, r), storage.ErrClosed)
+			assert.ErrorIs(t, new(asktest.Told).Ask(s, r), storage.ErrClosed)
 		})
 	}
 }

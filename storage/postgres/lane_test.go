@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -59,19 +60,19 @@ func TestRoundTrips(t *testing.T) {
 	url := servers.PostgresURL(t)
 	s, trips := counted(t, url, "trips")
 	other := open(t, connect(t, url), pgstore.Options{Name: "trips"})
-	r, few := hourly(t, freshID(t), 1000), fivePerHour(t, freshID(t)+" few")
-	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, take(t, s, r, 1)) }) }
+	r, few := asktest.Hourly(t, freshID(t), 1000), asktest.FivePerHour(t, freshID(t)+" few")
+	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, asktest.Take(t, s, r, 1)) }) }
 	assert.Equal(t, 2, admitted(), "the first admission reads and writes")
 	least := 3
 	for range 100 {
 		least = min(least, admitted())
 	}
 	assert.Equal(t, 1, least, "the next one knows the row")
-	assert.Equal(t, 1, take(t, other, r, 1))
+	assert.Equal(t, 1, asktest.Take(t, other, r, 1))
 	assert.LessOrEqual(t, admitted(), 3, "what it knows is no longer true")
 	assert.LessOrEqual(t, admitted(), 2)
-	require.Equal(t, 5, take(t, s, few, 5))
-	assert.Equal(t, 1, trips.of(func() { assert.Zero(t, take(t, s, few, 1)) }), "a refusal reads")
+	require.Equal(t, 5, asktest.Take(t, s, few, 5))
+	assert.Equal(t, 1, trips.of(func() { assert.Zero(t, asktest.Take(t, s, few, 1)) }), "a refusal reads")
 }
 
 func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
@@ -87,7 +88,7 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 			_, err := pool.Exec(t.Context(), "DELETE FROM memory_state WHERE id = $1", []byte(":"+r.Part.Identifier))
 			return err
 		}, 5},
-		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, take(t, other, r, 2)); return nil }, 1},
+		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, asktest.Take(t, other, r, 2)); return nil }, 1},
 		"a Charge": {func(r storage.Request) error { return other.Charge(t.Context(), chargeOne(r)) }, 2},
 		"a refund of all that is out": {func(r storage.Request) error {
 			c := chargeOne(r)
@@ -95,10 +96,10 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 			return other.Charge(t.Context(), c)
 		}, 5},
 	} {
-		r := fivePerHour(t, freshID(t))
-		require.Equal(t, 2, take(t, s, r, 2), what)
+		r := asktest.FivePerHour(t, freshID(t))
+		require.Equal(t, 2, asktest.Take(t, s, r, 2), what)
 		require.NoError(t, do.do(r), what)
-		assert.Equal(t, do.left, take(t, s, r, 7), what)
+		assert.Equal(t, do.left, asktest.Take(t, s, r, 7), what)
 	}
 }
 
@@ -106,8 +107,8 @@ func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
 	s, other := open(t, connect(t, url), pgstore.Options{Name: "refusal"}), open(t, connect(t, url), pgstore.Options{Name: "refusal"})
-	r := fivePerHour(t, freshID(t))
-	require.Equal(t, 5, take(t, s, r, 5))
+	r := asktest.FivePerHour(t, freshID(t))
+	require.Equal(t, 5, asktest.Take(t, s, r, 5))
 	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
-	assert.Equal(t, 5, take(t, s, r, 7))
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }

@@ -2,12 +2,12 @@ package postgres_test
 
 import (
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -15,9 +15,6 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-// patient is for tests of what is decided, which must not depend on how fast the machine is.
-const patient = 20 * time.Second
 
 // connect returns a pool of connections, which is closed after the test.
 func connect(t testing.TB, url string) *pgxpool.Pool {
@@ -32,7 +29,7 @@ func connect(t testing.TB, url string) *pgxpool.Pool {
 func open(t testing.TB, pool *pgxpool.Pool, o pgstore.Options) *pgstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {
-		o.Timeout = patient
+		o.Timeout = asktest.Patient
 	}
 	s, err := pgstore.New(t.Context(), pool, &o)
 	require.NoError(t, err)

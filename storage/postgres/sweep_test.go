@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -48,7 +49,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
 	require.Empty(t, faults)
 	const calls, each = 200, 10
-	crowd(20, func(worker int) {
+	asktest.Crowd(20, func(worker int) {
 		for i := range calls / 20 {
 			r := storage.Request{}
 			for n := range each {
@@ -125,7 +126,7 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 			s := open(t, pool, pgstore.Options{})
 			short, faults := storage.NewRule("short", storage.Replenish, time.Millisecond, 10, 0)
 			require.Empty(t, faults)
-			crowd(20, func(i int) {
+			asktest.Crowd(20, func(i int) {
 				for n := range 50 {
 					if i == 0 {
 						_, err := s.Sweep(t.Context())

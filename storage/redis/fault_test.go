@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,6 +18,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -27,12 +27,6 @@ import (
 
 // prompt is for tests of what becomes of calls that are not answered.
 var prompt = redisstore.Options{Timeout: redisstore.DefaultTimeout}
-
-// hourly asks for one token of n an hour.
-func hourly(t testing.TB, id string, n int64) storage.Request {
-	t.Helper()
-	return storage.Request{Part: storage.NewPart(id, []storage.Rule{rule(t, "hourly", storage.Replenish, time.Hour, n)}, 1)}
-}
 
 // chargeOf is for n tokens of each bucket that r asks.
 func chargeOf(r storage.Request, n int64) storage.Charge {
@@ -52,30 +46,12 @@ func debtOf(r storage.Request, n int64) storage.Debt {
 	return d
 }
 
-// spentBy is how many tokens of the first bucket are out.
-func spentBy(t testing.TB, s *redisstore.Storage, r storage.Request) int64 {
-	t.Helper()
-	r.Mode, r.Part = storage.Peek, storage.NewPart(r.Part.Identifier, r.Part.Rules, 0)
-	v, err := s.Decide(t.Context(), r)
-	require.NoError(t, err)
-	return r.Part.Rules[0].Capacity - v.Count(0).Remaining
-}
-
 // do sends a command that must succeed.
 func do(t testing.TB, c *goredis.Client, command ...any) any {
 	t.Helper()
 	answer, err := c.Do(t.Context(), command...).Result()
 	require.NoError(t, err, "%.200s", fmt.Sprint(command...))
 	return answer
-}
-
-// crowd runs f in n goroutines, and waits for them.
-func crowd(n int, f func(i int)) {
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { f(i) })
-	}
-	all.Wait()
 }
 
 // repeatedly calls f each time that the pause has passed, until stop is closed, and returns how often.
@@ -93,100 +69,46 @@ func repeatedly(pause time.Duration, stop <-chan struct{}, f func()) (n int) {
 	}
 }
 
-// recovery calls try until it succeeds, and returns how long that took.
-func recovery(t testing.TB, within time.Duration, try func() error) time.Duration {
-	t.Helper()
-	began := time.Now()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := try()
-		took := time.Since(began)
-		if err == nil {
-			return took
-		}
-		require.Less(t, took, within, "it still fails: %v", err)
-		<-tick.C
-	}
-}
-
-// told counts what callers were told.
-type told struct{ admitted, denied, failed atomic.Int64 }
-
-func (c *told) ask(s *redisstore.Storage, r storage.Request) error {
-	v, err := s.Decide(context.Background(), r)
-	switch {
-	case err != nil:
-		c.failed.Add(1)
-	case v.Allowed:
-		c.admitted.Add(1)
-	default:
-		c.denied.Add(1)
-	}
-	return err
-}
-
-// assertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten
-// times the promise, and all of them to a second, on a machine that does other things as well.
-func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
-	t.Helper()
-	slices.Sort(took)
-	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
-	assert.GreaterOrEqual(t, took[0], limit-5*time.Millisecond, "a call gave up early")
-	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
-	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
-}
-
-// timed calls f n times, and returns how long each call took.
-func timed(n int, f func()) (took []time.Duration) {
-	for range n {
-		began := time.Now()
-		f()
-		took = append(took, time.Since(began))
-	}
-	return took
-}
-
 func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), prompt), hourly(t, "frozen", 20)
-	require.Equal(t, 1, take(t, s, r, 1))
+	s, r := open(t, server.URL(), prompt), asktest.Hourly(t, "frozen", 20)
+	require.Equal(t, 1, asktest.Take(t, s, r, 1))
 	require.NoError(t, server.Freeze())
-	assertBackAfter(t, 100*time.Millisecond, timed(9, func() {
+	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 	}))
-	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
 	}))
 
 	require.NoError(t, server.Thaw())
-	after := told{}
-	t.Log("works after", recovery(t, 5*time.Second, func() error { return after.ask(s, r) }))
+	after := asktest.Told{}
+	t.Log("works after", asktest.Recovery(t, 5*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
-		require.NoError(t, after.ask(s, r))
+		require.NoError(t, after.Ask(s, r))
 	}
-	assert.LessOrEqual(t, after.admitted.Load(), int64(19), "more than the limit was admitted")
-	assert.GreaterOrEqual(t, after.admitted.Load(), int64(19-14), "more was charged than was asked")
+	assert.LessOrEqual(t, after.Admitted.Load(), int64(19), "more than the limit was admitted")
+	assert.GreaterOrEqual(t, after.Admitted.Load(), int64(19-14), "more was charged than was asked")
 }
 
 func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	require.NoError(t, server.Freeze())
-	s, r := open(t, server.URL(), prompt), fivePerHour(t, "frozen")
-	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+	s, r := open(t, server.URL(), prompt), asktest.FivePerHour(t, "frozen")
+	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	require.NoError(t, server.Thaw())
-	recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
-	assert.Equal(t, 5, take(t, s, r, 7))
+	asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
 // Nothing that is left behind would escape TestMain.
@@ -194,18 +116,18 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s := open(t, server.URL(), prompt)
-	require.Equal(t, 1, take(t, s, fivePerHour(t, "a"), 1))
+	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	crowd(20, func(i int) {
-		_, err := s.Decide(ctx, fivePerHour(t, "a")) // the flights stay in the air
+	asktest.Crowd(20, func(i int) {
+		_, err := s.Decide(ctx, asktest.FivePerHour(t, "a")) // the flights stay in the air
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
-	took := timed(1, func() { assert.NoError(t, s.Close()) })
+	took := asktest.Timed(1, func() { assert.NoError(t, s.Close()) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
-	_, err := s.Decide(t.Context(), fivePerHour(t, "a"))
+	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
 
@@ -217,8 +139,8 @@ func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of
 		id := fmt.Sprint("id-", i)
 		slot := do(t, c, "cluster", "keyslot", redisstore.DefaultPrefix+":"+id).(int64)
 		if int(slot)*len(cluster.Nodes)/16384 == len(of) { // they have as many slots each
-			of = append(of, hourly(t, id, 1000))
-			recovery(t, 5*time.Second, func() error { return new(told).ask(s, of[len(of)-1]) })
+			of = append(of, asktest.Hourly(t, id, 1000))
+			asktest.Recovery(t, 5*time.Second, func() error { return new(asktest.Told).Ask(s, of[len(of)-1]) })
 		}
 	}
 	return of
@@ -230,18 +152,18 @@ func TestAFrozenClusterNodeDelaysOnlyItsOwnKeys(t *testing.T) {
 	s := open(t, clusterURL(cluster), prompt)
 	of := eachNode(t, s, cluster)
 	require.NoError(t, cluster.Nodes[1].Freeze())
-	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), of[1])
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	for _, n := range []int{0, 2} {
-		took := timed(21, func() { assert.NoError(t, new(told).ask(s, of[n])) })
+		took := asktest.Timed(21, func() { assert.NoError(t, new(asktest.Told).Ask(s, of[n])) })
 		slices.Sort(took)
 		assert.Less(t, took[10], prompt.Timeout/2, "the other nodes must answer as ever")
 	}
 	require.NoError(t, cluster.Nodes[1].Thaw())
-	t.Log("works after", recovery(t, 10*time.Second, func() error { return new(told).ask(s, of[1]) }))
+	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return new(asktest.Told).Ask(s, of[1]) }))
 }
 
 func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
@@ -250,24 +172,24 @@ func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
 	require.NoError(t, cluster.Nodes[0].Freeze())
 	addr := cluster.Addrs()[0]
 	s := open(t, "redis://"+addr+"?addr="+addr+"&read_timeout=5s&dial_timeout=5s", prompt)
-	r := fivePerHour(t, "a")
-	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+	r := asktest.FivePerHour(t, "a")
+	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
-	assertBackAfter(t, 100*time.Millisecond, timed(5, func() {
+	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(5, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	require.NoError(t, cluster.Nodes[0].Thaw())
-	t.Log("works after", recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
-	assert.Equal(t, 3, take(t, s, r, 3))
+	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 3, asktest.Take(t, s, r, 3))
 
 	require.NoError(t, cluster.Nodes[0].Freeze())
-	assertBackAfter(t, prompt.Timeout, timed(5, func() {
+	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
@@ -347,7 +269,7 @@ func failToSave(t testing.TB, c *goredis.Client) (cure func()) {
 	require.NoError(t, os.MkdirAll(filepath.Join(folder, "is not empty"), 0o700))
 	sendWords(t, c, "bgsave")
 	saved := func(status string) {
-		recovery(t, 10*time.Second, func() error {
+		asktest.Recovery(t, 10*time.Second, func() error {
 			if info := c.Info(t.Context(), "persistence").Val(); !strings.Contains(info, "rdb_last_bgsave_status:"+status) {
 				return errors.New(info)
 			}
@@ -387,7 +309,7 @@ func inBackground(t testing.TB, c *goredis.Client, command []any, refuses func(e
 	busy := c.WithTimeout(time.Minute)
 	var ended sync.WaitGroup
 	ended.Go(func() { _ = busy.Do(context.Background(), command...).Err() }) // a script that is killed is an error
-	recovery(t, 10*time.Second, func() error {
+	asktest.Recovery(t, 10*time.Second, func() error {
 		if err := c.Get(t.Context(), "other").Err(); !refuses(err) {
 			return fmt.Errorf("it answers %w", err)
 		}
@@ -406,22 +328,22 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 			t.Parallel()
 			server := servers.Redis(t, f.config...)
 			s, admin := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-			some, none := fivePerHour(t, "some"), fivePerHour(t, "none")
-			require.Equal(t, 2, take(t, s, some, 2))
-			require.Equal(t, 5, take(t, s, none, 6))
+			some, none := asktest.FivePerHour(t, "some"), asktest.FivePerHour(t, "none")
+			require.Equal(t, 2, asktest.Take(t, s, some, 2))
+			require.Equal(t, 5, asktest.Take(t, s, none, 6))
 			cure := f.cause(t, admin)
 			f.assertRefused(t, s, some)
 			if f.answers {
-				assert.Equal(t, int64(2), spentBy(t, s, some), "a Peek")
+				assert.Equal(t, int64(2), asktest.Spent(t, s, some), "a Peek")
 				d, err := s.Debt(t.Context(), debtOf(some, 0))
 				assert.NoError(t, err)
 				assert.Equal(t, int64(2), d.Amounts[0][0].N)
-				assert.Equal(t, 0, take(t, s, none, 3), "a call that is denied")
+				assert.Equal(t, 0, asktest.Take(t, s, none, 3), "a call that is denied")
 			}
 			cure()
-			assert.Equal(t, int64(2), spentBy(t, s, some), "what was refused was charged")
-			assert.Equal(t, 3, take(t, s, some, 5), "what was refused was charged")
-			assert.Equal(t, 0, take(t, s, none, 3))
+			assert.Equal(t, int64(2), asktest.Spent(t, s, some), "what was refused was charged")
+			assert.Equal(t, 3, asktest.Take(t, s, some, 5), "what was refused was charged")
+			assert.Equal(t, 0, asktest.Take(t, s, none, 3))
 		})
 	}
 }
@@ -447,12 +369,12 @@ func TestAWrongPasswordIsAnAuthenticationError(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t, "--requirepass", "secret")
 	for _, login := range []string{"", ":wrong@", "nobody:secret@"} {
-		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), fivePerHour(t, "a"))
+		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), asktest.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.True(t, goredis.IsAuthError(err), "%q: %v", login, err)
 		assert.NotContains(t, fmt.Sprint(err), "secret")
 	}
-	assert.Equal(t, 5, take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), fivePerHour(t, "a"), 7))
+	assert.Equal(t, 5, asktest.Take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), asktest.FivePerHour(t, "a"), 7))
 }
 
 // mustStay returns a function that holds the key to what it was when mustStay was called.
@@ -536,7 +458,7 @@ func TestWhatOthersKeepAtAKeyIsAnErrorAndStays(t *testing.T) {
 		{[]any{"setbit", "KEY", "8000000", "1"}, false},
 		{[]any{"pfadd", "KEY", "element"}, false},
 	} {
-		r := fivePerHour(t, fmt.Sprint(i))
+		r := asktest.FivePerHour(t, fmt.Sprint(i))
 		key := redisstore.DefaultPrefix + ":" + r.Part.Identifier
 		other.write[1] = key
 		do(t, c, other.write...)
@@ -563,18 +485,18 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
 	do(t, c, "set", redisstore.DefaultPrefix+":string", "value")
-	ours, others := told{}, told{}
-	crowd(64, func(i int) {
+	ours, others := asktest.Told{}, asktest.Told{}
+	asktest.Crowd(64, func(i int) {
 		id, count := []string{"hash", "string", "a", "b"}[i%4], &ours
 		if i%4 < 2 {
 			count = &others
 		}
-		r := hourly(t, id, 300)
+		r := asktest.Hourly(t, id, 300)
 		if i%8 == 0 { // an identifier of ours in one call with a key of theirs
 			r.More = []storage.Part{storage.NewPart("a", r.Part.Rules, 1)}
 		}
 		for range 25 {
-			if err := count.ask(s, r); i%4 < 2 {
+			if err := count.Ask(s, r); i%4 < 2 {
 				assert.ErrorIs(t, err, storage.ErrCorruptState)
 				assert.NotErrorIs(t, err, storage.ErrUnavailable)
 				assert.Equal(t, id == "hash", errors.Is(err, redisstore.ErrWrongType), "%s: %v", id, err)
@@ -583,9 +505,9 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 			}
 		}
 	})
-	assert.Equal(t, int64(600), ours.admitted.Load(), "two limits of 300, of which the calls with a key of others take none")
-	assert.Equal(t, int64(200), ours.denied.Load())
-	assert.Equal(t, int64(800), others.failed.Load())
+	assert.Equal(t, int64(600), ours.Admitted.Load(), "two limits of 300, of which the calls with a key of others take none")
+	assert.Equal(t, int64(200), ours.Denied.Load())
+	assert.Equal(t, int64(800), others.Failed.Load())
 }
 
 // epoch is the time of the values that are corrupted.
@@ -597,16 +519,16 @@ func realValues(t testing.TB) map[string][]storage.Request {
 		return storage.Request{Clocked: true, Now: epoch + now.Microseconds(), Part: storage.NewPart("corrupt", rules, cost)}
 	}
 	all := map[string][]storage.Request{}
-	for _, kind := range []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog} {
-		all[kind.String()] = []storage.Request{at(0, 2, rule(t, "a", kind, time.Hour, 5))}
+	for _, kind := range asktest.Kinds {
+		all[kind.String()] = []storage.Request{at(0, 2, asktest.Rule(t, "a", kind, time.Hour, 5))}
 	}
 	year, huge := 366*24*time.Hour, int64(1)<<40
-	all["wide"] = []storage.Request{at(0, huge/2, rule(t, "a", storage.Replenish, time.Hour, huge))}
-	all["in seconds"] = []storage.Request{at(0, 3, rule(t, "a", storage.Continuous, year, 10_000_000), rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
-	log := rule(t, "a", storage.SlidingLog, time.Minute, 300)
+	all["wide"] = []storage.Request{at(0, huge/2, asktest.Rule(t, "a", storage.Replenish, time.Hour, huge))}
+	all["in seconds"] = []storage.Request{at(0, 3, asktest.Rule(t, "a", storage.Continuous, year, 10_000_000), asktest.Rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
+	log := asktest.Rule(t, "a", storage.SlidingLog, time.Minute, 300)
 	all["several holds"] = []storage.Request{at(0, 1, log), at(time.Second, 1, log), at(2*time.Second, 1, log)}
-	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, rule(t, "c", storage.Replenish, time.Hour, 7))}
-	b, c := rule(t, "b", storage.Continuous, time.Hour, 7), rule(t, "c", storage.SlidingWindow, time.Hour, 7)
+	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, asktest.Rule(t, "c", storage.Replenish, time.Hour, 7))}
+	b, c := asktest.Rule(t, "b", storage.Continuous, time.Hour, 7), asktest.Rule(t, "c", storage.SlidingWindow, time.Hour, 7)
 	all["changed apart"] = []storage.Request{at(0, 1, log, b, c), at(time.Second, 1, c), at(2*time.Second, 1, b)}
 	return all
 }
@@ -679,8 +601,8 @@ func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	r, key := fivePerHour(t, "a"), redisstore.DefaultPrefix+":a"
-	require.Equal(t, 5, take(t, s, r, 5))
+	r, key := asktest.FivePerHour(t, "a"), redisstore.DefaultPrefix+":a"
+	require.Equal(t, 5, asktest.Take(t, s, r, 5))
 	value := do(t, c, "get", key).(string)
 	end := len(value) - len("NNNN") - 1 // the highest byte of the hold's end
 	assertCorruptOrValid(t, s, c, key, value[:end]+"\xff"+value[end+1:], r)
@@ -696,38 +618,38 @@ func TestAValueThatTakesForeverToExpireFailsNoScript(t *testing.T) {
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	key := redisstore.DefaultPrefix + ":slow"
-	assertCorruptOrValid(t, s, c, key, slowest, fivePerHour(t, "slow"))
+	assertCorruptOrValid(t, s, c, key, slowest, asktest.FivePerHour(t, "slow"))
 	do(t, c, "set", key, slowest)
-	count := told{}
-	crowd(64, func(i int) {
+	count := asktest.Told{}
+	asktest.Crowd(64, func(i int) {
 		if i%2 == 0 {
-			_ = new(told).ask(s, fivePerHour(t, "slow"))
+			_ = new(asktest.Told).Ask(s, asktest.FivePerHour(t, "slow"))
 			return
 		}
-		assert.NoError(t, count.ask(s, hourly(t, "neighbour", 16)), "a neighbour in the flight was disturbed")
+		assert.NoError(t, count.Ask(s, asktest.Hourly(t, "neighbour", 16)), "a neighbour in the flight was disturbed")
 	})
-	count.assertAccount(t, s, hourly(t, "neighbour", 16))
+	count.AssertAccount(t, s, asktest.Hourly(t, "neighbour", 16))
 }
 
 func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsBack(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), redisstore.Options{}), fivePerHour(t, "a")
-	require.Equal(t, 2, take(t, s, r, 2))
+	s, r := open(t, server.URL(), redisstore.Options{}), asktest.FivePerHour(t, "a")
+	require.Equal(t, 2, asktest.Take(t, s, r, 2))
 	require.NoError(t, server.Kill())
 	refused := func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
 	}
-	took := timed(11, refused)
+	took := asktest.Timed(11, refused)
 	slices.Sort(took)
 	assert.Less(t, took[5], 50*time.Millisecond, "that nobody listens is known at once")
 	assert.Less(t, took[10], 2*time.Second, "a call waited for a server that is down")
-	timed(20*runtime.GOMAXPROCS(0), refused) // until the client's pool does not dial for each call any more
+	asktest.Timed(20*runtime.GOMAXPROCS(0), refused) // until the client's pool does not dial for each call any more
 	require.NoError(t, server.Start())
-	t.Log("works after", recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
-	assert.Equal(t, 5, take(t, s, r, 7))
+	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
 func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
@@ -736,28 +658,28 @@ func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
 	s := open(t, clusterURL(cluster), redisstore.Options{Timeout: time.Second})
 	of := eachNode(t, s, cluster)
 	require.NoError(t, cluster.Nodes[1].Kill())
-	took := timed(21, func() {
-		assert.ErrorIs(t, new(told).ask(s, of[1]), storage.ErrUnavailable)
-		assert.NoError(t, new(told).ask(s, of[0]))
-		assert.NoError(t, new(told).ask(s, of[2]))
+	took := asktest.Timed(21, func() {
+		assert.ErrorIs(t, new(asktest.Told).Ask(s, of[1]), storage.ErrUnavailable)
+		assert.NoError(t, new(asktest.Told).Ask(s, of[0]))
+		assert.NoError(t, new(asktest.Told).Ask(s, of[2]))
 	})
 	slices.Sort(took)
 	assert.Less(t, took[10], 200*time.Millisecond, "that nobody listens is known at once")
 	require.NoError(t, cluster.Nodes[1].Start())
-	t.Log("works after", recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
-	assert.Equal(t, 7, take(t, s, of[1], 7))
+	t.Log("works after", asktest.Recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
+	assert.Equal(t, 7, asktest.Take(t, s, of[1], 7))
 }
 
 // storm is what 50 goroutines were told, each of one identifier that all share and one of its own.
 type storm struct {
-	shared told
-	own    [50]told
+	shared asktest.Told
+	own    [50]asktest.Told
 }
 
-func (w *storm) hot(t testing.TB) storage.Request { return hourly(t, "shared", 1000) }
+func (w *storm) hot(t testing.TB) storage.Request { return asktest.Hourly(t, "shared", 1000) }
 
 func (w *storm) mine(t testing.TB, i int) storage.Request {
-	return hourly(t, fmt.Sprint("own-", i), 1<<40)
+	return asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
 // throughStorm has them ask for two seconds, in which f is called again and again.
@@ -767,9 +689,9 @@ func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f fu
 	var weather sync.WaitGroup
 	weather.Go(func() { n = repeatedly(pause, stop, f) })
 	end := time.Now().Add(2 * time.Second)
-	crowd(len(w.own), func(i int) {
+	asktest.Crowd(len(w.own), func(i int) {
 		for hot, mine := w.hot(t), w.mine(t, i); time.Now().Before(end); {
-			_, _ = w.shared.ask(s, hot), w.own[i].ask(s, mine)
+			_, _ = w.shared.Ask(s, hot), w.own[i].Ask(s, mine)
 		}
 	})
 	close(stop)
@@ -782,22 +704,12 @@ func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f fu
 // failed, and how many those were.
 func (w *storm) assertAccounts(t *testing.T, s *redisstore.Storage) (lost, failed int64) {
 	t.Helper()
-	lost, failed = w.shared.assertAccount(t, s, w.hot(t)), w.shared.failed.Load()
+	lost, failed = w.shared.AssertAccount(t, s, w.hot(t)), w.shared.Failed.Load()
 	for i := range w.own {
-		lost += w.own[i].assertAccount(t, s, w.mine(t, i))
-		failed += w.own[i].failed.Load()
+		lost += w.own[i].AssertAccount(t, s, w.mine(t, i))
+		failed += w.own[i].Failed.Load()
 	}
 	return lost, failed
-}
-
-// assertAccount allows what failed to be taken once, or not.
-func (c *told) assertAccount(t *testing.T, s *redisstore.Storage, r storage.Request) (lost int64) {
-	t.Helper()
-	taken, id := spentBy(t, s, r), r.Part.Identifier
-	assert.GreaterOrEqual(t, taken, c.admitted.Load(), "%s: something was admitted and not taken", id)
-	assert.LessOrEqual(t, taken, c.admitted.Load()+c.failed.Load(), "%s: something was taken twice", id)
-	assert.LessOrEqual(t, c.admitted.Load(), r.Part.Rules[0].Capacity, "%s: more than the limit was admitted", id)
-	return taken - c.admitted.Load()
 }
 
 func TestScriptsThatAreForgottenAllTheTimeDoNotMatter(t *testing.T) {
@@ -805,10 +717,10 @@ func TestScriptsThatAreForgottenAllTheTimeDoNotMatter(t *testing.T) {
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	w := throughStorm(t, s, time.Millisecond, func() { assert.NoError(t, c.ScriptFlush(context.Background()).Err()) })
-	assert.Equal(t, int64(1000), w.shared.admitted.Load())
-	assert.Zero(t, w.shared.failed.Load())
+	assert.Equal(t, int64(1000), w.shared.Admitted.Load())
+	assert.Zero(t, w.shared.Failed.Load())
 	for i := range w.own {
-		assert.Zero(t, w.own[i].failed.Load())
+		assert.Zero(t, w.own[i].Failed.Load())
 	}
 	w.assertAccounts(t, s)
 }
@@ -827,7 +739,7 @@ func TestConnectionsThatAreClosedAllTheTimeChargeNothingTwice(t *testing.T) {
 	t.Logf("%d connections closed; %d calls failed, of which %d had taken", killed, failed, lost)
 	assert.Greater(t, killed, int64(20), "hardly any connection was closed")
 	assert.Positive(t, failed, "no call noticed")
-	assert.Equal(t, 5, take(t, s, fivePerHour(t, "after"), 7), "it works at once when the storm is over")
+	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "after"), 7), "it works at once when the storm is over")
 }
 
 // leastRights are all that a user needs. Everybody may send HELLO and AUTH; that CLIENT SETINFO is refused
@@ -873,11 +785,11 @@ func TestEachOfTheLeastRightsIsNeeded(t *testing.T) {
 	server := servers.Redis(t)
 	c := client(t, server.URL())
 	all := open(t, login(t, c, server.URL(), "app", leastRights...), redisstore.Options{})
-	assert.Empty(t, useAll(t, all, fivePerHour(t, "a")))
+	assert.Empty(t, useAll(t, all, asktest.FivePerHour(t, "a")))
 	for i, right := range leastRights {
 		sendWords(t, c, "script flush")
 		s := open(t, login(t, c, server.URL(), fmt.Sprint("app", i), slices.Delete(slices.Clone(leastRights), i, i+1)...), redisstore.Options{})
-		failed := useAll(t, s, fivePerHour(t, "a"))
+		failed := useAll(t, s, asktest.FivePerHour(t, "a"))
 		assert.NotEmpty(t, failed, "%s is not needed", right)
 		for _, err := range failed {
 			assert.ErrorIs(t, err, storage.ErrUnavailable)
@@ -897,9 +809,9 @@ func TestAUserWithTheLeastRightsDecidesOnACluster(t *testing.T) {
 	}
 	s := open(t, url, redisstore.Options{})
 	for i := range 20 {
-		assert.Empty(t, useAll(t, s, fivePerHour(t, fmt.Sprint(i))))
+		assert.Empty(t, useAll(t, s, asktest.FivePerHour(t, fmt.Sprint(i))))
 	}
-	for _, err := range useAll(t, open(t, lacking, redisstore.Options{}), fivePerHour(t, "a")) {
+	for _, err := range useAll(t, open(t, lacking, redisstore.Options{}), asktest.FivePerHour(t, "a")) {
 		assert.True(t, goredis.IsPermissionError(err), "%v", err)
 		assert.ErrorContains(t, err, "cluster|slots")
 	}
@@ -918,7 +830,7 @@ func TestWhatCannotWorkIsAnErrorOfEachCall(t *testing.T) {
 		"Timeout":  redisstore.New(c, &redisstore.Options{Timeout: -1}),
 	} {
 		for name, call := range allCalls {
-			_, err := call(t.Context(), s, fivePerHour(t, "a"))
+			_, err := call(t.Context(), s, asktest.FivePerHour(t, "a"))
 			var fault *redisstore.OptionError
 			if assert.ErrorAs(t, err, &fault, "%s of %s", name, field) {
 				assert.Equal(t, strings.TrimSpace(field), fault.Field)
@@ -1021,18 +933,20 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, s *redisstore.Storage, within time.Duration) {
 	t.Helper()
 	for _, together := range []int{1, 1, 8} {
-		recovery(t, 10*time.Second, func() error { return new(told).ask(s, hourly(t, "first", 1000)) })
+		asktest.Recovery(t, 10*time.Second, func() error { return new(asktest.Told).Ask(s, asktest.Hourly(t, "first", 1000)) })
 		connect(t, c)
 		require.NoError(t, server.Freeze())
-		crowd(together, func(i int) {
-			took := timed(1, func() { assert.ErrorIs(t, new(told).ask(s, hourly(t, fmt.Sprint(i), 1000)), storage.ErrUnavailable) })
+		asktest.Crowd(together, func(i int) {
+			took := asktest.Timed(1, func() {
+				assert.ErrorIs(t, new(asktest.Told).Ask(s, asktest.Hourly(t, fmt.Sprint(i), 1000)), storage.ErrUnavailable)
+			})
 			assert.Less(t, took[0], within+time.Second, "a call outlasted its time")
 		})
 		require.NoError(t, server.Thaw())
 		connect(t, c) // the server has read what was sent before
 		late := int64(0)
 		for i := range together {
-			once := spentBy(t, s, hourly(t, fmt.Sprint(i), 1000))
+			once := asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint(i), 1000))
 			assert.LessOrEqual(t, once, int64(1), "a call was charged more than once")
 			late += once
 			require.NoError(t, s.Reset(t.Context(), "", fmt.Sprint(i)))
@@ -1044,31 +958,31 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 // closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they were given.
 func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (admitted int64) {
 	t.Helper()
-	var count told
+	var count asktest.Told
 	var calls sync.WaitGroup
 	for range 50 {
 		calls.Go(func() {
 			err := error(nil)
 			for err == nil {
-				err = count.ask(s, r)
+				err = count.Ask(s, r)
 			}
 			assert.ErrorIs(t, err, storage.ErrClosed)
 		})
 	}
-	recovery(t, 10*time.Second, func() error {
-		if count.admitted.Load() < 500 {
+	asktest.Recovery(t, 10*time.Second, func() error {
+		if count.Admitted.Load() < 500 {
 			return errors.New("there is no load")
 		}
 		return nil
 	})
-	crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close()) })
 	calls.Wait()
 	assert.NoError(t, s.Close(), "again")
 	for call, ask := range allCalls {
 		_, err := ask(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrClosed, "%s after Close", call)
 	}
-	return count.admitted.Load()
+	return count.Admitted.Load()
 }
 
 func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
@@ -1077,15 +991,15 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	c := client(t, server.URL())
 	again := redisstore.New(c, nil)
 	for name, s := range map[string]*redisstore.Storage{
-		"of New":  redisstore.New(c, &redisstore.Options{Timeout: patient}),
+		"of New":  redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient}),
 		"of Open": open(t, server.URL()+"?client_name=owned", redisstore.Options{}),
 	} {
-		r := hourly(t, name, 1<<40)
-		assert.Equal(t, closeDuringLoad(t, s, r), spentBy(t, again, r), "each call that was sent was answered")
+		r := asktest.Hourly(t, name, 1<<40)
+		assert.Equal(t, closeDuringLoad(t, s, r), asktest.Spent(t, again, r), "each call that was sent was answered")
 	}
 	assert.NoError(t, again.Close())
 	assert.NoError(t, c.Ping(t.Context()).Err(), "the client of New is the caller's")
-	recovery(t, 10*time.Second, func() error { // as the server notices a moment later
+	asktest.Recovery(t, 10*time.Second, func() error { // as the server notices a moment later
 		if list := c.ClientList(t.Context()).Val(); strings.Contains(list, "name=owned") {
 			return fmt.Errorf("connections of Open are left: %s", list)
 		}
@@ -1096,9 +1010,9 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 func TestCloseDuringLoadOnAClusterLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	cluster := servers.RedisCluster(t, 2)
-	r := hourly(t, "a", 1<<40)
+	r := asktest.Hourly(t, "a", 1<<40)
 	admitted := closeDuringLoad(t, open(t, clusterURL(cluster), redisstore.Options{}), r)
-	assert.Equal(t, admitted, spentBy(t, open(t, clusterURL(cluster), redisstore.Options{}), r), "each call that was sent was answered")
+	assert.Equal(t, admitted, asktest.Spent(t, open(t, clusterURL(cluster), redisstore.Options{}), r), "each call that was sent was answered")
 }
 
 func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
@@ -1107,20 +1021,20 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
 	for call, ask := range allCalls {
-		_, err := ask(t.Context(), s, fivePerHour(t, "a"))
+		_, err := ask(t.Context(), s, asktest.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrClosed, call)
 	}
 }
 
 // pacedLoad asks in 10 goroutines, each every two milliseconds, until somebody is denied, and returns the
 // longest that a call took.
-func pacedLoad(c *told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
+func pacedLoad(c *asktest.Told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
 	took := make([]time.Duration, 10)
-	crowd(len(took), func(i int) {
+	asktest.Crowd(len(took), func(i int) {
 		tick := time.NewTicker(2 * time.Millisecond)
 		defer tick.Stop()
-		for end := time.Now().Add(30 * time.Second); c.denied.Load() == 0 && time.Now().Before(end); <-tick.C {
-			took[i] = max(took[i], timed(1, func() { _ = c.ask(s, r) })[0])
+		for end := time.Now().Add(30 * time.Second); c.Denied.Load() == 0 && time.Now().Before(end); <-tick.C {
+			took[i] = max(took[i], asktest.Timed(1, func() { _ = c.Ask(s, r) })[0])
 		}
 	})
 	return slices.Max(took)
@@ -1131,28 +1045,20 @@ func TestAfterAFailoverCallsWorkAndHardlyAnythingWasForgotten(t *testing.T) {
 	const limit = 5000
 	sentinel := servers.RedisSentinel(t)
 	s := open(t, "redis://"+sentinel.Addr()+"?master_name="+sentinel.MasterName, prompt)
-	count, r := told{}, hourly(t, "a", limit)
+	count, r := asktest.Told{}, asktest.Hourly(t, "a", limit)
 	longest := make(chan time.Duration, 1)
 	go func() { longest <- pacedLoad(&count, s, r) }()
-	until := func(what string, is func() bool) time.Duration {
-		return recovery(t, 20*time.Second, func() error {
-			if !is() {
-				return errors.New(what)
-			}
-			return nil
-		})
-	}
-	until("nothing is admitted", func() bool { return count.admitted.Load() > limit/5 })
+	asktest.Until(t, "nothing is admitted", func() bool { return count.Admitted.Load() > limit/5 })
 	require.NoError(t, sentinel.Primary.Kill())
-	until("no call fails", func() bool { return count.failed.Load() > 0 })
-	before := count.admitted.Load()
-	recovered := until("nothing is admitted after the failover", func() bool { return count.admitted.Load() > before+10 })
+	asktest.Until(t, "no call fails", func() bool { return count.Failed.Load() > 0 })
+	before := count.Admitted.Load()
+	recovered := asktest.Until(t, "nothing is admitted after the failover", func() bool { return count.Admitted.Load() > before+10 })
 	hung := <-longest
-	t.Logf("works %v after the failure; the longest call took %v; %d failed; forgotten were %d of %d", recovered, hung, count.failed.Load(), max(0, count.admitted.Load()-limit), before)
+	t.Logf("works %v after the failure; the longest call took %v; %d failed; forgotten were %d of %d", recovered, hung, count.Failed.Load(), max(0, count.Admitted.Load()-limit), before)
 	assert.Less(t, recovered, 10*time.Second, "the storage does not find the new primary")
 	assert.Less(t, hung, prompt.Timeout+time.Second, "a call hung")
-	assert.Positive(t, count.denied.Load(), "the limit is none any more")
-	assert.LessOrEqual(t, count.admitted.Load(), int64(2*limit), "more was forgotten than ever was spent")
-	assert.GreaterOrEqual(t, count.admitted.Load(), limit-count.failed.Load(), "more was charged than was asked")
-	assert.Equal(t, 0, take(t, s, r, 3))
+	assert.Positive(t, count.Denied.Load(), "the limit is none any more")
+	assert.LessOrEqual(t, count.Admitted.Load(), int64(2*limit), "more was forgotten than ever was spent")
+	assert.GreaterOrEqual(t, count.Admitted.Load(), limit-count.Failed.Load(), "more was charged than was asked")
+	assert.Equal(t, 0, asktest.Take(t, s, r, 3))
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -36,23 +37,6 @@ var (
 
 // freshName is a Config.Name that nobody has used, not even on a server that others use, too.
 func freshName() string { return fmt.Sprintf("t%x-%d", freshFrom, fresh.Add(1)) }
-
-// atOnce runs f in n goroutines, and waits for them.
-func atOnce(n int, f func(i int)) {
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { f(i) })
-	}
-	all.Wait()
-}
-
-// eventually waits until something is so, for as long as a test is patient.
-func eventually(t testing.TB, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patient); !is(); <-time.After(5 * time.Millisecond) {
-		require.True(t, time.Now().Before(end), what)
-	}
-}
 
 // wire is a real connection that keeps what was said over it.
 type wire struct {
@@ -133,7 +117,7 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	ws := new(wires)
 	o.Dialer = ws.dial
 	c := goredis.NewClient(o)
-	s := redisstore.New(c, &redisstore.Options{Timeout: patient})
+	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
 	t.Cleanup(func() {
 		assert.NoError(t, s.Close())
 		assert.NoError(t, c.Close())
@@ -156,10 +140,10 @@ func left(t testing.TB, s storage.Storage, name, id string, rules ...storage.Rul
 // the smaller.
 func limits(t testing.TB) [][]storage.Rule {
 	t.Helper()
-	hour := rule(t, "600/1h", storage.Replenish, time.Hour, 600)
+	hour := asktest.Rule(t, "600/1h", storage.Replenish, time.Hour, 600)
 	return [][]storage.Rule{
-		{hour, rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
-		{hour, rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
+		{hour, asktest.Rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
+		{hour, asktest.Rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
 	}
 }
 
@@ -169,7 +153,7 @@ func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
 	for i, rules := range limits(t) {
 		r := storage.Request{Name: name, Part: storage.NewPart(fmt.Sprint("hot-", i), rules, 1)}
 		var n atomic.Int64
-		atOnce(50, func(int) {
+		asktest.Crowd(50, func(int) {
 			for range 5 {
 				v, err := s.Decide(t.Context(), r)
 				if assert.NoError(t, err) && v.Allowed {
@@ -317,7 +301,7 @@ func timeless(t *testing.T, s *redisstore.Storage, name string) {
 	t.Helper()
 	var rules []storage.Rule
 	for kind := range storage.SlidingLog + 1 {
-		rules = append(rules, rule(t, kind.String(), kind, time.Hour, 1000))
+		rules = append(rules, asktest.Rule(t, kind.String(), kind, time.Hour, 1000))
 	}
 	ctx, amounts := t.Context(), []storage.Amount{{N: 1, In: 5}, {N: -1, In: 5}, {N: 1, In: 5}, {}, {}}
 	for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
@@ -352,9 +336,9 @@ func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
 
 	now := time.Now().UnixMicro()
 	ask := func(now int64) string {
-		r := fivePerHour(t, "clocked")
+		r := asktest.FivePerHour(t, "clocked")
 		r.Name, r.Clocked, r.Now = name, true, now
-		take(t, s, r, 1)
+		asktest.Take(t, s, r, 1)
 		sent, _ := ws.take()
 		return sent
 	}
@@ -410,7 +394,7 @@ func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 	url := servers.RedisURL(t)
 	for kind := range storage.SlidingLog + 1 {
 		for _, period := range []time.Duration{2 * time.Second, time.Minute} {
-			r := rule(t, "20", kind, period, 20)
+			r := asktest.Rule(t, "20", kind, period, 20)
 			ahead, seen := skewed(t, url, r)
 			assert.LessOrEqual(t, len(ahead), 20*(5+2), "%v: the capacity for each period that passed", kind)
 			if kind == storage.SlidingLog {
@@ -427,7 +411,7 @@ func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []storage
 	t.Helper()
 	var sum, sumOther, least atomic.Int64
 	least.Store(4)
-	atOnce(200, func(i int) {
+	asktest.Crowd(200, func(i int) {
 		for j := range 2 {
 			cost := int64(1 + (i+j)%3)
 			a, b := storage.NewPart("hot", hot, cost), storage.NewPart("other", other, 1)
@@ -455,7 +439,7 @@ func TestAHotKeyGivesOutAllItHasAndNoMore(t *testing.T) {
 			t.Parallel()
 			s, ws := openWired(t, servers.RedisURL(t))
 			name, day := freshName(), 24*time.Hour
-			hot, other := []storage.Rule{rule(t, "hot", kind, day, 100)}, []storage.Rule{rule(t, "other", kind, day, 500)}
+			hot, other := []storage.Rule{asktest.Rule(t, "hot", kind, day, 100)}, []storage.Rule{asktest.Rule(t, "other", kind, day, 500)}
 			sum, sumOther, refused := hotCalls(t, s, name, hot, other)
 			assert.LessOrEqual(t, sum, int64(100))
 			assert.Greater(t, sum, 100-refused, "a call was refused that fitted")
@@ -502,7 +486,7 @@ func (g *shapely) part(id string) storage.Part {
 func ruleSets(t *testing.T) (sets [][]storage.Rule) {
 	t.Helper()
 	for kind := range storage.SlidingLog + 1 {
-		a, b := rule(t, "a", kind, 10*time.Second, 5), rule(t, "b", (kind+1)%5, time.Minute, 7)
+		a, b := asktest.Rule(t, "a", kind, 10*time.Second, 5), asktest.Rule(t, "b", (kind+1)%5, time.Minute, 7)
 		sets = append(sets, []storage.Rule{a}, []storage.Rule{a, b}, []storage.Rule{b, a})
 	}
 	return sets
@@ -512,7 +496,7 @@ func TestAFlightOfManyShapesDecidesAsTheModel(t *testing.T) {
 	t.Parallel()
 	s, ws := openWired(t, servers.RedisURL(t))
 	model, name, sets := storagetest.NewModel(), freshName(), ruleSets(t)
-	atOnce(100, func(i int) {
+	asktest.Crowd(100, func(i int) {
 		g := &shapely{rnd: rand.New(rand.NewPCG(7, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
 		for step := range 30 {
 			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)

@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	goredis "github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -20,14 +20,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// patient is for tests of what is decided, which must not depend on how fast the machine is.
-const patient = 20 * time.Second
-
 // open returns a storage on the server of a URL, which is closed after the test.
 func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {
-		o.Timeout = patient
+		o.Timeout = asktest.Patient
 	}
 	s, err := redisstore.Open(url, &o)
 	require.NoError(t, err)
@@ -49,32 +46,6 @@ func client(t testing.TB, url string) *goredis.Client {
 func clusterURL(c *servers.Cluster) string {
 	addrs := c.Addrs()
 	return "redis://" + addrs[0] + "?addr=" + strings.Join(addrs[1:], "&addr=")
-}
-
-func rule(t testing.TB, name string, kind storage.Kind, period time.Duration, capacity int64) storage.Rule {
-	t.Helper()
-	r, faults := storage.NewRule(name, kind, period, capacity, capacity)
-	require.Empty(t, faults)
-	return r
-}
-
-// fivePerHour asks for one token of five an hour.
-func fivePerHour(t testing.TB, id string) storage.Request {
-	t.Helper()
-	return storage.Request{Part: storage.NewPart(id, []storage.Rule{rule(t, "5/1h", storage.Replenish, time.Hour, 5)}, 1)}
-}
-
-// take asks n times, and returns how often it was admitted.
-func take(t testing.TB, s *redisstore.Storage, r storage.Request, n int) (admitted int) {
-	t.Helper()
-	for range n {
-		v, err := s.Decide(t.Context(), r)
-		require.NoError(t, err)
-		if v.Allowed {
-			admitted++
-		}
-	}
-	return admitted
 }
 
 func TestTheStoragePassesTheSuite(t *testing.T) {
@@ -102,7 +73,7 @@ func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
 	cluster := servers.RedisCluster(t, 3)
 	s := open(t, clusterURL(cluster), redisstore.Options{})
 	for i := range 30 {
-		assert.Equal(t, 5, take(t, s, fivePerHour(t, fmt.Sprintf("{tag}%d", i)), 7))
+		assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, fmt.Sprintf("{tag}%d", i)), 7))
 	}
 	for _, node := range cluster.Nodes {
 		n, err := client(t, node.URL()).DBSize(t.Context()).Result()
@@ -110,12 +81,12 @@ func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
 		assert.NotZero(t, n, "identifiers with one tag must be spread")
 	}
 
-	apart := fivePerHour(t, "a")
+	apart := asktest.FivePerHour(t, "a")
 	apart.More = []storage.Part{storage.NewPart("b", apart.Part.Rules, 1)}
 	_, err := s.Decide(t.Context(), apart)
 	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
 	require.NotErrorIs(t, err, storage.ErrUnavailable)
-	assert.Equal(t, 5, take(t, s, fivePerHour(t, "a"), 7), "nothing was taken")
+	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 7), "nothing was taken")
 }
 
 func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
@@ -123,6 +94,6 @@ func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := s.Decide(ctx, fivePerHour(t, "done"))
+	_, err := s.Decide(ctx, asktest.FivePerHour(t, "done"))
 	require.ErrorIs(t, err, context.Canceled)
 }

@@ -1,0 +1,164 @@
+// Package asktest has what tests of storages have in common: they ask, in crowds, count what they are told, and hold
+// it to what was taken.
+package asktest
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Patient is for tests of what is decided, which must not depend on how fast the machine is.
+const Patient = 20 * time.Second
+
+// Kinds are all kinds of buckets.
+var Kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+
+// Rule is that of a bucket whose tokens all come back in a period.
+func Rule(t testing.TB, name string, kind storage.Kind, period time.Duration, capacity int64) storage.Rule {
+	t.Helper()
+	r, faults := storage.NewRule(name, kind, period, capacity, capacity)
+	require.Empty(t, faults)
+	return r
+}
+
+// Hourly asks for one token of n an hour.
+func Hourly(t testing.TB, id string, n int64) storage.Request {
+	t.Helper()
+	return storage.Request{Part: storage.NewPart(id, []storage.Rule{Rule(t, "hourly", storage.Replenish, time.Hour, n)}, 1)}
+}
+
+// FivePerHour asks for one token of five an hour.
+func FivePerHour(t testing.TB, id string) storage.Request {
+	t.Helper()
+	return Hourly(t, id, 5)
+}
+
+// Take asks n times, and returns how often it was admitted.
+func Take(t testing.TB, s storage.Storage, r storage.Request, n int) (admitted int) {
+	t.Helper()
+	for range n {
+		v, err := s.Decide(t.Context(), r)
+		require.NoError(t, err)
+		if v.Allowed {
+			admitted++
+		}
+	}
+	return admitted
+}
+
+// Spent is how many tokens of the first bucket are out.
+func Spent(t testing.TB, s storage.Storage, r storage.Request) int64 {
+	t.Helper()
+	r.Mode, r.Part, r.More = storage.Peek, storage.NewPart(r.Part.Identifier, r.Part.Rules, 0), nil
+	v, err := s.Decide(t.Context(), r)
+	require.NoError(t, err)
+	return r.Part.Rules[0].Capacity - v.Count(0).Remaining
+}
+
+// Crowd runs f in n goroutines, and waits for them.
+func Crowd(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	all.Wait()
+}
+
+// Recovery calls try until it succeeds, and returns how long that took.
+func Recovery(t testing.TB, within time.Duration, try func() error) time.Duration {
+	t.Helper()
+	began := time.Now()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try()
+		took := time.Since(began)
+		if err == nil {
+			return took
+		}
+		require.Less(t, took, within, "it still fails: %v", err)
+		<-tick.C
+	}
+}
+
+// Until waits until something is so, and returns how long that took.
+func Until(t testing.TB, what string, is func() bool) time.Duration {
+	t.Helper()
+	return Recovery(t, Patient, func() error {
+		if !is() {
+			return errors.New(what)
+		}
+		return nil
+	})
+}
+
+// Timed calls f n times, and returns how long each call took.
+func Timed(n int, f func()) (took []time.Duration) {
+	for range n {
+		began := time.Now()
+		f()
+		took = append(took, time.Since(began))
+	}
+	return took
+}
+
+// AssertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten times the
+// promise, and all of them to a second, on a machine that does other things as well.
+func AssertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
+	t.Helper()
+	slices.Sort(took)
+	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
+	assert.GreaterOrEqual(t, took[0], limit-5*time.Millisecond, "a call gave up early")
+	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
+	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
+}
+
+// Told counts what callers were told.
+type Told struct{ Admitted, Denied, Failed atomic.Int64 }
+
+// Ask asks once, and counts the answer.
+func (c *Told) Ask(s storage.Storage, r storage.Request) error {
+	v, err := s.Decide(context.Background(), r)
+	c.Count(v, err)
+	return err
+}
+
+// Count counts an answer.
+func (c *Told) Count(v storage.Verdict, err error) {
+	switch {
+	case err != nil:
+		c.Failed.Add(1)
+	case v.Allowed:
+		c.Admitted.Add(1)
+	default:
+		c.Denied.Add(1)
+	}
+}
+
+// AssertAccount holds what was taken to what callers were told, and returns how much of it nobody was admitted for.
+func (c *Told) AssertAccount(t testing.TB, s storage.Storage, r storage.Request) (lost int64) {
+	t.Helper()
+	lost = c.AssertNotTwice(t, s, r)
+	id := r.Part.Identifier
+	assert.GreaterOrEqual(t, lost, int64(0), "%s: something was admitted and not taken", id)
+	assert.LessOrEqual(t, c.Admitted.Load(), r.Part.Rules[0].Capacity, "%s: more than the limit was admitted", id)
+	return lost
+}
+
+// AssertNotTwice is AssertAccount for a server that may forget: what failed was taken once, or not.
+func (c *Told) AssertNotTwice(t testing.TB, s storage.Storage, r storage.Request) (lost int64) {
+	t.Helper()
+	lost = Spent(t, s, r) - c.Admitted.Load()
+	assert.LessOrEqual(t, lost, c.Failed.Load(), "%s: something was taken twice", r.Part.Identifier)
+	return lost
+}
