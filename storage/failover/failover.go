@@ -210,18 +210,18 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := r.Validate(); err != nil {
 		return v, err
 	}
-	cause := s.breaker.cause()
+	began, cause := time.Now(), s.breaker.cause()
 	asked := cause == nil
 	if asked {
-		if v, cause = s.decideOnPrimary(ctx, &r); !fails(cause) {
+		if v, cause = s.decideOnPrimary(ctx, &r, began, s.options.LedgerTimeout); !fails(cause) {
 			return v, cause
 		}
 	}
-	if v, err = s.decideOnLedger(ctx, r); err == nil || ctx.Err() != nil || !fails(err) {
+	if v, err = s.decideOnLedger(ctx, r, began); err == nil || ctx.Err() != nil || !fails(err) {
 		return v, err
 	}
 	if !asked { // and perhaps it is well again
-		if v, cause = s.decideOnPrimary(ctx, &r); !fails(cause) {
+		if v, cause = s.decideOnPrimary(ctx, &r, time.Now(), 0); !fails(cause) {
 			v.Degrade()
 			return v, cause
 		}
@@ -234,18 +234,22 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	return v, unavailable(cause, err)
 }
 
-// decideOnPrimary asks Redis, after it was raised to what the ledger has where it is doubted and would admit.
-func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v storage.Verdict, err error) {
+// decideOnPrimary asks Redis. Where Redis is doubted and would admit it is first raised to what the ledger has, if a read
+// of that takes no longer than given, from when the call began.
+func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began time.Time, read time.Duration) (v storage.Verdict, err error) {
 	if err := s.isolated(); err != nil {
 		return v, err
 	}
-	began, since := time.Now(), s.doubt(r)
+	since := s.doubt(r)
 	v, err = s.primary.DecideFresh(ctx, *r, since)
 	if errors.Is(err, redis.ErrRestarted) && !r.Clocked {
 		since = storage.Monotonic()
 		s.doubted.Store(since)
 	}
 	if errors.Is(err, redis.ErrStale) {
+		if since != 0 {
+			began = began.Add(read)
+		}
 		v, err = s.decideAnyway(ctx, *r, began, since != 0)
 	}
 	if err == nil && v.Taken() {
@@ -255,10 +259,10 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request) (v st
 }
 
 func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, began time.Time, doubted bool) (v storage.Verdict, err error) {
+	if doubted {
+		s.readThrough(ctx, &r, began)
+	}
 	err = s.onPrimary(ctx, began, func(ctx context.Context) error {
-		if doubted {
-			s.readThrough(ctx, &r)
-		}
 		v, err = s.primary.Decide(ctx, r)
 		return err
 	})
@@ -266,8 +270,8 @@ func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, began tim
 }
 
 // decideOnLedger asks Postgres, after it was charged what this process owes it for the identifiers.
-func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = s.onLedger(ctx, func(ctx context.Context) error {
+func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request, began time.Time) (v storage.Verdict, err error) {
+	err = s.onLedger(ctx, began, func(ctx context.Context) error {
 		for i := range r.Parts() {
 			if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {
 				return err
@@ -293,9 +297,10 @@ func (s *Storage) onPrimary(ctx context.Context, began time.Time, f func(context
 	return within(ctx, began.Add(s.options.PrimaryTimeout), "Redis", s.options.PrimaryTimeout, f)
 }
 
-// onLedger calls f with a context that ends after LedgerTimeout.
-func (s *Storage) onLedger(ctx context.Context, f func(context.Context) error) error {
-	return within(ctx, time.Now().Add(s.options.LedgerTimeout), "Postgres", s.options.LedgerTimeout, f)
+// onLedger calls f with a context that ends after LedgerTimeout, or before that both timeouts after the call began.
+func (s *Storage) onLedger(ctx context.Context, began time.Time, f func(context.Context) error) error {
+	last := s.options.PrimaryTimeout - time.Since(began)
+	return within(ctx, time.Now().Add(s.options.LedgerTimeout+min(0, last)), "Postgres", s.options.LedgerTimeout, f)
 }
 
 // within calls f with a context that ends at a deadline, and returns the caller's error if the caller's has ended.
@@ -362,27 +367,27 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	cause := s.breaker.cause()
+	began, cause := time.Now(), s.breaker.cause()
 	asked := cause == nil
 	if asked {
-		if cause = s.chargePrimary(ctx, &c); !fails(cause) {
+		if cause = s.chargePrimary(ctx, &c, began, s.options.LedgerTimeout); !fails(cause) {
 			return cause
 		}
 	}
-	err := s.chargeLedger(ctx, &c)
+	err := s.chargeLedger(ctx, &c, began)
 	if err == nil || ctx.Err() != nil || !fails(err) {
 		return err
 	}
 	if !asked {
-		if cause = s.chargePrimary(ctx, &c); !fails(cause) {
+		if cause = s.chargePrimary(ctx, &c, time.Now(), 0); !fails(cause) {
 			return cause
 		}
 	}
 	return unavailable(cause, err)
 }
 
-func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge) error {
-	err := s.onLedger(ctx, func(ctx context.Context) error {
+func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began time.Time) error {
+	err := s.onLedger(ctx, began, func(ctx context.Context) error {
 		if err := s.settle(ctx, key{c.Name, c.Identifier}); err != nil {
 			return err
 		}
@@ -403,14 +408,15 @@ func gives(c *storage.Charge) bool {
 	return slices.ContainsFunc(c.Amounts, func(a storage.Amount) bool { return a.N < 0 })
 }
 
-func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge) error {
-	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
-		if takes(c) {
-			r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
-			if s.doubt(&r) != 0 { // afterwards the state is young
-				s.readThrough(ctx, &r)
-			}
+func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began time.Time, read time.Duration) error {
+	if takes(c) {
+		r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
+		if s.doubt(&r) != 0 { // afterwards the state is young
+			began = began.Add(read)
+			s.readThrough(ctx, &r, began)
 		}
+	}
+	return s.onPrimary(ctx, began, func(ctx context.Context) error {
 		if gives(c) {
 			if err := s.journal.giveBack(ctx, key{c.Name, c.Identifier}); err != nil {
 				return err
@@ -455,7 +461,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if errors.Is(cause, storage.ErrUnavailable) {
 		s.journal.resetPrimaryLater(id)
 	}
-	err := s.onLedger(ctx, func(ctx context.Context) error { return s.settle(ctx, id) })
+	err := s.onLedger(ctx, time.Now(), func(ctx context.Context) error { return s.settle(ctx, id) })
 	switch {
 	case ctx.Err() != nil && err != nil:
 		return ctx.Err()

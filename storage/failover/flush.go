@@ -381,10 +381,10 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 	}
 }
 
-// readThrough raises Redis to what the ledger has of a request's identifiers. Where that takes too long it comes
+// readThrough raises Redis to what the ledger has of a request's identifiers. Where that is not done in time it comes
 // afterwards.
-func (s *Storage) readThrough(ctx context.Context, r *storage.Request) {
-	ctx, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout/2)
+func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) {
+	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	parts := make([]*storage.Part, r.Parts())
 	for i := range parts {
