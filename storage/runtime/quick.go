@@ -2,18 +2,25 @@ package runtime
 
 import "github.com/go-throttler/throttler/storage"
 
-// quick is storage.Decide, in the cells, for nearly all entries: their buckets are Replenish or FixedWindow and have one
-// hold or none, or Continuous. It reports false, and has done nothing, where that is not so or the clock has stepped
+// quick is storage.Decide, in the cells, for nearly all entries: all of their buckets come back at once and have one hold
+// or none, or all are Continuous. It reports false, and has done nothing, where that is not so or the clock has stepped
 // back. The steps have the numbers of package storage, whose suite compares the two.
 func (e *entry) quick(r *storage.Request, v *storage.Verdict, now int64) bool {
+	if r.Part.Rules[0].Kind == storage.Continuous {
+		return e.levels(r, v, now)
+	}
+	return e.holds(r, v, now)
+}
+
+func (e *entry) holds(r *storage.Request, v *storage.Verdict, now int64) bool {
 	allowed := true
 	for i := range r.Part.Rules {
 		rule := &r.Part.Rules[i]
-		h, ok := e.cell(i).hold(rule, now)
+		spent, _, ok := e.cell(i).hold(rule, now)
 		if !ok {
 			return false
 		}
-		if cost := r.Part.Cost(i); cost > rule.Capacity-h.spent && cost > 0 && r.Mode != storage.Force { // 4
+		if cost := r.Part.Cost(i); cost > rule.Capacity-spent && cost > 0 && r.Mode != storage.Force { // 4
 			allowed = false
 		}
 	}
@@ -21,85 +28,95 @@ func (e *entry) quick(r *storage.Request, v *storage.Verdict, now int64) bool {
 	v.Allowed = allowed
 	for i := range r.Part.Rules {
 		c, rule, cost := e.cell(i), &r.Part.Rules[i], r.Part.Cost(i)
-		h, _ := c.hold(rule, now)
+		spent, end, _ := c.hold(rule, now)
 		var count storage.Count
 		switch {
 		case allowed && cost > 0: // 5
-			next := h.take(rule, now, min(cost, max(0, 4*rule.Capacity-h.spent)))
-			count = storage.Count{Remaining: max(0, rule.Capacity-next.spent), ResetAfter: next.end - now}
+			spent += min(cost, max(0, 4*rule.Capacity-spent))
+			count.ResetAfter = end - now
 			if r.Mode != storage.Peek {
-				*c = next.cell(rule, now)
+				*c = cell{now, end, spent}
 			}
-		case h.spent > 0:
-			count = storage.Count{Remaining: max(0, rule.Capacity-h.spent), ResetAfter: h.end - now}
-			if cost > rule.Capacity-h.spent && cost > 0 {
-				count.RetryAfter = c.room(rule, &h, rule.Capacity-cost) - now
+		case spent > 0:
+			count.ResetAfter = end - now
+			if cost > rule.Capacity-spent && cost > 0 {
+				count.RetryAfter = count.ResetAfter
 			}
-		default:
-			count.Remaining = rule.Capacity
 		}
+		count.Remaining = max(0, rule.Capacity-spent)
 		v.Set(i, count)
 	}
 	return true
 }
 
-// hold is what is out of a bucket: tokens, and when they, or what is taken now, are all back.
-type hold struct{ spent, end, level int64 }
-
-// hold is steps 1 to 3.
-func (c *cell) hold(r *storage.Rule, now int64) (h hold, ok bool) {
-	if c.seen > now || c.b == outside {
-		return h, false
+// hold is what is spent, and when that comes back with a token that is taken now.
+func (c *cell) hold(r *storage.Rule, now int64) (spent, end int64, ok bool) {
+	if c.seen > now || c.b == outside { // 1, 2
+		return 0, 0, false
 	}
-	switch r.Kind {
-	case storage.Continuous:
-		if c.b > 0 {
-			if gone := now/r.Tick - c.seen/r.Tick; gone < ceil(c.b, r.Refill) {
-				h.level = c.b - gone*r.Refill
-				h.spent, h.end = ceil(h.level, r.Period/r.Tick), c.empty(r)
+	if end = now + r.Period; r.Kind == storage.FixedWindow {
+		end -= now % r.Period
+	} else if r.Kind != storage.Replenish {
+		return 0, 0, false
+	}
+	if c.b == 0 || c.a <= now { // 3
+		return 0, end, true
+	}
+	return c.b, c.a, r.Kind == storage.Replenish || c.a >= end
+}
+
+func (e *entry) levels(r *storage.Request, v *storage.Verdict, now int64) bool {
+	allowed := true
+	for i := range r.Part.Rules {
+		c, rule := e.cell(i), &r.Part.Rules[i]
+		if rule.Kind != storage.Continuous || c.seen > now { // 1, 2
+			return false
+		}
+		spent := ceil(c.level(rule, now), rule.Period/rule.Tick)                                       // 3
+		if cost := r.Part.Cost(i); cost > rule.Capacity-spent && cost > 0 && r.Mode != storage.Force { // 4
+			allowed = false
+		}
+	}
+	v.Begin(r, Source, now)
+	v.Allowed = allowed
+	for i := range r.Part.Rules {
+		c, rule, cost := e.cell(i), &r.Part.Rules[i], r.Part.Cost(i)
+		one, level := rule.Period/rule.Tick, c.level(rule, now)
+		spent := ceil(level, one)
+		var count storage.Count
+		switch {
+		case allowed && cost > 0: // 5
+			cost = min(cost, max(0, 4*rule.Capacity-spent))
+			spent += cost
+			next := cell{seen: now, b: level + cost*one}
+			count.ResetAfter = next.falls(rule, 0) - now
+			if r.Mode != storage.Peek {
+				*c = next
+			}
+		case spent > 0:
+			count.ResetAfter = c.falls(rule, 0) - now
+			if cost > rule.Capacity-spent && cost > 0 {
+				count.RetryAfter = c.falls(rule, (rule.Capacity-cost)*one) - now
 			}
 		}
-		return h, true
-	case storage.Replenish:
-		h.end = now + r.Period
-	case storage.FixedWindow:
-		h.end = now - now%r.Period + r.Period
-	default:
-		return h, false
+		count.Remaining = max(0, rule.Capacity-spent)
+		v.Set(i, count)
 	}
-	if c.b == 0 || c.a <= now {
-		return h, true
-	}
-	ok = r.Kind == storage.Replenish || c.a >= h.end
-	h.spent, h.end = c.b, c.a
-	return h, ok
+	return true
 }
 
-func (h hold) take(r *storage.Rule, now, n int64) hold {
-	h.spent += n
-	if r.Kind == storage.Continuous {
-		h.level += n * (r.Period / r.Tick)
-		h.end = (&cell{seen: now, b: h.level}).empty(r)
+// level is how many units of Period/Tick a token are out.
+func (c *cell) level(r *storage.Rule, now int64) int64 {
+	drained := now/r.Tick - c.seen/r.Tick
+	if drained >= ceil(c.b, r.Refill) { // else the product may be too large
+		return 0
 	}
-	return h
+	return c.b - drained*r.Refill
 }
 
-func (h *hold) cell(r *storage.Rule, now int64) cell {
-	if r.Kind == storage.Continuous {
-		return cell{seen: now, b: h.level}
-	}
-	return cell{now, h.end, h.spent}
+// falls is when the level will have fallen to so many units.
+func (c *cell) falls(r *storage.Rule, units int64) int64 {
+	return (c.seen/r.Tick + ceil(c.b-units, r.Refill)) * r.Tick
 }
-
-// room is when there will be so many tokens.
-func (c *cell) room(r *storage.Rule, h *hold, n int64) int64 {
-	if r.Kind == storage.Continuous {
-		return (&cell{seen: c.seen, b: c.b - n*(r.Period/r.Tick)}).empty(r)
-	}
-	return h.end
-}
-
-// empty is when a level will have drained.
-func (c *cell) empty(r *storage.Rule) int64 { return (c.seen/r.Tick + ceil(c.b, r.Refill)) * r.Tick }
 
 func ceil(a, b int64) int64 { return (a + b - 1) / b }

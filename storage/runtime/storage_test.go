@@ -271,3 +271,16 @@ func TestNoCallLooksAtMoreThan64Entries(t *testing.T) {
 		assert.LessOrEqual(t, tries, 500/32+2, "a search goes on where the last one ended")
 	}
 }
+
+func TestALargeLevelDrainsForAsLongAsItMay(t *testing.T) {
+	t.Parallel()
+	c := clock.NewMock()
+	th, err := throttler.New(throttler.Config{Clock: c, Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 1<<40).Continuous()}})
+	require.NoError(t, err)
+	for days := range 366 {
+		v, err := th.Consume("user:42", throttler.Cost(1<<40))
+		require.NoError(t, err)
+		require.True(t, v.Allowed, days)
+		c.Add(time.Duration(days+1) * 24 * time.Hour)
+	}
+}
