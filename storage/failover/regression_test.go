@@ -227,7 +227,7 @@ func TestRegressionACallInDoubtTakesNoLonger(t *testing.T) {
 		w.redis.restore(empty())
 		p.pg.set(swallows)
 		go func() { time.Sleep(20 * time.Millisecond); p.redis.set(swallows) }()
-		p.redis.trip = 30 * time.Millisecond // slow: 15..45 a way
+		p.redis.slow(30 * time.Millisecond) // slow: 15..45 a way
 		began := time.Now()
 		_, _ = p.storage.Decide(bg, w.req("a", 1))
 		assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
@@ -316,7 +316,7 @@ func TestRegressionWhatFollowsARefusedBatchIsTold(t *testing.T) {
 func TestRegressionManyIdentifiersAreReadThroughAtOnce(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
-		p.pg.trip = 5 * time.Millisecond // one way
+		p.pg.slow(5 * time.Millisecond) // one way
 		p.pg.timeout = 500 * time.Millisecond
 		const n = 200
 		for i := range n {

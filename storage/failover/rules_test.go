@@ -246,7 +246,7 @@ func TestRuleASlowReadIsWaitedForAsADecisionByPostgresIs(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
 		settle()
-		p.pg.trip = 50 * time.Millisecond // 25 to 75 a way
+		p.pg.slow(50 * time.Millisecond) // 25 to 75 a way
 		w.redis.restore(empty())
 		assert.Equal(t, 40, w.takes(p, 100))
 	})

@@ -187,14 +187,20 @@ const (
 type link struct {
 	to      *store
 	seed    uint64
-	trip    time.Duration // mean of one way
 	timeout time.Duration
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex    // guards what follows
+	trip   time.Duration // mean of one way
 	fault  fault
 	failed time.Time // the last time that a call met a fault
 	calls  uint64
 	report func(error)
+}
+
+func (l *link) slow(trip time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.trip = trip
 }
 
 func (l *link) set(f fault) {
@@ -240,14 +246,14 @@ func (l *link) call(ctx context.Context, op func() error) error {
 	}
 	l.mu.Lock()
 	l.calls++
-	n, f, report := l.calls, l.fault, l.report
+	n, f, trip, report := l.calls, l.fault, l.trip, l.report
 	l.mu.Unlock()
 	if f != fine {
 		l.hurt()
 	}
 	r := l.random(n)
-	there := l.trip/2 + time.Duration(r%uint64(l.trip))
-	back := l.trip/2 + time.Duration(r>>32%uint64(l.trip))
+	there := trip/2 + time.Duration(r%uint64(trip))
+	back := trip/2 + time.Duration(r>>32%uint64(trip))
 	answer := make(chan error, 1)
 	switch f {
 	case refuses:
