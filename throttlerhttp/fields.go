@@ -44,7 +44,7 @@ func (f Fields) write(h http.Header, v *throttler.Verdict, known *policies) {
 		return
 	}
 	if f == 0 || f&Draft10 != 0 {
-		draft10(h, known.of(v.Part(0).Rules), levels) // the middleware asks for one identifier
+		draft10(h, known.of(v), levels)
 	}
 	if f&(XSeconds|XUnix) == 0 {
 		return
@@ -104,28 +104,32 @@ type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
 
-func (p *policies) of(rules []storage.Rule) *policy {
-	if known := p.known.Load(); known != nil {
+// of is the policy of a verdict, which is about one identifier.
+func (p *policies) of(v *throttler.Verdict) *policy {
+	rules, known := v.Part(0).Rules, p.known.Load()
+	if known != nil {
 		for _, k := range *known {
 			if &k.rules[0] == &rules[0] && len(k.rules) == len(rules) {
 				return k
 			}
 		}
 	}
-	return p.add(newPolicy(rules))
-}
-
-func (p *policies) add(made *policy) *policy {
-	var all []*policy
-	known := p.known.Load()
-	if known != nil {
-		all = *known
-	}
-	if len(all) < mostPolicies {
-		all = append(slices.Clip(all), made)
-		p.known.CompareAndSwap(known, &all)
+	made := newPolicy(rules)
+	if !v.Degraded() { // else they may be of this verdict only
+		p.add(known, made)
 	}
 	return made
+}
+
+// add keeps a policy, unless another was kept since known was loaded.
+func (p *policies) add(known *[]*policy, made *policy) {
+	all := []*policy{made}
+	if known != nil {
+		all = append(slices.Clip(*known), made)
+	}
+	if len(all) <= mostPolicies {
+		p.known.CompareAndSwap(known, &all)
+	}
 }
 
 // window is the period, or of a Continuous bucket the time in which it becomes full from empty, in seconds,

@@ -330,18 +330,17 @@ func (m *middleware) match(r *http.Request) *limit {
 	return m.others
 }
 
-// plain is a method and a path, which the pattern of a route is: no other matches them better. That saves most of what a
-// ServeMux takes, which allocates.
+// plain is a route's pattern that is only a method and a literal path. No other pattern can match such a request better,
+// so a map answers it as the ServeMux would, without allocating.
 type plain struct{ method, path string }
 
 // plainRoutes finds those routes. With hosts in any pattern there are none, as one with a host matches better.
 func plainRoutes(routes map[string]*limit) map[plain]*limit {
 	found := map[plain]*limit{}
 	for pattern, l := range routes {
-		method, path, _ := strings.Cut(pattern, " ")
-		path = strings.TrimLeft(path, " \t")
-		if method == pattern {
-			method, path = "", pattern
+		method, path := "", pattern
+		if i := strings.IndexAny(pattern, " \t"); i >= 0 {
+			method, path = pattern[:i], strings.TrimLeft(pattern[i:], " \t")
 		}
 		if !strings.HasPrefix(path, "/") {
 			return nil

@@ -419,7 +419,7 @@ func TestTheRouteIsTheOneThatAServeMuxWouldChoose(t *testing.T) {
 	t.Parallel()
 	patterns := []string{"/", "/api/", "GET /api/data", "/api/data", "POST /api/data", "HEAD /api/head", "GET /api/head", "GET  /api/spaces",
 		"/api/users/{id}", "GET /api/users/me", "GET /api/users/{id}", "GET /api/dir/", "GET /api/a%20b", "CONNECT /api/tunnel", "/end/{$}"}
-	for _, more := range [][]string{nil, {"example.com/api/data", "GET example.com/api/users/me"}} {
+	for _, more := range [][]string{nil, {"example.com/api/data", "GET example.com/api/users/me"}, {"GET /a /b", "GET\texample.com/a /b"}} {
 		mux, routes := http.NewServeMux(), []throttlerhttp.Route(nil)
 		for i, pattern := range append(patterns, more...) {
 			mux.Handle(pattern, http.NotFoundHandler())
@@ -427,7 +427,7 @@ func TestTheRouteIsTheOneThatAServeMuxWouldChoose(t *testing.T) {
 		}
 		h := serve(t, throttler.Config{}, throttlerhttp.Options{Routes: routes}, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "OPTIONS"} {
-			for _, path := range []string{"/", "/api/", "/api/data", "/api/data/", "/api/head", "/api/spaces", "/api/users/me", "/api/users/7", "/api/dir/", "/api/dir/x", "/api/a%20b", "/api/tunnel", "/end/", "/end/x"} {
+			for _, path := range []string{"/", "/api/", "/api/data", "/api/data/", "/api/head", "/api/spaces", "/api/users/me", "/api/users/7", "/api/dir/", "/api/dir/x", "/api/a%20b", "/api/tunnel", "/end/", "/end/x", "/a%20/b"} {
 				r := httptest.NewRequest(method, path, nil)
 				_, pattern := mux.Handler(r)
 				route := slices.IndexFunc(routes, func(r throttlerhttp.Route) bool { return r.Pattern == pattern })

@@ -213,7 +213,7 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	began, cause := time.Now(), s.breaker.cause()
 	asked := cause == nil
 	if asked {
-		if v, cause = s.decideOnPrimary(ctx, &r, began, s.options.LedgerTimeout); !fails(cause) {
+		if v, cause = s.decideOnPrimary(ctx, &r, began, s.options.LedgerTimeout/2); !fails(cause) {
 			return v, cause
 		}
 	}
@@ -234,8 +234,8 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	return v, unavailable(cause, err)
 }
 
-// decideOnPrimary asks Redis. Where Redis is doubted and would admit it is first raised to what the ledger has, if a read
-// of that takes no longer than given, from when the call began.
+// decideOnPrimary asks Redis. Where Redis is doubted and would admit, it is first raised to what the ledger has. That may
+// last until read after the call began; what is not done by then is done afterwards.
 func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began time.Time, read time.Duration) (v storage.Verdict, err error) {
 	if err := s.isolated(); err != nil {
 		return v, err
@@ -247,10 +247,10 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began
 		s.doubted.Store(since)
 	}
 	if errors.Is(err, redis.ErrStale) {
-		if since != 0 {
-			began = began.Add(read)
+		if since == 0 {
+			read = 0
 		}
-		v, err = s.decideAnyway(ctx, *r, began, since != 0)
+		v, err = s.decideAnyway(ctx, *r, began.Add(read), since != 0)
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
@@ -258,14 +258,20 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began
 	return v, err
 }
 
-func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, began time.Time, doubted bool) (v storage.Verdict, err error) {
+func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, read time.Time, doubted bool) (v storage.Verdict, err error) {
+	var late []*storage.Part
 	if doubted {
-		s.readThrough(ctx, &r, began)
+		if late, err = s.readThrough(ctx, &r, read); err != nil {
+			return v, err
+		}
 	}
-	err = s.onPrimary(ctx, began, func(ctx context.Context) error {
+	err = s.onPrimary(ctx, read, func(ctx context.Context) error {
 		v, err = s.primary.Decide(ctx, r)
 		return err
 	})
+	if err == nil {
+		s.touch(&r, late)
+	}
 	return v, err
 }
 
@@ -292,19 +298,21 @@ func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request, began t
 	return v, nil
 }
 
-// onPrimary calls f with a context that ends PrimaryTimeout after the call began.
-func (s *Storage) onPrimary(ctx context.Context, began time.Time, f func(context.Context) error) error {
-	return within(ctx, began.Add(s.options.PrimaryTimeout), "Redis", s.options.PrimaryTimeout, f)
+// onPrimary calls f with a context that ends PrimaryTimeout after a time: when the call began, or when its read of the
+// ledger had to be done.
+func (s *Storage) onPrimary(ctx context.Context, after time.Time, f func(context.Context) error) error {
+	return within(ctx, after.Add(s.options.PrimaryTimeout), "Redis", f)
 }
 
-// onLedger calls f with a context that ends after LedgerTimeout, or before that both timeouts after the call began.
+// onLedger calls f with a context that ends after LedgerTimeout, and at the latest both timeouts after the call began.
 func (s *Storage) onLedger(ctx context.Context, began time.Time, f func(context.Context) error) error {
-	last := s.options.PrimaryTimeout - time.Since(began)
-	return within(ctx, time.Now().Add(s.options.LedgerTimeout+min(0, last)), "Postgres", s.options.LedgerTimeout, f)
+	left := s.options.PrimaryTimeout - time.Since(began)
+	return within(ctx, time.Now().Add(s.options.LedgerTimeout+min(0, left)), "Postgres", f)
 }
 
 // within calls f with a context that ends at a deadline, and returns the caller's error if the caller's has ended.
-func within(ctx context.Context, deadline time.Time, who string, timeout time.Duration, f func(context.Context) error) error {
+func within(ctx context.Context, deadline time.Time, who string, f func(context.Context) error) error {
+	given := time.Until(deadline)
 	limited, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	err := f(limited)
@@ -314,7 +322,7 @@ func within(ctx context.Context, deadline time.Time, who string, timeout time.Du
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case limited.Err() != nil && !fails(err):
-		return fmt.Errorf("%w: no answer from %s within %v", storage.ErrUnavailable, who, timeout)
+		return fmt.Errorf("%w: no answer from %s within %v", storage.ErrUnavailable, who, max(0, given).Round(time.Millisecond))
 	}
 	return err
 }
@@ -370,7 +378,7 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	began, cause := time.Now(), s.breaker.cause()
 	asked := cause == nil
 	if asked {
-		if cause = s.chargePrimary(ctx, &c, began, s.options.LedgerTimeout); !fails(cause) {
+		if cause = s.chargePrimary(ctx, &c, began, s.options.LedgerTimeout/2); !fails(cause) {
 			return cause
 		}
 	}
@@ -409,16 +417,21 @@ func gives(c *storage.Charge) bool {
 }
 
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began time.Time, read time.Duration) error {
-	if takes(c) {
-		r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
-		if s.doubt(&r) != 0 { // afterwards the state is young
-			began = began.Add(read)
-			s.readThrough(ctx, &r, began)
+	var late []*storage.Part
+	r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
+	if takes(c) && s.doubt(&r) != 0 { // afterwards the state is young
+		var err error
+		began = began.Add(read)
+		if late, err = s.readThrough(ctx, &r, began); err != nil {
+			return err
 		}
 	}
 	return s.onPrimary(ctx, began, func(ctx context.Context) error {
 		if gives(c) {
-			if err := s.journal.giveBack(ctx, key{c.Name, c.Identifier}); err != nil {
+			waited, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout)
+			err := s.journal.giveBack(waited, key{c.Name, c.Identifier})
+			cancel()
+			if err != nil {
 				return err
 			}
 			defer s.journal.gaveBack(key{c.Name, c.Identifier})
@@ -426,6 +439,7 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 		err := s.primary.Charge(ctx, *c)
 		if err == nil {
 			s.journal.charged(c)
+			s.touch(&r, late)
 		}
 		return err
 	})

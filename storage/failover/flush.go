@@ -381,35 +381,51 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 	}
 }
 
-// readThrough raises Redis to what the ledger has of a request's identifiers. Where that is not done in time it comes
-// afterwards.
-func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) {
+// readThrough raises Redis to what the ledger has of a request's identifiers, and returns those for which that was not
+// done in time: they are to be touched once Redis has decided. It is an error if Redis does not answer.
+func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) (late []*storage.Part, err error) {
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	parts := make([]*storage.Part, r.Parts())
 	for i := range parts {
 		parts[i] = r.At(i)
 	}
-	fails := s.ledgerFails()
-	_ = each(parts, func(p *storage.Part) error {
-		if fails || s.read(ctx, r, p) != nil {
-			s.journal.touch(r.Name, p, r.Clocked, r.Now)
+	if s.ledgerFails() {
+		return parts, nil
+	}
+	var mu sync.Mutex
+	err = each(parts, func(p *storage.Part) error {
+		d, asked, err := s.read(ctx, r, p)
+		if err == nil && slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
+			if err = s.raise(ctx, d, asked); ctx.Err() == nil && errors.Is(err, storage.ErrUnavailable) {
+				return err
+			}
+		}
+		if err != nil {
+			mu.Lock()
+			late = append(late, p)
+			mu.Unlock()
 		}
 		return nil
 	})
+	return late, err
 }
 
-// read raises Redis to what the ledger has of an identifier, once it knows what this process admitted.
-func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) error {
+// touch has Redis raised to what the ledger has of parts of a request.
+func (s *Storage) touch(r *storage.Request, parts []*storage.Part) {
+	for _, p := range parts {
+		s.journal.touch(r.Name, p, r.Clocked, r.Now)
+	}
+}
+
+// read asks what the ledger has of an identifier, once it knows what this process admitted, and returns when that was.
+func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d storage.Debt, asked int64, err error) {
 	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
-		return err
+		return d, 0, err
 	}
-	asked := storage.Monotonic()
-	d, err := s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
-	if err != nil || !slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
-		return err
-	}
-	return s.raise(ctx, d, asked)
+	asked = storage.Monotonic()
+	d, err = s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
+	return d, asked, err
 }
 
 func (s *Storage) ledgerFails() bool {

@@ -7,12 +7,12 @@ import "github.com/go-throttler/throttler/storage"
 // back. The steps have the numbers of package storage, whose suite compares the two.
 func (e *entry) quick(r *storage.Request, v *storage.Verdict, now int64) bool {
 	if r.Part.Rules[0].Kind == storage.Continuous {
-		return e.levels(r, v, now)
+		return e.decideLevels(r, v, now)
 	}
-	return e.holds(r, v, now)
+	return e.decideHolds(r, v, now)
 }
 
-func (e *entry) holds(r *storage.Request, v *storage.Verdict, now int64) bool {
+func (e *entry) decideHolds(r *storage.Request, v *storage.Verdict, now int64) bool {
 	allowed := true
 	for i := range r.Part.Rules {
 		rule := &r.Part.Rules[i]
@@ -49,7 +49,9 @@ func (e *entry) holds(r *storage.Request, v *storage.Verdict, now int64) bool {
 	return true
 }
 
-// hold is what is spent, and when that comes back with a token that is taken now.
+// hold is what is out now, and when that comes back together with a token that is taken now. It is not ok where one hold
+// cannot tell: another kind, holds outside of the cell, a clock that stepped back, or a hold of a FixedWindow that ends
+// before the window does.
 func (c *cell) hold(r *storage.Rule, now int64) (spent, end int64, ok bool) {
 	if c.seen > now || c.b == outside { // 1, 2
 		return 0, 0, false
@@ -65,7 +67,7 @@ func (c *cell) hold(r *storage.Rule, now int64) (spent, end int64, ok bool) {
 	return c.b, c.a, r.Kind == storage.Replenish || c.a >= end
 }
 
-func (e *entry) levels(r *storage.Request, v *storage.Verdict, now int64) bool {
+func (e *entry) decideLevels(r *storage.Request, v *storage.Verdict, now int64) bool {
 	allowed := true
 	for i := range r.Part.Rules {
 		c, rule := e.cell(i), &r.Part.Rules[i]
