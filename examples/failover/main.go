@@ -62,8 +62,13 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		return fmt.Errorf("-kill %v, -restart %v and -for %v must follow one another", p.kill, p.restart, p.end)
 	}
 	defer func() {
-		if ctx.Err() != nil { // a Ctrl-C ends the servers too, and what fails then is of no interest
+		if err == nil && ctx.Err() == nil {
+			return
+		}
+		select { // a Ctrl-C ends the servers too, perhaps before this program hears of it, and what fails then is of no interest
+		case <-ctx.Done():
 			err = errInterrupted
+		case <-time.After(100 * time.Millisecond):
 		}
 	}()
 

@@ -257,7 +257,7 @@ func TestRuleACallIsDecidedByPostgresIfRedisGoesAwayWhileItIsRaised(t *testing.T
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
 		settle()
-		p.pg.slow(30 * time.Millisecond)
+		p.pg.slow(15 * time.Millisecond)
 		w.redis.restore(empty())
 		go func() { time.Sleep(5 * time.Millisecond); p.redis.set(swallows) }()
 		began := time.Now()

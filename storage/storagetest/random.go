@@ -168,6 +168,9 @@ func (g *game) id() string { return g.ids[g.rnd.IntN(len(g.ids))] }
 
 func (g *game) request() storage.Request {
 	r := storage.Request{Name: g.name, Mode: []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(5)], Clocked: true, Now: g.now}
+	if g.named && r.Mode == storage.Peek { // at which a full identifier may be forgotten
+		r.Mode = storage.Take
+	}
 	r.Part = g.part(g.id(), r.Mode)
 	if g.rnd.IntN(4) == 0 {
 		for _, id := range g.ids {
