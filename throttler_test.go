@@ -669,7 +669,7 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 		throttler.NewBucket(time.Hour, 1<<40), throttler.NewBucket(time.Hour, 1<<18).Continuous(),
 		throttler.NewBucket(time.Hour, 1<<40).FixedWindow(), throttler.NewBucket(time.Hour, 1<<18).SlidingWindow(),
 	}
-	plan := throttler.Using(four[1], four[0])
+	plan, holds, level := throttler.Using(four[1], four[0]), throttler.Using(four[0], four[2]), throttler.Using(four[1])
 	th, err := throttler.New(throttler.Config{Buckets: four})
 	require.NoError(t, err)
 	require.NoError(t, th.AddBucket("own", four[:2]...))
@@ -681,6 +681,8 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 		"own buckets":    func() (throttler.Verdict, error) { return th.Consume("own", throttler.Cost(2)) },
 		"a cost of one":  func() (throttler.Verdict, error) { return th.Consume("user:42", throttler.CostOf(four[0].Name(), 3)) },
 		"a plan":         func() (throttler.Verdict, error) { return th.Consume("planned", plan) },
+		"holds":          func() (throttler.Verdict, error) { return th.Consume("held", holds) },
+		"a level":        func() (throttler.Verdict, error) { return th.Consume("level", level) },
 		"with a context": func() (throttler.Verdict, error) { return th.ConsumeContext(t.Context(), "user:42") },
 		"a peek":         func() (throttler.Verdict, error) { return th.Peek(t.Context(), "user:42") },
 		"a denial":       func() (throttler.Verdict, error) { return denied.Consume("user:42") },
@@ -696,6 +698,18 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 		}), name)
 	}
 	require.Positive(t, sum)
+}
+
+func TestADecisionOnMoreThanFourBucketsAllocatesTwice(t *testing.T) {
+	for _, n := range []int{5, 16} {
+		var all []throttler.Bucket
+		for i := range n {
+			all = append(all, throttler.NewBucket(time.Duration(i+1)*time.Hour, 1<<40))
+		}
+		th, err := throttler.New(throttler.Config{Buckets: all})
+		require.NoError(t, err)
+		assert.InDelta(t, 2, testing.AllocsPerRun(1000, func() { _, _ = th.Consume("user:42") }), 0, n)
+	}
 }
 
 func TestTheCodeInTheReadmeIsThatOfTheExamples(t *testing.T) {
