@@ -152,6 +152,7 @@ func (d *Draw) look(real int64) {
 	}
 	now, capacity := max(real, s.Seen), d.Rule.Capacity
 	d.Count = Count{Remaining: max(0, capacity-d.spent), ResetAfter: s.back(now, 0, d.spent) - real}
+	d.Count.NextAfter = s.next(now, capacity, d.spent) - real
 	if d.Cost > 0 && d.Cost > capacity-d.spent {
 		d.Count.RetryAfter = s.back(now, capacity-d.Cost, d.spent) - real
 	}
@@ -174,6 +175,12 @@ func (d *Draw) take(real int64) {
 	}
 	spent := d.spent + cost
 	d.Count = Count{Remaining: max(0, r.Capacity-spent), ResetAfter: s.back(now, 0, spent) - real}
+	d.Count.NextAfter = s.next(now, r.Capacity, spent) - real
+}
+
+// next is the moment when one token more than now may be taken from a bucket of this capacity, or now if it is full.
+func (s *State) next(now, capacity, spent int64) int64 {
+	return s.back(now, max(0, min(spent, capacity)-1), spent)
 }
 
 // open makes the state ready for a change under the law of r, and returns the bucket's own time.

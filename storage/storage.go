@@ -303,7 +303,7 @@ type more struct {
 }
 
 // Count is what a decision says of one bucket: tokens, and microseconds from the decision.
-type Count struct{ Remaining, ResetAfter, RetryAfter int64 }
+type Count struct{ Remaining, ResetAfter, NextAfter, RetryAfter int64 }
 
 // NewVerdict begins the answer to r by the named store; a storage fills it with Set.
 //
@@ -386,6 +386,7 @@ type Level struct {
 	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
 	Period             time.Duration // the bucket's period
 	ResetAfter         time.Duration // until the bucket is full again, if nobody takes
+	NextAfter          time.Duration // until one token more than Remaining may be taken, if nobody takes; zero if full
 	RetryAfter         time.Duration // until this bucket admits the denied cost; zero if it did
 }
 
@@ -404,7 +405,7 @@ func (v *Verdict) levels(out []Level) []Level {
 				Identifier: p.Identifier, Bucket: r.Name,
 				Limit: r.Capacity, Remaining: c.Remaining,
 				Period:     duration(r.Period),
-				ResetAfter: duration(c.ResetAfter), RetryAfter: duration(c.RetryAfter),
+				ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
 			})
 		}
 	}
