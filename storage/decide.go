@@ -3,6 +3,7 @@ package storage
 import (
 	"cmp"
 	"math"
+	"math/bits"
 	"slices"
 )
 
@@ -15,34 +16,45 @@ import (
 //	SlidingLog     now + P, rounded up to the grain  the hold of that or a later end  back one by one
 //	Continuous     -                                 one level                        drains Refill a P
 //
-// The steps of a decision are numbered; other implementations (a Lua script, an SQL function)
+// The steps of a decision are numbered; other implementations (the Lua scripts, the fast way of the runtime storage)
 // carry the same numbers:
 //
 //  1. No state, or one seen later than the real time by more than one period plus 60 s: empty.
 //     A clock that steps back less never refills a state; more costs at most one extra capacity,
-//     once. The period is that of the law it was spent under. A storage may have forgotten a full
-//     state before the clock stepped back: then it is full.
+//     once. A storage may have forgotten a full state before the clock stepped back: then it is full.
 //  2. now = max(real, seen): time never runs backwards for a bucket.
-//  3. Spent, in tokens rounded up, by the law they were spent under.
+//  3. Spent, in whole tokens. What is left of a token that drains (Continuous) counts as a whole one. What is left of
+//     a hold that fades (SlidingWindow) is rounded down, with the present tick counted as over.
 //  4. Admit if spent + cost <= capacity in every bucket that is asked for more than 0.
-//  5. Admitted: in each such bucket convert to the rule's law, drop dead holds, add the cost.
+//  5. Admitted: in each such bucket drop dead holds, add the cost.
 //
 // All times are microseconds since the epoch. All numbers are integers below 2^53.
 //
-// RetryAfter is exact: the same call a microsecond earlier is refused, at it admitted, if nobody else
-// takes. One case is left out: several buckets, of which one is empty by step 1 when another refuses.
-// As the refusal changes nothing, the first is believed again once the clock has caught up, unless it
+// RetryAfter is exact: the same call a microsecond earlier is denied, at it admitted, if nobody else
+// takes. One case is left out: several buckets, of which one is empty by step 1 when another denies.
+// As the denial changes nothing, the first is believed again once the clock has caught up, unless it
 // was forgotten meanwhile.
+//
+// The even client: who takes one token every Period/Capacity is never denied, by any kind. This decides how step 3 rounds:
+//
+//   - A SlidingWindow of C holds, x after a window began, what its client took since then and C·(1 - x/P) of the window
+//     before. Rounded up, or with the tick not yet over, that is C at each call of the client.
+//   - The grain of a large SlidingLog returns a token up to P/256 late. So a hold of no more tokens than the client takes
+//     in one grain returns a grain early: one 256th of the capacity, about, may be admitted beyond it in a period.
+//
+// A bucket is its name, kind and period. Another capacity or refill counts at once and changes nothing that was spent:
+// holds stay as they are, and a level is counted in the new units, rounded up, and drains by the new refill from the
+// time on at which it was changed last. Who toggles between plans gets no more than the most generous one admits.
 
 // Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
 type Hold struct{ End, N int64 }
 
 // State is what has been spent from one bucket. The zero State is that of a bucket never seen.
 type State struct {
-	Law  *Law  // the law it was spent under, not always that of the latest rule; nil: never seen
-	Seen int64 // when it was last changed
+	Law  *Law  // by which it was changed last: of the kind and period of every rule that it is used with; nil: never seen
+	Seen int64 // when it was changed last
 
-	// By End. Continuous: at most one, with N units of Period/Tick a token at Seen. The first two are
+	// By End. Continuous: at most one, with N units of Law at Seen. The first two are
 	// in the state itself, which so can be copied; more are all in many.
 	n    int
 	few  [2]Hold
@@ -99,9 +111,6 @@ func (s *State) drop(i, j int) {
 	}
 }
 
-// clear removes all holds.
-func (s *State) clear() { s.n, s.few[0], s.many = 0, Hold{}, nil }
-
 // Draw is one bucket in a decision.
 type Draw struct {
 	Rule  *Rule
@@ -114,15 +123,15 @@ type Draw struct {
 
 // Decide answers one request: whether the buckets of all draws admit their costs at the time
 // real. If so, and unless mode is Peek, it takes them all; otherwise it changes no state. The
-// counts of a refusal tell what is, those of an admission what is after it. Costs are 0 or more,
+// counts of a denial tell what is, those of an admission what is after it. Costs are 0 or more,
 // and at most the capacity unless mode is Force.
 func Decide(mode Mode, real int64, draws []Draw) bool {
 	allowed := true
 	for i := range draws {
 		d := &draws[i]
 		d.spent = 0
-		if d.State.believable(real) { // 1
-			d.spent = d.State.spent(max(real, d.State.Seen)) // 2, 3
+		if d.State.believable(&d.Rule.Law, real) { // 1
+			d.spent = d.State.spent(d.Rule, max(real, d.State.Seen)) // 2, 3
 		}
 		if d.Cost > d.Rule.Capacity-d.spent && d.Cost > 0 && mode != Force { // 4
 			allowed = false
@@ -146,25 +155,33 @@ func Decide(mode Mode, real int64, draws []Draw) bool {
 
 // look counts what is.
 func (d *Draw) look(real int64) {
-	s := &d.State
-	if !s.believable(real) {
-		s = &State{Law: &d.Rule.Law, Seen: real}
+	s, capacity := &d.State, d.Rule.Capacity
+	if !s.believable(&d.Rule.Law, real) {
+		s = &State{Seen: real}
 	}
-	now, capacity := max(real, s.Seen), d.Rule.Capacity
-	d.Count = Count{Remaining: max(0, capacity-d.spent), ResetAfter: s.back(now, 0, d.spent) - real}
-	d.Count.NextAfter = s.next(now, capacity, d.spent) - real
+	d.count(s, max(real, s.Seen), real, d.spent)
 	if d.Cost > 0 && d.Cost > capacity-d.spent {
-		d.Count.RetryAfter = s.back(now, capacity-d.Cost, d.spent) - real
+		d.Count.RetryAfter = s.back(d.Rule, max(real, s.Seen), capacity-d.Cost, d.spent) - real
 	}
 }
 
-// take is step 5. What would exceed 4 capacities is not recorded.
+// count sets what a state that has spent so much says of its bucket.
+func (d *Draw) count(s *State, now, real, spent int64) {
+	c := d.Rule.Capacity
+	d.Count = Count{
+		Remaining:  c - spent,
+		ResetAfter: s.back(d.Rule, now, 0, spent) - real,
+		NextAfter:  s.back(d.Rule, now, max(0, min(spent, c)-1), spent) - real,
+	}
+}
+
+// take is step 5. What would exceed 4 capacities is not recorded, but counted.
 func (d *Draw) take(real int64) {
 	s, r := &d.State, d.Rule
 	now := s.open(r, real)
 	cost := min(d.Cost, max(0, 4*r.Capacity-d.spent))
 	if r.Kind == Continuous {
-		s.level(cost * r.one())
+		s.level(cost * r.One)
 	} else if cost > 0 {
 		end, holds := r.end(now), s.Holds()
 		if k := len(holds); k > 0 && (r.Kind == Replenish || holds[k-1].End >= end) {
@@ -173,53 +190,61 @@ func (d *Draw) take(real int64) {
 			s.insert(k, Hold{end, cost})
 		}
 	}
-	spent := d.spent + cost
-	d.Count = Count{Remaining: max(0, r.Capacity-spent), ResetAfter: s.back(now, 0, spent) - real}
-	d.Count.NextAfter = s.next(now, r.Capacity, spent) - real
+	d.count(s, now, real, d.spent+cost)
+	d.Count.HeldFor = s.goneAt(&r.Law) - real
+	d.Count.Remaining -= min(d.Cost, 4*r.Capacity) - cost
 }
 
-// next is the moment when one token more than now may be taken from a bucket of this capacity, or now if it is full.
-func (s *State) next(now, capacity, spent int64) int64 {
-	return s.back(now, max(0, min(spent, capacity)-1), spent)
+// goneAt is when the newest of what is out is gone, to the last unit.
+func (s *State) goneAt(l *Law) int64 {
+	holds := s.Holds()
+	if len(holds) == 0 {
+		return s.Seen
+	}
+	if l.Kind == Continuous {
+		return s.falls(l, 0)
+	}
+	return holds[len(holds)-1].End + l.fade()
 }
 
-// open makes the state ready for a change under the law of r, and returns the bucket's own time.
+// open makes the state ready for a change by the rule, and returns the bucket's own time.
 func (s *State) open(r *Rule, real int64) (now int64) {
-	if !s.believable(real) {
+	if !s.believable(&r.Law, real) {
 		*s = State{Law: &r.Law, Seen: real}
 		return real
 	}
 	now = max(real, s.Seen)
-	s.convert(r, now)
+	if r.Kind == Continuous {
+		if s.few[0].N = s.drained(&r.Law, now); s.few[0].N == 0 {
+			s.n = 0
+		}
+	} else {
+		s.dropDead(now)
+	}
+	s.Law, s.Seen = &r.Law, now
 	return now
 }
 
-// believable is step 1.
-func (s *State) believable(real int64) bool {
-	return s.Law != nil && s.Seen <= real+s.Law.Period+tolerance
+// believable is step 1. A state of another kind or period is another bucket's.
+func (s *State) believable(l *Law, real int64) bool {
+	return s.Law != nil && s.Seen <= real+l.Period+tolerance && s.Law.Same(l)
 }
 
 // Full reports whether the bucket is full at the time real, so that the state may be forgotten. One
 // that is ahead of the clock is not, unless it is empty by step 1.
-func (s *State) Full(real int64) bool {
-	return !s.believable(real) || s.Seen <= real && s.units(real) == 0
-}
+func (s *State) Full(real int64) bool { return s.FullAt(real) <= real }
 
-// FullAt is when the bucket is full if nobody takes, or the time real if it is.
+// FullAt is a time at which the bucket is full if nobody takes, whatever its capacity and refill are by then: the last
+// hold is gone, or the level by the law that it has. It is the time real if there is nothing to wait for.
 func (s *State) FullAt(real int64) int64 {
-	if !s.believable(real) {
+	if s.Law == nil || !s.believable(s.Law, real) {
 		return real
 	}
-	now := max(real, s.Seen)
-	return s.back(now, 0, s.spent(now))
-}
-
-// one is the number of units of a token.
-func (l *Law) one() int64 {
-	if l.Kind == Continuous || l.Kind == SlidingWindow {
-		return l.ticks(l.Period)
+	at := s.goneAt(s.Law)
+	if len(s.Holds()) == 0 || at <= real {
+		return max(real, s.Seen)
 	}
-	return 1
+	return at
 }
 
 // ticks is floor(t / Tick).
@@ -249,89 +274,106 @@ func (l *Law) end(now int64) int64 {
 	return now + l.Period
 }
 
-// units is what has not come back at now.
-func (s *State) units(now int64) int64 {
-	l, u := s.Law, int64(0)
-	for _, h := range s.Holds() {
-		switch {
-		case l.Kind == Continuous:
-			if dt := l.ticks(now) - l.ticks(s.Seen); dt < ceil(h.N, l.Refill) {
-				u = h.N - l.Refill*dt
-			}
-		case l.Kind == SlidingWindow:
-			u += h.N * min(l.one(), max(0, l.ticks(h.End+l.Period)-l.ticks(now)))
-		case h.End > now:
-			u += h.N
-		}
+// units is the level at Seen in the units of a law. Under another law than that of the state it is rounded up.
+func (s *State) units(l *Law) int64 {
+	if s.n == 0 {
+		return 0
 	}
-	return u
+	n := s.few[0].N
+	if s.Law.One == l.One {
+		return n
+	}
+	whole, rest := n/s.Law.One, n%s.Law.One
+	part, more := scale(rest, l.One, s.Law.One)
+	if more {
+		part++
+	}
+	if whole > (exact-1-part)/l.One {
+		return exact - 1
+	}
+	return whole*l.One + part
 }
 
-// spent is units in tokens, rounded up.
-func (s *State) spent(now int64) int64 { return ceil(s.units(now), s.Law.one()) }
+// drained is what is left of the level at now.
+func (s *State) drained(l *Law, now int64) int64 {
+	n := s.units(l)
+	if dt := l.ticks(now) - l.ticks(s.Seen); dt < ceil(n, l.Drain) { // else the product may be too large
+		return n - l.Drain*dt
+	}
+	return 0
+}
+
+// falls is when the level will have fallen to so many units, at most 35 years after Seen: what was spent under a faster
+// refill may take longer than time can be counted.
+func (s *State) falls(l *Law, units int64) int64 {
+	return (l.ticks(s.Seen) + min(ceil(s.units(l)-units, l.Drain), farFuture/l.Tick)) * l.Tick
+}
+
+// spent is step 3: what has not come back at now.
+func (s *State) spent(r *Rule, now int64) (spent int64) {
+	switch r.Kind {
+	case Continuous:
+		return ceil(s.drained(&r.Law, now), r.One)
+	case SlidingWindow:
+		for _, h := range s.Holds() {
+			spent += r.unfaded(h, now)
+		}
+	case Replenish, FixedWindow, SlidingLog:
+		at := int64(0)
+		for _, h := range s.Holds() {
+			if at = r.returns(h, at); at > now {
+				spent += h.N
+			}
+		}
+	}
+	return spent
+}
+
+// returns is when the tokens of a hold come back, not before those of the hold before. In a large SlidingLog that is a
+// grain early for as few tokens as the even client takes in a grain.
+func (r *Rule) returns(h Hold, before int64) int64 {
+	if r.Grain > 1 && h.N <= ceil(r.Capacity, logEntries)+ceil(r.Capacity, r.Period) {
+		return max(before, h.End-r.Grain)
+	}
+	return h.End
+}
+
+// unfaded is what is left of a hold of a SlidingWindow.
+func (l *Law) unfaded(h Hold, now int64) int64 {
+	left := l.ticks(h.End+l.Period) - l.ticks(now) - 1
+	switch {
+	case left >= l.One:
+		return h.N
+	case left <= 0:
+		return 0
+	}
+	part, _ := scale(h.N, left, l.One)
+	return part
+}
 
 // back is the moment when spent, now as given, will have fallen to room.
-func (s *State) back(now, room, spent int64) int64 {
+func (s *State) back(r *Rule, now, room, spent int64) int64 {
 	if spent <= room {
 		return now
 	}
-	l, left := s.Law, int64(0)
-	if l.Kind == Continuous {
-		return (l.ticks(s.Seen) + ceil(s.few[0].N-room*l.one(), l.Refill)) * l.Tick
+	if r.Kind == Continuous {
+		return s.falls(&r.Law, room*r.One)
 	}
+	left, at := int64(0), int64(0)
 	for _, h := range s.Holds() {
 		left += h.N
 	}
 	for _, h := range s.Holds() {
+		at = r.returns(h, at)
 		if left -= h.N; left > room {
 			continue
 		}
-		if l.Kind == SlidingWindow {
-			return h.End + l.Period - (room-left)*l.one()/h.N*l.Tick
+		if r.Kind == SlidingWindow {
+			return h.End + r.Period - ceil((room-left+1)*r.One, h.N)*r.Tick
 		}
-		return h.End
+		break
 	}
-	return now
-}
-
-// convert brings the state to now under the law of a rule. Under its own law dead holds are
-// dropped. Under another ("what was spent stays spent") the spent tokens, rounded up, become one
-// hold or one level as if taken now, coming back no earlier than before.
-//
-// A SlidingWindow's holds must end at multiples of the period, and there a hold is rounded down,
-// to less than a new period before, but not before that of a token taken now. Rounded up, a caller
-// that alternates between periods of 7 s and 10 s would move the end forward with every call.
-func (s *State) convert(r *Rule, now int64) {
-	law := &r.Law
-	same := s.Law == law || *s.Law == *law
-	if same && law.Kind != Continuous {
-		s.Law, s.Seen = law, now
-		s.dropDead(now)
-		return
-	}
-	u, old := s.units(now), s.Law.one()
-	var end int64
-	if law.Kind != Continuous && u > 0 {
-		end = s.back(now, 0, 1)
-		if law.Kind == SlidingWindow {
-			end = max(0, end-law.Period) / law.Period * law.Period
-		}
-		end = max(end, law.end(now))
-	}
-	s.Law, s.Seen = law, now
-	s.clear()
-	spent := min(ceil(u, old), 4*r.Capacity)
-	switch {
-	case u == 0:
-	case law.Kind != Continuous:
-		s.insert(0, Hold{end, spent})
-	case same:
-		s.level(u)
-	case old == law.one():
-		s.level(min(u, spent*old))
-	default:
-		s.level(spent * law.one())
-	}
+	return at
 }
 
 func (s *State) dropDead(now int64) {
@@ -357,12 +399,12 @@ func (s *State) level(units int64) {
 // (Replenish, which therefore may hold a few for a while).
 func (s *State) Charge(r *Rule, a Amount, real int64) {
 	now := s.open(r, real)
-	n := min(a.N, 4*r.Capacity-s.spent(now))
+	n := min(a.N, 4*r.Capacity-s.spent(r, now))
 	if n <= 0 || a.In <= 0 {
 		return
 	}
 	if r.Kind == Continuous {
-		s.level(r.drained(n, a.In))
+		s.level(r.leftOf(n, a.In))
 		return
 	}
 	if h := s.received(now, Amount{n, a.In}); h.End+r.fade() > now {
@@ -378,14 +420,14 @@ func (s *State) Charge(r *Rule, a Amount, real int64) {
 	}
 }
 
-// drained is how many units a Continuous level has that n tokens left and that is empty in a
-// given time: to within a tick's refill, n tokens less what has come back.
-func (l *Law) drained(n, in int64) int64 {
+// leftOf is how many units are left of n tokens of a Continuous level which are all back in a given time: to within
+// a tick's refill.
+func (l *Law) leftOf(n, in int64) int64 {
 	in = min(in, farFuture)
-	if all := n * l.one(); ceil(in, l.Tick) >= ceil(all, l.Refill) {
+	if all := n * l.One; ceil(in, l.Tick) >= ceil(all, l.Drain) {
 		return all
 	}
-	return ceil(in, l.Tick) * l.Refill
+	return ceil(in, l.Tick) * l.Drain
 }
 
 // received is the hold of an amount from another store, whose clock may differ.
@@ -406,28 +448,25 @@ func (s *State) received(now int64, a Amount) Hold {
 	return Hold{end, a.N}
 }
 
-// Refund gives back a.N tokens that a decision by r took and that come back in a.In by themselves:
-// from the hold that the decision made, and if that has fewer from the nearest to it. What is farther
+// Refund gives back a.N tokens that a decision took and that are all gone in a.In by themselves (Count.HeldFor): from
+// the hold that the decision made, and if that has fewer from the nearest to it. What is farther
 // off than the way between two clocks can explain is another's and stays: half a period, in a
-// SlidingLog a 256th. Under another law, where the hold was converted, the newest holds give. A
-// Continuous bucket gets back what has not drained since, to within a tick's refill.
+// SlidingLog a 256th. A Continuous bucket gets back what has not drained since, to within a tick's refill.
 func (s *State) Refund(r *Rule, a Amount, real int64) {
-	if s.Law == nil || a.N <= 0 || a.In <= 0 {
+	if a.N <= 0 || a.In <= 0 || s.Law == nil || !s.Law.Same(&r.Law) {
 		return
 	}
-	l, now, n := s.Law, max(real, s.Seen), a.N
-	if l.Kind == Continuous {
-		n = min(n, math.MaxInt64/2/l.one())
-		s.few[0].N -= min(s.units(now), l.drained(n, a.In))
+	now, n := max(real, s.Seen), a.N
+	if r.Kind == Continuous {
+		n = min(n, (exact-1)/r.One)
+		s.few[0].N = s.units(&r.Law) - min(s.drained(&r.Law, now), r.leftOf(n, a.In))
+		s.Law = &r.Law
 		return
 	}
 	s.dropDead(now)
-	want, far := real+min(a.In, farFuture)-l.fade(), ceil(l.Period, 2)
-	switch {
-	case *l != r.Law:
-		want, far = math.MaxInt64/2, math.MaxInt64
-	case l.Kind == SlidingLog:
-		far = ceil(l.Period, logEntries) + l.Grain
+	want, far := real+min(a.In, farFuture)-r.fade(), ceil(r.Period, 2)
+	if r.Kind == SlidingLog {
+		far = ceil(r.Period, logEntries) + r.Grain
 	}
 	for n > 0 && len(s.Holds()) > 0 {
 		holds, made := s.Holds(), 0
@@ -456,8 +495,8 @@ func (s State) Debt(r *Rule, real int64) []Amount {
 	s.many = slices.Clone(s.many)
 	now := s.open(r, real)
 	if r.Kind == Continuous {
-		if n := s.spent(now); n > 0 {
-			return []Amount{{n, s.back(now, 0, n) - now}}
+		if n := s.spent(r, now); n > 0 {
+			return []Amount{{n, s.back(r, now, 0, n) - now}}
 		}
 		return nil
 	}
@@ -478,7 +517,7 @@ func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 		switch {
 		case a.N <= 0 || a.In <= 0:
 		case r.Kind == Continuous:
-			s.level(max(0, r.drained(a.N, a.In)-s.units(now)))
+			s.level(max(0, r.leftOf(a.N, a.In)-s.units(&r.Law)))
 		default:
 			if h := s.received(now, a); h.End+r.fade() > now {
 				theirs = append(theirs, h)
@@ -517,6 +556,13 @@ func highest(own, theirs []Hold, most int64) []Hold {
 	}
 	slices.Reverse(out)
 	return out
+}
+
+// scale is n·a/b rounded down, and whether that left something, for n and a from 0 on and n·a/b below 2^63.
+func scale(n, a, b int64) (quotient int64, more bool) {
+	hi, lo := bits.Mul64(uint64(n), uint64(a))
+	q, rest := bits.Div64(hi, lo, uint64(b))
+	return int64(q), rest > 0
 }
 
 func ceil(a, b int64) int64 {

@@ -53,7 +53,7 @@ func FuzzDecide(f *testing.F) {
 		0, 3, 12, 7, 0, 2, // a sliding window of 100 in 10 s
 		0, 32, 7, 1, // 400 by force
 		0, 7, 0, 1, 4, 0, // 5 in 10 s
-		0, 39, 0, 2, 1, 15, // the same continuously, in the same units: 20 are kept
+		0, 39, 0, 2, 1, 15, // the same continuously
 		10, 1, 0, 15,
 	})
 	f.Add([]byte{
@@ -85,10 +85,24 @@ type play struct {
 	real  int64
 	draws []storage.Draw
 	asks  []ask
+	left  map[bucket]kept // buckets whose place has another kind or period now
 }
 
+// bucket is what finds a state, and kept is both forms of one.
+type (
+	bucket struct {
+		place  int
+		kind   storage.Kind
+		period int64
+	}
+	kept struct {
+		state storage.State
+		twin  twin
+	}
+)
+
 func newPlay(story []byte) *play {
-	p := &play{feed: story}
+	p := &play{feed: story, left: map[bucket]kept{}}
 	for range p.among(1, 1, 1, 2, 2, 3, 4) {
 		r := p.rule()
 		p.draws = append(p.draws, storage.Draw{Rule: r})
@@ -153,7 +167,7 @@ func (p *play) retryIsExact() error {
 	if storage.Decide(storage.Peek, p.real+retry-1, cloned(p.draws)) {
 		return fmt.Errorf("admitted 1µs before RetryAfter %d", retry)
 	}
-	if p.believed() && !storage.Decide(storage.Peek, p.real+retry, cloned(p.draws)) {
+	if p.believed() && retry < exact/8 && !storage.Decide(storage.Peek, p.real+retry, cloned(p.draws)) {
 		return fmt.Errorf("refused at RetryAfter %d", retry)
 	}
 	return nil
@@ -163,7 +177,7 @@ func (p *play) retryIsExact() error {
 // a refusal of another bucket, is believed again when the clock has come nearer, and may then refuse.
 func (p *play) believed() bool {
 	for _, a := range p.asks {
-		if a.twin.known && !a.twin.believable(p.real) {
+		if a.twin.known && !a.twin.believable(a.rule, p.real) {
 			return false
 		}
 	}
@@ -201,8 +215,10 @@ func (p *play) moveClock() {
 		p.real += d.Rule.Period/8 + edge
 	case 6:
 		p.real += d.Rule.Period - p.real%d.Rule.Period + edge
-	case 7, 8, 9:
+	case 7, 8:
 		p.real += d.Count.ResetAfter + edge
+	case 9:
+		p.real += d.Count.NextAfter + edge
 	default:
 		p.real += nearest(p.draws) + edge
 	}
@@ -241,18 +257,21 @@ func (p *play) chooseMode() storage.Mode {
 func (p *play) swapRule() {
 	i := p.below(len(p.draws))
 	old := p.draws[i].Rule
+	p.left[bucket{i, old.Kind, old.Period}] = kept{p.draws[i].State, p.asks[i].twin}
 	kind, period, capacity, refill := old.Kind, time.Duration(old.Period)*time.Microsecond, old.Capacity, max(1, old.Refill)
 	switch p.below(4) {
 	case 0:
 		p.draws[i].Rule = p.rule()
 	case 1: // Another capacity may change the tick or the grain.
 		p.draws[i].Rule = p.makeRule(kind, period, p.capacity(), refill)
-	case 2: // Kinds of the same period may count in the same units.
+	case 2: // Another kind, or the same one again.
 		p.draws[i].Rule = p.makeRule(storage.Kind(p.below(5)), period, capacity, refill)
 	case 3:
 		p.draws[i].Rule = p.makeRule(kind, period, capacity, p.capacity())
 	}
-	p.asks[i].rule = p.draws[i].Rule
+	r := p.draws[i].Rule
+	now := p.left[bucket{i, r.Kind, r.Period}]
+	p.asks[i].rule, p.draws[i].State, p.asks[i].twin = r, now.state, now.twin
 }
 
 func (p *play) chooseCosts(mode storage.Mode) {
@@ -266,7 +285,7 @@ func (p *play) chooseCosts(mode storage.Mode) {
 }
 
 func (p *play) cost(d *storage.Draw) int64 {
-	most, left := d.Rule.Capacity, d.Count.Remaining
+	most, left := d.Rule.Capacity, max(0, d.Count.Remaining)
 	switch p.below(16) {
 	case 0:
 		return 0
@@ -441,29 +460,58 @@ func (w wanted) comesBack() bool {
 // micros is the period, of which a started microsecond is a whole one.
 func (w wanted) micros() int64 { return whole(ceiling(quotient(rat(int64(w.period)), rat(1000)))) }
 
-// tick is the finest that will do, or 0.
+// largest is what bounds the units.
+func (w wanted) largest() int64 {
+	if w.kind == storage.Continuous {
+		return max(w.capacity, w.refill)
+	}
+	return w.capacity
+}
+
+// tick is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of those that are at
+// least a 16th of the period, of the 4096 next ones.
 func (w wanted) tick() int64 {
 	if w.kind != storage.Continuous && w.kind != storage.SlidingWindow {
 		return 1
 	}
-	most := w.capacity
-	if w.kind == storage.Continuous {
-		most = max(most, w.refill)
-	}
 	for _, tick := range []int64{1, 1000, 1_000_000} {
-		units := new(big.Int).Mul(big.NewInt(most), big.NewInt(w.micros()/tick))
-		if w.micros()%tick == 0 && units.Mul(units, big.NewInt(4)).Cmp(big.NewInt(exact)) < 0 {
+		if w.micros()%tick == 0 && (tick == 1 || w.micros()/tick >= 16) && w.fits(w.micros()/tick) {
 			return tick
+		}
+	}
+	most := min(w.micros(), (exact-1)/4/w.largest())
+	for steps := most; steps >= max(16, most-4095); steps-- {
+		if w.micros()%steps == 0 {
+			return w.micros() / steps
 		}
 	}
 	return 0
 }
 
+// fits: 4 times the largest, in units, is below 2^53.
+func (w wanted) fits(steps int64) bool {
+	units := new(big.Int).Mul(big.NewInt(w.largest()), big.NewInt(w.one(steps)))
+	return units.Mul(units, big.NewInt(4)).Cmp(big.NewInt(exact)) < 0
+}
+
+// one is the number of units of a token, if a period has so many steps: the smallest of which a whole number comes
+// back each step.
+func (w wanted) one(steps int64) int64 {
+	if w.kind != storage.Continuous {
+		return steps
+	}
+	return quotient(rat(w.refill), rat(steps)).Denom().Int64()
+}
+
 // rule is the one rule that keeps the bounds.
 func (w wanted) rule() storage.Rule {
-	l := storage.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), Grain: 1}
+	l := storage.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), One: 1, Grain: 1}
+	if w.kind == storage.SlidingWindow {
+		l.One = l.Period / l.Tick
+	}
 	if w.kind == storage.Continuous {
-		l.Refill = w.refill
+		l.Refill, l.One = w.refill, w.one(l.Period/l.Tick)
+		l.Drain = whole(quotient(product(rat(l.Refill), rat(l.One)), rat(l.Period/l.Tick)))
 	}
 	if w.kind == storage.SlidingLog && w.capacity > 256 { // at most about 256 holds
 		l.Grain = whole(ceiling(quotient(rat(l.Period), rat(256))))

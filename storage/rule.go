@@ -39,21 +39,32 @@ const (
 	exact      = int64(1) << 53
 	maxPeriod  = 366 * 24 * time.Hour
 	maxName    = 64
-	logEntries = 256            // a log of at most this capacity is exact to the microsecond
-	farFuture  = int64(1) << 50 // 35 years in microseconds: the longest that anything takes to come back
+	logEntries = 256 // a log of at most this capacity is exact to the microsecond
+	farFuture  = FarFuture
 	maxClock   = exact - 2*farFuture
 	tolerance  = int64(60_000_000) // microseconds, beyond one period, that a state may be ahead of the clock
 )
 
-// Law says how the tokens of a bucket come back. Capacity is not part of it: changing only a
-// limit converts no state. All times are in microseconds.
+// FarFuture is 35 years in microseconds, the longest that anything takes to come back.
+const FarFuture = int64(1) << 50
+
+// Law says how the tokens of a bucket come back. All times are in microseconds.
+//
+// A Continuous bucket and a SlidingWindow count in units, One of them a token: the parts of a token that come back
+// in one Tick. So all that comes back in a tick is a whole number of units.
 type Law struct {
 	Kind   Kind
 	Period int64
 	Refill int64 // Continuous: tokens that come back each Period; else 0
-	Tick   int64 // Continuous and SlidingWindow measure time in ticks of 1 µs, 1 ms or 1 s; else 1
+	Tick   int64 // Continuous and SlidingWindow: time passes in steps of it, which divide the Period; else 1
+	One    int64 // units a token; 1 but for Continuous and SlidingWindow
+	Drain  int64 // Continuous: units that come back each Tick; else 0
 	Grain  int64 // SlidingLog: tokens come back at multiples of it; else 1
 }
+
+// Same reports whether states under one law are states under the other. A bucket is its name, kind and period: with
+// another refill or capacity it is the same bucket.
+func (l *Law) Same(o *Law) bool { return l == o || l.Kind == o.Kind && l.Period == o.Period }
 
 // Rule is one bucket of a request: its name, which finds its state, its law and its capacity.
 // Rules are made by NewRule and never change afterwards.
@@ -62,6 +73,9 @@ type Rule struct {
 	Law
 	Capacity int64 // tokens of a full bucket
 }
+
+// SameBucket reports whether both find the same state: by name, kind and period.
+func (r *Rule) SameBucket(o *Rule) bool { return r.Name == o.Name && r.Same(&o.Law) }
 
 // BucketError is a fault in the definition of a bucket, or in the way a call uses one.
 type BucketError struct {
@@ -94,14 +108,12 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	if capacity <= 0 || capacity >= exact/4 {
 		fault("Capacity", "is %d, must be from 1 to %d", capacity, exact/4-1)
 	}
-	law := Law{Kind: kind, Period: int64((period + time.Microsecond - 1) / time.Microsecond), Tick: 1, Grain: 1}
-	largest := capacity
+	law := Law{Kind: kind, Period: int64((period + time.Microsecond - 1) / time.Microsecond), Tick: 1, One: 1, Grain: 1}
 	if kind == Continuous {
 		if refill != capacity && (refill <= 0 || refill >= exact/4) {
 			fault("Refill", "is %d, must be from 1 to %d", refill, exact/4-1)
 		}
 		law.Refill = refill
-		largest = max(capacity, refill)
 	}
 	if len(faults) > 0 {
 		return Rule{Name: name}, faults
@@ -114,14 +126,77 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 		law.Grain = ceil(law.Period, logEntries)
 	}
 	if kind == Continuous || kind == SlidingWindow {
-		for law.Period%law.Tick != 0 || largest > (exact-1)/4/(law.Period/law.Tick) {
-			if law.Tick *= 1000; law.Tick > 1_000_000 {
-				fault(largestField(capacity, refill, kind), "of %d is too large for a period of %v: in ticks of 1µs, 1ms or 1s that divide the period, 4 times capacity times ticks must stay below 2^53", largest, period)
-				return Rule{Name: name}, faults
-			}
+		if largest := max(capacity, law.Refill); !law.measure(largest) {
+			fault(largestField(capacity, refill, kind), "of %d is too large for a period of %v: it has to be at most %d, or the period one that divides into equal steps of whole microseconds, such as whole minutes", largest, period, largestThatFits(law, largest))
+			return Rule{Name: name}, faults
 		}
 	}
 	return Rule{Name: name, Law: law, Capacity: capacity}, nil
+}
+
+// Steps of a period. A law is measured in steps of a microsecond, a millisecond or a second if it can, and else in as many
+// as it can have, which are at least leastSteps.
+const (
+	leastSteps = 16
+	stepsTried = 4096
+)
+
+// measure sets the finest Tick by which 4 times the largest of capacity and refill, in units, stays below 2^53. It
+// reports whether there is one.
+func (l *Law) measure(largest int64) bool {
+	for _, tick := range [...]int64{1, 1000, 1_000_000} {
+		if steps := l.Period / tick; l.Period%tick == 0 && (steps >= leastSteps || tick == 1) && l.divide(steps, largest) {
+			return true
+		}
+	}
+	most := min(l.Period, (exact-1)/4/largest)
+	for steps := most; steps >= leastSteps && steps > most-stepsTried; steps-- {
+		if l.Period%steps == 0 {
+			return l.divide(steps, largest)
+		}
+	}
+	return false
+}
+
+// divide measures the law in so many steps a period. A Continuous bucket counts in the largest units of which a whole
+// number makes a token and a whole number comes back each step.
+func (l *Law) divide(steps, largest int64) bool {
+	one, drain := steps, int64(0)
+	if l.Kind == Continuous {
+		common := gcd(steps, l.Refill)
+		one, drain = steps/common, l.Refill/common
+	}
+	if largest > (exact-1)/4/one {
+		return false
+	}
+	l.Tick, l.One, l.Drain = l.Period/steps, one, drain
+	return true
+}
+
+// largestThatFits halves until the law can be measured, and then comes as near as by a tenth.
+func largestThatFits(l Law, largest int64) int64 {
+	fits := func(n int64) bool {
+		try := l
+		if try.Kind == Continuous {
+			try.Refill = n
+		}
+		return try.measure(n)
+	}
+	most := largest
+	for most > 1 && !fits(most) {
+		most /= 2
+	}
+	for step := most / 10; step > 0 && fits(most+step); {
+		most += step
+	}
+	return most
+}
+
+func gcd(a, b int64) int64 {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
 }
 
 func largestField(capacity, refill int64, kind Kind) string {

@@ -303,7 +303,16 @@ type more struct {
 }
 
 // Count is what a decision says of one bucket: tokens, and microseconds from the decision.
-type Count struct{ Remaining, ResetAfter, NextAfter, RetryAfter int64 }
+type Count struct {
+	// Remaining is what may still be taken. Below zero it is a debt. By Force it is what would remain if nothing were
+	// forgotten: what is less than 3 capacities below zero was not recorded.
+	Remaining int64
+
+	ResetAfter int64 // until the bucket is full
+	NextAfter  int64 // until one token more than Remaining may be taken, or the first one; 0 if it is full
+	RetryAfter int64 // until the bucket admits the denied cost; 0 if it did
+	HeldFor    int64 // until all that an admitted call took has come back by itself; 0 if it took nothing
+}
 
 // NewVerdict begins the answer to r by the named store; a storage fills it with Set.
 //
@@ -384,6 +393,7 @@ func (v *Verdict) Degrade() { v.degraded = true }
 type Level struct {
 	Identifier, Bucket string
 	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
+	Debt               int64         // tokens that have to come back before Remaining rises from 0: a Charge may leave some
 	Period             time.Duration // the bucket's period
 	ResetAfter         time.Duration // until the bucket is full again, if nobody takes
 	NextAfter          time.Duration // until one token more than Remaining may be taken, if nobody takes; zero if full
@@ -403,7 +413,7 @@ func (v *Verdict) levels(out []Level) []Level {
 			n++
 			out = append(out, Level{
 				Identifier: p.Identifier, Bucket: r.Name,
-				Limit: r.Capacity, Remaining: c.Remaining,
+				Limit: r.Capacity, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
 				Period:     duration(r.Period),
 				ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
 			})

@@ -1,9 +1,9 @@
 package storage_test
 
 import (
+	"math"
 	"math/big"
 	"slices"
-	"sort"
 
 	"github.com/go-throttler/throttler/storage"
 )
@@ -20,7 +20,6 @@ type lot struct {
 // twin is one bucket. It is a value: nothing reachable from it is ever changed.
 type twin struct {
 	known bool
-	law   storage.Law
 	seen  int64
 	lots  []lot
 	level *big.Rat // Continuous: the tokens that were out at seen
@@ -50,8 +49,10 @@ func decideDumbly(mode storage.Mode, real int64, asks []ask) (bool, []storage.Co
 			counts[i] = w.count(a.rule, now, real)
 		default: // An admission tells what is after it.
 			w, now := a.twin.believed(a.rule, real)
-			w = w.take(a.rule, a.cost, now)
+			w, forgotten := w.take(a.rule, a.cost, now)
 			counts[i] = w.count(a.rule, now, real)
+			counts[i].HeldFor = w.gone(a.rule, now) - real
+			counts[i].Remaining -= forgotten
 			if mode != storage.Peek {
 				a.twin = w
 			}
@@ -63,7 +64,7 @@ func decideDumbly(mode storage.Mode, real int64, asks []ask) (bool, []storage.Co
 // fits: a cost of 0 always, any other if with it no more than the capacity is out.
 func (a *ask) fits(real int64) bool {
 	w, now := a.twin.believed(a.rule, real)
-	return a.cost == 0 || w.spent(now)+a.cost <= a.rule.Capacity
+	return a.cost == 0 || w.spent(a.rule, now)+a.cost <= a.rule.Capacity
 }
 
 // refused is the count of a call that some bucket refused, perhaps not this one.
@@ -71,113 +72,177 @@ func (a *ask) refused(real int64) storage.Count {
 	w, now := a.twin.believed(a.rule, real)
 	c := w.count(a.rule, now, real)
 	if !a.fits(real) {
-		c.RetryAfter = w.first(now, a.rule.Capacity-a.cost) - real
+		c.RetryAfter = w.first(a.rule, now, a.rule.Capacity-a.cost) - real
 	}
 	return c
 }
 
-// count: what is left of the capacity, and when everything is back.
+// count: what is left of the capacity, when everything is back, and when one token more may be taken than now.
 func (w twin) count(r *storage.Rule, now, real int64) storage.Count {
+	left := r.Capacity - w.spent(r, now)
+	more := max(0, left) + 1
 	return storage.Count{
-		Remaining:  max(0, r.Capacity-w.spent(now)),
-		ResetAfter: w.first(now, 0) - real,
+		Remaining:  left,
+		ResetAfter: w.first(r, now, 0) - real,
+		NextAfter:  w.first(r, now, max(0, r.Capacity-more)) - real,
 	}
 }
 
 // believed is the bucket and its own time.
 func (w twin) believed(r *storage.Rule, real int64) (twin, int64) {
-	if !w.believable(real) {
-		return twin{known: true, law: r.Law, seen: real, level: rat(0)}, real // It is a full one, never used.
+	if !w.believable(r, real) {
+		return twin{known: true, seen: real, level: rat(0)}, real // It is a full one, never used.
 	}
 	return w, max(real, w.seen) // Its time never runs backwards.
 }
 
 // believable: seen before, and not later than one period and a minute from now.
-func (w twin) believable(real int64) bool {
-	return w.known && w.seen <= real+w.law.Period+60_000_000
+func (w twin) believable(r *storage.Rule, real int64) bool {
+	return w.known && w.seen <= real+r.Period+60_000_000
 }
 
-// spent is what is out, in tokens, of which a started one counts as a whole one.
-func (w twin) spent(t int64) int64 { return whole(ceiling(w.held(t))) }
+// spent is what is out, in tokens.
+func (w twin) spent(r *storage.Rule, t int64) int64 {
+	switch r.Kind {
+	case storage.Continuous: // A started token is a whole one.
+		return whole(ceiling(w.undrained(r, t)))
+	case storage.SlidingWindow: // What has faded of a token has freed it.
+		return whole(floor(w.sum(func(l lot) *big.Rat { return unfaded(r, l, t) })))
+	}
+	out := rat(0)
+	for i, at := range w.returned(r) {
+		if at > t {
+			out.Add(out, w.lots[i].tokens)
+		}
+	}
+	return whole(out)
+}
 
-// held is what is out.
-func (w twin) held(t int64) *big.Rat {
-	if w.law.Kind == storage.Continuous {
-		return w.undrained(t)
-	}
-	sum := rat(0)
+// returned is when each lot comes back: at its end, or of a large log a grain before, if all that has this end is no more
+// than one gets in a grain who takes evenly. Nothing comes back before what has an earlier end.
+func (w twin) returned(r *storage.Rule) (at []int64) {
+	even := plus(ceiling(quotient(rat(r.Capacity), rat(256))), ceiling(quotient(rat(r.Capacity), rat(r.Period))))
+	before := int64(0)
 	for _, l := range w.lots {
-		sum.Add(sum, w.heldOf(l, t))
+		end := l.end
+		if r.Grain > 1 && w.sum(func(o lot) *big.Rat { return pick(o.end == end, o.tokens, rat(0)) }).Cmp(even) <= 0 {
+			end = max(before, end-r.Grain)
+		}
+		before = end
+		at = append(at, end)
 	}
-	return sum
+	return at
+}
+
+func (w twin) sum(of func(lot) *big.Rat) *big.Rat {
+	out := rat(0)
+	for _, l := range w.lots {
+		out.Add(out, of(l))
+	}
+	return out
 }
 
 // undrained: each tick since the last change returns its part of the refill, until nothing is out.
-func (w twin) undrained(t int64) *big.Rat {
-	passed := rat(w.ticks(t) - w.ticks(w.seen))
-	perTick := quotient(rat(w.law.Refill), w.ticksOfPeriod())
-	return atLeast(minus(w.level, product(perTick, passed)), rat(0))
+func (w twin) undrained(r *storage.Rule, t int64) *big.Rat {
+	passed := rat(ticks(r, t) - ticks(r, w.seen))
+	perTick := quotient(rat(r.Refill), ticksOfPeriod(r))
+	return atLeast(minus(w.counted(r), product(perTick, passed)), rat(0))
 }
 
-// heldOf is what is out of a lot: all of it or nothing, but in a SlidingWindow it fades from its
-// end on, by the same part in every tick of one period.
-func (w twin) heldOf(l lot, t int64) *big.Rat {
-	if w.law.Kind == storage.SlidingWindow {
-		left := w.ticks(l.end+w.law.Period) - w.ticks(t)
-		share := quotient(rat(left), w.ticksOfPeriod())
-		return product(l.tokens, atMost(atLeast(share, rat(0)), rat(1)))
-	}
-	if l.end > t {
-		return l.tokens
-	}
-	return rat(0)
+// counted is the level in the units of a rule, which are the parts of a token that one tick returns a whole number of.
+func (w twin) counted(r *storage.Rule) *big.Rat {
+	unit := rat(1).Quo(rat(1), rat(r.One))
+	return atMost(product(ceiling(quotient(w.level, unit)), unit), product(rat(exact-1), unit))
+}
+
+// unfaded is what is out of a lot: from its end on the same part of it less in every tick of one period, of which the
+// present one is over.
+func unfaded(r *storage.Rule, l lot, t int64) *big.Rat {
+	left := ticks(r, l.end+r.Period) - ticks(r, t) - 1
+	share := quotient(rat(left), ticksOfPeriod(r))
+	return product(l.tokens, atMost(atLeast(share, rat(0)), rat(1)))
 }
 
 // ticks is how many ticks of the clock are over at t.
-func (w twin) ticks(t int64) int64 {
-	return new(big.Int).Div(big.NewInt(t), big.NewInt(w.law.Tick)).Int64()
+func ticks(r *storage.Rule, t int64) int64 {
+	return new(big.Int).Div(big.NewInt(t), big.NewInt(r.Tick)).Int64()
 }
 
-func (w twin) ticksOfPeriod() *big.Rat { return quotient(rat(w.law.Period), rat(w.law.Tick)) }
+func ticksOfPeriod(r *storage.Rule) *big.Rat { return quotient(rat(r.Period), rat(r.Tick)) }
 
 // first is the first microsecond from now on when no more than room is out. As nobody takes, what
 // is out only falls.
-func (w twin) first(now, room int64) int64 {
-	fits := func(t int64) bool { return w.held(t).Cmp(rat(room)) <= 0 }
-	if fits(now) {
+func (w twin) first(r *storage.Rule, now, room int64) int64 {
+	return w.inTime(r, bisected(now, func(t int64) bool { return w.spent(r, t) <= room }))
+}
+
+// gone is the first microsecond from now on when nothing is out, nor any part of it.
+func (w twin) gone(r *storage.Rule, now int64) int64 {
+	if r.Kind == storage.Continuous {
+		return w.inTime(r, bisected(now, func(t int64) bool { return w.undrained(r, t).Sign() == 0 }))
+	}
+	last := now
+	for _, l := range w.lots {
+		last = l.end
+		if r.Kind == storage.SlidingWindow {
+			last += r.Period
+		}
+	}
+	return last
+}
+
+// inTime is a time, or 35 years after the last change if that is earlier.
+func (w twin) inTime(r *storage.Rule, t int64) int64 {
+	if r.Kind != storage.Continuous {
+		return t
+	}
+	return min(t, (ticks(r, w.seen)+exact/8/r.Tick)*r.Tick)
+}
+
+// bisected is the first time from now on for which it is so, and then stays so.
+func bisected(now int64, is func(t int64) bool) int64 {
+	if is(now) {
 		return now
 	}
 	step := int64(1)
-	for !fits(now + step) {
+	for !is(now + step) {
 		if step *= 32; step > 4*exact {
-			panic("never comes back")
+			return math.MaxInt64
 		}
 	}
-	return now + int64(sort.Search(int(step), func(i int) bool { return fits(now + int64(i)) }))
+	low, high := now, now+step // Not yet, and so.
+	for high-low > 1 {
+		if middle := low + (high-low)/2; is(middle) {
+			high = middle
+		} else {
+			low = middle
+		}
+	}
+	return high
 }
 
-// take is an admission.
-func (w twin) take(r *storage.Rule, cost, now int64) twin {
+// take is an admission, and how much of it is not recorded: no more than 4 capacities are ever taken.
+func (w twin) take(r *storage.Rule, asked, now int64) (out twin, forgotten int64) {
+	cost := min(asked, max(0, 4*r.Capacity-w.spent(r, now)))
 	w = w.under(r, now)
-	cost = min(cost, max(0, 4*r.Capacity-w.spent(now))) // No more than 4 capacities are ever out.
 	switch {
 	case cost == 0:
 	case r.Kind == storage.Continuous:
 		w.level = plus(w.level, rat(cost))
 	default:
-		w.lots = append(slices.Clone(w.lots), lot{w.joined(now), rat(cost)})
+		w.lots = append(slices.Clone(w.lots), lot{w.joined(r, now), rat(cost)})
 	}
-	return w
+	return w, min(asked, 4*r.Capacity) - cost
 }
 
 // joined is when the hold ends that a token taken now joins.
-func (w twin) joined(now int64) int64 {
-	end := tokenEnd(w.law, now)
+func (w twin) joined(r *storage.Rule, now int64) int64 {
+	end := tokenEnd(r.Law, now)
 	for _, l := range w.lots {
-		if w.law.Kind == storage.Replenish {
+		if r.Kind == storage.Replenish {
 			return l.end // The one that lives: all its tokens come back at once.
 		}
-		end = max(end, l.end) // Ends never run backwards: one that a rule change made may be later.
+		end = max(end, l.end) // Ends never run backwards: one of another grain, or by an earlier clock, may be later.
 	}
 	return end
 }
@@ -198,58 +263,19 @@ func multiple(round func(*big.Rat) *big.Rat, t, n int64) int64 {
 	return whole(product(round(quotient(rat(t), rat(n))), rat(n)))
 }
 
-// under is the bucket now and by the law of r.
+// under is the bucket now, as the rule counts.
 func (w twin) under(r *storage.Rule, now int64) twin {
-	if w.law != r.Law {
-		return w.converted(r, now)
-	}
-	out := twin{known: true, law: w.law, seen: now, level: rat(0)}
-	if w.law.Kind == storage.Continuous { // Drained up to now.
-		out.level = w.held(now)
+	out := twin{known: true, seen: now, level: rat(0)}
+	if r.Kind == storage.Continuous { // Drained up to now.
+		out.level = w.undrained(r, now)
+		return out
 	}
 	for _, l := range w.lots { // Those that are not all back yet.
-		if w.heldOf(l, now).Sign() > 0 {
+		if back := l.end; back > now || r.Kind == storage.SlidingWindow && back+r.Period > now {
 			out.lots = append(out.lots, l)
 		}
 	}
 	return out
-}
-
-// converted is the bucket by another law: what was spent stays spent.
-func (w twin) converted(r *storage.Rule, now int64) twin {
-	out := twin{known: true, law: r.Law, seen: now, level: rat(0)}
-	held := w.held(now)
-	if held.Sign() == 0 { // Nothing is.
-		return out
-	}
-	if r.Kind != storage.Continuous || w.unit().Cmp(out.unit()) != 0 {
-		held = ceiling(held) // A started token is a whole one, unless both count in the same parts of it.
-	}
-	held = atMost(held, rat(4*r.Capacity)) // No more than 4 capacities are ever out.
-	if r.Kind == storage.Continuous {
-		out.level = held
-	} else {
-		out.lots = []lot{{w.moved(r.Law, now), held}}
-	}
-	return out
-}
-
-// unit is the smallest part of a token that comes back by itself.
-func (w twin) unit() *big.Rat {
-	if w.law.Kind == storage.Continuous || w.law.Kind == storage.SlidingWindow {
-		return quotient(rat(1), w.ticksOfPeriod())
-	}
-	return rat(1)
-}
-
-// moved is when the hold ends under another law that has everything that is out: as if taken now,
-// and not back before it would have been.
-func (w twin) moved(l storage.Law, now int64) int64 {
-	back := w.first(now, 0)
-	if l.Kind == storage.SlidingWindow { // It has a period to fade after its end, which is a multiple.
-		back = multiple(floor, back-l.Period, l.Period)
-	}
-	return max(back, tokenEnd(l, now))
 }
 
 func rat(n int64) *big.Rat               { return new(big.Rat).SetInt64(n) }

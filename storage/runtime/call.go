@@ -223,7 +223,7 @@ next:
 	for i := range p.entry.layout.rules {
 		rule := p.entry.layout.rules[i]
 		for j := range p.rules {
-			if c.draws[from+j].Rule.Name == rule.Name {
+			if c.draws[from+j].Rule.SameBucket(&rule) {
 				continue next
 			}
 		}

@@ -110,13 +110,13 @@ func (e *entry) full(now int64) bool {
 	return true
 }
 
-// find is the cell of the bucket of that name, or -1. The guess is nearly always right.
+// find is the cell of the rule's bucket, or -1. The guess is nearly always right.
 func (l *layout) find(r *storage.Rule, guess int) int {
-	if guess < len(l.rules) && (&l.rules[guess] == r || l.rules[guess].Name == r.Name) {
+	if guess < len(l.rules) && (&l.rules[guess] == r || l.rules[guess].SameBucket(r)) {
 		return guess
 	}
 	for i := range l.rules {
-		if l.rules[i].Name == r.Name {
+		if l.rules[i].SameBucket(r) {
 			return i
 		}
 	}

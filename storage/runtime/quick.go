@@ -32,18 +32,19 @@ func (e *entry) decideHolds(r *storage.Request, v *storage.Verdict, now int64) b
 		var count storage.Count
 		switch {
 		case allowed && cost > 0: // 5
-			spent += min(cost, max(0, 4*rule.Capacity-spent))
-			count.ResetAfter = end - now
+			cost = min(cost, 4*rule.Capacity)
+			count.Remaining = -cost
 			if r.Mode != storage.Peek {
-				*c = cell{now, end, spent}
+				*c = cell{now, end, spent + min(cost, max(0, 4*rule.Capacity-spent))}
 			}
+			count.ResetAfter, count.NextAfter, count.HeldFor = end-now, end-now, end-now
 		case spent > 0:
-			count.ResetAfter = end - now
+			count.ResetAfter, count.NextAfter = end-now, end-now
 			if cost > rule.Capacity-spent && cost > 0 {
-				count.RetryAfter = count.ResetAfter
+				count.RetryAfter = end - now
 			}
 		}
-		count.Remaining = max(0, rule.Capacity-spent)
+		count.Remaining += rule.Capacity - spent
 		v.Set(i, count)
 	}
 	return true
@@ -74,7 +75,7 @@ func (e *entry) decideLevels(r *storage.Request, v *storage.Verdict, now int64) 
 		if rule.Kind != storage.Continuous || c.seen > now { // 1, 2
 			return false
 		}
-		spent := ceil(c.level(rule, now), rule.Period/rule.Tick)                                       // 3
+		spent := ceil(c.level(rule, now), rule.One)                                                    // 3
 		if cost := r.Part.Cost(i); cost > rule.Capacity-spent && cost > 0 && r.Mode != storage.Force { // 4
 			allowed = false
 		}
@@ -83,42 +84,52 @@ func (e *entry) decideLevels(r *storage.Request, v *storage.Verdict, now int64) 
 	v.Allowed = allowed
 	for i := range r.Part.Rules {
 		c, rule, cost := e.cell(i), &r.Part.Rules[i], r.Part.Cost(i)
-		one, level := rule.Period/rule.Tick, c.level(rule, now)
-		spent := ceil(level, one)
+		level := c.level(rule, now)
+		spent := ceil(level, rule.One)
 		var count storage.Count
 		switch {
 		case allowed && cost > 0: // 5
+			cost = min(cost, 4*rule.Capacity)
+			count.Remaining = rule.Capacity - spent - cost
 			cost = min(cost, max(0, 4*rule.Capacity-spent))
-			spent += cost
-			next := cell{seen: now, b: level + cost*one}
-			count.ResetAfter = next.falls(rule, 0) - now
+			next := cell{seen: now, b: level + cost*rule.One}
+			next.tell(rule, spent+cost, now, &count)
+			count.HeldFor = count.ResetAfter
 			if r.Mode != storage.Peek {
 				*c = next
 			}
-		case spent > 0:
-			count.ResetAfter = c.falls(rule, 0) - now
+		default:
+			count.Remaining = rule.Capacity - spent
+			c.tell(rule, spent, now, &count)
 			if cost > rule.Capacity-spent && cost > 0 {
-				count.RetryAfter = c.falls(rule, (rule.Capacity-cost)*one) - now
+				count.RetryAfter = c.falls(rule, rule.Capacity-cost) - now
 			}
 		}
-		count.Remaining = max(0, rule.Capacity-spent)
 		v.Set(i, count)
 	}
 	return true
 }
 
-// level is how many units of Period/Tick a token are out.
-func (c *cell) level(r *storage.Rule, now int64) int64 {
-	drained := now/r.Tick - c.seen/r.Tick
-	if drained >= ceil(c.b, r.Refill) { // else the product may be too large
-		return 0
+// tell counts when a level comes back of which so many tokens are out.
+func (c *cell) tell(r *storage.Rule, spent, now int64, count *storage.Count) {
+	if spent > 0 {
+		count.ResetAfter = c.falls(r, 0) - now
+		count.NextAfter = c.falls(r, min(spent, r.Capacity)-1) - now
 	}
-	return c.b - drained*r.Refill
 }
 
-// falls is when the level will have fallen to so many units.
-func (c *cell) falls(r *storage.Rule, units int64) int64 {
-	return (c.seen/r.Tick + ceil(c.b-units, r.Refill)) * r.Tick
+// level is how many units are out.
+func (c *cell) level(r *storage.Rule, now int64) int64 {
+	drained := now/r.Tick - c.seen/r.Tick
+	if drained >= ceil(c.b, r.Drain) { // else the product may be too large
+		return 0
+	}
+	return c.b - drained*r.Drain
+}
+
+// falls is when the level will have fallen to so many tokens.
+func (c *cell) falls(r *storage.Rule, tokens int64) int64 {
+	return (c.seen/r.Tick + min(ceil(c.b-tokens*r.One, r.Drain), storage.FarFuture/r.Tick)) * r.Tick
 }
 
 func ceil(a, b int64) int64 { return (a + b - 1) / b }

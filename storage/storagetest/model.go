@@ -11,11 +11,20 @@ import (
 // with, and an example of the contract; it never forgets an identifier.
 type Model struct {
 	mu     sync.Mutex
-	states map[[2]string]map[string]storage.State // name and identifier; bucket
+	states map[[2]string]map[bucket]storage.State // by name and identifier
 }
 
+// bucket is what finds a state of an identifier.
+type bucket struct {
+	name   string
+	kind   storage.Kind
+	period int64
+}
+
+func bucketOf(r *storage.Rule) bucket { return bucket{r.Name, r.Kind, r.Period} }
+
 // NewModel returns an empty Model.
-func NewModel() *Model { return &Model{states: make(map[[2]string]map[string]storage.State)} }
+func NewModel() *Model { return &Model{states: make(map[[2]string]map[bucket]storage.State)} }
 
 // Decide implements storage.Storage.
 func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
@@ -39,7 +48,7 @@ func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict,
 			return storage.Verdict{}, err
 		}
 		for j := range p.Rules {
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: states[p.Rules[j].Name]})
+			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: states[bucketOf(&p.Rules[j])]})
 		}
 	}
 	v := storage.NewVerdict(&r, "model", now)
@@ -54,7 +63,7 @@ func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict,
 		p := r.At(i)
 		for j := range p.Rules {
 			if d := draws[j]; d.Cost > 0 {
-				m.keep(r.Name, p.Identifier, d.Rule.Name, d.State)
+				m.keep(r.Name, p.Identifier, bucketOf(d.Rule), d.State)
 			}
 		}
 		draws = draws[len(p.Rules):]
@@ -81,7 +90,7 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 		return err
 	}
 	for i, a := range c.Amounts {
-		s := states[c.Rules[i].Name]
+		s := states[bucketOf(&c.Rules[i])]
 		switch {
 		case a.N > 0:
 			s.Charge(&c.Rules[i], a, now)
@@ -89,7 +98,7 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 			s.Refund(&c.Rules[i], storage.Amount{N: -max(a.N, -1<<62), In: a.In}, now)
 		}
 		if a.N != 0 && s.Law != nil {
-			m.keep(c.Name, c.Identifier, c.Rules[i].Name, s)
+			m.keep(c.Name, c.Identifier, bucketOf(&c.Rules[i]), s)
 		}
 	}
 	return nil
@@ -112,7 +121,7 @@ func (m *Model) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) 
 	defer m.mu.Unlock()
 	d.Amounts = make([][]storage.Amount, len(d.Rules))
 	for i := range d.Rules {
-		s := m.states[[2]string{d.Name, d.Identifier}][d.Rules[i].Name]
+		s := m.states[[2]string{d.Name, d.Identifier}][bucketOf(&d.Rules[i])]
 		d.Amounts[i] = s.Debt(&d.Rules[i], now)
 	}
 	return d, nil
@@ -138,9 +147,9 @@ func (m *Model) Raise(ctx context.Context, d storage.Debt) error {
 	}
 	for i, debt := range d.Amounts {
 		if len(debt) > 0 {
-			s := states[d.Rules[i].Name]
+			s := states[bucketOf(&d.Rules[i])]
 			s.Raise(&d.Rules[i], debt, now)
-			m.keep(d.Name, d.Identifier, d.Rules[i].Name, s)
+			m.keep(d.Name, d.Identifier, bucketOf(&d.Rules[i]), s)
 		}
 	}
 	return nil
@@ -160,21 +169,21 @@ func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 	return nil
 }
 
-func (m *Model) keep(name, id, bucket string, s storage.State) {
+func (m *Model) keep(name, id string, b bucket, s storage.State) {
 	key := [2]string{name, id}
 	if m.states[key] == nil {
-		m.states[key] = make(map[string]storage.State)
+		m.states[key] = make(map[bucket]storage.State)
 	}
-	m.states[key][bucket] = s
+	m.states[key][b] = s
 }
 
 // fits fails when rules and the other buckets that are not full are too many.
-func fits(states map[string]storage.State, rules []storage.Rule, now int64) error {
+func fits(states map[bucket]storage.State, rules []storage.Rule, now int64) error {
 	n := len(rules)
 next:
-	for bucket, s := range states {
-		for _, r := range rules {
-			if r.Name == bucket {
+	for b, s := range states {
+		for i := range rules {
+			if bucketOf(&rules[i]) == b {
 				continue next
 			}
 		}

@@ -89,21 +89,24 @@ func (g *game) rule(i int) storage.Rule {
 	periods := []time.Duration{time.Microsecond, 7 * time.Microsecond, 1500 * time.Microsecond, time.Second, 10 * time.Second, 7 * time.Second, time.Hour, 31 * 24 * time.Hour}
 	kind := storage.Kind(g.rnd.IntN(5))
 	most := []int64{1, 3, 10, 300, 100_000}[g.rnd.IntN(5)]
+	period := periods[g.rnd.IntN(len(periods))]
+	if i < len(g.rules) && g.rnd.IntN(2) == 0 {
+		kind, period = g.rules[i].Kind, time.Duration(g.rules[i].Period)*time.Microsecond
+	}
 	for {
-		r, faults := storage.NewRule(fmt.Sprint("bucket-", i), kind, periods[g.rnd.IntN(len(periods))], 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
+		r, faults := storage.NewRule(fmt.Sprint("bucket-", i), kind, period, 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
 		if faults == nil {
 			return r
 		}
+		period = periods[g.rnd.IntN(len(periods))]
 	}
 }
 
-// change makes the rule of a bucket another. With a shorter period, a state that is ahead of the clock could
-// become empty by step 1, and be forgotten by the storage and not by the Model.
+// change makes the rule of a bucket another, or that of the same kind and period with other numbers.
 func (g *game) change(i int) {
-	period := g.rules[i].Period
+	old := g.rules[i]
 	g.rules = slices.Clone(g.rules)
-	g.rules[i] = g.rule(i)
-	for g.named && g.rules[i].Period < period {
+	for g.rules[i] = g.rule(i); g.named && !g.rules[i].SameBucket(&old); { // else one of its buckets would be full
 		g.rules[i] = g.rule(i)
 	}
 }
@@ -159,9 +162,20 @@ func (g *game) step(i int) {
 		require.NoError(g.t, err, where)
 		require.Equal(g.t, format(&want), format(&got), "%s: %+v", where, r)
 		require.Equal(g.t, want.RetryAfter, got.RetryAfter, where)
+		for i := range counts(&r) {
+			require.Equal(g.t, want.Count(i), got.Count(i), "%s: bucket %d of %+v", where, i, r)
+		}
 		require.Equal(g.t, want.At(), got.At(), where)
 		g.remember(&want, r.Mode)
 	}
+}
+
+// counts is how many buckets a request has.
+func counts(r *storage.Request) (n int) {
+	for i := range r.Parts() {
+		n += len(r.At(i).Rules)
+	}
+	return n
 }
 
 func (g *game) id() string { return g.ids[g.rnd.IntN(len(g.ids))] }
@@ -221,7 +235,7 @@ func (g *game) charge() storage.Charge {
 	p := v.Part(0)
 	c.Identifier, c.Rules, c.Amounts = p.Identifier, p.Rules, nil
 	for i, r := range p.Rules {
-		a := storage.Amount{N: -p.Cost(i), In: v.Count(i).ResetAfter - (g.now - v.At())}
+		a := storage.Amount{N: -p.Cost(i), In: v.Count(i).HeldFor - (g.now - v.At())}
 		if g.changes {
 			a.N *= []int64{1, 1, 2, 1 << 40}[g.rnd.IntN(4)]
 			a.In += (g.rnd.Int64N(3) - 1) * []int64{0, 1, r.Period / 512, r.Period / 256, r.Period / 2, 2 * r.Period}[g.rnd.IntN(6)]
