@@ -44,7 +44,8 @@ import (
 //
 // A bucket is its name, kind and period. Another capacity or refill counts at once and changes nothing that was spent:
 // holds stay as they are, and a level is counted in the new units, rounded up, and drains by the new refill from the
-// time on at which it was changed last. Who toggles between plans gets no more than the most generous one admits.
+// time on at which it was changed last; a storage may have forgotten it if it was full by its own. Who toggles between
+// plans gets no more than the most generous one admits.
 
 // Hold is N tokens that are out until End, and in a SlidingWindow fade over one more period.
 type Hold struct{ End, N int64 }
@@ -258,7 +259,7 @@ func (l *Law) ticks(t int64) int64 {
 // fade is how long after its End a hold is gone.
 func (l *Law) fade() int64 {
 	if l.Kind == SlidingWindow {
-		return l.Period
+		return l.Period - l.Tick
 	}
 	return 0
 }
@@ -378,7 +379,7 @@ func (s *State) back(r *Rule, now, room, spent int64) int64 {
 
 func (s *State) dropDead(now int64) {
 	l, holds, dead := s.Law, s.Holds(), 0
-	for dead < len(holds) && l.ticks(holds[dead].End+l.fade()) <= l.ticks(now) {
+	for dead < len(holds) && holds[dead].End+l.fade() <= now {
 		dead++
 	}
 	if dead > 0 {

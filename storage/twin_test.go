@@ -185,7 +185,7 @@ func (w twin) gone(r *storage.Rule, now int64) int64 {
 	for _, l := range w.lots {
 		last = l.end
 		if r.Kind == storage.SlidingWindow {
-			last += r.Period
+			last += r.Period - r.Tick // As the present tick counts as over.
 		}
 	}
 	return last
@@ -271,7 +271,7 @@ func (w twin) under(r *storage.Rule, now int64) twin {
 		return out
 	}
 	for _, l := range w.lots { // Those that are not all back yet.
-		if back := l.end; back > now || r.Kind == storage.SlidingWindow && back+r.Period > now {
+		if back := l.end; back > now || r.Kind == storage.SlidingWindow && back+r.Period-r.Tick > now {
 			out.lots = append(out.lots, l)
 		}
 	}

@@ -2,15 +2,15 @@
 --
 -- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, 3 tell the
 -- debts, with 4 if a time is sent), number of buckets (1), the time if sent (7), then for each bucket its law,
--- capacity (7), number of amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
+-- capacity (7), step (6: the tick, or of a log the grain), number of amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
 -- negative; a debt has any number.
 --
 -- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in short.lua.
 -- After the 1 of debts that are told come for each bucket the number of its amounts (2), and of each its N and
 -- In (7 each).
 
--- How many units a Continuous level has that n tokens left and that is empty in a given time.
-local function drained(l, n, time)
+-- How many units are left of n tokens of a Continuous level which are all back in a given time.
+local function leftOf(l, n, time)
   local all, ticks = n * l.one, ceil(time / l.Q)
   if ticks >= ceil(all / l.R) then return all end
   return ticks * l.R
@@ -31,10 +31,10 @@ local function level(s, n) s[3], s[4] = 0, (s[4] or 0) + n end
 local function charge(s, r, n, time, real)
   local now
   s, now = open(s, r, real)
-  n = min(n, 4 * r.C - ceil(units(s, now) / r.one))
+  n = min(n, 4 * r.C - out(s, now))
   if n <= 0 or time <= 0 then return s end
   if r.k == 1 then
-    level(s, drained(r, n, time))
+    level(s, leftOf(r, n, time))
     return s
   end
   local e, i = received(s, now, time), 3
@@ -51,25 +51,22 @@ end
 
 local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
-  local l, now = s[1], max(real, s[2])
-  if l.k == 1 then
-    n = min(n, floor(exact / l.one))
-    if s[4] then s[4] = s[4] - min(units(s, now), drained(l, n, time)) end
+  local now = max(real, s[2])
+  if r.k == 1 then
+    s = under(s, r)
+    n = min(n, floor((exact - 1) / r.one))
+    if s[4] then s[4] = s[4] - min(drained(s, now), leftOf(r, n, time)) end
     return s
   end
   s = living(s, now)
-  local want, far = real + time - l.fade, ceil(l.P / 2)
-  if l ~= r then
-    want, far = math.huge, math.huge
-  elseif l.k == 4 then
-    far = ceil(l.P / 256) + l.G
-  end
+  local want, off = real + time - r.fade, ceil(r.P / 2)
+  if r.k == 4 then off = ceil(r.P / 256) + r.G end
   while n > 0 and #s > 2 do
     local made = 3
     for i = 3, #s, 2 do
       if abs(s[i] - want) <= abs(s[made] - want) then made = i end
     end
-    if abs(s[made] - want) > far then return s end
+    if abs(s[made] - want) > off then return s end
     if n < s[made + 1] then
       s[made + 1] = s[made + 1] - n
       return s
@@ -101,12 +98,12 @@ local function highest(s, theirs, most)
       held = held + n
     end
   end
-  local out = { s[1], s[2] }
+  local raised = { s[1], s[2] }
   for h = #holds, 1, -1 do
-    out[#out + 1] = holds[h][1]
-    out[#out + 1] = holds[h][2]
+    raised[#raised + 1] = holds[h][1]
+    raised[#raised + 1] = holds[h][2]
   end
-  return out
+  return raised
 end
 
 local function raise(s, r, debt, real)
@@ -117,7 +114,7 @@ local function raise(s, r, debt, real)
     local n, time = min(debt[i], 4 * r.C), debt[i + 1]
     if n > 0 and time > 0 then
       if r.k == 1 then
-        level(s, max(0, drained(r, n, time) - units(s, now)))
+        level(s, max(0, leftOf(r, n, time) - (s[4] or 0)))
       else
         local e = received(s, now, time)
         if e + r.fade > now then theirs[#theirs + 1] = { e, n } end
@@ -133,13 +130,13 @@ local function curve(s, r, real)
   local now
   s, now = open(s, r, real)
   if r.k == 1 then
-    local n = ceil(units(s, now) / r.one)
+    local n = out(s, now)
     if n == 0 then return pack('<I2', 0) end
     return pack('<I2I7I7', 1, n, back(s, now, 0, n) - now)
   end
-  local out = { pack('<I2', (#s - 2) / 2) }
-  for i = 3, #s, 2 do out[#out + 1] = pack('<I7I7', s[i + 1], s[i] + r.fade - now) end
-  return concat(out)
+  local told = { pack('<I2', (#s - 2) / 2) }
+  for i = 3, #s, 2 do told[#told + 1] = pack('<I7I7', s[i + 1], s[i] + r.fade - now) end
+  return concat(told)
 end
 
 -- The server's time.
@@ -154,7 +151,7 @@ end
 
 local function reset(key)
   local v = redis.pcall('GET', key)
-  if v and (type(v) == 'table' or sub(v, 1, 2) ~= 't1') then
+  if v and (type(v) == 'table' or sub(v, 1, 2) ~= 't2') then
     local _, fault = load(key, {}, 0)
     return fault
   end
@@ -165,9 +162,9 @@ end
 local function tell(key, rules, real)
   local states, fault = load(key, rules)
   if not states then return fault end
-  local out = { char(1) }
-  for j = 1, #rules do out[j + 1] = curve(states[j], rules[j], real) end
-  return concat(out)
+  local told = { char(1) }
+  for j = 1, #rules do told[j + 1] = curve(states[j], rules[j], real) end
+  return concat(told)
 end
 
 local function change(key, what, rules, real, clocked)
@@ -186,7 +183,7 @@ local function change(key, what, rules, real, clocked)
   return store(key, states, rules, others, real, clocked)
 end
 
-local out, arg, p = {}, ARGV[1], 1
+local answers, arg, p = {}, ARGV[1], 1
 for i = 1, #KEYS do
   local what, n, real
   what, n, p = unpack('<BB', arg, p)
@@ -198,9 +195,10 @@ for i = 1, #KEYS do
   end
   local rules = {}
   for j = 1, n do
-    local r, c
+    local r, C, step, c
     r, p = law(arg, p)
-    r.C, c, p = unpack('<I7I2', arg, p)
+    C, step, c, p = unpack('<I7I6I2', arg, p)
+    rule(r, C, step)
     for a = 1, 2 * c, 2 do
       r[a], r[a + 1], p = unpack('<i8i8', arg, p)
     end
@@ -208,11 +206,11 @@ for i = 1, #KEYS do
   end
   what = what % 4
   if what == 2 then
-    out[i] = reset(KEYS[i])
+    answers[i] = reset(KEYS[i])
   elseif what == 3 then
-    out[i] = tell(KEYS[i], rules, real)
+    answers[i] = tell(KEYS[i], rules, real)
   else
-    out[i] = change(KEYS[i], what, rules, real, clocked)
+    answers[i] = change(KEYS[i], what, rules, real, clocked)
   end
 end
-return concat(out)
+return concat(answers)

@@ -21,7 +21,8 @@ local function rules(shape)
     local out, p = {}, 4
     for j = 1, shape[7] do
       out[j], p = law(shape[1], p)
-      out[j].C, out[j].cost, p = shape[8 * j + 6], shape[8 * j + 7], p + 1
+      rule(out[j], shape[8 * j + 6], shape[8 * j + (out[j].k == 4 and 4 or 3)])
+      out[j].cost, p = shape[8 * j + 7], p + 1
     end
     shape.rules = out
   end
@@ -43,10 +44,10 @@ return function(shapes, index, i)
     end
     local spent = {}
     for j = 1, #of do
-      local s, r = states[j], of[j]
+      local s, r = under(states[j], of[j]), of[j]
       spent[j] = 0
       if s and not believable(s, real) then s = nil end -- 1
-      if s then spent[j] = ceil(units(s, max(real, s[2])) / s[1].one) end -- 2, 3
+      if s then spent[j] = out(s, max(real, s[2])) end -- 2, 3
       if doubted and r.cost > 0 and (not s or s[2] <= doubted) then stale = true end
       if r.cost > r.C - spent[j] and r.cost > 0 and shape[4] ~= 2 then allowed = false end -- 4
     end
@@ -56,24 +57,26 @@ return function(shapes, index, i)
   if failed then return failed, i end
   if allowed and stale then return char(6), i end
 
-  local out = { allowed and '\1' or '\0' }
+  local answer = { allowed and '\1' or '\0' }
   for k = 1, #parts do
     local part, changed = parts[k], false
     for j = 1, #part.rules do
-      local s, r, n, now, retry = part.states[j], part.rules[j], part.spent[j], nil, 0
+      local s, r, n, now, last = part.states[j], part.rules[j], part.spent[j], nil, 0
+      local told = n
       if allowed and r.cost > 0 then -- 5
         s, now = open(s, r, real)
+        told = n + r.cost
         n = take(s, r, now, n)
-        part.states[j], changed = s, true
+        part.states[j], changed, last = s, true, gone(s) - real
       else
+        s = under(s, r)
         if not s or not believable(s, real) then s = { r, real } end
         now = max(real, s[2])
-        if r.cost > r.C - n and r.cost > 0 then retry = back(s, now, r.C - r.cost, n) - real end
+        if r.cost > r.C - n and r.cost > 0 then last = back(s, now, r.C - r.cost, n) - real end
       end
-      out[#out + 1] = pack('<I7I7', max(0, r.C - n), back(s, now, 0, n) - real)
-      if not allowed then out[#out + 1] = pack('<I7', retry) end
+      answer[#answer + 1] = pack('<I7I7I7I7', told, back(s, now, 0, n) - real, back(s, now, max(0, min(n, r.C) - 1), n) - real, last)
     end
     if changed and shape[4] ~= 1 then store(part.key, part.states, part.rules, part.others, real, not shape.served) end
   end
-  return concat(out), i
+  return concat(answer), i
 end

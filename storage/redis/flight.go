@@ -394,7 +394,7 @@ func (q *query) answerBytes(text string) int {
 	case q.change != nil:
 		return q.changeBytes(text)
 	case first <= admitted:
-		return 1 + countBytes[first]*q.buckets()
+		return 1 + countBytes*q.buckets()
 	case first == tooMany:
 		return 3
 	case first == tooManyHolds || first == stale && q.since == 0:

@@ -95,8 +95,8 @@ const (
 	isClocked = 4
 )
 
-// countBytes is the length of a bucket's answer, by the first byte.
-var countBytes = [...]int{refused: 21, admitted: 14}
+// countBytes is the length of a bucket's answer.
+const countBytes = 28
 
 // decideArgs are the arguments of the script for decisions.
 func decideArgs(s *shapes) [][]byte {
@@ -115,7 +115,7 @@ func decideArgs(s *shapes) [][]byte {
 
 func shapeArgs(s *shape) [][]byte {
 	rules := s.part.Rules
-	prefix := []byte{'t', '1', byte(len(rules))}
+	prefix := []byte{'t', '2', byte(len(rules))}
 	hold, size := "I7I4", 7+11*len(rules)
 	for i := range rules {
 		prefix = append(appendLaw(prefix, &rules[i]), 1)
@@ -143,7 +143,7 @@ func shapeArgs(s *shape) [][]byte {
 	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), more, now, int64(len(rules)))
 	for i := range rules {
 		r := &rules[i]
-		b = appendNumbers(b, int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain, one(r), r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
+		b = appendNumbers(b, int64(r.Kind), r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
 	}
 	if s.since != 0 {
 		b = appendNumbers(b, s.age())
@@ -171,18 +171,10 @@ func appendNumbers(b []byte, numbers ...int64) []byte {
 	return b
 }
 
-// one is the number of units of a token.
-func one(r *storage.Rule) int64 {
-	if r.Kind == storage.Continuous || r.Kind == storage.SlidingWindow {
-		return r.Period / r.Tick
-	}
-	return 1
-}
-
 // most is the largest N of a hold.
 func most(r *storage.Rule) int64 {
 	if r.Kind == storage.Continuous {
-		return 4 * r.Capacity * one(r)
+		return 4 * r.Capacity * r.One
 	}
 	return 4 * r.Capacity
 }
@@ -192,26 +184,10 @@ func appendLaw(b []byte, r *storage.Rule) []byte {
 	b = append(b, byte(len(r.Name)))
 	b = append(b, r.Name...)
 	b = appendUint(b, uint64(r.Kind)<<45+uint64(r.Period), 6)
-	switch r.Kind {
-	case storage.Continuous:
-		b = appendUint(b, uint64(r.Refill), 7)
-		b = append(b, ticks(r.Tick))
-	case storage.SlidingWindow:
-		b = append(b, ticks(r.Tick))
-	case storage.SlidingLog:
-		b = appendUint(b, uint64(r.Grain), 6)
+	if r.Kind == storage.Continuous {
+		b = appendUint(appendUint(b, uint64(r.Refill), 7), uint64(r.Tick), 6)
 	}
 	return b
-}
-
-func ticks(tick int64) byte {
-	switch tick {
-	case 1:
-		return 0
-	case 1000:
-		return 1
-	}
-	return 2
 }
 
 func appendUint(b []byte, n uint64, size int) []byte {
@@ -259,6 +235,7 @@ func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byt
 
 func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
 	b = appendUint(appendLaw(b, r), uint64(r.Capacity), 7)
+	b = appendUint(b, uint64(max(r.Tick, r.Grain)), 6)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(amounts)))
 	for _, a := range amounts {
 		a = a.Clamp()
@@ -271,13 +248,19 @@ func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
 // fill reads the answer to a decision.
 func (a *answer) fill(v *storage.Verdict) {
 	v.Allowed = a.text[0] == admitted
-	size := countBytes[a.text[0]]
-	for i, s := 0, a.text[1:]; len(s) >= size; i, s = i+1, s[size:] {
-		c := storage.Count{Remaining: integer(s), ResetAfter: integer(s[7:])}
-		if !v.Allowed {
-			c.RetryAfter = integer(s[14:])
+	n, s := 0, a.text[1:]
+	for i := range v.Parts() {
+		p := v.Part(i)
+		for j := range p.Rules {
+			c := storage.Count{Remaining: p.Rules[j].Capacity - integer(s), ResetAfter: integer(s[7:]), NextAfter: integer(s[14:])}
+			if v.Allowed {
+				c.HeldFor = integer(s[21:])
+			} else {
+				c.RetryAfter = integer(s[21:])
+			}
+			v.Set(n, c)
+			n, s = n+1, s[countBytes:]
 		}
-		v.Set(i, c)
 	}
 }
 

@@ -8,12 +8,13 @@
 --   2  the form of all of such a value, and 3 its length
 --   4  mode, and 5 whether the next part belongs to the same request, with 2 if states are doubted
 --   6  the time, or -1 for the server's
---   7  the number of buckets, and from 8 on for each of them kind, period, refill, tick in µs, grain,
+--   7  the number of buckets, and from 8 on for each of them kind, period, units that drain a tick, tick in µs, grain,
 --      units a token, capacity and cost; then, if states are doubted, how long ago in µs the latest of
 --      these was changed
 --
--- The answer has one byte for each request, 1 if admitted, 0 if not, and for each bucket what remains, when it
--- is full again and, if not admitted, when it admits the cost (7 each). Other first bytes stand alone: 2 if the
+-- The answer has one byte for each request, 1 if admitted, 0 if not, and for each bucket what is spent, also what Force
+-- did not record, when it is full, when one token more is there, and if admitted when all of it is gone, else when it
+-- admits the cost (7 each). Other first bytes stand alone: 2 if the
 -- value is none of ours, 3 if it is no string, 4 if there are too many buckets, with their number and that of
 -- the part after it (1 each), 6 if it would be admitted, and a state that it takes from is doubted or not there.
 --
@@ -23,7 +24,7 @@
 
 local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
 local ceil, call, try = math.ceil, redis.call, redis.pcall
-local exact = 2 ^ 53
+local exact, far = 2 ^ 53, 2 ^ 50
 
 local shapes, server = {}, nil
 for i = 2, #ARGV, 2 do
@@ -73,8 +74,8 @@ while i <= keys do
       local r, h = 8, 3 -- where a bucket begins in shape, and its hold in f
       for j = 1, n do
         local k, P, one, C, cost, u, m = shape[r], shape[r + 1], shape[r + 5], shape[r + 6], shape[r + 7], 0, f[h + 1]
-        if m and (seen > exact or f[h] > exact or m > exact or m < 1 or k == 1 and m / shape[r + 2] * shape[r + 3] > exact) then
-          long = true -- perhaps it is none of ours
+        if k == 4 and shape[r + 4] > 1 or m and (seen > exact or f[h] > exact or m > exact or m < 1 or k == 1 and m / shape[r + 2] * shape[r + 3] > far) then
+          long = true -- a log with a grain, a level of another refill, or perhaps none of ours
           break
         end
         if not m or seen > real + P + 60000000 then -- 1
@@ -89,13 +90,22 @@ while i <= keys do
           if dt < ceil(m / R) then u = m - R * dt end
         elseif k == 3 then
           local e, Q = f[h] + P, shape[r + 3]
-          local left = (e - e % Q - now + now % Q) / Q
-          if left > 0 then u = m * (left < one and left or one) end
+          local left = (e - e % Q - now + now % Q) / Q - 1
+          if left >= one then
+            u = m
+          elseif left > 0 then
+            u = m * left
+            u = (u - u % one) / one
+            if u == 0 or m * left > exact then -- the hold is not to be forgotten yet
+              long = true
+              break
+            end
+          end
         elseif f[h] > now then
           u = m
         end
         units[j] = u
-        if one > 1 then u = ceil(u / one) end
+        if k == 1 then u = ceil(u / one) end
         spent[j] = u
         if cost > C - u and cost > 0 and mode ~= 2 then allowed = false end -- 4
         r, h = r + 8, h + 2
@@ -109,27 +119,31 @@ while i <= keys do
       for j = 1, n do
         local k, P, one, C, cost = shape[r], shape[r + 1], shape[r + 5], shape[r + 6], shape[r + 7]
         local u, e, m, reset = spent[j], f[h], f[h + 1], now - real
+        local told, next, gone = u, reset, 0
         piece = piece + 1
         if allowed then -- 5
           if cost == 0 then
             long = true
             break
           end
-          if u + cost > 4 * C then cost = u < 4 * C and 4 * C - u or 0 end
+          told = u + cost
+          if told > 4 * C then cost = u < 4 * C and 4 * C - u or 0 end
+          u = u + cost
           if k == 1 then
             local R, Q = shape[r + 2], shape[r + 3]
+            local t = now - now % Q - real
             e, m = 0, units[j] + cost * one
-            reset = now - now % Q + ceil(m / R) * Q - real
+            reset = t + ceil(m / R) * Q
+            next = t + ceil((m - ((u < C and u or C) - 1) * one) / R) * Q
+            gone = reset
           else
             local finish, fade = now + P, 0
             if k == 2 then
               finish = finish - now % P
             elseif k == 3 then
-              finish, fade = finish - now % P, P
-            elseif k == 4 then
-              finish = ceil(finish / shape[r + 4]) * shape[r + 4]
+              finish, fade = finish - now % P, P - shape[r + 3]
             end
-            if u == 0 then
+            if u == cost then
               e, m = finish, cost
             elseif k == 0 or e >= finish then
               m = m + cost
@@ -138,31 +152,37 @@ while i <= keys do
               long = true
               break
             end
-            reset = e + fade - real
+            gone = e + fade - real
+            reset, next = gone, gone
+            if k == 3 then
+              local t, Q = e + P - real, shape[r + 3]
+              reset, next = t - ceil(one / m) * Q, t - ceil((u < C and u or C) * one / m) * Q
+            end
           end
           f[h], f[h + 1] = e, m
-          u = u + cost
-          if reset > last then last = reset end
-          out[piece] = pack('<I7I7', u < C and C - u or 0, reset)
+          if gone > last then last = gone end
         else
-          local room, retry = cost > 0 and C - cost or u, 0
+          local room = cost > 0 and C - cost or u
           if u > 0 then
+            local some = (u < C and u or C) - 1
             if k == 1 then
               local R, Q = shape[r + 2], shape[r + 3]
               local t = seen - seen % Q - real
               reset = t + ceil(m / R) * Q
-              if u > room then retry = t + ceil((m - room * one) / R) * Q end
+              next = t + ceil((m - some * one) / R) * Q
+              if u > room then gone = t + ceil((m - room * one) / R) * Q end
             elseif k == 3 then
-              local w = room * one
-              reset = e + P - real
-              if u > room then retry = reset - (w - w % m) / m * shape[r + 3] end
+              local t, Q = e + P - real, shape[r + 3]
+              reset, next = t - ceil(one / m) * Q, t - ceil((some + 1) * one / m) * Q
+              if u > room then gone = t - ceil((room + 1) * one / m) * Q end
             else
               reset = e - real
-              if u > room then retry = reset end
+              next = reset
+              if u > room then gone = reset end
             end
           end
-          out[piece] = pack('<I7I7I7', u < C and C - u or 0, reset, retry)
         end
+        out[piece] = pack('<I7I7I7I7', told, reset, next, gone)
         r, h = r + 8, h + 2
       end
       if long then break end

@@ -1,49 +1,55 @@
 -- What the scripts share: the arithmetic of storage/decide.go, whose steps carry the same numbers, and
 -- the stored form of what an identifier has spent.
 --
--- The value at a key is 't1' (what it is, and the version of its form), the number of buckets with 32
+-- The value at a key is 't2' (what it is, and the version of its form), the number of buckets with 32
 -- if it is wide and 64 if the buckets were not all changed last at the same time (1), for each bucket its
 -- head and number of holds (1; if over 254, 255 and 2 more), then when the buckets were last changed (7), and of each hold
 -- its end (7) and N (4; 7 if wide). With 64 each bucket's holds have their own time of change before them.
 -- Integers are little-endian and unsigned; in brackets are their bytes.
 --
--- A head is a name with its length before it (1), and a law: kind * 2^45 + period (6); Continuous: refill
--- (7) and tick (1); SlidingWindow: tick (1); SlidingLog: grain (6). Tick 0, 1 or 2 is 1 µs, 1 ms or 1 s.
+-- A head is a name with its length before it (1), and kind * 2^45 + period (6); then, if Continuous, refill (7) and
+-- tick (6). Other kinds have nothing by which a change of capacity could be told: their holds stay as they are.
 --
--- Rules arrive with heads in this form, so that a state whose rule has not changed is found by comparing
+-- Rules arrive with heads in this form, so that the bucket of a rule is found by comparing
 -- bytes. In here a state is a list: its law, seen, then end and N of each hold. A rule is a law with a
--- capacity C, and is the law of the states that were spent under it: the same law is the same table.
+-- capacity C, and is the law of the states of its bucket, but for a Continuous one that was changed last under another
+-- refill, until under brings it to the rule.
 --
 -- All numbers are integers of at most 2^53, which a Lua number holds exactly.
 
 local char, sub, concat = string.char, string.sub, table.concat
 local pack, unpack = struct.pack, struct.unpack
 local floor, ceil, max, min, abs = math.floor, math.ceil, math.max, math.min, math.abs
-local exact = 2 ^ 53
+local exact, far = 2 ^ 53, 2 ^ 50
 
 -- The law at position p of v, and the position after it.
 local function law(v, p)
   local name, P, q = unpack('<Bc0I6', v, p)
-  local k, R, G, tick = floor(P / 2 ^ 45), 0, 1, 0
+  local k, R, Q = floor(P / 2 ^ 45), 0, 1
   P = P % 2 ^ 45
+  if k == 1 then R, Q, q = unpack('<I7I6', v, q) end
+  if k > 4 or P < 1 or k == 1 and (R < 1 or Q < 1 or P % Q > 0) then error('not a law') end
+  local l = { name = name, head = sub(v, p, q - 1), k = k, P = P, R = R, Q = Q, G = 1, one = 1, fade = k == 3 and P - 1 or 0 }
   if k == 1 then
-    R, tick, q = unpack('<I7B', v, q)
-  elseif k == 3 then
-    tick, q = unpack('<B', v, q)
-  elseif k == 4 then
-    G, q = unpack('<I6', v, q)
+    local a, b = P / Q, R
+    while b > 0 do a, b = b, a % b end
+    l.one, l.R = P / Q / a, R / a
   end
-  local Q, one, fade = 1000 ^ tick, 1, 0
-  if k == 1 or k == 3 then one = P / Q end
-  if k == 3 then fade = P end
-  if k > 4 or P < 1 or tick > 2 or one % 1 ~= 0 or G < 1 or k == 1 and R < 1 then error('not a law') end
-  return { name = name, head = sub(v, p, q - 1), k = k, P = P, R = R, Q = Q, G = G, one = one, fade = fade }, q
+  return l, q
+end
+
+-- Makes a law the rule of a bucket. Step is the tick of a Continuous bucket and of a SlidingWindow, and the grain of a log.
+local function rule(l, C, step)
+  l.C = C
+  if l.k == 3 then l.Q, l.one, l.fade = step, l.P / step, l.P - step end
+  if l.k == 4 then l.G = step end
+  l.thin = ceil(C / 256) + ceil(C / l.P)
 end
 
 -- The states of a value at the places of their rules, and a list of the others. It raises an error unless
 -- the value is in the form above.
 local function read(v, rules)
-  if sub(v, 1, 2) ~= 't1' then error('foreign') end
+  if sub(v, 1, 2) ~= 't2' then error('foreign') end
   local flags, p = unpack('<B', v, 3)
   local laws, places, counts = {}, {}, {}
   for i = 1, flags % 32 do
@@ -54,9 +60,10 @@ local function read(v, rules)
       r, p = law(v, p)
       at = nil
       for j = 1, #rules do
-        if rules[j].name == r.name then
+        local o = rules[j]
+        if o.name == r.name and o.k == r.k and o.P == r.P then
           at = j
-          if rules[j].head == r.head then r = rules[j] end
+          if o.head == r.head then r = o end
         end
       end
     end
@@ -72,7 +79,7 @@ local function read(v, rules)
     for h = 3, 2 * counts[i] + 2, 2 do
       local e, m
       e, m, p = unpack(hold, v, p)
-      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 or s[1].k == 1 and m / s[1].R * s[1].Q > exact then error('not a hold') end
+      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 then error('not a hold') end
       s[h], s[h + 1], last = e, m, e
     end
     if seen > exact or s[1].k == 1 and counts[i] > 1 or at and states[at] then error('not a state') end
@@ -82,25 +89,73 @@ local function read(v, rules)
   return states, others
 end
 
+-- n*a/b rounded down, and what is left over, for a and b up to 2^45: by long division where n*a is too large.
+local function scale(n, a, b)
+  if n * a < exact then return floor(n * a / b), n * a % b end
+  local q, rest = 0, 0
+  for shift = 49, 0, -7 do
+    rest = rest * 128 + floor(n / 2 ^ shift) % 128 * a
+    q, rest = q * 128 + floor(rest / b), rest % b
+  end
+  return q, rest
+end
+
+-- A state in the units of a rule, of which there may be a part more.
+local function under(s, r)
+  if not s or s[1] == r then return s end
+  local n, one = s[4], s[1].one
+  if n and one ~= r.one then
+    local part, more = scale(n % one, r.one, one)
+    if more > 0 then part = part + 1 end
+    local whole = floor(n / one)
+    if whole > floor((exact - 1 - part) / r.one) then n = exact - 1 else n = whole * r.one + part end
+  end
+  return { r, s[2], n and 0, n }
+end
+
 -- Step 1.
 local function believable(s, real) return s[2] <= real + s[1].P + 60000000 end
 
--- What has not come back at now, in units.
-local function units(s, now)
+-- What is left of a level at now.
+local function drained(s, now)
+  local l, n = s[1], s[4] or 0
+  local dt = floor(now / l.Q) - floor(s[2] / l.Q)
+  if dt < ceil(n / l.R) then return n - l.R * dt end
+  return 0
+end
+
+-- When a level will have fallen to so many units.
+local function falls(s, units)
+  local l = s[1]
+  return (floor(s[2] / l.Q) + min(ceil(((s[4] or 0) - units) / l.R), floor(far / l.Q))) * l.Q
+end
+
+-- When the tokens of a hold come back, not before those of the hold before.
+local function returns(l, e, n, before)
+  if l.G > 1 and n <= l.thin then return max(before, e - l.G) end
+  return e
+end
+
+-- Step 3: what has not come back at now.
+local function out(s, now)
   local l, u = s[1], 0
-  if l.k == 1 then
-    local n = s[4]
-    if n then
-      local dt = floor(now / l.Q) - floor(s[2] / l.Q)
-      if dt < ceil(n / l.R) then u = n - l.R * dt end
-    end
-  elseif l.k == 3 then
-    local t = floor(now / l.Q)
-    for i = 3, #s, 2 do u = u + s[i + 1] * min(l.one, max(0, floor((s[i] + l.P) / l.Q) - t)) end
-  else
+  if l.k == 1 then return ceil(drained(s, now) / l.one) end
+  if l.k == 3 then
+    local t = floor(now / l.Q) + 1
     for i = 3, #s, 2 do
-      if s[i] > now then u = u + s[i + 1] end
+      local left = floor((s[i] + l.P) / l.Q) - t
+      if left >= l.one then
+        u = u + s[i + 1]
+      elseif left > 0 then
+        u = u + scale(s[i + 1], left, l.one)
+      end
     end
+    return u
+  end
+  local at = 0
+  for i = 3, #s, 2 do
+    at = returns(l, s[i], s[i + 1], at)
+    if at > now then u = u + s[i + 1] end
   end
   return u
 end
@@ -108,18 +163,25 @@ end
 -- The moment when spent, now as given, will have fallen to room.
 local function back(s, now, room, spent)
   if spent <= room then return now end
-  local l, left = s[1], 0
-  if l.k == 1 then return (floor(s[2] / l.Q) + ceil((s[4] - room * l.one) / l.R)) * l.Q end
+  local l, left, at = s[1], 0, 0
+  if l.k == 1 then return falls(s, room * l.one) end
   for i = 4, #s, 2 do left = left + s[i] end
   for i = 3, #s, 2 do
     local n = s[i + 1]
-    left = left - n
+    at, left = returns(l, s[i], n, at), left - n
     if left <= room then
-      if l.k == 3 then return s[i] + l.P - floor((room - left) * l.one / n) * l.Q end
-      return s[i]
+      if l.k == 3 then return s[i] + l.P - ceil((room - left + 1) * l.one / n) * l.Q end
+      break
     end
   end
-  return now
+  return at
+end
+
+-- The moment when the newest of what is out is gone, to the last unit.
+local function gone(s)
+  if #s < 3 then return s[2] end
+  if s[1].k == 1 then return falls(s, 0) end
+  return s[#s - 1] + s[1].fade
 end
 
 -- When the hold of a token taken now ends.
@@ -132,8 +194,7 @@ end
 -- A state without its dead holds.
 local function living(s, now)
   local l, i, n = s[1], 3, #s
-  local t = floor(now / l.Q)
-  while i <= n and floor((s[i] + l.fade) / l.Q) <= t do i = i + 2 end
+  while i <= n and s[i] + l.fade <= now do i = i + 2 end
   if i == 3 then return s end
   local out = { l, s[2] }
   for j = i, n do out[j - i + 3] = s[j] end
@@ -143,26 +204,26 @@ end
 -- The state under rule r, ready for a change, and the bucket's own time.
 local function open(s, r, real)
   if not s or not believable(s, real) then return { r, real }, real end
-  local now, l = max(real, s[2]), s[1]
-  if l == r and r.k ~= 1 then
-    s = living(s, now)
-    s[2] = now
-    return s, now
+  local now = max(real, s[2])
+  if r.k == 1 then
+    local u = drained(under(s, r), now)
+    if u == 0 then return { r, now }, now end
+    return { r, now, 0, u }, now
   end
-  local u = units(s, now)
-  if u == 0 then return { r, now }, now end
-  local n = min(ceil(u / l.one), 4 * r.C)
-  if r.k ~= 1 then
-    local e = back(s, now, 0, 1)
-    if r.k == 3 then e = floor(max(0, e - r.P) / r.P) * r.P end
-    return { r, now, max(e, finish(r, now)), n }, now
-  end
-  if l == r then return { r, now, 0, u }, now end
-  if l.one == r.one then return { r, now, 0, min(u, n * l.one) }, now end
-  return { r, now, 0, n * r.one }, now
+  s = living(s, now)
+  s[2] = now
+  return s, now
 end
 
-local function full(s, real) return not believable(s, real) or s[2] <= real and units(s, real) == 0 end
+-- A time at which the bucket is full if nobody takes, or real if there is nothing to wait for.
+local function fullAt(s, real)
+  if not believable(s, real) then return real end
+  local at = gone(s)
+  if #s < 3 or at <= real then return max(real, s[2]) end
+  return at
+end
+
+local function full(s, real) return fullAt(s, real) <= real end
 
 -- Writes the states that are not full, with a time to live that outlasts them by a second, and by an hour
 -- if the clock is the client's, which may stand still. A bucket of more holds than the form has room for is
@@ -172,13 +233,13 @@ local function store(key, states, rules, others, real, clocked)
   local kept, flags, last = {}, 0, real
   local function keep(s)
     if not s or full(s, real) then return end
-    local l, now = s[1], max(real, s[2])
+    local l = s[1]
     kept[#kept + 1] = s
     if (l.C or 0) * (l.k == 1 and l.one or 1) >= 2 ^ 30 then flags = 32 end
     for i = 4, #s, 2 do
       if s[i] >= 2 ^ 32 then flags = 32 end
     end
-    last = max(last, back(s, now, 0, units(s, now)))
+    last = max(last, fullAt(s, real))
   end
   for i = 1, #rules do keep(states[i]) end
   for i = 1, #others do keep(others[i]) end
@@ -187,7 +248,7 @@ local function store(key, states, rules, others, real, clocked)
     return char(1)
   end
 
-  local heads, bodies, hold, shared = { 't1', '' }, {}, flags == 32 and '<I7I7' or '<I7I4', true
+  local heads, bodies, hold, shared = { 't2', '' }, {}, flags == 32 and '<I7I7' or '<I7I4', true
   for i = 1, #kept do
     if #kept[i] > 2 * 65535 then return char(5) end
     if kept[i][2] ~= kept[1][2] then shared = false end
