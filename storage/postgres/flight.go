@@ -106,7 +106,7 @@ func (q *query) decide(v *storage.Verdict, now int64) error {
 		}
 		for j := range part.Rules {
 			rule := &part.Rules[j]
-			draws = append(draws, storage.Draw{Rule: rule, Cost: part.Cost(j), State: row.state(rule.Name)})
+			draws = append(draws, storage.Draw{Rule: rule, Cost: part.Cost(j), State: row.state(rule)})
 		}
 	}
 	v.Begin(r, Source, at)
@@ -121,7 +121,7 @@ func (q *query) decide(v *storage.Verdict, now int64) error {
 		rules := r.At(i).Rules
 		for j := range rules {
 			if draws[j].Cost > 0 {
-				row.set(rules[j].Name, draws[j].State)
+				row.set(&rules[j], draws[j].State)
 				row.touch(r.Clocked, now)
 			}
 		}
@@ -150,7 +150,7 @@ func (d *change) apply(row *row, now int64) error {
 	}
 	for i := range d.rules {
 		rule := &d.rules[i]
-		state := row.state(rule.Name)
+		state := row.state(rule)
 		switch {
 		case d.debt != nil && len(d.debt[i]) > 0:
 			state.Raise(rule, d.debt[i], now)
@@ -161,7 +161,7 @@ func (d *change) apply(row *row, now int64) error {
 		default:
 			continue
 		}
-		row.set(rule.Name, state)
+		row.set(rule, state)
 		row.touch(d.clocked, now)
 	}
 	return nil

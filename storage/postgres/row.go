@@ -34,10 +34,13 @@ type bucket struct {
 	state storage.State
 }
 
-// find returns the bucket of a name, or nil.
-func (r *row) find(name string) *bucket {
+// is reports whether it is the bucket of a rule.
+func (b *bucket) is(r *storage.Rule) bool { return b.name == r.Name && b.state.Law.Same(&r.Law) }
+
+// find returns the bucket of a rule, or nil.
+func (r *row) find(rule *storage.Rule) *bucket {
 	for i := range r.buckets {
-		if r.buckets[i].name == name {
+		if r.buckets[i].is(rule) {
 			return &r.buckets[i]
 		}
 	}
@@ -45,19 +48,19 @@ func (r *row) find(name string) *bucket {
 }
 
 // state is that of a bucket, the zero State if there is none.
-func (r *row) state(name string) (s storage.State) {
-	if b := r.find(name); b != nil {
+func (r *row) state(rule *storage.Rule) (s storage.State) {
+	if b := r.find(rule); b != nil {
 		s = b.state
 	}
 	return s
 }
 
-func (r *row) set(name string, s storage.State) {
-	if b := r.find(name); b != nil {
+func (r *row) set(rule *storage.Rule, s storage.State) {
+	if b := r.find(rule); b != nil {
 		b.state = s
 		return
 	}
-	r.buckets = append(r.buckets, bucket{name, s})
+	r.buckets = append(r.buckets, bucket{rule.Name, s})
 }
 
 // room returns the error of a call by rules which would leave more buckets than may be.
@@ -68,7 +71,7 @@ func (r *row) room(rules []storage.Rule, now int64) error {
 	}
 	for i := range r.buckets {
 		b := &r.buckets[i]
-		if !slices.ContainsFunc(rules, func(rule storage.Rule) bool { return rule.Name == b.name }) && !b.state.Full(now) {
+		if !slices.ContainsFunc(rules, func(rule storage.Rule) bool { return b.is(&rule) }) && !b.state.Full(now) {
 			n++
 		}
 	}
@@ -82,7 +85,7 @@ func (r *row) debt(rules []storage.Rule, now int64) [][]storage.Amount {
 	}
 	out := make([][]storage.Amount, len(rules))
 	for i := range rules {
-		out[i] = r.state(rules[i].Name).Debt(&rules[i], now)
+		out[i] = r.state(&rules[i]).Debt(&rules[i], now)
 	}
 	return out
 }
@@ -114,10 +117,11 @@ func (r *row) forget() (fullAt int64) {
 	return fullAt
 }
 
-// The state column is format and then, for each bucket, its name behind its length, the five numbers of its
-// law, when it was last changed, and behind their number its holds: by how much later each ends than the one
+// The state column is format and then, for each bucket, its name behind its length, kind and period, those of a
+// Continuous one refill, tick, units a token and units a tick, when it was last changed, and behind their number its holds:
+// by how much later each ends than the one
 // before, and N. All numbers are varints. It is empty for an identifier that was reset.
-const format = 1
+const format = 2
 
 func (r *row) encode() []byte {
 	if len(r.buckets) == 0 {
@@ -129,9 +133,16 @@ func (r *row) encode() []byte {
 		s := &b.state
 		out = binary.AppendUvarint(out, uint64(len(b.name)))
 		out = append(out, b.name...)
-		for _, n := range [...]int64{int64(s.Law.Kind), s.Law.Period, s.Law.Refill, s.Law.Tick, s.Law.Grain, s.Seen, int64(len(s.Holds()))} {
+		numbers := [...]int64{int64(s.Law.Kind), s.Law.Period, s.Law.Refill, s.Law.Tick, s.Law.One, s.Law.Drain}
+		law := numbers[:]
+		if s.Law.Kind != storage.Continuous {
+			law = law[:2]
+		}
+		for _, n := range law {
 			out = binary.AppendUvarint(out, uint64(n))
 		}
+		out = binary.AppendUvarint(out, uint64(s.Seen))
+		out = binary.AppendUvarint(out, uint64(len(s.Holds())))
 		end := int64(0)
 		for _, h := range s.Holds() {
 			out = binary.AppendUvarint(out, uint64(h.End-end))
@@ -143,7 +154,7 @@ func (r *row) encode() []byte {
 }
 
 // read sets the row to what Postgres has: buckets or a fault. Where a bucket is that of the rule in the same
-// place, it shares the rule's name and law.
+// place, and counts in the same units, it shares the rule's name and law.
 func (r *row) read(version int64, state []byte) {
 	d := decoder{rest: state}
 	if len(state) > 0 && d.bytes(1)[0] != format {
@@ -154,16 +165,17 @@ func (r *row) read(version int64, state []byte) {
 		name := d.bytes(d.number("name", 1<<16))
 		law := storage.Law{
 			Kind:   storage.Kind(d.number("kind", int64(storage.SlidingLog))),
-			Period: d.number("period", most),
-			Refill: d.number("refill", most),
-			Tick:   d.number("tick", most),
-			Grain:  d.number("grain", most),
+			Period: d.number("period", most), Tick: 1, One: 1, Grain: 1,
 		}
-		if law.Period == 0 || law.Tick == 0 || law.Period%law.Tick != 0 || law.Grain == 0 || law.Kind == storage.Continuous && law.Refill == 0 {
+		if law.Kind == storage.Continuous {
+			law.Refill, law.Tick = d.number("refill", most), d.number("tick", most)
+			law.One, law.Drain = d.number("units", most), d.number("units", most)
+		}
+		if law.Period == 0 || law.Tick == 0 || law.One == 0 || law.Period%law.Tick != 0 || law.Kind == storage.Continuous && law.Drain == 0 {
 			d.fail("law")
 		}
 		b := bucket{state: storage.State{Seen: d.number("time", most)}}
-		if i < len(r.rules) && string(name) == r.rules[i].Name && law == r.rules[i].Law {
+		if i < len(r.rules) && string(name) == r.rules[i].Name && law.Same(&r.rules[i].Law) && (law.Kind != storage.Continuous || law == r.rules[i].Law) {
 			b.name, b.state.Law = r.rules[i].Name, &r.rules[i].Law
 		} else {
 			own := law
