@@ -515,7 +515,7 @@ func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from 
 		if n < 0 || n > taken {
 			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
 		}
-		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.Count(from+j).ResetAfter - max(0, now-v.At())})
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.Count(from+j).HeldFor - max(0, now-v.At())})
 	}
 	return nil
 }

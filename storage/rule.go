@@ -74,7 +74,17 @@ type Rule struct {
 	Capacity int64 // tokens of a full bucket
 }
 
-// SameBucket reports whether both find the same state: by name, kind and period.
+// BucketID is what finds the state of a bucket among those of an identifier. Capacity and refill are not part of it.
+type BucketID struct {
+	Name   string
+	Kind   Kind
+	Period int64 // microseconds
+}
+
+// ID is that of the rule's bucket.
+func (r *Rule) ID() BucketID { return BucketID{r.Name, r.Kind, r.Period} }
+
+// SameBucket reports whether both have one ID.
 func (r *Rule) SameBucket(o *Rule) bool { return r.Name == o.Name && r.Same(&o.Law) }
 
 // BucketError is a fault in the definition of a bucket, or in the way a call uses one.

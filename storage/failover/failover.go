@@ -353,7 +353,7 @@ func (s *Storage) share(p *storage.Part) (storage.Part, error) {
 		r, faults := &p.Rules[i], []error(nil)
 		capacity, period := max(1, int64(float64(r.Capacity)*s.options.Local.Share)), r.Period
 		if r.Kind == storage.Continuous { // the refill has to remain a whole number
-			period = int64(float64(r.Period) / s.options.Local.Share)
+			period = rounded(int64(float64(r.Period) / s.options.Local.Share))
 		}
 		if rules[i], faults = storage.NewRule(r.Name, r.Kind, micros(period), capacity, r.Refill); len(faults) > 0 {
 			return storage.Part{}, errors.Join(faults...)
@@ -364,6 +364,15 @@ func (s *Storage) share(p *storage.Part) (storage.Part, error) {
 		out.SetCost(i, p.Cost(i))
 	}
 	return out, nil
+}
+
+// rounded is n, rounded up to four digits: a large bucket needs a period of many divisors.
+func rounded(n int64) int64 {
+	step := int64(1)
+	for n/step >= 10_000 {
+		step *= 10
+	}
+	return (n + step - 1) / step * step
 }
 
 // Charge implements storage.Storage.

@@ -116,7 +116,7 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 			if p.Cost(k) == 0 {
 				continue
 			}
-			b, at := e.bucket(rule, k), v.At()+c.ResetAfter
+			b, at := e.bucket(rule, k), v.At()+c.HeldFor
 			b.spent, b.resetAt = rule.Capacity-c.Remaining, max(b.resetAt, at)
 			b.add(&b.taken, min(p.Cost(k), 4*rule.Capacity), at)
 		}
@@ -445,7 +445,7 @@ func (e *entry) bucket(r *storage.Rule, place int) *bucket {
 		return &e.buckets[place]
 	}
 	for i := range e.buckets {
-		if e.buckets[i].rule.Name == r.Name {
+		if e.buckets[i].rule.SameBucket(r) {
 			e.buckets[i].rule = r
 			return &e.buckets[i]
 		}

@@ -94,7 +94,9 @@ func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 // settle waits until what was admitted has been told.
 func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
 
-func empty() map[id]map[string]storage.State { return map[id]map[string]storage.State{} }
+func empty() map[id]map[storage.BucketID]storage.State {
+	return map[id]map[storage.BucketID]storage.State{}
+}
 
 // back waits until Redis decides for everybody.
 func (w *world) back() {

@@ -204,7 +204,7 @@ func (w *world) harm() {
 		w.redis.setDown(true)
 		after := w.redis.snapshot()
 		if w.rnd.IntN(2) == 0 {
-			after = map[id]map[string]storage.State{}
+			after = map[id]map[storage.BucketID]storage.State{}
 		}
 		w.sleep(d)
 		w.redis.restore(after)

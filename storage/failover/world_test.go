@@ -25,34 +25,34 @@ type store struct {
 	ahead   int64      // of the clock, in microseconds
 	down    bool
 	scripts map[*link]bool // whose script it knows
-	states  map[id]map[string]storage.State
+	states  map[id]map[storage.BucketID]storage.State
 	seqs    map[string]int64 // of origins
 }
 
 type id struct{ name, identifier string }
 
 func newStore(name string) *store {
-	return &store{name: name, scripts: map[*link]bool{}, states: map[id]map[string]storage.State{}, seqs: map[string]int64{}}
+	return &store{name: name, scripts: map[*link]bool{}, states: map[id]map[storage.BucketID]storage.State{}, seqs: map[string]int64{}}
 }
 
 func (s *store) now() int64 { return storage.Monotonic() + s.ahead }
 
 // of returns the states of an identifier, for changes.
-func (s *store) of(name, identifier string) map[string]storage.State {
+func (s *store) of(name, identifier string) map[storage.BucketID]storage.State {
 	k := id{name, identifier}
 	if s.states[k] == nil {
-		s.states[k] = map[string]storage.State{}
+		s.states[k] = map[storage.BucketID]storage.State{}
 	}
 	return s.states[k]
 }
 
 // snapshot is what a restart may bring back.
-func (s *store) snapshot() map[id]map[string]storage.State {
+func (s *store) snapshot() map[id]map[storage.BucketID]storage.State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := map[id]map[string]storage.State{}
+	out := map[id]map[storage.BucketID]storage.State{}
 	for k, states := range s.states {
-		out[k] = map[string]storage.State{}
+		out[k] = map[storage.BucketID]storage.State{}
 		for name, st := range states {
 			out[k][name] = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
 		}
@@ -60,7 +60,7 @@ func (s *store) snapshot() map[id]map[string]storage.State {
 	return out
 }
 
-func (s *store) restore(states map[id]map[string]storage.State) {
+func (s *store) restore(states map[id]map[storage.BucketID]storage.State) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.states, s.scripts, s.down = states, map[*link]bool{}, false
@@ -90,7 +90,7 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (v 
 	for i := range r.Parts() {
 		p := r.At(i)
 		for j := range p.Rules {
-			st := s.of(r.Name, p.Identifier)[p.Rules[j].Name]
+			st := s.of(r.Name, p.Identifier)[p.Rules[j].ID()]
 			st = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
 			doubtful = doubtful || p.Cost(j) > 0 && (st.Law == nil || st.Seen <= now-(storage.Monotonic()-since))
 			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: st})
@@ -107,7 +107,7 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (v 
 		for j := range p.Rules {
 			v.Set(n, draws[n].Count)
 			if v.Taken() && p.Cost(j) > 0 {
-				s.of(r.Name, p.Identifier)[p.Rules[j].Name] = draws[n].State
+				s.of(r.Name, p.Identifier)[p.Rules[j].ID()] = draws[n].State
 			}
 			n++
 		}
@@ -119,7 +119,7 @@ func (s *store) charge(c *storage.Charge) {
 	states := s.of(c.Name, c.Identifier)
 	for i := range c.Rules {
 		rule, a := &c.Rules[i], c.Amounts[i]
-		st := states[rule.Name]
+		st := states[rule.ID()]
 		switch {
 		case a.N > 0:
 			st.Charge(rule, a, s.now())
@@ -128,14 +128,14 @@ func (s *store) charge(c *storage.Charge) {
 		default:
 			continue
 		}
-		states[rule.Name] = st
+		states[rule.ID()] = st
 	}
 }
 
 func (s *store) debt(d storage.Debt) storage.Debt {
 	d.Amounts = nil
 	for i := range d.Rules {
-		d.Amounts = append(d.Amounts, s.of(d.Name, d.Identifier)[d.Rules[i].Name].Debt(&d.Rules[i], s.now()))
+		d.Amounts = append(d.Amounts, s.of(d.Name, d.Identifier)[d.Rules[i].ID()].Debt(&d.Rules[i], s.now()))
 	}
 	return d
 }
@@ -144,9 +144,9 @@ func (s *store) raise(d *storage.Debt) {
 	states := s.of(d.Name, d.Identifier)
 	for i := range d.Rules {
 		if len(d.Amounts[i]) > 0 {
-			st := states[d.Rules[i].Name]
+			st := states[d.Rules[i].ID()]
 			st.Raise(&d.Rules[i], d.Amounts[i], s.now())
-			states[d.Rules[i].Name] = st
+			states[d.Rules[i].ID()] = st
 		}
 	}
 }

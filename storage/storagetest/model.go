@@ -11,20 +11,11 @@ import (
 // with, and an example of the contract; it never forgets an identifier.
 type Model struct {
 	mu     sync.Mutex
-	states map[[2]string]map[bucket]storage.State // by name and identifier
+	states map[[2]string]map[storage.BucketID]storage.State // by name and identifier
 }
-
-// bucket is what finds a state of an identifier.
-type bucket struct {
-	name   string
-	kind   storage.Kind
-	period int64
-}
-
-func bucketOf(r *storage.Rule) bucket { return bucket{r.Name, r.Kind, r.Period} }
 
 // NewModel returns an empty Model.
-func NewModel() *Model { return &Model{states: make(map[[2]string]map[bucket]storage.State)} }
+func NewModel() *Model { return &Model{states: make(map[[2]string]map[storage.BucketID]storage.State)} }
 
 // Decide implements storage.Storage.
 func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
@@ -48,7 +39,7 @@ func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict,
 			return storage.Verdict{}, err
 		}
 		for j := range p.Rules {
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: states[bucketOf(&p.Rules[j])]})
+			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: states[p.Rules[j].ID()]})
 		}
 	}
 	v := storage.NewVerdict(&r, "model", now)
@@ -63,7 +54,7 @@ func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict,
 		p := r.At(i)
 		for j := range p.Rules {
 			if d := draws[j]; d.Cost > 0 {
-				m.keep(r.Name, p.Identifier, bucketOf(d.Rule), d.State)
+				m.keep(r.Name, p.Identifier, d.Rule.ID(), d.State)
 			}
 		}
 		draws = draws[len(p.Rules):]
@@ -90,7 +81,7 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 		return err
 	}
 	for i, a := range c.Amounts {
-		s := states[bucketOf(&c.Rules[i])]
+		s := states[c.Rules[i].ID()]
 		switch {
 		case a.N > 0:
 			s.Charge(&c.Rules[i], a, now)
@@ -98,7 +89,7 @@ func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
 			s.Refund(&c.Rules[i], storage.Amount{N: -max(a.N, -1<<62), In: a.In}, now)
 		}
 		if a.N != 0 && s.Law != nil {
-			m.keep(c.Name, c.Identifier, bucketOf(&c.Rules[i]), s)
+			m.keep(c.Name, c.Identifier, c.Rules[i].ID(), s)
 		}
 	}
 	return nil
@@ -121,7 +112,7 @@ func (m *Model) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) 
 	defer m.mu.Unlock()
 	d.Amounts = make([][]storage.Amount, len(d.Rules))
 	for i := range d.Rules {
-		s := m.states[[2]string{d.Name, d.Identifier}][bucketOf(&d.Rules[i])]
+		s := m.states[[2]string{d.Name, d.Identifier}][d.Rules[i].ID()]
 		d.Amounts[i] = s.Debt(&d.Rules[i], now)
 	}
 	return d, nil
@@ -147,9 +138,9 @@ func (m *Model) Raise(ctx context.Context, d storage.Debt) error {
 	}
 	for i, debt := range d.Amounts {
 		if len(debt) > 0 {
-			s := states[bucketOf(&d.Rules[i])]
+			s := states[d.Rules[i].ID()]
 			s.Raise(&d.Rules[i], debt, now)
-			m.keep(d.Name, d.Identifier, bucketOf(&d.Rules[i]), s)
+			m.keep(d.Name, d.Identifier, d.Rules[i].ID(), s)
 		}
 	}
 	return nil
@@ -169,21 +160,21 @@ func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 	return nil
 }
 
-func (m *Model) keep(name, id string, b bucket, s storage.State) {
+func (m *Model) keep(name, id string, b storage.BucketID, s storage.State) {
 	key := [2]string{name, id}
 	if m.states[key] == nil {
-		m.states[key] = make(map[bucket]storage.State)
+		m.states[key] = make(map[storage.BucketID]storage.State)
 	}
 	m.states[key][b] = s
 }
 
 // fits fails when rules and the other buckets that are not full are too many.
-func fits(states map[bucket]storage.State, rules []storage.Rule, now int64) error {
+func fits(states map[storage.BucketID]storage.State, rules []storage.Rule, now int64) error {
 	n := len(rules)
 next:
 	for b, s := range states {
 		for i := range rules {
-			if bucketOf(&rules[i]) == b {
+			if rules[i].ID() == b {
 				continue next
 			}
 		}

@@ -69,7 +69,7 @@ type game struct {
 	named   bool // every call charges every bucket, so that none is ever full after one
 	changes bool // half of the steps are charges, refunds and debts
 	rules   []storage.Rule
-	last    map[bucket]storage.Rule // as each bucket was used last
+	last    map[storage.BucketID]storage.Rule // as each bucket was used last
 	now     int64
 	soon    []int64 // when something of the last answers comes back
 	taken   []storage.Verdict
@@ -78,7 +78,7 @@ type game struct {
 }
 
 func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
-	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel(), last: map[bucket]storage.Rule{}}
+	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel(), last: map[storage.BucketID]storage.Rule{}}
 	g.now = g.rnd.Int64N(2) * (1_700_000_000_000_000 + g.rnd.Int64N(1_000_000_000))
 	for i := range 1 + g.rnd.IntN(5) {
 		g.rules = append(g.rules, g.rule(i))
@@ -106,10 +106,10 @@ func (g *game) rule(i int) storage.Rule {
 // noSlower is a rule, or the last one of its bucket if that drained faster or by other ticks: a storage may have forgotten a
 // level that is full by its last refill, and the Model never does.
 func (g *game) noSlower(r storage.Rule) storage.Rule {
-	if last, ok := g.last[bucketOf(&r)]; ok && (r.Refill < last.Refill || r.Tick != last.Tick) {
+	if last, ok := g.last[r.ID()]; ok && (r.Refill < last.Refill || r.Tick != last.Tick) {
 		r = last
 	}
-	g.last[bucketOf(&r)] = r
+	g.last[r.ID()] = r
 	return r
 }
 
