@@ -452,8 +452,9 @@ func TestWhatOthersKeepAtAKeyIsAnErrorAndStays(t *testing.T) {
 		{[]any{"set", "KEY", "a value of somebody else"}, false},
 		{[]any{"set", "KEY", ""}, false},
 		{[]any{"set", "KEY", "t"}, false},
-		{[]any{"set", "KEY", "T1"}, false},
-		{[]any{"set", "KEY", "t2 of a later version"}, false},
+		{[]any{"set", "KEY", "T2"}, false},
+		{[]any{"set", "KEY", "t1 of an earlier version"}, false},
+		{[]any{"set", "KEY", "t3 of a later version"}, false},
 		{[]any{"set", "KEY", "12"}, false},
 		{[]any{"setbit", "KEY", "8000000", "1"}, false},
 		{[]any{"pfadd", "KEY", "element"}, false},
@@ -610,7 +611,7 @@ func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
 
 // slowest is a value of ours, but of a bucket that nobody has: one unit comes back each second, and 2^52 are
 // out.
-const slowest = "t1\x21" + "\x04slow" + "\x40\x42\x0f\x00\x00\x20" + "\x01\x00\x00\x00\x00\x00\x00" + "\x02" + "\x01" +
+const slowest = "t2\x21" + "\x04slow" + "\x40\x42\x0f\x00\x00\x20" + "\x01\x00\x00\x00\x00\x00\x00" + "\x40\x42\x0f\x00\x00\x00" + "\x01" +
 	"\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x10"
 
 func TestAValueThatTakesForeverToExpireFailsNoScript(t *testing.T) {

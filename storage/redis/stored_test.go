@@ -86,14 +86,18 @@ func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pau
 // formSize is the length of a value of one hold a bucket, by the first comment of state.lua.
 func formSize(rules []storage.Rule) (n int64) {
 	n = 3 + 7
+	wideN := int64(0)
 	for _, r := range rules {
-		n += 1 + int64(len(r.Name)) + 6 + 1 + []int64{0, 7 + 1, 0, 1, 6}[r.Kind]
+		n += 1 + int64(len(r.Name)) + 6 + 1
 		if r.Kind == storage.Continuous {
-			n += 3 // of one hour: its N is wide
+			n += 7 + 6 // refill and tick
+			if 4*r.Capacity*r.One >= 1<<32 {
+				wideN = 3
+			}
 		}
 		n += 7 + 4
 	}
-	return n
+	return n + wideN*int64(len(rules))
 }
 
 func TestWhatAnIdentifierNeedsInRedis(t *testing.T) {
@@ -201,10 +205,10 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 			require.NoError(t, s.Reset(t.Context(), "", about(1, rules).Part.Identifier))
 			single = alone(t, s, ws, rules)
 			fmt.Fprintf(&table, "%-10v %d %8d %8d %10.1f %8.1f\n", kind, len(rules), single.sent, single.read, float64(batch.sent)/64, float64(batch.read)/64)
-			assert.LessOrEqual(t, single.sent, 410, kind)
-			assert.LessOrEqual(t, single.read, 36, kind)
+			assert.LessOrEqual(t, single.sent, 430, kind)
+			assert.LessOrEqual(t, single.read, 64, kind)
 			assert.LessOrEqual(t, batch.sent, 64*39, "%v: a key, and the number of its shape", kind)
-			assert.LessOrEqual(t, batch.read, 64*29+16, kind)
+			assert.LessOrEqual(t, batch.read, 64*57+16, kind)
 		}
 	}
 	t.Logf("bytes a decision\n%-12s %17s %19s\n%-12s %8s %8s %10s %8s\n%s", "", "alone", "of 64", "buckets", "sent", "read", "sent", "read", table.String())
@@ -257,13 +261,19 @@ func (w *watch) ask(t *testing.T, r storage.Request, longer time.Duration) (take
 		}
 		return false
 	}
-	var reset time.Duration
-	for _, l := range v.Levels() {
-		reset = max(reset, l.ResetAfter)
+	var gone int64
+	fading := false // a bucket that was asked for nothing: it is full before the last of it is gone
+	for i := range r.Part.Rules {
+		c := v.Count(i)
+		gone = max(gone, c.ResetAfter, c.HeldFor)
+		fading = fading || r.Part.Rules[i].Kind == storage.SlidingWindow && c.HeldFor == 0 && c.ResetAfter > 0
 	}
+	reset := time.Duration(gone) * time.Microsecond
 	const rounding = 2 * time.Millisecond
 	assert.GreaterOrEqual(t, after.expires, began+reset+longer-rounding, "%+v", r)
-	assert.LessOrEqual(t, after.expires, ended+reset+longer+rounding, "%+v", r)
+	if !fading {
+		assert.LessOrEqual(t, after.expires, ended+reset+longer+rounding, "%+v", r)
+	}
 	return true
 }
 
@@ -496,7 +506,7 @@ func lawOf(v string, r *storage.Rule) bool {
 	return len(v) > n+9 && v[3:n+9] == head
 }
 
-func TestAValueOfAnotherLawIsConvertedByTheNextAdmittedCall(t *testing.T) {
+func TestAnotherKindOrPeriodIsAnotherBucketOfTheSameKey(t *testing.T) {
 	t.Parallel()
 	url := servers.RedisURL(t)
 	for from := range allKinds {
@@ -508,10 +518,9 @@ func TestAValueOfAnotherLawIsConvertedByTheNextAdmittedCall(t *testing.T) {
 				w.ask(t, 0, storage.Take, old, 3)
 				w.ask(t, time.Minute, storage.Take, old, 6)
 				w.peeks(t, time.Minute, changed)
+				require.True(t, w.ask(t, 2*time.Minute, storage.Take, changed, 12))
+				assert.True(t, lawOf(w.raw(t), &changed[0]), "the bucket of the last call stands first")
 				require.False(t, w.ask(t, 2*time.Minute, storage.Take, changed, 12))
-				assert.True(t, lawOf(w.raw(t), &old[0]), "a refused call converts nothing")
-				require.True(t, w.ask(t, 2*time.Minute, storage.Take, changed, 1))
-				assert.True(t, lawOf(w.raw(t), &changed[0]))
 				w.peeks(t, 2*time.Minute, changed)
 				w.peeks(t, 2*time.Minute, old)
 				for i := range 20 {
@@ -521,6 +530,27 @@ func TestAValueOfAnotherLawIsConvertedByTheNextAdmittedCall(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestALevelIsConvertedByTheNextAdmittedCall(t *testing.T) {
+	t.Parallel()
+	w := newTwin(t, servers.RedisURL(t))
+	of := func(refill int64) []storage.Rule {
+		r, faults := storage.NewRule("b", storage.Continuous, time.Hour, 10, refill)
+		require.Empty(t, faults)
+		return []storage.Rule{r}
+	}
+	w.ask(t, 0, storage.Take, of(3), 10)
+	old := w.raw(t)
+	for _, refill := range []int64{7, 10, 1_000_003} {
+		w.peeks(t, 0, of(refill))
+		require.False(t, w.ask(t, 0, storage.Take, of(refill), 1))
+		assert.Equal(t, old, w.raw(t), "a call that is denied converts nothing")
+	}
+	require.True(t, w.ask(t, time.Hour, storage.Take, of(7), 2))
+	w.peeks(t, time.Hour, of(7))
+	w.peeks(t, time.Hour, of(11))
+	require.True(t, w.ask(t, 2*time.Hour, storage.Take, of(11), 9))
 }
 
 func TestAValueBecomesWideAndNarrowAgain(t *testing.T) {
@@ -554,14 +584,14 @@ func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 		return []storage.Rule{asktest.Rule(t, "b", storage.Continuous, period, capacity)}
 	}
 	w.took(t, 0, 1, of(time.Second, 1073), 7)
-	w.took(t, 0, 1|wide, of(time.Second, 1074), 7)
+	w.took(t, 0, 1|wide, of(time.Second, 1077), 7)
 	w.took(t, 0, 1, of(time.Second, 1073), 7)
-	w.took(t, 0, 1|wide, of(time.Hour, 50), 7)
-	w.peeks(t, 0, of(time.Hour, 50))
-	w.took(t, time.Second, 1|wide, of(366*24*time.Hour, 50), 20)
+	w.took(t, time.Second, 1|wide, of(time.Hour, 50), 7)
+	w.peeks(t, time.Second, of(time.Hour, 50))
+	w.took(t, time.Second, 2|wide, of(366*24*time.Hour, 50), 20)
 	w.peeks(t, time.Second, of(366*24*time.Hour, 50))
-	w.took(t, time.Hour, 1, of(time.Second, 1000), 7)
-	w.peeks(t, time.Hour, of(time.Hour, 50))
+	w.took(t, 2*time.Hour, 2|wide|apart, of(time.Second, 1000), 7)
+	w.peeks(t, 2*time.Hour, of(time.Hour, 50))
 }
 
 func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
@@ -596,7 +626,7 @@ func TestALogOf256Holds(t *testing.T) {
 	rules := []storage.Rule{asktest.Rule(t, "log", storage.SlidingLog, time.Hour, 256)}
 	for i := range 256 {
 		w.took(t, time.Duration(i)*time.Second, 1, rules, 1)
-		n := 3 + (1 + 3 + 6 + 6) + 1 + 7 + 11*(i+1)
+		n := 3 + (1 + 3 + 6) + 1 + 7 + 11*(i+1)
 		if i+1 >= 255 {
 			n += 2
 		}
@@ -613,7 +643,11 @@ func formRules(t *testing.T, rnd *rand.Rand) (rules []storage.Rule) {
 	t.Helper()
 	for i := range 3 {
 		kind, period := storage.Kind(rnd.IntN(int(allKinds))), []time.Duration{time.Second, time.Minute, time.Hour}[rnd.IntN(3)]
-		rules = append(rules, asktest.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[rnd.IntN(5)]))
+		n := rnd.IntN(5)
+		if kind == storage.Continuous { // of other refills other buckets: Redis forgets a level that is full by its own
+			period += time.Duration(n) * time.Second
+		}
+		rules = append(rules, asktest.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[n]))
 	}
 	return rules
 }
@@ -626,7 +660,7 @@ func TestAllFormsOfAValueAreReadAsTheyWereWritten(t *testing.T) {
 		w, rnd, at := newTwin(t, url), rand.New(rand.NewPCG(11, seed)), time.Duration(0)
 		rules := formRules(t, rnd)
 		for range 150 {
-			if rnd.IntN(5) == 0 {
+			if rnd.IntN(25) == 0 {
 				rules[rnd.IntN(3)] = formRules(t, rnd)[0]
 				for i := range rules {
 					rules[i].Name = fmt.Sprint("bucket-", i)
