@@ -207,7 +207,7 @@ func ExampleThrottler_Refund() {
 		throttler.NewBucket(time.Minute, 10_000).Continuous().Named("tokens"),
 	}})
 	v, _ := t.Consume("user:42", throttler.CostOf("tokens", 1000))
-	_ = t.Refund(ctx, v, throttler.Cost(0), throttler.CostOf("tokens", 400))
+	_ = t.Refund(ctx, v, throttler.CostOf("tokens", 400))
 	v, _ = t.Peek(ctx, "user:42", throttler.Cost(0))
 	for _, l := range v.Levels() {
 		fmt.Println(l.Bucket, l.Remaining)

@@ -205,7 +205,7 @@ func Example_guideReserve() {
 			return err
 		}
 		used := answer()
-		err = t.Refund(ctx, v, throttler.Cost(0), throttler.CostOf("tokens", 1000-used))
+		err = t.Refund(ctx, v, throttler.CostOf("tokens", 1000-used)) // of "tokens" only
 		if err != nil {
 			return err
 		}
@@ -579,7 +579,7 @@ func TestTheSentencesOfTheGuideAreTrue(t *testing.T) {
 	assert.True(t, allowed(t, day, "a"))
 	assert.False(t, allowed(t, day, "a"))
 	assert.True(t, allowed(t, day, "a", throttler.Cost(0)), "a cost of 0 is always admitted")
-	require.NoError(t, day.Charge(t.Context(), "a", throttler.Cost(9)))
+	require.NoError(t, day.Charge(t.Context(), "a", throttler.Cost(3)))
 	assert.True(t, allowed(t, day, "a", throttler.Cost(0)))
 	mock.Add(time.Second)
 	assert.True(t, allowed(t, day, "a"), "a day begins at midnight UTC")

@@ -49,14 +49,15 @@ type BucketError = storage.BucketError
 // The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
 // *BucketError.
 var (
-	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier   // it has no buckets, and Config has none for it
-	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier   // empty, over 1024 bytes, twice in one call, or over 256 of them
-	ErrInvalidCost         = storage.ErrInvalidCost         // below zero, or a refund above what was taken
-	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity // waiting never helps
-	ErrInvalidClock        = storage.ErrInvalidClock        // Config.Clock reads a time outside 1970 to 2184
-	ErrUnavailable         = storage.ErrUnavailable         // the storage could not decide
-	ErrCorruptState        = storage.ErrCorruptState        // the storage holds a value that is not ours; never the runtime storage
-	ErrClosed              = storage.ErrClosed              // the storage was closed; never the runtime storage
+	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier        // it has no buckets, and Config has none for it
+	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier        // empty, over 1024 bytes, twice in one call, or over 256 of them
+	ErrInvalidCost         = storage.ErrInvalidCost              // below zero, or a refund above what was taken
+	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity      // waiting never helps
+	ErrDebtLimit           = errors.New("throttler: debt limit") // a Charge that was recorded in part: a *DebtError
+	ErrInvalidClock        = storage.ErrInvalidClock             // Config.Clock reads a time outside 1970 to 2184
+	ErrUnavailable         = storage.ErrUnavailable              // the storage could not decide
+	ErrCorruptState        = storage.ErrCorruptState             // the storage holds a value that is not ours; never the runtime storage
+	ErrClosed              = storage.ErrClosed                   // the storage was closed; never the runtime storage
 )
 
 // ErrLimited is what a LimitedError is, for errors.Is.
@@ -74,6 +75,21 @@ func (e *LimitedError) Error() string {
 
 // Unwrap returns ErrLimited.
 func (e *LimitedError) Unwrap() error { return ErrLimited }
+
+// DebtError is what a Charge returns for a bucket that owes too much: at most 4 capacities are ever out of one.
+type DebtError struct {
+	Identifier, Bucket string
+	Asked, Recorded    int64 // tokens
+	Limit              int64 // tokens that may be out: 4 capacities
+}
+
+// Error says how much of the charge was recorded.
+func (e *DebtError) Error() string {
+	return fmt.Sprintf("%v: of %d tokens charged to bucket %q of %.64q, %d are recorded, as no more than %d may be out", ErrDebtLimit, e.Asked, e.Bucket, e.Identifier, e.Recorded, e.Limit)
+}
+
+// Unwrap returns ErrDebtLimit.
+func (e *DebtError) Unwrap() error { return ErrDebtLimit }
 
 // Policy chooses what happens to a call that cannot be decided.
 type Policy int
@@ -330,9 +346,10 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (Verdict, 
 }
 
 // Charge takes the cost, 0 or more, from all buckets, even where too little is left: for costs that are
-// known only afterwards. What is spent of a bucket stops growing at 4 times its capacity, which is a debt
-// of 3 capacities, and no error tells of it. Calls are refused until the debt is paid. In a bucket that is
-// not Continuous it is forgiven after one period, SlidingWindow two.
+// known only afterwards. That may leave a debt (Level.Debt), and calls are denied until it is paid. No more than 4
+// capacities of a bucket are ever out: what exceeds them is not recorded, and the error joins a *DebtError for each bucket
+// of which that is so. In a bucket that is
+// not Continuous the debt is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	_, err := t.decide(ctx, storage.Force, id, o)
 	return err
@@ -437,6 +454,9 @@ func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (er
 			*v, err = t.storage.Decide(ctx, *r)
 		}
 	}
+	if err == nil && r.Mode == storage.Force {
+		err = unrecorded(v)
+	}
 	cause := err
 	if err != nil && t.failed == Allow && r.Mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
 		*v, err = Verdict{Allowed: true}, nil
@@ -446,6 +466,29 @@ func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (er
 		t.observe(ctx, decided(r, *v, cause, time.Since(start)))
 	}
 	return err
+}
+
+// unrecorded is the error of a Charge that some buckets did not take whole, of which the counts then tell what is.
+func unrecorded(v *Verdict) error {
+	var faults []error
+	n := 0
+	for i := range v.Parts() {
+		p := v.Part(i)
+		for j := range p.Rules {
+			r, c, asked := &p.Rules[j], v.Count(n), p.Cost(j)
+			if over := -c.Remaining - 3*r.Capacity; over > 0 && asked > 0 {
+				most := min(asked, 4*r.Capacity)
+				recorded := max(0, most-over)
+				c.Remaining += most - recorded
+				v.Set(n, c)
+				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, recorded, 4 * r.Capacity})
+			} else if asked > 4*r.Capacity {
+				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, 4 * r.Capacity, 4 * r.Capacity})
+			}
+			n++
+		}
+	}
+	return errors.Join(faults...)
 }
 
 // now tells the injected clock's time; without one the storage has its own.
@@ -458,9 +501,8 @@ func (t *Throttler) now(micros *int64, clocked *bool) (err error) {
 	return err
 }
 
-// Refund gives back what v took, or less: Cost(n) is n from every bucket, CostOf(bucket, n) n from
-// that one, and without Cost all the others still give back everything. More than was taken is
-// ErrInvalidCost. Tokens that have already come back by themselves are not given back; a Continuous
+// Refund gives back what v took. With options it gives back what they name and nothing else: Cost(n) n to every bucket,
+// CostOf(bucket, n) n to that one. More than was taken is ErrInvalidCost. Tokens that have already come back by themselves are not given back; a Continuous
 // bucket's share that drained in the meantime is known to a tick, nearly always one microsecond. The
 // verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
 // A verdict that took nothing, a denial or a Peek, gives nothing back. After an error of the storage
@@ -511,7 +553,7 @@ func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from 
 	}
 	for j := range p.Rules {
 		taken := p.Cost(j)
-		n := costFor(p.Rules[j].Name, taken, options)
+		n := refundOf(p.Rules[j].Name, taken, options)
 		if n < 0 || n > taken {
 			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
 		}
@@ -537,8 +579,14 @@ options:
 	return nil
 }
 
-// costFor is what the options ask of one bucket.
-func costFor(bucket string, n int64, options []Option) int64 {
+// refundOf is what the options ask to give back to one bucket: everything if they name no cost.
+func refundOf(bucket string, taken int64, options []Option) int64 {
+	n := taken
+	for _, o := range options {
+		if o.kind == costOfOption {
+			n = 0
+		}
+	}
 	for _, o := range options {
 		if o.kind == costOption {
 			n = o.n

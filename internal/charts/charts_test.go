@@ -32,14 +32,15 @@ func TestTheCommittedChartsAreWhatTheArithmeticDraws(t *testing.T) {
 //	               stands a whole period before the first call of the second.
 //	Continuous     A full bucket, and what comes back in less than a period: not the last token.
 //	FixedWindow    Two windows, both whole, meet at an edge.
-//	SlidingWindow  Of a tokens taken before an edge, a share x has faded when a window that began
-//	               x of a period after the last edge ends: a + (c - a(1-x)) < 2c, as x < 1.
-//	SlidingLog     The tokens of the last period are what is spent.
+//	SlidingWindow  Just before an edge all, and from the edge on one each c-th of the period: c in
+//	               less than a period, one in less than a c-th of it.
+//	SlidingLog     The tokens of the last period are what is spent. Above a capacity of 256 so few that
+//	               the even client takes them in a grain may come back a grain early.
 var bounds = map[storage.Kind]struct{ period, tenth func(c int) int }{
 	storage.Replenish:     {func(c int) int { return 2*c - 1 }, func(c int) int { return 2*c - 1 }},
 	storage.Continuous:    {func(c int) int { return 2*c - 1 }, func(c int) int { return c + (c-1)/10 }},
 	storage.FixedWindow:   {func(c int) int { return 2 * c }, func(c int) int { return 2 * c }},
-	storage.SlidingWindow: {func(c int) int { return 2*c - 1 }, func(c int) int { return c + (c-1)/10 }},
+	storage.SlidingWindow: {func(c int) int { return 2 * c }, func(c int) int { return c + (c+9)/10 }},
 	storage.SlidingLog:    {func(c int) int { return c }, func(c int) int { return c }},
 }
 
@@ -69,6 +70,18 @@ func TestNoClientIsAdmittedMoreThanTheWorstAndSomeClientIsAdmittedThat(t *testin
 					t.Errorf("a client was admitted %d in a tenth of a period, want %d", inTenth, want)
 				}
 			})
+		}
+	}
+}
+
+func TestALargeLogAdmitsAboutA256thMoreInTheWorstPeriod(t *testing.T) {
+	t.Parallel()
+	for _, tokens := range []int{257, 1000} {
+		early := (tokens+255)/256 + 1
+		inPeriod, _ := search(ruleOf(storage.SlidingLog, int64(tokens)))
+		t.Logf("%d of %d", inPeriod, tokens)
+		if inPeriod < tokens || inPeriod > tokens+early {
+			t.Errorf("a client was admitted %d in one period, want %d to %d", inPeriod, tokens, tokens+early)
 		}
 	}
 }

@@ -1,0 +1,117 @@
+package throttler_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+)
+
+// kinds make a bucket of each kind.
+var kinds = []func(throttler.Bucket) throttler.Bucket{
+	func(b throttler.Bucket) throttler.Bucket { return b },
+	throttler.Bucket.Continuous, throttler.Bucket.FixedWindow, throttler.Bucket.SlidingWindow, throttler.Bucket.SlidingLog,
+}
+
+// callOfAModel takes 1 request, 4,000 tokens and 4 cents.
+func callOfAModel(t *testing.T) (*throttler.Throttler, throttler.Verdict) {
+	t.Helper()
+	th, _ := throttled(t,
+		throttler.NewBucket(time.Minute, 10).Named("requests"),
+		throttler.NewBucket(time.Minute, 10_000).Continuous().Named("tokens"),
+		throttler.NewBucket(24*time.Hour, 100).SlidingWindow().Named("cents"))
+	v, err := th.Consume("user:42", throttler.CostOf("tokens", 4000), throttler.CostOf("cents", 4))
+	require.NoError(t, err)
+	require.True(t, v.Allowed)
+	require.Equal(t, []int64{9, 6000, 96}, left(t, th, "user:42"))
+	return th, v
+}
+
+func TestARefundWithOptionsGivesBackWhatTheyName(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		options []throttler.Option
+		left    []int64
+	}{
+		{nil, []int64{10, 10_000, 100}},
+		{[]throttler.Option{throttler.CostOf("tokens", 1000)}, []int64{9, 7000, 96}},
+		{[]throttler.Option{throttler.CostOf("tokens", 1000), throttler.CostOf("cents", 1)}, []int64{9, 7000, 97}},
+		{[]throttler.Option{throttler.CostOf("tokens", 0)}, []int64{9, 6000, 96}},
+		{[]throttler.Option{throttler.Cost(1)}, []int64{10, 6001, 97}},
+		{[]throttler.Option{throttler.Cost(0), throttler.CostOf("cents", 4)}, []int64{9, 6000, 100}},
+		{[]throttler.Option{throttler.CostOf("cents", 4), throttler.Cost(1)}, []int64{10, 6001, 100}},
+	} {
+		th, v := callOfAModel(t)
+		require.NoError(t, th.Refund(t.Context(), v, test.options...))
+		assert.Equal(t, test.left, left(t, th, "user:42"), "%+v", test.options)
+	}
+}
+
+func TestAChargeThatIsNotRecordedWholeSaysSo(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		th, _ := throttled(t, kind(throttler.NewBucket(time.Minute, 10_000)).Named("tokens"), throttler.NewBucket(time.Hour, 1_000_000).Named("hourly"))
+		err := th.Charge(t.Context(), "user:42", throttler.Cost(200_000))
+		var debt *throttler.DebtError
+		require.ErrorAs(t, err, &debt)
+		require.ErrorIs(t, err, throttler.ErrDebtLimit)
+		assert.Equal(t, throttler.DebtError{Identifier: "user:42", Bucket: "tokens", Asked: 200_000, Recorded: 40_000, Limit: 40_000}, *debt)
+		assert.Contains(t, err.Error(), `40000 are recorded`)
+		assert.Equal(t, []int64{0, 800_000}, left(t, th, "user:42"))
+
+		v, err := th.Peek(t.Context(), "user:42")
+		require.NoError(t, err)
+		assert.Equal(t, int64(30_000), v.Levels()[0].Debt, "the level tells the debt")
+		assert.Zero(t, v.Levels()[1].Debt)
+
+		err = th.Charge(t.Context(), "user:42", throttler.CostOf("hourly", 0))
+		require.ErrorAs(t, err, &debt)
+		assert.Zero(t, debt.Recorded, "there is no room left")
+		require.NoError(t, th.Charge(t.Context(), "user:42", throttler.CostOf("tokens", 0)), "the other bucket has room")
+	}
+}
+
+func TestAChargeThatFitsExactlyIsNoError(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Minute, 10))
+	require.NoError(t, th.Charge(t.Context(), "user:42", throttler.Cost(39)))
+	require.NoError(t, th.Charge(t.Context(), "user:42"))
+	var debt *throttler.DebtError
+	require.ErrorAs(t, th.Charge(t.Context(), "user:42", throttler.Cost(2)), &debt)
+	assert.Zero(t, debt.Recorded)
+}
+
+func TestAChargeUnderASmallerLimitForgetsNothing(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Minute, 100).Named("b"))
+	_, err := th.Consume("user:42", throttler.Cost(100))
+	require.NoError(t, err)
+	small := throttler.Using(throttler.NewBucket(time.Minute, 10).Named("b"))
+	var debt *throttler.DebtError
+	require.ErrorAs(t, th.Charge(t.Context(), "user:42", throttler.Cost(5), small), &debt)
+	assert.Zero(t, debt.Recorded)
+	v, err := th.Peek(t.Context(), "user:42", throttler.Cost(0), small)
+	require.NoError(t, err)
+	assert.Equal(t, int64(90), v.Levels()[0].Debt)
+	assert.Equal(t, []int64{0}, left(t, th, "user:42"))
+}
+
+// A verdict of a sliding window is given back whole although the bucket is full before the last of it has faded.
+func TestARefundFindsTheHoldOfItsKind(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		th, clock := throttled(t, kind(throttler.NewBucket(10*time.Second, 1000)))
+		clock.Add(7 * time.Second)
+		v, err := th.Consume("user:42")
+		require.NoError(t, err)
+		other, err := th.Consume("user:42", throttler.Cost(2))
+		require.NoError(t, err)
+		clock.Add(2 * time.Second)
+		require.NoError(t, th.Refund(t.Context(), other))
+		require.NoError(t, th.Refund(t.Context(), v))
+		assert.Equal(t, []int64{1000}, left(t, th, "user:42"))
+	}
+}
