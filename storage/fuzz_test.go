@@ -468,8 +468,8 @@ func (w wanted) largest() int64 {
 	return w.capacity
 }
 
-// tick is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of those that are at
-// least a 16th of the period, of the 4096 next ones.
+// tick is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of which a period has
+// at least 16, in a number of them without prime factors above 7.
 func (w wanted) tick() int64 {
 	if w.kind != storage.Continuous && w.kind != storage.SlidingWindow {
 		return 1
@@ -479,13 +479,22 @@ func (w wanted) tick() int64 {
 			return tick
 		}
 	}
-	most := min(w.micros(), (exact-1)/4/w.largest())
-	for steps := most; steps >= max(16, most-4095); steps-- {
-		if w.micros()%steps == 0 {
-			return w.micros() / steps
+	most, best := (exact-1)/4/w.largest(), int64(0)
+	for a := int64(1); a <= most; a *= 2 {
+		for b := a; b <= most; b *= 3 {
+			for c := b; c <= most; c *= 5 {
+				for d := c; d <= most; d *= 7 {
+					if w.micros()%d == 0 && d >= 16 {
+						best = max(best, d)
+					}
+				}
+			}
 		}
 	}
-	return 0
+	if best == 0 {
+		return 0
+	}
+	return w.micros() / best
 }
 
 // fits: 4 times the largest, in units, is below 2^53.

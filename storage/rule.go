@@ -144,12 +144,9 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	return Rule{Name: name, Law: law, Capacity: capacity}, nil
 }
 
-// Steps of a period. A law is measured in steps of a microsecond, a millisecond or a second if it can, and else in as many
-// as it can have, which are at least leastSteps.
-const (
-	leastSteps = 16
-	stepsTried = 4096
-)
+// leastSteps is how many steps a period has at least. A law is measured in steps of a microsecond, a millisecond or a
+// second if it can, and else in as many as it can have.
+const leastSteps = 16
 
 // measure sets the finest Tick by which 4 times the largest of capacity and refill, in units, stays below 2^53. It
 // reports whether there is one.
@@ -159,13 +156,27 @@ func (l *Law) measure(largest int64) bool {
 			return true
 		}
 	}
-	most := min(l.Period, (exact-1)/4/largest)
-	for steps := most; steps >= leastSteps && steps > most-stepsTried; steps-- {
-		if l.Period%steps == 0 {
-			return l.divide(steps, largest)
+	steps := l.steps((exact - 1) / 4 / largest)
+	return steps >= leastSteps && l.divide(steps, largest)
+}
+
+// steps is the largest number of equal steps up to a bound, of those that have no prime factor above 7.
+func (l *Law) steps(most int64) (best int64) {
+	divisors := []int64{1}
+	for _, prime := range [...]int64{2, 3, 5, 7} {
+		smaller := divisors
+		for power := prime; l.Period%power == 0; power *= prime {
+			for _, d := range smaller {
+				divisors = append(divisors, d*power)
+			}
 		}
 	}
-	return false
+	for _, d := range divisors {
+		if d <= most {
+			best = max(best, d)
+		}
+	}
+	return best
 }
 
 // divide measures the law in so many steps a period. A Continuous bucket counts in the largest units of which a whole
