@@ -24,6 +24,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/go-throttler/throttler/internal/combine"
@@ -70,11 +71,16 @@ type Options struct {
 type OptionError struct {
 	Field  string // Pool or a field of Options
 	Reason string // what was given and what is allowed
+
+	is error
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: postgres: %s %s", e.Field, e.Reason)
 }
+
+// Unwrap returns ErrCorruptState if the table that Name leads to is none of this package's, else nil.
+func (e *OptionError) Unwrap() error { return e.is }
 
 // Storage is safe for concurrent use. It is made by New.
 //
@@ -88,6 +94,9 @@ type Storage struct {
 	options Options
 	sql     statements
 	seed    maphash.Seed
+
+	mode      pgx.QueryExecMode // of the pool
+	forgetful atomic.Bool       // a pooler is, of the names of statements
 
 	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
 	lanes  [2]*lane
@@ -119,6 +128,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
 	}
+	s.mode = pool.Config().ConnConfig.DefaultQueryExecMode
 	if !s.options.NoSchema {
 		if err := s.install(ctx); err != nil {
 			return nil, err
@@ -142,7 +152,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 func (o *Options) validate(pool *pgxpool.Pool) error {
 	var faults []error
 	fault := func(field, format string, args ...any) {
-		faults = append(faults, &OptionError{field, fmt.Sprintf(format, args...)})
+		faults = append(faults, &OptionError{Field: field, Reason: fmt.Sprintf(format, args...)})
 	}
 	if pool == nil {
 		fault("Pool", "is nil")
