@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -282,6 +283,9 @@ func rowsOf(flight []*call) []*row {
 // transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
 // row is removed before it is locked. No lock is waited for longer than given. The calls have its error.
 func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock time.Duration) error {
+	if s.blockless.Load() && len(rows) == 1 {
+		return s.race(ctx, calls, rows)
+	}
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		s.fail(calls, err)
@@ -296,9 +300,33 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 		if conn.Conn().PgConn().TxStatus() != 'I' {
 			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
 		}
+		if noBlocks(err) && len(rows) == 1 {
+			s.blockless.Store(true)
+			conn.Release() // there may be no other
+			return s.race(ctx, calls, rows)
+		}
 		if err != nil && (again == 2 || !rolledBack(err)) {
 			s.fail(calls, err)
 			return err
+		}
+	}
+}
+
+// race is transact of one row where a pooler lets nobody begin a transaction: it reads and writes until nobody else
+// has written meanwhile.
+func (s *Storage) race(ctx context.Context, calls []*call, rows []*row) error {
+	for {
+		changed, now := s.look(ctx, calls, rows)
+		if len(changed) == 0 {
+			return nil
+		}
+		late, err := s.write(ctx, changed, now, false)
+		if err != nil && !rolledBack(err) {
+			s.fail(calls, err)
+			return err
+		}
+		if err == nil && len(late) == 0 {
+			return nil
 		}
 	}
 }
@@ -495,6 +523,11 @@ const (
 // rolledBack tells of an error after which nothing has happened, and the same may be tried again.
 func rolledBack(err error) bool {
 	return code(err) == serializationFailure || code(err) == deadlockDetected || forgotten(err)
+}
+
+// noBlocks tells of the error by which PgBouncer refuses a transaction of several round trips.
+func noBlocks(err error) bool {
+	return code(err) == "08P01" && strings.Contains(err.Error(), "statement pooling mode")
 }
 
 func (s *Storage) fail(calls []*call, err error) {

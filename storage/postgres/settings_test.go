@@ -157,3 +157,54 @@ func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name
 	require.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, oddID)))
 	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, oddID), 6), "from memory")
 }
+
+// In statement mode a pooler lets nobody begin a transaction, and so of what needs one nothing happens.
+func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T) {
+	t.Parallel()
+	bouncer := servers.PgBouncer(t, servers.Postgres(t, "-c", "fsync=off"), "pool_mode = statement", "default_pool_size = 25", "max_client_conn = 1000")
+	for _, mode := range execModes {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			pool := connect(t, bouncer.URL()+"&pool_max_conns=4&default_query_exec_mode="+mode)
+			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{Name: mode}), open(t, pool, pgstore.Options{Name: mode})}
+			s, hot, few, other := stores[0], asktest.Hourly(t, oddID, 21), asktest.FivePerHour(t, "few"), asktest.FivePerHour(t, "other")
+			var one asktest.Told
+			asktest.Crowd(10, func(i int) {
+				for range 4 {
+					assert.NoError(t, one.Ask(stores[i%2], hot))
+				}
+			})
+			assert.Equal(t, int64(21), one.Admitted.Load())
+			require.NoError(t, s.Charge(t.Context(), chargeOne(few)))
+			require.NoError(t, s.Raise(t.Context(), owesOne(few)))
+			assert.Equal(t, 4, asktest.Take(t, s, few, 6))
+			several := other
+			several.More = []storage.Part{hot.Part}
+			_, err := s.Decide(t.Context(), several)
+			assert.NoError(t, err, "a refusal writes nothing")
+			several.More = []storage.Part{asktest.FivePerHour(t, "third").Part}
+			_, err = s.Decide(t.Context(), several)
+			assertRefused(t, err, "08P01")
+			assert.ErrorContains(t, err, "transaction blocks not allowed in statement pooling mode")
+			_, err = s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(other)})
+			assertRefused(t, err, "08P01")
+			assert.Zero(t, asktest.Spent(t, s, other), "and nothing has happened")
+			require.NoError(t, s.Reset(t.Context(), "", "few"))
+			assert.Equal(t, 5, asktest.Take(t, s, few, 6))
+			_, err = s.Sweep(t.Context())
+			assert.NoError(t, err)
+		})
+	}
+}
+
+// Redis is gone: what it had recorded is in the ledger, which decides from then on.
+func TestTheLedgerDecidesInTheSimpleProtocol(t *testing.T) {
+	t.Parallel()
+	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{Name: "simple"})
+	r := asktest.FivePerHour(t, freshID(t))
+	record(t, s, "o", time.Now().UnixNano(), chargeOne(r), chargeOne(r))
+	for i := range 3 {
+		assert.Equal(t, 1, asktest.Take(t, s, r, 1), "call %d", i)
+	}
+	assert.Zero(t, asktest.Take(t, s, r, 1))
+}

@@ -97,6 +97,7 @@ type Storage struct {
 
 	mode      pgx.QueryExecMode // of the pool
 	forgetful atomic.Bool       // a pooler is, of the names of statements
+	blockless atomic.Bool       // a pooler lets nobody begin a transaction
 
 	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
 	lanes  [2]*lane
