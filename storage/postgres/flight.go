@@ -541,7 +541,19 @@ func (s *Storage) fail(calls []*call, err error) {
 // look like it.
 func (s *Storage) unavailable(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, combine.ErrTimeout) {
-		return fmt.Errorf("%w: no answer from Postgres within %v", storage.ErrUnavailable, s.options.Timeout)
+		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, s.options.Timeout, s.busy())
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
+}
+
+// busy is what the pool knows of why there is no answer.
+func (s *Storage) busy() string {
+	pool := s.pool.Stat()
+	switch {
+	case pool.ConstructingConns() > 0:
+		return ": a connection is still being opened"
+	case pool.AcquiredConns() >= pool.MaxConns():
+		return fmt.Sprintf(": all connections of the pool, %d, are in use", pool.MaxConns())
+	}
+	return ""
 }
