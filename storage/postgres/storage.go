@@ -115,10 +115,11 @@ var _ storage.Replica = (*Storage)(nil)
 
 // New returns a storage on a pool, which the caller closes after it. It creates the table if
 // it is not there, unless NoSchema says otherwise; any number of processes may do so at once, and when nothing is
-// to be done no right to create is needed.
+// to be done no right to create is needed. What has the table's name and is none of this package's is an
+// OptionError that wraps ErrCorruptState, and left alone.
 //
-// The pool may have any size, and PgBouncer in front of it. In its transaction mode the connections need
-// default_query_exec_mode=exec, as with every use of pgx.
+// The pool may have any size and any default_query_exec_mode, and PgBouncer in front of it, which pools sessions or
+// transactions.
 func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) {
 	s := &Storage{pool: pool}
 	if o != nil {
