@@ -495,7 +495,11 @@ func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 	}
 	took := make([]time.Duration, 20)
 	asktest.Crowd(len(took), func(i int) {
-		took[i] = asktest.Timed(1, func() { assertUnavailable(t, new(asktest.Told).Ask(s, asktest.FivePerHour(t, fmt.Sprint(i)))) })[0]
+		took[i] = asktest.Timed(1, func() {
+			err := new(asktest.Told).Ask(s, asktest.FivePerHour(t, fmt.Sprint(i)))
+			assertUnavailable(t, err)
+			assert.ErrorContains(t, err, "all connections of the pool, 2, are in use")
+		})[0]
 	})
 	assertBackAfter(t, prompt.Timeout, took)
 	held[0].Release()

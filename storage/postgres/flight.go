@@ -9,12 +9,12 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/go-throttler/throttler/internal/combine"
 	"github.com/go-throttler/throttler/storage"
@@ -250,16 +250,14 @@ func rowsOfJoint(c *call) []*row {
 // look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
 // server's time.
 func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
-	var clock time.Time
-	r, err := s.pool.Query(ctx, s.sql.read, idsOf(rows))
-	if err == nil {
-		_, err = scan(r, rows, &clock)
-	}
+	err := s.query(ctx, s.sql.read, idsOf(rows), func(r pgx.Rows) (err error) {
+		_, err = scan(r, rows, &now)
+		return err
+	})
 	if err != nil {
 		s.fail(calls, err)
 		return nil, 0
 	}
-	now = clock.UnixMicro()
 	s.swept(len(rows), &calls[0].Query.request, now)
 	return act(calls, rows, now), now
 }
@@ -285,6 +283,9 @@ func rowsOf(flight []*call) []*row {
 // transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
 // row is removed before it is locked. No lock is waited for longer than given. The calls have its error.
 func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock time.Duration) error {
+	if s.blockless.Load() && len(rows) == 1 {
+		return s.race(ctx, calls, rows)
+	}
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		s.fail(calls, err)
@@ -299,9 +300,33 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 		if conn.Conn().PgConn().TxStatus() != 'I' {
 			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
 		}
+		if noBlocks(err) && len(rows) == 1 {
+			s.blockless.Store(true)
+			conn.Release() // there may be no other
+			return s.race(ctx, calls, rows)
+		}
 		if err != nil && (again == 2 || !rolledBack(err)) {
 			s.fail(calls, err)
 			return err
+		}
+	}
+}
+
+// race is transact of one row where a pooler lets nobody begin a transaction: it reads and writes until nobody else
+// has written meanwhile.
+func (s *Storage) race(ctx context.Context, calls []*call, rows []*row) error {
+	for {
+		changed, now := s.look(ctx, calls, rows)
+		if len(changed) == 0 {
+			return nil
+		}
+		late, err := s.write(ctx, changed, now, false)
+		if err != nil && !rolledBack(err) {
+			s.fail(calls, err)
+			return err
+		}
+		if err == nil && len(late) == 0 {
+			return nil
 		}
 	}
 }
@@ -311,7 +336,7 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 	if err != nil {
 		return false, err
 	}
-	ids, found, now := idsOf(rows), 0, time.Time{}
+	ids, found, now := idsOf(rows), 0, int64(0)
 	b := &pgx.Batch{}
 	b.Queue(begin)
 	b.Queue(setSettings, settings...)
@@ -320,25 +345,25 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 		found, err = scan(r, rows, &now)
 		return err
 	})
-	if err := conn.SendBatch(ctx, b).Close(); err != nil || found < len(rows) {
+	if err := s.exchange(ctx, conn, b); err != nil || found < len(rows) {
 		return false, err
 	}
-	changed := act(calls, rows, now.UnixMicro())
+	changed := act(calls, rows, now)
 	b = &pgx.Batch{}
-	s.queueWrites(b, changed, now.UnixMicro(), false)
+	s.queueWrites(b, changed, now, false)
 	b.Queue("COMMIT")
-	err = conn.SendBatch(ctx, b).Close()
+	err = s.exchange(ctx, conn, b)
 	return err == nil, err
 }
 
 // scan reads the answer to s.sql.read or s.sql.lock, and returns how many rows it has.
-func scan(r pgx.Rows, rows []*row, clock *time.Time) (n int, err error) {
+func scan(r pgx.Rows, rows []*row, now *int64) (n int, err error) {
 	var place, version int64
-	var state pgtype.DriverBytes
-	_, err = pgx.ForEachRow(r, []any{&place, &version, &state, clock}, func() error {
+	_, err = pgx.ForEachRow(r, []any{&place, &version, nil, now}, func() error {
 		n++
+		state, err := octets(r, 2)
 		rows[place-1].read(version, state)
-		return nil
+		return err
 	})
 	return n, err
 }
@@ -353,7 +378,7 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 	b := &pgx.Batch{}
 	b.Queue(setSettings, settings...)
 	s.queueWrites(b, rows, now, memory)
-	if err := s.pool.SendBatch(ctx, b).Close(); err != nil {
+	if err := s.exchangeAny(ctx, b); err != nil {
 		return nil, err
 	}
 	for _, r := range rows {
@@ -369,14 +394,14 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 // free returns those of the rows that nobody locks, as far as can be seen: new ones are.
 func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 	unlocked := make([]bool, len(rows))
-	r, err := s.pool.Query(ctx, s.sql.free, idsOf(rows))
-	if err == nil {
+	err := s.query(ctx, s.sql.free, idsOf(rows), func(r pgx.Rows) (err error) {
 		var place int64
 		_, err = pgx.ForEachRow(r, []any{&place}, func() error {
 			unlocked[place-1] = true
 			return nil
 		})
-	}
+		return err
+	})
 	if err != nil {
 		return nil
 	}
@@ -391,11 +416,12 @@ func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 // queueWrites adds statements that write rows, which are in the order of their ids, and set their written.
 func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool) {
 	written := func(r pgx.Rows) error {
-		var id pgtype.DriverBytes
-		_, err := pgx.ForEachRow(r, []any{&id}, func() error {
-			i, _ := slices.BinarySearchFunc(rows, id, func(r *row, id pgtype.DriverBytes) int { return bytes.Compare(r.id, id) })
-			rows[i].written = true
-			return nil
+		_, err := pgx.ForEachRow(r, []any{nil}, func() error {
+			id, err := octets(r, 0)
+			if i, ok := slices.BinarySearchFunc(rows, id, func(r *row, id []byte) int { return bytes.Compare(r.id, id) }); ok {
+				rows[i].written = true
+			}
+			return err
 		})
 		return err
 	}
@@ -413,7 +439,7 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool)
 	}
 	var read any // when the rows from memory are as the server has them
 	if memory {
-		read = time.UnixMicro(now)
+		read = now
 	}
 	switch {
 	case len(updates.ids) == 0:
@@ -463,8 +489,8 @@ func idsOf(rows []*row) [][]byte {
 const begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 // setSettings is for the rest of a transaction, which a batch is.
-const setSettings = `SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true),
-	set_config('idle_in_transaction_session_timeout', $2, true), CASE WHEN $3 <> '' THEN set_config('synchronous_commit', $3, true) END`
+const setSettings = `SELECT set_config('lock_timeout', $1::text, true), set_config('statement_timeout', $2::text, true),
+	set_config('idle_in_transaction_session_timeout', $2::text, true), CASE WHEN $3::text <> '' THEN set_config('synchronous_commit', $3::text, true) END`
 
 // settings are such that the server gives up before the context does, as pgx closes the connection when that
 // ends. No lock is waited for longer than given.
@@ -496,7 +522,12 @@ const (
 
 // rolledBack tells of an error after which nothing has happened, and the same may be tried again.
 func rolledBack(err error) bool {
-	return code(err) == serializationFailure || code(err) == deadlockDetected
+	return code(err) == serializationFailure || code(err) == deadlockDetected || forgotten(err)
+}
+
+// noBlocks tells of the error by which PgBouncer refuses a transaction of several round trips.
+func noBlocks(err error) bool {
+	return code(err) == "08P01" && strings.Contains(err.Error(), "statement pooling mode")
 }
 
 func (s *Storage) fail(calls []*call, err error) {
@@ -510,7 +541,19 @@ func (s *Storage) fail(calls []*call, err error) {
 // look like it.
 func (s *Storage) unavailable(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, combine.ErrTimeout) {
-		return fmt.Errorf("%w: no answer from Postgres within %v", storage.ErrUnavailable, s.options.Timeout)
+		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, s.options.Timeout, s.busy())
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
+}
+
+// busy is what the pool knows of why there is no answer.
+func (s *Storage) busy() string {
+	pool := s.pool.Stat()
+	switch {
+	case pool.ConstructingConns() > 0:
+		return ": a connection is still being opened"
+	case pool.AcquiredConns() >= pool.MaxConns():
+		return fmt.Sprintf(": all connections of the pool, %d, are in use", pool.MaxConns())
+	}
+	return ""
 }

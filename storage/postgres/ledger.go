@@ -181,12 +181,11 @@ func (s *Storage) flyRecord(ctx context.Context, flight []*combine.Call[*record,
 
 // consult reads the rows, and returns the server's time.
 func (s *Storage) consult(ctx context.Context, r *record) (now int64, err error) {
-	var clock time.Time
-	answer, err := s.pool.Query(ctx, s.sql.read, idsOf(r.rows))
-	if err == nil {
-		_, err = scan(answer, r.rows, &clock)
-	}
-	return clock.UnixMicro(), err
+	err = s.query(ctx, s.sql.read, idsOf(r.rows), func(answer pgx.Rows) (err error) {
+		_, err = scan(answer, r.rows, &now)
+		return err
+	})
+	return now, err
 }
 
 // enter charges the batch. It begins again when Postgres rolls it back, and when a row is removed before it
@@ -229,7 +228,7 @@ func (s *Storage) enterOnce(ctx context.Context, conn *pgx.Conn, r *record, crea
 		b.Queue(s.sql.record, r.columns(now)...)
 		b.Queue("COMMIT")
 	}
-	err = conn.SendBatch(ctx, b).Close()
+	err = s.exchange(ctx, conn, b)
 	return now, err == nil, err
 }
 
@@ -261,7 +260,8 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 		now, err = r.scan(answer)
 		return err
 	})
-	return now, conn.SendBatch(ctx, b).Close()
+	err = s.exchange(ctx, conn, b)
+	return now, err
 }
 
 // noScan is for an update of rows whose places are known, while Postgres knows little of the size of the table.
@@ -270,10 +270,12 @@ const noScan = "SET LOCAL enable_seqscan = off"
 // scan reads the answer to s.sql.claim.
 func (r *record) scan(answer pgx.Rows) (now int64, err error) {
 	var place, version int64
-	var state pgtype.DriverBytes
 	var at pgtype.TID
-	var clock time.Time
-	_, err = pgx.ForEachRow(answer, []any{&place, &version, &state, &at, &clock}, func() (err error) {
+	_, err = pgx.ForEachRow(answer, []any{&place, &version, nil, &at, &now}, func() error {
+		state, err := octets(answer, 2)
+		if err != nil {
+			return err
+		}
 		row := r.rows[place-1]
 		row.at = at
 		if row != r.origin {
@@ -284,7 +286,7 @@ func (r *record) scan(answer pgx.Rows) (now int64, err error) {
 		r.last, err = row.sequence(state)
 		return err
 	})
-	return clock.UnixMicro(), err
+	return now, err
 }
 
 // sequence reads the state column of an origin: zero in a row that is new.

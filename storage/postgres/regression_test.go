@@ -7,6 +7,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -200,4 +201,99 @@ func TestNewSaysThatTheServerDoesNotAnswer(t *testing.T) {
 	_, err = pgstore.New(t.Context(), pool, nil)
 	t.Log(err)
 	assertUnavailable(t, err)
+}
+
+// forgettable is a connection that a NAT on the way may forget: nothing passes any more, and nobody says so.
+type forgettable struct {
+	net.Conn
+	forgotten atomic.Bool
+	closed    chan struct{}
+	once      sync.Once
+}
+
+func (c *forgettable) Write(b []byte) (int, error) {
+	if c.forgotten.Load() {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
+}
+
+func (c *forgettable) Read(b []byte) (int, error) {
+	if c.forgotten.Load() {
+		<-c.closed
+		return 0, net.ErrClosed
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *forgettable) SetDeadline(t time.Time) error {
+	if c.forgotten.Load() && !t.IsZero() {
+		return c.Close() // which is all that becomes of a deadline
+	}
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *forgettable) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// The settings are those of docs/postgres.md. A pool pings what was idle for a second, and here always.
+func TestConnectionsThatANATForgotFailNoCall(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(servers.Postgres(t).URL() + "&pool_max_conns=4&pool_max_conn_idle_time=3m&pool_ping_timeout=100ms")
+	require.NoError(t, err)
+	config.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return true }
+	var mu sync.Mutex
+	var all []*forgettable
+	dialer := net.Dialer{}
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := dialer.DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		all = append(all, &forgettable{Conn: c, closed: make(chan struct{})})
+		return all[len(all)-1], nil
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	s := open(t, pool, pgstore.Options{})
+	var idle []*pgxpool.Conn
+	for range 4 {
+		conn, err := pool.Acquire(t.Context())
+		require.NoError(t, err)
+		idle = append(idle, conn)
+	}
+	for _, conn := range idle {
+		conn.Release()
+	}
+	for _, c := range all {
+		c.forgotten.Store(true)
+	}
+	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 7))
+}
+
+func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = silent.Close() })
+	pool := connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable")
+	s := open(t, pool, pgstore.Options{NoSchema: true, Timeout: 50 * time.Millisecond})
+	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	assertUnavailable(t, err)
+	assert.ErrorContains(t, err, "a connection is still being opened")
+	require.NoError(t, silent.Close())
+	for _, o := range []pgstore.Options{{}, {NoSchema: true}} {
+		s, err := pgstore.New(t.Context(), connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable"), &o)
+		if err == nil {
+			_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+			require.NoError(t, s.Close())
+		}
+		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
+		assert.NotRegexp(t, "qq|zz", err.Error(), "no part of the password")
+	}
 }

@@ -389,18 +389,71 @@ func TestTwentyProcessesInstallTheSchemaAtOnce(t *testing.T) {
 	assert.Empty(t, logged(t, connect(t, server.URL()), "ERROR"))
 }
 
-const commentOf = "SELECT obj_description('throttler_state'::regclass, 'pg_class')"
+const commentOf = "SELECT coalesce(obj_description('throttler_state'::regclass, 'pg_class'), 'none')"
 
-func TestNewExecutesTheSchemaAgainOnATableWithAnotherComment(t *testing.T) {
+func TestACommentOnTheTableIsNobodysBusiness(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{})
 	require.Equal(t, 3, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 3))
-	comment := sqlGet[string](t, pool, commentOf)
-	sqlDo(t, pool, `COMMENT ON TABLE throttler_state IS 'another'`)
-	s = open(t, pool, pgstore.Options{})
-	assert.Equal(t, comment, sqlGet[string](t, pool, commentOf))
-	assert.Equal(t, 2, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 7))
+	assert.Equal(t, "none", sqlGet[string](t, pool, commentOf))
+	for _, comment := range []string{"another", "none"} {
+		sqlDo(t, pool, `COMMENT ON TABLE throttler_state IS '`+comment+`'`)
+		s = open(t, pool, pgstore.Options{})
+		assert.Equal(t, comment, sqlGet[string](t, pool, commentOf))
+		assert.Equal(t, int64(3), asktest.Spent(t, s, asktest.FivePerHour(t, "a")))
+	}
+}
+
+// ownColumns are those of our table, in another order.
+const ownColumns = "clocked boolean NOT NULL, id bytea PRIMARY KEY, full_at bigint NOT NULL, state bytea NOT NULL, before bigint NOT NULL, version bigint NOT NULL"
+
+func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "fsync=off").URL())
+	table := func(columns string) string { return "CREATE TABLE throttler_state (" + columns + ")" }
+	without := func(old, now string) string { return table(strings.Replace(ownColumns, old, now, 1)) }
+	for what, sql := range map[string]string{
+		"a table of somebody else":  table("id int"),
+		"a table without columns":   table(""),
+		"a column less":             without("before bigint NOT NULL, ", ""),
+		"a column more":             table(ownColumns + ", owner text"),
+		"a column of another name":  without("full_at", "Full_At_"),
+		"a column of another type":  without("clocked boolean", "clocked int"),
+		"a smaller number":          without("version bigint", "version int"),
+		"a text for a bytea":        without("state bytea", "state text"),
+		"an array":                  without("state bytea", "state bytea[]"),
+		"a column that is computed": without("before bigint NOT NULL", "before bigint GENERATED ALWAYS AS (version - 1) STORED"),
+		"no unique id":              without(" PRIMARY KEY", ""),
+		"an id with more":           without(" PRIMARY KEY", "") + "; ALTER TABLE throttler_state ADD PRIMARY KEY (id, version)",
+		"an id that may be twice":   without(" PRIMARY KEY", "") + "; CREATE UNIQUE INDEX ON throttler_state (id) WHERE clocked",
+		"an id checked later":       without(" PRIMARY KEY", "") + "; ALTER TABLE throttler_state ADD UNIQUE (id) DEFERRABLE",
+		"a partitioned table":       table(ownColumns) + " PARTITION BY HASH (id)",
+		"a foreign table":           "DROP FOREIGN DATA WRAPPER IF EXISTS w CASCADE; CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w; CREATE FOREIGN TABLE throttler_state (id int) SERVER s",
+		"a view":                    "CREATE TABLE under (" + ownColumns + "); CREATE VIEW throttler_state AS SELECT * FROM under",
+		"a materialized view":       "CREATE MATERIALIZED VIEW throttler_state AS SELECT 1 AS id",
+		"a sequence":                "CREATE SEQUENCE throttler_state",
+		"an index":                  "CREATE TABLE under (id int); CREATE INDEX throttler_state ON under (id)",
+		"a type":                    "CREATE TYPE throttler_state AS (id int)",
+	} {
+		sqlDo(t, pool, "DROP SCHEMA public CASCADE; CREATE SCHEMA public; "+sql)
+		const is = "SELECT string_agg(t::text, E'\n' ORDER BY oid) FROM pg_class AS t WHERE relnamespace = 'public'::regnamespace"
+		before, comments := sqlGet[string](t, pool, is), sqlGet[int](t, pool, "SELECT count(*) FROM pg_description")
+		for _, o := range []pgstore.Options{{}, {Schema: "public"}} {
+			_, err := pgstore.New(t.Context(), pool, &o)
+			assert.ErrorIs(t, err, storage.ErrCorruptState, what)
+			assert.NotErrorIs(t, err, storage.ErrUnavailable, what)
+			var e *pgstore.OptionError
+			if assert.ErrorAs(t, err, &e, what) {
+				assert.Equal(t, "Name", e.Field)
+				assert.Contains(t, e.Reason, "throttler_state")
+			}
+		}
+		assert.Equal(t, before, sqlGet[string](t, pool, is), what)
+		assert.Equal(t, comments, sqlGet[int](t, pool, "SELECT count(*) FROM pg_description"), what)
+	}
+	sqlDo(t, pool, "DROP SCHEMA public CASCADE; CREATE SCHEMA public; "+table(ownColumns))
+	assert.NoError(t, everything(t.Context(), open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")), "the order of the columns is nobody's business")
 }
 
 // everything calls all that a storage does, and returns the first error.

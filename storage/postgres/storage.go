@@ -24,6 +24,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/go-throttler/throttler/internal/combine"
@@ -70,11 +71,16 @@ type Options struct {
 type OptionError struct {
 	Field  string // Pool or a field of Options
 	Reason string // what was given and what is allowed
+
+	is error
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: postgres: %s %s", e.Field, e.Reason)
 }
+
+// Unwrap returns ErrCorruptState if the table that Name leads to is none of this package's, else nil.
+func (e *OptionError) Unwrap() error { return e.is }
 
 // Storage is safe for concurrent use. It is made by New.
 //
@@ -88,6 +94,10 @@ type Storage struct {
 	options Options
 	sql     statements
 	seed    maphash.Seed
+
+	mode      pgx.QueryExecMode // of the pool
+	forgetful atomic.Bool       // a pooler is, of the names of statements
+	blockless atomic.Bool       // a pooler lets nobody begin a transaction
 
 	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
 	lanes  [2]*lane
@@ -105,10 +115,11 @@ var _ storage.Replica = (*Storage)(nil)
 
 // New returns a storage on a pool, which the caller closes after it. It creates the table if
 // it is not there, unless NoSchema says otherwise; any number of processes may do so at once, and when nothing is
-// to be done no right to create is needed.
+// to be done no right to create is needed. What has the table's name and is none of this package's is an
+// OptionError that wraps ErrCorruptState, and left alone.
 //
-// The pool may have any size, and PgBouncer in front of it. In its transaction mode the connections need
-// default_query_exec_mode=exec, as with every use of pgx.
+// The pool may have any size and any default_query_exec_mode, and PgBouncer in front of it, which pools sessions or
+// transactions.
 func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) {
 	s := &Storage{pool: pool}
 	if o != nil {
@@ -119,6 +130,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
 	}
+	s.mode = pool.Config().ConnConfig.DefaultQueryExecMode
 	if !s.options.NoSchema {
 		if err := s.install(ctx); err != nil {
 			return nil, err
@@ -142,7 +154,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 func (o *Options) validate(pool *pgxpool.Pool) error {
 	var faults []error
 	fault := func(field, format string, args ...any) {
-		faults = append(faults, &OptionError{field, fmt.Sprintf(format, args...)})
+		faults = append(faults, &OptionError{Field: field, Reason: fmt.Sprintf(format, args...)})
 	}
 	if pool == nil {
 		fault("Pool", "is nil")

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"bytes"
 	"context"
 	"sync"
 	"sync/atomic"
@@ -91,9 +92,18 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, no
 	}
 	b := &pgx.Batch{}
 	b.Queue(begin)
-	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent, now).QueryRow(func(r pgx.Row) error { return r.Scan(&removed, &last) })
+	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent, now).Query(func(r pgx.Rows) error {
+		_, err := pgx.ForEachRow(r, []any{&removed, nil}, func() (err error) {
+			last, err = octets(r, 1)
+			last = bytes.Clone(last)
+			return err
+		})
+		return err
+	})
 	b.Queue("COMMIT")
-	err = s.pool.SendBatch(ctx, b).Close()
+	if err = s.exchangeAny(ctx, b); forgotten(err) {
+		err = s.exchangeAny(ctx, b)
+	}
 	return removed, last, err
 }
 
