@@ -59,28 +59,28 @@ type TransportOptions struct {
 //
 // # What is closed
 //
-// A refusal without a RateLimit closes the host, which is a scheme, name and port. One with a RateLimit closes
-// its route, which is a method and a path of the host, and the policies of which nothing remains, by name and
-// partition key; a request waits for the policies that the last answer to its route listed, so one exhausted
-// policy does not stop the routes that it does not limit. Of routes without such an answer nothing is known:
-// after a refusal they are asked one at a time, and when one of them is refused too, all others wait for 1 s,
-// then 2 s, 4 s and so on, at most for as long as that refusal said.
+// A 503, and a 429 without a RateLimit, closes the host, which is a scheme, name and port. A 429 with a RateLimit
+// closes its route, which is a method and a path of the host, and the policies of which nothing remains, by name
+// and partition key. A request waits for the policies that the last answer to its route listed: one exhausted
+// policy does not stop the routes that it does not limit. Of routes without such an answer nothing is known. After
+// a refusal they are asked one at a time, and when one of them is refused too, the others wait for 1 s, then 2 s,
+// 4 s and so on, at most for as long as that refusal said.
 //
 // # How it slows down
 //
 // RateLimit is that of draft-ietf-httpapi-ratelimit-headers-10, a list of policies such as "5/10s";r=5;t=8, which
 // says that 5 remain, and that there will be more in 8 seconds:
 //
-//   - with r = 0, requests of such a route wait until t has passed; one goes first;
-//   - with r from 1 to 10, requests are sent t/(r+1) apart, and none waits longer than t: what remains is spread
-//     over the time for which it has to last;
-//   - with a larger r there is no pause.
+//   - no more than r are sent before t has passed; the others wait, and then one goes first;
+//   - with r from 1 to 10, and t above 1, they are sent t/(r+1) apart: what remains is spread over the time for
+//     which it has to last.
 //
 // Of several policies the longest wait counts, and a later answer replaces what an earlier one said of a policy.
-// That is a forecast and no refusal: a request that cannot wait so long is sent at once, and the server decides.
+// That is a forecast and no refusal: a request that cannot wait so long is sent, and the server decides; if nothing
+// remains, one at a time.
 //
-// Fields that cannot be parsed are ignored, and so are those of an answer with an Age above 0, which a cache
-// gave. Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end first are
+// Fields that cannot be parsed are ignored, and so are those of an answer with an Age above 0, which a cache gave.
+// Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end first are
 // forgotten. Of more than 1,000 routes whose policies are known, the first is.
 //
 // A Transport is safe for concurrent use, leaves no goroutines behind, and does not modify requests. Use one for
@@ -103,10 +103,11 @@ func NewTransport(base http.RoundTripper, o *TransportOptions) *Transport {
 		o = &TransportOptions{}
 	}
 	percent, burst := min(orDefault(o.RetryPercent, 10), 1e6), min(orDefault(o.RetryBurst, 10), 1e6)
+	maxWait := orDefault(o.MaxWait, time.Minute)
 	return &Transport{
-		base: base, maxWait: orDefault(o.MaxWait, time.Minute), attempts: orDefault(o.Attempts, 3),
+		base: base, maxWait: maxWait, attempts: orDefault(o.Attempts, 3),
 		budget: retryBudget{percent: percent, full: 100 * burst, left: 100 * burst},
-		gates:  gates{known: map[string]*gate{}, routes: map[string][]string{}},
+		gates:  gates{longest: max(maxWait, time.Minute), known: map[string]*gate{}, routes: map[string][]string{}},
 	}
 }
 

@@ -15,7 +15,9 @@ type gate struct {
 	refusals int           // in a row, without one that was sent before the last
 	epoch    int           // counts the refusals: what was sent before one tells nothing about the time after it
 	sent     int           // requests that are on their way
-	window   int           // how many may be; 0 is any number
+	window   int           // how many may be
+	narrow   time.Time     // until when the window counts
+	longest  time.Duration // that anyone waits
 	changed  chan struct{} // is closed when an answer comes; nil if nobody waits
 
 	passes    int64         // requests that were sent
@@ -50,7 +52,12 @@ func (c closing) wait(now time.Time, room time.Duration) (time.Duration, bool) {
 
 // full returns whether an answer has to come first. While there are turns those are enough.
 func (g *gate) full(now time.Time) bool {
-	return g.window > 0 && g.sent >= g.window && !now.Before(g.reset)
+	return now.Before(g.narrow) && g.sent >= g.window && !now.Before(g.reset)
+}
+
+// oneFirst lets one go first when the gate opens, until those who waited then are through or have given up.
+func (g *gate) oneFirst(opens time.Time) {
+	g.window, g.narrow = 1, later(g.narrow, opens.Add(g.longest))
 }
 
 // change is closed when the next answer comes.
@@ -93,7 +100,8 @@ func (g *gate) refuse(now time.Time, counts bool, named, longest time.Duration) 
 		wait = min(time.Second<<min(max(g.refusals-1, 0), 30), longest)
 	}
 	g.closing = g.later(closing{now.Add(wait), rand.N(wait/10 + 1)})
-	g.window, g.reset = 1, time.Time{}
+	g.oneFirst(g.until)
+	g.reset = time.Time{}
 }
 
 // longestPause is that after refusals that name no time.
@@ -109,6 +117,8 @@ type pass struct {
 
 // gates are what a Transport remembers. There is a gate only for what asked for waits.
 type gates struct {
+	longest time.Duration // that anyone waits, at least a minute
+
 	mu     sync.Mutex
 	known  map[string]*gate
 	routes map[string][]string // the policies that the last answer to a route listed
@@ -215,7 +225,7 @@ func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err
 	for _, at := range all {
 		next, shared := at.turn(now)
 		if wait := next.Sub(now); shared && wait <= room && wait > s.wait {
-			at.window = 1
+			at.oneFirst(next)
 			s = stay{wait, at.change()} // a turn is taken then
 		}
 	}
@@ -250,9 +260,7 @@ func (g *gates) leave(c *call) {
 		p.sent--
 		if n.served && p.at == p.epoch {
 			p.refusals = 0
-			if p.window > 0 {
-				p.window++
-			}
+			p.window++
 		}
 		p.tell()
 	}
@@ -266,7 +274,7 @@ func (g *gates) leave(c *call) {
 
 // refuse closes what a refusal is about.
 func (g *gates) refuse(c *call, n news, now time.Time) {
-	if len(n.limits) == 0 && !n.cached {
+	if n.all {
 		g.close(c, c.host, n.wait, longestPause, now)
 		c.closed = c.closed.later(g.known[c.host].closing)
 		return
@@ -285,7 +293,7 @@ func (g *gates) refuse(c *call, n news, now time.Time) {
 	if c.through(unknown) {
 		g.close(c, unknownRoutes(c.host), 0, c.closed.until.Sub(now), now)
 	}
-	unknown.window = 1
+	unknown.oneFirst(c.closed.until)
 }
 
 func (g *gates) close(c *call, key string, named, longest time.Duration, now time.Time) {
@@ -350,7 +358,7 @@ func (g *gates) at(key string) *gate {
 		if len(g.known) >= mostGates {
 			g.forget()
 		}
-		at = &gate{}
+		at = &gate{longest: g.longest}
 		g.known[key] = at
 	}
 	return at

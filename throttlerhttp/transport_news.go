@@ -1,8 +1,10 @@
 package throttlerhttp
 
 import (
+	"cmp"
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,8 +16,8 @@ import (
 type news struct {
 	refused bool
 	wait    time.Duration // that a refusal names, else 0
+	all     bool          // whether the refusal is about the host
 	served  bool          // by the server, and not by a cache
-	cached  bool
 	limits  []rateLimit
 }
 
@@ -25,11 +27,12 @@ func readNews(resp *http.Response) news {
 	}
 	limited, unavailable := resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode == http.StatusServiceUnavailable
 	if aged(resp.Header) {
-		return news{refused: limited, cached: true}
+		return news{refused: limited}
 	}
 	n := news{limits: parseRateLimit(resp.Header.Values("RateLimit"))}
 	wait, told := parseRetryAfter(resp.Header)
 	n.refused = limited || unavailable && told
+	n.all = unavailable || len(n.limits) == 0
 	n.served = !n.refused
 	if n.refused {
 		n.wait = wait
@@ -89,6 +92,7 @@ type rateLimit struct {
 // mostLimits of one answer are heeded.
 const mostLimits = 32
 
+// parseRateLimit reads a list. Of a policy that is in it twice what leaves less counts.
 func parseRateLimit(fields []string) (limits []rateLimit) {
 	list, err := httpsfv.UnmarshalList(fields)
 	if err != nil {
@@ -99,7 +103,10 @@ func parseRateLimit(fields []string) (limits []rateLimit) {
 			limits = append(limits, l)
 		}
 	}
-	return limits
+	slices.SortStableFunc(limits, func(a, b rateLimit) int {
+		return cmp.Or(strings.Compare(a.policy, b.policy), cmp.Compare(a.remaining, b.remaining), cmp.Compare(b.reset, a.reset))
+	})
+	return slices.CompactFunc(limits, func(a, b rateLimit) bool { return a.policy == b.policy })
 }
 
 // parseLimit reads one limit, such as "5/10s";r=5;t=8.

@@ -196,6 +196,19 @@ func TestTransportLetsOthersFollowAsTheProbeIsAnswered(t *testing.T) {
 	})
 }
 
+func TestTransportIsOpenAMinuteAfterARefusal(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newFakeServer(limitedFor("10"), served)
+		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
+		fleet(t, tr, 1)
+		<-time.After(10*time.Second + time.Minute)
+		server.takes = 5 * time.Minute
+		assert.Equal(t, map[int]int{200: 50}, fleet(t, tr, 50))
+		assert.Equal(t, server.at[1], server.at[50], "nobody waits for a slow answer to another")
+	})
+}
+
 func TestTransportClosesAgainWhenTheNextOnesAreRefused(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -334,6 +347,34 @@ func TestTransportStopsOnlyTheRoutesOfAnExhaustedPolicy(t *testing.T) {
 				assert.Zero(t, time.Since(start))
 				_, err := get(t.Context(), tr, api+"login")
 				require.NoError(t, err)
+				assert.GreaterOrEqual(t, time.Since(start), 30*time.Second)
+			})
+		})
+	}
+}
+
+func TestTransportStopsTheWholeHostByWhatNamesNoPolicy(t *testing.T) {
+	t.Parallel()
+	for name, refusal := range map[string]*http.Response{
+		"429 without a RateLimit": says(429, "Retry-After", "30"),
+		"429 with a faulty one":   says(429, "Retry-After", "30", "RateLimit", "faulty"),
+		"503 with a RateLimit":    says(503, "Retry-After", "30", "RateLimit", `"all";r=90;t=60`),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				server := &routes{of: func(path string) *http.Response {
+					if path == "/a" {
+						return refusal
+					}
+					return says(200, "RateLimit", `"all";r=90;t=60`)
+				}}
+				tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
+				start := time.Now()
+				for _, path := range []string{"b", "a", "b"} {
+					_, err := get(t.Context(), tr, api+path)
+					require.NoError(t, err)
+				}
 				assert.GreaterOrEqual(t, time.Since(start), 30*time.Second)
 			})
 		})
@@ -583,6 +624,24 @@ func TestTransportBoundsItsMemoryOfHostsAndRoutes(t *testing.T) {
 		assert.GreaterOrEqual(t, server.at[1500], 9*time.Second, "not even what was forgotten is asked early")
 		assert.LessOrEqual(t, throttlerhttp.Remembered(tr), 2000)
 	})
+}
+
+func TestTransportIgnoresTheFieldsOfInterimAnswers(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Retry-After", "30")
+		w.Header().Set("RateLimit", `"a";r=0;t=30`)
+		w.WriteHeader(http.StatusEarlyHints)
+		clear(w.Header())
+	}))
+	t.Cleanup(server.Close)
+	client := &http.Client{Timeout: 10 * time.Second, Transport: throttlerhttp.NewTransport(server.Client().Transport, nil)}
+	for range 3 {
+		resp, err := client.Get(server.URL)
+		require.NoError(t, err)
+		assert.NoError(t, resp.Body.Close())
+		assert.Equal(t, http.StatusOK, resp.StatusCode)
+	}
 }
 
 // refusing is a real server that always answers so, and counts what it gets.
