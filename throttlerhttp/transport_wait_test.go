@@ -196,6 +196,42 @@ func TestTransportLetsOthersFollowAsTheProbeIsAnswered(t *testing.T) {
 	})
 }
 
+func TestTransportTellsThatTheProbeIsNotAnswered(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newFakeServer(limitedFor("10"), served)
+		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
+		fleet(t, tr, 1)
+		<-time.After(11 * time.Second)
+		server.takes = 30 * time.Second
+		var probe sync.WaitGroup
+		defer probe.Wait()
+		probe.Go(func() { fleet(t, tr, 1) })
+		synctest.Wait()
+		err := crowd(t, tr, 1, 5*time.Second)[0]
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.ErrorContains(t, err, "has not yet answered")
+		assert.Equal(t, 16*time.Second-1, time.Since(server.start))
+		assert.Len(t, server.at, 2)
+	})
+}
+
+func TestTransportForgetsWhatWaitsForNothingFirst(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newFakeServer(limitedFor("9"), limits(`"a";r=90;t=3600`))
+		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
+		for i := range 1500 {
+			_, err := get(t.Context(), tr, fmt.Sprintf("http://host%d.test/", i))
+			require.NoError(t, err)
+		}
+		assert.Zero(t, time.Since(server.start))
+		_, err := get(t.Context(), tr, "http://host0.test/")
+		require.NoError(t, err)
+		assert.GreaterOrEqual(t, time.Since(server.start), 9*time.Second)
+	})
+}
+
 func TestTransportIsOpenAMinuteAfterARefusal(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -580,8 +616,9 @@ func TestTransportTakesAnswersWithoutABody(t *testing.T) {
 			sent++
 			return &http.Response{StatusCode: 429}, nil
 		}), nil)
-		r, err := http.NewRequestWithContext(t.Context(), "", api, nil)
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, api, nil)
 		require.NoError(t, err)
+		r.Method = ""            // is GET
 		_, err = tr.RoundTrip(r) //nolint:bodyclose // there is none
 		require.NoError(t, err)
 		assert.Equal(t, 3, sent)
