@@ -264,10 +264,10 @@ func TestTransportClosesAgainWhenTheNextOnesAreRefused(t *testing.T) {
 func TestTransportSendsTheNextProbeWhenOneEndsWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func() (*http.Response, error){
-		"an error":   func() (*http.Response, error) { return nil, errors.New("connection reset") },
-		"no answer":  func() (*http.Response, error) { return nil, nil }, //nolint:nilnil // what a faulty base does
-		"a panic":    func() (*http.Response, error) { panic("faulty base") },
-		"from cache": func() (*http.Response, error) { return says(200, "Age", "7"), nil },
+		"an error":         func() (*http.Response, error) { return nil, errors.New("connection reset") },
+		"no answer":        func() (*http.Response, error) { return nil, nil }, //nolint:nilnil // what a faulty base does
+		"a panic":          func() (*http.Response, error) { panic("faulty base") },
+		"one from a cache": func() (*http.Response, error) { return says(200, "Age", "7"), context.Cause(t.Context()) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -339,14 +339,15 @@ func TestTransportIgnoresTheFieldsOfACache(t *testing.T) {
 type routes struct {
 	mu   sync.Mutex
 	sent []string
-	of   func(path string) *http.Response
+	of   func(path string) answer
 }
 
 func (s *routes) RoundTrip(r *http.Request) (*http.Response, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sent = append(s.sent, r.URL.Path)
-	return s.of(r.URL.Path), nil
+	a := s.of(r.URL.Path)
+	return says(a.status, a.fields...), nil
 }
 
 func (s *routes) take() []string {
@@ -359,20 +360,20 @@ func (s *routes) take() []string {
 
 func TestTransportStopsOnlyTheRoutesOfAnExhaustedPolicy(t *testing.T) {
 	t.Parallel()
-	for name, login := range map[string]*http.Response{
-		"refused":  says(429, "RateLimit", `"login";r=0;t=30, "all";r=90;t=60`, "Retry-After", "30"),
-		"by cost":  says(429, "RateLimit", `"login";r=3;t=30, "all";r=90;t=60`, "Retry-After", "30"),
-		"no field": says(429, "RateLimit", `"login";r=0;t=30, "all";r=90;t=60`),
-		"forecast": says(200, "RateLimit", `"login";r=0;t=30, "all";r=90;t=60`),
+	for name, login := range map[string]answer{
+		"refused":  {429, []string{"RateLimit", `"login";r=0;t=30, "all";r=90;t=60`, "Retry-After", "30"}},
+		"by cost":  {429, []string{"RateLimit", `"login";r=3;t=30, "all";r=90;t=60`, "Retry-After", "30"}},
+		"no field": {429, []string{"RateLimit", `"login";r=0;t=30, "all";r=90;t=60`}},
+		"forecast": {200, []string{"RateLimit", `"login";r=0;t=30, "all";r=90;t=60`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				server := &routes{of: func(path string) *http.Response {
+				server := &routes{of: func(path string) answer {
 					if path == "/login" {
 						return login
 					}
-					return says(200, "RateLimit", `"all";r=90;t=60`)
+					return answer{200, []string{"RateLimit", `"all";r=90;t=60`}}
 				}}
 				tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
 				start := time.Now()
@@ -391,19 +392,19 @@ func TestTransportStopsOnlyTheRoutesOfAnExhaustedPolicy(t *testing.T) {
 
 func TestTransportStopsTheWholeHostByWhatNamesNoPolicy(t *testing.T) {
 	t.Parallel()
-	for name, refusal := range map[string]*http.Response{
-		"429 without a RateLimit": says(429, "Retry-After", "30"),
-		"429 with a faulty one":   says(429, "Retry-After", "30", "RateLimit", "faulty"),
-		"503 with a RateLimit":    says(503, "Retry-After", "30", "RateLimit", `"all";r=90;t=60`),
+	for name, refusal := range map[string]answer{
+		"429 without a RateLimit": {429, []string{"Retry-After", "30"}},
+		"429 with a faulty one":   {429, []string{"Retry-After", "30", "RateLimit", "faulty"}},
+		"503 with a RateLimit":    {503, []string{"Retry-After", "30", "RateLimit", `"all";r=90;t=60`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				server := &routes{of: func(path string) *http.Response {
+				server := &routes{of: func(path string) answer {
 					if path == "/a" {
 						return refusal
 					}
-					return says(200, "RateLimit", `"all";r=90;t=60`)
+					return answer{200, []string{"RateLimit", `"all";r=90;t=60`}}
 				}}
 				tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
 				start := time.Now()
@@ -420,12 +421,12 @@ func TestTransportStopsTheWholeHostByWhatNamesNoPolicy(t *testing.T) {
 func TestTransportStopsAllRoutesOfAPolicyThatTheyShare(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		answers := map[string]*http.Response{
-			"/a": says(200, "RateLimit", `"all";r=90;t=60`),
-			"/b": says(200, "RateLimit", `"all";r=90;t=60;pk=:b64b:`),
-			"/c": says(429, "RateLimit", `"all";r=0;t=30`, "Retry-After", "30"),
+		answers := map[string]answer{
+			"/a": {200, []string{"RateLimit", `"all";r=90;t=60`}},
+			"/b": {200, []string{"RateLimit", `"all";r=90;t=60;pk=:b64b:`}},
+			"/c": {429, []string{"RateLimit", `"all";r=0;t=30`, "Retry-After", "30"}},
 		}
-		server := &routes{of: func(path string) *http.Response { return answers[path] }}
+		server := &routes{of: func(path string) answer { return answers[path] }}
 		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
 		ask := func(path string) time.Duration {
 			start := time.Now()
@@ -443,8 +444,8 @@ func TestTransportStopsAllRoutesOfAPolicyThatTheyShare(t *testing.T) {
 func TestTransportAsksUnknownRoutesOneAtATimeAfterARefusal(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		server := &routes{of: func(string) *http.Response {
-			return says(429, "RateLimit", `"all";r=0;t=60`, "Retry-After", "60")
+		server := &routes{of: func(string) answer {
+			return answer{429, []string{"RateLimit", `"all";r=0;t=60`, "Retry-After", "60"}}
 		}}
 		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
 		_, err := get(t.Context(), tr, api+"items/first")
@@ -628,11 +629,11 @@ func TestTransportTakesAnswersWithoutABody(t *testing.T) {
 func TestTransportFollowsRedirectsAtOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		server := &routes{of: func(path string) *http.Response {
+		server := &routes{of: func(path string) answer {
 			if path == "/" {
-				return says(302, "Location", "/there", "Retry-After", "30", "RateLimit", `"a";r=0;t=30`)
+				return answer{302, []string{"Location", "/there", "Retry-After", "30", "RateLimit", `"a";r=0;t=30`}}
 			}
-			return says(200)
+			return served
 		}}
 		client, start := http.Client{Transport: throttlerhttp.NewTransport(server, nil)}, time.Now()
 		resp, err := client.Get(api)
@@ -706,12 +707,12 @@ func TestTransportSendsNothingToARealServerBeforeItsTime(t *testing.T) {
 	} {
 		server, sent := refusing(t, http.StatusTooManyRequests, after)
 		base := &http.Transport{}
-		client := &http.Client{Timeout: time.Second, Transport: throttlerhttp.NewTransport(base, nil)}
+		client := &http.Client{Transport: throttlerhttp.NewTransport(base, &throttlerhttp.TransportOptions{Attempts: 1})}
 		resp, err := client.Get(server.URL)
 		require.NoError(t, err)
 		require.NoError(t, resp.Body.Close())
 		assert.Equal(t, http.StatusTooManyRequests, resp.StatusCode)
-		client.Timeout = 500 * time.Millisecond
+		client.Timeout = 50 * time.Millisecond
 		var wg sync.WaitGroup
 		for range 200 {
 			wg.Go(func() {
