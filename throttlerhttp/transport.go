@@ -1,23 +1,21 @@
 package throttlerhttp
 
 import (
-	"errors"
+	"context"
+	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/dunglas/httpsfv"
 )
 
 // TransportOptions of a Transport. A field that is zero has its default.
 type TransportOptions struct {
 	// MaxWait is the longest that one request is held back in all, before it is first sent and between its
-	// sends. 0 is a minute; below 0 nothing is held back. The time that the server takes does not count.
+	// sends. 0 is a minute; below 0 a request is sent at once, or fails at once. The time that the server takes
+	// to answer it does not count.
 	MaxWait time.Duration
 
 	// Attempts is how often one request is sent in all. 0 is 3; 1, or below 0, never sends again.
@@ -34,41 +32,65 @@ type TransportOptions struct {
 // Transport is an http.RoundTripper for clients of servers that limit rates. It waits and sends again when a
 // server says that it has had enough, and slows down before that.
 //
+// # What is sent again
+//
 // A 429 says that the request was not served: it is sent again, whatever its method. A 503 does not say so: it
 // is sent again if it has a Retry-After, and the method is GET, HEAD, OPTIONS, TRACE, PUT or DELETE or the
-// request has an Idempotency-Key. Other answers, and errors, are returned.
+// request has an Idempotency-Key. These answers are refusals. Other answers, and errors, are returned. The
+// refusal itself is returned, at once, when the wait would exceed MaxWait or outlast the deadline of the
+// request's context, which a Timeout of the http.Client is too, when Attempts or the budget are used up, and
+// when there is a body and no GetBody; http.NewRequest sets that for strings and bytes.
 //
-// It is sent again after Retry-After, in seconds or a date by this machine's clock. On a 429 where that is
-// missing, malformed, negative or past, it is after the reset of a RateLimit with nothing remaining, else after
-// 1 s, then 2 s, 4 s and so on. Up to 10 % are added at random to each wait, so that not all come back at once;
-// nothing is sent earlier than the server said. The refusal itself is returned, at once, when the wait would
-// exceed MaxWait or outlast the deadline of the request's context, when Attempts or the budget are used up, and
-// when there is a body and no GetBody; http.NewRequest sets that for strings and bytes. While it waits it
-// returns the context's error as soon as there is one.
+// # When
 //
-// Other requests to the same host (scheme, name and port) wait for a Retry-After of a 429 or 503 as well. They
-// also heed the field RateLimit of draft-ietf-httpapi-ratelimit-headers-10, a list of limits such as
-// "5/10s";r=5;t=8, which says that 5 remain for the next 8 seconds:
+// Nothing is sent before the time that a refusal names: its Retry-After in seconds, or as a date after the Date
+// of the answer, without which this machine's clock counts; else the longest t of a RateLimit with nothing
+// remaining. One that names no time in the future (0, a past date, garbage, no field) closes for 1 s, then 2 s,
+// 4 s and so on up to 16 s, until there is another answer. Up to 10 % are added at random, if there is room for
+// that.
 //
-//   - with r = 0, nothing is sent until t has passed;
-//   - with r from 1 to 10, requests are sent t/(r+1) apart, and none waits longer than t: what remains is spread
-//     over the time for which it has to last;
-//   - with a larger r there is no pause.
+// When the time has passed one request goes first, whoever waits. If it is refused all others wait on. Each
+// answer that is no refusal lets one more be on its way at a time, so those who wait follow as fast as the
+// server serves.
 //
-// Of several limits the longest wait counts, and a later answer replaces the pause of an earlier one. A
-// request that would have to wait longer than MaxWait or its deadline is sent at once: the server decides.
-// Fields that cannot be parsed are ignored. Of more than 1,000 hosts that asked for waits, the one whose waits
-// end first is forgotten.
+// A request that cannot wait so long, by its deadline or by MaxWait, is not sent: it fails at once with a
+// *NotSentError, which wraps context.DeadlineExceeded and tells when the server may be asked again. While a
+// request waits the error of its context is returned as soon as there is one.
 //
-// A Transport is safe for concurrent use, leaves no goroutines behind, and does not modify requests. Use one for each
-// account that the server knows, since all requests by it to a host share what that host said. It is made by
-// NewTransport.
+// # What is closed
+//
+// A 503, and a 429 without a RateLimit, closes the host, which is a scheme, name and port. A 429 with a RateLimit
+// closes its route, which is a method and a path of the host, and the policies of which nothing remains, by name
+// and partition key. A request waits for the policies that the last answer to its route listed: one exhausted
+// policy does not stop the routes that it does not limit. Of routes without such an answer nothing is known. After
+// a refusal they are asked one at a time, and when one of them is refused too, the others wait for 1 s, then 2 s,
+// 4 s and so on, at most for as long as that refusal said.
+//
+// # How it slows down
+//
+// RateLimit is that of draft-ietf-httpapi-ratelimit-headers-10, a list of policies such as "5/10s";r=5;t=8, which
+// says that 5 remain, and that there will be more in 8 seconds:
+//
+//   - no more than r are sent before t has passed; the others wait, and then one goes first;
+//   - with r from 1 to 10, and t above 1, they are sent t/(r+1) apart: what remains is spread over the time for
+//     which it has to last.
+//
+// Of several policies the longest wait counts, and a later answer replaces what an earlier one said of a policy.
+// That is a forecast and no refusal: a request that cannot wait so long is sent, and the server decides; if nothing
+// remains, one at a time.
+//
+// Fields that cannot be parsed are ignored, and so are those of an answer with an Age above 0, which a cache gave.
+// Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end first are
+// forgotten. Of more than 1,000 routes whose policies are known, the first is.
+//
+// A Transport is safe for concurrent use, leaves no goroutines behind, and does not modify requests. Use one for
+// each account that the server knows, since its requests share what the server said. It is made by NewTransport.
 type Transport struct {
 	base     http.RoundTripper
 	maxWait  time.Duration
 	attempts int
 	budget   retryBudget
-	hosts    heldHosts
+	gates    gates
 }
 
 // NewTransport returns a Transport that sends by base, of which nil is http.DefaultTransport. Nil options are
@@ -81,10 +103,11 @@ func NewTransport(base http.RoundTripper, o *TransportOptions) *Transport {
 		o = &TransportOptions{}
 	}
 	percent, burst := min(orDefault(o.RetryPercent, 10), 1e6), min(orDefault(o.RetryBurst, 10), 1e6)
+	maxWait := orDefault(o.MaxWait, time.Minute)
 	return &Transport{
-		base: base, maxWait: orDefault(o.MaxWait, time.Minute), attempts: orDefault(o.Attempts, 3),
+		base: base, maxWait: maxWait, attempts: orDefault(o.Attempts, 3),
 		budget: retryBudget{percent: percent, full: 100 * burst, left: 100 * burst},
-		hosts:  heldHosts{hosts: map[string]*heldHost{}},
+		gates:  gates{longest: max(maxWait, time.Minute), known: map[string]*gate{}, routes: map[string][]string{}},
 	}
 }
 
@@ -103,6 +126,28 @@ func (t *Transport) CloseIdleConnections() {
 	}
 }
 
+// NotSentError is why a request was not sent, or not again: the server may not be asked before the request's
+// deadline, or it would have had to wait for more than MaxWait. It wraps context.DeadlineExceeded.
+type NotSentError struct {
+	Host  string    // scheme, name and port
+	At    time.Time // when the server may be asked again; if that is not after Until, others were asking
+	Until time.Time // until when the request could wait
+}
+
+func (e *NotSentError) Error() string {
+	may := "may be asked again at " + e.At.Format(time.RFC3339Nano)
+	if !e.At.After(e.Until) {
+		may = "has not yet answered the request that asks it again"
+	}
+	return fmt.Sprintf("throttlerhttp: not sent: %s %s, this request can wait until %s", e.Host, may, e.Until.Format(time.RFC3339Nano))
+}
+
+// Unwrap returns context.DeadlineExceeded.
+func (e *NotSentError) Unwrap() error { return context.DeadlineExceeded }
+
+// Timeout is true: it makes that of the url.Error true.
+func (e *NotSentError) Timeout() bool { return true }
+
 // hostOf is the scheme, name and port, of which that of the scheme is left out.
 func hostOf(u *url.URL) string {
 	host := strings.ToLower(u.Scheme + "://" + u.Host)
@@ -118,20 +163,17 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.base.RoundTrip(req) // which knows what to say
 	}
 	t.budget.earn()
-	c := call{Transport: t, req: req, host: hostOf(req.URL), left: t.maxWait}
+	c := newCall(t, req)
 	if err := c.hold(); err != nil {
 		if req.Body != nil {
 			_ = req.Body.Close()
 		}
 		return nil, err
 	}
-	resp, err := t.base.RoundTrip(req)
-	for sent := 1; err == nil; sent++ {
-		wait, again := c.heed(resp, sent)
-		if !again {
-			break
-		}
-		resp, err = c.resend(resp, wait)
+	resp, err := c.send(req)
+	for sent := 1; err == nil && c.again(resp, sent); sent++ {
+		c.drain(resp)
+		resp, err = c.resend()
 	}
 	return resp, err
 }
@@ -140,65 +182,82 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 type call struct {
 	*Transport
 
-	req  *http.Request
-	host string
-	left time.Duration // of MaxWait
+	req   *http.Request
+	host  string
+	route string        // the host, method and path
+	left  time.Duration // of MaxWait
+
+	closed closing // what it was told itself, should the gates have been forgotten
+	paced  bool    // whether it had its turn
+	passed []pass  // the gates through which it was sent
+	heard  news    // of the last answer
 }
 
-// hold waits until the host may be asked, or returns at once if that is too long. A wait may end with another
-// one, which the host asked for meanwhile.
+func newCall(t *Transport, req *http.Request) *call {
+	host, method := hostOf(req.URL), req.Method
+	if method == "" {
+		method = http.MethodGet
+	}
+	return &call{Transport: t, req: req, host: host, route: host + "\n" + method + " " + req.URL.EscapedPath(), left: t.maxWait}
+}
+
+// hold waits until the request may be sent.
 func (c *call) hold() error {
-	for paced := false; ; {
-		wait := c.hosts.closed(c.host)
-		if wait == 0 && !paced {
-			wait, paced = c.hosts.turn(c.host, c.room()), true
-		}
-		if wait == 0 || wait > c.room() {
+	for {
+		s, err := c.gates.enter(c)
+		if err == nil && s.wait == 0 {
 			return nil
 		}
-		if err := c.sleep(wait); err != nil {
+		if done := c.req.Context().Err(); done != nil {
+			return done
+		}
+		if err != nil {
+			return err
+		}
+		if err := c.sleep(s); err != nil {
 			return err
 		}
 	}
 }
 
 // room is how long the request can wait, and still be sent before its deadline.
-func (c *call) room() time.Duration {
+func (c *call) room(now time.Time) time.Duration {
 	if deadline, ok := c.req.Context().Deadline(); ok {
-		return min(c.left, time.Until(deadline)-1)
+		return max(min(c.left, deadline.Sub(now)-1), 0)
 	}
-	return c.left
+	return max(c.left, 0)
 }
 
-// sleep waits at least this long, and up to a tenth longer.
-func (c *call) sleep(wait time.Duration) error {
-	wait += rand.N(max(min(wait/10, c.room()-wait), 0) + 1)
-	c.left -= wait
-	timer := time.NewTimer(wait)
+// sleep stays that long.
+func (c *call) sleep(s stay) error {
+	start := time.Now()
+	defer func() { c.left -= time.Since(start) }()
+	timer := time.NewTimer(s.wait)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+		return nil
+	case <-s.changed:
 		return nil
 	case <-c.req.Context().Done():
 		return c.req.Context().Err()
 	}
 }
 
-// heed remembers what an answer says, and returns whether the request has to be sent again, and after how long.
-func (c *call) heed(resp *http.Response, sent int) (wait time.Duration, again bool) {
-	limited, unavailable := resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode == http.StatusServiceUnavailable
-	said := parseRateLimit(resp.Header.Values("RateLimit"), c.maxWait)
-	after, told := parseRetryAfter(resp.Header.Get("Retry-After"))
-	if told && (limited || unavailable) {
-		said.closed = after
-	}
-	c.hosts.remember(c.host, said, c.maxWait)
-	wait = said.closed
-	if limited && !told && wait == 0 {
-		wait = time.Second << min(sent-1, 30)
-	}
-	again = limited || unavailable && told && c.idempotent()
-	return wait, again && sent < c.attempts && c.replayable() && wait <= c.room() && c.budget.take()
+// send sends the request, and tells the gates of the answer.
+func (c *call) send(req *http.Request) (resp *http.Response, err error) {
+	defer func() { // also when the base panics
+		c.heard = readNews(resp)
+		c.gates.leave(c)
+	}()
+	return c.base.RoundTrip(req)
+}
+
+// again returns whether the request has to be sent again.
+func (c *call) again(resp *http.Response, sent int) bool {
+	now := time.Now()
+	return c.heard.refused && (resp.StatusCode == http.StatusTooManyRequests || c.idempotent()) && sent < c.attempts &&
+		c.replayable() && c.closed.until.Sub(now) <= c.room(now) && c.budget.take()
 }
 
 func (c *call) idempotent() bool {
@@ -213,16 +272,23 @@ func (c *call) hasBody() bool { return c.req.Body != nil && c.req.Body != http.N
 
 func (c *call) replayable() bool { return !c.hasBody() || c.req.GetBody != nil }
 
-// resend sends a copy of a request that was refused.
-func (c *call) resend(refusal *http.Response, wait time.Duration) (*http.Response, error) {
-	// A connection is used again only after the end of the body, which need not be waited for.
-	late := time.AfterFunc(time.Second, func() { _ = refusal.Body.Close() })
-	_, _ = io.CopyN(io.Discard, refusal.Body, 64<<10)
-	late.Stop()
-	_ = refusal.Body.Close()
-	if err := c.sleep(wait); err != nil {
-		return nil, err
+// drain reads and closes the body of a refusal. A connection is used again only after the end of the body, which
+// need not be waited for.
+func (c *call) drain(refusal *http.Response) {
+	if refusal.Body == nil {
+		return
 	}
+	ctx, cancel := context.WithTimeout(c.req.Context(), time.Second)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = refusal.Body.Close() })
+	_, _ = io.CopyN(io.Discard, refusal.Body, 64<<10)
+	if stop() {
+		_ = refusal.Body.Close()
+	}
+}
+
+// resend sends a copy of a request that was refused.
+func (c *call) resend() (*http.Response, error) {
 	if err := c.hold(); err != nil {
 		return nil, err
 	}
@@ -230,169 +296,13 @@ func (c *call) resend(refusal *http.Response, wait time.Duration) (*http.Respons
 	if c.hasBody() {
 		body, err := c.req.GetBody()
 		if err != nil {
+			c.heard = news{}
+			c.gates.leave(c)
 			return nil, err
 		}
 		req.Body = body
 	}
-	return c.base.RoundTrip(req)
-}
-
-// parseRetryAfter reads seconds or a date that is not past.
-func parseRetryAfter(field string) (time.Duration, bool) {
-	n, err := strconv.ParseUint(field, 10, 64)
-	if err == nil || errors.Is(err, strconv.ErrRange) {
-		return wholeSeconds(n), true
-	}
-	at, err := http.ParseTime(field)
-	wait := time.Until(at)
-	return wait, err == nil && wait >= 0
-}
-
-// wholeSeconds are at most 68 years, so that they can be added to a time.
-func wholeSeconds(n uint64) time.Duration { return time.Duration(min(n, 1<<31)) * time.Second }
-
-// rateLimit is what an answer says about the next ones.
-type rateLimit struct {
-	closed time.Duration // nothing is served until then
-	pause  time.Duration // from one request to the next
-	reset  time.Duration // when the pauses end
-	known  bool          // whether there was a field with a limit
-}
-
-// parseRateLimit reads the fields. A pause of more than the longest is none.
-func parseRateLimit(fields []string, longest time.Duration) (said rateLimit) {
-	limits, err := httpsfv.UnmarshalList(fields)
-	if err != nil {
-		return rateLimit{}
-	}
-	for _, limit := range limits {
-		remaining, reset, ok := parseLimit(limit)
-		pause := reset / time.Duration(remaining+1)
-		said.known = said.known || ok
-		switch {
-		case ok && remaining == 0:
-			said.closed = max(said.closed, reset)
-		case ok && remaining <= 10 && pause <= longest && pause > said.pause:
-			said.pause, said.reset = pause, reset
-		}
-	}
-	return said
-}
-
-// parseLimit reads one limit, such as "5/10s";r=5;t=8.
-func parseLimit(limit httpsfv.Member) (remaining int64, reset time.Duration, ok bool) {
-	item, ok := limit.(httpsfv.Item)
-	if !ok {
-		return 0, 0, false
-	}
-	_, named := item.Value.(string)
-	r, _ := item.Params.Get("r")
-	t, _ := item.Params.Get("t")
-	remaining, counted := r.(int64)
-	seconds, timed := t.(int64)
-	if !named || !counted || !timed || remaining < 0 || seconds < 0 {
-		return 0, 0, false
-	}
-	return remaining, wholeSeconds(uint64(seconds)), true
-}
-
-// heldHosts are the hosts that asked for waits. There is an entry only for one that did.
-type heldHosts struct {
-	mu    sync.Mutex
-	hosts map[string]*heldHost
-}
-
-// maxHeldHosts bounds the memory: of more, the one whose waits end first is forgotten.
-const maxHeldHosts = 1000
-
-// heldHost is what one host asked for.
-type heldHost struct {
-	closed time.Time     // nothing is sent before
-	last   time.Time     // the last turn that was given, or the last answer if it was later
-	pause  time.Duration // from one turn to the next
-	reset  time.Time     // when the pauses end
-}
-
-// closed is how long nothing is sent to the host.
-func (h *heldHosts) closed(host string) time.Duration {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if held := h.hosts[host]; held != nil {
-		return max(time.Until(held.closed), 0)
-	}
-	return 0
-}
-
-// turn is how long to wait for the next turn, which is taken if there is room for the wait.
-func (h *heldHosts) turn(host string, room time.Duration) time.Duration {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	now, held := time.Now(), h.hosts[host]
-	if held == nil || held.pause == 0 {
-		return 0
-	}
-	at := earlier(later(held.last.Add(held.pause), now), held.reset)
-	wait := max(at.Sub(now), 0)
-	if wait <= room {
-		held.last = at
-	}
-	return wait
-}
-
-// remember keeps what a host said. Waits of more than the longest would hold nobody.
-func (h *heldHosts) remember(host string, said rateLimit, longest time.Duration) {
-	if said.closed > longest {
-		said.closed = 0
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	held := h.hosts[host]
-	if held == nil {
-		if said.closed == 0 && said.pause == 0 {
-			return
-		}
-		held = h.add(host)
-	}
-	now := time.Now()
-	held.closed = later(held.closed, now.Add(said.closed))
-	if said.known {
-		held.last, held.pause, held.reset = later(held.last, now), said.pause, now.Add(said.reset)
-	}
-}
-
-func (h *heldHosts) add(host string) *heldHost {
-	if len(h.hosts) >= maxHeldHosts {
-		h.forget()
-	}
-	held := &heldHost{}
-	h.hosts[host] = held
-	return held
-}
-
-// forget removes the host whose waits end first.
-func (h *heldHosts) forget() {
-	var first string
-	var end time.Time
-	for host, held := range h.hosts {
-		if ends := later(held.closed, held.reset); first == "" || ends.Before(end) {
-			first, end = host, ends
-		}
-	}
-	delete(h.hosts, first)
-}
-
-func earlier(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
+	return c.send(req)
 }
 
 // retryBudget counts hundredths of sends.
