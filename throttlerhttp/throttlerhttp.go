@@ -21,7 +21,6 @@ package throttlerhttp
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -259,6 +258,12 @@ func (r *Route) scoped() []throttler.Bucket {
 
 // serve is the flow of a request.
 func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
+		if outer.m == m { // it has asked already
+			next.ServeHTTP(w, r)
+			return
+		}
+	}
 	l := m.of(r)
 	if l == nil {
 		m.Refuse(w, r, Refusal{Status: http.StatusBadRequest, Err: errPath})
@@ -269,22 +274,21 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 	v, err := m.ask(r, l)
-	m.Fields.write(w.Header(), &v, &l.policies)
-	switch {
-	case err != nil || !v.Allowed:
-		l.answer(w, r, v, err)
-	case l.refundIf == nil:
-		next.ServeHTTP(w, r)
-	default:
-		rec := &recorder{ResponseWriter: w}
-		defer func() {
-			if l.refundIf(rec.final(r.Context())) {
-				_ = m.t.Refund(context.WithoutCancel(r.Context()), v) // Observe has the error
-			}
-		}()
-		next.ServeHTTP(rec, r)
-		rec.returned = true
+	if err != nil || !v.Allowed {
+		l.answer(w, r, m.Fields, v, err)
+		return
 	}
+	rec := &recorder{ResponseWriter: w, m: m, l: l, r: r}
+	if v.Parts() > 0 {
+		rec.said.say(m.Fields, w.Header(), l.policies.of(&v, v.Part(0).Rules), v.Levels())
+	}
+	if l.refundIf != nil {
+		taken := v
+		rec.v = &taken
+	}
+	defer rec.end()
+	next.ServeHTTP(rec.as(), r)
+	rec.returned = true
 }
 
 // errPath is that of a request to which two routes apply.
@@ -397,5 +401,9 @@ func (m *middleware) ask(r *http.Request, l *limit) (v throttler.Verdict, err er
 	if l.cost != nil {
 		options = append(options, throttler.Cost(l.cost(r)))
 	}
-	return m.t.ConsumeContext(r.Context(), key, options...)
+	if v, err = m.t.ConsumeContext(r.Context(), key, options...); errors.Is(err, throttler.ErrCostExceedsCapacity) {
+		v, _ = m.t.Peek(r.Context(), key, append(options, throttler.Cost(0))...) // for the fields
+		v.Allowed = false
+	}
+	return v, err
 }
