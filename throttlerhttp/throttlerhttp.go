@@ -16,7 +16,10 @@
 //
 // The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Of two that
 // are around each other each decides for itself, so that what the outer one took stays taken when the inner one
-// refuses; let one middleware know both limits instead.
+// refuses; let one middleware know both limits instead. The very same middleware twice around a handler asks once.
+//
+// The ResponseWriter of the handler has those of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that the
+// server's has, and what http.ResponseController needs.
 package throttlerhttp
 
 import (
@@ -55,16 +58,18 @@ type Options struct {
 	Cost func(*http.Request) int64
 
 	// RefundIf, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
-	// logins only, give back those below 400. Until the handler has returned the cost is out. The status is the
-	// one that the handler writes; frameworks that write it after the middleware has returned do not work with
-	// it. It is 500 for a handler that panics, 499 if it writes nothing and the client has gone, and 101 if it
-	// hijacks the connection.
+	// logins only, give back those below 400. Until the handler writes a status or a body the cost is out; then it is
+	// given back before anything is sent, and Fields say what is true after it. The status is the one that the
+	// handler writes; frameworks that write it after the middleware has returned do not work with it. It is 500 for a
+	// handler that panics before its cost was given back, 499 if it writes nothing and the client has gone, and 101
+	// if it hijacks the connection.
 	RefundIf func(status int) bool
 
 	// Fields are those that tell clients about their limits. 0 is Draft10.
 	Fields Fields
 
-	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After and Fields are set before.
+	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After, Fields and a Cache-Control of
+	// no-store are set before, and what was said of another body, such as its Content-Length, is removed.
 	Refuse func(http.ResponseWriter, *http.Request, Refusal)
 }
 
