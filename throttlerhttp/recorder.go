@@ -18,6 +18,7 @@ type recorder struct {
 	m        *middleware
 	l        *limit
 	r        *http.Request
+	id       string             // whom the request has counted for
 	v        *throttler.Verdict // that RefundIf may give back, or nil
 	said     said
 	status   int
@@ -40,6 +41,16 @@ func recorded(w http.ResponseWriter) *recorder {
 }
 
 func (r *recorder) self() *recorder { return r }
+
+// asked says that the middleware is outside of itself, and has counted this request for the same key there.
+func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
+	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
+		if outer.l == l && outer.id != "" && outer.id == l.key(r) {
+			return true
+		}
+	}
+	return false
+}
 
 // Unwrap is for http.ResponseController.
 func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }

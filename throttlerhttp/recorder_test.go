@@ -3,6 +3,7 @@ package throttlerhttp_test
 import (
 	"bufio"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -246,6 +247,48 @@ func TestTheSameMiddlewareTwiceCountsOnce(t *testing.T) {
 		limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{Key: whoever, Buckets: buckets(perHour(3))})
 		require.NoError(t, err)
 		assert.Equal(t, 3, admitted(twice(limit), 5, "GET /"), name)
+	}
+}
+
+func TestTheSameMiddlewareInsideAsksForAnotherRouteOrKey(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{
+		Key: func(r *http.Request) string { return "user:" + r.Header.Get("User") }, Buckets: buckets(perHour(100)),
+		Routes: []throttlerhttp.Route{{Pattern: "/login", Buckets: buckets(perHour(1))}},
+	})
+	require.NoError(t, err)
+	inner := limit(ok)
+	h := limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/rewritten":
+			r.URL.Path = "/login"
+		case "/authenticated":
+			r.Header.Set("User", "42")
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	assert.Equal(t, 1, admitted(h, 3, "GET /rewritten"))
+	for range 2 {
+		ask(h, "GET /authenticated")
+	}
+	assert.Equal(t, "97", fmt.Sprint(parsed(t, ask(h, "GET /", "User", "42"), "RateLimit")["100/1h"]["r"]))
+}
+
+// everything is a blank writer that has all interfaces of the server's.
+type everything struct {
+	blank
+	flusher
+	hijacker
+	reader
+}
+
+func TestTheWriterOfAServerCostsNoMoreAllocations(t *testing.T) {
+	w := &everything{blank: blank{http.Header{}}}
+	for range 2 {
+		h, r := limitedByAddress(t, 1<<40)
+		assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { h.ServeHTTP(w, r) }), 3.0)
 	}
 }
 

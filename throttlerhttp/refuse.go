@@ -45,11 +45,11 @@ func (r *Refusal) Limits() []string {
 // ResponseWriter between has a method Unwrap, as for http.ResponseController. Else they are Draft10 and Problem.
 func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
+	f, l := Draft10, &limit{refuse: Problem}
 	if outer := recorded(w); outer != nil {
-		outer.l.answer(w, r, outer.m.Fields, v, nil)
-		return
+		f, l.refuse = outer.m.Fields, outer.l.refuse
 	}
-	(&limit{refuse: Problem}).answer(w, r, 0, v, nil)
+	l.answer(w, r, f, v, nil)
 }
 
 // RetryAfterSeconds is the field Retry-After for a refusal: its RetryAfter in seconds, rounded up, and at least 1. It is

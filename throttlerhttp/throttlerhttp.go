@@ -16,7 +16,8 @@
 //
 // The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Of two that
 // are around each other each decides for itself, so that what the outer one took stays taken when the inner one
-// refuses; let one middleware know both limits instead. The very same middleware twice around a handler asks once.
+// refuses; let one middleware know both limits instead. The very same middleware twice around a handler asks once,
+// unless another of its routes, or another key, is inside.
 //
 // The ResponseWriter of the handler has those of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that the
 // server's has, and what http.ResponseController needs.
@@ -263,18 +264,12 @@ func (r *Route) scoped() []throttler.Bucket {
 
 // serve is the flow of a request.
 func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
-	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
-		if outer.m == m { // it has asked already
-			next.ServeHTTP(w, r)
-			return
-		}
-	}
 	l := m.of(r)
 	if l == nil {
 		m.Refuse(w, r, Refusal{Status: http.StatusBadRequest, Err: errPath})
 		return
 	}
-	if l.free {
+	if l.free || l.asked(w, r) {
 		next.ServeHTTP(w, r)
 		return
 	}
@@ -285,6 +280,7 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 	rec := &recorder{ResponseWriter: w, m: m, l: l, r: r}
 	if v.Parts() > 0 {
+		rec.id = v.Part(0).Identifier
 		rec.said.say(m.Fields, w.Header(), l.policies.of(&v, v.Part(0).Rules), v.Levels())
 	}
 	if l.refundIf != nil {
