@@ -379,6 +379,29 @@ func Example_guideFields() {
 	// {"type":"https://iana.org/assignments/http-problem-types#quota-exceeded","title":"The request exceeds the quota that you have been assigned.","status":429,"violated-policies":["5/10s"],"retry-after":8}
 }
 
+func Example_guideRefuse() {
+	guided(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 9)}}, func(_ context.Context, t *throttler.Throttler, _ *clock.Mock) error {
+		pages := int64(5)
+		h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			v, err := t.ConsumeContext(r.Context(), "upload:42", throttler.Cost(pages))
+			if err != nil {
+				http.Error(w, "try again later", http.StatusServiceUnavailable)
+				return
+			}
+			if !v.Allowed {
+				throttlerhttp.Refuse(w, r, v) // 429, Retry-After, the fields, a body
+				return
+			}
+		})
+		statuses(h, 2, "POST /upload")
+		fmt.Println(ask(h, "POST /upload").Header()["Retry-After"])
+		return nil
+	})
+	// Output:
+	// [200 429]
+	// [3600]
+}
+
 // inProcess is a transport that asks a handler.
 type inProcess struct{ http.Handler }
 

@@ -170,7 +170,7 @@ func (p *Part) validate(mode Mode) error {
 	}
 	for j := range p.Rules {
 		if c := p.Cost(j); c < 0 || c > p.Rules[j].Capacity && mode != Force {
-			return invalidCost(p.Rules[j].Name, c, p.Rules[j].Capacity)
+			return invalidCost(p.Identifier, p.Rules[j].Name, c, p.Rules[j].Capacity)
 		}
 	}
 	return nil
@@ -189,11 +189,11 @@ func invalidClock(micros int64) error {
 	return fmt.Errorf("%w: it reads %d µs since the epoch", ErrInvalidClock, micros)
 }
 
-func invalidCost(bucket string, cost, capacity int64) error {
+func invalidCost(id, bucket string, cost, capacity int64) error {
 	if cost < 0 {
-		return fmt.Errorf("%w: %d tokens asked of bucket %q, must be 0 or more", ErrInvalidCost, cost, bucket)
+		return fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, must be 0 or more", ErrInvalidCost, cost, bucket, id)
 	}
-	return fmt.Errorf("%w: %d tokens asked of bucket %q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, bucket, capacity)
+	return fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, bucket, id, capacity)
 }
 
 // TooManyBuckets returns the BucketError of a call after which n buckets of an identifier would not be

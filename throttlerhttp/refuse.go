@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"reflect"
 	"strconv"
 
 	"github.com/go-throttler/throttler"
@@ -20,7 +21,7 @@ type Refusal struct {
 	// It names the identifier and parts of the program: do not show it to clients.
 	Err error
 
-	// Verdict is that of a 429.
+	// Verdict is that of a 429. With a 413 its Levels tell what there is.
 	Verdict throttler.Verdict
 
 	// RetryAfter is the field that a 429 has, in seconds, else 0.
@@ -38,14 +39,82 @@ func (r *Refusal) Limits() []string {
 	return names
 }
 
-func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
+// Refuse answers a request that a handler has asked for itself, and whose Verdict is a refusal, as the middleware
+// answers those that it refuses: 429 with Retry-After, the fields and a body. Behind a middleware of New that has
+// admitted the request they are those of its Options.Fields and of Refuse of its Options or Route, if each
+// ResponseWriter between has a method Unwrap, as for http.ResponseController. Else they are Draft10 and Problem.
+func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
+	v.Allowed = false
+	f, l := Draft10, &limit{refuse: Problem}
+	if outer := recorded(w); outer != nil {
+		f, l.refuse = outer.m.Fields, outer.l.refuse
+	}
+	l.answer(w, r, f, v, nil)
+}
+
+// RetryAfterSeconds is the field Retry-After for a refusal: its RetryAfter in seconds, rounded up, and at least 1. It is
+// 0 for a Verdict that is Allowed.
+func RetryAfterSeconds(v throttler.Verdict) int64 {
+	if v.Allowed {
+		return 0
+	}
+	return max(1, seconds(v.RetryAfter))
+}
+
+func (l *limit) answer(w http.ResponseWriter, r *http.Request, f Fields, v throttler.Verdict, err error) {
+	h := w.Header()
+	forget(w)
+	f.say(h, &v, &l.policies)
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}
-		refusal.RetryAfter = max(1, seconds(v.RetryAfter))
-		w.Header().Set("Retry-After", strconv.FormatInt(refusal.RetryAfter, 10))
+		refusal.RetryAfter = RetryAfterSeconds(v)
+		h.Set("Retry-After", strconv.FormatInt(refusal.RetryAfter, 10))
 	}
 	l.refuse(w, r, refusal)
+}
+
+// ofBody are the fields that describe a body, or say how long it may be kept.
+var ofBody = [...]string{
+	"Content-Length", "Content-Range", "Content-Disposition", "Content-Language", "Content-Location", "Content-Type", "Content-Md5",
+	"Etag", "Last-Modified", "Accept-Ranges", "Digest", "Content-Digest", "Repr-Digest", "Transfer-Encoding", "Trailer",
+	"Age", "Expires", "Pragma", "Cdn-Cache-Control", "Surrogate-Control",
+}
+
+// forget removes what somebody has said of a body that is not sent, and of the time for which it may be kept.
+func forget(w http.ResponseWriter) {
+	h := w.Header()
+	for _, name := range ofBody {
+		delete(h, name)
+	}
+	h.Set("Cache-Control", "no-store")
+	if h["Content-Encoding"] != nil && !mayEncode(w) {
+		delete(h, "Content-Encoding")
+	}
+}
+
+// mayEncode says that something around the limiters has wrapped the ResponseWriter, and so may compress all that is
+// written, in which case Content-Encoding is true of every body.
+func mayEncode(w http.ResponseWriter) bool {
+	for rec := recorded(w); rec != nil; rec = recorded(w) {
+		if w != rec.as() {
+			return true
+		}
+		w = rec.ResponseWriter
+	}
+	t := reflect.TypeOf(w)
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t.Kind() != reflect.Struct {
+		return false
+	}
+	for i := range t.NumField() {
+		if t.Field(i).Type == reflect.TypeFor[http.ResponseWriter]() {
+			return true
+		}
+	}
+	return false
 }
 
 func status(err error) int {

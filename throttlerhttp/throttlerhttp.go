@@ -16,17 +16,18 @@
 //
 // The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Of two that
 // are around each other each decides for itself, so that what the outer one took stays taken when the inner one
-// refuses; let one middleware know both limits instead.
+// refuses; let one middleware know both limits instead. The very same middleware twice around a handler asks once,
+// unless another of its routes, or another key, is inside.
+//
+// The ResponseWriter of the handler has those of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that the
+// server's has, and what http.ResponseController needs.
 package throttlerhttp
 
 import (
-	"bufio"
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/http"
 	"path"
 	"slices"
@@ -58,16 +59,18 @@ type Options struct {
 	Cost func(*http.Request) int64
 
 	// RefundIf, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
-	// logins only, give back those below 400. Until the handler has returned the cost is out. The status is the
-	// one that the handler writes; frameworks that write it after the middleware has returned do not work with
-	// it. It is 500 for a handler that panics, 499 if it writes nothing and the client has gone, and 101 if it
-	// hijacks the connection.
+	// logins only, give back those below 400. Until the handler writes a status or a body the cost is out; then it is
+	// given back before anything is sent, and Fields say what is true after it. The status is the one that the
+	// handler writes; frameworks that write it after the middleware has returned do not work with it. It is 500 for a
+	// handler that panics before its cost was given back, 499 if it writes nothing and the client has gone, and 101
+	// if it hijacks the connection.
 	RefundIf func(status int) bool
 
 	// Fields are those that tell clients about their limits. 0 is Draft10.
 	Fields Fields
 
-	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After and Fields are set before.
+	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After, Fields and a Cache-Control of
+	// no-store are set before, and what was said of another body, such as its Content-Length, is removed.
 	Refuse func(http.ResponseWriter, *http.Request, Refusal)
 }
 
@@ -266,27 +269,27 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		m.Refuse(w, r, Refusal{Status: http.StatusBadRequest, Err: errPath})
 		return
 	}
-	if l.free {
+	if l.free || l.asked(w, r) {
 		next.ServeHTTP(w, r)
 		return
 	}
 	v, err := m.ask(r, l)
-	m.Fields.write(w.Header(), &v, &l.policies)
-	switch {
-	case err != nil || !v.Allowed:
-		l.answer(w, r, v, err)
-	case l.refundIf == nil:
-		next.ServeHTTP(w, r)
-	default:
-		rec := &recorder{ResponseWriter: w}
-		defer func() {
-			if l.refundIf(rec.final(r.Context())) {
-				_ = m.t.Refund(context.WithoutCancel(r.Context()), v) // Observe has the error
-			}
-		}()
-		next.ServeHTTP(rec, r)
-		rec.returned = true
+	if err != nil || !v.Allowed {
+		l.answer(w, r, m.Fields, v, err)
+		return
 	}
+	rec := &recorder{ResponseWriter: w, m: m, l: l, r: r}
+	if v.Parts() > 0 {
+		rec.id = v.Part(0).Identifier
+		rec.said.say(m.Fields, w.Header(), l.policies.of(&v, v.Part(0).Rules), v.Levels())
+	}
+	if l.refundIf != nil {
+		taken := v
+		rec.v = &taken
+	}
+	defer rec.end()
+	next.ServeHTTP(rec.as(), r)
+	rec.returned = true
 }
 
 // errPath is that of a request to which two routes apply.
@@ -399,66 +402,9 @@ func (m *middleware) ask(r *http.Request, l *limit) (v throttler.Verdict, err er
 	if l.cost != nil {
 		options = append(options, throttler.Cost(l.cost(r)))
 	}
-	return m.t.ConsumeContext(r.Context(), key, options...)
-}
-
-// recorder remembers the status of an answer.
-type recorder struct {
-	http.ResponseWriter
-
-	status   int
-	returned bool // the handler has, and did not panic
-}
-
-func (r *recorder) WriteHeader(status int) {
-	if r.status == 0 && (status >= 200 || status == http.StatusSwitchingProtocols) {
-		r.status = status
+	if v, err = m.t.ConsumeContext(r.Context(), key, options...); errors.Is(err, throttler.ErrCostExceedsCapacity) {
+		v, _ = m.t.Peek(r.Context(), key, append(options, throttler.Cost(0))...) // for the fields
+		v.Allowed = false
 	}
-	r.ResponseWriter.WriteHeader(status)
+	return v, err
 }
-
-func (r *recorder) Write(b []byte) (int, error) {
-	if r.status == 0 {
-		r.status = http.StatusOK
-	}
-	return r.ResponseWriter.Write(b)
-}
-
-// Flush is for handlers that do not use an http.ResponseController.
-func (r *recorder) Flush() { _ = r.FlushError() }
-
-// FlushError is for http.ResponseController.
-func (r *recorder) FlushError() error {
-	if r.status == 0 {
-		r.status = http.StatusOK
-	}
-	return http.NewResponseController(r.ResponseWriter).Flush()
-}
-
-// Hijack is for handlers that do not use an http.ResponseController, such as those of websockets.
-func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, buffer, err := http.NewResponseController(r.ResponseWriter).Hijack()
-	if err == nil && r.status == 0 {
-		r.status = http.StatusSwitchingProtocols
-	}
-	return conn, buffer, err
-}
-
-// Unwrap is for http.ResponseController.
-func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
-
-// final is the status for RefundIf.
-func (r *recorder) final(ctx context.Context) int {
-	switch {
-	case !r.returned && r.status < 400:
-		return http.StatusInternalServerError // nothing of it may have been sent
-	case r.status != 0:
-		return r.status
-	case ctx.Err() != nil:
-		return statusClientClosed
-	}
-	return http.StatusOK
-}
-
-// statusClientClosed is what nginx logs for a client that did not wait for the answer.
-const statusClientClosed = 499

@@ -446,7 +446,7 @@ func fields(t *testing.T, got response) map[string]string {
 		}
 		return values
 	}
-	left := read("RateLimit", regexp.MustCompile(`^"([^"]+)";r=(\d+);t=\d+$`))
+	left := read("RateLimit", regexp.MustCompile(`^"([^"]+)";r=(\d+)(?:;t=\d+)?$`))
 	for bucket, capacity := range read("RateLimit-Policy", regexp.MustCompile(`^"([^"]+)";q=(\d+);w=\d+$`)) {
 		left[bucket] += " of " + capacity
 	}

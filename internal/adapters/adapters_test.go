@@ -215,6 +215,31 @@ func TestRefundSeesTheStatusOfTheAnswerOnlyWhereTheGuideSaysSo(t *testing.T) {
 	}
 }
 
+func TestGinStreamsInsideOfTheMiddleware(t *testing.T) {
+	t.Parallel()
+	for _, o := range []throttlerhttp.Options{{}, {RefundIf: func(status int) bool { return status < 400 }}} {
+		g := gin.New()
+		g.GET("/", func(c *gin.Context) {
+			sent := 0
+			c.Stream(func(w io.Writer) bool { // asks the server's writer for CloseNotify, and flushes
+				sent++
+				_, err := io.WriteString(w, "line\n")
+				return err == nil && sent < 3
+			})
+		})
+		server := httptest.NewServer(limited(t, o)(g))
+		defer server.Close()
+		res, err := server.Client().Get(server.URL)
+		require.NoError(t, err)
+		body, err := io.ReadAll(res.Body)
+		require.NoError(t, err)
+		require.NoError(t, res.Body.Close())
+		assert.Equal(t, "line\nline\nline\n", string(body))
+		remaining := map[bool]string{true: `"2/1h";r=1;t=3600`, false: `"2/1h";r=2`}[o.RefundIf == nil]
+		assert.Equal(t, []string{remaining}, res.Header.Values("RateLimit"))
+	}
+}
+
 type userKey struct{}
 
 func TestUserReadsTheContextOfTheRequest(t *testing.T) {

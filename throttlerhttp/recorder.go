@@ -1,0 +1,263 @@
+package throttlerhttp
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+
+	"github.com/go-throttler/throttler"
+)
+
+// recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it gives back what
+// RefundIf says, and leaves one set of fields of all limiters.
+type recorder struct {
+	http.ResponseWriter
+
+	m        *middleware
+	l        *limit
+	r        *http.Request
+	id       string             // whom the request has counted for
+	v        *throttler.Verdict // that RefundIf may give back, or nil
+	said     said
+	status   int
+	told     bool // an answer that is only informational was sent, after which some handlers remove all fields
+	returned bool // the handler has, and did not panic
+}
+
+// recorded returns the recorder that w is, or that is inside of it.
+func recorded(w http.ResponseWriter) *recorder {
+	for {
+		switch inner := w.(type) {
+		case interface{ self() *recorder }:
+			return inner.self()
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = inner.Unwrap()
+		default:
+			return nil
+		}
+	}
+}
+
+func (r *recorder) self() *recorder { return r }
+
+// asked says that the middleware is outside of itself, and has counted this request for the same key there.
+func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
+	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
+		if outer.l == l && outer.id != "" && outer.id == l.key(r) {
+			return true
+		}
+	}
+	return false
+}
+
+// Unwrap is for http.ResponseController.
+func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+func (r *recorder) WriteHeader(status int) {
+	switch {
+	case status >= 200 || status == http.StatusSwitchingProtocols:
+		r.begin(status)
+	case r.status == 0:
+		r.told = true
+	}
+	r.ResponseWriter.WriteHeader(status)
+}
+
+func (r *recorder) Write(b []byte) (int, error) {
+	r.begin(http.StatusOK)
+	return r.ResponseWriter.Write(b)
+}
+
+// WriteString is for io.WriteString.
+func (r *recorder) WriteString(s string) (int, error) {
+	r.begin(http.StatusOK)
+	return io.WriteString(r.ResponseWriter, s)
+}
+
+// FlushError is for http.ResponseController.
+func (r *recorder) FlushError() error {
+	if can[http.Flusher](r.ResponseWriter) || can[interface{ FlushError() error }](r.ResponseWriter) {
+		r.begin(http.StatusOK)
+	}
+	return http.NewResponseController(r.ResponseWriter).Flush()
+}
+
+func (r *recorder) flush() { _ = r.FlushError() }
+
+func (r *recorder) hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffer, err := http.NewResponseController(r.ResponseWriter).Hijack()
+	if err == nil {
+		r.begin(http.StatusSwitchingProtocols)
+	}
+	return conn, buffer, err
+}
+
+func (r *recorder) push(target string, o *http.PushOptions) error {
+	return r.ResponseWriter.(http.Pusher).Push(target, o)
+}
+
+func (r *recorder) readFrom(from io.Reader) (int64, error) {
+	r.begin(http.StatusOK)
+	return r.ResponseWriter.(io.ReaderFrom).ReadFrom(from)
+}
+
+// CloseNotify is for routers that demand it, such as gin.
+func (r *recorder) CloseNotify() <-chan bool {
+	gone := make(chan bool, 1)
+	context.AfterFunc(r.r.Context(), func() { gone <- true })
+	return gone
+}
+
+// begin is called before the header of the answer is sent.
+func (r *recorder) begin(status int) {
+	if r.status != 0 {
+		return
+	}
+	r.status = status
+	now, h := &r.said, r.Header()
+	if levels := r.refund(status); len(levels) > 0 {
+		now = &said{}
+		now.tell(r.m.Fields, r.said.policy, levels)
+	}
+	if r.told {
+		r.said.restore(h)
+	}
+	r.said.become(h, now, status)
+}
+
+// refund asks RefundIf, and returns the levels after what was given back, which is done once.
+func (r *recorder) refund(status int) []throttler.Level {
+	v := r.v
+	if v == nil || !r.l.refundIf(status) {
+		return nil
+	}
+	r.v = nil
+	if r.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
+		return nil
+	}
+	return refunded(v)
+}
+
+// end is called when the handler has returned, or has panicked.
+func (r *recorder) end() {
+	switch {
+	case !r.returned && r.status == 0:
+		r.begin(http.StatusInternalServerError)
+	case !r.returned && r.status < 400:
+		r.refund(http.StatusInternalServerError) // nothing of it may have been sent
+	case r.status == 0 && r.r.Context().Err() != nil:
+		r.begin(statusClientClosed)
+	default:
+		r.begin(http.StatusOK)
+	}
+}
+
+// statusClientClosed is what nginx logs for a client that did not wait for the answer.
+const statusClientClosed = 499
+
+// as returns the recorder with those of the methods of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that
+// its ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds,
+// which else would go around the recorder.
+func (r *recorder) as() http.ResponseWriter {
+	has := 0
+	if _, ok := r.ResponseWriter.(http.Flusher); ok {
+		has |= 1
+	}
+	if can[http.Hijacker](r.ResponseWriter) {
+		has |= 2
+	}
+	if _, ok := r.ResponseWriter.(http.Pusher); ok {
+		has |= 4
+	}
+	if _, ok := r.ResponseWriter.(io.ReaderFrom); ok {
+		has |= 8
+	}
+	switch has {
+	case 1:
+		return withF{r}
+	case 2:
+		return withH{r}
+	case 3:
+		return withFH{withF{r}}
+	case 4:
+		return withP{r}
+	case 5:
+		return withFP{withF{r}}
+	case 6:
+		return withHP{withH{r}}
+	case 7:
+		return withFHP{withFH{withF{r}}}
+	case 8:
+		return withR{r}
+	case 9:
+		return withFR{withF{r}}
+	case 10:
+		return withHR{withH{r}}
+	case 11:
+		return withFHR{withFH{withF{r}}}
+	case 12:
+		return withPR{withP{r}}
+	case 13:
+		return withFPR{withFP{withF{r}}}
+	case 14:
+		return withHPR{withHP{withH{r}}}
+	case 15:
+		return withFHPR{withFHP{withFH{withF{r}}}}
+	}
+	return r
+}
+
+// can reports whether w has an interface, as http.ResponseController finds it.
+func can[T any](w http.ResponseWriter) bool {
+	for {
+		if _, ok := w.(T); ok {
+			return true
+		}
+		outer, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			return false
+		}
+		w = outer.Unwrap()
+	}
+}
+
+// The types that as returns are named after the first letters of the interfaces that they have. Each is one pointer, so
+// that it allocates nothing.
+type (
+	withF    struct{ *recorder }
+	withH    struct{ *recorder }
+	withP    struct{ *recorder }
+	withR    struct{ *recorder }
+	withFH   struct{ withF }
+	withFP   struct{ withF }
+	withHP   struct{ withH }
+	withFR   struct{ withF }
+	withHR   struct{ withH }
+	withPR   struct{ withP }
+	withFHP  struct{ withFH }
+	withFHR  struct{ withFH }
+	withFPR  struct{ withFP }
+	withHPR  struct{ withHP }
+	withFHPR struct{ withFHP }
+)
+
+func (w withF) Flush() { w.flush() }
+
+func (w withH) Hijack() (net.Conn, *bufio.ReadWriter, error)  { return w.hijack() }
+func (w withFH) Hijack() (net.Conn, *bufio.ReadWriter, error) { return w.hijack() }
+
+func (w withP) Push(target string, o *http.PushOptions) error   { return w.push(target, o) }
+func (w withFP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
+func (w withHP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
+func (w withFHP) Push(target string, o *http.PushOptions) error { return w.push(target, o) }
+
+func (w withR) ReadFrom(from io.Reader) (int64, error)    { return w.readFrom(from) }
+func (w withFR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
+func (w withHR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
+func (w withPR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
+func (w withFHR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
+func (w withFPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
+func (w withHPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
+func (w withFHPR) ReadFrom(from io.Reader) (int64, error) { return w.readFrom(from) }
