@@ -72,23 +72,39 @@ func draft10(h http.Header, p *policy, levels []throttler.Level) {
 
 // policy is what is the same in all answers by some rules.
 type policy struct {
-	rules []storage.Rule
-	field string   // RateLimit-Policy
-	items []string // how those of RateLimit begin
+	rules [][]storage.Rule // of each part
+	field string           // RateLimit-Policy
+	items []string         // how those of RateLimit begin
 }
 
-func newPolicy(rules []storage.Rule) *policy {
-	p := &policy{rules: rules}
-	for i := range rules {
-		rule, item := &rules[i], ""
-		if i > 0 {
-			item = ", "
+func newPolicy(v *throttler.Verdict) *policy {
+	p := &policy{}
+	for i := range v.Parts() {
+		p.rules = append(p.rules, v.Part(i).Rules)
+		for j := range p.rules[i] {
+			rule, item := &p.rules[i][j], ""
+			if len(p.items) > 0 {
+				item = ", "
+			}
+			item += quoted(rule.Name)
+			p.items = append(p.items, item+";r=")
+			p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
 		}
-		item += quoted(rule.Name)
-		p.items = append(p.items, item+";r=")
-		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
 	}
 	return p
+}
+
+// is reports whether the policy is that of a verdict.
+func (p *policy) is(v *throttler.Verdict) bool {
+	if len(p.rules) != v.Parts() {
+		return false
+	}
+	for i, rules := range p.rules {
+		if of := v.Part(i).Rules; &of[0] != &rules[0] || len(of) != len(rules) {
+			return false
+		}
+	}
+	return true
 }
 
 // largest is the largest integer of structured fields.
@@ -104,17 +120,17 @@ type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
 
-// of is the policy of a verdict, which is about one identifier.
+// of is the policy of a verdict that has levels.
 func (p *policies) of(v *throttler.Verdict) *policy {
-	rules, known := v.Part(0).Rules, p.known.Load()
+	known := p.known.Load()
 	if known != nil {
 		for _, k := range *known {
-			if &k.rules[0] == &rules[0] && len(k.rules) == len(rules) {
+			if k.is(v) {
 				return k
 			}
 		}
 	}
-	made := newPolicy(rules)
+	made := newPolicy(v)
 	if !v.Degraded() { // else they may be of this verdict only
 		p.add(known, made)
 	}
