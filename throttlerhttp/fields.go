@@ -1,7 +1,6 @@
 package throttlerhttp
 
 import (
-	"cmp"
 	"fmt"
 	"math/bits"
 	"net/http"
@@ -55,30 +54,18 @@ type said struct {
 
 // say puts the fields of a verdict into the answer to a refused request.
 func (f Fields) say(h http.Header, v *throttler.Verdict, known *policies) {
-	levels := v.Levels()
-	for i := range v.Parts() {
-		rules, s := v.Part(i).Rules, &said{}
-		p, own := known.of(v, rules), levels[:len(rules)]
-		if levels = levels[len(rules):]; i == 0 {
-			s.say(f, h, p, own)
-			continue
-		}
-		if s.tell(f, p, own); s.draft[1] != "" {
-			s.join(h, "")
-		}
-	}
-	if x := f.ofNearest(v.Levels()); x[0] != "" {
-		setX(h, x)
+	if levels := v.Levels(); len(levels) > 0 {
+		new(said).say(f, h, known.of(v), levels)
 	}
 }
 
-// say puts the fields of the levels of one identifier beside those of other limiters, or in their place: a recorder of
+// say puts the fields of levels beside those of other limiters, or in their place: a recorder of
 // another limiter, outside of this one, then finds the smaller ones. It allocates a string for Draft10.
 func (s *said) say(f Fields, h http.Header, p *policy, levels []throttler.Level) {
 	s.tell(f, p, levels)
 	switch have := h["Ratelimit"]; {
 	case s.draft[1] == "":
-	case len(have) == 0 || len(have) == 1 && p.names(have[0]):
+	case !p.twice && (len(have) == 0 || len(have) == 1 && p.names(have[0])):
 		s.setDraft(h)
 	default:
 		s.join(h, "")
@@ -282,41 +269,68 @@ func less(x, y [3]string) bool {
 // refunded are the levels after everything that v took was given back. In a SlidingWindow the next token is then back
 // at the time that is certain, when all are.
 func refunded(v *throttler.Verdict) []throttler.Level {
-	levels, part := v.Levels(), v.Part(0)
-	for i := range levels {
-		l, rule, n := &levels[i], &part.Rules[i], part.Cost(i)
-		l.Remaining = min(l.Limit, l.Remaining+n)
-		switch {
-		case l.Remaining == l.Limit:
-			l.ResetAfter, l.NextAfter = 0, 0
-		case rule.Kind == storage.Continuous:
-			l.ResetAfter = max(l.NextAfter, l.ResetAfter-time.Duration(comesBack(rule, n))*time.Microsecond)
-		case rule.Kind == storage.SlidingWindow && n > 0:
-			l.NextAfter = l.ResetAfter
+	levels := v.Levels()
+	rest := levels
+	for i := range v.Parts() {
+		part := v.Part(i)
+		for j := range part.Rules {
+			giveBack(&rest[j], &part.Rules[j], part.Cost(j))
 		}
+		rest = rest[len(part.Rules):]
 	}
 	return levels
 }
 
-// policy is what is the same in all answers by some rules.
-type policy struct {
-	rules []storage.Rule
-	field string   // RateLimit-Policy
-	items []string // how those of RateLimit begin
+func giveBack(l *throttler.Level, rule *storage.Rule, n int64) {
+	l.Remaining = min(l.Limit, l.Remaining+n)
+	switch {
+	case l.Remaining == l.Limit:
+		l.ResetAfter, l.NextAfter = 0, 0
+	case rule.Kind == storage.Continuous:
+		l.ResetAfter = max(l.NextAfter, l.ResetAfter-time.Duration(comesBack(rule, n))*time.Microsecond)
+	case rule.Kind == storage.SlidingWindow && n > 0:
+		l.NextAfter = l.ResetAfter
+	}
 }
 
-func newPolicy(rules []storage.Rule) *policy {
-	p := &policy{rules: rules}
-	for i := range rules {
-		rule, item := &rules[i], ""
-		if i > 0 {
-			item = separator
+// policy is what is the same in all answers by some rules.
+type policy struct {
+	rules [][]storage.Rule // of each part
+	field string           // RateLimit-Policy
+	items []string         // how those of RateLimit begin
+	twice bool             // a name stands in two parts
+}
+
+func newPolicy(v *throttler.Verdict) *policy {
+	p := &policy{}
+	for i := range v.Parts() {
+		p.rules = append(p.rules, v.Part(i).Rules)
+		for j := range p.rules[i] {
+			rule, item := &p.rules[i][j], ""
+			if len(p.items) > 0 {
+				item = separator
+			}
+			name := quoted(rule.Name)
+			p.twice = p.twice || slices.ContainsFunc(p.items, func(own string) bool { return strings.TrimPrefix(own, separator) == name+";r=" })
+			item += name
+			p.items = append(p.items, item+";r=")
+			p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
 		}
-		item += quoted(rule.Name)
-		p.items = append(p.items, item+";r=")
-		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
 	}
 	return p
+}
+
+// is reports whether the policy is that of a verdict.
+func (p *policy) is(v *throttler.Verdict) bool {
+	if len(p.rules) != v.Parts() {
+		return false
+	}
+	for i, rules := range p.rules {
+		if of := v.Part(i).Rules; &of[0] != &rules[0] || len(of) != len(rules) {
+			return false
+		}
+	}
+	return true
 }
 
 // limits is RateLimit.
@@ -345,14 +359,12 @@ func (p *policy) names(limits string) bool {
 	return true
 }
 
-// next is when one more token may be taken, and never later than a refused call may be made again. A storage may know
-// only when the bucket is full.
+// next is when one more token may be taken, and never later than a refused call may be made again.
 func next(l *throttler.Level) time.Duration {
-	d := cmp.Or(l.NextAfter, l.ResetAfter)
 	if l.RetryAfter > 0 {
-		d = min(d, l.RetryAfter)
+		return min(l.NextAfter, l.RetryAfter)
 	}
-	return d
+	return l.NextAfter
 }
 
 // separator stands between the items of a list.
@@ -371,17 +383,17 @@ type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
 
-// of is the policy of one identifier of a verdict.
-func (p *policies) of(v *throttler.Verdict, rules []storage.Rule) *policy {
+// of is the policy of a verdict that has levels.
+func (p *policies) of(v *throttler.Verdict) *policy {
 	known := p.known.Load()
 	if known != nil {
 		for _, k := range *known {
-			if &k.rules[0] == &rules[0] && len(k.rules) == len(rules) {
+			if k.is(v) {
 				return k
 			}
 		}
 	}
-	made := newPolicy(rules)
+	made := newPolicy(v)
 	if !v.Degraded() { // else they may be of this verdict only
 		p.add(known, made)
 	}

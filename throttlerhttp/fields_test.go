@@ -49,10 +49,8 @@ func TestTIsTheTimeUntilOneMoreToken(t *testing.T) {
 		{storage.Count{Remaining: 3, NextAfter: 1, ResetAfter: 7 * second}, `r=3;t=1`},
 		{storage.Count{Remaining: 3, NextAfter: 8 * second, ResetAfter: 9 * second}, `r=3;t=8`},
 		{storage.Count{Remaining: 3, NextAfter: 8*second + 1, ResetAfter: 9 * second}, `r=3;t=9`},
-		{storage.Count{Remaining: 3, ResetAfter: 9 * second}, `r=3;t=9`},
 		{storage.Count{Remaining: 10}, `r=10`},
 		{storage.Count{Remaining: 0, NextAfter: 1 * second, ResetAfter: 10 * second, RetryAfter: 3 * second}, `r=0;t=1`},
-		{storage.Count{Remaining: 0, ResetAfter: 10 * second, RetryAfter: 3 * second}, `r=0;t=3`},
 	} {
 		h := serve(t, throttler.Config{Storage: counted{allowed: c.count.RetryAfter == 0, counts: []storage.Count{c.count}}},
 			throttlerhttp.Options{Buckets: buckets(throttler.NewBucket(10*time.Second, 10).Named("b"))}, ok)

@@ -3,12 +3,15 @@ package throttlerhttp
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/go-throttler/throttler/storage"
 )
 
 // Key names whom a request counts for, such as "user:42". It returns "" when it does not know, which is for the
@@ -16,8 +19,7 @@ import (
 // 500 and not counted.
 //
 // A nil Key knows nobody. Those of this package may be used by any number of goroutines, and keep nothing
-// between requests. A name of more than 1024 bytes is refused by the throttler, with
-// throttler.ErrInvalidIdentifier.
+// between requests. A name may have any bytes and any length (RouteIdentifier).
 type Key func(*http.Request) string
 
 // of is the name, "" from a nil Key.
@@ -29,8 +31,7 @@ func (k Key) of(r *http.Request) string {
 }
 
 // User is "user:" and the id that is found in the context of the request, where the authentication has put it:
-// "user:42". It is "" when id returns "", as for visitors who are not logged in, or is nil. An id of more than
-// 1019 bytes makes a name that the throttler refuses.
+// "user:42". It is "" when id returns "", as for visitors who are not logged in, or is nil.
 func User(id func(context.Context) string) Key {
 	return func(r *http.Request) string {
 		if id == nil {
@@ -45,23 +46,61 @@ func User(id func(context.Context) string) Key {
 
 // APIKey is "key:" and a hash of the header's value, the first 16 bytes of its SHA-256 in hex: identifiers
 // stand in errors, logs and storages, and an API key is a secret. From the hash of a key that is short or a
-// word it can be found by trying; keys are long and random. It is "" if the header is missing or empty; of
-// several lines the first counts, as for Header.Get.
+// word it can be found by trying; keys are long and random. Spaces around the value do not count. It is "" if the
+// header is missing or empty; of several lines the first counts, as for Header.Get, by which the authentication
+// should read it too: who authenticates by another line is limited by one that clients invent.
+//
+// Authorization and Proxy-Authorization have a scheme, which has no case (RFC 9110, section 11.1), and any spaces
+// after it: "Bearer abc" and "bearer  abc" are one key. Basic credentials are compared as they are decoded. A
+// scheme whose value changes with each request, such as Digest, makes a new key with each.
 //
 // Nothing here checks that the key was ever issued: whoever invents a new one with each request has a new limit
 // with each request, and joining it with Address changes nothing about that. Use APIKey behind the
 // authentication that refuses unknown keys.
 func APIKey(header string) Key {
 	header = http.CanonicalHeaderKey(header)
+	authorization := header == "Authorization" || header == "Proxy-Authorization"
 	return func(r *http.Request) string {
-		lines := r.Header[header]
-		if len(lines) == 0 || lines[0] == "" {
+		value := r.Header.Get(header)
+		if value = strings.Trim(value, " \t"); value == "" {
 			return ""
 		}
 		var room [128]byte // a longer value costs a second allocation
-		sum := sha256.Sum256(append(room[:0], lines[0]...))
+		of := room[:0]
+		if authorization {
+			of = appendCredentials(of, value)
+		} else {
+			of = append(of, value...)
+		}
+		sum := sha256.Sum256(of)
 		return string(hex.AppendEncode(append(room[:0], "key:"...), sum[:16]))
 	}
+}
+
+// appendCredentials appends the value of a field such as Authorization in the one form of all that say the same.
+// What has no scheme stays as it is.
+func appendCredentials(b []byte, value string) []byte {
+	end := strings.IndexAny(value, " \t")
+	if end < 0 {
+		return append(b, value...)
+	}
+	from := len(b)
+	for i := range end {
+		c := value[i]
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		b = append(b, c)
+	}
+	basic := string(b[from:]) == "basic"
+	b, value = append(b, ' '), strings.TrimLeft(value[end:], " \t")
+	if basic {
+		if decoded, err := base64.StdEncoding.AppendDecode(b, []byte(value)); err == nil {
+			decoded[len(b)-1] = ':' // and nothing that could not be decoded is the same
+			return decoded
+		}
+	}
+	return append(b, value...)
 }
 
 // AddressOptions says which proxies Address believes, and what it takes for one client. The zero value believes
@@ -100,9 +139,12 @@ type AddressOptions struct {
 // out, though two interfaces may be two networks: it has a meaning on one machine only, while a storage may be
 // shared by several, and in a header anything could stand there, a new name with each request.
 //
-// The name is "" if RemoteAddr is not an address and a port, since there is nobody to trust then. A server on a
-// unix socket has "@" or "", and some middleware replaces RemoteAddr by an address without a port: there write
-// a Key of your own.
+// RemoteAddr is an address with a port, or without one, as middleware leaves it that reads headers itself, such as
+// RealIP of chi and ProxyHeaders of gorilla. Those believe whoever writes the header, and so does then this key.
+//
+// The name is "" if RemoteAddr is anything else: there is nobody to trust then, and no header is read. That is so
+// for a server on a unix socket, where it is "@", "" or a path, also with Trusted. There use another key, or put
+// First around this one and a Key that answers for all.
 func Address(o *AddressOptions) Key {
 	if o == nil {
 		o = &AddressOptions{}
@@ -131,8 +173,8 @@ type addresses struct {
 }
 
 func (a *addresses) key(r *http.Request) string {
-	addr, port := parseAddress(r.RemoteAddr)
-	if !addr.IsValid() || !port {
+	addr := parseAddress(r.RemoteAddr)
+	if !addr.IsValid() {
 		return ""
 	}
 	if a.trusts(addr) {
@@ -152,7 +194,7 @@ func (a *addresses) walk(addr netip.Addr, lines []string) netip.Addr {
 	for _, line := range slices.Backward(lines) {
 		for more := true; more; {
 			comma := strings.LastIndexByte(line, ',')
-			next, _ := parseAddress(strings.Trim(line[comma+1:], " \t"))
+			next := parseAddress(strings.Trim(line[comma+1:], " \t"))
 			if !next.IsValid() {
 				return addr
 			}
@@ -176,16 +218,16 @@ func (a *addresses) trusts(addr netip.Addr) bool {
 	return false
 }
 
-// parseAddress reads 192.0.2.1, 192.0.2.1:80, 2001:db8::1, [2001:db8::1] or [2001:db8::1]:80, and says whether
-// there was a port. IPv4 in IPv6 becomes IPv4, and a zone is left out before it is parsed, which would
-// allocate. The address of anything else is not valid.
-func parseAddress(s string) (addr netip.Addr, hasPort bool) {
+// parseAddress reads 192.0.2.1, 192.0.2.1:80, 2001:db8::1, [2001:db8::1] or [2001:db8::1]:80. IPv4 in IPv6 becomes
+// IPv4, and a zone is left out before it is parsed, which would allocate. The address of anything else is not
+// valid.
+func parseAddress(s string) netip.Addr {
 	host, port := s, ""
 	bracket := strings.HasPrefix(s, "[")
 	if bracket {
 		end := strings.LastIndexByte(s, ']')
 		if end < 0 {
-			return netip.Addr{}, false
+			return netip.Addr{}
 		}
 		host, port = s[1:end], s[end+1:]
 	} else if colon := strings.IndexByte(s, ':'); colon >= 0 && colon == strings.LastIndexByte(s, ':') {
@@ -193,15 +235,15 @@ func parseAddress(s string) (addr netip.Addr, hasPort bool) {
 	}
 	if port != "" {
 		if _, err := strconv.ParseUint(port[1:], 10, 16); err != nil || port[0] != ':' {
-			return netip.Addr{}, false
+			return netip.Addr{}
 		}
 	}
 	host, zone, zoned := strings.Cut(host, "%")
 	addr, err := netip.ParseAddr(host)
 	if err != nil || addr.Is4() && (bracket || zoned) || zoned && zone == "" {
-		return netip.Addr{}, false
+		return netip.Addr{}
 	}
-	return addr.Unmap(), port != ""
+	return addr.Unmap()
 }
 
 // First is the name by the first key that knows one, and "" if none does, or there are none. First(User(id),
@@ -255,4 +297,31 @@ func appendEscaped(b []byte, name string) []byte {
 		}
 	}
 	return b
+}
+
+// RouteIdentifier is the identifier by which the Throttler knows a key where the buckets of a route limit it, for
+// Peek and Reset: RouteIdentifier("user:42", "POST /login"). The route is the Name of a Route, or its Pattern if it
+// has no Name. Where it is "" the identifier is that of the other buckets, those of Options and of the Throttler.
+//
+// It is the key, and for a route a NUL and the route behind it; different keys and routes never have the same. A
+// hash stands for a key of more than 900 bytes or with a NUL in it, and for a route that is too long for the 1024
+// bytes of an identifier or has a NUL, so that nobody chooses a key that is another one's route.
+func RouteIdentifier(key, route string) string {
+	const longestKey = 900
+	hashed := ""
+	if len(key) > longestKey || strings.IndexByte(key, 0) >= 0 {
+		key, hashed = hexSum(key), "\x00" // after the first NUL: no key that is not hashed has two
+	}
+	if route == "" && hashed == "" {
+		return key
+	}
+	if len(key)+2+len(route) > storage.MaxIdentifier || strings.IndexByte(route, 0) >= 0 || strings.HasPrefix(route, "\x01") {
+		route = "\x01" + hexSum(route)
+	}
+	return key + "\x00" + hashed + route
+}
+
+func hexSum(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return hex.EncodeToString(sum[:])
 }

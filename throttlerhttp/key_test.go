@@ -96,7 +96,11 @@ func TestAddressIsThatOfTheConnection(t *testing.T) {
 		"@":                               "",
 		"/run/web.sock":                   "",
 		":1234":                           "",
-		"192.0.2.1":                       "",
+		"192.0.2.1":                       "ip:192.0.2.1",
+		"2001:db8:1:2:3:4:5:6":            "ip:2001:db8:1:2::/64",
+		"fe80::1%eth0":                    "ip:fe80::/64",
+		"::ffff:192.0.2.1":                "ip:192.0.2.1",
+		"[fe80::1%eth0]":                  "ip:fe80::/64",
 		"192.0.2.1:":                      "",
 		"192.0.2.1:http":                  "",
 		"192.0.2.1:-1":                    "",
@@ -106,10 +110,11 @@ func TestAddressIsThatOfTheConnection(t *testing.T) {
 		"192.0.2:1234":                    "",
 		"192.0.2.01:1234":                 "",
 		"[192.0.2.1]:1234":                "",
-		"2001:db8::1":                     "",
-		"2001:db8::1:1234":                "", // an address as a whole
+		"[192.0.2.1]":                     "",
+		"2001:db8::1":                     "ip:2001:db8::/64",
+		"2001:db8::1:1234":                "ip:2001:db8::/64", // an address as a whole
 		"2001:db8:1:2:3:4:5:6:1234":       "",
-		"[2001:db8::1]":                   "",
+		"[2001:db8::1]":                   "ip:2001:db8::/64",
 		"[2001:db8::1]1234":               "",
 		"[2001:db8::1:1234":               "",
 		"[fe80::1%]:1234":                 "",
@@ -223,7 +228,7 @@ func TestAddressBelievesTrustedProxiesAndNobodyElse(t *testing.T) {
 
 		"a unix socket": {"@", []string{"192.0.2.1"}, ""},
 		"nothing":       {"", []string{"192.0.2.1"}, ""},
-		"no port":       {"10.0.0.1", []string{"192.0.2.1"}, ""},
+		"no port":       {"10.0.0.1", []string{"192.0.2.1"}, "192.0.2.1"},
 	} {
 		want := c.want
 		if want != "" {
@@ -342,32 +347,41 @@ func TestAKeyAllocatesNothingButItsName(t *testing.T) {
 
 // believed is Address said in another way: all entries in a row, nearest first.
 func believed(remote string, lines []string, trusted []netip.Prefix) netip.Addr {
-	port, err := netip.ParseAddrPort(remote)
-	if err != nil {
-		return netip.Addr{}
-	}
-	row := strings.Split(strings.Join(lines, ","), ",")
+	row := append(strings.Split(strings.Join(lines, ","), ","), remote)
 	slices.Reverse(row)
-	at := port.Addr().WithZone("").Unmap()
-	for _, entry := range row {
-		if !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(at) }) {
-			break
-		}
-		entry = strings.Trim(entry, " \t")
-		next, err := netip.ParseAddr(entry)
-		if port, portErr := netip.ParseAddrPort(entry); portErr == nil {
-			next, err = port.Addr(), nil
-		} else if bare, ok := strings.CutSuffix(strings.TrimPrefix(entry, "["), "]"); ok && err != nil && entry[0] == '[' {
-			if next, err = netip.ParseAddr(bare); next.Is4() {
+	var at netip.Addr
+	for i, entry := range row {
+		if i > 0 {
+			if !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(at) }) {
 				break
 			}
+			entry = strings.Trim(entry, " \t")
 		}
-		if err != nil {
+		next := entryOf(entry)
+		if !next.IsValid() {
 			break
 		}
 		at = next.WithZone("").Unmap()
 	}
 	return at
+}
+
+// entryOf is the address of an entry, with a port or without.
+func entryOf(entry string) netip.Addr {
+	if port, err := netip.ParseAddrPort(entry); err == nil {
+		return port.Addr()
+	}
+	bare, ok := strings.CutSuffix(entry, "]")
+	if ok {
+		if bare, ok = strings.CutPrefix(bare, "["); !ok {
+			return netip.Addr{}
+		}
+	}
+	addr, err := netip.ParseAddr(bare)
+	if err != nil || ok && addr.Is4() {
+		return netip.Addr{}
+	}
+	return addr
 }
 
 // FuzzAddress: without Trusted only RemoteAddr matters; with it the answer is that of a second implementation,

@@ -45,7 +45,10 @@ func (r *recorder) self() *recorder { return r }
 // asked says that the middleware is outside of itself, and has counted this request for the same key there.
 func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
-		if outer.l == l && outer.id != "" && outer.id == l.key(r) {
+		if outer.l != l || outer.id == "" {
+			continue
+		}
+		if key := l.key(r); key != "" && outer.id == l.identifier(key) {
 			return true
 		}
 	}

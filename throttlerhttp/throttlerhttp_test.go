@@ -417,7 +417,7 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 
 func TestTheRouteIsTheOneThatAServeMuxWouldChoose(t *testing.T) {
 	t.Parallel()
-	patterns := []string{"/", "/api/", "GET /api/data", "/api/data", "POST /api/data", "HEAD /api/head", "GET /api/head", "GET  /api/spaces",
+	patterns := []string{"/", "/api/", "GET /api/data", "/api/data", "POST /api/data", "HEAD /api/head", "GET /api/head", "GET /api/spaces",
 		"/api/users/{id}", "GET /api/users/me", "GET /api/users/{id}", "GET /api/dir/", "GET /api/a%20b", "CONNECT /api/tunnel", "/end/{$}"}
 	for _, more := range [][]string{nil, {"example.com/api/data", "GET example.com/api/users/me"}, {"GET /a /b", "GET\texample.com/a /b"}} {
 		mux, routes := http.NewServeMux(), []throttlerhttp.Route(nil)

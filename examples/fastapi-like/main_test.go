@@ -326,7 +326,7 @@ func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing
 	line := parse(t, log.String())
 	require.Equal(t, "ERROR", line["level"])
 	require.EqualValues(t, 503, line["status"])
-	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{32}: connection refused$", line["error"])
+	require.Regexp(t, "^throttler: storage unavailable: key:[0-9a-f]{32}\x00/: connection refused$", line["error"])
 }
 
 func TestTwoProcessesShareOneLimit(t *testing.T) {

@@ -4,6 +4,7 @@ package adapters_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -19,6 +20,7 @@ import (
 	adaptorv2 "github.com/gofiber/fiber/v2/middleware/adaptor"
 	"github.com/gofiber/fiber/v3"
 	"github.com/gofiber/fiber/v3/middleware/adaptor"
+	"github.com/gorilla/mux"
 	"github.com/labstack/echo/v4"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -52,6 +54,76 @@ func echoErrors(next echo.HandlerFunc) echo.HandlerFunc {
 			c.Error(err)
 		}
 		return nil
+	}
+}
+
+// fiberLimit limits the handlers that are used after it.
+func fiberLimit(limit func(http.Handler) http.Handler) fiber.Handler {
+	return func(c fiber.Ctx) error {
+		r, err := adaptor.ConvertRequest(c, true)
+		if err != nil {
+			return err
+		}
+		r.Header = http.Header{}
+		for name, value := range c.Request().Header.All() {
+			r.Header.Add(string(name), string(value)) // all lines, of which the adaptor keeps the last
+		}
+		admitted, answer := false, httptest.NewRecorder()
+		limit(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			admitted = true
+			err = c.Next()
+			status := c.Response().StatusCode()
+			if failed := (*fiber.Error)(nil); errors.As(err, &failed) {
+				status = failed.Code
+			} else if err != nil {
+				status = http.StatusInternalServerError
+			}
+			w.WriteHeader(status) // tells RefundIf, and changes nothing
+		})).ServeHTTP(answer, r.WithContext(c.RequestCtx()))
+		for name, values := range answer.Header() {
+			for _, value := range values {
+				c.Response().Header.Add(name, value)
+			}
+		}
+		if admitted {
+			return err
+		}
+		return c.Status(answer.Code).Send(answer.Body.Bytes())
+	}
+}
+
+// fiber2Limit is fiberLimit for fiber 2.
+func fiber2Limit(limit func(http.Handler) http.Handler) fiberv2.Handler {
+	return func(c *fiberv2.Ctx) error {
+		r, err := adaptorv2.ConvertRequest(c, true)
+		if err != nil {
+			return err
+		}
+		r.Header = http.Header{}
+		for name, value := range c.Request().Header.All() {
+			r.Header.Add(string(name), string(value))
+		}
+		admitted, answer := false, httptest.NewRecorder()
+		limit(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			admitted = true
+			err = c.Next()
+			status := c.Response().StatusCode()
+			if failed := (*fiberv2.Error)(nil); errors.As(err, &failed) {
+				status = failed.Code
+			} else if err != nil {
+				status = http.StatusInternalServerError
+			}
+			w.WriteHeader(status)
+		})).ServeHTTP(answer, r.WithContext(c.Context()))
+		for name, values := range answer.Header() {
+			for _, value := range values {
+				c.Response().Header.Add(name, value)
+			}
+		}
+		if admitted {
+			return err
+		}
+		return c.Status(answer.Code).Send(answer.Body.Bytes())
 	}
 }
 
@@ -97,9 +169,25 @@ func onGinWithoutBody(limit middleware, served func() int) client {
 	return recorded(g)
 }
 
+func onGorilla(limit middleware, served func() int) client {
+	r := mux.NewRouter()
+	r.Use(limit)
+	r.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(served()) })
+	return recorded(r)
+}
+
+func onFiberThatFails(limit middleware, served func() int) client {
+	app := fiber.New()
+	app.Use(fiberLimit(limit))
+	app.Get("/", func(fiber.Ctx) error { return fiber.NewError(served()) })
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })
+	}
+}
+
 func onFiber(limit middleware, served func() int) client {
 	app := fiber.New()
-	app.Use(adaptor.HTTPMiddleware(limit))
+	app.Use(fiberLimit(limit))
 	app.Get("/", func(c fiber.Ctx) error { return c.SendStatus(served()) })
 	return func(r *http.Request) *httptest.ResponseRecorder {
 		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })
@@ -108,7 +196,7 @@ func onFiber(limit middleware, served func() int) client {
 
 func onFiber2(limit middleware, served func() int) client {
 	app := fiberv2.New()
-	app.Use(adaptorv2.HTTPMiddleware(limit))
+	app.Use(fiber2Limit(limit))
 	app.Get("/", func(c *fiberv2.Ctx) error { return c.SendStatus(served()) })
 	return func(r *http.Request) *httptest.ResponseRecorder {
 		return copied(func() (*http.Response, error) { return app.Test(r, -1) })
@@ -150,8 +238,10 @@ var routers = []struct {
 	{"echo that answers errors at once", onEchoThatAnswersErrorsAtOnce, true},
 	{"gin", onGin, true},
 	{"gin without a body", onGinWithoutBody, true},
-	{"fiber", onFiber, false},
-	{"fiber 2", onFiber2, false},
+	{"gorilla", onGorilla, true},
+	{"fiber", onFiber, true},
+	{"fiber with an error", onFiberThatFails, true},
+	{"fiber 2", onFiber2, true},
 }
 
 func init() { gin.SetMode(gin.ReleaseMode) }
@@ -277,7 +367,7 @@ func TestUserReadsTheContextOfTheRequest(t *testing.T) {
 	app.Use(func(c fiber.Ctx) error {
 		c.Locals(userKey{}, "42")
 		return c.Next()
-	}, adaptor.HTTPMiddleware(limit))
+	}, fiberLimit(limit))
 	app.Get("/", adaptor.HTTPHandlerFunc(ok))
 	assert.Equal(t, 429, get(func(r *http.Request) *httptest.ResponseRecorder {
 		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })

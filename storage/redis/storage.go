@@ -39,14 +39,18 @@ const (
 type Options struct {
 	// Prefix is what all keys begin with, by default DefaultPrefix. After it come the throttler's
 	// Config.Name, a colon and the identifier. If that has a brace, {} is put before it, so that users
-	// cannot choose the slots of their keys. Of two prefixes in one Redis neither may begin with the other.
+	// cannot choose the slots of their keys. If it has a NUL, such as those of the routes of throttlerhttp, a tag is,
+	// which puts it into the slot of what stands before the NUL. A Prefix with a tag in braces decides the slot of
+	// all; one whose braces are empty or not closed has no such tag, and ConsumeAll finds it in two slots. Of two
+	// prefixes in one Redis neither may begin with the other.
 	Prefix string
 
 	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout.
 	Timeout time.Duration
 
 	// HashTag returns the part of an identifier that decides its slot in a cluster, for example its
-	// tenant. ConsumeAll needs it there: it takes identifiers of one slot only. The tag
+	// tenant. ConsumeAll needs it there: it takes identifiers of one slot only. Of one with a NUL it is given what
+	// stands before that. The tag
 	// stands in braces after the prefix, so all processes must use the same function, and one that
 	// changes makes other keys. It must be safe for concurrent use.
 	HashTag func(identifier string) string
@@ -296,14 +300,20 @@ func (s *Storage) usable(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// key is where an identifier is kept.
+// key is where an identifier is kept. One with a NUL is in the slot of what stands before it, so that the
+// identifiers of a key on its routes can be consumed together.
 func (s *Storage) key(name, id string) string {
-	prefix, mark := s.options.Prefix, ":"
+	before, _, cut := strings.Cut(id, "\x00")
+	prefix, tag, mark := s.options.Prefix, "", ":"
+	if s.options.HashTag != nil {
+		tag = s.options.HashTag(before)
+		prefix += "{" + strings.ReplaceAll(tag, "}", ")") + "}"
+	}
+	if cut && tag == "" {
+		return s.options.Prefix + name + ":{" + tagOf(slot(s.key(name, before))) + "}" + id
+	}
 	if strings.Contains(id, "{") {
 		mark = ":{}" // an empty tag: the whole key decides the slot
-	}
-	if s.options.HashTag != nil {
-		prefix += "{" + strings.ReplaceAll(s.options.HashTag(id), "}", ")") + "}"
 	}
 	return prefix + name + mark + id
 }
