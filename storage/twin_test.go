@@ -3,7 +3,6 @@ package storage_test
 import (
 	"math/big"
 	"slices"
-	"sort"
 
 	"github.com/go-throttler/throttler/storage"
 )
@@ -153,7 +152,15 @@ func (w twin) first(now, room int64) int64 {
 			panic("never comes back")
 		}
 	}
-	return now + int64(sort.Search(int(step), func(i int) bool { return fits(now + int64(i)) }))
+	low, high := now, now+step // it does not fit at low, it does at high
+	for high-low > 1 {
+		if middle := low + (high-low)/2; fits(middle) {
+			high = middle
+		} else {
+			low = middle
+		}
+	}
+	return high
 }
 
 // take is an admission.
