@@ -97,6 +97,8 @@ type Storage struct {
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots
 
+	refused atomic.Pointer[refusal] // what a probe has found
+
 	mu       sync.RWMutex // guards what follows
 	learning *learning
 	queues   map[string]*queue // by the address of the server, "" when there is no cluster
