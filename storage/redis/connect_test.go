@@ -1,9 +1,9 @@
 package redis_test
 
 import (
+	"errors"
 	"io"
 	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,15 +20,20 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// assertRefused asks in vain, in time, and is told why.
+// assertRefused asks in vain, in time, and is told why: by one call in three, as a machine under load may be late to
+// find out.
 func assertRefused(t *testing.T, s *redisstore.Storage) {
 	t.Helper()
-	took := asktest.Timed(1, func() {
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	var err error
+	for range 3 {
+		took := asktest.Timed(1, func() { _, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a")) })
+		assert.Less(t, took[0], prompt.Timeout+time.Second)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
-		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
-	})
-	assert.Less(t, took[0], prompt.Timeout+time.Second)
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return
+		}
+	}
+	assert.ErrorIs(t, err, syscall.ECONNREFUSED)
 }
 
 func TestARefusedConnectionIsTheCauseForAnyClient(t *testing.T) {
@@ -57,13 +62,6 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })
 	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Kill())
-	asktest.Recovery(t, 10*time.Second, func() error { // what the first call hears may be the end of its connection
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
-		if !assert.ErrorIs(t, err, storage.ErrUnavailable) || strings.Contains(err.Error(), "refused") {
-			return nil
-		}
-		return err
-	})
 	assertRefused(t, s)
 }
 
