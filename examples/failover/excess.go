@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"math"
 	"slices"
 	"time"
@@ -45,10 +46,10 @@ func span(calls []call) time.Duration {
 		return 0
 	}
 	sorted := byEnd(calls)
-	first := slices.MinFunc(calls, func(a, b call) int { return int(a.began - b.began) })
+	first := slices.MinFunc(calls, func(a, b call) int { return cmp.Compare(a.began, b.began) })
 	return sorted[len(sorted)-1].ended - first.began
 }
 
 func byEnd(calls []call) []call {
-	return slices.SortedFunc(slices.Values(calls), func(a, b call) int { return int(a.ended - b.ended) })
+	return slices.SortedFunc(slices.Values(calls), func(a, b call) int { return cmp.Compare(a.ended, b.ended) })
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -39,7 +40,7 @@ func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Log
 }
 
 func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func() error, error) {
-	pool, err := pgxpool.New(ctx, url)
+	pool, err := newPool(ctx, url)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -52,6 +53,21 @@ func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func() err
 		defer pool.Close()
 		return s.Close()
 	}, nil
+}
+
+// newPool tells nothing of a URL that pgx cannot read. The errors of pgx quote it, and hide only what certainly is
+// a password. One with an @ that is not encoded has its rest in the host or in the name of the database.
+func newPool(ctx context.Context, url string) (*pgxpool.Pool, error) {
+	_, rest, _ := strings.Cut(url, "://")
+	_, path, _ := strings.Cut(rest, "/")
+	if strings.Count(rest, "@") > 1 || strings.Contains(path, "@") {
+		return nil, errors.New("-postgres-url has an @ that must be written as %40, or a / before it as %2F")
+	}
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		return nil, errors.New("-postgres-url cannot be read, must be like postgres://user:password@localhost:5432/database, or like host=localhost user=user password='password'")
+	}
+	return pool, nil
 }
 
 // openFailover does not ask Redis for anything: it may be down. Postgres may not, as its table is made here.

@@ -1,6 +1,7 @@
 package failover_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -299,7 +300,7 @@ func (w *world) check() {
 	rule := &w.rules[0]
 	period := time.Duration(rule.Period) * time.Microsecond
 	for id, all := range w.admitted {
-		slices.SortFunc(all, func(a, b admission) int { return int(a.at - b.at) })
+		slices.SortFunc(all, func(a, b admission) int { return cmp.Compare(a.at, b.at) })
 		e := burst(all, 2*(max(interval, w.lag)+4*trip)) + w.lost
 		for _, by := range w.steps { // what came back too early
 			e += min(rule.Capacity, int64(by.Abs()*time.Duration(rule.Capacity)/period)+1)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	goredis "github.com/redis/go-redis/v9"
@@ -165,8 +166,12 @@ func (s *Storage) learn(l *learning, key string) {
 		s.mu.Unlock()
 		close(l.done)
 	}()
+	s.refused.Store(nil)
+	defer s.probeLater(time.Minute, s.cluster.Options().Addrs...)() // for all calls that wait for this
 	if _, err := s.cluster.MasterForKey(context.Background(), key); err != nil {
 		l.err = s.unavailable(err)
+	} else {
+		s.refused.Store(nil)
 	}
 }
 
@@ -197,7 +202,7 @@ func (s *Storage) queue(address string) (*queue, error) {
 	}
 	s.begun = true
 	if s.queues[address] == nil {
-		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.fly)
+		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.flyTo(address))
 	}
 	return s.queues[address], nil
 }
@@ -308,13 +313,20 @@ func (s *Storage) send(ctx context.Context, groups []*group) {
 }
 
 // unavailable wraps the error of a round trip. The context of a flight is not the caller's, and must not
-// look like it.
+// look like it. A server that does not know AUTH repeats what it was sent, with the password.
 func (s *Storage) unavailable(err error) error {
+	if text, _, echoed := strings.Cut(err.Error(), ", with args beginning with"); echoed {
+		err = errors.New(text)
+	}
 	switch {
 	case goredis.HasErrorPrefix(err, "CROSSSLOT"):
 		return fmt.Errorf("%w: %w", ErrCrossSlot, err)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, combine.ErrTimeout):
-		return fmt.Errorf("%w: no answer from Redis within %v", storage.ErrUnavailable, s.options.Timeout)
+		err = fmt.Errorf("%w: no answer from Redis within %v", storage.ErrUnavailable, s.options.Timeout)
+		if r := s.refused.Load(); r != nil && time.Now().Before(r.until) {
+			err = fmt.Errorf("%w: %w", err, r.err)
+		}
+		return err
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }

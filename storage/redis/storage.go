@@ -101,6 +101,8 @@ type Storage struct {
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots
 
+	refused atomic.Pointer[refusal] // what a probe has found
+
 	mu       sync.RWMutex // guards what follows
 	learning *learning
 	queues   map[string]*queue // by the address of the server, "" when there is no cluster
@@ -115,8 +117,8 @@ var _ storage.Replica = (*Storage)(nil)
 //
 // The client's DialerRetries should be 1, so that a refused connection is an error at once, and its
 // timeouts at most Options.Timeout: calls return in time whatever they are, but a connection that is
-// stuck is of no use until they have passed. Open sets them. MaxRetries does not matter: the scripts are
-// never retried.
+// stuck is of no use until they have passed. Its ConnMaxIdleTime should be a few minutes, as what is between
+// may forget an idle connection. Open sets them. MaxRetries does not matter: the scripts are never retried.
 func New(client goredis.UniversalClient, o *Options) *Storage {
 	s := &Storage{client: client, decider: decideScript, queues: make(map[string]*queue)}
 	if o != nil {
@@ -151,8 +153,8 @@ func New(client goredis.UniversalClient, o *Options) *Storage {
 //	redis://sentinel1:26379?addr=sentinel2:26379&master_name=main a server that sentinels watch
 //
 // The last has the login of the sentinels, and that of the server in the parameters username and password.
-// Timeouts that it does not give are Options.Timeout. Unless it has min_idle_conns, nothing is sent before
-// the first call.
+// Timeouts that it does not give are Options.Timeout, and conn_max_idle_time is 3 minutes. Unless it has
+// min_idle_conns, nothing is sent before the first call. The error of a wrong url tells nothing of a password.
 func Open(url string, o *Options) (*Storage, error) {
 	timeout := DefaultTimeout
 	if o != nil && o.Timeout != 0 {
