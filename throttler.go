@@ -409,6 +409,7 @@ func noSuchBucket(bucket, id string) error {
 }
 
 func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
+	t.tidy()
 	if err := storage.ValidateIdentifier(id); err != nil {
 		return err
 	}
@@ -420,6 +421,15 @@ func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
 		return nil
 	}
 	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
+}
+
+// tidy is for calls that do not tell the runtime storage the time, by which it forgets who is full.
+func (t *Throttler) tidy() {
+	var now int64
+	var clocked bool
+	if t.memory != nil && t.now(&now, &clocked) == nil {
+		t.memory.Tidy(t.name, clocked, now)
+	}
 }
 
 // ask has the storage decide, in place of a zero Verdict, and observes.
@@ -559,6 +569,7 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 	if err == nil {
 		err = t.storage.Reset(ctx, t.name, id)
 	}
+	t.tidy()
 	if t.observe != nil {
 		t.observe(ctx, Event{Op: OpReset, Identifier: id, Err: err, Duration: time.Since(start)})
 	}

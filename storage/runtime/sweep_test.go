@@ -1,0 +1,403 @@
+package runtime_test
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/benbjohnson/clock"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
+)
+
+var once = throttler.NewBucket(time.Minute, 1)
+
+// flood makes n identifiers.
+func flood(t *testing.T, th *throttler.Throttler, prefix string, n int) {
+	t.Helper()
+	for i := range n {
+		require.True(t, consume(t, th, fmt.Sprint(prefix, i)))
+	}
+}
+
+// named returns a Throttler of this name by the storage's own clock.
+func named(t *testing.T, s *memstore.Storage, name string, b ...throttler.Bucket) *throttler.Throttler {
+	t.Helper()
+	th, err := throttler.New(throttler.Config{Name: name, Storage: s, Buckets: b})
+	require.NoError(t, err)
+	return th
+}
+
+func TestAFloodIsForgottenWhileOneIdentifierGoesOn(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	th, mock := clocked(t, s, once)
+	const n = 500_000
+	flood(t, th, "flood-", n)
+	require.Equal(t, n, s.Len())
+	mock.Add(time.Minute)
+	before := s.Visited()
+	for range n {
+		consume(t, th, "hot")
+	}
+	assert.LessOrEqual(t, s.Len(), 10, "all but one are full")
+	assert.LessOrEqual(t, s.Room(), 256*64, "their memory went with them")
+	assert.LessOrEqual(t, s.Slots(), 256*8)
+	assert.LessOrEqual(t, s.Visited()-before, 2*n, "and hardly one was looked at twice")
+}
+
+func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
+	t.Parallel()
+	ctx, gone := t.Context(), cancelled(t)
+	large, log := throttler.Using(throttler.NewBucket(time.Minute, 1<<40)), throttler.Using(throttler.NewBucket(time.Minute, 20).SlidingLog())
+	rules := []storage.Rule{rule(t, time.Minute)}
+	type calls func(th *throttler.Throttler, s *memstore.Storage, i int) error
+	for _, test := range []struct {
+		name string
+		call calls
+		want error
+	}{
+		{"admitted", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Consume("hot", large)
+			return err
+		}, nil},
+		{"denied", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Consume("hot")
+			return err
+		}, nil},
+		{"of a log", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Consume("log", log)
+			return err
+		}, nil},
+		{"cost 0", func(th *throttler.Throttler, _ *memstore.Storage, i int) error {
+			_, err := th.Consume(fmt.Sprint(i), throttler.Cost(0))
+			return err
+		}, nil},
+		{"peek", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Peek(ctx, "hot")
+			return err
+		}, nil},
+		{"peek at a new one", func(th *throttler.Throttler, _ *memstore.Storage, i int) error {
+			_, err := th.Peek(ctx, fmt.Sprint(i))
+			return err
+		}, nil},
+		{"several", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.ConsumeAll(ctx, throttler.For("hot"), throttler.For("warm"))
+			return err
+		}, nil},
+		{"charge", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error { return th.Charge(ctx, "hot") }, nil},
+		{"refund", func(_ *throttler.Throttler, s *memstore.Storage, _ int) error {
+			return s.Charge(ctx, storage.Charge{Clocked: true, Now: time.Minute.Microseconds(), Identifier: "hot", Rules: rules, Amounts: []storage.Amount{{N: -1}}})
+		}, nil},
+		{"reset", func(th *throttler.Throttler, _ *memstore.Storage, i int) error { return th.Reset(ctx, fmt.Sprint(i)) }, nil},
+		{"unknown", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Consume("hot", throttler.Using())
+			return err
+		}, throttler.ErrUnknownIdentifier},
+		{"impossible", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.Consume("hot", throttler.Cost(2))
+			return err
+		}, throttler.ErrCostExceedsCapacity},
+		{"cancelled", func(th *throttler.Throttler, _ *memstore.Storage, _ int) error {
+			_, err := th.ConsumeContext(gone, "hot")
+			return err
+		}, context.Canceled},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := memstore.New(nil)
+			th, mock := clocked(t, s, once)
+			const n = 5000
+			flood(t, th, "flood-", n)
+			mock.Add(time.Minute)
+			for i := range n {
+				before := s.Visited()
+				require.ErrorIs(t, test.call(th, s, i), test.want)
+				require.LessOrEqual(t, s.Visited()-before, 64)
+			}
+			assert.LessOrEqual(t, s.Len(), n/50)
+		})
+	}
+}
+
+func cancelled(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
+}
+
+func rule(t *testing.T, period time.Duration) storage.Rule {
+	r, faults := storage.NewRule("1/"+period.String(), storage.Replenish, period, 1, 0)
+	require.Empty(t, faults)
+	return r
+}
+
+func TestALiveIdentifierStaysAndFewOthersDo(t *testing.T) {
+	t.Parallel()
+	for _, n := range []struct{ live, dead int }{{0, 300}, {0, 5000}, {100_000, 5000}, {100_000, 10_000}, {100_000, 20_000}, {50_000, 25_000}, {1000, 1000}, {20_000, 60_000}} {
+		t.Run(fmt.Sprintf("%d of %d", n.dead, n.live+n.dead), func(t *testing.T) {
+			t.Parallel()
+			s := memstore.New(nil)
+			th, mock := clocked(t, s, once)
+			hour := throttler.Using(throttler.NewBucket(time.Hour, 1))
+			for i := range n.live + n.dead { // in turns
+				if i*n.dead/(n.live+n.dead) == (i+1)*n.dead/(n.live+n.dead) {
+					require.True(t, consume(t, th, fmt.Sprint("live-", i), hour))
+				} else {
+					require.True(t, consume(t, th, fmt.Sprint("dead-", i)))
+				}
+			}
+			mock.Add(time.Minute)
+			for i := range n.dead {
+				_, err := th.Peek(t.Context(), fmt.Sprint("other-", i))
+				require.NoError(t, err)
+			}
+			t.Log(s.Len()-n.live, "left")
+			assert.LessOrEqual(t, s.Len(), n.live+n.live/20+n.dead/50)
+			for i := range n.live + n.dead {
+				if i*n.dead/(n.live+n.dead) == (i+1)*n.dead/(n.live+n.dead) {
+					require.False(t, consume(t, th, fmt.Sprint("live-", i), hour))
+				}
+			}
+		})
+	}
+}
+
+func TestNoPatternOfCallsKeepsANameFromBeingSwept(t *testing.T) {
+	t.Parallel()
+	for _, of := range []int{2, 8, 32} { // one call of so many is by the name whose identifiers are full
+		t.Run(fmt.Sprint(of), func(t *testing.T) {
+			t.Parallel()
+			s := memstore.New(nil)
+			th, mock := clocked(t, s, once)
+			other, err := throttler.New(throttler.Config{Name: "other", Storage: s, Clock: clock.NewMock(), Buckets: []throttler.Bucket{once}})
+			require.NoError(t, err)
+			const n = 2000
+			flood(t, th, "flood-", n)
+			flood(t, other, "flood-", n)
+			mock.Add(time.Minute)
+			for i := range n * of {
+				if i%of == 0 {
+					consume(t, th, "hot")
+				} else {
+					consume(t, other, "hot")
+				}
+			}
+			assert.LessOrEqual(t, s.Len(), n+n/20)
+			for i := range n {
+				require.False(t, consume(t, other, fmt.Sprint("flood-", i)), "its clock stands")
+			}
+		})
+	}
+}
+
+func TestCallsByAnInjectedClockSweepThoseByNoneToo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := memstore.New(nil)
+		th, mock := clocked(t, s, once)
+		const n = 2000
+		flood(t, th, "flood-", n)
+		flood(t, named(t, s, "real", once), "flood-", n)
+		time.Sleep(time.Minute) // of the bubble
+		for range n {
+			consume(t, th, "hot")
+		}
+		assert.LessOrEqual(t, s.Len(), n+n/20)
+		assert.GreaterOrEqual(t, s.Len(), n, "the mock clock stands")
+		mock.Add(time.Minute)
+		for range n {
+			consume(t, th, "hot")
+			consume(t, named(t, s, "real", once), "hot")
+		}
+		assert.LessOrEqual(t, s.Len(), n/20)
+	})
+}
+
+func TestATimeThatIsNoneRemovesNothing(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	rules := []storage.Rule{rule(t, time.Minute)}
+	for i := range 1000 {
+		_, err := s.Decide(t.Context(), storage.Request{Clocked: true, Part: storage.NewPart(fmt.Sprint(i), rules, 1)})
+		require.NoError(t, err)
+	}
+	for _, now := range []int64{-1, math.MinInt64, math.MaxInt64, 1 << 53} {
+		for range 1000 {
+			_, err := s.Decide(t.Context(), storage.Request{Clocked: true, Now: now, Part: storage.NewPart("hot", rules, 1)})
+			require.ErrorIs(t, err, storage.ErrInvalidClock)
+		}
+	}
+	assert.Equal(t, 1000, s.Len())
+}
+
+func TestAFloodAtMaxIdentifiersIsForgottenToo(t *testing.T) {
+	t.Parallel()
+	const n = 5000
+	s := memstore.New(&memstore.Options{MaxIdentifiers: n})
+	th, mock := clocked(t, s, once)
+	flood(t, th, "flood-", n)
+	_, err := th.Consume("more")
+	require.ErrorIs(t, err, throttler.ErrUnavailable)
+	mock.Add(time.Minute)
+	for i := range n * 9 / 10 {
+		before := s.Visited()
+		require.True(t, consume(t, th, fmt.Sprint("next-", i)), "there is room")
+		require.LessOrEqual(t, s.Visited()-before, 64)
+	}
+	mock.Add(time.Minute)
+	for range n {
+		consume(t, th, "hot")
+	}
+	assert.LessOrEqual(t, s.Len(), n/50)
+}
+
+func TestCallsOfManyIdentifiersAreSweptAsFastAsTheyMakeThem(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	th, mock := clocked(t, s, once)
+	const calls, each = 2000, 20
+	for i := range calls {
+		var parts []throttler.Part
+		for j := range each {
+			parts = append(parts, throttler.For(fmt.Sprint(i, "-", j)))
+		}
+		before := s.Visited()
+		v, err := th.ConsumeAll(t.Context(), parts...)
+		require.NoError(t, err)
+		require.True(t, v.Allowed)
+		require.LessOrEqual(t, s.Visited()-before, 64)
+		mock.Add(time.Minute)
+	}
+	assert.LessOrEqual(t, s.Len(), calls*each/10)
+}
+
+func TestConcurrentFloodsAreForgottenAndNoLiveIdentifierIs(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	const names, n = 4, 5000
+	var ths [names]*throttler.Throttler
+	var mocks [names]*clock.Mock
+	for i := range ths {
+		mocks[i] = clock.NewMock()
+		var err error
+		ths[i], err = throttler.New(throttler.Config{Name: fmt.Sprint(i), Storage: s, Clock: mocks[i], Buckets: []throttler.Bucket{once}})
+		require.NoError(t, err)
+	}
+	hour := throttler.Using(throttler.NewBucket(time.Hour, 1))
+	var wait sync.WaitGroup
+	for i, th := range ths {
+		wait.Go(func() {
+			for j := range n {
+				v, err := th.Consume(fmt.Sprint("live-", j), hour)
+				assert.True(t, v.Allowed && err == nil)
+				v, err = th.Consume(fmt.Sprint("flood-", j))
+				assert.True(t, v.Allowed && err == nil)
+			}
+			mocks[i].Add(time.Minute)
+			for j := range n {
+				v, err := th.Consume(fmt.Sprint("live-", j), hour)
+				assert.True(t, !v.Allowed && err == nil, "it is live")
+			}
+		})
+		wait.Go(func() {
+			for range 10 {
+				_, err := s.Sweep(t.Context())
+				assert.NoError(t, err)
+			}
+		})
+	}
+	wait.Wait()
+	for range n { // the slowest had nobody to sweep for it while the others went on
+		for _, th := range ths {
+			consume(t, th, "live-0", hour)
+		}
+	}
+	assert.GreaterOrEqual(t, s.Len(), names*n)
+	assert.LessOrEqual(t, s.Len(), names*n+names*n/20)
+}
+
+func TestBucketsOfEachIdentifiersOwnAreForgottenWithIt(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	th, mock := clocked(t, s, once)
+	const n = 5000
+	for i := range n {
+		require.True(t, consume(t, th, fmt.Sprint(i), throttler.Using(throttler.NewBucket(time.Minute, 1).Named(fmt.Sprint(i)))))
+	}
+	require.Equal(t, n, s.Layouts())
+	mock.Add(time.Minute)
+	for range n {
+		consume(t, th, "hot")
+	}
+	assert.LessOrEqual(t, s.Layouts(), n/50)
+}
+
+func TestSweepRemovesFullIdentifiersAndNoOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := memstore.New(nil)
+		th := named(t, s, "", once)
+		mocked, mock := clocked(t, s, once)
+		const n = 50_000
+		flood(t, th, "minute-", n)
+		for i := range n {
+			require.True(t, consume(t, th, fmt.Sprint("hour-", i), throttler.Using(throttler.NewBucket(time.Hour, 1))))
+		}
+		flood(t, mocked, "mocked-", n)
+		mock.Add(time.Hour)
+		removed, err := s.Sweep(t.Context())
+		require.NoError(t, err)
+		require.Zero(t, removed)
+		time.Sleep(time.Minute) // of the bubble
+		removed, err = s.Sweep(cancelled(t))
+		require.ErrorIs(t, err, context.Canceled)
+		require.Zero(t, removed)
+		removed, err = s.Sweep(t.Context())
+		require.NoError(t, err)
+		assert.Equal(t, int64(n), removed)
+		assert.Equal(t, 2*n, s.Len())
+		time.Sleep(time.Hour)
+		removed, err = s.Sweep(t.Context())
+		require.NoError(t, err)
+		assert.Equal(t, int64(n), removed)
+		assert.Equal(t, n, s.Len(), "those of the mock clock are for the calls by it")
+	})
+}
+
+// A sweep lets go of the lock between pieces, in which others remove and make entries of the same shard.
+func TestSweepMissesNoneThatIsFullWhileOthersComeAndGo(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	th := named(t, s, "", once)
+	short := throttler.Using(throttler.NewBucket(time.Microsecond, 1))
+	const n = 20_000
+	var wait sync.WaitGroup
+	for round := range 5 {
+		for i := range n {
+			_, err := th.Consume(fmt.Sprint("full-", round, "-", i), short)
+			require.NoError(t, err)
+		}
+		for range 2 {
+			wait.Go(func() {
+				for i := range n / 10 {
+					_, err := th.Consume(fmt.Sprint("live-", i))
+					assert.NoError(t, err)
+				}
+			})
+		}
+		_, err := s.Sweep(t.Context())
+		require.NoError(t, err)
+		wait.Wait()
+		require.LessOrEqual(t, s.Len(), n/10)
+	}
+	require.Equal(t, n/10, s.Len())
+}
