@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/go-throttler/throttler/storage"
 )
@@ -70,14 +71,14 @@ func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
 
 // begin locks the call's shards and loads the states of its draws.
 func (s *Storage) begin(c *call) error {
-	for budget := sweepHalf; ; {
+	for searched := false; ; searched = true {
 		c.lock()
 		need := s.locate(c)
 		if need == 0 {
 			break
 		}
 		c.unlock()
-		if !s.findRoom(c, need, &budget) {
+		if searched || !s.findRoom(c, need) {
 			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, c.places[0].id, s.max)
 		}
 	}
@@ -144,23 +145,10 @@ func (s *Storage) locate(c *call) (need int64) {
 	return 0
 }
 
-// findRoom looks for as many identifiers to remove as are needed, beginning where the last search
-// ended, and gives up when the budget of entries to look at is spent.
-func (s *Storage) findRoom(c *call, need int64, budget *int) bool {
-	w := s.sweep(c.name, c.clocked, c.now, *budget, *budget)
-	first := s.hand.Load()
-	for i := range uint32(shards) {
-		if !w.goesOn() || int64(w.removed) >= need {
-			break
-		}
-		sh := &s.shards[(first+i)%shards]
-		sh.mu.Lock()
-		sh.cursor = w.shard(sh, sh.cursor, sh.n)
-		sh.mu.Unlock()
-		s.hand.Store(first + i + 1)
-	}
-	s.live.Add(-int64(w.removed))
-	*budget -= w.looked
+// findRoom looks for identifiers to remove, and reports whether it found as many as are needed.
+func (s *Storage) findRoom(c *call, need int64) bool {
+	w := s.sweep(c.name, c.clocked, c.now, sweepHalf, sweepHalf)
+	s.walk(&w, func(mu *sync.Mutex) bool { mu.Lock(); return true })
 	return int64(w.removed) >= need
 }
 

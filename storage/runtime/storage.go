@@ -26,7 +26,7 @@ const inline = 4
 type Options struct {
 	// MaxIdentifiers is the most identifiers that are held; 0 sets no limit. One more gets
 	// ErrUnavailable unless a short search finds one to remove that is full: none that is not full is
-	// ever evicted. A search begins where the last one that looked at enough of them ended.
+	// ever evicted. A search begins where the last look at any ended.
 	MaxIdentifiers int
 }
 
@@ -39,7 +39,8 @@ type Storage struct {
 	held   [shards / 64]atomic.Uint64 // a bit for each shard that has entries; changed under its lock
 	_      [8]byte                    // what follows changes more often than it is read
 	live   atomic.Int64               // identifiers in all shards, and those about to be
-	hand   atomic.Uint32              // the shard where the next search for room begins
+	hand   atomic.Uint32              // the shard where the next walk begins
+	rich   atomic.Bool                // the last call that swept found some to remove
 }
 
 var _ storage.Storage = (*Storage)(nil)

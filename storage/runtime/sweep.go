@@ -5,20 +5,21 @@ import (
 	"math"
 	"math/bits"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/go-throttler/throttler/storage"
 )
 
 // Whose buckets are all full is removed by the calls of others. About every eighth, whatever it asks and is answered,
-// looks at entries of a shard until it has judged 8 and 16 more for each that it removed, or has looked at 64: where
-// one of ten is of no use, a call looks at six or seven. Of those by an injected clock every second does, as they
-// alone can judge what was spent by it. Which calls and which shards is left to chance, so that no pattern of the
-// calls keeps a shard, or the entries of one clock, from being looked at.
+// looks at entries, from where the last one ended, until it has judged 8 and 16 more for each that it removed, or has
+// looked at 64: where one of ten is of no use, calls look at six or seven each. Of the calls by an injected clock every
+// second does, as they alone can judge what was spent by it. Which calls is left to chance, so that no pattern of them
+// leaves the entries of one clock to the calls by another.
 const (
 	sweepEvery = 8
 	sweepFirst = 8
-	sweepRich  = 32 // in place of the first 8, where the last look found some
+	sweepRich  = 32 // in place of the first 8, where the last call found some
 	sweepMore  = 16
 	sweepMost  = 64
 	sweepHalf  = sweepMost / 2 // of a call that may do so twice
@@ -63,15 +64,11 @@ func (w *sweep) full(e *entry) bool {
 	return e.full(now)
 }
 
-// shard looks at n entries, those before number i first and then from the last one on, and returns the number of the
-// one it ends at. It goes down: the entry that takes the number of a removed one has been looked at, or is new.
-func (w *sweep) shard(sh *shard, i, n int) int {
-	for ; n > 0 && w.goesOn(); n-- {
-		if i == 0 || i > sh.n {
-			i = sh.n
-		}
+// shard looks at the entries before number i, and returns the number of the last one that it looked at. It goes down:
+// the entry that takes the number of a removed one has been looked at, or is new.
+func (w *sweep) shard(sh *shard, i int) int {
+	for i = min(i, sh.n); i > 0 && w.goesOn(); w.looked++ {
 		i--
-		w.looked++
 		sh.visited++
 		if w.full(sh.entry(i)) {
 			sh.remove(i)
@@ -95,19 +92,41 @@ func (sh *shard) due(clocked bool, identifiers int) bool {
 
 // tidy sweeps a little. The caller holds no lock, and it waits for none.
 func (s *Storage) tidy(name string, clocked bool, now int64, most int) {
-	w := s.sweep(name, clocked, now, sweepFirst, most)
-	first := rand.IntN(shards)
-	for i := s.next(first); i < first+shards && w.goesOn(); i = s.next(i + 1) {
-		if sh := &s.shards[i%shards]; sh.mu.TryLock() {
-			had := w.removed
-			if sh.rich {
-				w.first = sweepRich
-			}
-			sh.cursor = w.shard(sh, sh.cursor, sh.n)
-			sh.rich = w.removed > had
-			sh.mu.Unlock()
+	first, rich := sweepFirst, s.rich.Load()
+	if rich {
+		first = sweepRich
+	}
+	w := s.sweep(name, clocked, now, first, most)
+	s.walk(&w, (*sync.Mutex).TryLock)
+	if found := w.removed > 0; found != rich {
+		s.rich.Store(found)
+	}
+}
+
+// walk looks at the shards that have entries, each at most once, from where the last walk ended. It leaves out those
+// that it cannot lock.
+func (s *Storage) walk(w *sweep, lock func(*sync.Mutex) bool) {
+	first := int(s.hand.Load() % shards)
+	i := s.next(first)
+	for end := first + shards; i < end && w.goesOn(); i = s.next(i + 1) {
+		sh := &s.shards[i%shards]
+		if !lock(&sh.mu) {
+			continue
+		}
+		at := sh.cursor
+		if at == 0 {
+			at = sh.n
+		} else if i == first {
+			end++ // to come back for those after the cursor
+		}
+		at = w.shard(sh, at)
+		sh.cursor = at
+		sh.mu.Unlock()
+		if at > 0 {
+			break // the next walk goes on here
 		}
 	}
+	s.hand.Store(uint32(i))
 	if w.removed > 0 {
 		s.live.Add(-int64(w.removed))
 	}
@@ -143,8 +162,7 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 			}
 			sh.mu.Lock()
 			w := s.sweep("", false, storage.Monotonic(), sweepMost, sweepMost)
-			at = min(at, sh.n)
-			at = w.shard(sh, at, at)
+			at = w.shard(sh, at)
 			sh.mu.Unlock()
 			s.live.Add(-int64(w.removed))
 			removed += int64(w.removed)

@@ -33,6 +33,7 @@ type shard struct {
 	visited int  // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
+	_       [8]byte // rounds up to two cache lines on 64 bits
 }
 
 // entry is one identifier.
