@@ -26,7 +26,7 @@ const inline = 4
 type Options struct {
 	// MaxIdentifiers is the most identifiers that are held; 0 sets no limit. One more gets
 	// ErrUnavailable unless a short search finds one to remove that is full: none that is not full is
-	// ever evicted. A search begins where the last look at any ended.
+	// ever evicted. A search goes on after the last one.
 	MaxIdentifiers int
 }
 
@@ -49,7 +49,7 @@ var _ storage.Storage = (*Storage)(nil)
 func New(o *Options) *Storage {
 	s := &Storage{seed: maphash.MakeSeed(), most: sweepMost}
 	for i := range s.shards {
-		s.shards[i].index, s.shards[i].storage = i, s
+		s.shards[i].index, s.shards[i].storage, s.shards[i].turn = i, s, uint32(i)<<24
 	}
 	if o != nil && o.MaxIdentifiers > 0 {
 		s.max, s.most = int64(o.MaxIdentifiers), sweepHalf

@@ -12,10 +12,10 @@ import (
 )
 
 // Whose buckets are all full is removed by the calls of others. About every eighth, whatever it asks and is answered,
-// looks at entries, from where the last one ended, until it has judged 8 and 16 more for each that it removed, or has
-// looked at 64: where one of ten is of no use, calls look at six or seven each. Of the calls by an injected clock every
-// second does, as they alone can judge what was spent by it. Which calls is left to chance, so that no pattern of them
-// leaves the entries of one clock to the calls by another.
+// looks at entries of the next shard until it has judged 8 and 16 more for each that it removed, or has looked at 64:
+// where one of ten is of no use, calls look at six or seven each. Of the calls by an injected clock every second does,
+// as they alone can judge what was spent by it. Which calls is left to chance, so that no pattern of them leaves the
+// entries of one clock to the calls by another.
 const (
 	sweepEvery = 8
 	sweepFirst = 8
@@ -64,11 +64,15 @@ func (w *sweep) full(e *entry) bool {
 	return e.full(now)
 }
 
-// shard looks at the entries before number i, and returns the number of the last one that it looked at. It goes down:
-// the entry that takes the number of a removed one has been looked at, or is new.
-func (w *sweep) shard(sh *shard, i int) int {
-	for i = min(i, sh.n); i > 0 && w.goesOn(); w.looked++ {
+// shard looks at n entries, those before number i first and then from the last one on, and returns the number of the
+// one it ends at. It goes down: the entry that takes the number of a removed one has been looked at, or is new.
+func (w *sweep) shard(sh *shard, i, n int) int {
+	for ; n > 0 && w.goesOn(); n-- {
+		if i == 0 || i > sh.n {
+			i = sh.n
+		}
 		i--
+		w.looked++
 		sh.visited++
 		if w.full(sh.entry(i)) {
 			sh.remove(i)
@@ -103,33 +107,31 @@ func (s *Storage) tidy(name string, clocked bool, now int64, most int) {
 	}
 }
 
-// walk looks at the shards that have entries, each at most once, from where the last walk ended. It leaves out those
-// that it cannot lock.
+// walk looks at the shards that have entries, each at most once, from the one after that where the last walk ended. It
+// leaves out those that it cannot lock.
 func (s *Storage) walk(w *sweep, lock func(*sync.Mutex) bool) {
 	first := int(s.hand.Load() % shards)
 	i := s.next(first)
-	for end := first + shards; i < end && w.goesOn(); i = s.next(i + 1) {
-		sh := &s.shards[i%shards]
-		if !lock(&sh.mu) {
-			continue
-		}
-		at := sh.cursor
-		if at == 0 {
-			at = sh.n
-		} else if i == first {
-			end++ // to come back for those after the cursor
-		}
-		at = w.shard(sh, at)
-		sh.cursor = at
-		sh.mu.Unlock()
-		if at > 0 {
-			break // the next walk goes on here
+	for ; i < first+shards && w.goesOn(); i = s.next(i + 1) {
+		if sh := &s.shards[i%shards]; lock(&sh.mu) {
+			w.shard(sh, sh.start(), sh.n)
+			sh.mu.Unlock()
 		}
 	}
 	s.hand.Store(uint32(i))
 	if w.removed > 0 {
 		s.live.Add(-int64(w.removed))
 	}
+}
+
+// start is before which entry a walk begins: of few the last, and else the golden section further each time. So a few
+// looks are spread evenly, for entries that were made together are full together.
+func (sh *shard) start() int {
+	sh.turn += 0x9e3779b9
+	if sh.n <= sweepFirst {
+		return sh.n
+	}
+	return int(uint64(sh.turn) * uint64(sh.n) >> 32)
 }
 
 // next is the first shard from i on that has entries. After the last comes the first; with none it is a round further.
@@ -162,7 +164,8 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 			}
 			sh.mu.Lock()
 			w := s.sweep("", false, storage.Monotonic(), sweepMost, sweepMost)
-			at = w.shard(sh, at)
+			at = min(at, sh.n)
+			at = w.shard(sh, at, at)
 			sh.mu.Unlock()
 			s.live.Add(-int64(w.removed))
 			removed += int64(w.removed)

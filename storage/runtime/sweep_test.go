@@ -146,25 +146,32 @@ func rule(t *testing.T, period time.Duration) storage.Rule {
 func TestALiveIdentifierStaysAndFewOthersDo(t *testing.T) {
 	t.Parallel()
 	hour := throttler.Using(throttler.NewBucket(time.Hour, 1))
-	for _, n := range []struct{ live, dead int }{{0, 300}, {300, 600}, {1000, 1000}, {10_000, 500}, {10_000, 1000}, {10_000, 2000}, {10_000, 5000}, {5000, 20_000}, {100_000, 10_000}} {
-		t.Run(fmt.Sprintf("%d of %d", n.dead, n.live+n.dead), func(t *testing.T) {
+	for _, n := range []struct{ before, among, dead, after int }{ // live ones, by when they came
+		{0, 0, 300, 0}, {300, 0, 300, 300}, {0, 1000, 1000, 0}, {0, 5000, 20_000, 0}, {100_000, 0, 10_000, 0},
+		{0, 10_000, 500, 0}, {0, 10_000, 2000, 0}, {10_000, 0, 1000, 0}, {10_000, 0, 5000, 0}, {0, 0, 1000, 10_000}, {0, 0, 5000, 10_000},
+	} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			t.Parallel()
 			worlds(t, func(t *testing.T, w world) {
-				for i := range max(n.live, n.dead) { // in turns
-					if i < n.live {
+				live := n.before + n.among + n.after
+				come := func(from, to int) {
+					for i := from; i < to; i++ {
 						require.True(t, consume(t, w.Throttler, fmt.Sprint("live-", i), hour))
 					}
-					if i < n.dead {
-						require.True(t, consume(t, w.Throttler, fmt.Sprint("dead-", i)))
-					}
 				}
+				come(0, n.before)
+				for i := range n.dead {
+					require.True(t, consume(t, w.Throttler, fmt.Sprint("dead-", i)))
+					come(n.before+n.among*i/n.dead, n.before+n.among*(i+1)/n.dead)
+				}
+				come(n.before+n.among, live)
 				w.pass(time.Minute)
 				for i := range n.dead {
 					_, err := w.Peek(t.Context(), fmt.Sprint("other-", i))
 					require.NoError(t, err)
 				}
-				assert.LessOrEqual(t, w.s.Len(), n.live+n.live/12+n.dead/20)
-				for i := range n.live {
+				assert.LessOrEqual(t, w.s.Len(), live+live/12+n.dead/20, "a few percent")
+				for i := range live {
 					require.False(t, consume(t, w.Throttler, fmt.Sprint("live-", i), hour))
 				}
 			})

@@ -26,11 +26,11 @@ type shard struct {
 	mu      sync.Mutex // held for all that follows, and for the entries
 	slots   []uint64
 	chunks  []*[chunk]entry
-	n       int  // entries
-	cursor  int  // the next sweep looks at the entries before this number, or at all if there are none
-	wait    int  // identifiers of calls until one sweeps
-	rich    bool // the last look at it found some to remove
-	visited int  // by sweeps; for tests
+	n       int    // entries
+	turn    uint32 // where the last walk began, of 2^32 for all entries
+	wait    int    // identifiers of calls until one sweeps
+	rich    bool   // the last look at it found some to remove
+	visited int    // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
 	_       [8]byte // rounds up to two cache lines on 64 bits
