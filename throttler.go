@@ -409,7 +409,6 @@ func noSuchBucket(bucket, id string) error {
 }
 
 func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
-	t.tidy()
 	if err := storage.ValidateIdentifier(id); err != nil {
 		return err
 	}
@@ -423,15 +422,6 @@ func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
 	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
 }
 
-// tidy is for calls that do not tell the runtime storage the time, by which it forgets who is full.
-func (t *Throttler) tidy() {
-	var now int64
-	var clocked bool
-	if t.memory != nil && t.now(&now, &clocked) == nil {
-		t.memory.Tidy(t.name, clocked, now)
-	}
-}
-
 // ask has the storage decide, in place of a zero Verdict, and observes.
 func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (err error) {
 	var start time.Time
@@ -440,6 +430,7 @@ func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (er
 	}
 	if r.Part.Rules == nil {
 		v.Allowed = true
+		t.tidy()
 	} else if err = t.now(&r.Now, &r.Clocked); err == nil {
 		if t.memory != nil {
 			err = t.memory.DecideInto(ctx, r, v)
@@ -627,8 +618,18 @@ func refusedBy(v *Verdict) (id, bucket string) {
 	return id, bucket
 }
 
+// tidy is for calls that do not ask the runtime storage, or do not tell it the time: it forgets who is full as calls come.
+func (t *Throttler) tidy() {
+	var now int64
+	var clocked bool
+	if t.memory != nil && t.now(&now, &clocked) == nil {
+		t.memory.Tidy(t.name, clocked, now)
+	}
+}
+
 // rejected observes a call that was wrong.
 func (t *Throttler) rejected(ctx context.Context, op Op, id string, err error) {
+	t.tidy()
 	if t.observe != nil {
 		t.observe(ctx, Event{Op: op, Identifier: id, Err: err})
 	}

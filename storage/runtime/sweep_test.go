@@ -39,9 +39,17 @@ func named(t *testing.T, s *memstore.Storage, name string, b ...throttler.Bucket
 // world is an empty storage in a bubble, and a throttler by its own clock or by an injected one.
 type world struct {
 	*throttler.Throttler
-	s    *memstore.Storage
-	now  func() int64 // by the injected clock
-	pass func(time.Duration)
+	lenient *throttler.Throttler // with unknown identifiers
+	s       *memstore.Storage
+	now     func() int64 // by the injected clock
+	pass    func(time.Duration)
+}
+
+func lenient(t *testing.T, s *memstore.Storage, c throttler.Clock) *throttler.Throttler {
+	t.Helper()
+	th, err := throttler.New(throttler.Config{Storage: s, Clock: c, OnUnknownIdentifier: throttler.Allow})
+	require.NoError(t, err)
+	return th
 }
 
 // worlds runs the test by either clock.
@@ -50,14 +58,14 @@ func worlds(t *testing.T, test func(t *testing.T, w world)) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
 			s := memstore.New(nil)
-			test(t, world{named(t, s, "", once), s, nil, time.Sleep})
+			test(t, world{named(t, s, "", once), lenient(t, s, nil), s, nil, time.Sleep})
 		})
 	})
 	t.Run("injected clock", func(t *testing.T) {
 		t.Parallel()
 		s := memstore.New(nil)
 		th, mock := clocked(t, s, once)
-		test(t, world{th, s, func() int64 { return mock.Now().UnixMicro() }, mock.Add})
+		test(t, world{th, lenient(t, s, mock), s, func() int64 { return mock.Now().UnixMicro() }, mock.Add})
 	})
 }
 
@@ -111,6 +119,14 @@ func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 		}, nil},
 		{"reset", func(t *testing.T, w world, i int) error { return w.Reset(t.Context(), fmt.Sprint(i)) }, nil},
 		{"unknown", func(_ *testing.T, w world, _ int) error { _, err := w.Consume("hot", throttler.Using()); return err }, throttler.ErrUnknownIdentifier},
+		{"unknown and allowed", func(t *testing.T, w world, _ int) error {
+			var parts []throttler.Part
+			for i := range 100 {
+				parts = append(parts, throttler.For(fmt.Sprint("guest-", i), throttler.Using()))
+			}
+			_, err := w.lenient.ConsumeAll(t.Context(), parts...)
+			return err
+		}, nil},
 		{"impossible", func(_ *testing.T, w world, _ int) error { _, err := w.Consume("hot", throttler.Cost(2)); return err }, throttler.ErrCostExceedsCapacity},
 		{"cancelled", func(t *testing.T, w world, _ int) error { _, err := w.ConsumeContext(cancelled(t), "hot"); return err }, context.Canceled},
 	} {

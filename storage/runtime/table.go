@@ -29,7 +29,6 @@ type shard struct {
 	n       int    // entries
 	turn    uint32 // where the last walk began, of 2^32 for all entries
 	wait    int    // identifiers of calls until one sweeps
-	rich    bool   // the last look at it found some to remove
 	visited int    // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
