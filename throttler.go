@@ -447,6 +447,7 @@ func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (er
 	}
 	if r.Part.Rules == nil {
 		v.Allowed = true
+		t.tidy()
 	} else if err = t.now(&r.Now, &r.Clocked); err == nil {
 		if t.memory != nil {
 			err = t.memory.DecideInto(ctx, r, v)
@@ -607,6 +608,7 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 	if err == nil {
 		err = t.storage.Reset(ctx, t.name, id)
 	}
+	t.tidy()
 	if t.observe != nil {
 		t.observe(ctx, Event{Op: OpReset, Identifier: id, Err: err, Duration: time.Since(start)})
 	}
@@ -664,8 +666,18 @@ func refusedBy(v *Verdict) (id, bucket string) {
 	return id, bucket
 }
 
+// tidy is for calls that do not ask the runtime storage, or do not tell it the time: it forgets who is full as calls come.
+func (t *Throttler) tidy() {
+	var now int64
+	var clocked bool
+	if t.memory != nil && t.now(&now, &clocked) == nil {
+		t.memory.Tidy(t.name, clocked, now)
+	}
+}
+
 // rejected observes a call that was wrong.
 func (t *Throttler) rejected(ctx context.Context, op Op, id string, err error) {
+	t.tidy()
 	if t.observe != nil {
 		t.observe(ctx, Event{Op: op, Identifier: id, Err: err})
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/go-throttler/throttler/storage"
 )
@@ -70,14 +71,14 @@ func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
 
 // begin locks the call's shards and loads the states of its draws.
 func (s *Storage) begin(c *call) error {
-	for budget := searched; ; {
+	for searched := false; ; searched = true {
 		c.lock()
 		need := s.locate(c)
 		if need == 0 {
 			break
 		}
 		c.unlock()
-		if !s.findRoom(c, need, &budget) {
+		if searched || !s.findRoom(c, need) {
 			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, c.places[0].id, s.max)
 		}
 	}
@@ -93,7 +94,7 @@ func (s *Storage) begin(c *call) error {
 	return nil
 }
 
-// end stores what was taken, if anything, and unlocks.
+// end stores what was taken, if anything, and leaves.
 func (s *Storage) end(c *call, taken bool) {
 	if taken && c.keep {
 		n := 0
@@ -101,24 +102,22 @@ func (s *Storage) end(c *call, taken bool) {
 			c.places[i].store(c, n)
 			n += len(c.places[i].rules)
 		}
-		for i := range min(len(c.places), swept) {
-			p := &c.places[i]
-			if removed := p.shard.tidy(c.name, c.clocked, c.now, p.made); removed > 0 {
-				s.live.Add(-int64(removed))
-			}
-		}
 	}
 	s.leave(c)
 }
 
-// leave gives back the room of identifiers that were not made, and unlocks.
+// leave gives back the room of identifiers that were not made, unlocks, and sweeps if it is time.
 func (s *Storage) leave(c *call) {
 	for i := range c.places {
 		if p := &c.places[i]; p.counted && !p.made {
 			s.live.Add(-1)
 		}
 	}
+	due := c.places[0].shard.due(c.clocked, len(c.places))
 	c.unlock()
+	if due {
+		s.tidy(c.name, c.clocked, c.now, s.most)
+	}
 }
 
 // locate finds the entries of the call and counts those that may have to be made. When they exceed
@@ -146,25 +145,11 @@ func (s *Storage) locate(c *call) (need int64) {
 	return 0
 }
 
-// findRoom looks for as many identifiers to remove as are needed, beginning where the last search
-// ended, and gives up when the budget of entries to look at is spent.
-func (s *Storage) findRoom(c *call, need int64, budget *int) bool {
-	first := s.hand.Load()
-	for i := range uint32(shards) {
-		if need <= 0 || *budget <= 0 {
-			break
-		}
-		sh := &s.shards[(first+i)%shards]
-		sh.mu.Lock()
-		n := min(*budget, sh.n)
-		removed := int64(sh.sweep(c.name, c.clocked, c.now, n))
-		sh.mu.Unlock()
-		s.hand.Store(first + i + 1)
-		s.live.Add(-removed)
-		*budget -= n
-		need -= removed
-	}
-	return need <= 0
+// findRoom looks for identifiers to remove, and reports whether it found as many as are needed.
+func (s *Storage) findRoom(c *call, need int64) bool {
+	w := s.sweep(c.name, c.clocked, c.now, sweepHalf, sweepHalf)
+	s.walk(&w, func(mu *sync.Mutex) bool { mu.Lock(); return true })
+	return int64(w.removed) >= need
 }
 
 // load reads the states of the place's draws, which begin at number from. It fails when the

@@ -29,3 +29,13 @@ func (s *Storage) Room() (n int) {
 	}
 	return n
 }
+
+// Slots is how many slots the indexes have.
+func (s *Storage) Slots() (n int) {
+	for i := range s.shards {
+		s.shards[i].mu.Lock()
+		n += len(s.shards[i].slots)
+		s.shards[i].mu.Unlock()
+	}
+	return n
+}

@@ -2,7 +2,7 @@
 //
 // An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one
 // identifier with up to four buckets allocates nothing, a SlidingLog's entries and the first call of an
-// identifier aside, and locks only one of 256 shards. Identifiers whose buckets are all full again are removed as further calls write, a
+// identifier aside, and locks only one of 256 shards. Identifiers whose buckets are all full again are removed by whatever calls follow, a
 // bounded number a call; there is no background goroutine and nothing to close.
 //
 // Import it as memstore: the plain name is the standard library's.
@@ -26,7 +26,7 @@ const inline = 4
 type Options struct {
 	// MaxIdentifiers is the most identifiers that are held; 0 sets no limit. One more gets
 	// ErrUnavailable unless a short search finds one to remove that is full: none that is not full is
-	// ever evicted. A search begins where the last one that looked at enough of them ended.
+	// ever evicted. A search goes on after the last one.
 	MaxIdentifiers int
 }
 
@@ -35,20 +35,24 @@ type Storage struct {
 	shards [shards]shard // first, so that they begin at a cache line
 	seed   maphash.Seed
 	max    int64
-	live   atomic.Int64  // identifiers in all shards, and those about to be
-	hand   atomic.Uint32 // the shard where the next search for room begins
+	most   int                        // entries that a call looks at beside a search for room
+	held   [shards / 64]atomic.Uint64 // a bit for each shard that has entries; changed under its lock
+	_      [8]byte                    // what follows changes more often than it is read
+	live   atomic.Int64               // identifiers in all shards, and those about to be
+	hand   atomic.Uint32              // the shard where the next walk begins
+	rich   atomic.Bool                // the last call that swept found some to remove
 }
 
 var _ storage.Storage = (*Storage)(nil)
 
 // New returns an empty storage.
 func New(o *Options) *Storage {
-	s := &Storage{seed: maphash.MakeSeed()}
+	s := &Storage{seed: maphash.MakeSeed(), most: sweepMost}
 	for i := range s.shards {
-		s.shards[i].index, s.shards[i].seed = i, s.seed
+		s.shards[i].index, s.shards[i].storage, s.shards[i].turn = i, s, uint32(i)<<24
 	}
-	if o != nil {
-		s.max = int64(o.MaxIdentifiers)
+	if o != nil && o.MaxIdentifiers > 0 {
+		s.max, s.most = int64(o.MaxIdentifiers), sweepHalf
 	}
 	return s
 }
@@ -65,15 +69,17 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 // DecideInto is Decide that answers in place of a zero Verdict: copies of the two are most of what a
 // decision in memory would cost.
 func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := r.Validate(); err != nil {
-		return err
-	}
 	now := r.Now
 	if !r.Clocked {
 		now = storage.Monotonic()
+	}
+	err := ctx.Err()
+	if err == nil {
+		err = r.Validate()
+	}
+	if err != nil {
+		s.Tidy(r.Name, r.Clocked, now)
+		return err
 	}
 	if len(r.More) == 0 && s.again(r, v, now) {
 		return nil
@@ -106,10 +112,11 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 	}
 	e, n := sh.entry(i), len(r.Part.Rules)
 	if e.quick(r, v, now) {
-		if v.Allowed && r.Mode != storage.Peek {
-			s.tidy(sh, r, now)
-		}
+		due := sh.due(r.Clocked, 1)
 		sh.mu.Unlock()
+		if due {
+			s.tidy(r.Name, r.Clocked, now, s.most)
+		}
 		return true
 	}
 	if n > inline {
@@ -136,20 +143,16 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 				e.set(j, &draws[j].State)
 			}
 		}
-		s.tidy(sh, r, now)
 	}
+	due := sh.due(r.Clocked, 1)
 	sh.mu.Unlock()
+	if due {
+		s.tidy(r.Name, r.Clocked, now, s.most)
+	}
 	for j := range draws {
 		v.Set(j, draws[j].Count)
 	}
 	return true
-}
-
-// tidy sweeps a little after a write to an entry that was there.
-func (s *Storage) tidy(sh *shard, r *storage.Request, now int64) {
-	if removed := sh.tidy(r.Name, r.Clocked, now, false); removed > 0 {
-		s.live.Add(-int64(removed))
-	}
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
@@ -180,18 +183,20 @@ func (s *Storage) spread(r *storage.Request) (draws []storage.Draw, places []pla
 
 // Charge implements storage.Storage.
 func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
-	if err := ctx.Err(); err != nil {
-		return err
+	if !ch.Clocked {
+		ch.Now = storage.Monotonic()
 	}
-	if err := ch.Validate(); err != nil {
+	err := ctx.Err()
+	if err == nil {
+		err = ch.Validate()
+	}
+	if err != nil {
+		s.Tidy(ch.Name, ch.Clocked, ch.Now)
 		return err
 	}
 	n := len(ch.Rules)
 	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true, draws: make([]storage.Draw, n), places: make([]place, 1)}
 	s.place(&c.places[0], ch.Name, ch.Identifier, ch.Rules)
-	if !ch.Clocked {
-		c.now = storage.Monotonic()
-	}
 	for i := range c.draws {
 		c.draws[i].Rule = &ch.Rules[i]
 		c.draws[i].Cost = max(0, ch.Amounts[i].N)
@@ -214,6 +219,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 
 // Reset implements storage.Storage.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
+	defer s.Tidy("", false, storage.Monotonic())
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -3,6 +3,8 @@ package runtime
 import (
 	"encoding/binary"
 	"hash/maphash"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -12,27 +14,22 @@ import (
 const (
 	shards = 256
 	chunk  = 32 // entries allocated together
-
-	// A call looks at no more than 64 entries to remove some: at most 32 in search of room, and then
-	// at most 8 in each of 4 shards.
-	searched = 32
-	swept    = 4
 )
 
 // shard is a hash table: an index by open addressing over entries in chunks that never move while
 // it grows. A slot of the index is the entry's tag, which also is its hash, and its number plus
 // one; 0 is free.
 type shard struct {
-	index int          // of this shard; fixed
-	seed  maphash.Seed // of the storage; fixed
+	index   int      // of this shard; fixed
+	storage *Storage // fixed
 
 	mu      sync.Mutex // held for all that follows, and for the entries
 	slots   []uint64
 	chunks  []*[chunk]entry
-	n       int // entries
-	cursor  int // where the next sweep begins
-	writes  int
-	visited int // by sweeps; for tests
+	n       int    // entries
+	turn    uint32 // where the last walk began, of 2^32 for all entries
+	wait    int    // identifiers of calls until one sweeps
+	visited int    // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
 	_       [8]byte // rounds up to two cache lines on 64 bits
@@ -89,7 +86,7 @@ func (sh *shard) find(tag uint32, name, id string) int {
 	return -1
 }
 
-func (sh *shard) tag(e *entry) uint32 { return uint32(hash(sh.seed, e.layout.name, e.id)) }
+func (sh *shard) tag(e *entry) uint32 { return uint32(hash(sh.storage.seed, e.layout.name, e.id)) }
 
 // slot is where entry number i of the given tag stands in the index.
 func (sh *shard) slot(tag uint32, i int) uint32 {
@@ -108,7 +105,9 @@ func (sh *shard) add(tag uint32, id string, l *layout) *entry {
 	if sh.n == len(sh.chunks)*chunk {
 		sh.chunks = append(sh.chunks, new([chunk]entry))
 	}
-	sh.n++
+	if sh.n++; sh.n == 1 {
+		sh.storage.held[sh.index/64].Or(1 << (sh.index % 64))
+	}
 	sh.put(uint64(tag)<<32 | uint64(sh.n))
 	e := sh.entry(sh.n - 1)
 	*e = entry{id: strings.Clone(id), layout: l}
@@ -147,14 +146,25 @@ func (sh *shard) remove(i int) {
 		*e = *sh.entry(last)
 	}
 	*sh.entry(last) = entry{}
-	sh.n--
+	if sh.n--; sh.n == 0 {
+		sh.storage.held[sh.index/64].And(^(1 << (sh.index % 64)))
+	}
 	if len(sh.chunks)*chunk-sh.n >= 2*chunk {
 		sh.chunks[len(sh.chunks)-1] = nil
 		sh.chunks = sh.chunks[:len(sh.chunks)-1]
 	}
-	if len(sh.slots) > 8 && sh.n*8 < len(sh.slots) {
-		sh.resize(len(sh.slots) / 2)
+	if len(sh.slots) > 8 && sh.n*4 < len(sh.slots) {
+		sh.shrink()
 	}
+}
+
+// shrink gives back what the shard needed when it had more entries. A map and a slice would keep it.
+func (sh *shard) shrink() {
+	sh.resize(len(sh.slots) / 2)
+	sh.chunks = slices.Clone(sh.chunks)
+	old := sh.layouts
+	sh.layouts = make(map[string]*layout, len(old))
+	maps.Copy(sh.layouts, old)
 }
 
 // free empties a slot and moves back those that had to stand behind it.
@@ -168,39 +178,6 @@ func (sh *shard) free(at uint32) {
 		}
 	}
 	sh.slots[at] = 0
-}
-
-// tidy sweeps a little after a write: four entries for each one made, else one a write.
-func (sh *shard) tidy(name string, clocked bool, now int64, made bool) (removed int) {
-	if made {
-		return sh.sweep(name, clocked, now, 4)
-	}
-	if sh.writes++; sh.writes%8 == 0 {
-		return sh.sweep(name, clocked, now, 8)
-	}
-	return 0
-}
-
-// sweep looks at the next n entries, or fewer, and removes those that are full by the given
-// clock. It leaves alone those of other clocks: time of one says nothing of another.
-func (sh *shard) sweep(name string, clocked bool, now int64, n int) (removed int) {
-	for range min(n, sh.n) {
-		if sh.cursor >= sh.n {
-			sh.cursor = 0
-		}
-		sh.visited++
-		e := sh.entry(sh.cursor)
-		if e.layout.clocked == clocked && (!clocked || e.layout.name == name) && e.full(now) {
-			sh.remove(sh.cursor)
-			removed++
-		} else {
-			sh.cursor++
-		}
-		if sh.n == 0 {
-			break
-		}
-	}
-	return removed
 }
 
 // use returns the layout of the given content, and counts one more entry of it.
