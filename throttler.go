@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -148,7 +149,7 @@ var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 // New returns a Throttler, or all faults of the configuration joined.
 func New(c Config) (*Throttler, error) {
 	t := &Throttler{
-		name: c.Name, storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
+		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
 		unknown: c.OnUnknownIdentifier, failed: c.OnStorageError,
 	}
 	if t.storage == nil {
@@ -197,7 +198,7 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 		return s.err
 	}
 	if len(s.buckets) > 0 {
-		t.own.Store(id, t.shared(s))
+		t.own.Store(strings.Clone(id), t.shared(s))
 		t.owned.Store(true)
 	}
 	return nil
@@ -242,7 +243,7 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	if len(rest) == 0 {
 		t.own.Delete(id)
 	} else {
-		t.own.Store(id, t.shared(newSet(rest)))
+		t.own.Store(strings.Clone(id), t.shared(newSet(rest)))
 	}
 	return len(rest) < len(had.buckets)
 }
