@@ -33,7 +33,7 @@ func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	slices.Sort(took)
 	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
 	assert.GreaterOrEqual(t, took[0], limit-15*time.Millisecond, "a call gave up early")
-	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
+	asktest.AssertHalfWithin(t, limit, took)
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
 }
 
@@ -286,7 +286,7 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 		require.NoError(t, after.Ask(s, r))
 	}
 	assert.LessOrEqual(t, after.Admitted.Load(), int64(19), "more than the limit was admitted")
-	assert.GreaterOrEqual(t, after.Admitted.Load(), int64(19-12), "more was charged than was asked")
+	assert.GreaterOrEqual(t, after.Admitted.Load(), 19-12-after.Failed.Load(), "more was charged than was asked")
 }
 
 func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
