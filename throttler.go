@@ -582,7 +582,8 @@ func opOf(m storage.Mode) Op {
 	return [...]Op{storage.Take: OpConsume, storage.Peek: OpPeek, storage.Force: OpCharge}[m]
 }
 
-// Event is what Observe is told of a call.
+// Event is what Observe is told of a call. The identifiers in it may be the caller's strings: where callers use their
+// memory again, as on fasthttp, an Observe that keeps one clones it.
 type Event struct {
 	Op         Op
 	Identifier string        // of several parts the first, or the one that refused; Levels names all
