@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-throttler/throttler/internal/period"
@@ -66,7 +67,10 @@ func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.
 // spent is found by the name of the bucket: name the buckets of plans and tiers, so that the
 // count continues under another limit. The default is "<capacity>/<period>" as given to
 // NewBucket ("5/10s", "100/1h"), followed by "/continuous", "/fixed", "/sliding" or "/log".
-func (b Bucket) Named(name string) Bucket { b.name, b.named = name, true; return b.made() }
+func (b Bucket) Named(name string) Bucket {
+	b.name, b.named = strings.Clone(name), true
+	return b.made()
+}
 
 // Name is the name that was given, or the default.
 func (b Bucket) Name() string { return b.rule.Name }

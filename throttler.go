@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -164,7 +165,7 @@ var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 // New returns a Throttler, or all faults of the configuration joined.
 func New(c Config) (*Throttler, error) {
 	t := &Throttler{
-		name: c.Name, storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
+		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
 		unknown: c.OnUnknownIdentifier, failed: c.OnStorageError,
 	}
 	if t.storage == nil {
@@ -213,7 +214,7 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 		return s.err
 	}
 	if len(s.buckets) > 0 {
-		t.own.Store(id, t.shared(s))
+		t.own.Store(strings.Clone(id), t.shared(s))
 		t.owned.Store(true)
 	}
 	return nil
@@ -258,7 +259,7 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	if len(rest) == 0 {
 		t.own.Delete(id)
 	} else {
-		t.own.Store(id, t.shared(newSet(rest)))
+		t.own.Store(strings.Clone(id), t.shared(newSet(rest)))
 	}
 	return len(rest) < len(had.buckets)
 }
@@ -631,7 +632,8 @@ func opOf(m storage.Mode) Op {
 	return [...]Op{storage.Take: OpConsume, storage.Peek: OpPeek, storage.Force: OpCharge}[m]
 }
 
-// Event is what Observe is told of a call.
+// Event is what Observe is told of a call. The identifiers in it may be the caller's strings: where callers use their
+// memory again, as on fasthttp, an Observe that keeps one clones it.
 type Event struct {
 	Op         Op
 	Identifier string        // of several parts the first, or the one that refused; Levels names all

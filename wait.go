@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 // have to wait: those further back may wait until their deadline in vain. A context that ends later
 // returns its own error. With Config.Clock the deadline must be by that clock too.
 func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, error) {
+	id = strings.Clone(id) // those behind find the line by it, also once this one has left
 	turn := t.lines.join(id)
 	defer t.lines.leave(id, turn)
 	select {

@@ -24,6 +24,9 @@ import (
 // storage itself wraps ErrUnavailable, a stored value that cannot be read ErrCorruptState, and a
 // call after Close ErrClosed.
 //
+// What is kept, or still on its way, after a call returns is a copy: callers may use the memory of an identifier and of
+// a name again, also after a call that their context ended.
+//
 // An identifier keeps the states of all its buckets until they are full, also of those that a request
 // does not name, up to MaxBuckets; one more is refused with TooManyBuckets.
 type Storage interface {

@@ -113,14 +113,26 @@ func Timed(n int, f func()) (took []time.Duration) {
 }
 
 // AssertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten times the
-// promise, and all of them to a second, on a machine that does other things as well.
+// promise, and all of them to a second, on a machine that does other things as well. Where it is so busy that mere
+// timers are late, the calls may be as late.
 func AssertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	t.Helper()
 	slices.Sort(took)
 	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
 	assert.GreaterOrEqual(t, took[0], limit-5*time.Millisecond, "a call gave up early")
-	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
+	AssertHalfWithin(t, limit, took)
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
+}
+
+// AssertHalfWithin holds half of the times, which are sorted, to 50 ms more than a limit, or than timers take.
+func AssertHalfWithin(t testing.TB, limit time.Duration, took []time.Duration) {
+	t.Helper()
+	half, timers := took[len(took)/2], limit
+	if half >= limit+50*time.Millisecond {
+		timers = slices.Max(Timed(len(took), func() { <-time.After(limit) }))
+		t.Logf("timers of %v took up to %v", limit, timers)
+	}
+	assert.Less(t, half, timers+50*time.Millisecond, "calls outlast their time")
 }
 
 // Told counts what callers were told.

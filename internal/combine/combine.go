@@ -113,9 +113,18 @@ func (q *Queue[Q, A]) Put(c *Call[Q, A]) {
 
 // Do waits until the call was answered, and returns its Err. If the context ends before, it returns
 // the context's error at once, after Options.Timeout ErrTimeout, and storage.ErrClosed if the queue
-// was closed before the call was sent. What it sent it cannot call back: when Sent is true after one
+// was closed before the call was sent. When the context has ended too, that is the error in place of ErrTimeout or
+// of a storage.ErrUnavailable. What it sent it cannot call back: when Sent is true after one
 // of these errors, what Query refers to must never change again, and Answer and Err are not the caller's.
 func (q *Queue[Q, A]) Do(ctx context.Context, c *Call[Q, A]) error {
+	err := q.do(ctx, c)
+	if ended := ctx.Err(); ended != nil && (errors.Is(err, ErrTimeout) || errors.Is(err, storage.ErrUnavailable)) {
+		return ended
+	}
+	return err
+}
+
+func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -210,6 +210,34 @@ func TestACallerThatLeavesAFlightDisturbsNobody(t *testing.T) {
 	})
 }
 
+// unnoticed is a context whose end is noticed last, as on a machine that does other things as well.
+type unnoticed struct{ context.Context }
+
+func (unnoticed) Done() <-chan struct{} { return nil }
+
+func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for name, run := range map[string]func(context.Context, []*call){
+			"the flight fails as well": func(_ context.Context, flight []*call) {
+				time.Sleep(500 * time.Millisecond)
+				flight[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
+			},
+			"the flight takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
+		} {
+			q := combine.New(combine.Options{Timeout: time.Second}, run)
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			c := q.Get()
+			assert.ErrorIs(t, q.Do(unnoticed{ctx}, c), context.DeadlineExceeded, name)
+			assert.True(t, c.Sent(), name)
+			q.Put(c)
+			cancel()
+			time.Sleep(2 * time.Second)
+			q.Close()
+		}
+	})
+}
+
 func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

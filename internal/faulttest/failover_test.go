@@ -300,7 +300,7 @@ func TestT7ALinkThatFlapsIsLeftAlone(t *testing.T) {
 	st := n.State()
 	t.Logf("%d transitions", st.Transitions)
 	assert.Positive(t, st.Transitions)
-	assert.LessOrEqual(t, st.Transitions, int64(10))
+	assert.LessOrEqual(t, st.Transitions, int64(15), "Redis is left alone for 0.3 s, then 0.6 s and so on up to 5 s")
 	for i := range targets {
 		r.assertBound(t, &targets[i])
 	}

@@ -130,7 +130,7 @@ func (s *Storage) report(err error) {
 }
 
 // probes asks Redis until it is well, and then hands back to it.
-func (s *Storage) probes() {
+func (s *Storage) probes(ctx context.Context) {
 	pause, good, since := firstProbe, 0, time.Time{}
 	for {
 		select {
@@ -138,30 +138,30 @@ func (s *Storage) probes() {
 			return
 		case <-time.After(pause/2 + s.jitter(pause)):
 		}
-		if s.probe() != nil {
+		if s.probe(ctx) != nil {
 			pause, good = min(2*pause, longestProbe), 0
 			continue
 		}
 		if good++; good == 1 {
 			since = time.Now()
 		}
-		if pause = firstProbe; good >= goodProbes && time.Since(since) >= goodFor && s.handBack() {
+		if pause = firstProbe; good >= goodProbes && time.Since(since) >= goodFor && s.handBack(ctx) {
 			return
 		}
 	}
 }
 
 // probe takes a token from a bucket of its own. Other identifiers are in other slots of a cluster.
-func (s *Storage) probe() error {
+func (s *Storage) probe(ctx context.Context) error {
 	rule, _ := storage.NewRule("probe", storage.Replenish, time.Second, 1000, 0)
 	id := s.flusher.origin + string(rune('a'+rand.N(26)))
-	_, err := s.primary.Decide(context.Background(), storage.Request{Name: "!probe", Part: storage.NewPart(id, []storage.Rule{rule}, 1)})
+	_, err := s.primary.Decide(ctx, storage.Request{Name: "!probe", Part: storage.NewPart(id, []storage.Rule{rule}, 1)})
 	return err
 }
 
 // handBack lets Redis decide again. From now on it is doubted: other processes may have used Postgres too.
-func (s *Storage) handBack() bool {
-	if s.resetMissed(context.Background()) != nil {
+func (s *Storage) handBack(ctx context.Context) bool {
+	if s.resetMissed(ctx) != nil {
 		return false
 	}
 	now := storage.Monotonic()

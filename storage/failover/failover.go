@@ -119,8 +119,9 @@ type Storage struct {
 	closed  atomic.Bool   // no further ones are
 	idle    chan struct{} // receives one when closed and none is in progress
 	closing chan struct{} // closed when the goroutines are to end
-	ending  sync.Once
-	left    error // what Close returns
+	kill    func()        // ends what they wait for
+	ended   chan struct{} // closed when Close is done
+	left    error         // what it returned
 	running sync.WaitGroup
 	observe sync.Mutex
 	jitter  func(time.Duration) time.Duration // from 0 to that
@@ -146,7 +147,8 @@ func New(primary *redis.Storage, ledger *postgres.Storage, o *Options) (*Storage
 }
 
 func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
-	s := &Storage{primary: primary, ledger: ledger, jitter: mathrand.N[time.Duration], idle: make(chan struct{}, 1), closing: make(chan struct{})}
+	s := &Storage{primary: primary, ledger: ledger, jitter: mathrand.N[time.Duration], idle: make(chan struct{}, 1),
+		closing: make(chan struct{}), ended: make(chan struct{})}
 	if o != nil {
 		s.options = *o
 	}
@@ -162,11 +164,14 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	}
 	s.journal = newJournal(s.options.MaxPending)
 	s.flusher = flusher{origin: rand.Text(), seq: 1}
-	s.breaker.opened = func() { s.running.Go(s.probes) }
+	ctx, kill := context.WithCancel(context.Background())
+	s.kill = kill
+	s.breaker.opened = func() { s.running.Go(func() { s.probes(ctx) }) }
 	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil {
+		kill()
 		return nil, err
 	}
-	s.running.Go(s.flushes)
+	s.running.Go(func() { s.flushes(ctx) })
 	return s, nil
 }
 
@@ -497,20 +502,28 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 }
 
 // Close refuses further calls with ErrClosed, waits for those in progress, and charges the ledger with what is
-// pending. It ends with the context, or after a second, and returns an error if something was left.
+// pending. It ends with the context, or after a second, and returns an error if something was left. Called again, it
+// waits for the first call, and returns the same.
 func (s *Storage) Close(ctx context.Context) error {
-	s.ending.Do(func() {
-		ctx, cancel := context.WithTimeout(ctx, closeTimeout)
-		defer cancel()
-		if s.closed.Store(true); s.calls.Load() == 0 {
-			s.ended()
-		}
+	if s.closed.Swap(true) {
 		select {
-		case <-s.idle:
+		case <-s.ended:
+			return s.left
 		case <-ctx.Done():
+			return ctx.Err()
 		}
-		s.left = s.end(ctx)
-	})
+	}
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	if s.calls.Load() == 0 {
+		s.noCalls()
+	}
+	select {
+	case <-s.idle:
+	case <-ctx.Done():
+	}
+	s.left = s.end(ctx)
+	close(s.ended)
 	return s.left
 }
 
@@ -537,11 +550,11 @@ func (s *Storage) enter(ctx context.Context) error {
 
 func (s *Storage) leave() {
 	if s.calls.Add(-1) == 0 && s.closed.Load() {
-		s.ended()
+		s.noCalls()
 	}
 }
 
-func (s *Storage) ended() {
+func (s *Storage) noCalls() {
 	select {
 	case s.idle <- struct{}{}:
 	default:

@@ -37,7 +37,7 @@ type flusher struct {
 }
 
 // flushes tells the ledger what is due, until the storage is closed.
-func (s *Storage) flushes() {
+func (s *Storage) flushes(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -51,9 +51,7 @@ func (s *Storage) flushes() {
 			return
 		case <-s.journal.kick:
 		case <-timer.C:
-			ctx, cancel := context.WithCancel(context.Background())
 			s.flush(ctx)
-			cancel()
 		}
 	}
 }
@@ -141,6 +139,9 @@ func (s *Storage) flushed(err error, lag int64, relayed int) {
 
 // tell has the ledger know a batch, and returns what each entry's buckets owe there afterwards.
 func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	now := storage.Monotonic()
 	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
 	err := each(batch, func(e *entry) error {
@@ -477,28 +478,34 @@ func (s *Storage) isolated() error {
 	return fmt.Errorf("%w: Postgres could not be told for over %v: %w", storage.ErrUnavailable, s.options.MaxIsolation, f.failure)
 }
 
-// end ends the goroutines and tells the ledger what is left.
+// end ends the goroutines and tells the ledger what is left. It does not wait for a store that goes on after the context
+// has ended.
 func (s *Storage) end(ctx context.Context) error {
+	defer s.kill()
 	s.breaker.end()
 	close(s.closing)
-	ended := make(chan struct{})
+	told := make(chan error, 1)
 	go func() {
 		s.running.Wait()
-		close(ended)
+		told <- s.tellRest(ctx)
 	}()
 	select {
-	case <-ended:
+	case err := <-told:
+		return err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// tellRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
+func (s *Storage) tellRest(ctx context.Context) error {
 	for {
 		_, pending, _ := s.journal.due()
 		if pending == 0 && len(s.flusher.batch) == 0 {
 			return nil
 		}
-		s.flush(ctx)
-		if err := s.flusher.failure; err != nil {
-			return err
+		if s.flush(ctx); s.flusher.failure != nil {
+			return s.flusher.failure
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"math"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/go-throttler/throttler/storage"
@@ -15,20 +16,24 @@ type journal struct {
 	most int           // identifiers
 	kick chan struct{} // has room for the one token that says that there is something to do
 
-	mu      sync.Mutex // guards what follows, and all entries that are not flying
+	// mu guards what follows, and all entries that are not flying. The keys of all maps are copies.
+	mu      sync.Mutex
 	entries map[key]*entry
 	line    []*entry // all entries by age, some of which have flown meanwhile
 	urgent  []*entry // those that somebody waits for
 	flying  map[key]*entry
 	hurry   bool                  // somebody waits for what is flying
 	resets  map[key]bool          // that the primary has missed
-	giving  map[key]int           // calls that give tokens back to the primary
+	giving  map[key]*int          // calls that give tokens back to the primary, if there are any
 	raising map[key]chan struct{} // identifiers to which the primary is being raised; closed when it was
 	lost    int64                 // identifiers of which something was not remembered
 }
 
 // key is an identifier under a throttler's name.
 type key struct{ name, identifier string }
+
+// copied is for what outlasts the call: its caller may use the memory of the strings again.
+func (k key) copied() key { return key{strings.Clone(k.name), strings.Clone(k.identifier)} }
 
 // entry is what is to be told of one identifier.
 type entry struct {
@@ -66,7 +71,7 @@ type waiter struct {
 
 func newJournal(most int) journal {
 	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry),
-		resets: make(map[key]bool), giving: make(map[key]int), raising: make(map[key]chan struct{})}
+		resets: make(map[key]bool), giving: make(map[key]*int), raising: make(map[key]chan struct{})}
 }
 
 // find returns the entry of an identifier, and makes one if need be. It is nil if there are too many, and the identifier
@@ -80,9 +85,9 @@ func (j *journal) find(id key, must bool) *entry {
 		j.lost++
 		return nil
 	}
-	e = &entry{key: id, since: storage.Monotonic()}
+	e = &entry{key: id.copied(), since: storage.Monotonic()}
 	e.buckets = e.inline[:0]
-	j.entries[id] = e
+	j.entries[e.key] = e
 	j.line = append(j.line, e)
 	if len(j.entries) == 1 || len(j.entries) == j.most/2+1 {
 		j.wake()
@@ -199,7 +204,7 @@ func (j *journal) reset(id key) {
 func (j *journal) resetPrimaryLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.resets[id] = true
+	j.resets[id.copied()] = true
 	j.wake()
 }
 
@@ -210,7 +215,7 @@ func (j *journal) giveBack(ctx context.Context, id key) error {
 		j.mu.Lock()
 		raising := j.raising[id]
 		if raising == nil {
-			j.giving[id]++
+			j.give(id)
 		}
 		j.mu.Unlock()
 		if raising == nil {
@@ -224,10 +229,21 @@ func (j *journal) giveBack(ctx context.Context, id key) error {
 	}
 }
 
+// give counts a call that gives back. The caller holds mu.
+func (j *journal) give(id key) {
+	n := j.giving[id]
+	if n == nil {
+		n = new(int)
+		j.giving[id.copied()] = n
+	}
+	*n++
+}
+
 func (j *journal) gaveBack(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.giving[id]--; j.giving[id] == 0 {
+	n := j.giving[id]
+	if *n--; *n == 0 {
 		delete(j.giving, id)
 	}
 }
@@ -239,11 +255,11 @@ func (j *journal) raise(id key) (may, own bool) {
 	defer j.mu.Unlock()
 	flying := j.flying[id]
 	held := flying != nil && flying.hold
-	if j.giving[id] > 0 || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
+	if j.giving[id] != nil || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
 		return false, false
 	}
 	if !held {
-		j.raising[id] = make(chan struct{})
+		j.raising[id.copied()] = make(chan struct{})
 	}
 	return true, !held
 }

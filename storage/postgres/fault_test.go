@@ -33,7 +33,7 @@ func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	slices.Sort(took)
 	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
 	assert.GreaterOrEqual(t, took[0], limit-15*time.Millisecond, "a call gave up early")
-	assert.Less(t, took[len(took)/2], limit+50*time.Millisecond, "calls outlast their time")
+	asktest.AssertHalfWithin(t, limit, took)
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
 }
 
@@ -266,27 +266,30 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
 	s, r := open(t, pool, prompt), asktest.Hourly(t, "frozen", 20)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	var before, after asktest.Told
+	asktest.Recovery(t, asktest.Patient, func() error { return before.Ask(s, r) })
 	require.NoError(t, server.Freeze())
 	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
+		began := time.Now()
 		_, err := s.Decide(ctx, r)
-		assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
-		assert.NotErrorIs(t, err, storage.ErrUnavailable)
+		if time.Since(began) < prompt.Timeout { // else the machine is so busy that both have passed
+			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
+			assert.NotErrorIs(t, err, storage.ErrUnavailable)
+		}
 	}))
 	assertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 	}))
 	require.NoError(t, server.Thaw())
-	after := asktest.Told{}
 	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
 		require.NoError(t, after.Ask(s, r))
 	}
 	assert.LessOrEqual(t, after.Admitted.Load(), int64(19), "more than the limit was admitted")
-	assert.GreaterOrEqual(t, after.Admitted.Load(), int64(19-12), "more was charged than was asked")
+	assert.GreaterOrEqual(t, after.Admitted.Load(), 19-12-before.Failed.Load()-after.Failed.Load(), "more was charged than was asked")
 }
 
 func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {

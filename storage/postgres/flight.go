@@ -53,6 +53,16 @@ type answer struct {
 	contended bool // and not done
 }
 
+// keep copies the strings of the request: its caller may leave, and use their memory again, before the flight lands.
+func (q *query) keep() {
+	r := &q.request
+	r.Name, r.More = strings.Clone(r.Name), slices.Clone(r.More)
+	for i := range r.Parts() {
+		p := r.At(i)
+		p.Identifier = strings.Clone(p.Identifier)
+	}
+}
+
 // mark is what stands for all ids of the query in marks.
 func (q *query) mark() []byte {
 	if len(q.ids) == 1 {

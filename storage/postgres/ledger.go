@@ -99,7 +99,7 @@ func newRecord(origin string, seq int64, batch []storage.Charge) (*record, error
 		if err := c.Validate(); err != nil {
 			return nil, err
 		}
-		e.debt = storage.Debt{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Identifier: c.Identifier, Rules: c.Rules}
+		e.debt = storage.Debt{Name: strings.Clone(c.Name), Clocked: c.Clocked, Now: c.Now, Identifier: strings.Clone(c.Identifier), Rules: c.Rules}
 		e.change = change{clocked: c.Clocked, now: c.Now, rules: c.Rules, charge: make([]storage.Amount, len(c.Amounts))}
 		e.none = true
 		for j, a := range c.Amounts {

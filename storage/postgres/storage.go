@@ -276,6 +276,7 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
 func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
+	q.keep()
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]
 	if len(q.ids) > 1 {

@@ -73,13 +73,17 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, r := open(t, server.URL(), prompt), asktest.Hourly(t, "frozen", 20)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	var before, after asktest.Told
+	asktest.Recovery(t, asktest.Patient, func() error { return before.Ask(s, r) })
 	require.NoError(t, server.Freeze())
 	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
+		began := time.Now()
 		_, err := s.Decide(ctx, r)
-		assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
+		if time.Since(began) < prompt.Timeout { // else the machine is so busy that both have passed
+			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
+		}
 	}))
 	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
@@ -88,13 +92,12 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	}))
 
 	require.NoError(t, server.Thaw())
-	after := asktest.Told{}
 	t.Log("works after", asktest.Recovery(t, 5*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
 		require.NoError(t, after.Ask(s, r))
 	}
 	assert.LessOrEqual(t, after.Admitted.Load(), int64(19), "more than the limit was admitted")
-	assert.GreaterOrEqual(t, after.Admitted.Load(), int64(19-14), "more was charged than was asked")
+	assert.GreaterOrEqual(t, after.Admitted.Load(), 19-14-before.Failed.Load()-after.Failed.Load(), "more was charged than was asked")
 }
 
 func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {

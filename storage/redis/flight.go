@@ -32,6 +32,18 @@ type query struct {
 	rules   []storage.Rule  // of a change
 }
 
+// keep makes the identifiers of a decision the ends of their keys, so that the query refers to no memory of a caller, who
+// may leave before it was sent.
+func (q *query) keep() {
+	end := func(key, id string) string { return key[len(key)-len(id):] }
+	q.request.Part.Identifier = end(q.key, q.request.Part.Identifier)
+	q.request.More = slices.Clone(q.request.More)
+	for i := range q.request.More {
+		p := &q.request.More[i]
+		p.Identifier = end(q.more[i], p.Identifier)
+	}
+}
+
 // answer is what the script said to a query.
 type answer struct {
 	text string // its first byte is what became of it

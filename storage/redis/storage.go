@@ -218,7 +218,9 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, si
 	if err != nil {
 		return v, err
 	}
-	q, c, err := s.ask(ctx, query{key: key, more: more, request: *r, fresh: fresh, since: since})
+	own := query{key: key, more: more, request: *r, fresh: fresh, since: since}
+	own.keep()
+	q, c, err := s.ask(ctx, own)
 	if c != nil {
 		defer q.Put(c)
 	}

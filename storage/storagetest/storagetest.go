@@ -45,6 +45,8 @@ func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 		{"transfers in opposite orders without deadlock or partial charge", transfers},
 		{"is linearizable", linearizable},
 		{"takes any bytes as an identifier", identifierZoo},
+		{"keeps no identifier in the memory of its caller", reusedMemory},
+		{"reads no memory of a caller that has left", reusedMemoryEarly},
 		{"refuses bad input and changes nothing", badInput},
 		{"keeps names apart", namesApart},
 		{"returns the error of a finished context and changes nothing", finishedContext},

@@ -1,0 +1,128 @@
+package throttler_test
+
+import (
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
+)
+
+// memory is that of a server which uses it for one request after the other, as those on fasthttp do: what is in it is
+// a string for as long as a call takes.
+type memory []byte
+
+// use lends the string to a call, and writes something else of its length over it afterwards.
+func (m memory) use(s string, call func(string)) {
+	copy(m, s)
+	call(unsafe.String(&m[0], len(s)))
+	for i := range s {
+		m[i] = 'x'
+	}
+}
+
+func TestBucketsOfAnIdentifierOutlastItsMemory(t *testing.T) {
+	t.Parallel()
+	th, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	m := make(memory, 64)
+	one, two := throttler.NewBucket(time.Hour, 1), throttler.NewBucket(time.Hour, 2)
+	for i := range 10 {
+		m.use(fmt.Sprint("user", i), func(id string) { require.NoError(t, th.AddBucket(id, one)) })
+		m.use(fmt.Sprint("user", i), func(id string) { require.NoError(t, th.AddBucket(id, two)) })
+	}
+	m.use("user3", func(id string) { assert.True(t, th.RemoveBucket(id, one.Name())) })
+	m.use("user4", th.RemoveBuckets)
+	for i := range 10 {
+		want := []throttler.Bucket{one, two}
+		switch i {
+		case 3:
+			want = []throttler.Bucket{two}
+		case 4:
+			want = nil
+		}
+		assert.Equal(t, want, th.Buckets(fmt.Sprint("user", i)), i)
+	}
+	assert.Empty(t, th.Buckets("xxxxx"))
+}
+
+func TestNamesOutlastTheirMemory(t *testing.T) {
+	t.Parallel()
+	m, store := make(memory, 64), memstore.New(nil)
+	var th *throttler.Throttler
+	m.use("api", func(name string) {
+		var err error
+		th, err = throttler.New(throttler.Config{Name: name, Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 5)}})
+		require.NoError(t, err)
+	})
+	require.True(t, allowed(t, th, "a"))
+	var bucket throttler.Bucket
+	m.use("plan", func(name string) { bucket = throttler.NewBucket(time.Hour, 5).Named(name) })
+	require.True(t, allowed(t, th, "b", throttler.Using(bucket), throttler.CostOf("plan", 2)))
+
+	same, err := throttler.New(throttler.Config{Name: "api", Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 5)}})
+	require.NoError(t, err)
+	assert.Equal(t, []int64{4}, left(t, same, "a"))
+	v, err := same.Peek(t.Context(), "b", throttler.Cost(0), throttler.Using(throttler.NewBucket(time.Hour, 5).Named("plan")))
+	require.NoError(t, err)
+	assert.EqualValues(t, 3, v.Levels()[0].Remaining)
+}
+
+func TestAllPartsAreChargedThoughTheirMemoryIsUsedAgain(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Hour, 100))
+	user, org := make(memory, 64), make(memory, 64)
+	for i := range 20 {
+		user.use(fmt.Sprint("user", i), func(id string) {
+			org.use(fmt.Sprint("org", i%3), func(other string) {
+				v, err := th.ConsumeAll(t.Context(), throttler.For(id, throttler.Cost(int64(i))), throttler.For(other))
+				require.NoError(t, err)
+				require.True(t, v.Allowed)
+			})
+		})
+	}
+	for i := range 20 {
+		assert.Equal(t, []int64{int64(100 - i)}, left(t, th, fmt.Sprint("user", i)))
+	}
+	assert.Equal(t, []int64{93}, left(t, th, "org0"))
+	assert.Equal(t, []int64{94}, left(t, th, "org2"))
+}
+
+func TestWaitersStayInLineThoughMemoryIsUsedAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, start := leaky(t), time.Now()
+		require.True(t, allowed(t, th, "printer"))
+		order := make(chan string, 10)
+		for i := range 5 { // each in memory of its own, which is used again once it was admitted
+			go func() {
+				make(memory, 64).use("printer", func(id string) {
+					_, err := th.Wait(t.Context(), id)
+					assert.NoError(t, err)
+				})
+				order <- fmt.Sprint(i, " after ", time.Since(start))
+			}()
+			synctest.Wait()
+		}
+		<-time.After(250 * time.Millisecond) // two have left
+		for i := 5; i < 7; i++ {
+			go func() {
+				make(memory, 64).use("printer", func(id string) {
+					_, err := th.Wait(t.Context(), id)
+					assert.NoError(t, err)
+				})
+				order <- fmt.Sprint(i, " after ", time.Since(start))
+			}()
+			synctest.Wait()
+		}
+		for i := range 7 {
+			assert.Equal(t, fmt.Sprint(i, " after ", time.Duration(i+1)*100*time.Millisecond), <-order)
+		}
+	})
+}

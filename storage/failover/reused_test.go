@@ -1,0 +1,83 @@
+package failover_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/internal/asktest"
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+)
+
+// A server that uses the memory of one request for the next one hands out strings that change.
+func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testing.T) {
+	t.Parallel()
+	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, r.Close()) })
+	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, p.Close()) })
+	s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: asktest.Patient, LedgerTimeout: asktest.Patient})
+	require.NoError(t, err)
+
+	const users, victim = 100, "victim"
+	request := func(id string) storage.Request { return asktest.Hourly(t, id, 1000) }
+	memory := []byte(victim)
+	ask := func(i int, call func(id string)) {
+		copy(memory, fmt.Sprintf("user%02d", i))
+		call(unsafe.String(&memory[0], len(memory)))
+		copy(memory, victim)
+	}
+	for range 3 {
+		for i := range users {
+			ask(i, func(id string) {
+				q := request(id)
+				q.Part = storage.NewPart(id, q.Part.Rules, int64(i+1))
+				v, err := s.Decide(t.Context(), q)
+				require.NoError(t, err)
+				require.True(t, v.Allowed)
+			})
+		}
+	}
+	for i := range users {
+		ask(i, func(id string) {
+			c := storage.Charge{Identifier: id, Rules: request(id).Part.Rules, Amounts: []storage.Amount{{N: int64(-i % 3), In: time.Hour.Microseconds()}}}
+			require.NoError(t, s.Charge(t.Context(), c))
+		})
+	}
+	for i := 0; i < users; i += 10 {
+		ask(i, func(id string) { require.NoError(t, s.Reset(t.Context(), "", id)) })
+	}
+	asktest.Until(t, "nothing is pending", func() bool { return s.State().Pending == 0 })
+	ctx, cancel := context.WithTimeout(t.Context(), asktest.Patient)
+	defer cancel()
+	began := time.Now()
+	require.NoError(t, s.Close(ctx))
+	assert.Less(t, time.Since(began), 2*time.Second)
+	for i := range users {
+		want := int64(3*(i+1) - i%3)
+		if i%10 == 0 {
+			want = 0
+		}
+		id := fmt.Sprintf("user%02d", i)
+		assert.Equal(t, want, asktest.Spent(t, p, request(id)), "%s in Postgres", id)
+		assert.Equal(t, want, asktest.Spent(t, r, request(id)), "%s in Redis", id)
+	}
+	assert.Zero(t, asktest.Spent(t, p, request(victim)))
+	assert.Zero(t, asktest.Spent(t, r, request(victim)))
+	assert.Zero(t, s.State().Forgotten)
+}

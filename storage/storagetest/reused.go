@@ -1,0 +1,163 @@
+package storagetest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// memory is that of a server which uses it for one request after the other, as those on fasthttp do: what is in it is
+// an identifier for as long as a call takes. Between calls it has the name of a victim, whom nobody ever asks for.
+type memory []byte
+
+const victim = "victim"
+
+func newMemory() memory { return append(memory(nil), victim...) }
+
+// use lends the identifier, which is as long as that of the victim, to a call.
+func (m memory) use(identifier string, call func(id string)) {
+	copy(m, identifier)
+	call(unsafe.String(&m[0], len(m)))
+	copy(m, victim)
+}
+
+// user is an identifier as long as that of the victim.
+func user(i int) string { return fmt.Sprintf("user%02d", i) }
+
+// reusedMemory has each of some users take, be charged, given back and reset, by calls whose identifiers are all in
+// the same memory.
+func reusedMemory(t *testing.T, s storage.Storage) {
+	for _, clocked := range []bool{false, true} {
+		name, rules := newName(), []storage.Rule{rule(t, "hour", storage.Replenish, time.Hour, 100, 0)}
+		a, b := newMemory(), newMemory()
+		ask := func(id string, mode storage.Mode, cost int64) storage.Request {
+			return storage.Request{Name: name, Clocked: clocked, Mode: mode, Part: storage.NewPart(id, rules, cost)}
+		}
+		spent := func(identifier string) int64 {
+			v, err := s.Decide(t.Context(), ask(identifier, storage.Peek, 0))
+			require.NoError(t, err)
+			return 100 - v.Count(0).Remaining
+		}
+		charge := func(identifier string, n int64) {
+			a.use(identifier, func(id string) {
+				c := storage.Charge{Name: name, Clocked: clocked, Identifier: id, Rules: rules, Amounts: []storage.Amount{{N: n, In: time.Hour.Microseconds()}}}
+				require.NoError(t, s.Charge(t.Context(), c))
+			})
+		}
+		reset := func(identifier string) {
+			a.use(identifier, func(id string) { require.NoError(t, s.Reset(t.Context(), name, id)) })
+		}
+		const users = 20
+		for i := range users {
+			a.use(user(i), func(id string) {
+				_, err := s.Decide(t.Context(), ask(id, storage.Take, int64(i)))
+				require.NoError(t, err)
+			})
+		}
+		for i := range users {
+			a.use(user(i), func(id string) {
+				b.use(user((i+1)%users), func(other string) {
+					r := ask(id, storage.Force, 1)
+					r.More = []storage.Part{storage.NewPart(other, rules, 1)}
+					_, err := s.Decide(t.Context(), r)
+					require.NoError(t, err)
+				})
+			})
+			charge(user(i), 5)
+			charge(user(i), -2)
+		}
+		for i := range users {
+			if i%4 == 3 {
+				reset(user(i))
+			}
+		}
+		reset("settle") // which a storage in two places does not answer before all of them know what was before
+		for i := range users {
+			want := int64(i + 5)
+			if i%4 == 3 {
+				want = 0
+			}
+			assert.Equal(t, want, spent(user(i)), "clocked %v: %s", clocked, user(i))
+		}
+		assert.Zero(t, spent(victim), "clocked %v: nobody asked for it", clocked)
+	}
+}
+
+// reusedMemoryEarly has callers leave, whose memory is used again while their calls may still be on their way.
+func reusedMemoryEarly(t *testing.T, s storage.Storage) {
+	const callers, calls = 8, 60
+	name, rules := newName(), []storage.Rule{rule(t, "hour", storage.Replenish, time.Hour, 1<<20, 0)}
+	ask := func(id string, mode storage.Mode, cost int64) storage.Request {
+		return storage.Request{Name: name, Mode: mode, Part: storage.NewPart(id, rules, cost)}
+	}
+	tokens := func(n int64) []storage.Amount { return []storage.Amount{{N: n, In: time.Hour.Microseconds()}} }
+	spent := func(identifier string) int64 {
+		v, err := s.Decide(t.Context(), ask(identifier, storage.Peek, 0))
+		require.NoError(t, err)
+		return 1<<20 - v.Count(0).Remaining
+	}
+	var took, left [callers]int64
+	together(callers, func(i int) {
+		m, other := newMemory(), newMemory()
+		leave := func(n int, call func(context.Context) error) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n%12)*50*time.Microsecond)
+			defer cancel()
+			switch err := call(ctx); {
+			case err == nil:
+				took[i]++
+			case errors.Is(err, context.DeadlineExceeded):
+				left[i]++
+			default:
+				assert.NoError(t, err)
+			}
+		}
+		for n := range calls {
+			m.use(user(i), func(id string) {
+				leave(n, func(ctx context.Context) error {
+					_, err := s.Decide(ctx, ask(id, storage.Take, 1))
+					return err
+				})
+			})
+			m.use(user(i), func(id string) {
+				other.use("others", func(others string) {
+					leave(n, func(ctx context.Context) error {
+						r := ask(id, storage.Take, 1)
+						r.More = []storage.Part{storage.NewPart(others, rules, 1)}
+						_, err := s.Decide(ctx, r)
+						return err
+					})
+				})
+			})
+			m.use(user(i), func(id string) {
+				leave(n, func(ctx context.Context) error {
+					return s.Charge(ctx, storage.Charge{Name: name, Identifier: id, Rules: rules, Amounts: tokens(1)})
+				})
+			})
+			m.use("shared", func(id string) { // by two at a time
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n%12)*50*time.Microsecond)
+				defer cancel()
+				_ = s.Charge(ctx, storage.Charge{Name: name, Identifier: id, Rules: rules, Amounts: tokens(-1)})
+			})
+			m.use("resets", func(id string) {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n%12)*50*time.Microsecond)
+				defer cancel()
+				_ = s.Reset(ctx, name, id)
+			})
+		}
+	})
+	require.NoError(t, s.Reset(t.Context(), name, "settle"))
+	for i := range callers {
+		n := spent(user(i))
+		assert.GreaterOrEqual(t, n, took[i], "%s: something was taken from somebody else", user(i))
+		assert.LessOrEqual(t, n, took[i]+left[i], "%s: something was taken for somebody else", user(i))
+	}
+	assert.Zero(t, spent(victim), "nobody asked for it")
+}
