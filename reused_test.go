@@ -126,3 +126,30 @@ func TestWaitersStayInLineThoughMemoryIsUsedAgain(t *testing.T) {
 		}
 	})
 }
+
+func TestAVerdictNamesItsIdentifierThoughMemoryIsUsedAgain(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Hour, 2))
+	m := make(memory, 64)
+	for _, buckets := range [][]throttler.Option{nil, {throttler.Using(throttler.NewBucket(time.Hour, 5).SlidingLog().Named("log"))}} {
+		for i := range 2 {
+			m.use("user:42", func(id string) {
+				v, err := th.Consume(id, buckets...)
+				require.NoError(t, err)
+				m.use("another", func(string) {})
+				assert.Equal(t, "user:42", v.Levels()[0].Identifier, i)
+				require.NoError(t, th.Refund(t.Context(), v))
+			})
+		}
+		v, err := th.Peek(t.Context(), "user:42", append(buckets, throttler.Cost(0))...)
+		require.NoError(t, err)
+		assert.Equal(t, v.Levels()[0].Limit, v.Levels()[0].Remaining, "it was given back to whom it was taken from")
+	}
+	m.use("a", func(id string) {
+		v, err := th.ConsumeAll(t.Context(), throttler.For(id), throttler.For("org:7"))
+		require.NoError(t, err)
+		m.use("b", func(string) {})
+		assert.Equal(t, "a", v.Levels()[0].Identifier)
+		assert.Equal(t, "org:7", v.Levels()[1].Identifier)
+	})
+}

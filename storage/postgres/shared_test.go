@@ -360,10 +360,10 @@ func TestAFlightOfOneIdentifierIsExact(t *testing.T) {
 	slices.SortFunc(steps, func(a, b step) int { return cmp.Or(cmp.Compare(b.left, a.left), cmp.Compare(b.cost, a.cost)) })
 	sum, left := int64(1), int64(59)
 	for _, step := range steps {
-		sum, left = sum+step.cost, max(0, left-step.cost)
+		sum, left = sum+step.cost, left-step.cost
 		assert.Equal(t, left, step.left)
 	}
-	assert.Zero(t, left)
+	assert.LessOrEqual(t, left, int64(0), "the forced ones leave a debt")
 	assert.LessOrEqual(t, last.Load(), int64(1), "only forced ones come after the last that fitted")
 	assert.Equal(t, sum, asktest.Spent(t, s, asktest.Hourly(t, "hot", 1000)))
 	assert.Less(t, writers(t, pool)-before, int64(20), "transactions for 121 requests")

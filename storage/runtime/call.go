@@ -55,7 +55,7 @@ func (c *call) order() []*shard {
 type place struct {
 	shard *shard
 	tag   uint32
-	id    string
+	id    string         // that of the entry, once there is one: a copy
 	rules []storage.Rule // as many of the draws are this identifier's
 
 	entry   *entry // nil when there is none
@@ -129,6 +129,7 @@ func (s *Storage) locate(c *call) (need int64) {
 		p.entry, p.counted = nil, false
 		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
 			p.entry = p.shard.entry(at)
+			p.id = p.entry.id
 		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules)], func(d storage.Draw) bool { return d.Cost > 0 }) {
 			p.counted = true
 			missing++
@@ -240,6 +241,7 @@ func (p *place) relay(c *call, from int) {
 	l := p.shard.use(c.name, c.clocked, rules)
 	if p.entry == nil {
 		p.entry, p.made = p.shard.add(p.tag, p.id, l), true
+		p.id = p.entry.id
 	} else {
 		p.shard.release(p.entry.layout)
 		p.entry.layout = l

@@ -25,6 +25,7 @@ func (e *entry) decideHolds(r *storage.Request, v *storage.Verdict, now int64) b
 		}
 	}
 	v.Begin(r, Source, now)
+	v.Part(0).Identifier = e.id // a copy: the caller's may be in memory that it uses again
 	v.Allowed = allowed
 	for i := range r.Part.Rules {
 		c, rule, cost := e.cell(i), &r.Part.Rules[i], r.Part.Cost(i)
@@ -81,6 +82,7 @@ func (e *entry) decideLevels(r *storage.Request, v *storage.Verdict, now int64) 
 		}
 	}
 	v.Begin(r, Source, now)
+	v.Part(0).Identifier = e.id // a copy: the caller's may be in memory that it uses again
 	v.Allowed = allowed
 	for i := range r.Part.Rules {
 		c, rule, cost := e.cell(i), &r.Part.Rules[i], r.Part.Cost(i)

@@ -136,6 +136,7 @@ func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool 
 		e.state(j, &draws[j].State)
 	}
 	v.Begin(r, Source, now)
+	v.Part(0).Identifier = e.id
 	v.Allowed = storage.Decide(r.Mode, now, draws)
 	if v.Allowed && r.Mode != storage.Peek {
 		for j := range draws {
@@ -162,6 +163,9 @@ func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error 
 	v.Begin(r, Source, c.now)
 	v.Allowed = storage.Decide(r.Mode, c.now, c.draws)
 	s.end(c, v.Allowed)
+	for i := range c.places {
+		v.Part(i).Identifier = c.places[i].id
+	}
 	for i := range c.draws {
 		v.Set(i, c.draws[i].Count)
 	}
