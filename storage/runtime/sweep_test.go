@@ -109,7 +109,7 @@ func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 			_, err := w.ConsumeAll(t.Context(), throttler.For("hot"), throttler.For("warm"))
 			return err
 		}, nil},
-		{"charge", func(t *testing.T, w world, _ int) error { return w.Charge(t.Context(), "hot") }, nil},
+		{"charge", func(t *testing.T, w world, _ int) error { return w.Charge(t.Context(), "hot", large) }, nil},
 		{"refund", func(t *testing.T, w world, _ int) error {
 			c := storage.Charge{Identifier: "hot", Rules: rules, Amounts: []storage.Amount{{N: -1}}}
 			if w.now != nil {
