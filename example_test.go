@@ -47,7 +47,7 @@ func sixCalls() error {
 		if v.Allowed {
 			fmt.Println("admitted")
 		} else {
-			fmt.Println("come back in", v.RetryAfter.Truncate(time.Second)+time.Second) // rounded up
+			fmt.Println("come back in", (v.RetryAfter + time.Second - 1).Truncate(time.Second)) // rounded up
 		}
 	}
 	return nil

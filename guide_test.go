@@ -72,7 +72,7 @@ func Example_guideBucket() {
 			if v.Allowed {
 				fmt.Println("admitted")
 			} else {
-				fmt.Println("come back in", v.RetryAfter.Truncate(time.Second)+time.Second) // rounded up
+				fmt.Println("come back in", (v.RetryAfter + time.Second - 1).Truncate(time.Second)) // rounded up
 			}
 		}
 		return nil

@@ -544,7 +544,7 @@ func TestTheWindowHasARefusalOfItsOwn(t *testing.T) {
 	for range 60 {
 		checkJSON(t, get("/api/window"), http.StatusOK, `{"message":"Within the window."}`)
 	}
-	checkJSON(t, get("/api/window"), http.StatusTooManyRequests, `{"error":"Try again in 61 s.","window":60,"limit":60}`)
+	checkJSON(t, get("/api/window"), http.StatusTooManyRequests, `{"error":"Try again in 60 s.","window":60,"limit":60}`)
 }
 
 func TestWhoUpgradesKeepsWhatWasSpent(t *testing.T) {
