@@ -742,6 +742,14 @@ func TestTheMistakesOfTheGuideDoWhatItSays(t *testing.T) {
 		assert.True(t, allowed(t, th, "a", small))
 		assert.True(t, allowed(t, th, "a", large, throttler.Cost(2)))
 	})
+	mistake("plans of different periods", func(t *testing.T) {
+		th, _ := throttled(t)
+		minute, hour := throttler.Using(one.Named("requests")), throttler.Using(throttler.NewBucket(time.Hour, 2).Named("requests"))
+		assert.True(t, allowed(t, th, "a", minute))
+		assert.True(t, allowed(t, th, "a", hour, throttler.Cost(2)))
+		assert.False(t, allowed(t, th, "a", minute), "each is as it was")
+		assert.False(t, allowed(t, th, "a", hour))
+	})
 	mistake("`AddBucket` in one process of several", func(t *testing.T) {
 		store := memstore.New(nil)
 		here, err := throttler.New(throttler.Config{Storage: store})
