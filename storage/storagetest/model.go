@@ -2,6 +2,7 @@ package storagetest
 
 import (
 	"context"
+	"strings"
 	"sync"
 
 	"github.com/go-throttler/throttler/storage"
@@ -161,7 +162,7 @@ func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 }
 
 func (m *Model) keep(name, id string, b storage.BucketID, s storage.State) {
-	key := [2]string{name, id}
+	key := [2]string{name, strings.Clone(id)} // as the caller may use its memory again
 	if m.states[key] == nil {
 		m.states[key] = make(map[storage.BucketID]storage.State)
 	}
