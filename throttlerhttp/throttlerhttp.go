@@ -279,7 +279,7 @@ func (m *middleware) route(r *Route, shared map[string]different) error {
 // own gives the limit the buckets of its route.
 func (m *middleware) own(l *limit, r *Route, shared map[string]different) error {
 	if r.Adds && len(m.Buckets) == 0 {
-		return errors.New("Adds needs Options.Buckets to add to; those of the Throttler it does not know")
+		return errors.New("its Adds needs Options.Buckets to add to; those of the Throttler it does not know")
 	}
 	buckets := r.scoped()
 	l.route, l.own, l.adds = cmp.Or(r.Name, r.Pattern), throttler.Using(buckets...), r.Adds
