@@ -324,7 +324,7 @@ func TestGinStreamsInsideOfTheMiddleware(t *testing.T) {
 		body, err := io.ReadAll(res.Body)
 		require.NoError(t, err)
 		require.NoError(t, res.Body.Close())
-		assert.Equal(t, "line\nline\nline\n", string(body))
+		assert.Equal(t, strings.Repeat("line\n", 3), string(body))
 		remaining := map[bool]string{true: `"2/1h";r=1;t=3600`, false: `"2/1h";r=2`}[o.RefundIf == nil]
 		assert.Equal(t, []string{remaining}, res.Header.Values("RateLimit"))
 	}
