@@ -144,9 +144,13 @@ func (s *Storage) next(i int) int {
 	return i
 }
 
-// Tidy sweeps as a decision does, for a call that asks for none. The arguments are those of a storage.Request.
+// Tidy sweeps as a decision does, for a call that asks for none. The arguments are those of a storage.Request: now counts
+// only if it is the time of a client's clock.
 func (s *Storage) Tidy(name string, clocked bool, now int64) {
 	if rand.IntN(sweepEvery) == 0 {
+		if !clocked {
+			now = storage.Monotonic()
+		}
 		s.tidy(name, clocked, now, sweepHalf)
 	}
 }
