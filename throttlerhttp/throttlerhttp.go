@@ -27,18 +27,12 @@
 package throttlerhttp
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
-	"path"
-	"slices"
-	"strings"
 
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/storage"
 )
 
 // Options of New. The zero value limits each address by the buckets that the Throttler has.
@@ -178,196 +172,6 @@ type limit struct {
 	policies policies
 }
 
-// compile makes the limits, so that nothing is left to do for a request but to choose.
-func (m *middleware) compile() error {
-	var faults []error
-	if m.t == nil {
-		faults = append(faults, errors.New("throttlerhttp: the Throttler is nil"))
-	}
-	if m.Tier == nil && len(m.Tiers) > 0 {
-		faults = append(faults, errors.New("throttlerhttp: Options.Tiers needs a Tier that chooses one"))
-	}
-	shared := map[string]different{}
-	sets, err := m.sets(shared)
-	if err != nil {
-		faults = append(faults, err)
-	}
-	m.others = &limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: sets}
-	if len(m.Routes) > 0 {
-		m.mux, m.routes, m.spared = http.NewServeMux(), map[string]*limit{}, map[string]*limit{}
-	}
-	for i := range m.Routes {
-		r := &m.Routes[i]
-		if err := m.route(r, shared); err != nil {
-			faults = append(faults, fmt.Errorf("throttlerhttp: Options.Routes[%d] %q: %w", i, r.Pattern, err))
-		}
-	}
-	for name, buckets := range shared {
-		if len(buckets) > storage.MaxBuckets {
-			faults = append(faults, fmt.Errorf("throttlerhttp: %s have %d different buckets, by name, kind and period, must be at most %d", name, len(buckets), storage.MaxBuckets))
-		}
-	}
-	m.plain = plainRoutes(m.routes)
-	return errors.Join(faults...)
-}
-
-// sets makes the options of Buckets and Tiers.
-func (m *middleware) sets(shared map[string]different) (map[string]throttler.Option, error) {
-	var faults []error
-	sets, all := map[string]throttler.Option{}, different{}
-	shared["Options.Buckets and Options.Tiers"] = all
-	tiers := map[string][]throttler.Bucket{"": m.Buckets}
-	maps.Copy(tiers, m.Tiers)
-	for tier, set := range tiers {
-		where := fmt.Sprintf("Options.Tiers[%q]", tier)
-		if tier == "" {
-			where = "Options.Buckets"
-		}
-		if _, named := m.Tiers[tier]; named && len(set) == 0 {
-			faults = append(faults, fmt.Errorf("throttlerhttp: %s has no buckets", where))
-		}
-		if len(set) == 0 {
-			continue
-		}
-		if err := all.add(set); err != nil {
-			faults = append(faults, fmt.Errorf("throttlerhttp: %s: %w", where, err))
-		}
-		sets[tier] = throttler.Using(set...)
-	}
-	return sets, errors.Join(faults...)
-}
-
-// different are the buckets that one identifier may come to have: each is its name, kind and period.
-type different map[state]bool
-
-type state struct {
-	name   string
-	kind   storage.Kind
-	period int64
-}
-
-// add adds the buckets of one call, or returns what is wrong with them.
-func (d different) add(buckets []throttler.Bucket) error {
-	t, err := throttler.New(throttler.Config{Buckets: buckets})
-	if err != nil {
-		return err
-	}
-	v, err := t.Peek(context.Background(), "anybody", throttler.Cost(0))
-	if err != nil {
-		return err
-	}
-	for _, r := range v.Part(0).Rules {
-		d[state{r.Name, r.Kind, r.Period}] = true
-	}
-	return nil
-}
-
-// route makes the limit of a route.
-func (m *middleware) route(r *Route, shared map[string]different) error {
-	l := &limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: m.others.sets}
-	if err := l.override(r); err != nil {
-		return err
-	}
-	if len(r.Buckets) > 0 {
-		if err := m.own(l, r, shared); err != nil {
-			return err
-		}
-	}
-	return m.register(r.Pattern, l)
-}
-
-// own gives the limit the buckets of its route.
-func (m *middleware) own(l *limit, r *Route, shared map[string]different) error {
-	if r.Adds && len(m.Buckets) == 0 {
-		return errors.New("Adds needs Options.Buckets to add to; those of the Throttler it does not know")
-	}
-	buckets := r.scoped()
-	l.route, l.own, l.adds = cmp.Or(r.Name, r.Pattern), throttler.Using(buckets...), r.Adds
-	all := fmt.Sprintf("the Routes of the Name %q", l.route)
-	if shared[all] == nil {
-		shared[all] = different{}
-	}
-	if err := shared[all].add(buckets); err != nil {
-		return err
-	}
-	if !r.Adds {
-		return nil
-	}
-	for _, set := range append(slices.Collect(maps.Values(m.Tiers)), m.Buckets) { // in one answer, each needs a name
-		for _, b := range set {
-			if slices.ContainsFunc(buckets, func(own throttler.Bucket) bool { return own.Name() == b.Name() }) {
-				return fmt.Errorf("it Adds a bucket %q to one of this name", b.Name())
-			}
-		}
-	}
-	return nil
-}
-
-// register makes the limit that of the requests which match the pattern.
-func (m *middleware) register(pattern string, l *limit) (err error) {
-	if right, hint := usualPattern(pattern); right != pattern {
-		return fmt.Errorf("it would not match what it seems to: a pattern of http.ServeMux is written %q%s", right, hint)
-	}
-	if m.IgnoreCase {
-		pattern = lowerPath(pattern)
-	}
-	method, path := splitPattern(pattern)
-	l.method = method
-	if l.free && path == "/" && (method == http.MethodOptions || method == http.MethodHead) {
-		if m.spared[method] != nil {
-			return errors.New("there is another Route for it")
-		}
-		m.spared[method] = l
-		return nil
-	}
-	defer func() { // a ServeMux panics if it is no pattern, or conflicts with another
-		if fault := recover(); fault != nil {
-			err = fmt.Errorf("%v", fault)
-		}
-	}()
-	m.mux.Handle(pattern, http.NotFoundHandler())
-	m.routes[pattern] = l
-	return nil
-}
-
-// override sets what the route has of its own, apart from buckets.
-func (l *limit) override(r *Route) error {
-	l.free = r.Free
-	if r.Key != nil {
-		l.key = r.Key
-	}
-	if r.Cost != nil {
-		l.cost = r.Cost
-	}
-	if r.RefundIf != nil {
-		l.refundIf = r.RefundIf
-	}
-	if r.Refuse != nil {
-		l.refuse = r.Refuse
-	}
-	switch {
-	case r.Free && (len(r.Buckets) > 0 || r.Adds):
-		return errors.New("it is Free and has Buckets")
-	case r.Adds && len(r.Buckets) == 0:
-		return errors.New("it has no Buckets that Adds could add")
-	}
-	for _, b := range r.scoped() {
-		if len(b.Name()) > 64 {
-			return fmt.Errorf("the name of a bucket would be %q, %d bytes of at most 64: give the Route a shorter Name", b.Name(), len(b.Name()))
-		}
-	}
-	return nil
-}
-
-// scoped returns the buckets with the route in their names.
-func (r *Route) scoped() []throttler.Bucket {
-	out := make([]throttler.Bucket, len(r.Buckets))
-	for i, b := range r.Buckets {
-		out[i] = b.Named(cmp.Or(r.Name, r.Pattern) + " " + b.Name())
-	}
-	return out
-}
-
 // serve is the flow of a request.
 func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	l := m.of(r)
@@ -403,9 +207,6 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	rec.returned = true
 }
 
-// errPath is that of a request to which two routes apply.
-var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, and of another one without escapes")
-
 // errGone is that of a request whose client went away before the storage answered.
 var errGone = errors.New("throttlerhttp: the client has gone")
 
@@ -413,101 +214,6 @@ func (m *middleware) tell(r *http.Request, err error) {
 	if m.OnError != nil {
 		m.OnError(r, err)
 	}
-}
-
-// of returns the limit that applies to a request, or nil if that is not clear.
-//
-// A ServeMux matches paths as they are escaped, and what is behind the middleware may not: so that nobody gets
-// around a limit by "/api%2Fsearch" or "/static/%2e%2e/api", a request that is written in an unusual way is also
-// matched as it is usually written. A route counts for more than none, and none for more than a Free one.
-func (m *middleware) of(r *http.Request) *limit {
-	if m.mux == nil {
-		return m.others
-	}
-	r = m.folded(r)
-	l, usual := m.match(r), m.folded(usualForm(r))
-	if usual == r {
-		return l
-	}
-	u := m.match(usual)
-	switch {
-	case l == u || u.free:
-		return l
-	case l.free || l == m.others:
-		return u
-	case u == m.others:
-		return l
-	}
-	return nil
-}
-
-// match is the limit by the form of the request's path.
-func (m *middleware) match(r *http.Request) *limit {
-	l := m.matching(r)
-	if spared := m.spared[r.Method]; spared != nil && l.method != r.Method {
-		return spared
-	}
-	return l
-}
-
-func (m *middleware) matching(r *http.Request) *limit {
-	if r.URL.RawPath == "" {
-		if l := m.plain[plain{r.Method, r.URL.Path}]; l != nil {
-			return l
-		}
-	}
-	_, pattern := m.mux.Handler(r)
-	if l := m.routes[pattern]; l != nil {
-		return l
-	}
-	return m.others
-}
-
-// plain is a route's pattern that is only a method and a literal path. No other pattern can match such a request better,
-// so a map answers it as the ServeMux would, without allocating.
-type plain struct{ method, path string }
-
-// plainRoutes finds those routes. With hosts in any pattern there are none, as one with a host matches better.
-func plainRoutes(routes map[string]*limit) map[plain]*limit {
-	found := map[plain]*limit{}
-	for pattern, l := range routes {
-		method, path := splitPattern(pattern)
-		if !strings.HasPrefix(path, "/") {
-			return nil
-		}
-		if method != "" && method != http.MethodConnect && !strings.HasSuffix(path, "/") && !strings.ContainsAny(path, "{%") {
-			found[plain{method, path}] = l
-		}
-	}
-	return found
-}
-
-// usualForm returns the request, or a copy with a clean path that has no escapes, a host in lower case without
-// the dot at its end, and a method for which a ServeMux does not go other ways, as for CONNECT.
-func usualForm(r *http.Request) *http.Request {
-	clean := r.URL.Path
-	if !strings.HasPrefix(clean, "/") {
-		clean = "/" + clean
-	}
-	clean = path.Clean(clean)
-	if strings.HasSuffix(r.URL.Path, "/") && clean != "/" {
-		clean += "/"
-	}
-	host, port, _ := strings.Cut(r.Host, ":")
-	host = strings.TrimSuffix(strings.ToLower(host), ".")
-	if port != "" {
-		host += ":" + port
-	}
-	if r.URL.RawPath == "" && clean == r.URL.Path && host == r.Host && r.Method != http.MethodConnect {
-		return r
-	}
-	usual, u := *r, *r.URL
-	u.Path, u.RawPath = clean, ""
-	usual.URL, usual.Host = &u, host
-	if r.Method == http.MethodConnect {
-		usual.Method = "of CONNECT" // so that routes for all methods match
-	}
-	return &usual
 }
 
 // ask asks the Throttler, and tells of what fails.
