@@ -28,7 +28,10 @@ func (m *middleware) compile() error {
 	if err != nil {
 		faults = append(faults, err)
 	}
-	m.others = &limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: sets}
+	m.others = &limit{m: m, key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, set: sets[""]}
+	if m.Tier != nil {
+		m.others.tiers = sets
+	}
 	if len(m.Routes) > 0 {
 		m.mux, m.routes, m.spared = http.NewServeMux(), map[string]*limit{}, map[string]*limit{}
 	}
@@ -75,7 +78,9 @@ func (m *middleware) sets(shared map[string]different) (map[string]throttler.Opt
 
 // route makes the limit of a route.
 func (m *middleware) route(r *Route, shared map[string]different) error {
-	l := &limit{key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, sets: m.others.sets}
+	l := &limit{
+		m: m, key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, set: m.others.set, tiers: m.others.tiers,
+	}
 	if err := l.override(r); err != nil {
 		return err
 	}
@@ -93,7 +98,12 @@ func (m *middleware) own(l *limit, r *Route, shared map[string]different) error 
 		return errors.New("Adds needs Options.Buckets to add to; those of the Throttler it does not know")
 	}
 	buckets := r.scoped()
-	l.route, l.own, l.adds = cmp.Or(r.Name, r.Pattern), throttler.Using(buckets...), r.Adds
+	l.route, l.adds = cmp.Or(r.Name, r.Pattern), r.Adds
+	if own := throttler.Using(buckets...); r.Adds {
+		l.added = own
+	} else {
+		l.set, l.tiers = own, nil
+	}
 	all := fmt.Sprintf("the Routes of the Name %q", l.route)
 	if shared[all] == nil {
 		shared[all] = different{}

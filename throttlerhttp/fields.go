@@ -40,75 +40,61 @@ const (
 
 // said is what a limiter says of its limits in an answer.
 type said struct {
-	policy *policy
-	draft  [2]string // RateLimit-Policy and RateLimit
-	x      [3]string // the values of xNames
+	draft [2]string // RateLimit-Policy and RateLimit
+	x     [3]string // the values of xNames
 }
 
-// say puts the fields of a verdict into the answer to a refused request.
-func (f Fields) say(h http.Header, v *throttler.Verdict, known *policies) {
-	if levels := v.Levels(); len(levels) > 0 {
-		new(said).say(f, h, known.of(v), levels)
+// say puts the fields of a verdict into an answer. It allocates a string for Draft10.
+func (s *said) say(l *limit, h http.Header, v *throttler.Verdict) {
+	levels := v.Levels()
+	if len(levels) == 0 {
+		return
 	}
+	p := l.policies.of(v)
+	s.tell(l.m.Fields, p, levels)
+	var before said
+	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) {
+		before.draft[1] = have[0] // of this limiter, or an equal one: a recorder outside finds the smaller of both
+	}
+	s.put(h, &before, true, 0)
 }
 
-// say puts the fields of levels beside those of other limiters, or in their place: a recorder of
-// another limiter, outside of this one, then finds the smaller ones. It allocates a string for Draft10.
-func (s *said) say(f Fields, h http.Header, p *policy, levels []throttler.Level) {
-	s.tell(f, p, levels)
-	switch have := h["Ratelimit"]; {
-	case s.draft[1] == "":
-	case !p.twice && (len(have) == 0 || len(have) == 1 && p.names(have[0])):
-		s.setDraft(h)
-	default:
-		s.join(h, "")
-	}
-	if theirs := lastX(h); s.x[0] != "" && !less(theirs, s.x) {
-		setX(h, s.x)
-	}
-}
-
+// tell writes the fields of levels, but into no answer yet.
 func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
-	s.policy = p
 	if f == 0 || f&Draft10 != 0 {
 		s.draft = [2]string{p.field, p.limits(levels)}
+		if p.twice {
+			s.draft = merge(nil, nil, s.draft)
+		}
 	}
 	s.x = f.ofNearest(levels)
 }
 
-// become changes the fields in an answer from s to now, which may be s, and leaves one set of them if others have
-// added theirs meanwhile. What somebody has removed stays removed.
-func (s *said) become(h http.Header, now *said, status int) {
+// put changes the fields in an answer from what was said before, which may be s, to s, and leaves one set of them if
+// others have added theirs. Fields that somebody has removed stay removed, unless they are lost.
+func (s *said) put(h http.Header, before *said, lost bool, status int) {
 	switch have := h["Ratelimit"]; {
-	case len(have) == 0 || s.draft[1] == "":
-	case len(have) > 1 || have[0] != s.draft[1]:
-		now.join(h, s.draft[1])
-	case s != now:
-		now.setDraft(h)
+	case s.draft[1] == "" || len(have) == 0 && !lost:
+	case len(have) == 0 || len(have) == 1 && have[0] == before.draft[1]:
+		h["Ratelimit-Policy"], h["Ratelimit"] = s.draft[:1:1], s.draft[1:]
+	default:
+		all := merge(without(list(have), list(before.draft[1:])), list(h["Ratelimit-Policy"]), s.draft)
+		h["Ratelimit-Policy"], h["Ratelimit"] = all[:1:1], all[1:]
 	}
-	if s.x[0] == "" || len(h[xNames[1]]) == 0 {
+	if s.x[0] == "" || len(h[xNames[1]]) == 0 && !lost {
 		return
 	}
-	x, theirs := now.x, s.otherX(h)
-	if less(theirs, x) || status == http.StatusTooManyRequests && less(theirs, [3]string{}) { // it is they who refused
-		x = theirs
+	x, theirs := &s.x, before.otherX(h)
+	if less(theirs, *x) || status == http.StatusTooManyRequests && less(theirs, [3]string{}) { // it is they who refused
+		x = &theirs
 	}
-	setX(h, x)
-}
-
-// restore says again what somebody has removed.
-func (s *said) restore(h http.Header) {
-	if s.draft[1] != "" && len(h["Ratelimit"]) == 0 {
-		s.setDraft(h)
+	for i, name := range xNames {
+		if x[i] == "" {
+			delete(h, name)
+		} else {
+			h[name] = x[i : i+1 : i+1]
+		}
 	}
-	if s.x[0] != "" && len(h[xNames[1]]) == 0 {
-		setX(h, s.x)
-	}
-}
-
-// setDraft has no other limits beside those of s.
-func (s *said) setDraft(h http.Header) {
-	h["Ratelimit-Policy"], h["Ratelimit"] = s.draft[:1:1], s.draft[1:]
 }
 
 var xNames = [...]string{"X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset"}
@@ -126,37 +112,16 @@ func (f Fields) ofNearest(levels []throttler.Level) (x [3]string) {
 	return [...]string{strconv.FormatInt(l.Limit, 10), strconv.FormatInt(l.Remaining, 10), strconv.FormatInt(reset, 10)}
 }
 
-// setX sets those of the fields that are not empty, and removes the others.
-func setX(h http.Header, x [3]string) {
+// otherX is what others have added last to what s said, or set in its place.
+func (s *said) otherX(h http.Header) (x [3]string) {
+	lines := len(h[xNames[1]])
 	for i, name := range xNames {
-		if x[i] == "" {
-			delete(h, name)
-		} else {
-			h[name] = []string{x[i]}
-		}
-	}
-}
-
-// lastX is what was set or added last.
-func lastX(h http.Header) (x [3]string) {
-	for i, name := range xNames {
-		if have := h[name]; len(have) > 0 {
+		if have := h[name]; len(have) > 0 && len(have) >= lines { // else they have none of it
 			x[i] = have[len(have)-1]
 		}
 	}
-	return x
-}
-
-// otherX is what others have added to what s said, or set in its place.
-func (s *said) otherX(h http.Header) [3]string {
-	x := lastX(h)
-	if x == s.x && len(h[xNames[1]]) == 1 {
+	if x == s.x && lines == 1 {
 		return [3]string{}
-	}
-	for i, name := range xNames {
-		if len(h[name]) < len(h[xNames[1]]) {
-			x[i] = "" // they have none
-		}
 	}
 	return x
 }

@@ -1,90 +1,123 @@
+// One list of the limits of several limiters: of a middleware around another, of a handler that asks for itself, of a
+// server behind a ReverseProxy.
+
 package throttlerhttp
 
 import (
-	"net/http"
-	"slices"
-
 	"github.com/dunglas/httpsfv"
 )
 
-// join makes one list of the limits in an answer and those of s, in place of what s has said before.
-func (s *said) join(h http.Header, before string) {
-	limits, policies, won := list(h["Ratelimit"]...), list(h["Ratelimit-Policy"]...), httpsfv.List(nil)
-	for _, old := range list(before) {
-		if i := slices.IndexFunc(limits, func(m httpsfv.Member) bool { return sameLimit(m, old) }); i >= 0 {
-			limits = slices.Delete(limits, i, i+1)
-		}
-	}
-	limits, _ = fold(nil, limits)
-	limits, won = fold(limits, list(s.draft[1]))
-	policies = replace(nil, policies)
-	own := list(s.draft[0])
-	policies = replace(policies, slices.DeleteFunc(own, func(m httpsfv.Member) bool { return find(policies, m) >= 0 && find(won, m) < 0 }))
-	policy, err := httpsfv.Marshal(policies)
-	limit, err2 := httpsfv.Marshal(limits)
-	if err != nil || err2 != nil {
-		s.setDraft(h)
-		return
-	}
-	h["Ratelimit-Policy"], h["Ratelimit"] = []string{policy}, []string{limit}
-}
+// mostBytes of a field of somebody else's are read.
+const mostBytes = 16 << 10
 
-// list reads a field. One that is no list is ignored as a whole, as RFC 9651 says.
-func list(field ...string) httpsfv.List {
-	l, _ := httpsfv.UnmarshalList(field)
+// list reads the lines of a field. If they are no list, or too long, the field is ignored as a whole.
+func list(lines []string) httpsfv.List {
+	n := 0
+	for _, line := range lines {
+		n += len(line)
+	}
+	if n > mostBytes {
+		return nil
+	}
+	l, _ := httpsfv.UnmarshalList(lines)
 	return l
 }
 
-// fold adds limits to a list, and tells which of them are in it: of two of one name the one of which less remains.
-func fold(to, limits httpsfv.List) (all, won httpsfv.List) {
+// merge adds the fields that a limiter has said to the limits and policies of others. Of two limits of one name it has
+// the one of which less remains, and the policy of that one.
+func merge(limits, policies httpsfv.List, own [2]string) [2]string {
+	var limit, policy named
 	for _, m := range limits {
-		switch i := find(to, m); {
-		case i < 0:
-			to, won = append(to, m), append(won, m)
-		case nearer(m, to[i]):
-			to[i], won = m, append(won, m)
-		}
+		limit.lower(m)
 	}
-	return to, won
-}
-
-// replace adds policies to a list, in place of others of the same names.
-func replace(in, policies httpsfv.List) httpsfv.List {
 	for _, m := range policies {
-		if i := find(in, m); i >= 0 {
-			in[i] = m
-		} else {
-			in = append(in, m)
+		policy.put(m)
+	}
+	ownLimits, _ := httpsfv.UnmarshalList(own[1:])
+	ownPolicies, _ := httpsfv.UnmarshalList(own[:1]) // of the same names, in the same order
+	for i, m := range ownLimits {
+		if limit.lower(m) || policy.of(m) == nil {
+			policy.put(ownPolicies[i])
 		}
 	}
-	return in
-}
-
-// find is the index of the item with the name of another, or -1.
-func find(in httpsfv.List, m httpsfv.Member) int {
-	name := nameOf(m)
-	return slices.IndexFunc(in, func(other httpsfv.Member) bool { return name != "" && nameOf(other) == name })
-}
-
-// nameOf is the name of a policy and what follows the name to tell partitions apart, or empty.
-func nameOf(m httpsfv.Member) string {
-	item, _ := m.(httpsfv.Item)
-	name, _ := item.Value.(string)
-	if name == "" {
-		return ""
+	p, err := httpsfv.Marshal(policy.list)
+	l, err2 := httpsfv.Marshal(limit.list)
+	if err != nil || err2 != nil {
+		return own
 	}
-	partition, _ := item.Params.Get("pk")
-	key, _ := partition.([]byte)
-	return name + "\x00" + string(key)
+	return [2]string{p, l}
 }
 
+// without returns the limits that are not among others, by their names and numbers.
+func without(limits, others httpsfv.List) (rest httpsfv.List) {
+	var remove named
+	for _, m := range others {
+		remove.put(m)
+	}
+	for _, m := range limits {
+		if other := remove.of(m); other == nil || nearer(m, other) || nearer(other, m) {
+			rest = append(rest, m)
+		}
+	}
+	return rest
+}
+
+// named is a list with one item of each name.
+type named struct {
+	list httpsfv.List
+	at   map[policyName]int
+}
+
+// policyName is the name of a policy, and the key of one of its partitions.
+type policyName struct{ name, partition string }
+
+func nameOf(m httpsfv.Member) (n policyName) {
+	if item, ok := m.(httpsfv.Item); ok {
+		n.name, _ = item.Value.(string)
+		key, _ := item.Params.Get("pk")
+		bytes, _ := key.([]byte)
+		n.partition = string(bytes)
+	}
+	return n
+}
+
+// of is the item with the name of m, or nil. What has no name is like nothing else.
+func (l *named) of(m httpsfv.Member) httpsfv.Member {
+	if i, ok := l.at[nameOf(m)]; ok {
+		return l.list[i]
+	}
+	return nil
+}
+
+// put puts m into the list, in place of the item of its name.
+func (l *named) put(m httpsfv.Member) {
+	name := nameOf(m)
+	if i, ok := l.at[name]; ok {
+		l.list[i] = m
+		return
+	}
+	if l.at == nil {
+		l.at = map[policyName]int{}
+	}
+	if name.name != "" {
+		l.at[name] = len(l.list)
+	}
+	l.list = append(l.list, m)
+}
+
+// lower puts a limit into the list unless that has one of its name of which no more remains.
+func (l *named) lower(m httpsfv.Member) bool {
+	if old := l.of(m); old != nil && !nearer(m, old) {
+		return false
+	}
+	l.put(m)
+	return true
+}
+
+// nearer reports whether less remains of a than of b, or as little for longer.
 func nearer(a, b httpsfv.Member) bool {
 	r, s := number(a, "r"), number(b, "r")
 	return r < s || r == s && number(a, "t") > number(b, "t")
-}
-
-func sameLimit(a, b httpsfv.Member) bool {
-	return nameOf(a) != "" && nameOf(a) == nameOf(b) && number(a, "r") == number(b, "r") && number(a, "t") == number(b, "t")
 }
 
 // number is a parameter of an item, or -1.

@@ -67,16 +67,16 @@ func (p *policy) limits(levels []throttler.Level) string {
 	return string(out)
 }
 
-// names says that a field has only limits of this policy.
+// names says that a field has the limits of this policy, and no others.
 func (p *policy) names(limits string) bool {
-	for more := true; more; {
-		var item string
-		item, limits, more = strings.Cut(limits, separator)
-		if !slices.ContainsFunc(p.items, func(own string) bool { return strings.HasPrefix(item, strings.TrimPrefix(own, separator)) }) {
+	for _, item := range p.items {
+		if !strings.HasPrefix(limits, item) {
 			return false
 		}
+		limits = limits[len(item):]
+		limits = limits[min(uint(strings.IndexByte(limits, ',')), uint(len(limits))):]
 	}
-	return true
+	return limits == ""
 }
 
 // next is when one more token may be taken, and never later than a refused call may be made again.

@@ -15,7 +15,6 @@ import (
 type recorder struct {
 	http.ResponseWriter
 
-	m        *middleware
 	l        *limit
 	r        *http.Request
 	id       string             // whom the request has counted for
@@ -23,6 +22,7 @@ type recorder struct {
 	said     said
 	status   int
 	told     bool // an answer that is only informational was sent, after which some handlers remove all fields
+	refunded bool
 	returned bool // the handler has, and did not panic
 }
 
@@ -119,25 +119,22 @@ func (r *recorder) begin(status int) {
 		return
 	}
 	r.status = status
-	now, h := &r.said, r.Header()
+	now := &r.said
 	if levels := r.refund(status); len(levels) > 0 {
 		now = &said{}
-		now.tell(r.m.Fields, r.said.policy, levels)
+		now.tell(r.l.m.Fields, r.l.policies.of(r.v), levels)
 	}
-	if r.told {
-		r.said.restore(h)
-	}
-	r.said.become(h, now, status)
+	now.put(r.Header(), &r.said, r.told, status)
 }
 
 // refund asks RefundIf, and returns the levels after what was given back, which is done once.
 func (r *recorder) refund(status int) []throttler.Level {
 	v := r.v
-	if v == nil || !r.l.refundIf(status) {
+	if v == nil || r.refunded || !r.l.refundIf(status) {
 		return nil
 	}
-	r.v = nil
-	if r.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
+	r.refunded = true
+	if r.l.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
 		return nil
 	}
 	return refunded(v)

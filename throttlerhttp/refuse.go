@@ -45,11 +45,11 @@ func (r *Refusal) Limits() []string {
 // ResponseWriter between has a method Unwrap, as for http.ResponseController. Else they are Draft10 and Problem.
 func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
-	f, l := Draft10, &limit{refuse: Problem}
+	l := &limit{m: &middleware{}, refuse: Problem}
 	if outer := recorded(w); outer != nil {
-		f, l.refuse = outer.m.Fields, outer.l.refuse
+		l = outer.l
 	}
-	l.answer(w, r, f, v, nil)
+	l.answer(w, r, v, nil)
 }
 
 // RetryAfterSeconds is the field Retry-After for a refusal: its RetryAfter in seconds, rounded up, and at least 1. It is
@@ -61,10 +61,10 @@ func RetryAfterSeconds(v throttler.Verdict) int64 {
 	return max(1, seconds(v.RetryAfter))
 }
 
-func (l *limit) answer(w http.ResponseWriter, r *http.Request, f Fields, v throttler.Verdict, err error) {
+func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
 	h := w.Header()
 	forget(w)
-	f.say(h, &v, &l.policies)
+	new(said).say(l, h, &v)
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}

@@ -159,16 +159,18 @@ type middleware struct {
 
 // limit is what applies to some of the requests.
 type limit struct {
+	m        *middleware
 	free     bool
 	method   string // of the pattern, "" for all
 	key      Key
 	cost     func(*http.Request) int64
 	refundIf func(int) bool
 	refuse   func(http.ResponseWriter, *http.Request, Refusal)
-	sets     map[string]throttler.Option // of the key, by tiers; the Throttler's buckets if there is none for ""
-	route    string                      // in the identifier of own, "" if there are none
-	own      throttler.Option            // the buckets of the route
-	adds     bool                        // they are besides sets, and not in place of them
+	set      throttler.Option            // the buckets; none are those of the Throttler
+	tiers    map[string]throttler.Option // in place of set; nil where tiers do not matter
+	added    throttler.Option            // the buckets of a route that Adds
+	adds     bool
+	route    string // in the identifier of the route's own buckets, "" if it has none
 	policies policies
 }
 
@@ -184,22 +186,27 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		next.ServeHTTP(w, r)
 		return
 	}
-	v, err := m.ask(r, l)
-	if errors.Is(err, errGone) {
+	v, err := l.ask(r)
+	switch {
+	case err == nil && v.Allowed:
+		l.admit(w, r, next, &v)
+	case gone(r, err):
 		w.WriteHeader(statusClientClosed)
-		return
+	default:
+		m.tell(r, err)
+		l.answer(w, r, v, err)
 	}
-	if err != nil || !v.Allowed {
-		l.answer(w, r, m.Fields, v, err)
-		return
-	}
-	rec := &recorder{ResponseWriter: w, m: m, l: l, r: r}
+}
+
+// admit has the handler serve the request.
+func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler, v *throttler.Verdict) {
+	rec := &recorder{ResponseWriter: w, l: l, r: r}
 	if v.Parts() > 0 {
 		rec.id = v.Part(0).Identifier
-		rec.said.say(m.Fields, w.Header(), l.policies.of(&v), v.Levels())
+		rec.said.say(l, w.Header(), v)
 	}
 	if l.refundIf != nil {
-		taken := v
+		taken := *v
 		rec.v = &taken
 	}
 	defer rec.end()
@@ -207,24 +214,42 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	rec.returned = true
 }
 
-// errGone is that of a request whose client went away before the storage answered.
-var errGone = errors.New("throttlerhttp: the client has gone")
+// gone says that the client went away before the storage answered.
+func gone(r *http.Request, err error) bool {
+	return err != nil && status(err) == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled)
+}
 
 func (m *middleware) tell(r *http.Request, err error) {
-	if m.OnError != nil {
+	if err != nil && m.OnError != nil {
 		m.OnError(r, err)
 	}
 }
 
-// ask asks the Throttler, and tells of what fails.
-func (m *middleware) ask(r *http.Request, l *limit) (throttler.Verdict, error) {
-	v, err := m.decide(r, l)
-	switch {
-	case err == nil:
-	case status(err) == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled):
-		err = errGone
-	default:
-		m.tell(r, err)
+// ask has the Throttler decide.
+func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
+	key := l.key(r)
+	if key == "" {
+		return v, fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr)
+	}
+	id, set, cost := l.identifier(key), l.set, throttler.Option{} // which changes nothing
+	if l.tiers != nil {
+		if set, err = l.tier(r); err != nil {
+			return v, err
+		}
+	}
+	if l.cost != nil {
+		cost = throttler.Cost(l.cost(r))
+	}
+	if l.adds {
+		route := RouteIdentifier(key, l.route)
+		v, err = l.m.t.ConsumeAll(r.Context(), throttler.For(id, set, cost), throttler.For(route, l.added, cost))
+		id, set = route, l.added
+	} else {
+		v, err = l.m.t.ConsumeContext(r.Context(), id, set, cost)
+	}
+	if err != nil && errors.Is(err, throttler.ErrCostExceedsCapacity) {
+		v, _ = l.m.t.Peek(r.Context(), id, set, throttler.Cost(0)) // for the fields
+		v.Allowed = false
 	}
 	return v, err
 }
@@ -237,37 +262,12 @@ func (l *limit) identifier(key string) string {
 	return RouteIdentifier(key, l.route)
 }
 
-func (m *middleware) decide(r *http.Request, l *limit) (v throttler.Verdict, err error) {
-	key := l.key(r)
-	if key == "" {
-		return v, fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr)
-	}
-	tier := ""
-	if m.Tier != nil {
-		tier = m.Tier(r)
-	}
-	set, known := l.sets[tier]
+// tier is the set of the request's tier.
+func (l *limit) tier(r *http.Request) (throttler.Option, error) {
+	tier := l.m.Tier(r)
+	set, known := l.tiers[tier]
 	if !known && tier != "" {
-		return v, fmt.Errorf("throttlerhttp: Options.Tier returned %q, which is none of Options.Tiers", tier)
+		return set, fmt.Errorf("throttlerhttp: Options.Tier returned %q, which is none of Options.Tiers", tier)
 	}
-	var cost throttler.Option // none, which does nothing
-	if l.cost != nil {
-		cost = throttler.Cost(l.cost(r))
-	}
-	id, own := l.identifier(key), l.own
-	if l.adds {
-		route := RouteIdentifier(key, l.route)
-		v, err = m.t.ConsumeAll(r.Context(), throttler.For(id, set, cost), throttler.For(route, own, cost))
-		id, set = route, own
-	} else {
-		if l.route != "" {
-			set = own
-		}
-		v, err = m.t.ConsumeContext(r.Context(), id, set, cost)
-	}
-	if errors.Is(err, throttler.ErrCostExceedsCapacity) {
-		v, _ = m.t.Peek(r.Context(), id, set, throttler.Cost(0)) // for the fields
-		v.Allowed = false
-	}
-	return v, err
+	return set, nil
 }

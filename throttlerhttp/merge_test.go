@@ -1,0 +1,65 @@
+package throttlerhttp_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/benbjohnson/clock"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+func TestThePolicyIsThatOfTheLimitThatIsTold(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{Clock: clock.NewMock()})
+	require.NoError(t, err)
+	few, many := throttler.Using(perHour(3).Named("b")), throttler.Using(perHour(9).Named("b"))
+	for name, parts := range map[string][]throttler.Part{
+		"few first":  {throttler.For("1", few), throttler.For("2", many)},
+		"many first": {throttler.For("3", many), throttler.For("4", few)},
+	} {
+		v, err := limiter.ConsumeAll(t.Context(), parts...)
+		require.NoError(t, err)
+		w := httptest.NewRecorder()
+		throttlerhttp.Refuse(w, httptest.NewRequest(http.MethodGet, "/", nil), v)
+		assert.Equal(t, []string{`"b";r=2;t=3600`}, w.Header().Values("RateLimit"), name)
+		assert.Equal(t, []string{`"b";q=3;w=3600`}, w.Header().Values("RateLimit-Policy"), name)
+	}
+}
+
+// bomb is a list of n limits or policies.
+func bomb(n int, parameters string) string {
+	var list strings.Builder
+	for i := range n {
+		fmt.Fprintf(&list, `"%d"%s, `, i, parameters)
+	}
+	return strings.TrimSuffix(list.String(), ", ")
+}
+
+func TestAListOfThousandsOfLimitsIsIgnored(t *testing.T) {
+	t.Parallel()
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(perHour(9).Named("b"))}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Add("RateLimit", bomb(50_000, ";r=1;t=1"))
+		w.Header().Add("RateLimit-Policy", bomb(50_000, ";q=1"))
+		_, _ = io.WriteString(w, "ok")
+	}))
+	start := time.Now()
+	assert.Equal(t, []string{`"b";r=8;t=3600`}, ask(h, "GET /").Header.Values("RateLimit"))
+	assert.Less(t, time.Since(start), 5*time.Second, "it took minutes, the square of their number")
+}
+
+func TestAListOfManyLimitsIsMergedAtOnce(t *testing.T) {
+	t.Parallel()
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(perHour(9).Named("b"))}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Add("RateLimit", bomb(1000, ";r=1;t=1"))
+	}))
+	assert.Len(t, parsed(t, ask(h, "GET /"), "RateLimit"), 1001)
+}
