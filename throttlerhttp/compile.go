@@ -23,98 +23,128 @@ func (m *middleware) compile() error {
 	if m.Tier == nil && len(m.Tiers) > 0 {
 		faults = append(faults, errors.New("throttlerhttp: Options.Tiers needs a Tier that chooses one"))
 	}
-	shared := map[string]different{}
-	sets, err := m.sets(shared)
-	if err != nil {
-		faults = append(faults, err)
-	}
-	m.others = &limit{m: m, key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, set: sets[""]}
-	if m.Tier != nil {
-		m.others.tiers = sets
-	}
+	probe, err := throttler.New(throttler.Config{})
+	c := &compiler{middleware: m, probe: probe, owners: map[string]different{}}
+	faults = append(faults, err, c.unrouted())
 	if len(m.Routes) > 0 {
 		m.mux, m.routes, m.spared = http.NewServeMux(), map[string]*limit{}, map[string]*limit{}
 	}
 	for i := range m.Routes {
 		r := &m.Routes[i]
-		if err := m.route(r, shared); err != nil {
+		if err := c.route(r); err != nil {
 			faults = append(faults, fmt.Errorf("throttlerhttp: Options.Routes[%d] %q: %w", i, r.Pattern, err))
 		}
 	}
-	for name, buckets := range shared {
-		if len(buckets) > storage.MaxBuckets {
-			faults = append(faults, fmt.Errorf("throttlerhttp: %s have %d different buckets, by name, kind and period, must be at most %d", name, len(buckets), storage.MaxBuckets))
+	m.plain = plainRoutes(m.routes)
+	return errors.Join(append(faults, c.tooMany())...)
+}
+
+// compiler makes the limits of a middleware.
+type compiler struct {
+	*middleware
+
+	probe  *throttler.Throttler // tells the rules of buckets
+	owners map[string]different // by how a fault calls those who share an identifier
+}
+
+// different are the buckets that one identifier may come to have: each is its name, kind and period.
+type different map[state]bool
+
+type state struct {
+	name   string
+	kind   storage.Kind
+	period int64
+}
+
+// using is the Option of buckets of an owner, or what is wrong with them.
+func (c *compiler) using(owner string, buckets []throttler.Bucket) ([]throttler.Option, error) {
+	set := throttler.Using(buckets...)
+	v, err := c.probe.Peek(context.Background(), "anybody", set, throttler.Cost(0))
+	if err != nil {
+		return nil, err
+	}
+	if c.owners[owner] == nil {
+		c.owners[owner] = different{}
+	}
+	for _, r := range v.Part(0).Rules {
+		c.owners[owner][state{r.Name, r.Kind, r.Period}] = true
+	}
+	return []throttler.Option{set}, nil
+}
+
+// tooMany are the faults of owners that have too many buckets for one identifier.
+func (c *compiler) tooMany() error {
+	var faults []error
+	for _, owner := range slices.Sorted(maps.Keys(c.owners)) {
+		if n := len(c.owners[owner]); n > storage.MaxBuckets {
+			faults = append(faults, fmt.Errorf("throttlerhttp: %s have %d different buckets, by name, kind and period, must be at most %d", owner, n, storage.MaxBuckets))
 		}
 	}
-	m.plain = plainRoutes(m.routes)
 	return errors.Join(faults...)
 }
 
-// sets makes the options of Buckets and Tiers.
-func (m *middleware) sets(shared map[string]different) (map[string]throttler.Option, error) {
+// unrouted makes the limit of the requests that no route matches.
+func (c *compiler) unrouted() error {
 	var faults []error
-	sets, all := map[string]throttler.Option{}, different{}
-	shared["Options.Buckets and Options.Tiers"] = all
-	tiers := map[string][]throttler.Bucket{"": m.Buckets}
-	maps.Copy(tiers, m.Tiers)
-	for tier, set := range tiers {
+	sets := map[string][]throttler.Option{}
+	tiers := map[string][]throttler.Bucket{"": c.Buckets}
+	maps.Copy(tiers, c.Tiers)
+	for tier, buckets := range tiers {
 		where := fmt.Sprintf("Options.Tiers[%q]", tier)
 		if tier == "" {
 			where = "Options.Buckets"
 		}
-		if _, named := m.Tiers[tier]; named && len(set) == 0 {
+		if _, named := c.Tiers[tier]; named && len(buckets) == 0 {
 			faults = append(faults, fmt.Errorf("throttlerhttp: %s has no buckets", where))
 		}
-		if len(set) == 0 {
+		if len(buckets) == 0 {
 			continue
 		}
-		if err := all.add(set); err != nil {
+		set, err := c.using("Options.Buckets and Options.Tiers", buckets)
+		if err != nil {
 			faults = append(faults, fmt.Errorf("throttlerhttp: %s: %w", where, err))
 		}
-		sets[tier] = throttler.Using(set...)
+		sets[tier] = set
 	}
-	return sets, errors.Join(faults...)
+	c.others = &limit{m: c.middleware, key: c.Key, cost: c.Cost, refundIf: c.RefundIf, refuse: c.Refuse, set: sets[""]}
+	if c.Tier != nil {
+		c.others.tiers = sets
+	}
+	return errors.Join(faults...)
 }
 
 // route makes the limit of a route.
-func (m *middleware) route(r *Route, shared map[string]different) error {
-	l := &limit{
-		m: m, key: m.Key, cost: m.Cost, refundIf: m.RefundIf, refuse: m.Refuse, set: m.others.set, tiers: m.others.tiers,
-	}
+func (c *compiler) route(r *Route) error {
+	others := c.others
+	l := &limit{m: others.m, key: others.key, cost: others.cost, refundIf: others.refundIf, refuse: others.refuse, set: others.set, tiers: others.tiers}
 	if err := l.override(r); err != nil {
 		return err
 	}
 	if len(r.Buckets) > 0 {
-		if err := m.own(l, r, shared); err != nil {
+		if err := c.own(l, r); err != nil {
 			return err
 		}
 	}
-	return m.register(r.Pattern, l)
+	return c.register(r.Pattern, l)
 }
 
 // own gives the limit the buckets of its route.
-func (m *middleware) own(l *limit, r *Route, shared map[string]different) error {
-	if r.Adds && len(m.Buckets) == 0 {
+func (c *compiler) own(l *limit, r *Route) error {
+	if r.Adds && len(c.Buckets) == 0 {
 		return errors.New("Adds needs Options.Buckets to add to; those of the Throttler it does not know")
 	}
 	buckets := r.scoped()
-	l.route, l.adds = cmp.Or(r.Name, r.Pattern), r.Adds
-	if own := throttler.Using(buckets...); r.Adds {
-		l.added = own
-	} else {
-		l.set, l.tiers = own, nil
-	}
-	all := fmt.Sprintf("the Routes of the Name %q", l.route)
-	if shared[all] == nil {
-		shared[all] = different{}
-	}
-	if err := shared[all].add(buckets); err != nil {
+	l.route = cmp.Or(r.Name, r.Pattern)
+	own, err := c.using(fmt.Sprintf("the Routes of the Name %q", l.route), buckets)
+	if err != nil {
 		return err
 	}
 	if !r.Adds {
+		l.set, l.tiers = own, nil
 		return nil
 	}
-	for _, set := range append(slices.Collect(maps.Values(m.Tiers)), m.Buckets) { // in one answer, each needs a name
+	l.added = own
+	for _, set := range append(slices.Collect(maps.Values(c.Tiers)), c.Buckets) { // in one answer, each needs a name
 		for _, b := range set {
 			if slices.ContainsFunc(buckets, func(own throttler.Bucket) bool { return own.Name() == b.Name() }) {
 				return fmt.Errorf("it Adds a bucket %q to one of this name", b.Name())
@@ -206,29 +236,4 @@ func plainRoutes(routes map[string]*limit) map[plain]*limit {
 		}
 	}
 	return found
-}
-
-// different are the buckets that one identifier may come to have: each is its name, kind and period.
-type different map[state]bool
-
-type state struct {
-	name   string
-	kind   storage.Kind
-	period int64
-}
-
-// add adds the buckets of one call, or returns what is wrong with them.
-func (d different) add(buckets []throttler.Bucket) error {
-	t, err := throttler.New(throttler.Config{Buckets: buckets})
-	if err != nil {
-		return err
-	}
-	v, err := t.Peek(context.Background(), "anybody", throttler.Cost(0))
-	if err != nil {
-		return err
-	}
-	for _, r := range v.Part(0).Rules {
-		d[state{r.Name, r.Kind, r.Period}] = true
-	}
-	return nil
 }

@@ -63,3 +63,23 @@ func TestAListOfManyLimitsIsMergedAtOnce(t *testing.T) {
 	}))
 	assert.Len(t, parsed(t, ask(h, "GET /"), "RateLimit"), 1001)
 }
+
+func TestTransportIgnoresAListThatIsTooLong(t *testing.T) {
+	t.Parallel()
+	for name, field := range map[string]string{
+		"limits":     bomb(500_000, ";r=0;t=60"),
+		"parameters": `"a";r=0;t=60` + strings.Repeat(";a=1", 1_000_000),
+		"name":       `"` + strings.Repeat("a", 5_000_000) + `";r=0;t=60`,
+	} {
+		tr := throttlerhttp.NewTransport(tripper(func(*http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Ratelimit": {field}}, Body: http.NoBody}, nil
+		}), nil)
+		for range 10 { // the second would wait for a minute
+			r, err := http.NewRequest(http.MethodGet, "http://example.com/", nil)
+			require.NoError(t, err)
+			resp, err := tr.RoundTrip(r)
+			require.NoError(t, err, name)
+			require.NoError(t, resp.Body.Close())
+		}
+	}
+}

@@ -101,9 +101,26 @@ func (r *recorder) push(target string, o *http.PushOptions) error {
 	return r.ResponseWriter.(http.Pusher).Push(target, o)
 }
 
-func (r *recorder) readFrom(from io.Reader) (int64, error) {
-	r.begin(http.StatusOK)
-	return r.ResponseWriter.(io.ReaderFrom).ReadFrom(from)
+// ReadFrom is for io.Copy. It begins the answer when there is something to send: after a copy that fails before that, the
+// handler may still answer otherwise.
+func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
+	if r.status == 0 {
+		const first = 512 // which net/http looks at as well
+		n, err = io.CopyN(struct{ io.Writer }{r}, from, first)
+		if n < first {
+			if err == io.EOF {
+				err = nil
+			}
+			return n, err
+		}
+	}
+	var rest int64
+	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok {
+		rest, err = w.ReadFrom(from)
+	} else {
+		rest, err = io.Copy(r.ResponseWriter, from)
+	}
+	return n + rest, err
 }
 
 // CloseNotify is for routers that demand it, such as gin.
@@ -157,54 +174,28 @@ func (r *recorder) end() {
 // statusClientClosed is what nginx logs for a client that did not wait for the answer.
 const statusClientClosed = 499
 
-// as returns the recorder with those of the methods of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that
-// its ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds,
-// which else would go around the recorder.
+// as returns the recorder with those of the methods of http.Flusher, http.Hijacker and http.Pusher that its
+// ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds, which
+// else would go around the recorder.
 func (r *recorder) as() http.ResponseWriter {
-	has := 0
-	if _, ok := r.ResponseWriter.(http.Flusher); ok {
-		has |= 1
-	}
-	if can[http.Hijacker](r.ResponseWriter) {
-		has |= 2
-	}
-	if _, ok := r.ResponseWriter.(http.Pusher); ok {
-		has |= 4
-	}
-	if _, ok := r.ResponseWriter.(io.ReaderFrom); ok {
-		has |= 8
-	}
-	switch has {
-	case 1:
-		return withF{r}
-	case 2:
-		return withH{r}
-	case 3:
-		return withFH{withF{r}}
-	case 4:
-		return withP{r}
-	case 5:
-		return withFP{withF{r}}
-	case 6:
-		return withHP{withH{r}}
-	case 7:
+	_, f := r.ResponseWriter.(http.Flusher)
+	_, p := r.ResponseWriter.(http.Pusher)
+	h := can[http.Hijacker](r.ResponseWriter)
+	switch {
+	case f && h && p:
 		return withFHP{withFH{withF{r}}}
-	case 8:
-		return withR{r}
-	case 9:
-		return withFR{withF{r}}
-	case 10:
-		return withHR{withH{r}}
-	case 11:
-		return withFHR{withFH{withF{r}}}
-	case 12:
-		return withPR{withP{r}}
-	case 13:
-		return withFPR{withFP{withF{r}}}
-	case 14:
-		return withHPR{withHP{withH{r}}}
-	case 15:
-		return withFHPR{withFHP{withFH{withF{r}}}}
+	case f && h:
+		return withFH{withF{r}}
+	case f && p:
+		return withFP{withF{r}}
+	case h && p:
+		return withHP{withH{r}}
+	case f:
+		return withF{r}
+	case h:
+		return withH{r}
+	case p:
+		return withP{r}
 	}
 	return r
 }
@@ -226,21 +217,13 @@ func can[T any](w http.ResponseWriter) bool {
 // The types that as returns are named after the first letters of the interfaces that they have. Each is one pointer, so
 // that it allocates nothing.
 type (
-	withF    struct{ *recorder }
-	withH    struct{ *recorder }
-	withP    struct{ *recorder }
-	withR    struct{ *recorder }
-	withFH   struct{ withF }
-	withFP   struct{ withF }
-	withHP   struct{ withH }
-	withFR   struct{ withF }
-	withHR   struct{ withH }
-	withPR   struct{ withP }
-	withFHP  struct{ withFH }
-	withFHR  struct{ withFH }
-	withFPR  struct{ withFP }
-	withHPR  struct{ withHP }
-	withFHPR struct{ withFHP }
+	withF   struct{ *recorder }
+	withH   struct{ *recorder }
+	withP   struct{ *recorder }
+	withFH  struct{ withF }
+	withFP  struct{ withF }
+	withHP  struct{ withH }
+	withFHP struct{ withFH }
 )
 
 func (w withF) Flush() { w.flush() }
@@ -252,12 +235,3 @@ func (w withP) Push(target string, o *http.PushOptions) error   { return w.push(
 func (w withFP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
 func (w withHP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
 func (w withFHP) Push(target string, o *http.PushOptions) error { return w.push(target, o) }
-
-func (w withR) ReadFrom(from io.Reader) (int64, error)    { return w.readFrom(from) }
-func (w withFR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withHR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withPR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withFHR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withFPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withHPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withFHPR) ReadFrom(from io.Reader) (int64, error) { return w.readFrom(from) }

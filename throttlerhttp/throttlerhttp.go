@@ -31,6 +31,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 
 	"github.com/go-throttler/throttler"
 )
@@ -166,11 +167,10 @@ type limit struct {
 	cost     func(*http.Request) int64
 	refundIf func(int) bool
 	refuse   func(http.ResponseWriter, *http.Request, Refusal)
-	set      throttler.Option            // the buckets; none are those of the Throttler
-	tiers    map[string]throttler.Option // in place of set; nil where tiers do not matter
-	added    throttler.Option            // the buckets of a route that Adds
-	adds     bool
-	route    string // in the identifier of the route's own buckets, "" if it has none
+	set      []throttler.Option            // Using of the buckets, empty for those of the Throttler
+	tiers    map[string][]throttler.Option // in place of set; nil where tiers do not matter
+	added    []throttler.Option            // the buckets of a route that Adds, else nil
+	route    string                        // in the identifier of the route's own buckets, "" if it has none
 	policies policies
 }
 
@@ -231,39 +231,45 @@ func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 	if key == "" {
 		return v, fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr)
 	}
-	id, set, cost := l.identifier(key), l.set, throttler.Option{} // which changes nothing
+	id, set, added := l.identifier(key), l.set, l.added
 	if l.tiers != nil {
 		if set, err = l.tier(r); err != nil {
 			return v, err
 		}
 	}
 	if l.cost != nil {
-		cost = throttler.Cost(l.cost(r))
+		cost := throttler.Cost(l.cost(r))
+		set, added = with(set, cost), with(added, cost)
 	}
-	if l.adds {
+	if l.added != nil {
 		route := RouteIdentifier(key, l.route)
-		v, err = l.m.t.ConsumeAll(r.Context(), throttler.For(id, set, cost), throttler.For(route, l.added, cost))
-		id, set = route, l.added
+		v, err = l.m.t.ConsumeAll(r.Context(), throttler.For(id, set...), throttler.For(route, added...))
+		id, set = route, added
 	} else {
-		v, err = l.m.t.ConsumeContext(r.Context(), id, set, cost)
+		v, err = l.m.t.ConsumeContext(r.Context(), id, set...)
 	}
 	if err != nil && errors.Is(err, throttler.ErrCostExceedsCapacity) {
-		v, _ = l.m.t.Peek(r.Context(), id, set, throttler.Cost(0)) // for the fields
+		v, _ = l.m.t.Peek(r.Context(), id, with(set, throttler.Cost(0))...) // for the fields
 		v.Allowed = false
 	}
 	return v, err
 }
 
+// with copies the options, which requests share, and adds one.
+func with(options []throttler.Option, o throttler.Option) []throttler.Option {
+	return append(slices.Clip(options), o)
+}
+
 // identifier is that of the first part of a decision for a key.
 func (l *limit) identifier(key string) string {
-	if l.adds {
+	if l.added != nil {
 		return RouteIdentifier(key, "")
 	}
 	return RouteIdentifier(key, l.route)
 }
 
 // tier is the set of the request's tier.
-func (l *limit) tier(r *http.Request) (throttler.Option, error) {
+func (l *limit) tier(r *http.Request) ([]throttler.Option, error) {
 	tier := l.m.Tier(r)
 	set, known := l.tiers[tier]
 	if !known && tier != "" {

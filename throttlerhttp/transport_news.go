@@ -94,11 +94,8 @@ const mostLimits = 32
 
 // parseRateLimit reads a list. Of a policy that is in it twice what leaves less counts.
 func parseRateLimit(fields []string) (limits []rateLimit) {
-	list, err := httpsfv.UnmarshalList(fields)
-	if err != nil {
-		return nil
-	}
-	for _, member := range list[:min(len(list), mostLimits)] {
+	members := list(fields)
+	for _, member := range members[:min(len(members), mostLimits)] {
 		if l, ok := parseLimit(member); ok {
 			limits = append(limits, l)
 		}
