@@ -147,6 +147,9 @@ func (s *Storage) next(i int) int {
 // Tidy sweeps as a decision does, for a call that asks for none. The arguments are those of a storage.Request.
 func (s *Storage) Tidy(name string, clocked bool, now int64) {
 	if rand.IntN(sweepEvery) == 0 {
+		if !clocked {
+			now = storage.Monotonic() // a state of the future would be taken for one that is not believable
+		}
 		s.tidy(name, clocked, now, sweepHalf)
 	}
 }
