@@ -1,3 +1,5 @@
+// Making the limits from the Options, once, and naming the faults of the Options.
+
 package throttlerhttp
 
 import (
@@ -154,7 +156,7 @@ func (c *compiler) own(l *limit, r *Route) error {
 	return nil
 }
 
-// override sets what the route has of its own, apart from buckets.
+// override sets what the route has in place of the Options, apart from buckets.
 func (l *limit) override(r *Route) error {
 	l.free = r.Free
 	if r.Key != nil {
@@ -192,7 +194,7 @@ func (r *Route) scoped() []throttler.Bucket {
 	return out
 }
 
-// register makes the limit that of the requests which match the pattern.
+// register gives the limit to the requests that match the pattern.
 func (m *middleware) register(pattern string, l *limit) (err error) {
 	if right, hint := usualPattern(pattern); right != pattern {
 		return fmt.Errorf("it would not match what it seems to: a pattern of http.ServeMux is written %q%s", right, hint)
@@ -209,7 +211,7 @@ func (m *middleware) register(pattern string, l *limit) (err error) {
 		m.spared[method] = l
 		return nil
 	}
-	defer func() { // a ServeMux panics if it is no pattern, or conflicts with another
+	defer func() { // a ServeMux panics for what is no pattern, or conflicts with another
 		if fault := recover(); fault != nil {
 			err = fmt.Errorf("%v", fault)
 		}
@@ -219,11 +221,11 @@ func (m *middleware) register(pattern string, l *limit) (err error) {
 	return nil
 }
 
-// plain is a route's pattern that is only a method and a literal path. No other pattern can match such a request better,
-// so a map answers it as the ServeMux would, without allocating.
+// plain is a pattern of a method and a literal path. No other pattern matches such a request better, so a map finds the
+// route that the ServeMux would, without allocating.
 type plain struct{ method, path string }
 
-// plainRoutes finds those routes. With hosts in any pattern there are none, as one with a host matches better.
+// plainRoutes are the routes with such patterns. If any pattern has a host there are none: it would match better.
 func plainRoutes(routes map[string]*limit) map[plain]*limit {
 	found := map[plain]*limit{}
 	for pattern, l := range routes {

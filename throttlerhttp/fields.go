@@ -1,3 +1,5 @@
+// The fields that tell a client about its limits.
+
 package throttlerhttp
 
 import (
@@ -67,7 +69,9 @@ func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
 			s.draft = merge(nil, nil, s.draft)
 		}
 	}
-	s.x = f.ofNearest(levels)
+	if f&(XSeconds|XUnix) != 0 {
+		s.x = f.ofNearest(levels)
+	}
 }
 
 // put changes the fields in an answer from what was said before, which may be s, to s, and leaves one set of them if
@@ -99,11 +103,8 @@ func (s *said) put(h http.Header, before *said, lost bool, status int) {
 
 var xNames = [...]string{"X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset"}
 
-// ofNearest are the values of xNames, if f has them.
-func (f Fields) ofNearest(levels []throttler.Level) (x [3]string) {
-	if f&(XSeconds|XUnix) == 0 || len(levels) == 0 {
-		return x
-	}
+// ofNearest are the values of xNames.
+func (f Fields) ofNearest(levels []throttler.Level) [3]string {
 	l := nearest(levels)
 	reset := seconds(l.ResetAfter)
 	if f&XUnix != 0 {

@@ -1,3 +1,5 @@
+// Whom a request counts for, and the identifiers that the Throttler knows them by.
+
 package throttlerhttp
 
 import (

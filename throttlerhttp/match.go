@@ -1,3 +1,5 @@
+// Finding the limit of a request, in whatever form its path is written.
+
 package throttlerhttp
 
 import (
@@ -8,14 +10,14 @@ import (
 	"strings"
 )
 
-// errPath is that of a request to which two routes apply.
-var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, and of another one without escapes")
+// errPath is the error of a request that two routes apply to.
+var errPath = errors.New("throttlerhttp: the path belongs to one Route as it stands, and to another one without escapes")
 
-// of returns the limit that applies to a request, or nil if that is not clear.
+// of returns the limit that applies to a request, or nil if two routes do.
 //
-// A ServeMux matches paths as they are escaped, and what is behind the middleware may not: so that nobody gets
-// around a limit by "/api%2Fsearch" or "/static/%2e%2e/api", a request that is written in an unusual way is also
-// matched as it is usually written. A route counts for more than none, and none for more than a Free one.
+// A ServeMux matches escaped paths, and the router behind the middleware may not. Nobody may get around a limit by
+// "/api%2Fsearch" or "/static/%2e%2e/api", so an unusual path is matched in its usual form as well. A matching route
+// wins over no route, and no route wins over a Free route.
 func (m *middleware) of(r *http.Request) *limit {
 	if m.mux == nil {
 		return m.others
@@ -37,7 +39,7 @@ func (m *middleware) of(r *http.Request) *limit {
 	return nil
 }
 
-// match is the limit by the form of the request's path.
+// match is the limit for the path as it stands: that of a route, or that a Free route has for the method.
 func (m *middleware) match(r *http.Request) *limit {
 	l := m.matching(r)
 	if spared := m.spared[r.Method]; spared != nil && l.method != r.Method {
@@ -59,8 +61,8 @@ func (m *middleware) matching(r *http.Request) *limit {
 	return m.others
 }
 
-// usualForm returns the request, or a copy with a clean path that has no escapes, a host in lower case without
-// the dot at its end, and a method for which a ServeMux does not go other ways, as for CONNECT.
+// usualForm returns the request in its usual form, or a copy that is: with a clean path without escapes, a host in lower
+// case without a dot at its end, and not the method CONNECT, whose paths a ServeMux does not clean.
 func usualForm(r *http.Request) *http.Request {
 	clean := r.URL.Path
 	if !strings.HasPrefix(clean, "/") {
@@ -87,7 +89,7 @@ func usualForm(r *http.Request) *http.Request {
 	return &usual
 }
 
-// folded returns the request, or a copy whose path has no more of what Options ignore.
+// folded returns the request, or a copy whose path lacks what IgnoreCase and IgnoreSlash ignore.
 func (m *middleware) folded(r *http.Request) *http.Request {
 	p, raw := m.fold(r.URL.Path), r.URL.RawPath
 	if raw != "" {
@@ -115,8 +117,8 @@ func (m *middleware) fold(p string) string {
 	return p
 }
 
-// lower is s with one letter in place of all that are equal but for case: a router may take K, k and the sign for
-// Kelvin for one.
+// lower is s in lower case, with one letter for all that differ only in case: a router may take K, k and the Kelvin sign
+// for equal.
 func lower(s string) string {
 	for i := range len(s) {
 		if c := s[i]; 'A' <= c && c <= 'Z' || c >= 0x80 {

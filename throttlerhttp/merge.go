@@ -1,11 +1,9 @@
-// One list of the limits of several limiters: of a middleware around another, of a handler that asks for itself, of a
-// server behind a ReverseProxy.
+// Making one list of the limits of several limiters: of nested middlewares, a handler that asks for itself, a server
+// behind a ReverseProxy.
 
 package throttlerhttp
 
-import (
-	"github.com/dunglas/httpsfv"
-)
+import "github.com/dunglas/httpsfv"
 
 // mostBytes of a field of somebody else's are read.
 const mostBytes = 16 << 10

@@ -1,3 +1,5 @@
+// Writing the patterns of other routers as those of http.ServeMux, for the faults of New.
+
 package throttlerhttp
 
 import (

@@ -1,3 +1,5 @@
+// The fields of Draft10 for the buckets of one limiter.
+
 package throttlerhttp
 
 import (

@@ -1,3 +1,5 @@
+// The ResponseWriter of an admitted request.
+
 package throttlerhttp
 
 import (

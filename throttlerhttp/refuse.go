@@ -1,3 +1,5 @@
+// Answering a request that does not reach the handler.
+
 package throttlerhttp
 
 import (

@@ -10,20 +10,20 @@
 //	})
 //	http.ListenAndServe(":8000", limit(mux))
 //
-// A request is one decision on all buckets that apply to it: it takes from all of them, or from none. One that
-// is admitted gets the fields of Options.Fields in its answer; one that is not never reaches the handler, and is
-// answered by Options.Refuse: 429 with a Retry-After that is never too early, or what Refusal says.
+// A request is one decision on all buckets that apply to it: it takes from all of them, or from none. The answer to
+// an admitted request has the fields of Options.Fields. A denied request never reaches the handler: Options.Refuse
+// answers it with a 429, and a Retry-After that is never too early. Refusal lists the other answers of Refuse.
 //
-// What the buckets of a route took is kept under an identifier of the key and the route (RouteIdentifier), so that
-// nobody is refused by one route for what was taken by another.
+// The Throttler knows the buckets of a route by an identifier of the key and the route (RouteIdentifier). No route
+// denies anybody for what another route took.
 //
-// The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Of two that
-// are around each other each decides for itself, so that what the outer one took stays taken when the inner one
-// refuses; let one middleware know both limits instead. The very same middleware twice around a handler asks once,
-// unless another of its routes, or another key, is inside.
+// The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Nested middlewares
+// decide separately: if the inner one denies, the outer one has still taken its tokens. Give both limits to one
+// middleware instead. The same middleware twice around a handler decides once, unless the inner one sees another
+// route or key.
 //
-// The ResponseWriter of the handler has those of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that the
-// server's has, and what http.ResponseController needs.
+// The ResponseWriter of the handler is a http.Flusher, http.Hijacker or http.Pusher if that of the server is. It is
+// always an io.ReaderFrom, and has what http.ResponseController needs.
 package throttlerhttp
 
 import (
@@ -38,53 +38,53 @@ import (
 
 // Options of New. The zero value limits each address by the buckets that the Throttler has.
 type Options struct {
-	// Key names whom a request counts for. Nil is Address(nil).
+	// Key names the client that a request counts for. Nil is Address(nil).
 	Key Key
 
-	// Buckets limit the requests. None: those that the Throttler has for the key.
+	// Buckets limit the requests. Without any, those that the Throttler has for the key do.
 	//
-	// What is spent is found by key and bucket name: two middlewares on Throttlers of one Name and storage share
-	// buckets of one name, such as two of 5 per 10 s. Use Routes, or Named, to keep them apart. Buckets and Tiers
-	// together have at most 16 different ones, by name, kind and period: one client may come to have all of them.
+	// The storage finds what is spent by key and bucket name: two middlewares on Throttlers of one Name and storage
+	// share buckets of one name, such as two of 5 per 10 s. Routes, or Named, keep them apart. Buckets and Tiers
+	// together have at most 16 different ones, by name, kind and period, because one client may use all of them.
 	Buckets []throttler.Bucket
 
 	// Tier names the set of Tiers that limits a request in place of Buckets; empty is Buckets. Give the buckets
-	// of different tiers the same names (Bucket.Named), so that who changes tiers keeps what was spent.
+	// of different tiers the same names (Bucket.Named): a client that changes tiers then keeps what it has spent.
 	Tier  func(*http.Request) string
 	Tiers map[string][]throttler.Bucket
 
-	// Routes have limits of their own. A request belongs to the route that http.ServeMux would choose, both as it
-	// stands and with a path that is clean and without escapes: "//login", "/./login" and "/%6Cogin" are "/login".
+	// Routes have limits of their own. A request belongs to the route that http.ServeMux would choose, for its path
+	// as it stands and for the clean path without escapes: "//login", "/./login" and "/%6Cogin" are "/login".
 	Routes []Route
 
-	// IgnoreCase and IgnoreSlash are for what is behind the middleware and serves "/LOGIN", or "/login/", as
-	// "/login": its requests then belong to the same route. Set them as that router is set, since it decides
-	// which handler runs. A ServeMux has neither.
+	// IgnoreCase and IgnoreSlash are for routers behind the middleware that serve "/LOGIN", or "/login/", as
+	// "/login": these requests then belong to one route. Set them as that router is set, since it chooses the
+	// handler. A ServeMux has neither.
 	IgnoreCase, IgnoreSlash bool
 
 	// Cost of a request in tokens, 0 or more. Nil is the Throttler's Config.Cost.
 	Cost func(*http.Request) int64
 
-	// RefundIf, if not nil, is told the status of each answer, and by true gives the cost back: to limit failed
-	// logins only, give back those below 400. Until the handler writes a status or a body the cost is out; then it is
-	// given back before anything is sent, and Fields say what is true after it. The status is the one that the
-	// handler writes; frameworks that write it after the middleware has returned do not work with it. It is 500 for a
-	// handler that panics before its cost was given back, 499 if it writes nothing and the client has gone, and 101
-	// if it hijacks the connection.
+	// If RefundIf is set, the cost is refunded when it returns true for the status of the answer: to limit failed
+	// logins only, refund those below 400. The tokens stay taken until the handler writes a status or a body. The
+	// refund comes before anything is sent, and Fields tell what is left after it.
+	//
+	// The status is the one that the handler writes. It is 500 if the handler panics before the refund, 499 if it
+	// writes nothing and the client has gone, and 101 if it hijacks the connection. Frameworks that write the status
+	// after the middleware has returned do not work with RefundIf.
 	RefundIf func(status int) bool
 
 	// Fields are those that tell clients about their limits. 0 is Draft10.
 	Fields Fields
 
 	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After, Fields and a Cache-Control of
-	// no-store are set before, and what was said of another body, such as its Content-Length, is removed.
+	// no-store are set already, and fields of another body, such as its Content-Length, removed.
 	Refuse func(http.ResponseWriter, *http.Request, Refusal)
 
-	// OnError, if not nil, is told why a request is answered otherwise than by the handler or a 429, before
-	// Refuse answers it: ErrNoKey, a tier that Tiers does not have, a path of two routes, a cost that the buckets
-	// cannot hold, and what the storage failed with. The Throttler's Observe hears only of what the Throttler was
-	// asked, and so of none of the first three; of a failure that Config.OnStorageError allowed only Observe does.
-	// It must be safe for concurrent use.
+	// OnError, if not nil, is called with the reason of each answer that is neither the handler's nor a 429, before
+	// Refuse writes it: ErrNoKey, a tier that Tiers does not have, a path of two routes, a cost above a capacity, a
+	// failure of the storage. It must be safe for concurrent use. Observe of the Throttler does not see the first
+	// three, where nothing was asked; only Observe sees a failure that Config.OnStorageError allowed.
 	//
 	// A client that goes away before the storage has answered is no error: neither OnError nor Refuse is called,
 	// no body is written, and the status, which only logs see, is 499. A deadline of the server is an error, and 503.
@@ -94,21 +94,21 @@ type Options struct {
 // Route has the limits of some of the requests.
 type Route struct {
 	// Pattern is one of http.ServeMux: "/api/", "POST /login", "/users/{id}". Of several that match a request
-	// the most specific counts, as there. One that a ServeMux takes and that does not match what it seems to, such
-	// as "/api/*", "/users/:id" or "post /login", is an error of New, which says how it is written. In a path a
-	// literal * is %2A, and a literal : is %3A.
+	// the most specific wins, as there. New returns an error for a pattern of another router, such as "/api/*",
+	// "/users/:id" or "post /login": a ServeMux takes it, but would match other paths. The error says how to write
+	// it. In a path a literal * is %2A, and a literal : is %3A.
 	//
 	// "OPTIONS /" and "HEAD /" of a Free route are for all requests of the method, whatever other patterns match
-	// them, unless one has the same method: to a ServeMux "OPTIONS /" and "/api/" are a conflict.
+	// them, unless one has the same method. A ServeMux would reject "OPTIONS /" beside "/api/" as a conflict.
 	Pattern string
 
-	// Name stands before the names of the route's buckets, for clients that read the fields, and in the
-	// identifier under which is kept what was taken from them (RouteIdentifier). By default it is Pattern. Routes
-	// of one Name share what is spent; together they have at most 16 different buckets.
+	// Name is part of the names of the route's buckets, which clients see in the fields, and of their identifier
+	// (RouteIdentifier). The default is Pattern. Routes of one Name share what is spent; together they have at most
+	// 16 different buckets.
 	Name string
 
 	// Buckets limit the requests in place of Options.Buckets and Options.Tiers, or, if Adds is set, besides
-	// them, in one decision. None are those of Options. Nothing is inherited from a less specific route.
+	// them, in one decision. Without any, those of Options do. A less specific route is not inherited from.
 	Buckets []throttler.Bucket
 	Adds    bool
 
@@ -122,12 +122,12 @@ type Route struct {
 	Refuse func(http.ResponseWriter, *http.Request, Refusal) // nil: that of Options
 }
 
-// ErrNoKey is that a Key returned nothing.
-var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows nobody whom the request counts for")
+// ErrNoKey is the error of a request for which the Key returned "".
+var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows no client that the request counts for")
 
-// New returns middleware that asks the Throttler before each request. Nil options are the zero value. A nil
-// Throttler is an error. It returns all faults of the options, joined. The middleware is safe for concurrent use,
-// and may be put around several handlers, which then share the limits.
+// New returns middleware that asks the Throttler before each request, or all faults of the options, joined. Nil options
+// are the zero value. The middleware is safe for concurrent use, and may be put around several handlers, which then
+// share the limits.
 func New(t *throttler.Throttler, o *Options) (func(http.Handler) http.Handler, error) {
 	m := &middleware{t: t}
 	if o != nil {
@@ -154,8 +154,8 @@ type middleware struct {
 	others *limit // of requests that no route matches
 	mux    *http.ServeMux
 	routes map[string]*limit // by patterns
-	plain  map[plain]*limit  // that a ServeMux need not look for
-	spared map[string]*limit // Free ones of a method, whatever the path
+	plain  map[plain]*limit  // those of them that are found without the mux
+	spared map[string]*limit // of Free routes for all paths, by their methods
 }
 
 // limit is what applies to some of the requests.
@@ -214,7 +214,7 @@ func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler,
 	rec.returned = true
 }
 
-// gone says that the client went away before the storage answered.
+// gone reports whether the client went away before the storage answered.
 func gone(r *http.Request, err error) bool {
 	return err != nil && status(err) == http.StatusServiceUnavailable && errors.Is(r.Context().Err(), context.Canceled)
 }
@@ -260,7 +260,7 @@ func with(options []throttler.Option, o throttler.Option) []throttler.Option {
 	return append(slices.Clip(options), o)
 }
 
-// identifier is that of the first part of a decision for a key.
+// identifier is that of the only, or first, part of a decision for a key.
 func (l *limit) identifier(key string) string {
 	if l.added != nil {
 		return RouteIdentifier(key, "")
