@@ -11,7 +11,7 @@ import (
 )
 
 // errPath is the error of a request that two routes apply to.
-var errPath = errors.New("throttlerhttp: the path belongs to one Route as it stands, and to another one without escapes")
+var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, and of another one without escapes")
 
 // of returns the limit that applies to a request, or nil if two routes do.
 //

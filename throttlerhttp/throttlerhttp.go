@@ -123,7 +123,7 @@ type Route struct {
 }
 
 // ErrNoKey is the error of a request for which the Key returned "".
-var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows no client that the request counts for")
+var ErrNoKey = errors.New("throttlerhttp: the Key of the middleware knows nobody whom the request counts for")
 
 // New returns middleware that asks the Throttler before each request, or all faults of the options, joined. Nil options
 // are the zero value. The middleware is safe for concurrent use, and may be put around several handlers, which then
