@@ -12,31 +12,31 @@ import (
 )
 
 // Fields are sets of header fields that tell a client about its limits, to be combined by |. Times are whole
-// seconds, rounded up. A verdict without levels, which a policy gave, has none.
+// seconds, rounded up. A verdict of a Policy has no levels, and its answer no fields.
 //
-// An answer has one set of them, whoever else limits the request: another middleware outside or inside, a handler
-// by Refuse, or the server behind a ReverseProxy.
+// An answer has one set of fields, even if something else limits the request too: another middleware outside or inside,
+// a handler by Refuse, or the server behind a ReverseProxy.
 type Fields uint8
 
 // The sets of fields.
 const (
 	// Draft10 is RateLimit-Policy and RateLimit of draft-ietf-httpapi-ratelimit-headers-10, with an item for
-	// each bucket: "5/10s";q=5;w=10 is its capacity and its period, or with a Burst the time in which that comes
-	// back; "5/10s";r=0;t=8 is what remains of it and when one more token is there. A full bucket has no t. Names
-	// may change until there is an RFC; a later draft will be another constant.
+	// each bucket: "5/10s";q=5;w=10 is its capacity and its period, or with a Burst the time in which it is refilled;
+	// "5/10s";r=0;t=8 is what remains, and the seconds until there is one more token. A full bucket has no t. The
+	// names may change until there is an RFC; a later draft will be another constant.
 	//
-	// Several limiters are one list. Of two limits of one name it has the one of which less remains.
+	// The limits of several limiters are one list. Of two limits of one name it has the one with less left.
 	Draft10 Fields = 1 << iota
 
 	// XSeconds is X-RateLimit-Limit, X-RateLimit-Remaining and X-RateLimit-Reset of the bucket that is nearest to
-	// refusing. Reset is in how many seconds it is full again. Of several limiters the fields are those of the one
-	// that refused, else of the one with the smallest Remaining.
+	// denying. Reset is the seconds until it is full. Of several limiters the fields are those of the one that
+	// denied, else of the one with the smallest Remaining.
 	XSeconds
 
 	// XUnix is XSeconds with a Reset in seconds since the Unix epoch, by this machine's clock.
 	XUnix
 
-	// NoFields is none but Retry-After.
+	// NoFields leaves only Retry-After.
 	NoFields
 )
 
@@ -74,8 +74,8 @@ func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
 	}
 }
 
-// put changes the fields in an answer from what was said before, which may be s, to s, and leaves one set of them if
-// others have added theirs. Fields that somebody has removed stay removed, unless they are lost.
+// put replaces what was said before in an answer, which may be s itself, by s. If others have added fields it makes one
+// set of all. Fields that somebody has removed stay removed, unless lost tells that they have to be there.
 func (s *said) put(h http.Header, before *said, lost bool, status int) {
 	switch have := h["Ratelimit"]; {
 	case s.draft[1] == "" || len(have) == 0 && !lost:
@@ -89,7 +89,7 @@ func (s *said) put(h http.Header, before *said, lost bool, status int) {
 		return
 	}
 	x, theirs := &s.x, before.otherX(h)
-	if less(theirs, *x) || status == http.StatusTooManyRequests && less(theirs, [3]string{}) { // it is they who refused
+	if less(theirs, *x) || status == http.StatusTooManyRequests && less(theirs, [3]string{}) { // they denied
 		x = &theirs
 	}
 	for i, name := range xNames {
@@ -127,15 +127,15 @@ func (s *said) otherX(h http.Header) (x [3]string) {
 	return x
 }
 
-// less says that less remains of x than of y, or that only of x it is known.
+// less reports whether less remains of x than of y. An unknown Remaining is never less, and always more.
 func less(x, y [3]string) bool {
 	r, err := strconv.ParseInt(x[1], 10, 64)
 	s, err2 := strconv.ParseInt(y[1], 10, 64)
 	return err == nil && (err2 != nil || r < s)
 }
 
-// refunded are the levels after everything that v took was given back. In a SlidingWindow the next token is then back
-// at the time that is certain, when all are.
+// refunded are the levels after a refund of all that v took. When the next token of a SlidingWindow comes is then not
+// known: it is given as the time when all are back.
 func refunded(v *throttler.Verdict) []throttler.Level {
 	levels := v.Levels()
 	rest := levels
@@ -161,7 +161,7 @@ func giveBack(l *throttler.Level, rule *storage.Rule, n int64) {
 	}
 }
 
-// nearest is the level whose bucket makes the next call wait longest, else that of which the least remains.
+// nearest is the level of the bucket that makes a call wait longest, else of the one with the least left.
 func nearest(levels []throttler.Level) *throttler.Level {
 	best := &levels[0]
 	for i := range levels {

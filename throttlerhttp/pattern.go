@@ -26,8 +26,8 @@ func lowerPath(pattern string) string {
 	return pattern[:i] + lower(pattern[i:])
 }
 
-// usualPattern returns how http.ServeMux writes the pattern of another router, or one that it takes and that never
-// matches, and what there is to say about it. Others it returns as they are.
+// usualPattern returns how http.ServeMux writes the pattern of another router, or one that it takes and never matches,
+// and a hint. It returns other patterns as they are.
 func usualPattern(pattern string) (right, hint string) {
 	right, hint = usualOnce(pattern)
 	for range 4 { // where one mistake hid another

@@ -15,12 +15,12 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// policy is what is the same in all answers by some rules.
+// policy is the part of the fields that depends on the rules alone.
 type policy struct {
 	rules [][]storage.Rule // of each part
 	field string           // RateLimit-Policy
-	items []string         // how those of RateLimit begin
-	twice bool             // a name stands in two parts
+	items []string         // of RateLimit, up to their numbers
+	twice bool             // two parts have a bucket of one name
 }
 
 func newPolicy(v *throttler.Verdict) *policy {
@@ -69,19 +69,23 @@ func (p *policy) limits(levels []throttler.Level) string {
 	return string(out)
 }
 
-// names says that a field has the limits of this policy, and no others.
+// names reports whether a field has the limits of this policy and no others, with whatever numbers.
 func (p *policy) names(limits string) bool {
 	for _, item := range p.items {
-		if !strings.HasPrefix(limits, item) {
+		after, ok := strings.CutPrefix(limits, item)
+		if !ok {
 			return false
 		}
-		limits = limits[len(item):]
-		limits = limits[min(uint(strings.IndexByte(limits, ',')), uint(len(limits))):]
+		end := strings.IndexByte(after, ',')
+		if end < 0 {
+			end = len(after)
+		}
+		limits = after[end:]
 	}
 	return limits == ""
 }
 
-// next is when one more token may be taken, and never later than a refused call may be made again.
+// next is the time until one more token may be taken, at most the time until a denied call may be made again.
 func next(l *throttler.Level) time.Duration {
 	if l.RetryAfter > 0 {
 		return min(l.NextAfter, l.RetryAfter)
@@ -100,7 +104,7 @@ func quoted(name string) string {
 	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name) + `"`
 }
 
-// policies are those of the rules that came first. Rules never change, and few sets of them limit most requests.
+// policies remembers those of the first rules. Rules never change, and most requests are limited by a few sets of them.
 type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
@@ -116,7 +120,7 @@ func (p *policies) of(v *throttler.Verdict) *policy {
 		}
 	}
 	made := newPolicy(v)
-	if !v.Degraded() { // else they may be of this verdict only
+	if !v.Degraded() { // a fallback may make rules for one verdict
 		p.add(known, made)
 	}
 	return made

@@ -12,20 +12,20 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it gives back what
-// RefundIf says, and leaves one set of fields of all limiters.
+// recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it asks RefundIf, and
+// makes one set of the fields of all limiters.
 type recorder struct {
 	http.ResponseWriter
 
 	l        *limit
 	r        *http.Request
-	id       string             // whom the request has counted for
-	v        *throttler.Verdict // that RefundIf may give back, or nil
+	id       string             // that the request has counted for
+	v        *throttler.Verdict // to refund, or nil without a RefundIf
 	said     said
-	status   int
-	told     bool // an answer that is only informational was sent, after which some handlers remove all fields
+	status   int  // of the answer, 0 until it begins
+	told     bool // an informational answer was sent, after which a ReverseProxy removes all fields
 	refunded bool
-	returned bool // the handler has, and did not panic
+	returned bool // the handler has, without a panic
 }
 
 // recorded returns the recorder that w is, or that is inside of it.
@@ -44,7 +44,7 @@ func recorded(w http.ResponseWriter) *recorder {
 
 func (r *recorder) self() *recorder { return r }
 
-// asked says that the middleware is outside of itself, and has counted this request for the same key there.
+// asked reports whether the middleware is outside of itself, and has counted this request for the same key there.
 func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
 		if outer.l != l || outer.id == "" {
@@ -132,7 +132,7 @@ func (r *recorder) CloseNotify() <-chan bool {
 	return gone
 }
 
-// begin is called before the header of the answer is sent.
+// begin is called before the header of the answer is sent. Only the first status counts.
 func (r *recorder) begin(status int) {
 	if r.status != 0 {
 		return
