@@ -133,7 +133,7 @@ func (c *compiler) route(r *Route) error {
 // own gives the limit the buckets of its route.
 func (c *compiler) own(l *limit, r *Route) error {
 	if r.Adds && len(c.Buckets) == 0 {
-		return errors.New("Adds needs Options.Buckets to add to; those of the Throttler it does not know")
+		return errors.New("its Adds needs Options.Buckets to add to; those of the Throttler it does not know")
 	}
 	buckets := r.scoped()
 	l.route = cmp.Or(r.Name, r.Pattern)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/benbjohnson/clock"
+	"github.com/dunglas/httpsfv"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -82,4 +83,40 @@ func TestTransportIgnoresAListThatIsTooLong(t *testing.T) {
 			require.NoError(t, resp.Body.Close())
 		}
 	}
+}
+
+// FuzzFieldsOfOthers has whatever others put into an answer be one list with the limits of the middleware, or ignored.
+func FuzzFieldsOfOthers(f *testing.F) {
+	for _, lines := range [][2]string{
+		{`"b";r=3;t=5`, `"b";q=77`}, {`"b";r=1, "b";r=0`, `"b"`}, {`"b";r=3;pk=:YQ==:`, ``}, {`b;r=1, 5, :YQ==:, ("b" "c");r=0`, `?1`}, {`"";r=0`, `"";q=1`}, {`"b`, `"`},
+		{`"b";r=-1;t=-1`, `"b";q=-1`}, {`"c";r="x"`, `"c", "c"`},
+	} {
+		f.Add(lines[0], lines[1], true)
+	}
+	limiter, err := throttler.New(throttler.Config{Clock: clock.NewMock()})
+	require.NoError(f, err)
+	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{Key: whoever, Buckets: buckets(perHour(1 << 40).Named("b")), Fields: throttlerhttp.Draft10 | throttlerhttp.XSeconds})
+	require.NoError(f, err)
+	f.Fuzz(func(t *testing.T, limits, policies string, add bool) {
+		for _, h := range []http.Handler{limit(ok), ok} {
+			inner := h
+			r := ask(limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				put := w.Header().Set
+				if add {
+					put = w.Header().Add
+				}
+				put("RateLimit", limits)
+				put("RateLimit-Policy", policies)
+				put("X-RateLimit-Remaining", limits)
+				inner.ServeHTTP(w, r)
+			})), "GET /")
+			require.Len(t, r.Header.Values("RateLimit"), 1)
+			require.Len(t, r.Header.Values("RateLimit-Policy"), 1)
+			require.Len(t, r.Header.Values("X-RateLimit-Remaining"), 1)
+			_, err := httpsfv.UnmarshalList(r.Header.Values("RateLimit"))
+			require.NoError(t, err)
+			require.Contains(t, r.Header.Get("RateLimit"), `"b"`)
+			require.Contains(t, r.Header.Get("RateLimit-Policy"), `"b"`)
+		}
+	})
 }

@@ -108,11 +108,8 @@ func (r *recorder) push(target string, o *http.PushOptions) error {
 func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
 	if r.status == 0 {
 		const first = 512 // which net/http looks at as well
-		n, err = io.CopyN(struct{ io.Writer }{r}, from, first)
-		if n < first {
-			if err == io.EOF {
-				err = nil
-			}
+		n, err = io.Copy(struct{ io.Writer }{r}, io.LimitReader(from, first))
+		if err != nil || n < first {
 			return n, err
 		}
 	}

@@ -203,7 +203,7 @@ func TestAFileIsCopiedWhole(t *testing.T) {
 		require.NoError(t, err)
 		got, err := io.ReadAll(r.Body)
 		require.NoError(t, err)
-		assert.Equal(t, len(want), len(got))
+		assert.Len(t, got, len(want))
 		assert.EqualValues(t, size, r.ContentLength)
 		require.NoError(t, r.Body.Close())
 		server.Close()
