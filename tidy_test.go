@@ -13,9 +13,12 @@ import (
 func TestCallsThatAskNothingForgetNothing(t *testing.T) {
 	t.Parallel()
 	for name, call := range map[string]func(*throttler.Throttler) error{
-		"Reset of another":  func(l *throttler.Throttler) error { return l.Reset(t.Context(), "other") },
-		"a bucket it has not": func(l *throttler.Throttler) error { _, err := l.Consume("other", throttler.CostOf("none", 1)); return err },
-		"nobody":            func(l *throttler.Throttler) error { _, err := l.ConsumeAll(t.Context()); return err },
+		"Reset of another": func(l *throttler.Throttler) error { return l.Reset(t.Context(), "other") },
+		"a bucket it has not": func(l *throttler.Throttler) error {
+			_, err := l.Consume("other", throttler.CostOf("none", 1))
+			return err
+		},
+		"nobody": func(l *throttler.Throttler) error { _, err := l.ConsumeAll(t.Context()); return err },
 	} {
 		l, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 4)}})
 		require.NoError(t, err)

@@ -49,7 +49,7 @@ func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
 	l := &limit{m: &middleware{}, refuse: Problem}
 	if outer := recorded(w); outer != nil {
-		l = outer.l
+		l.m, l.refuse = outer.l.m, outer.l.refuse // its policies are for verdicts of its own
 	}
 	l.answer(w, r, v, nil)
 }
