@@ -80,7 +80,10 @@ func (s *said) put(h http.Header, before *said, lost bool, status int) {
 	switch have := h["Ratelimit"]; {
 	case s.draft[1] == "" || len(have) == 0 && !lost:
 	case len(have) == 0 || len(have) == 1 && have[0] == before.draft[1]:
-		h["Ratelimit-Policy"], h["Ratelimit"] = s.draft[:1:1], s.draft[1:]
+		h["Ratelimit"] = s.draft[1:]
+		if lost { // else they are there, and others may have added some
+			h["Ratelimit-Policy"] = s.draft[:1:1]
+		}
 	default:
 		all := merge(without(list(have), list(before.draft[1:])), list(h["Ratelimit-Policy"]), s.draft)
 		h["Ratelimit-Policy"], h["Ratelimit"] = all[:1:1], all[1:]

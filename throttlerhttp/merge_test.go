@@ -85,6 +85,17 @@ func TestTransportIgnoresAListThatIsTooLong(t *testing.T) {
 	}
 }
 
+func TestPoliciesWithoutLimitsStay(t *testing.T) {
+	t.Parallel()
+	for _, refund := range []bool{false, true} {
+		h := serve(t, throttler.Config{Clock: clock.NewMock()}, throttlerhttp.Options{Buckets: buckets(perHour(9).Named("b")), RefundIf: func(int) bool { return refund }},
+			http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Header().Add("RateLimit-Policy", `"other";q=1`) }))
+		r := ask(h, "GET /")
+		assert.Equal(t, map[string]map[string]int64{"b": {"q": 9, "w": 3600}, "other": {"q": 1}}, parsed(t, r, "RateLimit-Policy"))
+		assert.Equal(t, map[bool]string{false: `"b";r=8;t=3600`, true: `"b";r=9`}[refund], r.Header.Get("RateLimit"))
+	}
+}
+
 // FuzzFieldsOfOthers has whatever others put into an answer be one list with the limits of the middleware, or ignored.
 func FuzzFieldsOfOthers(f *testing.F) {
 	for _, lines := range [][2]string{
