@@ -49,7 +49,7 @@ func TestTheMiddlewareAddsThreeAllocationsToARequestAndFourOnARoute(t *testing.T
 	for most, routes := range map[float64][]throttlerhttp.Route{
 		3:  nil,                                                         // the key, and a string and a slice for the fields
 		4:  {{Pattern: "GET /api/data", Buckets: minutely}},             // and the identifier of the route
-		14: {{Pattern: "GET /api/data", Adds: true, Buckets: minutely}}, // and a decision about two identifiers
+		12: {{Pattern: "GET /api/data", Adds: true, Buckets: minutely}}, // and a decision about two identifiers
 	} {
 		h, r := limitedByAddress(t, 1<<40, routes...)
 		w := &blank{http.Header{}}

@@ -1,3 +1,5 @@
+// Whom a request counts for, and the identifiers that the Throttler knows them by.
+
 package throttlerhttp
 
 import (
@@ -14,12 +16,12 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Key names whom a request counts for, such as "user:42". It returns "" when it does not know, which is for the
-// next of First to know; from the Key of the middleware it is a fault of the program: the request is answered
-// 500 and not counted.
+// Key names the client that a request counts for, such as "user:42". It returns "" if it knows none; First then tries its
+// next key. If the Key of the middleware returns "" that is a fault of the program: the request is answered 500 and not
+// counted.
 //
-// A nil Key knows nobody. Those of this package may be used by any number of goroutines, and keep nothing
-// between requests. A name may have any bytes and any length (RouteIdentifier).
+// A nil Key knows no client. Those of this package are safe for concurrent use, and keep nothing between requests. A
+// name may have any bytes and any length (RouteIdentifier).
 type Key func(*http.Request) string
 
 // of is the name, "" from a nil Key.
@@ -44,19 +46,19 @@ func User(id func(context.Context) string) Key {
 	}
 }
 
-// APIKey is "key:" and a hash of the header's value, the first 16 bytes of its SHA-256 in hex: identifiers
-// stand in errors, logs and storages, and an API key is a secret. From the hash of a key that is short or a
-// word it can be found by trying; keys are long and random. Spaces around the value do not count. It is "" if the
-// header is missing or empty; of several lines the first counts, as for Header.Get, by which the authentication
-// should read it too: who authenticates by another line is limited by one that clients invent.
+// APIKey is "key:" and a hash of the header's value, the first 16 bytes of its SHA-256 in hex: identifiers appear in
+// errors, logs and storages, and an API key is a secret. API keys have to be long and random, because a short one can be
+// guessed from its hash. Spaces around the value do not count. The name is "" if the header is missing or empty.
+//
+// Of several lines the first counts, as for Header.Get. The authentication should read that line too: if it reads
+// another one, clients can make up the first.
 //
 // Authorization and Proxy-Authorization have a scheme, which has no case (RFC 9110, section 11.1), and any spaces
 // after it: "Bearer abc" and "bearer  abc" are one key. Basic credentials are compared as they are decoded. A
 // scheme whose value changes with each request, such as Digest, makes a new key with each.
 //
-// Nothing here checks that the key was ever issued: whoever invents a new one with each request has a new limit
-// with each request, and joining it with Address changes nothing about that. Use APIKey behind the
-// authentication that refuses unknown keys.
+// Nothing here checks that the key was ever issued. A client that makes up a key for each request gets a fresh limit for
+// each one, also if the key is joined with Address. Use APIKey behind the authentication that rejects unknown keys.
 func APIKey(header string) Key {
 	header = http.CanonicalHeaderKey(header)
 	authorization := header == "Authorization" || header == "Proxy-Authorization"
@@ -128,23 +130,22 @@ type AddressOptions struct {
 // Address is the address of the client: "ip:192.0.2.1", and of IPv6 the prefix, "ip:2001:db8:1:2::/64". With
 // nil options, or without Trusted, it is that of Request.RemoteAddr, and no header can change it.
 //
-// With Trusted it begins with RemoteAddr, and as long as the address is trusted goes on to the next one of the
-// header, from the last to the first, over all its lines. The first that is not trusted is the client's, for
-// everything before it may have been written by the client. If all are trusted it is the first of the header.
-// Addresses may have a port, and those of IPv6 stand in brackets then. An entry that is anything else, such as
-// "unknown" or nothing, ends the search, and the trusted address after it is taken: a proxy that hides its
-// client must not make believe what that client wrote.
+// With Trusted the search begins at RemoteAddr. While an address is trusted it goes on to the next one of the header,
+// from the last to the first, over all lines. The first address that is not trusted is the client's: the client may have
+// written everything before it. If all are trusted the client's is the first of the header.
 //
-// IPv4 in IPv6, ::ffff:192.0.2.1, is IPv4. The zone of a link-local address, the %eth0 of fe80::1%eth0, is left
-// out, though two interfaces may be two networks: it has a meaning on one machine only, while a storage may be
-// shared by several, and in a header anything could stand there, a new name with each request.
+// Addresses may have a port; those of IPv6 are in brackets then. Any other entry, such as "unknown" or nothing, ends the
+// search, and the trusted address after it counts: what stands before the entry may be written by a client that its
+// proxy hides.
 //
-// RemoteAddr is an address with a port, or without one, as middleware leaves it that reads headers itself, such as
-// RealIP of chi and ProxyHeaders of gorilla. Those believe whoever writes the header, and so does then this key.
+// IPv4 in IPv6, ::ffff:192.0.2.1, is IPv4. The zone of a link-local address, the %eth0 of fe80::1%eth0, is left out: it
+// means something on one machine only, and a client could write a new one into the header with each request.
 //
-// The name is "" if RemoteAddr is anything else: there is nobody to trust then, and no header is read. That is so
-// for a server on a unix socket, where it is "@", "" or a path, also with Trusted. There use another key, or put
-// First around this one and a Key that answers for all.
+// RemoteAddr has a port, or none if middleware that reads headers has set it, such as RealIP of chi and ProxyHeaders of
+// gorilla. These believe any client that writes the header, and then so does this key.
+//
+// The name is "" if RemoteAddr is no address, also with Trusted, and no header is read then: on a unix socket it is "@",
+// "" or a path. Use another key there, or First of this one and a Key that answers for all.
 func Address(o *AddressOptions) Key {
 	if o == nil {
 		o = &AddressOptions{}
@@ -299,13 +300,13 @@ func appendEscaped(b []byte, name string) []byte {
 	return b
 }
 
-// RouteIdentifier is the identifier by which the Throttler knows a key where the buckets of a route limit it, for
-// Peek and Reset: RouteIdentifier("user:42", "POST /login"). The route is the Name of a Route, or its Pattern if it
-// has no Name. Where it is "" the identifier is that of the other buckets, those of Options and of the Throttler.
+// RouteIdentifier is the identifier by which the Throttler knows a key on a route with buckets of its own, for Peek and
+// Reset: RouteIdentifier("user:42", "POST /login"). The route is the Name of a Route, or its Pattern if it has no Name.
+// For the route "" it is the identifier of all other buckets, those of Options and of the Throttler.
 //
-// It is the key, and for a route a NUL and the route behind it; different keys and routes never have the same. A
-// hash stands for a key of more than 900 bytes or with a NUL in it, and for a route that is too long for the 1024
-// bytes of an identifier or has a NUL, so that nobody chooses a key that is another one's route.
+// It is the key, and for a route a NUL and the route after it. No two pairs of a key and a route have the same: a key of
+// more than 900 bytes or with a NUL is replaced by its hash, and so is a route with a NUL or too long for the 1024 bytes
+// of an identifier. So no client can choose a key that is another client's route.
 func RouteIdentifier(key, route string) string {
 	const longestKey = 900
 	hashed := ""

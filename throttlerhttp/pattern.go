@@ -1,8 +1,9 @@
+// Writing the patterns of other routers as those of http.ServeMux, for the faults of New.
+
 package throttlerhttp
 
 import (
 	"net/http"
-	"net/url"
 	"path"
 	"slices"
 	"strconv"
@@ -25,47 +26,8 @@ func lowerPath(pattern string) string {
 	return pattern[:i] + lower(pattern[i:])
 }
 
-// lower is s with one letter in place of all that are equal but for case: a router may take K, k and the sign for
-// Kelvin for one.
-func lower(s string) string {
-	for i := range len(s) {
-		if c := s[i]; 'A' <= c && c <= 'Z' || c >= 0x80 {
-			return strings.ToLower(strings.ToUpper(s))
-		}
-	}
-	return s
-}
-
-// folded returns the request, or a copy whose path has no more of what Options ignore.
-func (m *middleware) folded(r *http.Request) *http.Request {
-	p, raw := m.fold(r.URL.Path), r.URL.RawPath
-	if raw != "" {
-		raw = m.fold(raw)
-		if unescaped, err := url.PathUnescape(raw); err == nil { // else it has been made by hand, and is ignored
-			p = unescaped
-		}
-	}
-	if p == r.URL.Path && raw == r.URL.RawPath {
-		return r
-	}
-	folded, u := *r, *r.URL
-	u.Path, u.RawPath = p, raw
-	folded.URL = &u
-	return &folded
-}
-
-func (m *middleware) fold(p string) string {
-	if m.IgnoreCase {
-		p = lower(p)
-	}
-	if m.IgnoreSlash && len(p) > 1 && strings.HasSuffix(p, "/") {
-		p = "/" + strings.Trim(p, "/")
-	}
-	return p
-}
-
-// usualPattern returns how http.ServeMux writes the pattern of another router, or one that it takes and that never
-// matches, and what there is to say about it. Others it returns as they are.
+// usualPattern returns how http.ServeMux writes the pattern of another router, or one that it takes and never matches,
+// and a hint. It returns other patterns as they are.
 func usualPattern(pattern string) (right, hint string) {
 	right, hint = usualOnce(pattern)
 	for range 4 { // where one mistake hid another

@@ -1,3 +1,5 @@
+// The ResponseWriter of an admitted request.
+
 package throttlerhttp
 
 import (
@@ -10,20 +12,20 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it gives back what
-// RefundIf says, and leaves one set of fields of all limiters.
+// recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it asks RefundIf, and
+// makes one set of the fields of all limiters.
 type recorder struct {
 	http.ResponseWriter
 
-	m        *middleware
 	l        *limit
 	r        *http.Request
-	id       string             // whom the request has counted for
-	v        *throttler.Verdict // that RefundIf may give back, or nil
+	id       string             // that the request has counted for
+	v        *throttler.Verdict // to refund, or nil without a RefundIf
 	said     said
-	status   int
-	told     bool // an answer that is only informational was sent, after which some handlers remove all fields
-	returned bool // the handler has, and did not panic
+	status   int  // of the answer, 0 until it begins
+	told     bool // an informational answer was sent, after which a ReverseProxy removes all fields
+	refunded bool
+	returned bool // the handler has, without a panic
 }
 
 // recorded returns the recorder that w is, or that is inside of it.
@@ -42,7 +44,7 @@ func recorded(w http.ResponseWriter) *recorder {
 
 func (r *recorder) self() *recorder { return r }
 
-// asked says that the middleware is outside of itself, and has counted this request for the same key there.
+// asked reports whether the middleware is outside of itself, and has counted this request for the same key there.
 func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
 		if outer.l != l || outer.id == "" {
@@ -101,9 +103,23 @@ func (r *recorder) push(target string, o *http.PushOptions) error {
 	return r.ResponseWriter.(http.Pusher).Push(target, o)
 }
 
-func (r *recorder) readFrom(from io.Reader) (int64, error) {
-	r.begin(http.StatusOK)
-	return r.ResponseWriter.(io.ReaderFrom).ReadFrom(from)
+// ReadFrom is for io.Copy. It begins the answer when there is something to send: after a copy that fails before that, the
+// handler may still answer otherwise.
+func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
+	if r.status == 0 {
+		const first = 512 // which net/http looks at as well
+		n, err = io.Copy(struct{ io.Writer }{r}, io.LimitReader(from, first))
+		if err != nil || n < first {
+			return n, err
+		}
+	}
+	var rest int64
+	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok {
+		rest, err = w.ReadFrom(from)
+	} else {
+		rest, err = io.Copy(r.ResponseWriter, from)
+	}
+	return n + rest, err
 }
 
 // CloseNotify is for routers that demand it, such as gin.
@@ -113,31 +129,28 @@ func (r *recorder) CloseNotify() <-chan bool {
 	return gone
 }
 
-// begin is called before the header of the answer is sent.
+// begin is called before the header of the answer is sent. Only the first status counts.
 func (r *recorder) begin(status int) {
 	if r.status != 0 {
 		return
 	}
 	r.status = status
-	now, h := &r.said, r.Header()
+	now := &r.said
 	if levels := r.refund(status); len(levels) > 0 {
 		now = &said{}
-		now.tell(r.m.Fields, r.said.policy, levels)
+		now.tell(r.l.m.Fields, r.l.policies.of(r.v), levels)
 	}
-	if r.told {
-		r.said.restore(h)
-	}
-	r.said.become(h, now, status)
+	now.put(r.Header(), &r.said, r.told, status)
 }
 
 // refund asks RefundIf, and returns the levels after what was given back, which is done once.
 func (r *recorder) refund(status int) []throttler.Level {
 	v := r.v
-	if v == nil || !r.l.refundIf(status) {
+	if v == nil || r.refunded || !r.l.refundIf(status) {
 		return nil
 	}
-	r.v = nil
-	if r.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
+	r.refunded = true
+	if r.l.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
 		return nil
 	}
 	return refunded(v)
@@ -160,54 +173,28 @@ func (r *recorder) end() {
 // statusClientClosed is what nginx logs for a client that did not wait for the answer.
 const statusClientClosed = 499
 
-// as returns the recorder with those of the methods of http.Flusher, http.Hijacker, http.Pusher and io.ReaderFrom that
-// its ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds,
-// which else would go around the recorder.
+// as returns the recorder with those of the methods of http.Flusher, http.Hijacker and http.Pusher that its
+// ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds, which
+// else would go around the recorder.
 func (r *recorder) as() http.ResponseWriter {
-	has := 0
-	if _, ok := r.ResponseWriter.(http.Flusher); ok {
-		has |= 1
-	}
-	if can[http.Hijacker](r.ResponseWriter) {
-		has |= 2
-	}
-	if _, ok := r.ResponseWriter.(http.Pusher); ok {
-		has |= 4
-	}
-	if _, ok := r.ResponseWriter.(io.ReaderFrom); ok {
-		has |= 8
-	}
-	switch has {
-	case 1:
-		return withF{r}
-	case 2:
-		return withH{r}
-	case 3:
-		return withFH{withF{r}}
-	case 4:
-		return withP{r}
-	case 5:
-		return withFP{withF{r}}
-	case 6:
-		return withHP{withH{r}}
-	case 7:
+	_, f := r.ResponseWriter.(http.Flusher)
+	_, p := r.ResponseWriter.(http.Pusher)
+	h := can[http.Hijacker](r.ResponseWriter)
+	switch {
+	case f && h && p:
 		return withFHP{withFH{withF{r}}}
-	case 8:
-		return withR{r}
-	case 9:
-		return withFR{withF{r}}
-	case 10:
-		return withHR{withH{r}}
-	case 11:
-		return withFHR{withFH{withF{r}}}
-	case 12:
-		return withPR{withP{r}}
-	case 13:
-		return withFPR{withFP{withF{r}}}
-	case 14:
-		return withHPR{withHP{withH{r}}}
-	case 15:
-		return withFHPR{withFHP{withFH{withF{r}}}}
+	case f && h:
+		return withFH{withF{r}}
+	case f && p:
+		return withFP{withF{r}}
+	case h && p:
+		return withHP{withH{r}}
+	case f:
+		return withF{r}
+	case h:
+		return withH{r}
+	case p:
+		return withP{r}
 	}
 	return r
 }
@@ -229,21 +216,13 @@ func can[T any](w http.ResponseWriter) bool {
 // The types that as returns are named after the first letters of the interfaces that they have. Each is one pointer, so
 // that it allocates nothing.
 type (
-	withF    struct{ *recorder }
-	withH    struct{ *recorder }
-	withP    struct{ *recorder }
-	withR    struct{ *recorder }
-	withFH   struct{ withF }
-	withFP   struct{ withF }
-	withHP   struct{ withH }
-	withFR   struct{ withF }
-	withHR   struct{ withH }
-	withPR   struct{ withP }
-	withFHP  struct{ withFH }
-	withFHR  struct{ withFH }
-	withFPR  struct{ withFP }
-	withHPR  struct{ withHP }
-	withFHPR struct{ withFHP }
+	withF   struct{ *recorder }
+	withH   struct{ *recorder }
+	withP   struct{ *recorder }
+	withFH  struct{ withF }
+	withFP  struct{ withF }
+	withHP  struct{ withH }
+	withFHP struct{ withFH }
 )
 
 func (w withF) Flush() { w.flush() }
@@ -255,12 +234,3 @@ func (w withP) Push(target string, o *http.PushOptions) error   { return w.push(
 func (w withFP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
 func (w withHP) Push(target string, o *http.PushOptions) error  { return w.push(target, o) }
 func (w withFHP) Push(target string, o *http.PushOptions) error { return w.push(target, o) }
-
-func (w withR) ReadFrom(from io.Reader) (int64, error)    { return w.readFrom(from) }
-func (w withFR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withHR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withPR) ReadFrom(from io.Reader) (int64, error)   { return w.readFrom(from) }
-func (w withFHR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withFPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withHPR) ReadFrom(from io.Reader) (int64, error)  { return w.readFrom(from) }
-func (w withFHPR) ReadFrom(from io.Reader) (int64, error) { return w.readFrom(from) }

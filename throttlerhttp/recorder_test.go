@@ -2,15 +2,19 @@ package throttlerhttp_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/benbjohnson/clock"
@@ -26,10 +30,9 @@ import (
 // has names the interfaces of a ResponseWriter.
 func has(w http.ResponseWriter) (names []string) {
 	for name, ok := range map[string]func() bool{
-		"Flusher":    func() bool { _, ok := w.(http.Flusher); return ok },
-		"Hijacker":   func() bool { _, ok := w.(http.Hijacker); return ok },
-		"Pusher":     func() bool { _, ok := w.(http.Pusher); return ok },
-		"ReaderFrom": func() bool { _, ok := w.(io.ReaderFrom); return ok },
+		"Flusher":  func() bool { _, ok := w.(http.Flusher); return ok },
+		"Hijacker": func() bool { _, ok := w.(http.Hijacker); return ok },
+		"Pusher":   func() bool { _, ok := w.(http.Pusher); return ok },
 	} {
 		if ok() {
 			names = append(names, name)
@@ -72,10 +75,8 @@ func TestTheWriterOfTheHandlerHasWhatTheServersHas(t *testing.T) {
 		if p, ok := w.(http.Pusher); ok {
 			assert.NoError(t, p.Push("/", nil))
 		}
-		if r, ok := w.(io.ReaderFrom); ok {
-			_, err := r.ReadFrom(strings.NewReader("text"))
-			assert.NoError(t, err)
-		}
+		_, err := w.(io.ReaderFrom).ReadFrom(strings.NewReader(strings.Repeat("text", 1000)))
+		assert.NoError(t, err)
 		if h, ok := w.(http.Hijacker); ok {
 			_, _, err := h.Hijack()
 			assert.NoError(t, err)
@@ -165,7 +166,47 @@ func TestTheWriterOfTheHandlerHasWhatTheServersHas(t *testing.T) {
 		limit.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
 		require.NotEmpty(t, called)
 		assert.ElementsMatch(t, has(w), strings.Fields(called[0]))
-		assert.ElementsMatch(t, has(w), called[1:], "each of them reaches the server's")
+		want := has(w)
+		if _, ok := w.(io.ReaderFrom); ok {
+			want = append(want, "ReaderFrom")
+		}
+		assert.ElementsMatch(t, want, called[1:], "each of them reaches the server's")
+	}
+}
+
+func TestACopyThatFailsAtOnceIsNoAnswer(t *testing.T) {
+	t.Parallel()
+	for body, status := range map[string]int{"": http.StatusBadGateway, "some of it": http.StatusOK} {
+		told := make(chan int, 1)
+		h := serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(perHour(9)), RefundIf: func(s int) bool { told <- s; return false }},
+			http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				n, err := io.Copy(w, io.MultiReader(strings.NewReader(body), iotest.ErrReader(io.ErrUnexpectedEOF)))
+				assert.EqualValues(t, len(body), n)
+				assert.ErrorIs(t, err, io.ErrUnexpectedEOF)
+				if n == 0 {
+					w.WriteHeader(http.StatusBadGateway)
+				}
+			}))
+		assert.Equal(t, status, sent(t, h).StatusCode)
+		assert.Equal(t, status, <-told)
+	}
+}
+
+func TestAFileIsCopiedWhole(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, size := range []int{0, 1, 511, 512, 513, 1 << 20} {
+		want := bytes.Repeat([]byte("x"), size)
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), want, 0o600))
+		server := httptest.NewServer(serve(t, throttler.Config{}, throttlerhttp.Options{Buckets: buckets(perHour(9))}, http.FileServer(http.Dir(dir))))
+		r, err := server.Client().Get(server.URL + "/file")
+		require.NoError(t, err)
+		got, err := io.ReadAll(r.Body)
+		require.NoError(t, err)
+		assert.Len(t, got, len(want))
+		assert.EqualValues(t, size, r.ContentLength)
+		require.NoError(t, r.Body.Close())
+		server.Close()
 	}
 }
 
@@ -203,7 +244,7 @@ func TestTheWriterIsThatOfTheProtocol(t *testing.T) {
 			names, err := io.ReadAll(r.Body)
 			require.NoError(t, err)
 			require.NoError(t, r.Body.Close())
-			assert.Equal(t, map[bool]string{false: "Flusher Hijacker ReaderFrom", true: "Flusher Pusher"}[two], string(names), path)
+			assert.Equal(t, map[bool]string{false: "Flusher Hijacker", true: "Flusher Pusher"}[two], string(names), path)
 		}
 	}
 }

@@ -1,3 +1,5 @@
+// Answering a request that does not reach the handler.
+
 package throttlerhttp
 
 import (
@@ -11,10 +13,10 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Refusal is why a request did not reach the handler.
+// Refusal is why a request did not reach the handler: it was denied, or could not be decided.
 type Refusal struct {
-	// Status is 429 for a request that was limited, 413 if its cost exceeds a capacity, so that waiting does not
-	// help, 400 if it is below zero, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
+	// Status is 429 for a denied request, 413 if its cost exceeds a capacity, so that waiting does not help, 400 if
+	// the cost is below zero, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
 	Status int
 
 	// Err is a *throttler.LimitedError with the Verdict of a 429, else what the Throttler returned, or ErrNoKey.
@@ -24,11 +26,11 @@ type Refusal struct {
 	// Verdict is that of a 429. With a 413 its Levels tell what there is.
 	Verdict throttler.Verdict
 
-	// RetryAfter is the field that a 429 has, in seconds, else 0.
+	// RetryAfter is the Retry-After of a 429, in seconds, else 0.
 	RetryAfter int64
 }
 
-// Limits returns the names of the buckets that refused.
+// Limits returns the names of the buckets that denied.
 func (r *Refusal) Limits() []string {
 	var names []string
 	for _, l := range r.Verdict.Levels() {
@@ -39,21 +41,21 @@ func (r *Refusal) Limits() []string {
 	return names
 }
 
-// Refuse answers a request that a handler has asked for itself, and whose Verdict is a refusal, as the middleware
-// answers those that it refuses: 429 with Retry-After, the fields and a body. Behind a middleware of New that has
-// admitted the request they are those of its Options.Fields and of Refuse of its Options or Route, if each
-// ResponseWriter between has a method Unwrap, as for http.ResponseController. Else they are Draft10 and Problem.
+// Refuse is for handlers that ask a Throttler themselves. It answers a denied request as the middleware does: 429 with
+// Retry-After, the fields and a body. Inside a middleware of New they are those of its Options.Fields and of Refuse of its
+// Options or Route, if each ResponseWriter between has a method Unwrap, as for http.ResponseController. Elsewhere they are
+// Draft10 and Problem.
 func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
-	f, l := Draft10, &limit{refuse: Problem}
+	l := &limit{m: &middleware{}, refuse: Problem}
 	if outer := recorded(w); outer != nil {
-		f, l.refuse = outer.m.Fields, outer.l.refuse
+		l.m, l.refuse = outer.l.m, outer.l.refuse // its policies are for verdicts of its own
 	}
-	l.answer(w, r, f, v, nil)
+	l.answer(w, r, v, nil)
 }
 
-// RetryAfterSeconds is the field Retry-After for a refusal: its RetryAfter in seconds, rounded up, and at least 1. It is
-// 0 for a Verdict that is Allowed.
+// RetryAfterSeconds is the Retry-After of a denial: its RetryAfter in seconds, rounded up, and at least 1. For a Verdict
+// that is Allowed it is 0.
 func RetryAfterSeconds(v throttler.Verdict) int64 {
 	if v.Allowed {
 		return 0
@@ -61,10 +63,10 @@ func RetryAfterSeconds(v throttler.Verdict) int64 {
 	return max(1, seconds(v.RetryAfter))
 }
 
-func (l *limit) answer(w http.ResponseWriter, r *http.Request, f Fields, v throttler.Verdict, err error) {
+func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
 	h := w.Header()
 	forget(w)
-	f.say(h, &v, &l.policies)
+	new(said).say(l, h, &v)
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}
@@ -81,7 +83,7 @@ var ofBody = [...]string{
 	"Age", "Expires", "Pragma", "Cdn-Cache-Control", "Surrogate-Control",
 }
 
-// forget removes what somebody has said of a body that is not sent, and of the time for which it may be kept.
+// forget removes the fields of a body that is not sent, and those that let caches keep it.
 func forget(w http.ResponseWriter) {
 	h := w.Header()
 	for _, name := range ofBody {
@@ -93,8 +95,8 @@ func forget(w http.ResponseWriter) {
 	}
 }
 
-// mayEncode says that something around the limiters has wrapped the ResponseWriter, and so may compress all that is
-// written, in which case Content-Encoding is true of every body.
+// mayEncode reports whether something around the limiters has wrapped the ResponseWriter: it may compress whatever is
+// written, and then Content-Encoding is true of every body.
 func mayEncode(w http.ResponseWriter) bool {
 	for rec := recorded(w); rec != nil; rec = recorded(w) {
 		if w != rec.as() {
@@ -135,7 +137,7 @@ func status(err error) int {
 }
 
 // Problem answers with application/problem+json (RFC 9457). That of a 429 is of the type quota-exceeded of
-// draft-ietf-httpapi-ratelimit-headers-10, and names the buckets that refused.
+// draft-ietf-httpapi-ratelimit-headers-10, and names the buckets that denied.
 func Problem(w http.ResponseWriter, _ *http.Request, r Refusal) {
 	problem := struct {
 		Type       string   `json:"type"`

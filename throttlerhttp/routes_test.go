@@ -490,3 +490,19 @@ func TestADeadlineOfTheServerIsAnError(t *testing.T) {
 	assert.Equal(t, http.StatusServiceUnavailable, w.Code)
 	assert.Equal(t, int64(2), told.Load())
 }
+
+func TestARouteInPlaceOfTiersNeedsNoTier(t *testing.T) {
+	t.Parallel()
+	asked := 0
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{
+		Tier:  func(*http.Request) string { asked++; return "unknown" },
+		Tiers: map[string][]throttler.Bucket{"free": buckets(perHour(9))},
+		Routes: []throttlerhttp.Route{
+			{Pattern: "/login", Buckets: buckets(perHour(1))},
+			{Pattern: "/search", Key: whoever},
+		},
+	}, ok)
+	assert.Equal(t, 1, admitted(h, 3, "GET /login"))
+	assert.Zero(t, asked)
+	assert.Equal(t, http.StatusInternalServerError, ask(h, "GET /search").StatusCode)
+}

@@ -1,3 +1,5 @@
+// A Transport and its rules, and the flow of one request through it.
+
 package throttlerhttp
 
 import (
@@ -11,86 +13,68 @@ import (
 	"time"
 )
 
-// TransportOptions of a Transport. A field that is zero has its default.
-type TransportOptions struct {
-	// MaxWait is the longest that one request is held back in all, before it is first sent and between its
-	// sends. 0 is a minute; below 0 a request is sent at once, or fails at once. The time that the server takes
-	// to answer it does not count.
-	MaxWait time.Duration
-
-	// Attempts is how often one request is sent in all. 0 is 3; 1, or below 0, never sends again.
-	Attempts int
-
-	// RetryPercent and RetryBurst are the budget that all requests of the Transport share, so that clients who
-	// are refused do not make it worse: the requests that are sent again are at most this percentage of all
-	// requests, and RetryBurst more; what was not used beyond the burst is lost. 0 is 10 % and 10; below 0 is
-	// none, and each is at most 1,000,000. Without a burst nothing is sent again.
-	RetryPercent int
-	RetryBurst   int
-}
-
-// Transport is an http.RoundTripper for clients of servers that limit rates. It waits and sends again when a
-// server says that it has had enough, and slows down before that.
+// Transport is an http.RoundTripper for clients of servers that limit rates. It waits and sends again when a server
+// denies a request, and slows down before that. Use one for each account that the server knows: its requests share what
+// the server said. NewTransport makes it. It is safe for concurrent use, leaves no goroutines behind, and does not
+// modify requests.
 //
-// # What is sent again
+// # Rules
 //
-// A 429 says that the request was not served: it is sent again, whatever its method. A 503 does not say so: it
-// is sent again if it has a Retry-After, and the method is GET, HEAD, OPTIONS, TRACE, PUT or DELETE or the
-// request has an Idempotency-Key. These answers are refusals. Other answers, and errors, are returned. The
-// refusal itself is returned, at once, when the wait would exceed MaxWait or outlast the deadline of the
-// request's context, which a Timeout of the http.Client is too, when Attempts or the budget are used up, and
-// when there is a body and no GetBody; http.NewRequest sets that for strings and bytes.
+// A denial is a 429, or a 503 with a Retry-After. Other answers, and errors, are returned.
 //
-// # When
+//  1. A 503, and a 429 without a RateLimit, closes the host (scheme, name and port). A 429 with a RateLimit closes its
+//     route (method and path) and the policies of which nothing remains, by name and partition key.
+//  2. A request waits for its host, its route, and the policies that the last answer to its route listed.
+//  3. They stay closed until the Retry-After has passed (seconds, or a date after the Date of the answer, else after this
+//     machine's clock); without one, for the longest t of a policy of which nothing remains. Nothing is sent earlier.
+//  4. A denial that names no time in the future closes for 1 s, then 2 s, 4 s and so on up to 16 s, until another answer.
+//  5. Up to 10 % are added to each wait at random, if there is room for that.
+//  6. When the time has passed one request goes first. If it is denied the others wait on. Each other answer lets one
+//     more be in flight, so those who wait follow as fast as the server serves.
+//  7. After a denial, routes whose policies are not known go one at a time. If one of them is denied too, the others wait
+//     for 1 s, then 2 s, 4 s and so on, at most for as long as that denial said.
+//  8. A denied request is sent again after a 429, which was not served; after a 503 only if the method is GET, HEAD,
+//     OPTIONS, TRACE, PUT or DELETE or there is an Idempotency-Key. A body needs a GetBody: http.NewRequest sets that
+//     for strings and bytes.
+//  9. The denial is returned at once if the wait would exceed MaxWait or the deadline of the request's context (a Timeout
+//     of the http.Client is one), or Attempts or the budget are used up.
+//  10. A request that cannot wait so long for what others were told fails at once, unsent, with a *NotSentError. One
+//     whose context ends while it waits returns the error of that.
 //
-// Nothing is sent before the time that a refusal names: its Retry-After in seconds, or as a date after the Date
-// of the answer, without which this machine's clock counts; else the longest t of a RateLimit with nothing
-// remaining. One that names no time in the future (0, a past date, garbage, no field) closes for 1 s, then 2 s,
-// 4 s and so on up to 16 s, until there is another answer. Up to 10 % are added at random, if there is room for
-// that.
-//
-// When the time has passed one request goes first, whoever waits. If it is refused all others wait on. Each
-// answer that is no refusal lets one more be on its way at a time, so those who wait follow as fast as the
-// server serves.
-//
-// A request that cannot wait so long, by its deadline or by MaxWait, is not sent: it fails at once with a
-// *NotSentError, which wraps context.DeadlineExceeded and tells when the server may be asked again. While a
-// request waits the error of its context is returned as soon as there is one.
-//
-// # What is closed
-//
-// A 503, and a 429 without a RateLimit, closes the host, which is a scheme, name and port. A 429 with a RateLimit
-// closes its route, which is a method and a path of the host, and the policies of which nothing remains, by name
-// and partition key. A request waits for the policies that the last answer to its route listed: one exhausted
-// policy does not stop the routes that it does not limit. Of routes without such an answer nothing is known. After
-// a refusal they are asked one at a time, and when one of them is refused too, the others wait for 1 s, then 2 s,
-// 4 s and so on, at most for as long as that refusal said.
-//
-// # How it slows down
+// # Slowing down
 //
 // RateLimit is that of draft-ietf-httpapi-ratelimit-headers-10, a list of policies such as "5/10s";r=5;t=8, which
-// says that 5 remain, and that there will be more in 8 seconds:
+// says that 5 remain, and that there will be more in 8 seconds. No more than r are sent before t has passed; then one
+// goes first. With r from 1 to 10, and t above 1, they are sent t/(r+1) apart. Of several policies the longest wait
+// counts, and a later answer replaces what an earlier one said. This is a forecast and no denial: a request that cannot
+// wait so long is sent, and the server decides; if nothing remains, one at a time.
 //
-//   - no more than r are sent before t has passed; the others wait, and then one goes first;
-//   - with r from 1 to 10, and t above 1, they are sent t/(r+1) apart: what remains is spread over the time for
-//     which it has to last.
-//
-// Of several policies the longest wait counts, and a later answer replaces what an earlier one said of a policy.
-// That is a forecast and no refusal: a request that cannot wait so long is sent, and the server decides; if nothing
-// remains, one at a time.
-//
-// Fields that cannot be parsed are ignored, and so are those of an answer with an Age above 0, which a cache gave.
-// Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end first are
-// forgotten. Of more than 1,000 routes whose policies are known, the first is.
-//
-// A Transport is safe for concurrent use, leaves no goroutines behind, and does not modify requests. Use one for
-// each account that the server knows, since its requests share what the server said. It is made by NewTransport.
+// Fields that cannot be parsed or have more than 16 KiB are ignored, and so are those of an answer with an Age above 0,
+// which a cache gave. Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end
+// first are forgotten. Of more than 1,000 routes whose policies are known, the first is.
 type Transport struct {
 	base     http.RoundTripper
 	maxWait  time.Duration
 	attempts int
 	budget   retryBudget
 	gates    gates
+}
+
+// TransportOptions of a Transport. A field that is zero has its default.
+type TransportOptions struct {
+	// MaxWait bounds how long one request waits in all, before it is first sent and between its sends, without the
+	// time of the server's answers. 0 is a minute; below 0 a request is sent at once, or fails at once.
+	MaxWait time.Duration
+
+	// Attempts is how often one request is sent in all. 0 is 3; 1, or below 0, never sends again.
+	Attempts int
+
+	// RetryPercent and RetryBurst are the budget that all requests of the Transport share, so that sending again
+	// does not add to the load of a server that denies. At most this percentage of all requests are sent again, and
+	// RetryBurst more; what is saved beyond the burst is lost. 0 is 10 % and 10; below 0 is none, and each is at
+	// most 1,000,000. Without a burst nothing is sent again.
+	RetryPercent int
+	RetryBurst   int
 }
 
 // NewTransport returns a Transport that sends by base, of which nil is http.DefaultTransport. Nil options are
@@ -126,8 +110,8 @@ func (t *Transport) CloseIdleConnections() {
 	}
 }
 
-// NotSentError is why a request was not sent, or not again: the server may not be asked before the request's
-// deadline, or it would have had to wait for more than MaxWait. It wraps context.DeadlineExceeded.
+// NotSentError is why a request was not sent, or not sent again: the server may not be asked before the request's
+// deadline, or within MaxWait. It wraps context.DeadlineExceeded.
 type NotSentError struct {
 	Host  string    // scheme, name and port
 	At    time.Time // when the server may be asked again; if that is not after Until, others were asking
@@ -148,7 +132,7 @@ func (e *NotSentError) Unwrap() error { return context.DeadlineExceeded }
 // Timeout is true: it makes that of the url.Error true.
 func (e *NotSentError) Timeout() bool { return true }
 
-// hostOf is the scheme, name and port, of which that of the scheme is left out.
+// hostOf is the scheme, the name and the port, which is left out if it is the default of the scheme.
 func hostOf(u *url.URL) string {
 	host := strings.ToLower(u.Scheme + "://" + u.Host)
 	if port := map[string]string{"https": ":443", "http": ":80"}[strings.ToLower(u.Scheme)]; port != "" {
@@ -185,9 +169,10 @@ type call struct {
 	req   *http.Request
 	host  string
 	route string        // the host, method and path
+	other string        // the routes of the host of which nothing is known
 	left  time.Duration // of MaxWait
 
-	closed closing // what it was told itself, should the gates have been forgotten
+	closed closing // what its own denials said, in case the gates have been forgotten
 	paced  bool    // whether it had its turn
 	passed []pass  // the gates through which it was sent
 	heard  news    // of the last answer
@@ -198,7 +183,8 @@ func newCall(t *Transport, req *http.Request) *call {
 	if method == "" {
 		method = http.MethodGet
 	}
-	return &call{Transport: t, req: req, host: host, route: host + "\n" + method + " " + req.URL.EscapedPath(), left: t.maxWait}
+	route := host + "\n" + method + " " + req.URL.EscapedPath()
+	return &call{Transport: t, req: req, host: host, route: route, other: host + "\r", left: t.maxWait}
 }
 
 // hold waits until the request may be sent.
@@ -228,7 +214,7 @@ func (c *call) room(now time.Time) time.Duration {
 	return max(c.left, 0)
 }
 
-// sleep stays that long.
+// sleep waits for the end of the stay, or of the context.
 func (c *call) sleep(s stay) error {
 	start := time.Now()
 	defer func() { c.left -= time.Since(start) }()
@@ -253,10 +239,10 @@ func (c *call) send(req *http.Request) (resp *http.Response, err error) {
 	return c.base.RoundTrip(req)
 }
 
-// again returns whether the request has to be sent again.
+// again reports whether the request has to be sent again.
 func (c *call) again(resp *http.Response, sent int) bool {
 	now := time.Now()
-	return c.heard.refused && (resp.StatusCode == http.StatusTooManyRequests || c.idempotent()) && sent < c.attempts &&
+	return c.heard.denied && (resp.StatusCode == http.StatusTooManyRequests || c.idempotent()) && sent < c.attempts &&
 		c.replayable() && c.closed.until.Sub(now) <= c.room(now) && c.budget.take()
 }
 
@@ -272,22 +258,22 @@ func (c *call) hasBody() bool { return c.req.Body != nil && c.req.Body != http.N
 
 func (c *call) replayable() bool { return !c.hasBody() || c.req.GetBody != nil }
 
-// drain reads and closes the body of a refusal. A connection is used again only after the end of the body, which
-// need not be waited for.
-func (c *call) drain(refusal *http.Response) {
-	if refusal.Body == nil {
+// drain reads and closes the body of a denial: a connection is used again only after the end of the body. A body that
+// stalls is closed after a second.
+func (c *call) drain(denial *http.Response) {
+	if denial.Body == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(c.req.Context(), time.Second)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { _ = refusal.Body.Close() })
-	_, _ = io.CopyN(io.Discard, refusal.Body, 64<<10)
+	stop := context.AfterFunc(ctx, func() { _ = denial.Body.Close() })
+	_, _ = io.CopyN(io.Discard, denial.Body, 64<<10)
 	if stop() {
-		_ = refusal.Body.Close()
+		_ = denial.Body.Close()
 	}
 }
 
-// resend sends a copy of a request that was refused.
+// resend sends a copy of a request that was denied.
 func (c *call) resend() (*http.Response, error) {
 	if err := c.hold(); err != nil {
 		return nil, err

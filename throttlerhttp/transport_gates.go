@@ -1,3 +1,5 @@
+// What a Transport remembers of hosts, routes and policies, and whom it lets through.
+
 package throttlerhttp
 
 import (
@@ -8,23 +10,25 @@ import (
 	"time"
 )
 
-// gate is a host, a route or a policy that asked for waits, or the routes of a host of which nothing is known.
+// gate is what asked for waits: a host, a route, a policy, or all routes of a host whose policies are not known. It is
+// closed until a time (rules 3 and 4), then lets so many through as answers have come (rule 6), and paces what it lets
+// through by the last forecast.
 type gate struct {
 	closing
 
-	refusals int           // in a row, without one that was sent before the last
-	epoch    int           // counts the refusals: what was sent before one tells nothing about the time after it
-	sent     int           // requests that are on their way
-	window   int           // how many may be
-	narrow   time.Time     // until when the window counts
-	longest  time.Duration // that anyone waits
-	changed  chan struct{} // is closed when an answer comes; nil if nobody waits
+	denials int           // in a row, without one that was sent before the last
+	epoch   int           // of the last denial: an answer to what was sent before it says nothing about the time after
+	sent    int           // requests in flight
+	window  int           // how many may be in flight
+	narrow  time.Time     // until when the window counts
+	longest time.Duration // that anyone waits
+	changed chan struct{} // is closed when an answer comes; nil if nobody waits
 
-	passes    int64         // requests that were sent
-	remaining int64         // turns until the reset
-	last      time.Time     // the last turn that was given, or the last answer if it was later
-	pause     time.Duration // from one turn to the next
-	reset     time.Time     // when that ends
+	passes    int64         // requests that were ever sent
+	remaining int64         // how many more may be sent before the reset
+	last      time.Time     // when the last one was sent, or the forecast came
+	pause     time.Duration // between two of them
+	reset     time.Time     // when the forecast ends
 }
 
 // closing is a time before which nothing is sent.
@@ -50,17 +54,17 @@ func (c closing) wait(now time.Time, room time.Duration) (time.Duration, bool) {
 	return max(wait, 0), wait <= max(room, 0)
 }
 
-// full returns whether an answer has to come first. While there are turns those are enough.
+// full reports whether an answer has to come first. While a forecast paces the requests there is no window.
 func (g *gate) full(now time.Time) bool {
 	return now.Before(g.narrow) && g.sent >= g.window && !now.Before(g.reset)
 }
 
-// oneFirst lets one go first when the gate opens, until those who waited then are through or have given up.
+// oneFirst has one request go first when the gate opens. The window ends when all who waited then have given up.
 func (g *gate) oneFirst(opens time.Time) {
 	g.window, g.narrow = 1, later(g.narrow, opens.Add(g.longest))
 }
 
-// change is closed when the next answer comes.
+// change is a channel that is closed when the next answer comes.
 func (g *gate) change() <-chan struct{} {
 	if g.changed == nil {
 		g.changed = make(chan struct{})
@@ -76,7 +80,8 @@ func (g *gate) tell() {
 	}
 }
 
-// turn is the next one, or the reset, which all share who come after what remains.
+// turn is when the next request may be sent: at its pace while something remains, else at the reset, which then all who
+// wait share.
 func (g *gate) turn(now time.Time) (at time.Time, shared bool) {
 	if !now.Before(g.reset) {
 		return now, false
@@ -88,31 +93,31 @@ func (g *gate) turn(now time.Time) (at time.Time, shared bool) {
 	return at, false
 }
 
-// refuse closes for a while, or for a growing time if no time was named. It counts if it is the first since the
-// gate was made, or answers what was sent since the last one.
-func (g *gate) refuse(now time.Time, counts bool, named, longest time.Duration) {
+// deny closes the gate for the time that a denial named, or for one that doubles. A denial counts for that if it is the
+// first, or answers a request that was sent after the last one.
+func (g *gate) deny(now time.Time, counts bool, named, longest time.Duration) {
 	if counts {
-		g.refusals++
+		g.denials++
 		g.epoch++
 	}
 	wait := named
 	if wait == 0 {
-		wait = min(time.Second<<min(max(g.refusals-1, 0), 30), longest)
+		wait = min(time.Second<<min(max(g.denials-1, 0), 30), longest)
 	}
 	g.closing = g.later(closing{now.Add(wait), rand.N(wait/10 + 1)})
 	g.oneFirst(g.until)
 	g.reset = time.Time{}
 }
 
-// longestPause is that after refusals that name no time.
+// longestPause is the longest after denials that name no time.
 const longestPause = 16 * time.Second
 
 // pass is a gate through which a request was sent.
 type pass struct {
 	*gate
 
-	at  int   // the epoch
-	nth int64 // of the passes
+	at  int   // the epoch at that time
+	nth int64 // its number among the passes
 }
 
 // gates are what a Transport remembers. There is a gate only for what asked for waits.
@@ -128,25 +133,27 @@ type gates struct {
 // mostGates, and as many routes, bound the memory.
 const mostGates = 1000
 
-func unknownRoutes(host string) string { return host + "\r" }
-
 func policyOf(host string, l rateLimit) string { return host + "\x00" + l.policy }
 
 // of are the gates through which a request has to go.
 func (g *gates) of(c *call) (all []*gate) {
-	policies, known := g.routes[c.route]
-	if !known {
-		policies = []string{unknownRoutes(c.host)}
-	}
-	for _, key := range append([]string{c.host, c.route}, policies...) {
-		if at := g.known[key]; at != nil {
-			all = append(all, at)
+	add := func(keys ...string) {
+		for _, key := range keys {
+			if at := g.known[key]; at != nil {
+				all = append(all, at)
+			}
 		}
+	}
+	add(c.host, c.route)
+	if policies, known := g.routes[c.route]; known {
+		add(policies...)
+	} else {
+		add(c.other)
 	}
 	return all
 }
 
-// stay is how long a request has to wait at most before it asks again, and what ends that earlier. 0 is no wait.
+// stay is how long a request waits before it looks at the gates again, and what ends that earlier. 0 is no wait.
 type stay struct {
 	wait    time.Duration
 	changed <-chan struct{}
@@ -179,7 +186,7 @@ func (g *gates) enter(c *call) (stay, error) {
 	return stay{}, nil
 }
 
-// closedAt is until the last of the gates opens.
+// closedAt is the stay until the last of the gates opens.
 func (c *call) closedAt(all []*gate, now time.Time, room time.Duration) (s stay, err error) {
 	closed := c.closed
 	for _, at := range all {
@@ -195,7 +202,7 @@ func (c *call) closedAt(all []*gate, now time.Time, room time.Duration) (s stay,
 	return s, nil
 }
 
-// behind is until an answer to those who went first.
+// behind is the stay until an answer to those who went first.
 func (c *call) behind(all []*gate, now time.Time, room time.Duration) (stay, error) {
 	for _, at := range all {
 		if at.full(now) {
@@ -205,7 +212,7 @@ func (c *call) behind(all []*gate, now time.Time, room time.Duration) (stay, err
 	return stay{}, nil
 }
 
-// answer is until the next one to a request that was sent through the gate.
+// answer is the stay until the next answer to a request that was sent through the gate.
 func (c *call) answer(at *gate, now time.Time, room time.Duration) (stay, error) {
 	if room == 0 {
 		return stay{}, &NotSentError{c.host, now, now}
@@ -213,8 +220,8 @@ func (c *call) answer(at *gate, now time.Time, room time.Duration) (stay, error)
 	return stay{room, at.change()}, nil
 }
 
-// turn is until the last of the turns for which there is room. Without room for one the server decides, and of
-// those for whom nothing remains it is asked by one at a time.
+// turn is the stay until the last of the turns for which the request has room. A request without room for a turn is sent
+// all the same, and the server decides; where nothing remains such requests go one at a time.
 func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err error) {
 	for _, at := range all {
 		next, _ := at.turn(now)
@@ -226,7 +233,7 @@ func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err
 		next, shared := at.turn(now)
 		if wait := next.Sub(now); shared && wait <= room && wait > s.wait {
 			at.oneFirst(next)
-			s = stay{wait, at.change()} // a turn is taken then
+			s = stay{wait, at.change()} // the turn is taken after the reset
 		}
 	}
 	if c.paced = s.wait == 0; c.paced {
@@ -251,7 +258,7 @@ func (c *call) take(all []*gate, now time.Time, room time.Duration) (wait time.D
 	return wait
 }
 
-// leave is for a request that was sent, and its answer.
+// leave takes a request that was answered out of its gates, and learns from the answer.
 func (g *gates) leave(c *call) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -259,21 +266,21 @@ func (g *gates) leave(c *call) {
 	for _, p := range c.passed {
 		p.sent--
 		if n.served && p.at == p.epoch {
-			p.refusals = 0
+			p.denials = 0
 			p.window++
 		}
 		p.tell()
 	}
 	now := time.Now()
-	if n.refused {
-		g.refuse(c, n, now)
+	if n.denied {
+		g.deny(c, n, now)
 	}
 	g.learn(c, n, now)
 	c.passed, c.paced = c.passed[:0], false
 }
 
-// refuse closes what a refusal is about.
-func (g *gates) refuse(c *call, n news, now time.Time) {
+// deny closes what a denial is about.
+func (g *gates) deny(c *call, n news, now time.Time) {
 	if n.all {
 		g.close(c, c.host, n.wait, longestPause, now)
 		c.closed = c.closed.later(g.known[c.host].closing)
@@ -289,19 +296,19 @@ func (g *gates) refuse(c *call, n news, now time.Time) {
 		g.close(c, key, n.wait, longestPause, now)
 		c.closed = c.closed.later(g.known[key].closing)
 	}
-	unknown := g.at(unknownRoutes(c.host))
+	unknown := g.at(c.other)
 	if c.through(unknown) {
-		g.close(c, unknownRoutes(c.host), 0, c.closed.until.Sub(now), now)
+		g.close(c, c.other, 0, c.closed.until.Sub(now), now)
 	}
 	unknown.oneFirst(c.closed.until)
 }
 
 func (g *gates) close(c *call, key string, named, longest time.Duration, now time.Time) {
 	at := g.at(key)
-	at.refuse(now, at.epoch == 0 || c.through(at), named, longest)
+	at.deny(now, at.epoch == 0 || c.through(at), named, longest)
 }
 
-// through returns whether the request was sent through the gate after the last refusal.
+// through returns whether the request was sent through the gate after the last denial.
 func (c *call) through(at *gate) bool {
 	for _, p := range c.passed {
 		if p.gate == at && p.at == at.epoch {
@@ -311,9 +318,10 @@ func (c *call) through(at *gate) bool {
 	return false
 }
 
-// learn keeps the policies of a route and what is said about them. An answer without any may have left them out.
+// learn keeps the policies of a route and their forecasts. An answer without policies changes nothing for a route that
+// had some, as it may have left them out; a route without any that is served has none, and waits for no unknown ones.
 func (g *gates) learn(c *call, n news, now time.Time) {
-	if _, known := g.routes[c.route]; len(n.limits) == 0 && (known || !n.served || g.known[unknownRoutes(c.host)] == nil) {
+	if _, known := g.routes[c.route]; len(n.limits) == 0 && (known || !n.served || g.known[c.other] == nil) {
 		return
 	}
 	policies := make([]string, len(n.limits))
@@ -333,8 +341,8 @@ func (g *gates) learn(c *call, n news, now time.Time) {
 	}
 }
 
-// forecast replaces what is known of a policy. Who was sent after the request that was answered has not been
-// counted by then. A reset of a second may be any time from now on: there is nothing to spread.
+// forecast replaces what is known of a policy. Requests sent after the one that was answered were not counted by the
+// server yet, so they are subtracted. A reset in one second may be any moment from now on: nothing is spread over it.
 func (g *gates) forecast(c *call, policy string, l rateLimit, now time.Time) {
 	if l.reset == 0 && g.known[policy] == nil {
 		return

@@ -1,3 +1,5 @@
+// Reading what an answer says about limits.
+
 package throttlerhttp
 
 import (
@@ -14,11 +16,11 @@ import (
 
 // news is what an answer says about the next requests. The zero news is that of no answer.
 type news struct {
-	refused bool
-	wait    time.Duration // that a refusal names, else 0
-	all     bool          // whether the refusal is about the host
-	served  bool          // by the server, and not by a cache
-	limits  []rateLimit
+	denied bool
+	wait   time.Duration // that a denial names, else 0
+	all    bool          // whether the denial is about the host
+	served bool          // by the server, and not by a cache
+	limits []rateLimit
 }
 
 func readNews(resp *http.Response) news {
@@ -27,18 +29,18 @@ func readNews(resp *http.Response) news {
 	}
 	limited, unavailable := resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode == http.StatusServiceUnavailable
 	if aged(resp.Header) {
-		return news{refused: limited}
+		return news{denied: limited}
 	}
 	n := news{limits: parseRateLimit(resp.Header.Values("RateLimit"))}
 	wait, told := parseRetryAfter(resp.Header)
-	n.refused = limited || unavailable && told
+	n.denied = limited || unavailable && told
 	n.all = unavailable || len(n.limits) == 0
-	n.served = !n.refused
-	if n.refused {
+	n.served = !n.denied
+	if n.denied {
 		n.wait = wait
 	}
 	for _, l := range n.limits {
-		if n.refused && wait == 0 && l.remaining == 0 {
+		if n.denied && wait == 0 && l.remaining == 0 {
 			n.wait = max(n.wait, l.reset)
 		}
 	}
@@ -94,11 +96,8 @@ const mostLimits = 32
 
 // parseRateLimit reads a list. Of a policy that is in it twice what leaves less counts.
 func parseRateLimit(fields []string) (limits []rateLimit) {
-	list, err := httpsfv.UnmarshalList(fields)
-	if err != nil {
-		return nil
-	}
-	for _, member := range list[:min(len(list), mostLimits)] {
+	members := list(fields)
+	for _, member := range members[:min(len(members), mostLimits)] {
 		if l, ok := parseLimit(member); ok {
 			limits = append(limits, l)
 		}
