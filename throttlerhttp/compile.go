@@ -136,7 +136,7 @@ func (c *compiler) own(l *limit, r *Route) error {
 		return errors.New("its Adds needs Options.Buckets to add to; those of the Throttler it does not know")
 	}
 	buckets := r.scoped()
-	l.route = cmp.Or(r.Name, r.Pattern)
+	l.route = r.name()
 	own, err := c.using(fmt.Sprintf("the Routes of the Name %q", l.route), buckets)
 	if err != nil {
 		return err
@@ -189,7 +189,7 @@ func (l *limit) override(r *Route) error {
 func (r *Route) scoped() []throttler.Bucket {
 	out := make([]throttler.Bucket, len(r.Buckets))
 	for i, b := range r.Buckets {
-		out[i] = b.Named(cmp.Or(r.Name, r.Pattern) + " " + b.Name())
+		out[i] = b.Named(r.name() + " " + b.Name())
 	}
 	return out
 }
@@ -239,3 +239,6 @@ func plainRoutes(routes map[string]*limit) map[plain]*limit {
 	}
 	return found
 }
+
+// name is what the route is called in identifiers and names of buckets.
+func (r *Route) name() string { return cmp.Or(r.Name, strings.ReplaceAll(r.Pattern, "\t", " ")) }

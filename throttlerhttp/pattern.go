@@ -43,9 +43,15 @@ func usualOnce(pattern string) (right, hint string) {
 	if strings.HasPrefix(trimmed, method+"\t"+rest) {
 		separator = "\t"
 	}
-	if strings.HasPrefix(method, "/") && isMethod(strings.ToUpper(rest)) {
+	switch {
+	case strings.HasPrefix(method, "/") && isMethod(strings.ToUpper(rest)):
 		method, rest = rest, method // "/login POST"
+	case strings.HasPrefix(method, "/"):
+		method, rest = "", method+"%20"+rest // "/a b"
+	case method != "" && strings.Trim(method, "=~!*^@") == "":
+		method = "" // "~ /login"
 	}
+	rest = usualSpaces(rest)
 	if method == "" {
 		method, rest = methodBefore(rest)
 	}
@@ -54,13 +60,25 @@ func usualOnce(pattern string) (right, hint string) {
 	if method != "" {
 		right = method + separator + right
 	}
-	if right != pattern && strings.ContainsAny(rest, "*:") {
-		hint += "; a literal * is written %2A, a literal : is written %3A"
+	if right != pattern && strings.ContainsAny(rest, "*:$|") {
+		hint += "; a literal * is written %2A, a literal : is written %3A, a literal $ is written %24"
 	}
 	if trimmed == "" {
 		return "/", hint
 	}
 	return right, hint
+}
+
+// usualSpaces is what stands behind the method without further methods before it and a version of HTTP behind it.
+func usualSpaces(rest string) string {
+	words := strings.Fields(rest)
+	for len(words) > 1 && isMethod(strings.ToUpper(strings.Trim(words[0], ",|"))) {
+		words = words[1:]
+	}
+	if len(words) > 1 && strings.HasPrefix(words[1], "HTTP/") {
+		words = words[:1]
+	}
+	return strings.Join(words, "%20")
 }
 
 // usualMethod is the method in upper case, and "" for what other routers call all of them.
@@ -97,9 +115,7 @@ func isMethod(s string) bool {
 
 // usualRest is the host, if there is one, and the path.
 func usualRest(method, rest string) string {
-	if regular, ok := strings.CutPrefix(rest, "^"); ok {
-		rest = strings.TrimSuffix(regular, "$")
-	}
+	rest = strings.TrimRight(strings.TrimPrefix(rest, "^"), "$")
 	if _, after, ok := strings.Cut(rest, "://"); ok {
 		if rest = after; !strings.Contains(rest, "/") {
 			rest += "/"
@@ -197,8 +213,11 @@ func wildcard(name string) string {
 
 // usualSegments writes what stands between the slashes, and leaves out a query.
 func usualSegments(p string) string {
-	if i := strings.IndexAny(p, "?#"); i >= 0 {
-		p = p[:i]
+	for i := range len(p) {
+		if p[i] == '?' && !strings.HasSuffix(p[:i], "(") || p[i] == '#' && !strings.HasPrefix(p[i+1:], "{") {
+			p = p[:i]
+			break
+		}
 	}
 	segments := strings.Split(p, "/")
 	for i, s := range segments {
@@ -215,6 +234,15 @@ func usualSegment(s string, last bool) string {
 	switch {
 	case s == "" || s[0] == '{':
 		return s
+	case s[0] == '#' && strings.HasPrefix(inner, "{"):
+		return s[1:]
+	case strings.HasPrefix(s, "(?P<"):
+		name, _, _ := strings.Cut(s[len("(?P<"):], ">")
+		return wildcard(name)
+	case s[0] == '$':
+		return wildcard(s[1:])
+	case strings.Contains(s, "|"):
+		return wildcard("")
 	case s[0] == '<' && strings.HasSuffix(s, ">") && inner != "":
 		kind, name, typed := strings.Cut(inner, ":")
 		if !typed {
@@ -225,7 +253,7 @@ func usualSegment(s string, last bool) string {
 		}
 		return wildcard(name)
 	case s[0] == '[' && strings.HasSuffix(s, "]") && inner != "":
-		return wildcard(inner)
+		return wildcard(strings.Trim(inner, "[]"))
 	case s[0] == ':':
 		if last && strings.HasSuffix(s, "*") {
 			return wildcard(s[1:] + "...")
@@ -250,7 +278,7 @@ func usualStar(s string, last bool) string {
 	case strings.Trim(before, "(.") == "":
 		return ""
 	}
-	return before + "/"
+	return strings.TrimRight(before, "(.") + "/"
 }
 
 // unescaped is a segment without the escapes that only hide a character. Those that stay are of characters that
@@ -260,7 +288,7 @@ func unescaped(s string) string {
 	for i := 0; i < len(s); i++ {
 		if s[i] == '%' && i+2 < len(s) {
 			c, err := strconv.ParseUint(s[i+1:i+3], 16, 8)
-			if err == nil && c > ' ' && c < 0x7f && !strings.ContainsRune("%{}*:?#\"<>\\^`|[]", rune(c)) {
+			if err == nil && c > ' ' && c < 0x7f && !strings.ContainsRune("%{}*:$?#\"<>\\^`|[]", rune(c)) {
 				out.WriteByte(byte(c))
 				i += 2
 				continue

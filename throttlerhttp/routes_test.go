@@ -210,6 +210,9 @@ func TestPatternsOfOtherRoutersAreFaultsThatSayHowTheyAreWritten(t *testing.T) {
 		"login": "/login", "api/users": "/api/users", "POST login": "POST /login", "GET api/{id}": "GET /api/{id}", "./x": "/x", "../x": "/x",
 		"/a//b": "/a/b", "//a": "/a", "/a/../b": "/b", "/./login": "/login", "/a/b/..": "/a", "GET /a//b/": "GET /a/b/", "/a/.": "/a",
 		"/%6Cogin": "/login", "/a%2Fb": "/a/b", "GET /login%2f": "GET /login/", "/a/%2e%2e/b": "/b",
+		"/login$": "/login", "/users/$id": "/users/{id}", "/(login|logout)": "/{any}", "~ /login": "/login", "~* /login$": "/login", "= /login": "/login",
+		"GET /x HTTP/1.1": "GET /x", "/a b": "/a%20b", "GET /a b": "GET /a%20b", "GET, POST /x": "GET /x", "/log.*": "/log/", "/users/[[...id]]": "/users/{id...}",
+		`/users/(?P<id>\d+)`: "/users/{id}", "/users/#{id}": "/users/{id}", "/a|b": "/{any}",
 		"/search?q=1": "/search", "/search?": "/search", "/a#b": "/a", "GET /search?q={q}": "GET /search",
 	} {
 		route := throttlerhttp.Route{Pattern: pattern, Name: "r", Buckets: buckets(perHour(1))}
@@ -229,6 +232,9 @@ func TestALiteralStarOrColonIsWrittenAsAnEscape(t *testing.T) {
 		"POST /v1/books%3Aarchive": {"/v1/books:archive", "/v1/books%3Aarchive", "/v1/books%3aarchive"},
 		"POST /glob/%2A":           {"/glob/*", "/glob/%2A"},
 		"POST /a%20b/%7Bc%7D":      {"/a%20b/%7Bc%7D", "/a%20b/{c}"},
+		"POST /odata/%24metadata":  {"/odata/$metadata", "/odata/%24metadata"},
+		"POST /a$b":                {"/a$b"},
+		"POST\t/tab":               {"/tab"},
 		"POST /wiki/Go_(language)": {"/wiki/Go_(language)", "/wiki/Go_%28language%29"},
 		"POST /caf\u00e9":          {"/caf%C3%A9"},
 		"POST /caf%C3%A9":          {"/caf%C3%A9"},
@@ -248,7 +254,7 @@ func TestALiteralStarOrColonIsWrittenAsAnEscape(t *testing.T) {
 
 // FuzzPattern: whatever a pattern is, New does not panic, and what it says is written otherwise it takes in that way.
 func FuzzPattern(f *testing.F) {
-	for _, seed := range []string{"/api/*", "GET /users/:id", "{", "/{a:[{]}", "<>", "/<:>/[]", "%", "/%2", "GET\t/x", "://", "*.*/*.*", "^$", "//", "..", ":", "\\", "/:", "?/", "http://", "a:b:c/d"} {
+	for _, seed := range []string{"/api/*", "GET /users/:id", "{", "/{a:[{]}", "<>", "/<:>/[]", "%", "/%2", "GET\t/x", "/$a|(?P<x>", "a b c", "://", "*.*/*.*", "^$", "//", "..", ":", "\\", "/:", "?/", "http://", "a:b:c/d"} {
 		f.Add(seed)
 	}
 	limiter, err := throttler.New(throttler.Config{})
