@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/storage"
 )
 
 // Fields are sets of header fields that tell a client about its limits, to be combined by |. Times are whole
@@ -135,33 +134,6 @@ func less(x, y [3]string) bool {
 	r, err := strconv.ParseInt(x[1], 10, 64)
 	s, err2 := strconv.ParseInt(y[1], 10, 64)
 	return err == nil && (err2 != nil || r < s)
-}
-
-// refunded are the levels after a refund of all that v took. When the next token of a SlidingWindow comes is then not
-// known: it is given as the time when all are back.
-func refunded(v *throttler.Verdict) []throttler.Level {
-	levels := v.Levels()
-	rest := levels
-	for i := range v.Parts() {
-		part := v.Part(i)
-		for j := range part.Rules {
-			giveBack(&rest[j], &part.Rules[j], part.Cost(j))
-		}
-		rest = rest[len(part.Rules):]
-	}
-	return levels
-}
-
-func giveBack(l *throttler.Level, rule *storage.Rule, n int64) {
-	l.Remaining = min(l.Limit, l.Remaining+n)
-	switch {
-	case l.Remaining == l.Limit:
-		l.ResetAfter, l.NextAfter = 0, 0
-	case rule.Kind == storage.Continuous:
-		l.ResetAfter = max(l.NextAfter, l.ResetAfter-time.Duration(comesBack(rule, n))*time.Microsecond)
-	case rule.Kind == storage.SlidingWindow && n > 0:
-		l.NextAfter = l.ResetAfter
-	}
 }
 
 // nearest is the level of the bucket that makes a call wait longest, else of the one with the least left.

@@ -72,11 +72,15 @@ func usualOnce(pattern string) (right, hint string) {
 // usualSpaces is what stands behind the method without further methods before it and a version of HTTP behind it.
 func usualSpaces(rest string) string {
 	words := strings.Fields(rest)
+	all := len(words)
 	for len(words) > 1 && isMethod(strings.ToUpper(strings.Trim(words[0], ",|"))) {
 		words = words[1:]
 	}
 	if len(words) > 1 && strings.HasPrefix(words[1], "HTTP/") {
 		words = words[:1]
+	}
+	if len(words) == all { // of a path with a space
+		return rest
 	}
 	return strings.Join(words, "%20")
 }

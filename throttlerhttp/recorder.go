@@ -136,24 +136,25 @@ func (r *recorder) begin(status int) {
 	}
 	r.status = status
 	now := &r.said
-	if levels := r.refund(status); len(levels) > 0 {
+	if v := r.refund(status); len(v.Levels()) > 0 {
 		now = &said{}
-		now.tell(r.l.m.Fields, r.l.policies.of(r.v), levels)
+		now.tell(r.l.m.Fields, r.l.policies.of(&v), v.Levels())
 	}
 	now.put(r.Header(), &r.said, r.told, status)
 }
 
-// refund asks RefundIf, and returns the levels after what was given back, which is done once.
-func (r *recorder) refund(status int) []throttler.Level {
+// refund asks RefundIf, and returns what the buckets say after what was given back, which is done once.
+func (r *recorder) refund(status int) (after throttler.Verdict) {
 	v := r.v
 	if v == nil || r.refunded || !r.l.refundIf(status) {
-		return nil
+		return after
 	}
 	r.refunded = true
 	if r.l.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
-		return nil
+		return after
 	}
-	return refunded(v)
+	after, _ = r.l.look(r.r, v) // without an answer the fields stay as they are
+	return after
 }
 
 // end is called when the handler has returned, or has panicked.

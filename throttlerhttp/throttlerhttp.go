@@ -255,6 +255,19 @@ func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 	return v, err
 }
 
+// look is what the buckets of a verdict say now.
+func (l *limit) look(r *http.Request, v *throttler.Verdict) (throttler.Verdict, error) {
+	ctx, set := context.WithoutCancel(r.Context()), l.set
+	if l.tiers != nil {
+		set, _ = l.tier(r) // no error, as it was found for v
+	}
+	set = with(set, throttler.Cost(0))
+	if l.added != nil {
+		return l.m.t.ConsumeAll(ctx, throttler.For(v.Part(0).Identifier, set...), throttler.For(v.Part(1).Identifier, with(l.added, throttler.Cost(0))...))
+	}
+	return l.m.t.Peek(ctx, v.Part(0).Identifier, set...)
+}
+
 // with copies the options, which requests share, and adds one.
 func with(options []throttler.Option, o throttler.Option) []throttler.Option {
 	return append(slices.Clip(options), o)
