@@ -119,7 +119,7 @@ func isMethod(s string) bool {
 
 // usualRest is the host, if there is one, and the path.
 func usualRest(method, rest string) string {
-	rest = strings.TrimRight(strings.TrimPrefix(rest, "^"), "$")
+	rest = strings.TrimRight(strings.TrimLeft(rest, "^"), "$")
 	if _, after, ok := strings.Cut(rest, "://"); ok {
 		if rest = after; !strings.Contains(rest, "/") {
 			rest += "/"
