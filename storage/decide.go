@@ -89,15 +89,15 @@ func (d *Draw) count(s *State, now, real, spent int64) {
 func (d *Draw) take(real int64) {
 	s, r := &d.State, d.Rule
 	now := s.open(r, real)
-	cost := min(d.Cost, max(0, 4*r.Capacity-d.spent))
+	cost := r.recorded(d.Cost, d.spent)
 	if r.Kind == Continuous {
 		s.level(cost * r.One)
 	} else if cost > 0 {
-		end, holds := r.end(now), s.Holds()
-		if k := len(holds); k > 0 && (r.Kind == Replenish || holds[k-1].End >= end) {
+		holds := s.Holds()
+		if k := len(holds); k > 0 && r.joins(holds[k-1], now) {
 			holds[k-1].N += cost
 		} else {
-			s.insert(k, Hold{end, cost})
+			s.insert(k, Hold{r.end(now), cost})
 		}
 	}
 	d.count(s, now, real, d.spent+cost)

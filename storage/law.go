@@ -91,6 +91,12 @@ func (l *Law) end(now int64) int64 {
 	return now + l.Period
 }
 
+// joins reports whether a token taken now joins the last hold, which is alive: else it makes one of its own.
+func (l *Law) joins(last Hold, now int64) bool { return l.Kind == Replenish || last.End >= l.end(now) }
+
+// atOnce reports whether all tokens of a hold come back at the same moment.
+func (l *Law) atOnce() bool { return l.Kind != Continuous && l.Kind != SlidingWindow }
+
 // fade is how long after its End a hold is gone.
 func (l *Law) fade() int64 {
 	if l.Kind == SlidingWindow {
@@ -121,6 +127,26 @@ func (l *Law) unfaded(h Hold, now int64) int64 {
 	return part
 }
 
+// fades is when no more than room of the tokens of a hold of a SlidingWindow will be left.
+func (l *Law) fades(h Hold, room int64) int64 {
+	return h.End + l.Period - ceil((room+1)*l.One, h.N)*l.Tick
+}
+
+// drained is what is left now of a level that had so many units at seen.
+func (l *Law) drained(units, seen, now int64) int64 {
+	hi, out := bits.Mul64(uint64(l.Drain), uint64(l.ticks(now)-l.ticks(seen)))
+	if hi > 0 || out >= uint64(units) {
+		return 0
+	}
+	return units - int64(out)
+}
+
+// falls is when a level that had so many units at seen will have fallen to others, at most 35 years after seen: what was
+// spent under a faster refill may take longer than time can be counted.
+func (l *Law) falls(units, seen, to int64) int64 {
+	return (l.ticks(seen) + min(ceil(units-to, l.Drain), farFuture/l.Tick)) * l.Tick
+}
+
 // leftOf is how many units are left of n tokens of a Continuous level which are all back in a given time: to within
 // a tick's refill.
 func (l *Law) leftOf(n, in int64) int64 {
@@ -130,6 +156,9 @@ func (l *Law) leftOf(n, in int64) int64 {
 	}
 	return ceil(in, l.Tick) * l.Drain
 }
+
+// recorded is how much of a cost is recorded beside what is spent: no more than 4 capacities are ever out.
+func (r *Rule) recorded(cost, spent int64) int64 { return min(cost, max(0, 4*r.Capacity-spent)) }
 
 // scale is n·a/b rounded down, and whether that left something, for n and a from 0 on and n·a/b below 2^63.
 func scale(n, a, b int64) (quotient int64, more bool) {

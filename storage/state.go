@@ -128,7 +128,7 @@ func (s *State) back(r *Rule, now, room, spent int64) int64 {
 			continue
 		}
 		if r.Kind == SlidingWindow {
-			return h.End + r.Period - ceil((room-left+1)*r.One, h.N)*r.Tick
+			return r.fades(h, room-left)
 		}
 		break
 	}
@@ -156,19 +156,10 @@ func (s *State) units(l *Law) int64 {
 }
 
 // drained is what is left of the level at now.
-func (s *State) drained(l *Law, now int64) int64 {
-	n := s.units(l)
-	if dt := l.ticks(now) - l.ticks(s.Seen); dt < ceil(n, l.Drain) { // else the product may be too large
-		return n - l.Drain*dt
-	}
-	return 0
-}
+func (s *State) drained(l *Law, now int64) int64 { return l.drained(s.units(l), s.Seen, now) }
 
-// falls is when the level will have fallen to so many units, at most 35 years after Seen: what was spent under a faster
-// refill may take longer than time can be counted.
-func (s *State) falls(l *Law, units int64) int64 {
-	return (l.ticks(s.Seen) + min(ceil(s.units(l)-units, l.Drain), farFuture/l.Tick)) * l.Tick
-}
+// falls is when the level will have fallen to so many units.
+func (s *State) falls(l *Law, units int64) int64 { return l.falls(s.units(l), s.Seen, units) }
 
 // goneAt is when the newest of what is out is gone, to the last unit.
 func (s *State) goneAt(l *Law) int64 {
