@@ -113,7 +113,7 @@ func (s *Storage) leave(c *call) {
 			s.live.Add(-1)
 		}
 	}
-	due := c.places[0].shard.due(c.clocked, len(c.places))
+	due := s.due(c.places[0].shard, c.clocked, len(c.places))
 	c.unlock()
 	if due {
 		s.tidy(c.name, c.clocked, c.now, s.most)
@@ -126,9 +126,8 @@ func (s *Storage) locate(c *call) (need int64) {
 	missing, n := int64(0), 0
 	for i := range c.places {
 		p := &c.places[i]
-		p.entry, p.counted = nil, false
-		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
-			p.entry = p.shard.entry(at)
+		p.counted = false
+		if p.entry = p.shard.find(p.tag, c.name, p.id); p.entry != nil {
 			p.id = p.entry.id
 		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules)], func(d storage.Draw) bool { return d.Cost > 0 }) {
 			p.counted = true

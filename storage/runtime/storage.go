@@ -62,29 +62,75 @@ func (s *Storage) Len() int { return int(s.live.Load()) }
 
 // Decide implements storage.Storage.
 func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = s.DecideInto(ctx, &r, &v)
+	if !r.Clocked {
+		r.Now = storage.Monotonic()
+	}
+	if err = ctx.Err(); err == nil {
+		err = r.Validate()
+	}
+	if err != nil {
+		s.sweepSome(r.Name, r.Clocked, r.Now)
+		return v, err
+	}
+	v.Begin(&r, Source, r.Now)
+	err = s.DecideInto(ctx, &v, r.Name, r.Mode, r.Clocked, r.Now)
 	return v, err
 }
 
-// DecideInto is Decide that answers in place of a zero Verdict: copies of the two are most of what a
-// decision in memory would cost.
-func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
-	now := r.Now
-	if !r.Clocked {
-		now = storage.Monotonic()
+// DecideInto is Decide without copies: it answers the parts that v was asked (Verdict.Ask), at a time that is Monotonic
+// unless it is clocked. Copies of a Request and a Verdict would be most of what a decision in memory costs. Asked nothing,
+// it only takes its share in removing full identifiers, as every call does. After an error v is zero.
+func (s *Storage) DecideInto(ctx context.Context, v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) error {
+	if ctx.Err() == nil && s.again(v, name, mode, clocked, now) {
+		return nil
 	}
+	if v.Parts() == 0 {
+		s.sweepSome(name, clocked, now)
+		return nil
+	}
+	r := v.Request(name, mode, clocked, now)
+	err := s.decide(ctx, &r, v)
+	if err != nil {
+		*v = storage.Verdict{}
+	}
+	return err
+}
+
+// again is the short way for nearly all calls: one identifier that is there, with the buckets of the request and states
+// that fit into cells. It reports false, and has done nothing, when that is not so.
+func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) bool {
+	p := v.Part(0)
+	if v.Parts() > 1 {
+		return false
+	}
+	h := hash(s.seed, name, p.Identifier)
+	sh := &s.shards[h>>56]
+	sh.mu.Lock()
+	e := sh.find(uint32(h), name, p.Identifier)
+	if e == nil || !e.layout.is(p.Rules) || !v.Decide(Source, mode, now, e.all(len(p.Rules))) {
+		sh.mu.Unlock()
+		return false
+	}
+	p.Identifier = e.id // a copy: the caller's may be in memory that it uses again
+	due := s.due(sh, clocked, 1)
+	sh.mu.Unlock()
+	if due {
+		s.tidy(name, clocked, now, s.most)
+	}
+	return true
+}
+
+// decide is the long way.
+func (s *Storage) decide(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
 	err := ctx.Err()
 	if err == nil {
 		err = r.Validate()
 	}
 	if err != nil {
-		s.Tidy(r.Name, r.Clocked, now)
+		s.sweepSome(r.Name, r.Clocked, r.Now)
 		return err
 	}
-	if len(r.More) == 0 && s.again(r, v, now) {
-		return nil
-	}
-	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
+	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
 	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
 		var few [inline]storage.Draw
 		var one [1]place
@@ -97,63 +143,6 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 	}
 	c.draws, c.places = s.spread(r)
 	return s.answer(&c, r, v)
-}
-
-// again is the short way for nearly all calls: an identifier that is there, with the buckets of the request. It reports
-// false, and has done nothing, when that is not so.
-func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool {
-	h := hash(s.seed, r.Name, r.Part.Identifier)
-	sh := &s.shards[h>>56]
-	sh.mu.Lock()
-	i := sh.find(uint32(h), r.Name, r.Part.Identifier)
-	if i < 0 || !sh.entry(i).layout.is(r.Part.Rules) {
-		sh.mu.Unlock()
-		return false
-	}
-	e, n := sh.entry(i), len(r.Part.Rules)
-	if e.quick(r, v, now) {
-		due := sh.due(r.Clocked, 1)
-		sh.mu.Unlock()
-		if due {
-			s.tidy(r.Name, r.Clocked, now, s.most)
-		}
-		return true
-	}
-	if n > inline {
-		sh.mu.Unlock()
-		return false
-	}
-	var draws []storage.Draw
-	if n <= 2 {
-		var two [2]storage.Draw
-		draws = two[:n]
-	} else {
-		var few [inline]storage.Draw
-		draws = few[:n]
-	}
-	for j := range draws {
-		draws[j].Rule, draws[j].Cost = &r.Part.Rules[j], r.Part.Cost(j)
-		e.state(j, &draws[j].State)
-	}
-	v.Begin(r, Source, now)
-	v.Part(0).Identifier = e.id
-	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && r.Mode != storage.Peek {
-		for j := range draws {
-			if draws[j].Cost > 0 {
-				e.set(j, &draws[j].State)
-			}
-		}
-	}
-	due := sh.due(r.Clocked, 1)
-	sh.mu.Unlock()
-	if due {
-		s.tidy(r.Name, r.Clocked, now, s.most)
-	}
-	for j := range draws {
-		v.Set(j, draws[j].Count)
-	}
-	return true
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
@@ -195,7 +184,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 		err = ch.Validate()
 	}
 	if err != nil {
-		s.Tidy(ch.Name, ch.Clocked, ch.Now)
+		s.sweepSome(ch.Name, ch.Clocked, ch.Now)
 		return err
 	}
 	n := len(ch.Rules)
@@ -223,7 +212,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 
 // Reset implements storage.Storage.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
-	defer s.Tidy("", false, storage.Monotonic())
+	defer s.sweepSome("", false, storage.Monotonic())
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -234,7 +223,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	s.place(&p, name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()
-	if i := p.shard.find(p.tag, name, identifier); i >= 0 {
+	if i := p.shard.number(p.tag, name, identifier); i >= 0 {
 		p.shard.remove(i)
 		s.live.Add(-1)
 	}

@@ -58,9 +58,6 @@ func (w *sweep) full(e *entry) bool {
 		}
 	}
 	w.judged++
-	if c := &e.cells[0]; c.a > now && c.b > 0 && c.seen <= now && e.layout.rules[0].Kind != storage.SlidingWindow {
-		return false // as nearly always: the first bucket has a hold that has not ended
-	}
 	return e.full(now)
 }
 
@@ -83,7 +80,7 @@ func (w *sweep) shard(sh *shard, i, n int) int {
 }
 
 // due counts identifiers of calls down to the next that sweeps.
-func (sh *shard) due(clocked bool, identifiers int) bool {
+func (s *Storage) due(sh *shard, clocked bool, identifiers int) bool {
 	if clocked {
 		identifiers *= sweepEvery / 2
 	}
@@ -144,8 +141,8 @@ func (s *Storage) next(i int) int {
 	return i
 }
 
-// Tidy sweeps as a decision does, for a call that asks for none. The arguments are those of a storage.Request.
-func (s *Storage) Tidy(name string, clocked bool, now int64) {
+// sweepSome sweeps as a decision does, for a call that makes none.
+func (s *Storage) sweepSome(name string, clocked bool, now int64) {
 	if rand.IntN(sweepEvery) == 0 {
 		s.tidy(name, clocked, now, sweepHalf)
 	}
