@@ -448,7 +448,10 @@ func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) erro
 	if t.memory != nil && t.clock == nil {
 		start = storage.Elapsed()
 	}
-	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, start))
+	if err := t.answer(ctx, v, mode, start); err != nil {
+		return t.orAllow(ctx, v, mode, err)
+	}
+	return nil
 }
 
 func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode) error {
@@ -470,13 +473,19 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, s
 		*v = Verdict{Allowed: true}
 		return nil
 	}
+	if t.memory != nil && t.clock == nil && mode != storage.Force {
+		return t.memory.DecideInto(ctx, v, t.name, mode, false, storage.MonotonicAt(start))
+	}
+	return t.answerOf(ctx, v, mode, start)
+}
+
+func (t *Throttler) answerOf(ctx context.Context, v *Verdict, mode storage.Mode, start time.Duration) error {
 	now, clocked, err := t.now()
 	switch {
 	case err != nil:
 		*v = Verdict{}
 	case t.memory == nil:
-		r := v.Request(t.name, mode, clocked, now)
-		*v, err = t.storage.Decide(ctx, r)
+		*v, err = t.storage.Decide(ctx, v.Request(t.name, mode, clocked, now))
 	default:
 		if !clocked {
 			now = storage.MonotonicAt(start)

@@ -81,120 +81,162 @@ func (c *Cell) setWindows(law *Law, holds []Hold) (ok bool) {
 // Decide is the function Decide for the request that v holds, on the cells of the rules of each part, whose laws are those
 // of the rules. It fills v. It reports false where the cells cannot tell, the request is not valid, or the clock has stepped
 // back; then it has changed no cell and nothing of v that Begin and Set do not set again.
+//
+// Nearly all calls are admitted, so each bucket takes at once, as if all others admitted too, and what was before is put
+// back if one does not.
 func (v *Verdict) Decide(source string, mode Mode, now int64, cells ...[]Cell) bool {
 	if now < 0 || now >= maxClock {
 		return false
 	}
-	v.room()
-	allowed, n := true, 0
+	var few [inline]Cell
+	before, did := few[:0], taken
+	if n := v.room(); n > inline {
+		before = make([]Cell, 0, n)
+	}
 	for i := range cells {
 		p := v.Part(i)
-		for j := range p.Rules {
-			r, cost := &p.Rules[j], p.Cost(j)
-			spent, ok := cells[i][j].spent(r, now) // 1, 2, 3
-			if !ok || cost < 0 || cost > r.Capacity && mode != Force {
-				return false
-			}
-			if cost > r.Capacity-spent && cost > 0 && mode != Force { // 4
-				allowed = false
-			}
-			v.count(n).Remaining = r.Capacity - spent
-			n++
+		for j := 0; j < len(p.Rules) && did == taken; j++ {
+			c := &cells[i][j]
+			before = append(before, *c)
+			did = c.take(v.count(len(before)-1), &p.Rules[j], p.Cost(j), mode, now)
 		}
 	}
-	n = 0
-	for i := range cells {
-		p := v.Part(i)
-		for j := range p.Rules {
-			c, r, cost, count := &cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
-			n++
-			spent := r.Capacity - count.Remaining
-			if !allowed || cost == 0 {
-				c.tell(count, r, spent, now)
-				if cost > r.Capacity-spent && cost > 0 {
-					count.RetryAfter = c.back(r, r.Capacity-cost) - now
-					v.RetryAfter = max(v.RetryAfter, duration(count.RetryAfter))
-				}
-				continue
-			}
-			recorded := r.recorded(cost, spent)
-			next := *c
-			next.take(r, spent, recorded, now) // 5
-			next.tell(count, r, spent+recorded, now)
-			count.HeldFor = next.goneAt(&r.Law) - now
-			count.Remaining -= min(cost, 4*r.Capacity) - recorded
-			if mode != Peek {
-				*c = next
-			}
-		}
+	if did != taken || mode == Peek {
+		putBack(before, cells)
 	}
-	v.Allowed = allowed
+	if did == unknown || did == denied && !v.look(cells, now) {
+		return false
+	}
+	v.Allowed = did == taken
 	v.stamp(source, mode, now)
 	return true
 }
 
-// spent is steps 1 to 3.
-func (c *Cell) spent(r *Rule, now int64) (spent int64, ok bool) {
-	if c.Seen > now || c.B == outside {
-		return 0, false
+func putBack(before []Cell, cells [][]Cell) {
+	for i := range cells {
+		before = before[copy(cells[i], before):]
 	}
-	switch r.Kind {
-	case Continuous:
-		return ceil(r.drained(c.B, c.Seen, now), r.One), true
-	case SlidingWindow:
-		end := r.end(c.Seen)
-		return r.unfaded(Hold{end - r.Period, c.A}, now) + r.unfaded(Hold{end, c.B}, now), true
-	}
-	if c.B == 0 || c.A <= now {
-		return 0, true
-	}
-	return c.B, r.joins(Hold{c.A, c.B}, now)
 }
 
-// take is step 5.
-func (c *Cell) take(r *Rule, spent, cost, now int64) {
-	switch {
-	case r.Kind == Continuous:
-		c.B = r.drained(c.B, c.Seen, now) + cost*r.One
-	case r.Kind == SlidingWindow:
-		c.turn(r.end(now)-r.end(c.Seen), r.Period)
-		c.B += cost
-	case spent == 0:
-		c.A, c.B = r.end(now), cost
+// outcome is what one bucket says.
+type outcome uint8
+
+const (
+	taken outcome = iota
+	denied
+	unknown // the cell cannot tell
+)
+
+// take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed.
+func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) outcome {
+	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
+		return unknown
+	}
+	var spent, level int64
+	switch r.Kind { // 3
+	case Continuous:
+		level = r.drained(c.B, c.Seen, now)
+		spent = ceil(level, r.One)
+	case SlidingWindow:
+		spent = c.unfaded(r, now)
 	default:
-		c.B += cost
+		if c.A > now {
+			if spent = c.B; !r.joins(Hold{c.A, c.B}, now) {
+				return unknown
+			}
+		}
+	}
+	if cost == 0 {
+		c.count(count, r, spent, now)
+		return taken
+	}
+	if cost > r.Capacity-spent && mode != Force { // 4
+		return denied
+	}
+	recorded := r.recorded(cost, spent)
+	switch r.Kind { // 5
+	case Continuous:
+		c.A, c.B = 0, level+recorded*r.One
+	case SlidingWindow:
+		c.A, c.B = c.turned(r.end(now)-r.end(c.Seen), r.Period)
+		c.B += recorded
+	default:
+		if spent == 0 {
+			c.A = r.end(now)
+		}
+		c.B = spent + recorded
 	}
 	c.Seen = now
-}
-
-// turn makes the cell of a SlidingWindow that of a window so much later.
-func (c *Cell) turn(later, period int64) {
-	switch later {
-	case 0:
-	case period:
-		c.A, c.B = c.B, 0
-	default:
-		c.A, c.B = 0, 0
+	if r.atOnce() {
+		back := r.returns(Hold{c.A, c.B}, 0) - now
+		count.ResetAfter, count.NextAfter, count.HeldFor = back, back, c.A-now
+	} else {
+		c.count(count, r, spent+recorded, now)
+		count.HeldFor = c.goneAt(&r.Law) - now
 	}
+	count.Remaining = r.Capacity - spent - min(cost, 4*r.Capacity)
+	return taken
 }
 
-// tell counts when what is spent comes back.
-func (c *Cell) tell(count *Count, r *Rule, spent, now int64) {
-	count.Remaining = r.Capacity - spent
+// look counts what is, of a request that is denied. It is false where a cell cannot tell.
+func (v *Verdict) look(cells [][]Cell, now int64) bool {
+	n, longest := 0, int64(0)
+	for i := range cells {
+		p := v.Part(i)
+		for j := range p.Rules {
+			c, r, cost, count := cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
+			n++
+			if cost < 0 || cost > r.Capacity {
+				return false
+			}
+			if c.take(count, r, 0, Peek, now) != taken {
+				return false
+			}
+			if cost > count.Remaining && cost > 0 {
+				count.RetryAfter = c.back(r, r.Capacity-cost) - now
+				longest = max(longest, count.RetryAfter)
+			}
+		}
+	}
+	v.RetryAfter = duration(longest)
+	return true
+}
+
+// count tells what is spent and when it comes back.
+func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
 	if spent == 0 {
-		*count = Count{Remaining: count.Remaining}
+		*count = Count{Remaining: r.Capacity}
 		return
 	}
-	count.ResetAfter = c.back(r, 0) - now
-	count.NextAfter = count.ResetAfter
-	if !r.atOnce() {
+	back := c.back(r, 0) - now
+	*count = Count{Remaining: r.Capacity - spent, ResetAfter: back, NextAfter: back}
+	if !r.atOnce() && spent > 1 {
 		count.NextAfter = c.back(r, min(spent, r.Capacity)-1) - now
 	}
+}
+
+// unfaded is what is out of a SlidingWindow.
+func (c *Cell) unfaded(r *Rule, now int64) int64 {
+	end := r.end(c.Seen)
+	return r.unfaded(Hold{end - r.Period, c.A}, now) + r.unfaded(Hold{end, c.B}, now)
+}
+
+// turned are the counts of a SlidingWindow in a window that ends so much later.
+func (c *Cell) turned(later, period int64) (before, within int64) {
+	switch later {
+	case 0:
+		return c.A, c.B
+	case period:
+		return c.B, 0
+	}
+	return 0, 0
 }
 
 // back is when what is spent, which is more than room, will have fallen to it.
 func (c *Cell) back(r *Rule, room int64) int64 {
 	switch r.Kind {
+	case Replenish:
+		return c.A
 	case Continuous:
 		return r.falls(c.B, c.Seen, room*r.One)
 	case SlidingWindow:

@@ -362,21 +362,30 @@ func (v *Verdict) Request(name string, mode Mode, clocked bool, now int64) Reque
 	return r
 }
 
-// room makes place for the counts of all parts.
-func (v *Verdict) room() {
-	if len(v.part.Rules) <= inline && v.more == nil {
-		return
+// room makes place for the counts of all buckets, and returns how many these are.
+func (v *Verdict) room() (n int) {
+	if n = len(v.part.Rules); n <= inline && v.more == nil {
+		return n
 	}
-	n := -inline
-	for i := range v.Parts() {
+	return v.moreRoom()
+}
+
+func (v *Verdict) moreRoom() (n int) {
+	for i := range max(1, v.Parts()) {
 		n += len(v.Part(i).Rules)
 	}
 	if v.more == nil {
-		v.more = &more{}
+		m := &struct {
+			more
+			counts [MaxBuckets - inline]Count
+		}{}
+		v.more = &m.more
+		v.more.counts = m.counts[:]
 	}
-	if n > len(v.more.counts) {
-		v.more.counts = make([]Count, n)
+	if n-inline > len(v.more.counts) {
+		v.more.counts = make([]Count, n-inline)
 	}
+	return n
 }
 
 func (v *Verdict) stamp(source string, mode Mode, at int64) {

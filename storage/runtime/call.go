@@ -113,7 +113,7 @@ func (s *Storage) leave(c *call) {
 			s.live.Add(-1)
 		}
 	}
-	due := s.due(c.places[0].shard, c.clocked, len(c.places))
+	due := c.places[0].shard.due(c.clocked, len(c.places))
 	c.unlock()
 	if due {
 		s.tidy(c.name, c.clocked, c.now, s.most)

@@ -49,7 +49,7 @@ var _ storage.Storage = (*Storage)(nil)
 func New(o *Options) *Storage {
 	s := &Storage{seed: maphash.MakeSeed(), most: sweepMost}
 	for i := range s.shards {
-		s.shards[i].index, s.shards[i].storage, s.shards[i].turn = i, s, uint32(i)<<24
+		s.shards[i] = shard{index: i, storage: s, turn: uint32(i) << 24}
 	}
 	if o != nil && o.MaxIdentifiers > 0 {
 		s.max, s.most = int64(o.MaxIdentifiers), sweepHalf
@@ -84,16 +84,7 @@ func (s *Storage) DecideInto(ctx context.Context, v *storage.Verdict, name strin
 	if ctx.Err() == nil && s.again(v, name, mode, clocked, now) {
 		return nil
 	}
-	if v.Parts() == 0 {
-		s.sweepSome(name, clocked, now)
-		return nil
-	}
-	r := v.Request(name, mode, clocked, now)
-	err := s.decide(ctx, &r, v)
-	if err != nil {
-		*v = storage.Verdict{}
-	}
-	return err
+	return s.decide(ctx, v, v.Request(name, mode, clocked, now))
 }
 
 // again is the short way for nearly all calls: one identifier that is there, with the buckets of the request and states
@@ -112,7 +103,7 @@ func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, cloc
 		return false
 	}
 	p.Identifier = e.id // a copy: the caller's may be in memory that it uses again
-	due := s.due(sh, clocked, 1)
+	due := sh.due(clocked, 1)
 	sh.mu.Unlock()
 	if due {
 		s.tidy(name, clocked, now, s.most)
@@ -120,13 +111,14 @@ func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, cloc
 	return true
 }
 
-// decide is the long way.
-func (s *Storage) decide(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
+// decide is the long way. Only a call that asks nothing has no rules.
+func (s *Storage) decide(ctx context.Context, v *storage.Verdict, r storage.Request) error {
 	err := ctx.Err()
-	if err == nil {
+	if err == nil && r.Part.Rules != nil {
 		err = r.Validate()
 	}
-	if err != nil {
+	if err != nil || r.Part.Rules == nil {
+		*v = storage.Verdict{}
 		s.sweepSome(r.Name, r.Clocked, r.Now)
 		return err
 	}
@@ -139,14 +131,15 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, v *storage.Ver
 		}
 		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
 		c.draws, c.places = few[:n], one[:]
-		return s.answer(&c, r, v)
+		return s.answer(&c, &r, v)
 	}
-	c.draws, c.places = s.spread(r)
-	return s.answer(&c, r, v)
+	c.draws, c.places = s.spread(&r)
+	return s.answer(&c, &r, v)
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
 	if err := s.begin(c); err != nil {
+		*v = storage.Verdict{}
 		return err
 	}
 	v.Begin(r, Source, c.now)
