@@ -143,6 +143,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // the storage, if it is one: called without copies
+	direct   bool             // by its own clock, and nobody observes
 	cost     int64
 	defaults *set // nil: none
 	unknown  Policy
@@ -172,6 +173,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
+	t.direct = t.memory != nil && t.clock == nil && t.observe == nil
 	if t.cost == 0 {
 		t.cost = 1
 	}
@@ -441,17 +443,20 @@ func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
 
 // ask has the storage decide on the parts that v was asked, and observes.
 func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) error {
-	if t.observe != nil {
-		return t.askObserved(ctx, v, mode)
+	if !t.direct || mode == storage.Force || v.Parts() == 0 {
+		return t.askAnyhow(ctx, v, mode)
 	}
-	var start time.Duration
-	if t.memory != nil && t.clock == nil {
-		start = storage.Elapsed()
-	}
-	if err := t.answer(ctx, v, mode, start); err != nil {
+	if err := t.memory.DecideInto(ctx, v, t.name, mode, false, storage.Monotonic()); err != nil {
 		return t.orAllow(ctx, v, mode, err)
 	}
 	return nil
+}
+
+func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode) error {
+	if t.observe != nil {
+		return t.askObserved(ctx, v, mode)
+	}
+	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, storage.Elapsed()))
 }
 
 func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode) error {
@@ -473,13 +478,6 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, s
 		*v = Verdict{Allowed: true}
 		return nil
 	}
-	if t.memory != nil && t.clock == nil && mode != storage.Force {
-		return t.memory.DecideInto(ctx, v, t.name, mode, false, storage.MonotonicAt(start))
-	}
-	return t.answerOf(ctx, v, mode, start)
-}
-
-func (t *Throttler) answerOf(ctx context.Context, v *Verdict, mode storage.Mode, start time.Duration) error {
 	now, clocked, err := t.now()
 	switch {
 	case err != nil:

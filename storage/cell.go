@@ -89,20 +89,21 @@ func (v *Verdict) Decide(source string, mode Mode, now int64, cells ...[]Cell) b
 		return false
 	}
 	var few [inline]Cell
-	before, did := few[:0], taken
-	if n := v.room(); n > inline {
-		before = make([]Cell, 0, n)
+	before, n, did := few[:], 0, taken
+	if all := v.room(); all > inline {
+		before = make([]Cell, all)
 	}
 	for i := range cells {
 		p := v.Part(i)
 		for j := 0; j < len(p.Rules) && did == taken; j++ {
 			c := &cells[i][j]
-			before = append(before, *c)
-			did = c.take(v.count(len(before)-1), &p.Rules[j], p.Cost(j), mode, now)
+			before[n] = *c
+			did = c.take(v.count(n), &p.Rules[j], p.Cost(j), mode, now)
+			n++
 		}
 	}
 	if did != taken || mode == Peek {
-		putBack(before, cells)
+		putBack(before[:n], cells)
 	}
 	if did == unknown || did == denied && !v.look(cells, now) {
 		return false

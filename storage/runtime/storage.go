@@ -11,6 +11,7 @@ package runtime
 import (
 	"context"
 	"hash/maphash"
+	"math/rand/v2"
 	"sync/atomic"
 
 	"github.com/go-throttler/throttler/storage"
@@ -49,7 +50,7 @@ var _ storage.Storage = (*Storage)(nil)
 func New(o *Options) *Storage {
 	s := &Storage{seed: maphash.MakeSeed(), most: sweepMost}
 	for i := range s.shards {
-		s.shards[i] = shard{index: i, storage: s, turn: uint32(i) << 24}
+		s.shards[i] = shard{index: i, storage: s, turn: uint32(i) << 24, chance: rand.Uint64()}
 	}
 	if o != nil && o.MaxIdentifiers > 0 {
 		s.max, s.most = int64(o.MaxIdentifiers), sweepHalf
@@ -97,8 +98,13 @@ func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, cloc
 	h := hash(s.seed, name, p.Identifier)
 	sh := &s.shards[h>>56]
 	sh.mu.Lock()
-	e := sh.find(uint32(h), name, p.Identifier)
-	if e == nil || !e.layout.is(p.Rules) || !v.Decide(Source, mode, now, e.all(len(p.Rules))) {
+	i := sh.number(uint32(h), name, p.Identifier)
+	if i < 0 {
+		sh.mu.Unlock()
+		return false
+	}
+	e := sh.entry(i)
+	if !e.layout.is(p.Rules) || !v.Decide(Source, mode, now, e.all(len(p.Rules))) {
 		sh.mu.Unlock()
 		return false
 	}

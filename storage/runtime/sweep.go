@@ -87,7 +87,8 @@ func (sh *shard) due(clocked bool, identifiers int) bool {
 	if sh.wait -= identifiers; sh.wait > 0 {
 		return false
 	}
-	sh.wait = 1 + rand.IntN(2*sweepEvery-1)
+	sh.chance = sh.chance*6364136223846793005 + 1442695040888963407
+	sh.wait = 1 + int(sh.chance>>32%(2*sweepEvery-1))
 	return true
 }
 

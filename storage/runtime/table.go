@@ -29,10 +29,10 @@ type shard struct {
 	n       int    // entries
 	turn    uint32 // where the last walk began, of 2^32 for all entries
 	wait    int    // identifiers of calls until one sweeps
+	chance  uint64 // of which wait is set: a random number, cheaper than those of math/rand
 	visited int    // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
-	_       [8]byte // rounds up to two cache lines on 64 bits
 }
 
 // entry is one identifier.
