@@ -84,6 +84,16 @@ func BenchmarkHotKeyOfItsOwnBuckets(b *testing.B) {
 	}
 }
 
+func BenchmarkTwoHotKeys(b *testing.B) {
+	t, ctx := made(b, plans[0].buckets...), context.Background()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := t.ConsumeAll(ctx, throttler.For("user:42"), throttler.For("org:7")); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkHotKeyParallel(b *testing.B) {
 	t := made(b, plans[1].buckets...)
 	b.ReportAllocs()

@@ -47,8 +47,13 @@ func (c *call) order() []*shard {
 	for i := range c.places {
 		out[i] = c.places[i].shard
 	}
-	slices.SortFunc(out, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
-	return slices.Compact(out)
+	return ordered(out)
+}
+
+// ordered sorts shards by their index, and leaves out those that are there twice.
+func ordered(all []*shard) []*shard {
+	slices.SortFunc(all, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
+	return slices.Compact(all)
 }
 
 // place is where the state of one identifier is.

@@ -88,12 +88,12 @@ func (s *Storage) DecideInto(ctx context.Context, v *storage.Verdict, name strin
 	return s.decide(ctx, v, v.Request(name, mode, clocked, now))
 }
 
-// again is the short way for nearly all calls: one identifier that is there, with the buckets of the request and states
-// that fit into cells. It reports false, and has done nothing, when that is not so.
+// again is the short way for nearly all calls: one identifier that is there, or a few, with the buckets of the request and
+// states that fit into cells. It reports false, and has done nothing, when that is not so.
 func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) bool {
 	p := v.Part(0)
-	if v.Parts() > 1 {
-		return false
+	if n := v.Parts(); n > 1 {
+		return n <= inline && s.together(v, name, mode, clocked, now)
 	}
 	h := hash(s.seed, name, p.Identifier)
 	sh := &s.shards[h>>56]
@@ -113,6 +113,55 @@ func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, cloc
 	sh.mu.Unlock()
 	if due {
 		s.tidy(name, clocked, now, s.most)
+	}
+	return true
+}
+
+// together is again for a few identifiers.
+func (s *Storage) together(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) (done bool) {
+	var places [inline]place
+	var few [inline]*shard
+	n := v.Parts()
+	for i := range n {
+		s.place(&places[i], name, v.Part(i).Identifier, v.Part(i).Rules)
+		few[i] = places[i].shard
+	}
+	locked := ordered(few[:n])
+	for _, sh := range locked {
+		sh.mu.Lock()
+	}
+	done = decideAt(places[:n], v, name, mode, now)
+	due := done && locked[0].due(clocked, n)
+	for _, sh := range locked {
+		sh.mu.Unlock()
+	}
+	if due {
+		s.tidy(name, clocked, now, s.most)
+	}
+	return done
+}
+
+// decideAt decides in the cells of all places, whose shards are locked.
+func decideAt(places []place, v *storage.Verdict, name string, mode storage.Mode, now int64) bool {
+	var few [inline][]storage.Cell
+	for i := range places {
+		p := &places[i]
+		p.entry = p.shard.find(p.tag, name, p.id)
+		if p.entry == nil || !p.entry.layout.is(p.rules) {
+			return false
+		}
+		for j := range i {
+			if places[j].entry == p.entry { // an identifier stands in two parts
+				return false
+			}
+		}
+		few[i] = p.entry.all(len(p.rules))
+	}
+	if !v.Decide(Source, mode, now, few[:len(places)]...) {
+		return false
+	}
+	for i := range places {
+		v.Part(i).Identifier = places[i].entry.id
 	}
 	return true
 }
