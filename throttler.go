@@ -465,7 +465,9 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 	err := t.orAllow(ctx, v, mode, cause)
 	bucket := ""
 	if v.RetryAfter > 0 {
-		id, bucket = refusedBy(v)
+		if denied, by := refusedBy(v); by != "" {
+			id, bucket = denied, by
+		}
 	}
 	t.observe(ctx, Event{Op: opOf(mode), Identifier: id, Cost: cost, Bucket: bucket, Verdict: *v, Err: cause, Duration: storage.Elapsed() - start})
 	return err
