@@ -105,7 +105,7 @@ func (v *Verdict) Decide(source string, mode Mode, now int64, cells ...[]Cell) b
 	if did != taken || mode == Peek {
 		putBack(before[:n], cells)
 	}
-	if did == unknown || did == denied && !v.look(cells, now) {
+	if did == unknown || did == denied && !v.look(n-1, cells, now) {
 		return false
 	}
 	v.Allowed = did == taken
@@ -152,6 +152,7 @@ func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) out
 		return taken
 	}
 	if cost > r.Capacity-spent && mode != Force { // 4
+		c.deny(count, r, spent, cost, now)
 		return denied
 	}
 	recorded := r.recorded(cost, spent)
@@ -179,24 +180,31 @@ func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) out
 	return taken
 }
 
-// look counts what is, of a request that is denied. It is false where a cell cannot tell.
-func (v *Verdict) look(cells [][]Cell, now int64) bool {
+// deny counts what is, in a bucket that denies a cost.
+func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
+	c.count(count, r, spent, now)
+	if count.RetryAfter = count.ResetAfter; !r.atOnce() {
+		count.RetryAfter = c.back(r, r.Capacity-cost) - now
+	}
+}
+
+// look counts what is, in all buckets but the one that denied first, whose count is there. It is false where a cell cannot
+// tell.
+func (v *Verdict) look(first int, cells [][]Cell, now int64) bool {
 	n, longest := 0, int64(0)
 	for i := range cells {
 		p := v.Part(i)
 		for j := range p.Rules {
-			c, r, cost, count := cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
-			n++
-			if cost < 0 || cost > r.Capacity {
-				return false
+			c, r, cost, count := &cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
+			if n++; n-1 != first {
+				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now) != taken {
+					return false
+				}
+				if cost > count.Remaining && cost > 0 {
+					c.deny(count, r, r.Capacity-count.Remaining, cost, now)
+				}
 			}
-			if c.take(count, r, 0, Peek, now) != taken {
-				return false
-			}
-			if cost > count.Remaining && cost > 0 {
-				count.RetryAfter = c.back(r, r.Capacity-cost) - now
-				longest = max(longest, count.RetryAfter)
-			}
+			longest = max(longest, count.RetryAfter)
 		}
 	}
 	v.RetryAfter = duration(longest)
@@ -209,7 +217,12 @@ func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
 		*count = Count{Remaining: r.Capacity}
 		return
 	}
-	back := c.back(r, 0) - now
+	back := int64(0)
+	if r.atOnce() {
+		back = r.returns(Hold{c.A, c.B}, 0) - now
+	} else {
+		back = c.back(r, 0) - now
+	}
 	*count = Count{Remaining: r.Capacity - spent, ResetAfter: back, NextAfter: back}
 	if !r.atOnce() && spent > 1 {
 		count.NextAfter = c.back(r, min(spent, r.Capacity)-1) - now
@@ -233,21 +246,16 @@ func (c *Cell) turned(later, period int64) (before, within int64) {
 	return 0, 0
 }
 
-// back is when what is spent, which is more than room, will have fallen to it.
+// back is when what is spent of a level or a SlidingWindow, which is more than room, will have fallen to it.
 func (c *Cell) back(r *Rule, room int64) int64 {
-	switch r.Kind {
-	case Replenish:
-		return c.A
-	case Continuous:
+	if r.Kind == Continuous {
 		return r.falls(c.B, c.Seen, room*r.One)
-	case SlidingWindow:
-		end := r.end(c.Seen)
-		if c.B <= room {
-			return r.fades(Hold{end - r.Period, c.A}, room-c.B)
-		}
-		return r.fades(Hold{end, c.B}, room)
 	}
-	return r.returns(Hold{c.A, c.B}, 0)
+	end := r.end(c.Seen)
+	if c.B <= room {
+		return r.fades(Hold{end - r.Period, c.A}, room-c.B)
+	}
+	return r.fades(Hold{end, c.B}, room)
 }
 
 // Full is State.Full. It is not known if the clock has stepped back or the cell does not have the state.

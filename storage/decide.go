@@ -2,8 +2,8 @@ package storage
 
 import "slices"
 
-// The steps of a decision are numbered; other implementations (the Lua scripts, the fast way of the runtime storage)
-// carry the same numbers:
+// The steps of a decision are numbered; other implementations (the Lua scripts, and cell.go for states in
+// three numbers) carry the same numbers:
 //
 //  1. No state, or one seen later than the real time by more than one period plus 60 s: empty.
 //     A clock that steps back less never refills a state; more costs at most one extra capacity,

@@ -1,9 +1,9 @@
 // Package runtime keeps consumption in the memory of this process: the default storage.
 //
-// An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one
-// identifier with up to four buckets allocates nothing, a SlidingLog's entries and the first call of an
-// identifier aside, and locks only one of 256 shards. Identifiers whose buckets are all full again are removed by whatever calls follow, a
-// bounded number a call; there is no background goroutine and nothing to close.
+// An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one identifier with up to four
+// buckets locks only one of 256 shards and allocates nothing, except for a SlidingLog's entries and an identifier's first
+// call. Later calls remove identifiers whose buckets are all full again, a bounded number a call. There is no background
+// goroutine and nothing to close.
 //
 // Import it as memstore: the plain name is the standard library's.
 package runtime
