@@ -143,6 +143,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // the storage, if it is one: called without copies
+	direct   bool             // by its own clock, and nobody observes
 	cost     int64
 	defaults *set // nil: none
 	unknown  Policy
@@ -172,6 +173,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
+	t.direct = t.memory != nil && t.clock == nil && t.observe == nil
 	if t.cost == 0 {
 		t.cost = 1
 	}
@@ -330,20 +332,23 @@ func For(id string, o ...Option) Part { return Part{id, o} }
 // Consume takes the cost of a call from all buckets of the identifier, or from none. It returns an
 // error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
 // fails in the middle may have taken the cost, once.
-func (t *Throttler) Consume(id string, o ...Option) (Verdict, error) {
-	return t.decide(context.Background(), storage.Take, id, o)
+func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
+	err = t.decide(context.Background(), &v, storage.Take, id, o)
+	return v, err
 }
 
 // ConsumeContext is Consume that gives up when the context is done. A call that gave up in the
 // middle may have been charged, once.
-func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (Verdict, error) {
-	return t.decide(ctx, storage.Take, id, o)
+func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
+	err = t.decide(ctx, &v, storage.Take, id, o)
+	return v, err
 }
 
 // Peek answers what Consume with the same options would answer now, and takes nothing: the Levels
 // of an allowed Peek are those after the cost. With Cost(0) they are those now.
-func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (Verdict, error) {
-	return t.decide(ctx, storage.Peek, id, o)
+func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
+	err = t.decide(ctx, &v, storage.Peek, id, o)
+	return v, err
 }
 
 // Charge takes the cost, 0 or more, from all buckets, even where too little is left: for costs that are
@@ -352,40 +357,36 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (Verdict, 
 // of which that is so. In a bucket that is
 // not Continuous the debt is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
-	_, err := t.decide(ctx, storage.Force, id, o)
-	return err
+	var v Verdict
+	return t.decide(ctx, &v, storage.Force, id, o)
 }
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
 // only.
 func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
-	r := storage.Request{Name: t.name}
-	for _, part := range parts {
+	for i := range parts {
 		var p storage.Part
-		if err := t.part(&p, part.id, part.options); err != nil {
-			t.rejected(ctx, OpConsume, part.id, err)
-			return v, err
+		if err := t.part(&p, parts[i].id, parts[i].options); err != nil {
+			t.rejected(ctx, OpConsume, parts[i].id, err)
+			return Verdict{}, err
 		}
-		switch {
-		case p.Rules == nil:
-		case r.Part.Rules == nil:
-			r.Part = p
-		default:
-			r.More = append(r.More, p)
+		if p.Rules != nil {
+			v.Ask(&p)
 		}
 	}
-	err = t.ask(ctx, &r, &v)
+	err = t.ask(ctx, &v, storage.Take)
 	return v, err
 }
 
-func (t *Throttler) decide(ctx context.Context, mode storage.Mode, id string, o []Option) (v Verdict, err error) {
-	r := storage.Request{Name: t.name, Mode: mode}
-	if err = t.part(&r.Part, id, o); err != nil {
+// decide answers into a zero Verdict, whose first part is the request: so it is nowhere copied, and Consume is inlined
+// into its caller.
+func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
+	if err := t.part(v.Part(0), id, o); err != nil {
+		*v = Verdict{}
 		t.rejected(ctx, opOf(mode), id, err)
-		return v, err
+		return err
 	}
-	err = t.ask(ctx, &r, &v)
-	return v, err
+	return t.ask(ctx, v, mode)
 }
 
 // part is the request for one identifier, in place of a zero one. Without rules it is an unknown
@@ -440,32 +441,68 @@ func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
 	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
 }
 
-// ask has the storage decide, in place of a zero Verdict, and observes.
-func (t *Throttler) ask(ctx context.Context, r *storage.Request, v *Verdict) (err error) {
-	var start time.Time
-	if t.observe != nil {
-		start = time.Now()
+// ask has the storage decide on the parts that v was asked, and observes.
+func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) error {
+	if !t.direct || mode == storage.Force || v.Parts() == 0 {
+		return t.askAnyhow(ctx, v, mode)
 	}
-	if r.Part.Rules == nil {
-		v.Allowed = true
-		t.tidy()
-	} else if err = t.now(&r.Now, &r.Clocked); err == nil {
-		if t.memory != nil {
-			err = t.memory.DecideInto(ctx, r, v)
-		} else {
-			*v, err = t.storage.Decide(ctx, *r)
+	if err := t.memory.DecideInto(ctx, v, t.name, mode, false, storage.Monotonic()); err != nil {
+		return t.orAllow(ctx, v, mode, err)
+	}
+	return nil
+}
+
+func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode) error {
+	if t.observe != nil {
+		return t.askObserved(ctx, v, mode)
+	}
+	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, storage.Elapsed()))
+}
+
+func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode) error {
+	id, cost, start := v.Part(0).Identifier, largestCost(v), storage.Elapsed()
+	cause := t.answer(ctx, v, mode, start)
+	err := t.orAllow(ctx, v, mode, cause)
+	bucket := ""
+	if v.RetryAfter > 0 {
+		if denied, by := refusedBy(v); by != "" {
+			id, bucket = denied, by
 		}
 	}
-	if err == nil && r.Mode == storage.Force {
+	t.observe(ctx, Event{Op: opOf(mode), Identifier: id, Cost: cost, Bucket: bucket, Verdict: *v, Err: cause, Duration: storage.Elapsed() - start})
+	return err
+}
+
+// answer is the storage's. The call began at start, by which the runtime storage decides.
+func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, start time.Duration) error {
+	if v.Parts() == 0 {
+		t.tidy()
+		*v = Verdict{Allowed: true}
+		return nil
+	}
+	now, clocked, err := t.now()
+	switch {
+	case err != nil:
+		*v = Verdict{}
+	case t.memory == nil:
+		*v, err = t.storage.Decide(ctx, v.Request(t.name, mode, clocked, now))
+	default:
+		if !clocked {
+			now = storage.MonotonicAt(start)
+		}
+		err = t.memory.DecideInto(ctx, v, t.name, mode, clocked, now)
+	}
+	if err == nil && mode == storage.Force {
 		err = unrecorded(v)
 	}
-	cause := err
-	if err != nil && t.failed == Allow && r.Mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
+	return err
+}
+
+// orAllow allows what the policy says of a storage that failed.
+func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, err error) error {
+	if err != nil && t.failed == Allow && mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
 		*v, err = Verdict{Allowed: true}, nil
 		v.Degrade()
-	}
-	if t.observe != nil {
-		t.observe(ctx, decided(r, *v, cause, time.Since(start)))
 	}
 	return err
 }
@@ -494,13 +531,12 @@ func unrecorded(v *Verdict) error {
 }
 
 // now tells the injected clock's time; without one the storage has its own.
-func (t *Throttler) now(micros *int64, clocked *bool) (err error) {
+func (t *Throttler) now() (micros int64, clocked bool, err error) {
 	if t.clock == nil {
-		return nil
+		return 0, false, nil
 	}
-	*clocked = true
-	*micros, err = storage.Micros(t.clock.Now())
-	return err
+	micros, err = storage.Micros(t.clock.Now())
+	return micros, true, err
 }
 
 // Refund gives back what v took. With options it gives back what they name and nothing else: Cost(n) n to every bucket,
@@ -546,7 +582,8 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 // refund makes the charge of one part, whose counts begin at number from.
 func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) error {
 	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
-	if err := t.now(&c.Now, &c.Clocked); err != nil {
+	var err error
+	if c.Now, c.Clocked, err = t.now(); err != nil {
 		return err
 	}
 	now := c.Now
@@ -644,18 +681,15 @@ type Event struct {
 	Duration   time.Duration // of the call, storage included
 }
 
-func decided(r *storage.Request, v Verdict, err error, d time.Duration) Event {
-	e := Event{Op: opOf(r.Mode), Identifier: r.Part.Identifier, Verdict: v, Err: err, Duration: d}
-	for i := range r.Parts() {
-		p := r.At(i)
+// largestCost is the most that v was asked of one bucket.
+func largestCost(v *Verdict) (cost int64) {
+	for i := range v.Parts() {
+		p := v.Part(i)
 		for j := range p.Rules {
-			e.Cost = max(e.Cost, p.Cost(j))
+			cost = max(cost, p.Cost(j))
 		}
 	}
-	if id, bucket := refusedBy(&v); bucket != "" {
-		e.Identifier, e.Bucket = id, bucket
-	}
-	return e
+	return cost
 }
 
 // refusedBy is the identifier and the bucket with the longest RetryAfter, if any has one.
@@ -670,10 +704,16 @@ func refusedBy(v *Verdict) (id, bucket string) {
 
 // tidy is for calls that do not ask the runtime storage, or do not tell it the time: it forgets who is full as calls come.
 func (t *Throttler) tidy() {
-	var now int64
-	var clocked bool
-	if t.memory != nil && t.now(&now, &clocked) == nil {
-		t.memory.Tidy(t.name, clocked, now)
+	if t.memory == nil {
+		return
+	}
+	now, clocked, err := t.now()
+	if !clocked {
+		now = storage.Monotonic()
+	}
+	if err == nil {
+		var nothing Verdict
+		_ = t.memory.DecideInto(context.Background(), &nothing, t.name, storage.Peek, clocked, now)
 	}
 }
 

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/go-throttler/throttler/storage"
 )
 
 // Wait blocks until the call is admitted and takes the cost. It returns an error, never a denied Verdict
@@ -32,7 +30,7 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 		}
 	}
 	for {
-		v, err := t.decide(ctx, storage.Take, id, o)
+		v, err := t.ConsumeContext(ctx, id, o...)
 		if err != nil || v.Allowed {
 			return v, err
 		}
@@ -54,7 +52,7 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 // queue waits for the turn, unless the deadline is nearer than even the first in line would have
 // to wait.
 func (t *Throttler) queue(ctx context.Context, turn <-chan struct{}, id string, o []Option) (Verdict, error) {
-	v, err := t.decide(ctx, storage.Peek, id, o)
+	v, err := t.Peek(ctx, id, o...)
 	if err != nil {
 		return v, err
 	}

@@ -5,34 +5,6 @@ import (
 	"time"
 )
 
-// Kind names one of the five ways in which the tokens of a bucket come back.
-type Kind uint8
-
-// The five kinds. A token that is taken is a hold that ends:
-//
-//	Replenish      all tokens come back at once, one period after the first of them was taken
-//	Continuous     the token bucket: tokens come back evenly, Refill of them a period
-//	FixedWindow    all tokens come back at the next multiple of the period since the epoch
-//	SlidingWindow  held to that multiple, then fading evenly over one more period
-//	SlidingLog     each token comes back one period after it was taken
-const (
-	Replenish Kind = iota
-	Continuous
-	FixedWindow
-	SlidingWindow
-	SlidingLog
-)
-
-var kindNames = [...]string{"replenish", "continuous", "fixed", "sliding", "log"}
-
-// String is the kind's word in a bucket's default name.
-func (k Kind) String() string {
-	if int(k) < len(kindNames) {
-		return kindNames[k]
-	}
-	return fmt.Sprintf("kind %d", uint8(k))
-}
-
 // Bounds of a rule. Every number of the arithmetic stays below 2^53, so that an int64, a Lua
 // double and a bigint hold the same bits.
 const (
@@ -47,24 +19,6 @@ const (
 
 // FarFuture is 35 years in microseconds, the longest that anything takes to come back.
 const FarFuture = int64(1) << 50
-
-// Law says how the tokens of a bucket come back. All times are in microseconds.
-//
-// A Continuous bucket and a SlidingWindow count in units, One of them a token: the parts of a token that come back
-// in one Tick. So all that comes back in a tick is a whole number of units.
-type Law struct {
-	Kind   Kind
-	Period int64
-	Refill int64 // Continuous: tokens that come back each Period; else 0
-	Tick   int64 // Continuous and SlidingWindow: time passes in steps of it, which divide the Period; else 1
-	One    int64 // units a token; 1 but for Continuous and SlidingWindow
-	Drain  int64 // Continuous: units that come back each Tick; else 0
-	Grain  int64 // SlidingLog: tokens come back at multiples of it; else 1
-}
-
-// Same reports whether states under one law are states under the other. A bucket is its name, kind and period: with
-// another refill or capacity it is the same bucket.
-func (l *Law) Same(o *Law) bool { return l == o || l.Kind == o.Kind && l.Period == o.Period }
 
 // Rule is one bucket of a request: its name, which finds its state, its law and its capacity.
 // Rules are made by NewRule and never change afterwards.

@@ -328,14 +328,68 @@ func NewVerdict(r *Request, source string, at int64) (v Verdict) {
 
 // Begin is NewVerdict in place of a zero Verdict.
 func (v *Verdict) Begin(r *Request, source string, at int64) {
-	v.source, v.peeked, v.at, v.part = source, r.Mode == Peek, at, r.Part
-	n := len(r.Part.Rules)
-	for i := range r.More {
-		n += len(r.More[i].Rules)
+	if v.part = r.Part; len(r.More) > 0 {
+		v.more = &more{parts: r.More}
 	}
-	if n > inline || len(r.More) > 0 {
-		v.more = &more{parts: r.More, counts: make([]Count, max(0, n-inline))}
+	v.room()
+	v.stamp(source, r.Mode, at)
+}
+
+// Ask adds a part to the request that v is going to answer. Part 0 may also be set in its place.
+func (v *Verdict) Ask(p *Part) {
+	switch {
+	case v.part.Rules == nil:
+		v.part = *p
+	case v.more == nil:
+		m := &struct {
+			more
+			one [1]Part
+		}{}
+		m.one[0] = *p
+		v.more = &m.more
+		v.more.parts = m.one[:]
+	default:
+		v.more.parts = append(v.more.parts, *p)
 	}
+}
+
+// Request is the request of the parts that v was asked.
+func (v *Verdict) Request(name string, mode Mode, clocked bool, now int64) Request {
+	r := Request{Name: name, Mode: mode, Clocked: clocked, Now: now, Part: v.part}
+	if v.more != nil {
+		r.More = v.more.parts
+	}
+	return r
+}
+
+// room makes place for the counts of all buckets, and returns how many these are.
+func (v *Verdict) room() (n int) {
+	if n = len(v.part.Rules); n <= inline && v.more == nil {
+		return n
+	}
+	return v.moreRoom()
+}
+
+func (v *Verdict) moreRoom() (n int) {
+	for i := range max(1, v.Parts()) {
+		n += len(v.Part(i).Rules)
+	}
+	if v.more == nil {
+		m := &struct {
+			more
+			counts [MaxBuckets - inline]Count
+		}{}
+		v.more = &m.more
+		v.more.counts = m.counts[:]
+	}
+	if n-inline > len(v.more.counts) {
+		v.more.counts = make([]Count, n-inline)
+	}
+	return n
+}
+
+func (v *Verdict) stamp(source string, mode Mode, at int64) {
+	v.source, v.peeked, v.at = source, mode == Peek, at
 }
 
 // Set records the count of bucket i, counted through all parts in order.
@@ -343,19 +397,17 @@ func (v *Verdict) Set(i int, c Count) {
 	if c.RetryAfter > 0 {
 		v.RetryAfter = max(v.RetryAfter, duration(c.RetryAfter))
 	}
-	if i < inline {
-		v.counts[i] = c
-	} else {
-		v.more.counts[i-inline] = c
-	}
+	*v.count(i) = c
 }
 
 // Count is the count of bucket i, counted through all parts in order.
-func (v *Verdict) Count(i int) Count {
+func (v *Verdict) Count(i int) Count { return *v.count(i) }
+
+func (v *Verdict) count(i int) *Count {
 	if i < inline {
-		return v.counts[i]
+		return &v.counts[i]
 	}
-	return v.more.counts[i-inline]
+	return &v.more.counts[i-inline]
 }
 
 // Parts are the parts of the request that v answers.
@@ -448,9 +500,15 @@ var (
 	startedMicros = started.UnixMicro()
 )
 
+// Elapsed is how long the process has been running, and MonotonicAt what Monotonic was then.
+func Elapsed() time.Duration { return time.Since(started) }
+
+// MonotonicAt is Monotonic at a time of Elapsed.
+func MonotonicAt(elapsed time.Duration) int64 { return startedMicros + int64(elapsed/time.Microsecond) }
+
 // Monotonic is the time in microseconds since the epoch, by a clock that starts with the process
 // and is never set: the clock of whatever has none injected.
-func Monotonic() int64 { return startedMicros + int64(time.Since(started)/time.Microsecond) }
+func Monotonic() int64 { return MonotonicAt(Elapsed()) }
 
 // The errors of this module, always wrapped with the particulars: test with errors.Is.
 var (

@@ -84,6 +84,27 @@ func BenchmarkHotKeyOfItsOwnBuckets(b *testing.B) {
 	}
 }
 
+func BenchmarkHotKeyObserved(b *testing.B) {
+	t, err := throttler.New(throttler.Config{Buckets: plans[1].buckets, Observe: func(context.Context, throttler.Event) {}})
+	require.NoError(b, err)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := t.Consume("user:42"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkTwoHotKeys(b *testing.B) {
+	t, ctx := made(b, plans[0].buckets...), context.Background()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := t.ConsumeAll(ctx, throttler.For("user:42"), throttler.For("org:7")); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkHotKeyParallel(b *testing.B) {
 	t := made(b, plans[1].buckets...)
 	b.ReportAllocs()

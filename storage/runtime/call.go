@@ -47,8 +47,13 @@ func (c *call) order() []*shard {
 	for i := range c.places {
 		out[i] = c.places[i].shard
 	}
-	slices.SortFunc(out, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
-	return slices.Compact(out)
+	return ordered(out)
+}
+
+// ordered sorts shards by their index, and leaves out those that are there twice.
+func ordered(all []*shard) []*shard {
+	slices.SortFunc(all, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
+	return slices.Compact(all)
 }
 
 // place is where the state of one identifier is.
@@ -126,9 +131,8 @@ func (s *Storage) locate(c *call) (need int64) {
 	missing, n := int64(0), 0
 	for i := range c.places {
 		p := &c.places[i]
-		p.entry, p.counted = nil, false
-		if at := p.shard.find(p.tag, c.name, p.id); at >= 0 {
-			p.entry = p.shard.entry(at)
+		p.counted = false
+		if p.entry = p.shard.find(p.tag, c.name, p.id); p.entry != nil {
 			p.id = p.entry.id
 		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules)], func(d storage.Draw) bool { return d.Cost > 0 }) {
 			p.counted = true

@@ -2,90 +2,46 @@ package runtime
 
 import "github.com/go-throttler/throttler/storage"
 
-// cell is the state of one bucket in three numbers, by the kind of its law:
-//
-//	Replenish, FixedWindow, SlidingLog  the one hold (a its End, b its N), or none (b is 0)
-//	Continuous                          b is the level
-//	SlidingWindow                       b ends at the first multiple of the period after seen, a one before
-//
-// A cell never charged has seen -1; one whose holds do not fit has b -1, and they are in more.
-type cell struct{ seen, a, b int64 }
-
-const (
-	never   = -1
-	outside = -1
-)
-
-func (e *entry) cell(i int) *cell {
-	if i < len(e.cells) {
-		return &e.cells[i]
+// all are the cells of the entry's n buckets.
+func (e *entry) all(n int) []storage.Cell {
+	if n <= len(e.cells) {
+		return e.cells[:n]
 	}
-	return &e.more.cells[i-len(e.cells)]
+	return e.more.cells
 }
 
 // resize gives the entry n cells that were never charged.
 func (e *entry) resize(n int) {
 	e.more = nil
 	if n > len(e.cells) {
-		e.more = &more{cells: make([]cell, n-len(e.cells))}
+		e.more = &more{cells: make([]storage.Cell, n)}
 	}
-	for i := range n {
-		*e.cell(i) = cell{seen: never}
+	for i := range e.all(n) {
+		e.all(n)[i] = storage.NewCell()
 	}
 }
 
-// state reads cell i, in place of a zero State.
+func (e *entry) cell(i int) *storage.Cell { return &e.all(len(e.layout.rules))[i] }
+
+// state reads cell i, into a zero State.
 func (e *entry) state(i int, s *storage.State) {
 	c, law := e.cell(i), &e.layout.rules[i].Law
-	if c.seen == never {
-		return
-	}
-	s.Law, s.Seen = law, c.seen
-	switch {
-	case c.b == outside:
-		*s = storage.MakeState(law, c.seen, e.more.holds[i])
-	case law.Kind == storage.SlidingWindow:
-		end := c.seen - c.seen%law.Period + law.Period
-		if c.a > 0 {
-			s.Append(storage.Hold{End: end - law.Period, N: c.a})
-		}
-		if c.b > 0 {
-			s.Append(storage.Hold{End: end, N: c.b})
-		}
-	case c.b > 0:
-		s.Append(storage.Hold{End: c.a, N: c.b})
+	var ok bool
+	if *s, ok = c.State(law); !ok {
+		*s = storage.MakeState(law, c.Seen, e.more.holds[i])
 	}
 }
 
-// set makes s the state of cell i, whose law is that of the layout.
+// set makes s the state of cell i, by the law of the layout.
 func (e *entry) set(i int, s *storage.State) {
-	c, law, holds := e.cell(i), &e.layout.rules[i].Law, s.Holds()
-	*c = cell{seen: s.Seen}
-	switch {
-	case law.Kind == storage.SlidingWindow:
-		end := s.Seen - s.Seen%law.Period + law.Period
-		for _, h := range holds {
-			switch h.End {
-			case end - law.Period:
-				c.a = h.N
-			case end:
-				c.b = h.N
-			default:
-				e.spill(i, c, holds)
-				return
-			}
-		}
-	case len(holds) == 1:
-		c.a, c.b = holds[0].End, holds[0].N
-	case len(holds) > 1:
-		e.spill(i, c, holds)
+	if !e.cell(i).Set(s) {
+		e.spill(i, s.Holds())
 	}
 }
 
 // spill keeps the holds of cell i outside of it. There is room for one more, so that a log seldom
 // allocates.
-func (e *entry) spill(i int, c *cell, holds []storage.Hold) {
-	c.b = outside
+func (e *entry) spill(i int, holds []storage.Hold) {
 	if e.more == nil {
 		e.more = &more{}
 	}
@@ -102,8 +58,13 @@ func (e *entry) spill(i int, c *cell, holds []storage.Hold) {
 // full reports whether all buckets of the entry are full, so that it may be forgotten.
 func (e *entry) full(now int64) bool {
 	for i := range e.layout.rules {
-		var s storage.State
-		if e.state(i, &s); !s.Full(now) {
+		full, known := e.cell(i).Full(&e.layout.rules[i].Law, now)
+		if !known {
+			var s storage.State
+			e.state(i, &s)
+			full = s.Full(now)
+		}
+		if !full {
 			return false
 		}
 	}
@@ -125,6 +86,9 @@ func (l *layout) find(r *storage.Rule, guess int) int {
 
 // is reports whether the cells are those of the rules, by the same laws and in their order.
 func (l *layout) is(rules []storage.Rule) bool {
+	if sameRules(l.rules, rules) {
+		return true
+	}
 	if len(l.rules) != len(rules) {
 		return false
 	}

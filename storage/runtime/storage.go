@@ -1,9 +1,9 @@
 // Package runtime keeps consumption in the memory of this process: the default storage.
 //
-// An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one
-// identifier with up to four buckets allocates nothing, a SlidingLog's entries and the first call of an
-// identifier aside, and locks only one of 256 shards. Identifiers whose buckets are all full again are removed by whatever calls follow, a
-// bounded number a call; there is no background goroutine and nothing to close.
+// An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one identifier with up to four
+// buckets locks only one of 256 shards and allocates nothing, except for a SlidingLog's entries and an identifier's first
+// call. Later calls remove identifiers whose buckets are all full again, a bounded number a call. There is no background
+// goroutine and nothing to close.
 //
 // Import it as memstore: the plain name is the standard library's.
 package runtime
@@ -11,6 +11,7 @@ package runtime
 import (
 	"context"
 	"hash/maphash"
+	"math/rand/v2"
 	"sync/atomic"
 
 	"github.com/go-throttler/throttler/storage"
@@ -49,7 +50,7 @@ var _ storage.Storage = (*Storage)(nil)
 func New(o *Options) *Storage {
 	s := &Storage{seed: maphash.MakeSeed(), most: sweepMost}
 	for i := range s.shards {
-		s.shards[i].index, s.shards[i].storage, s.shards[i].turn = i, s, uint32(i)<<24
+		s.shards[i] = shard{index: i, storage: s, turn: uint32(i) << 24, chance: rand.Uint64()}
 	}
 	if o != nil && o.MaxIdentifiers > 0 {
 		s.max, s.most = int64(o.MaxIdentifiers), sweepHalf
@@ -62,29 +63,121 @@ func (s *Storage) Len() int { return int(s.live.Load()) }
 
 // Decide implements storage.Storage.
 func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = s.DecideInto(ctx, &r, &v)
-	return v, err
-}
-
-// DecideInto is Decide that answers in place of a zero Verdict: copies of the two are most of what a
-// decision in memory would cost.
-func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage.Verdict) error {
-	now := r.Now
 	if !r.Clocked {
-		now = storage.Monotonic()
+		r.Now = storage.Monotonic()
 	}
-	err := ctx.Err()
-	if err == nil {
+	if err = ctx.Err(); err == nil {
 		err = r.Validate()
 	}
 	if err != nil {
-		s.Tidy(r.Name, r.Clocked, now)
-		return err
+		s.sweepSome(r.Name, r.Clocked, r.Now)
+		return v, err
 	}
-	if len(r.More) == 0 && s.again(r, v, now) {
+	v.Begin(&r, Source, r.Now)
+	err = s.DecideInto(ctx, &v, r.Name, r.Mode, r.Clocked, r.Now)
+	return v, err
+}
+
+// DecideInto is Decide without copies: it answers the parts that v was asked (Verdict.Ask), at a time that is Monotonic
+// unless it is clocked. Copies of a Request and a Verdict would be most of what a decision in memory costs. Asked nothing,
+// it only takes its share in removing full identifiers, as every call does. After an error v is zero.
+func (s *Storage) DecideInto(ctx context.Context, v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) error {
+	if ctx.Err() == nil && s.again(v, name, mode, clocked, now) {
 		return nil
 	}
-	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
+	return s.decide(ctx, v, v.Request(name, mode, clocked, now))
+}
+
+// again is the short way for nearly all calls: one identifier that is there, or a few, with the buckets of the request and
+// states that fit into cells. It reports false, and has done nothing, when that is not so.
+func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) bool {
+	p := v.Part(0)
+	if n := v.Parts(); n > 1 {
+		return n <= inline && s.together(v, name, mode, clocked, now)
+	}
+	h := hash(s.seed, name, p.Identifier)
+	sh := &s.shards[h>>56]
+	sh.mu.Lock()
+	i := sh.number(uint32(h), name, p.Identifier)
+	if i < 0 {
+		sh.mu.Unlock()
+		return false
+	}
+	e := sh.entry(i)
+	if !e.layout.is(p.Rules) || !v.Decide(Source, mode, now, e.all(len(p.Rules))) {
+		sh.mu.Unlock()
+		return false
+	}
+	p.Identifier = e.id // a copy: the caller's may be in memory that it uses again
+	due := sh.due(clocked, 1)
+	sh.mu.Unlock()
+	if due {
+		s.tidy(name, clocked, now, s.most)
+	}
+	return true
+}
+
+// together is again for a few identifiers.
+func (s *Storage) together(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) (done bool) {
+	var places [inline]place
+	var few [inline]*shard
+	n := v.Parts()
+	for i := range n {
+		s.place(&places[i], name, v.Part(i).Identifier, v.Part(i).Rules)
+		few[i] = places[i].shard
+	}
+	locked := ordered(few[:n])
+	for _, sh := range locked {
+		sh.mu.Lock()
+	}
+	done = decideAt(places[:n], v, name, mode, now)
+	due := done && locked[0].due(clocked, n)
+	for _, sh := range locked {
+		sh.mu.Unlock()
+	}
+	if due {
+		s.tidy(name, clocked, now, s.most)
+	}
+	return done
+}
+
+// decideAt decides in the cells of all places, whose shards are locked.
+func decideAt(places []place, v *storage.Verdict, name string, mode storage.Mode, now int64) bool {
+	var few [inline][]storage.Cell
+	for i := range places {
+		p := &places[i]
+		p.entry = p.shard.find(p.tag, name, p.id)
+		if p.entry == nil || !p.entry.layout.is(p.rules) {
+			return false
+		}
+		for j := range i {
+			if places[j].entry == p.entry { // an identifier stands in two parts
+				return false
+			}
+		}
+		few[i] = p.entry.all(len(p.rules))
+	}
+	if !v.Decide(Source, mode, now, few[:len(places)]...) {
+		return false
+	}
+	for i := range places {
+		v.Part(i).Identifier = places[i].entry.id
+	}
+	return true
+}
+
+// decide is the long way. Only a call that asks nothing has no rules.
+func (s *Storage) decide(ctx context.Context, v *storage.Verdict, r storage.Request) error {
+	err := ctx.Err()
+	if err == nil && r.Part.Rules != nil {
+		err = r.Validate()
+	}
+	if err != nil || r.Part.Rules == nil {
+		*v = storage.Verdict{}
+		s.sweepSome(r.Name, r.Clocked, r.Now)
+		return err
+	}
+	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
 	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
 		var few [inline]storage.Draw
 		var one [1]place
@@ -93,71 +186,15 @@ func (s *Storage) DecideInto(ctx context.Context, r *storage.Request, v *storage
 		}
 		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
 		c.draws, c.places = few[:n], one[:]
-		return s.answer(&c, r, v)
+		return s.answer(&c, &r, v)
 	}
-	c.draws, c.places = s.spread(r)
-	return s.answer(&c, r, v)
-}
-
-// again is the short way for nearly all calls: an identifier that is there, with the buckets of the request. It reports
-// false, and has done nothing, when that is not so.
-func (s *Storage) again(r *storage.Request, v *storage.Verdict, now int64) bool {
-	h := hash(s.seed, r.Name, r.Part.Identifier)
-	sh := &s.shards[h>>56]
-	sh.mu.Lock()
-	i := sh.find(uint32(h), r.Name, r.Part.Identifier)
-	if i < 0 || !sh.entry(i).layout.is(r.Part.Rules) {
-		sh.mu.Unlock()
-		return false
-	}
-	e, n := sh.entry(i), len(r.Part.Rules)
-	if e.quick(r, v, now) {
-		due := sh.due(r.Clocked, 1)
-		sh.mu.Unlock()
-		if due {
-			s.tidy(r.Name, r.Clocked, now, s.most)
-		}
-		return true
-	}
-	if n > inline {
-		sh.mu.Unlock()
-		return false
-	}
-	var draws []storage.Draw
-	if n <= 2 {
-		var two [2]storage.Draw
-		draws = two[:n]
-	} else {
-		var few [inline]storage.Draw
-		draws = few[:n]
-	}
-	for j := range draws {
-		draws[j].Rule, draws[j].Cost = &r.Part.Rules[j], r.Part.Cost(j)
-		e.state(j, &draws[j].State)
-	}
-	v.Begin(r, Source, now)
-	v.Part(0).Identifier = e.id
-	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && r.Mode != storage.Peek {
-		for j := range draws {
-			if draws[j].Cost > 0 {
-				e.set(j, &draws[j].State)
-			}
-		}
-	}
-	due := sh.due(r.Clocked, 1)
-	sh.mu.Unlock()
-	if due {
-		s.tidy(r.Name, r.Clocked, now, s.most)
-	}
-	for j := range draws {
-		v.Set(j, draws[j].Count)
-	}
-	return true
+	c.draws, c.places = s.spread(&r)
+	return s.answer(&c, &r, v)
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
 	if err := s.begin(c); err != nil {
+		*v = storage.Verdict{}
 		return err
 	}
 	v.Begin(r, Source, c.now)
@@ -195,7 +232,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 		err = ch.Validate()
 	}
 	if err != nil {
-		s.Tidy(ch.Name, ch.Clocked, ch.Now)
+		s.sweepSome(ch.Name, ch.Clocked, ch.Now)
 		return err
 	}
 	n := len(ch.Rules)
@@ -223,7 +260,7 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 
 // Reset implements storage.Storage.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
-	defer s.Tidy("", false, storage.Monotonic())
+	defer s.sweepSome("", false, storage.Monotonic())
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -234,7 +271,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	s.place(&p, name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()
-	if i := p.shard.find(p.tag, name, identifier); i >= 0 {
+	if i := p.shard.number(p.tag, name, identifier); i >= 0 {
 		p.shard.remove(i)
 		s.live.Add(-1)
 	}

@@ -11,15 +11,15 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Whose buckets are all full is removed by the calls of others. About every eighth, whatever it asks and is answered,
-// looks at entries of the next shard until it has judged 8 and 16 more for each that it removed, or has looked at 64:
-// where one of ten is of no use, calls look at six or seven each. Of the calls by an injected clock every second does,
-// as they alone can judge what was spent by it. Which calls is left to chance, so that no pattern of them leaves the
-// entries of one clock to the calls by another.
+// Calls remove identifiers whose buckets are all full, whatever they ask and are answered. About every eighth call looks
+// at four entries of the next shard, or at 32 if the last such call removed some, and goes on by 16 for each that it
+// removes, up to 64. So a call costs little where there is nothing to remove, and calls catch up fast where there is. Of
+// the calls by an injected clock every second does, as they alone can judge what was spent by it. Which calls do so is left
+// to chance, so that no pattern of them leaves the entries of one clock to the calls by another.
 const (
 	sweepEvery = 8
-	sweepFirst = 8
-	sweepRich  = 32 // in place of the first 8, where the last call found some
+	sweepFirst = 4
+	sweepRich  = 32 // in place of sweepFirst, where the last call found some
 	sweepMore  = 16
 	sweepMost  = 64
 	sweepHalf  = sweepMost / 2 // of a call that may do so twice
@@ -58,9 +58,6 @@ func (w *sweep) full(e *entry) bool {
 		}
 	}
 	w.judged++
-	if c := &e.cells[0]; c.a > now && c.b > 0 && c.seen <= now && e.layout.rules[0].Kind != storage.SlidingWindow {
-		return false // as nearly always: the first bucket has a hold that has not ended
-	}
 	return e.full(now)
 }
 
@@ -82,7 +79,7 @@ func (w *sweep) shard(sh *shard, i, n int) int {
 	return i
 }
 
-// due counts identifiers of calls down to the next that sweeps.
+// due counts the identifiers of calls down to the next that sweeps.
 func (sh *shard) due(clocked bool, identifiers int) bool {
 	if clocked {
 		identifiers *= sweepEvery / 2
@@ -90,7 +87,8 @@ func (sh *shard) due(clocked bool, identifiers int) bool {
 	if sh.wait -= identifiers; sh.wait > 0 {
 		return false
 	}
-	sh.wait = 1 + rand.IntN(2*sweepEvery-1)
+	sh.chance = sh.chance*6364136223846793005 + 1442695040888963407
+	sh.wait = 1 + int(sh.chance>>32%(2*sweepEvery-1))
 	return true
 }
 
@@ -128,7 +126,7 @@ func (s *Storage) walk(w *sweep, lock func(*sync.Mutex) bool) {
 // looks are spread evenly, for entries that were made together are full together.
 func (sh *shard) start() int {
 	sh.turn += 0x9e3779b9
-	if sh.n <= sweepFirst {
+	if sh.n <= 8 {
 		return sh.n
 	}
 	return int(uint64(sh.turn) * uint64(sh.n) >> 32)
@@ -144,13 +142,9 @@ func (s *Storage) next(i int) int {
 	return i
 }
 
-// Tidy sweeps as a decision does, for a call that asks for none. The arguments are those of a storage.Request: now counts
-// only if it is the time of a client's clock.
-func (s *Storage) Tidy(name string, clocked bool, now int64) {
+// sweepSome sweeps as a decision does, for a call that makes none.
+func (s *Storage) sweepSome(name string, clocked bool, now int64) {
 	if rand.IntN(sweepEvery) == 0 {
-		if !clocked {
-			now = storage.Monotonic()
-		}
 		s.tidy(name, clocked, now, sweepHalf)
 	}
 }

@@ -29,24 +29,24 @@ type shard struct {
 	n       int    // entries
 	turn    uint32 // where the last walk began, of 2^32 for all entries
 	wait    int    // identifiers of calls until one sweeps
+	chance  uint64 // of which wait is set: a random number, cheaper than those of math/rand
 	visited int    // by sweeps; for tests
 	layouts map[string]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
-	_       [8]byte // rounds up to two cache lines on 64 bits
 }
 
 // entry is one identifier.
 type entry struct {
 	id     string
 	layout *layout
-	cells  [2]cell
+	cells  [2]storage.Cell
 	more   *more
 }
 
-// more is what few entries have: cells after the first two, and the holds of cells that need more
-// than two numbers.
+// more is what few entries have: all cells where they are more than two, and the holds of
+// cells into which they do not fit.
 type more struct {
-	cells []cell
+	cells []storage.Cell
 	holds [][]storage.Hold
 }
 
@@ -70,16 +70,22 @@ func hash(seed maphash.Seed, name, id string) uint64 {
 
 func (sh *shard) entry(i int) *entry { return &sh.chunks[i/chunk][i%chunk] }
 
-// find returns the number of an identifier's entry, or -1.
-func (sh *shard) find(tag uint32, name, id string) int {
-	if len(sh.slots) == 0 {
-		return -1
+// find returns an identifier's entry, or nil.
+func (sh *shard) find(tag uint32, name, id string) *entry {
+	if i := sh.number(tag, name, id); i >= 0 {
+		return sh.entry(i)
 	}
+	return nil
+}
+
+// number returns the number of an identifier's entry, or -1.
+func (sh *shard) number(tag uint32, name, id string) int {
 	mask := uint32(len(sh.slots) - 1)
-	for at := tag & mask; sh.slots[at] != 0; at = (at + 1) & mask {
+	for at := tag & mask; len(sh.slots) > 0 && sh.slots[at] != 0; at = (at + 1) & mask {
 		if slot := sh.slots[at]; uint32(slot>>32) == tag {
-			if e := sh.entry(int(uint32(slot)) - 1); e.id == id && e.layout.name == name {
-				return int(uint32(slot)) - 1
+			i := int(uint32(slot)) - 1
+			if e := sh.entry(i); e.id == id && e.layout.name == name {
+				return i
 			}
 		}
 	}

@@ -1,0 +1,279 @@
+package storage
+
+// The fast way: Decide for a storage that keeps states in memory. Nearly every bucket has at most one hold or level, or
+// two holds in a SlidingWindow, and these fit into three numbers, which need no State around them. All that is here is the
+// order of the steps, which have the numbers of Decide; when tokens come back is told by the same functions of Law. Package
+// storagetest compares the two.
+
+// Cell is the state of one bucket in three numbers, by the kind of its law:
+//
+//	Replenish, FixedWindow, SlidingLog  the one hold: A is its End and B its N; B is 0 if there is none
+//	Continuous                          B is the level, in units
+//	SlidingWindow                       B tokens are held to the end of the window of Seen, A to the end of the one before
+type Cell struct {
+	Seen int64 // when the bucket was changed last; -1: never
+	A, B int64
+}
+
+// NewCell is the cell of a bucket that was never charged.
+func NewCell() Cell { return Cell{Seen: never} }
+
+const (
+	never   = -1
+	outside = -1 // B of a cell whose holds do not fit
+)
+
+// State returns the state of a cell of the given law. It is false if the cell does not have it.
+func (c *Cell) State(law *Law) (s State, ok bool) {
+	if c.Seen == never {
+		return s, true
+	}
+	s = State{Law: law, Seen: c.Seen}
+	if law.Kind != SlidingWindow {
+		s.appendSome(Hold{c.A, c.B})
+		return s, c.B != outside
+	}
+	end := law.end(c.Seen)
+	s.appendSome(Hold{end - law.Period, c.A})
+	s.appendSome(Hold{end, c.B})
+	return s, c.B != outside
+}
+
+func (s *State) appendSome(h Hold) {
+	if h.N > 0 {
+		s.Append(h)
+	}
+}
+
+// Set makes s the state of the cell. It is false if the holds do not fit: then they have to be kept elsewhere.
+func (c *Cell) Set(s *State) (ok bool) {
+	*c = Cell{Seen: s.Seen}
+	holds := s.Holds()
+	if s.Law.Kind == SlidingWindow {
+		return c.setWindows(s.Law, holds)
+	}
+	switch len(holds) {
+	case 0:
+	case 1:
+		c.A, c.B = holds[0].End, holds[0].N
+	default:
+		c.B = outside
+	}
+	return c.B != outside
+}
+
+func (c *Cell) setWindows(law *Law, holds []Hold) (ok bool) {
+	end := law.end(c.Seen)
+	for _, h := range holds {
+		switch h.End {
+		case end - law.Period:
+			c.A = h.N
+		case end:
+			c.B = h.N
+		default:
+			c.B = outside
+			return false
+		}
+	}
+	return true
+}
+
+// Decide is the function Decide for the request that v holds, on the cells of the rules of each part, whose laws are those
+// of the rules. It fills v. It reports false where the cells cannot tell, the request is not valid, or the clock has stepped
+// back; then it has changed no cell and nothing of v that Begin and Set do not set again.
+//
+// Nearly all calls are admitted, so each bucket takes at once, as if all others admitted too, and what was before is put
+// back if one does not.
+func (v *Verdict) Decide(source string, mode Mode, now int64, cells ...[]Cell) bool {
+	if now < 0 || now >= maxClock {
+		return false
+	}
+	var few [inline]Cell
+	before, n, did := few[:], 0, taken
+	if all := v.room(); all > inline {
+		before = make([]Cell, all)
+	}
+	for i := range cells {
+		p := v.Part(i)
+		for j := 0; j < len(p.Rules) && did == taken; j++ {
+			c := &cells[i][j]
+			before[n] = *c
+			did = c.take(v.count(n), &p.Rules[j], p.Cost(j), mode, now)
+			n++
+		}
+	}
+	if did != taken || mode == Peek {
+		putBack(before[:n], cells)
+	}
+	if did == unknown || did == denied && !v.look(n-1, cells, now) {
+		return false
+	}
+	v.Allowed = did == taken
+	v.stamp(source, mode, now)
+	return true
+}
+
+func putBack(before []Cell, cells [][]Cell) {
+	for i := range cells {
+		before = before[copy(cells[i], before):]
+	}
+}
+
+// outcome is what one bucket says.
+type outcome uint8
+
+const (
+	taken outcome = iota
+	denied
+	unknown // the cell cannot tell
+)
+
+// take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed.
+func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) outcome {
+	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
+		return unknown
+	}
+	var spent, level int64
+	switch r.Kind { // 3
+	case Continuous:
+		level = r.drained(c.B, c.Seen, now)
+		spent = ceil(level, r.One)
+	case SlidingWindow:
+		spent = c.unfaded(r, now)
+	default:
+		if c.A > now {
+			if spent = c.B; !r.joins(Hold{c.A, c.B}, now) {
+				return unknown
+			}
+		}
+	}
+	if cost == 0 {
+		c.count(count, r, spent, now)
+		return taken
+	}
+	if cost > r.Capacity-spent && mode != Force { // 4
+		c.deny(count, r, spent, cost, now)
+		return denied
+	}
+	recorded := r.recorded(cost, spent)
+	switch r.Kind { // 5
+	case Continuous:
+		c.A, c.B = 0, level+recorded*r.One
+	case SlidingWindow:
+		c.A, c.B = c.turned(r.end(now)-r.end(c.Seen), r.Period)
+		c.B += recorded
+	default:
+		if spent == 0 {
+			c.A = r.end(now)
+		}
+		c.B = spent + recorded
+	}
+	c.Seen = now
+	if r.atOnce() {
+		back := r.returns(Hold{c.A, c.B}, 0) - now
+		count.ResetAfter, count.NextAfter, count.HeldFor = back, back, c.A-now
+	} else {
+		c.count(count, r, spent+recorded, now)
+		count.HeldFor = c.goneAt(&r.Law) - now
+	}
+	count.Remaining = r.Capacity - spent - min(cost, 4*r.Capacity)
+	return taken
+}
+
+// deny counts what is, in a bucket that denies a cost.
+func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
+	c.count(count, r, spent, now)
+	if count.RetryAfter = count.ResetAfter; !r.atOnce() {
+		count.RetryAfter = c.back(r, r.Capacity-cost) - now
+	}
+}
+
+// look counts what is, in all buckets but the one that denied first, whose count is there. It is false where a cell cannot
+// tell.
+func (v *Verdict) look(first int, cells [][]Cell, now int64) bool {
+	n, longest := 0, int64(0)
+	for i := range cells {
+		p := v.Part(i)
+		for j := range p.Rules {
+			c, r, cost, count := &cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
+			if n++; n-1 != first {
+				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now) != taken {
+					return false
+				}
+				if cost > count.Remaining && cost > 0 {
+					c.deny(count, r, r.Capacity-count.Remaining, cost, now)
+				}
+			}
+			longest = max(longest, count.RetryAfter)
+		}
+	}
+	v.RetryAfter = duration(longest)
+	return true
+}
+
+// count tells what is spent and when it comes back.
+func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
+	if spent == 0 {
+		*count = Count{Remaining: r.Capacity}
+		return
+	}
+	back := int64(0)
+	if r.atOnce() {
+		back = r.returns(Hold{c.A, c.B}, 0) - now
+	} else {
+		back = c.back(r, 0) - now
+	}
+	*count = Count{Remaining: r.Capacity - spent, ResetAfter: back, NextAfter: back}
+	if !r.atOnce() && spent > 1 {
+		count.NextAfter = c.back(r, min(spent, r.Capacity)-1) - now
+	}
+}
+
+// unfaded is what is out of a SlidingWindow.
+func (c *Cell) unfaded(r *Rule, now int64) int64 {
+	end := r.end(c.Seen)
+	return r.unfaded(Hold{end - r.Period, c.A}, now) + r.unfaded(Hold{end, c.B}, now)
+}
+
+// turned are the counts of a SlidingWindow in a window that ends so much later.
+func (c *Cell) turned(later, period int64) (before, within int64) {
+	switch later {
+	case 0:
+		return c.A, c.B
+	case period:
+		return c.B, 0
+	}
+	return 0, 0
+}
+
+// back is when what is spent of a level or a SlidingWindow, which is more than room, will have fallen to it.
+func (c *Cell) back(r *Rule, room int64) int64 {
+	if r.Kind == Continuous {
+		return r.falls(c.B, c.Seen, room*r.One)
+	}
+	end := r.end(c.Seen)
+	if c.B <= room {
+		return r.fades(Hold{end - r.Period, c.A}, room-c.B)
+	}
+	return r.fades(Hold{end, c.B}, room)
+}
+
+// Full is State.Full. It is not known if the clock has stepped back or the cell does not have the state.
+func (c *Cell) Full(law *Law, now int64) (full, known bool) {
+	return c.A == 0 && c.B == 0 || c.goneAt(law) <= now, c.Seen <= now && c.B != outside
+}
+
+// goneAt is when the newest of what is out is gone, to the last unit.
+func (c *Cell) goneAt(law *Law) int64 {
+	switch law.Kind {
+	case Continuous:
+		return law.falls(c.B, c.Seen, 0)
+	case SlidingWindow:
+		end := law.end(c.Seen)
+		if c.B == 0 {
+			end -= law.Period
+		}
+		return end + law.fade()
+	}
+	return c.A
+}
