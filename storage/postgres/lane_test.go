@@ -51,7 +51,7 @@ func counted(t testing.TB, url, name string) (*pgstore.Storage, *trips) {
 	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
-	return open(t, pool, pgstore.Options{Name: name}), c
+	return open(t, pool, pgstore.Options{TablePrefix: name}), c
 }
 
 // On a busy machine a call may take longer than memory allows, and then reads.
@@ -59,7 +59,7 @@ func TestRoundTrips(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
 	s, trips := counted(t, url, "trips")
-	other := open(t, connect(t, url), pgstore.Options{Name: "trips"})
+	other := open(t, connect(t, url), pgstore.Options{TablePrefix: "trips"})
 	r, few := asktest.Hourly(t, freshID(t), 1000), asktest.FivePerHour(t, freshID(t)+" few")
 	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, asktest.Take(t, s, r, 1)) }) }
 	assert.Equal(t, 2, admitted(), "the first admission reads and writes")
@@ -78,7 +78,7 @@ func TestRoundTrips(t *testing.T) {
 func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s, other := open(t, pool, pgstore.Options{Name: "memory"}), open(t, pool, pgstore.Options{Name: "memory"})
+	s, other := open(t, pool, pgstore.Options{TablePrefix: "memory"}), open(t, pool, pgstore.Options{TablePrefix: "memory"})
 	for what, do := range map[string]struct {
 		do   func(storage.Request) error
 		left int
@@ -106,7 +106,7 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
-	s, other := open(t, connect(t, url), pgstore.Options{Name: "refusal"}), open(t, connect(t, url), pgstore.Options{Name: "refusal"})
+	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"})
 	r := asktest.FivePerHour(t, freshID(t))
 	require.Equal(t, 5, asktest.Take(t, s, r, 5))
 	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))

@@ -78,6 +78,9 @@ func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []
 	if err != nil {
 		return nil, err
 	}
+	if s.closed.Load() {
+		return nil, storage.ErrClosed
+	}
 	r.until, _ = ctx.Deadline()
 	c := s.ledger.Get()
 	defer s.ledger.Put(c)

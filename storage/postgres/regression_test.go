@@ -177,7 +177,7 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s, other := open(t, pool, pgstore.Options{Name: "crashed"}), open(t, pool, pgstore.Options{Name: "crashed"})
+	s, other := open(t, pool, pgstore.Options{TablePrefix: "crashed"}), open(t, pool, pgstore.Options{TablePrefix: "crashed"})
 	r := asktest.Hourly(t, freshID(t), 100)
 	id := []byte(":" + r.Part.Identifier)
 	require.Equal(t, 1, asktest.Take(t, s, r, 1))
@@ -291,7 +291,7 @@ func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
 		s, err := pgstore.New(t.Context(), connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable"), &o)
 		if err == nil {
 			_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
-			require.NoError(t, s.Close())
+			require.NoError(t, s.Close(bg))
 		}
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
 		assert.NotRegexp(t, "qq|zz", err.Error(), "no part of the password")

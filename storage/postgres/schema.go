@@ -23,7 +23,7 @@ func Schema(o *Options) string {
 	if o != nil {
 		p = *o
 	}
-	p.Name = cmp.Or(p.Name, DefaultName)
+	p.TablePrefix = cmp.Or(p.TablePrefix, DefaultTablePrefix)
 	sql := schemaSQL
 	if p.Unlogged {
 		sql = strings.Replace(sql, "CREATE TABLE", "CREATE UNLOGGED TABLE", 1)
@@ -34,9 +34,9 @@ func Schema(o *Options) string {
 // table is its name, quoted.
 func (o *Options) table() string {
 	if o.Schema == "" {
-		return pgx.Identifier{o.Name + "_state"}.Sanitize()
+		return pgx.Identifier{o.TablePrefix + "_state"}.Sanitize()
 	}
-	return pgx.Identifier{o.Schema, o.Name + "_state"}.Sanitize()
+	return pgx.Identifier{o.Schema, o.TablePrefix + "_state"}.Sanitize()
 }
 
 // statements are the SQL of a flight.
@@ -149,7 +149,7 @@ func (s *Storage) find(ctx context.Context) (there bool, err error) {
 		return false, nil
 	}
 	if *kind != "r" || *found != shape {
-		return false, &OptionError{Field: "Name", is: storage.ErrCorruptState, Reason: fmt.Sprintf(
+		return false, &OptionError{Field: "TablePrefix", cause: storage.ErrCorruptState, Reason: fmt.Sprintf(
 			"leads to %s, which is none of this package's, or one of a later version: it is %s with (%s), must be a table with (%s); it is left alone",
 			s.options.table(), kinds[*kind], *found, shape)}
 	}

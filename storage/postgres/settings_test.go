@@ -86,7 +86,7 @@ func in(server *servers.Server, database string) string {
 // assertAnsweredAlike does all that a storage can do, and compares the answers with those of the model.
 func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	t.Helper()
-	s, model := open(t, pool, pgstore.Options{Name: name}), storagetest.NewModel()
+	s, model := open(t, pool, pgstore.Options{TablePrefix: name}), storagetest.NewModel()
 	random, now := rand.New(rand.NewPCG(1, 2)), int64(noon)
 	var rules []storage.Rule
 	for _, kind := range asktest.Kinds {
@@ -142,7 +142,7 @@ func alike(t *testing.T, do func(storage.Replica) (any, error), s, model storage
 // assertCrowdAlike has processes race by the server's clock, for one identifier and for two.
 func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name string) {
 	t.Helper()
-	other := open(t, pool, pgstore.Options{Name: name})
+	other := open(t, pool, pgstore.Options{TablePrefix: name})
 	hot, several := asktest.Hourly(t, oddID, 21), asktest.Hourly(t, "c", 13)
 	several.More = []storage.Part{asktest.Hourly(t, oddID+"2", 17).Part}
 	var one, two asktest.Told
@@ -166,7 +166,7 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			pool := connect(t, bouncer.URL()+"&pool_max_conns=4&default_query_exec_mode="+mode)
-			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{Name: mode}), open(t, pool, pgstore.Options{Name: mode})}
+			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{TablePrefix: mode}), open(t, pool, pgstore.Options{TablePrefix: mode})}
 			s, hot, few, other := stores[0], asktest.Hourly(t, oddID, 21), asktest.FivePerHour(t, "few"), asktest.FivePerHour(t, "other")
 			var one asktest.Told
 			asktest.Crowd(10, func(i int) {
@@ -200,7 +200,7 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 // Redis is gone: what it had recorded is in the ledger, which decides from then on.
 func TestTheLedgerDecidesInTheSimpleProtocol(t *testing.T) {
 	t.Parallel()
-	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{Name: "simple"})
+	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{TablePrefix: "simple"})
 	r := asktest.FivePerHour(t, freshID(t))
 	record(t, s, "o", time.Now().UnixNano(), chargeOne(r), chargeOne(r))
 	for i := range 3 {

@@ -36,8 +36,8 @@ const Source = "postgres"
 
 // Defaults of Options. A commit waits for the disk, and a busy one takes tens of milliseconds.
 const (
-	DefaultName    = "throttler"
-	DefaultTimeout = 500 * time.Millisecond
+	DefaultTablePrefix = "throttler"
+	DefaultTimeout     = 500 * time.Millisecond
 )
 
 // Options of a Storage. The zero value and nil are the defaults.
@@ -46,9 +46,9 @@ type Options struct {
 	// role. The schema is not created.
 	Schema string
 
-	// Name is what the name of the table begins with, by default DefaultName, which makes it throttler_state. It
-	// has at most 40 bytes.
-	Name string
+	// TablePrefix begins the name of the table, by default DefaultTablePrefix, which makes it throttler_state. It has at
+	// most 40 bytes.
+	TablePrefix string
 
 	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout. At
 	// least 10 ms. The server gives up when nine tenths have passed, waiting for a lock a little earlier.
@@ -72,15 +72,15 @@ type OptionError struct {
 	Field  string // Pool or a field of Options
 	Reason string // what was given and what is allowed
 
-	is error
+	cause error
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: postgres: %s %s", e.Field, e.Reason)
 }
 
-// Unwrap returns ErrCorruptState if the table that Name leads to is none of this package's, else nil.
-func (e *OptionError) Unwrap() error { return e.is }
+// Unwrap returns ErrCorruptState if another table has the name that TablePrefix leads to, else nil.
+func (e *OptionError) Unwrap() error { return e.cause }
 
 // Storage is safe for concurrent use. It is made by New.
 //
@@ -105,6 +105,7 @@ type Storage struct {
 	joint  *combine.Queue[query, answer]    // a call of several identifiers
 	ledger *combine.Queue[*record, []storage.Debt]
 
+	closed    atomic.Bool // by Close, which need not wait for the queues to know it
 	fresh     atomic.Bool // the last Record had to make rows
 	contended marks       // rows that are locked from the beginning
 	shared    marks       // rows that others write too
@@ -125,7 +126,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if o != nil {
 		s.options = *o
 	}
-	s.options.Name = cmp.Or(s.options.Name, DefaultName)
+	s.options.TablePrefix = cmp.Or(s.options.TablePrefix, DefaultTablePrefix)
 	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
@@ -159,8 +160,8 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	if pool == nil {
 		fault("Pool", "is nil")
 	}
-	if len(o.Name) > 40 {
-		fault("Name", "has %d bytes, must have at most 40", len(o.Name))
+	if len(o.TablePrefix) > 40 {
+		fault("TablePrefix", "has %d bytes, must have at most 40", len(o.TablePrefix))
 	}
 	if o.Timeout < 10*time.Millisecond {
 		fault("Timeout", "is %v, must be at least 10ms, or 0 for %v", o.Timeout, DefaultTimeout)
@@ -173,9 +174,24 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	return errors.Join(faults...)
 }
 
-// Close refuses further calls with ErrClosed, and waits until those that were sent are answered or
-// Options.Timeout has passed. It does not close the pool.
-func (s *Storage) Close() error {
+// Close refuses further calls with ErrClosed, and waits for those in flight: until Options.Timeout has passed, or until
+// the context ends, whose error it returns then. It may be called again. It does not close the pool.
+func (s *Storage) Close(ctx context.Context) error {
+	s.closed.Store(true)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.closeAll()
+	}()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *Storage) closeAll() {
 	var wait sync.WaitGroup
 	for _, lane := range s.lanes {
 		wait.Go(lane.Close)
@@ -187,7 +203,6 @@ func (s *Storage) Close() error {
 	wait.Go(s.ledger.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
-	return nil
 }
 
 // Decide implements storage.Storage.
@@ -276,6 +291,9 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
 func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
+	if s.closed.Load() {
+		return a, storage.ErrClosed
+	}
 	q.keep()
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]

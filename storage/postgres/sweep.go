@@ -72,12 +72,6 @@ func (w *sweeps) end(last []byte, err error) {
 	}
 }
 
-func (w *sweeps) isClosed() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.closed
-}
-
 // close waits for a sweep in progress.
 func (w *sweeps) close() {
 	w.mu.Lock()
@@ -112,7 +106,7 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, no
 // It takes the table in small pieces, waits for no lock, and ends with the context.
 func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 	for last := []byte(nil); ; {
-		if s.sweeps.isClosed() {
+		if s.closed.Load() {
 			return removed, storage.ErrClosed
 		}
 		n, next, err := s.sweep(ctx, last, "", -1, 0)

@@ -19,7 +19,7 @@ import (
 func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "churn"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "churn"})
 	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const each, minutes = 500, 30 // that many new identifiers come in each minute
@@ -36,7 +36,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 		}
 		wait.Wait()
 	}
-	require.NoError(t, s.Close(), "which waits for a sweep")
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
 	var rows int
 	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM churn_state").Scan(&rows))
 	assert.Less(t, rows, 4*each, "of %d identifiers %d are not full", each*minutes, each)
@@ -45,7 +45,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "joint_churn"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "joint_churn"})
 	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
 	require.Empty(t, faults)
 	const calls, each = 200, 10
@@ -62,7 +62,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 			assert.NoError(t, err)
 		}
 	})
-	require.NoError(t, s.Close(), "which waits for a sweep")
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
 	var rows int
 	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM joint_churn_state").Scan(&rows))
 	assert.Less(t, rows, calls*each/2, "none of the rows is needed")
@@ -72,7 +72,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 // each time that one begins.
 func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 	t.Parallel()
-	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{Name: "back"})
+	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{TablePrefix: "back"})
 	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const day = 86_400_000_000
@@ -97,7 +97,7 @@ func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "sweep"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "sweep"})
 	for i, period := range []time.Duration{time.Microsecond, time.Hour} {
 		rule, faults := storage.NewRule("1", storage.Replenish, period, 1, 0)
 		require.Empty(t, faults)
@@ -112,7 +112,7 @@ func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	removed, err = s.Sweep(t.Context())
 	require.NoError(t, err)
 	assert.Zero(t, removed)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(bg))
 	_, err = s.Sweep(t.Context())
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
