@@ -268,8 +268,18 @@ func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed
 		s.fail(calls, err)
 		return nil, 0
 	}
-	s.swept(len(rows), &calls[0].Query.request, now)
+	s.swept(len(rows), missing(rows), &calls[0].Query.request, now)
 	return act(calls, rows, now), now
+}
+
+// missing counts the rows that are not there.
+func missing(rows []*row) (n int) {
+	for _, r := range rows {
+		if r.version == 0 {
+			n++
+		}
+	}
+	return n
 }
 
 // rowsOf returns the rows of calls of one identifier each, in the order of the ids, which is that in which every

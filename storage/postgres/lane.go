@@ -53,7 +53,7 @@ func (l *lane) fly(ctx context.Context, flight []*call) {
 	if now, ok := l.recall(flight, rows); ok {
 		act(flight, rows, now)
 		if taken(flight, rows) {
-			l.s.swept(len(rows), &flight[0].Query.request, now)
+			l.s.swept(len(rows), 0, &flight[0].Query.request, now)
 			if rows = l.write(ctx, rows, now, true); len(rows) == 0 {
 				return
 			}

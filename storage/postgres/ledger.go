@@ -41,6 +41,7 @@ type record struct {
 	seq     int64     // of the batch
 	last    int64     // of the origin, as it was read
 	fresh   bool      // rows were missing
+	made    int       // that many of them were inserted
 	until   time.Time // when the caller leaves; zero if that is not known
 }
 
@@ -178,7 +179,7 @@ func (s *Storage) flyRecord(ctx context.Context, flight []*combine.Call[*record,
 	}
 	if err == nil && len(r.entries) > 0 {
 		d := &r.entries[0].debt
-		s.swept(len(r.entries), &storage.Request{Name: d.Name, Clocked: d.Clocked, Now: d.Now}, now)
+		s.swept(max(len(r.entries), r.made), r.made, &storage.Request{Name: d.Name, Clocked: d.Clocked, Now: d.Now}, now)
 	}
 }
 
@@ -255,7 +256,8 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 	b.Queue(noScan)
 	if create {
 		b.Queue(s.sql.absent, idsOf(r.charged)).Exec(func(made pgconn.CommandTag) error {
-			r.fresh = r.fresh || made.RowsAffected() > 0
+			r.made = int(made.RowsAffected())
+			r.fresh = r.fresh || r.made > 0
 			return nil
 		})
 	}

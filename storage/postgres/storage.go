@@ -148,6 +148,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	}
 	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
 	s.fresh.Store(true)
+	s.sweeps.weight.Store(fullWeight)
 	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyRecord)
 	return s, nil
 }

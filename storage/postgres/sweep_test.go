@@ -3,10 +3,14 @@ package postgres_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -138,4 +142,49 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 			})
 		})
 	}
+}
+
+// looks counts the sweeps that a pool sends.
+type looks struct {
+	trips
+	n atomic.Int64
+}
+
+func (l *looks) TraceBatchQuery(_ context.Context, _ *pgx.Conn, d pgx.TraceBatchQueryData) {
+	if strings.Contains(d.SQL, "DELETE") {
+		l.n.Add(1)
+	}
+}
+
+func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(servers.Postgres(t, "-c", "fsync=off").URL())
+	require.NoError(t, err)
+	sent := &looks{}
+	config.ConnConfig.Tracer = sent
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	s := open(t, pool, pgstore.Options{})
+	const ids, rounds = 500, 32
+	rule := asktest.Rule(t, "r", storage.Replenish, time.Hour, 1000)
+	ask := func(now int64, ids int) {
+		asktest.Crowd(20, func(worker int) {
+			for i := worker; i < ids; i += 20 {
+				r := storage.Request{Clocked: true, Now: now, Part: storage.NewPart(fmt.Sprint(i), []storage.Rule{rule}, 1)}
+				_, err := s.Decide(context.Background(), r)
+				assert.NoError(t, err)
+			}
+		})
+	}
+	for range rounds {
+		ask(0, ids)
+	}
+	assert.LessOrEqual(t, sent.n.Load(), int64(rounds*ids/256/4), "of %d at the usual rate", rounds*ids/256)
+	const later = 2 * 3_600_000_000 // when all but a fifth are full
+	for range 2 * rounds {
+		ask(later, ids/5)
+	}
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
+	assert.LessOrEqual(t, sqlGet[int](t, pool, "SELECT count(*) FROM throttler_state"), ids/4, "what is full is removed")
 }
