@@ -166,7 +166,7 @@ func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
 	s := open(t, pool, pgstore.Options{})
-	const ids, rounds = 500, 32
+	const ids, rounds = 500, 20
 	rule := asktest.Rule(t, "r", storage.Replenish, time.Hour, 1000)
 	ask := func(now int64, ids int) {
 		asktest.Crowd(20, func(worker int) {
@@ -182,7 +182,7 @@ func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
 	}
 	assert.LessOrEqual(t, sent.n.Load(), int64(rounds*ids/256/4), "of %d at the usual rate", rounds*ids/256)
 	const later = 2 * 3_600_000_000 // when all but a fifth are full
-	for range 2 * rounds {
+	for range 3 * rounds {
 		ask(later, ids/5)
 	}
 	require.NoError(t, s.Close(bg), "which waits for a sweep")
