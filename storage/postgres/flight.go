@@ -253,23 +253,32 @@ func rowsOfJoint(c *call) []*row {
 		q.rows = append(q.rows, &row{id: id, rules: q.rules(i)})
 	}
 	rows := slices.Clone(q.rows)
-	slices.SortFunc(rows, func(a, b *row) int { return bytes.Compare(a.id, b.id) })
+	slices.SortFunc(rows, byID)
 	return rows
 }
+
+// byID is the order in which every transaction locks rows, so that none waits for another in a circle.
+func byID(a, b *row) int { return bytes.Compare(a.id, b.id) }
 
 // look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
 // server's time.
 func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
-	err := s.query(ctx, s.sql.read, idsOf(rows), func(r pgx.Rows) (err error) {
-		_, err = scan(r, rows, &now)
-		return err
-	})
+	now, err := s.read(ctx, rows)
 	if err != nil {
 		s.fail(calls, err)
 		return nil, 0
 	}
 	s.swept(len(rows), missing(rows), &calls[0].Query.request, now)
 	return act(calls, rows, now), now
+}
+
+// read reads the rows, and returns the server's time.
+func (s *Storage) read(ctx context.Context, rows []*row) (now int64, err error) {
+	err = s.query(ctx, s.sql.read, idsOf(rows), func(r pgx.Rows) (err error) {
+		_, err = scan(r, rows, &now)
+		return err
+	})
+	return now, err
 }
 
 // missing counts the rows that are not there.

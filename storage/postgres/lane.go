@@ -50,23 +50,67 @@ func newLane(s *Storage) *lane {
 // fly executes a flight of calls of one identifier each.
 func (l *lane) fly(ctx context.Context, flight []*call) {
 	rows := rowsOf(flight)
-	if now, ok := l.recall(flight, rows); ok {
-		act(flight, rows, now)
-		if taken(flight, rows) {
-			l.s.swept(len(rows), 0, &flight[0].Query.request, now)
-			if rows = l.write(ctx, rows, now, true); len(rows) == 0 {
-				return
-			}
-			flight = nil
-			for _, r := range rows {
-				flight = append(flight, r.calls...)
-			}
+	now, unknown := l.recall(rows)
+	if len(unknown) > 0 {
+		var err error
+		if now, err = l.read(ctx, unknown); err != nil {
+			l.s.fail(flight, err)
+			return
 		}
 	}
-	changed, now := l.look(ctx, flight, rows)
-	for _, r := range l.write(ctx, changed, now, false) {
+	l.s.swept(len(rows), missing(rows), &flight[0].Query.request, now)
+	act(flight, rows, now)
+	write, again := split(rows)
+	for _, r := range l.write(ctx, write, now, len(unknown) == 0) {
+		if r.remembered {
+			again = append(again, r)
+		} else {
+			l.contend(r)
+		}
+	}
+	if len(again) > 0 {
+		slices.SortFunc(again, byID) // the order in which rows are locked
+		l.reread(ctx, again)
+	}
+}
+
+// reread does again what was done to rows that are not as they were remembered, or of which nothing was taken.
+func (l *lane) reread(ctx context.Context, rows []*row) {
+	var calls []*call
+	for _, r := range rows {
+		calls = append(calls, r.calls...)
+	}
+	remembered := make([]int64, len(rows))
+	for i, r := range rows {
+		remembered[i] = r.version
+	}
+	now, err := l.read(ctx, rows)
+	if err != nil {
+		l.s.fail(calls, err)
+		return
+	}
+	for i, r := range rows {
+		if remembered[i] != r.version {
+			l.s.shared.mark(r.id, 10*time.Second)
+		}
+	}
+	for _, r := range l.write(ctx, act(calls, rows, now), now, false) {
 		l.contend(r)
 	}
+}
+
+// split returns the rows to be written, and those that have to be read before anything is said of them: rows from memory of
+// which a call has taken nothing.
+func split(rows []*row) (write, again []*row) {
+	for _, r := range rows {
+		switch {
+		case r.remembered && !r.taken():
+			again = append(again, r)
+		case r.changed:
+			write = append(write, r)
+		}
+	}
+	return write, again
 }
 
 // contend has the calls of a row done again, under a lock, and later ones from the beginning.
@@ -75,44 +119,28 @@ func (l *lane) contend(r *row) {
 	contend(r.calls)
 }
 
-// taken reports whether every call has taken something, and every row is to be written.
-func taken(flight []*call, rows []*row) bool {
-	for _, c := range flight {
+// taken reports whether every call of the row has taken something.
+func (r *row) taken() bool {
+	for _, c := range r.calls {
 		if c.Err != nil || !c.Answer.verdict.Taken() {
 			return false
 		}
 	}
-	for _, r := range rows {
-		if !r.changed {
-			return false
-		}
-	}
-	return true
+	return r.changed
 }
 
-// look is that of the Storage. It finds the offset of the clock, and whether rows that were remembered are shared
-// with others.
-func (l *lane) look(ctx context.Context, flight []*call, rows []*row) (changed []*row, now int64) {
-	remembered := make([]int64, len(rows))
-	for i, r := range rows {
-		remembered[i] = r.version
-	}
+// read reads rows, and finds the offset of the clock.
+func (l *lane) read(ctx context.Context, rows []*row) (now int64, err error) {
 	sent := storage.Monotonic()
-	changed, now = l.s.look(ctx, flight, rows)
-	if now == 0 {
-		return nil, 0
-	}
-	for i, r := range rows {
-		if remembered[i] > 0 && remembered[i] != r.version {
-			l.s.shared.mark(r.id, 10*time.Second)
-		}
+	if now, err = l.s.read(ctx, rows); err != nil {
+		return 0, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if own := storage.Monotonic(); own-sent < offsetTrip {
 		l.offset, l.offsetAt = now-own, own
 	}
-	return changed, now
+	return now, nil
 }
 
 // write writes rows, and returns those that somebody else has written. The calls of those that are locked are
@@ -146,33 +174,35 @@ func (l *lane) write(ctx context.Context, rows []*row, now int64, memory bool) (
 	return l.write(ctx, free, now, memory)
 }
 
-// recall sets the rows to what is remembered and forgets it, if that is so of all of them and every call is to
-// take, and returns what the server's clock is.
-func (l *lane) recall(flight []*call, rows []*row) (now int64, ok bool) {
-	for _, c := range flight {
-		if c.Query.change != nil || c.Query.request.Mode == storage.Peek {
-			return 0, false
-		}
-	}
+// recall sets the rows to what is remembered and forgets it, where every call is to take. It returns the others, and what the server's clock is.
+func (l *lane) recall(rows []*row) (now int64, unknown []*row) {
 	own := storage.Monotonic()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.age(own)
 	if own > l.offsetAt+memoryOffset {
-		return 0, false
+		return 0, rows
 	}
 	for _, r := range rows {
 		m, ok := l.find(r.id)
-		if !ok {
-			return 0, false
+		if !ok || !r.toTake() {
+			unknown = append(unknown, r)
+			continue
 		}
-		r.version, r.buckets = m.version, m.buckets
-	}
-	for _, r := range rows {
+		r.version, r.buckets, r.remembered = m.version, m.buckets, true
 		delete(l.known, string(r.id))
 		delete(l.old, string(r.id))
 	}
-	return own + l.offset, true
+	return own + l.offset, unknown
+}
+
+func (r *row) toTake() bool {
+	for _, c := range r.calls {
+		if c.Query.change != nil || c.Query.request.Mode == storage.Peek {
+			return false
+		}
+	}
+	return true
 }
 
 func (l *lane) find(id []byte) (m memory, ok bool) {

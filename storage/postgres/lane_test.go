@@ -2,6 +2,8 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 
@@ -111,4 +113,39 @@ func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	require.Equal(t, 5, asktest.Take(t, s, r, 5))
 	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
 	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+}
+
+// The batches of the first storage mix rows that it remembers, that the other one has written meanwhile, and that nobody
+// has, with calls that take nothing.
+func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
+	t.Parallel()
+	url := servers.PostgresURL(t)
+	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"})
+	const ids, limit = 60, 20
+	base := freshID(t)
+	var told [ids]asktest.Told
+	ask := func(s *pgstore.Storage, i int) {
+		assert.NoError(t, told[i].Ask(s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+	}
+	asktest.Crowd(64, func(worker int) {
+		random := rand.New(rand.NewPCG(1, uint64(worker)))
+		for n := range 80 {
+			i := random.IntN(ids)
+			switch {
+			case worker%8 == 0:
+				ask(other, random.IntN(ids/4))
+			case n%7 == 0:
+				r := asktest.Hourly(t, fmt.Sprint(base, i), limit)
+				r.Mode = storage.Peek
+				_, err := s.Decide(context.Background(), r)
+				assert.NoError(t, err)
+			default:
+				ask(s, i)
+			}
+		}
+	})
+	for i := range told {
+		assert.Equal(t, int64(limit), told[i].Admitted.Load(), i)
+		assert.Equal(t, int64(limit), asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+	}
 }

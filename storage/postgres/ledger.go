@@ -1,7 +1,6 @@
 package postgres
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -153,7 +152,6 @@ func (r *record) addRows() {
 		}
 		e.row, all[string(id)] = k.row, k
 	}
-	byID := func(a, b *row) int { return bytes.Compare(a.id, b.id) }
 	slices.SortFunc(r.rows, byID)
 	slices.SortFunc(r.charged, byID)
 }

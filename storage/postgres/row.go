@@ -20,9 +20,10 @@ type row struct {
 	buckets []bucket
 	fault   error // why the buckets cannot be read
 
-	changed bool // and not written yet
-	now     int64
-	clocked bool // now is the client's, not the server's
+	changed    bool // and not written yet
+	remembered bool
+	now        int64
+	clocked    bool // now is the client's, not the server's
 
 	rules []storage.Rule // those that the buckets probably have
 	calls []*call        // those of this identifier, if none of the flight has several
@@ -160,7 +161,7 @@ func (r *row) read(version int64, state []byte) {
 	if len(state) > 0 && d.bytes(1)[0] != format {
 		d.fail("format")
 	}
-	r.version, r.buckets, r.fault, r.changed = version, nil, nil, false
+	r.version, r.buckets, r.fault, r.changed, r.remembered = version, nil, nil, false, false
 	for i := 0; len(d.rest) > 0; i++ {
 		name := d.bytes(d.number("name", 1<<16))
 		law := storage.Law{
