@@ -267,9 +267,6 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 	return now, err
 }
 
-// noScan is for an update of rows whose places are known, while Postgres knows little of the size of the table.
-const noScan = "SET LOCAL enable_seqscan = off"
-
 // scan reads the answer to s.sql.claim.
 func (r *record) scan(answer pgx.Rows) (now int64, err error) {
 	var place, version int64

@@ -330,21 +330,3 @@ func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer],
 	}
 	return c.Answer, nil
 }
-
-// marks are on ids, for a time. One may be on another id as well, of which no more than speed depends.
-type marks struct {
-	seed  maphash.Seed
-	until [1024]atomic.Int64
-}
-
-func (m *marks) of(id []byte) *atomic.Int64 {
-	return &m.until[maphash.Bytes(m.seed, id)%uint64(len(m.until))]
-}
-
-func (m *marks) mark(id []byte, d time.Duration) {
-	m.of(id).Store(storage.Monotonic() + d.Microseconds())
-}
-func (m *marks) marked(id []byte) bool { return m.of(id).Load() > storage.Monotonic() }
-
-// rowID is the key of a row. Names have no colon.
-func rowID(name, identifier string) []byte { return []byte(name + ":" + identifier) }
