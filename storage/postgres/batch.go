@@ -248,7 +248,7 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 		return nil, err
 	}
 	b := &pgx.Batch{}
-	b.Queue(setSettings, settings...)
+	b.Queue(sqlSettings, settings...)
 	s.queueWrites(b, rows, now, memory)
 	if err := s.exchangeAny(ctx, b); err != nil {
 		return nil, err

@@ -169,8 +169,8 @@ func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, ro
 	}
 	ids, found, now := idsOf(rows), 0, int64(0)
 	b := &pgx.Batch{}
-	b.Queue(begin)
-	b.Queue(setSettings, settings...)
+	b.Queue(sqlBegin)
+	b.Queue(sqlSettings, settings...)
 	b.Queue(s.sql.blank, ids)
 	b.Queue(s.sql.lock, ids).Query(func(r pgx.Rows) (err error) {
 		found, err = scan(r, rows, &now)

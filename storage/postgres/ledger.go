@@ -249,9 +249,9 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 		row.version, row.buckets, row.fault, row.changed = 0, nil, nil, false
 	}
 	b := &pgx.Batch{}
-	b.Queue(begin)
-	b.Queue(setSettings, settings...)
-	b.Queue(noScan)
+	b.Queue(sqlBegin)
+	b.Queue(sqlSettings, settings...)
+	b.Queue(sqlNoScan)
 	if create {
 		b.Queue(s.sql.absent, idsOf(r.charged)).Exec(func(made pgconn.CommandTag) error {
 			r.made = int(made.RowsAffected())

@@ -45,8 +45,7 @@ func (s *Storage) install(ctx context.Context) error {
 	if there || err != nil {
 		return err
 	}
-	// Statements that are sent at once are one transaction, also where a pooler lets nobody begin one.
-	_, failed := s.pool.Exec(ctx, "SELECT pg_advisory_xact_lock(8270132754410527301);\nSET LOCAL client_min_messages = warning;\n"+Schema(&s.options))
+	_, failed := s.pool.Exec(ctx, sqlInstall+Schema(&s.options))
 	if there, err = s.find(ctx); there || err != nil {
 		return err // also if another process was first, and this one may not create it
 	}
@@ -65,16 +64,10 @@ var kinds = map[string]string{
 // find reports whether the table is there. What has its name and is none of ours is an error, and left alone.
 func (s *Storage) find(ctx context.Context) (there bool, err error) {
 	var schema, kind, found *string
-	err = s.query(ctx, `SELECT coalesce(n.nspname, current_schema())::text, c.relkind::text, concat_ws(', ',
-			(SELECT string_agg(concat_ws(' ', a.attname, t.typname, CASE WHEN a.attgenerated <> '' OR a.attidentity <> '' THEN 'generated' END), ', ' ORDER BY a.attname)
-				FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-			(SELECT 'unique ' || min(a.attname::text) FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
-				WHERE i.indrelid = c.oid AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 AND a.attname = 'id'))
-		FROM (SELECT to_regclass($1::text) AS oid) AS r LEFT JOIN pg_class AS c USING (oid) LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace`,
-		s.options.table(), func(r pgx.Rows) error {
-			_, err := pgx.ForEachRow(r, []any{&schema, &kind, &found}, func() error { return nil })
-			return err
-		})
+	err = s.query(ctx, sqlFind, s.options.table(), func(r pgx.Rows) error {
+		_, err := pgx.ForEachRow(r, []any{&schema, &kind, &found}, func() error { return nil })
+		return err
+	})
 	if err != nil {
 		return false, wrap(ctx, err)
 	}

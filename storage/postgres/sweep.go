@@ -106,7 +106,7 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, no
 		after = []byte{}
 	}
 	b := &pgx.Batch{}
-	b.Queue(begin)
+	b.Queue(sqlBegin)
 	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent, now).Query(func(r pgx.Rows) error {
 		_, err := pgx.ForEachRow(r, []any{&removed, nil}, func() (err error) {
 			last, err = octets(r, 1)
