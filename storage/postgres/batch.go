@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -14,87 +13,60 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// A flight reads the rows of its calls, does to them what the calls ask, and writes those that have changed,
-// each on the condition that nobody else has written it meanwhile. So the arithmetic is that of package
-// storage, a refusal locks nothing and writes nothing, and no lock is held while this process thinks. Calls
-// of a row that somebody else has written are contended: they are done again in a transaction that
-// locks the row before it reads it.
+// A batch is what concurrent calls of one identifier each share: it reads their rows, does to them what the calls ask, and
+// writes those that have changed, each on the condition that its version is still the one that was read.
+//
+// The condition is an optimistic lock. This process decides while it holds no lock, with the arithmetic of package storage,
+// and a denial locks and writes nothing. A lost condition means that somebody else wrote the row in between: what this
+// process decided is void, nothing of it was written, and it may be done again. Another optimistic attempt could lose again
+// and again, so the calls of that row are contended: they are done in a transaction that locks the row first (contended.go).
 
-// lane executes the calls of some identifiers, one flight after the other. It remembers the rows that it has
-// written, and how far the server's clock is from ours: an admission from memory saves the round trip of a read.
-// It is written on the condition that the row is as it is remembered and the clock as well, to 5 ms; if not, the
-// row is read. So is everything that writes nothing, as nobody would find out that the memory is wrong.
-type lane struct {
+// partition executes the calls of some identifiers, one batch after the other. An identifier is always in the same one: two
+// batches of a process in flight at once never write the same row, or each would void what the other has decided.
+//
+// Two partitions overlap the work of this process with that of the server. More make smaller batches and no more decisions.
+type partition struct {
 	*combine.Queue[query, answer]
-	s *Storage
-
-	mu         sync.Mutex // guards what follows; a flight that is stuck does not keep the next one from starting
-	known, old map[string]memory
-	aging      int64 // when known becomes old and what was old is forgotten
-	offset     int64 // of the server's clock to ours, in microseconds
-	offsetAt   int64 // when it was found
+	s      *Storage
+	memory memory
 }
 
-func newLane(s *Storage) *lane {
-	l := &lane{s: s}
-	l.Queue = combine.New(combine.Options{Flights: 1, Timeout: s.options.Timeout}, l.fly)
-	return l
+func newPartition(s *Storage) *partition {
+	p := &partition{s: s}
+	p.Queue = combine.New(combine.Options{Flights: 1, Timeout: s.options.Timeout}, p.run)
+	return p
 }
 
-// fly executes a flight of calls of one identifier each.
-func (l *lane) fly(ctx context.Context, flight []*call) {
-	rows := rowsOf(flight)
-	now, unknown := l.recall(rows)
+// run executes a batch. Only rows that are not remembered are read: if there are none the read is saved. If a remembered row
+// turns out to be wrong, or nothing was taken from it, it is read after all.
+func (p *partition) run(ctx context.Context, calls []*call) {
+	rows := rowsOf(calls)
+	now, unknown := p.memory.recall(rows)
 	if len(unknown) > 0 {
 		var err error
-		if now, err = l.read(ctx, unknown); err != nil {
-			l.s.fail(flight, err)
+		if now, err = p.read(ctx, unknown); err != nil {
+			p.s.fail(calls, err)
 			return
 		}
 	}
-	l.s.swept(len(rows), missing(rows), &flight[0].Query.request, now)
-	act(flight, rows, now)
-	write, again := split(rows)
-	for _, r := range l.write(ctx, write, now, len(unknown) == 0) {
+	p.s.swept(len(rows), missing(rows), &calls[0].Query.request, now)
+	act(calls, rows, now)
+	write, again := split(rows) // before any has an answer: a row whose answer is lost must not be done again
+	for _, r := range p.write(ctx, write, now, len(unknown) == 0) {
 		if r.remembered {
 			again = append(again, r)
 		} else {
-			l.contend(r)
+			p.contend(r)
 		}
 	}
 	if len(again) > 0 {
-		slices.SortFunc(again, byID) // the order in which rows are locked
-		l.reread(ctx, again)
+		slices.SortFunc(again, byID)
+		p.reread(ctx, again)
 	}
 }
 
-// reread does again what was done to rows that are not as they were remembered, or of which nothing was taken.
-func (l *lane) reread(ctx context.Context, rows []*row) {
-	var calls []*call
-	for _, r := range rows {
-		calls = append(calls, r.calls...)
-	}
-	remembered := make([]int64, len(rows))
-	for i, r := range rows {
-		remembered[i] = r.version
-	}
-	now, err := l.read(ctx, rows)
-	if err != nil {
-		l.s.fail(calls, err)
-		return
-	}
-	for i, r := range rows {
-		if remembered[i] != r.version {
-			l.s.shared.mark(r.id, 10*time.Second)
-		}
-	}
-	for _, r := range l.write(ctx, act(calls, rows, now), now, false) {
-		l.contend(r)
-	}
-}
-
-// split returns the rows to be written, and those that have to be read before anything is said of them: rows from memory of
-// which a call has taken nothing.
+// split returns the rows to be written now, and those to be read first: remembered rows from which a call has taken nothing.
+// Nothing would be written to them, and so nothing would reveal that the memory is stale.
 func split(rows []*row) (write, again []*row) {
 	for _, r := range rows {
 		switch {
@@ -117,61 +89,79 @@ func (r *row) taken() bool {
 	return r.changed
 }
 
-// contend has the calls of a row done again, under a lock, and later ones from the beginning.
-func (l *lane) contend(r *row) {
-	l.s.contended.mark(r.id, time.Second)
-	contend(r.calls)
+// reread reads rows in place of what was remembered of them, and does again what their calls ask. A row whose version was
+// another one is shared with other processes, and not remembered for a while: the memory of it would mostly be stale.
+func (p *partition) reread(ctx context.Context, rows []*row) {
+	var calls []*call
+	remembered := make([]int64, len(rows))
+	for i, r := range rows {
+		calls, remembered[i] = append(calls, r.calls...), r.version
+	}
+	now, err := p.read(ctx, rows)
+	if err != nil {
+		p.s.fail(calls, err)
+		return
+	}
+	for i, r := range rows {
+		if remembered[i] != r.version {
+			p.s.shared.mark(r.id, 10*time.Second)
+		}
+	}
+	for _, r := range p.write(ctx, act(calls, rows, now), now, false) {
+		p.contend(r)
+	}
 }
 
-// read reads rows, and finds the offset of the clock.
-func (l *lane) read(ctx context.Context, rows []*row) (now int64, err error) {
+// read reads rows, and what the server's clock is.
+func (p *partition) read(ctx context.Context, rows []*row) (now int64, err error) {
 	sent := storage.Monotonic()
-	if now, err = l.s.read(ctx, rows); err != nil {
-		return 0, err
+	if now, err = p.s.read(ctx, rows); err == nil {
+		p.memory.setClock(sent, now)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if own := storage.Monotonic(); own-sent < offsetTrip {
-		l.offset, l.offsetAt = now-own, own
-	}
-	return now, nil
+	return now, err
 }
 
-// write writes rows, and returns those that somebody else has written. The calls of those that are locked are
-// contended, and those that fail otherwise have the error.
-func (l *lane) write(ctx context.Context, rows []*row, now int64, memory bool) (late []*row) {
+// write writes rows, and returns those whose condition was lost. The calls of rows that somebody keeps locked are contended,
+// and the others are written. After another error it is not known whether the rows were written, so their calls have the
+// error: doing them again could charge twice.
+func (p *partition) write(ctx context.Context, rows []*row, now int64, memory bool) (lost []*row) {
 	if len(rows) == 0 {
 		return nil
 	}
-	late, err := l.s.write(ctx, rows, now, memory)
+	lost, err := p.s.write(ctx, rows, now, memory)
 	switch {
 	case err == nil:
-		l.remember(rows)
-		return late
+		p.memory.remember(rows, &p.s.shared)
+		return lost
 	case rolledBack(err):
 		return rows
 	case code(err) != lockNotAvailable:
 		for _, r := range rows {
-			l.s.fail(r.calls, err)
+			p.s.fail(r.calls, err)
 		}
 		return nil
 	}
-	free := l.s.free(ctx, rows)
+	free := p.s.free(ctx, rows)
 	for _, r := range rows {
 		if !slices.Contains(free, r) {
-			l.contend(r)
+			p.contend(r)
 		}
 	}
 	if len(free) == len(rows) {
-		return rows // by now
+		return rows // the lock has gone meanwhile, and the row has probably changed
 	}
-	return l.write(ctx, free, now, memory)
+	return p.write(ctx, free, now, memory)
 }
 
-// rowsOf returns the rows of calls of one identifier each, in the order of the ids, which is that in which every
-// transaction locks them.
-func rowsOf(flight []*call) []*row {
-	calls := slices.Clone(flight)
+// contend has the calls of a row done again under a lock, and later ones from the beginning.
+func (p *partition) contend(r *row) {
+	p.s.contended.mark(r.id, time.Second)
+	contend(r.calls)
+}
+
+// rowsOf returns the rows of calls of one identifier each, by id. Calls of one row keep their order.
+func rowsOf(batch []*call) []*row {
+	calls := slices.Clone(batch)
 	slices.SortStableFunc(calls, func(a, b *call) int { return bytes.Compare(a.Query.ids[0], b.Query.ids[0]) })
 	rows := make([]*row, 0, len(calls))
 	for i := 0; i < len(calls); {
@@ -186,7 +176,8 @@ func rowsOf(flight []*call) []*row {
 	return rows
 }
 
-// byID is the order in which every transaction locks rows, so that none waits for another in a circle.
+// byID is the order in which all statements and transactions of this package lock rows. Two that want the same rows then
+// wait for each other at the first they share, and never in a circle: there are no deadlocks but with strangers.
 func byID(a, b *row) int { return bytes.Compare(a.id, b.id) }
 
 func idsOf(rows []*row) [][]byte {
@@ -240,9 +231,9 @@ func scan(r pgx.Rows, rows []*row, now *int64) (n int, err error) {
 	return n, err
 }
 
-// write writes rows, and returns those that somebody else has written, or whose calls took longer than the clock
-// of memory allows, if that is where the rows come from. After an error none is written.
-func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool) (late []*row, err error) {
+// write writes rows in one transaction, and returns those whose condition failed: another process wrote them or, if all come
+// from memory, the estimate of the clock was wrong.
+func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool) (lost []*row, err error) {
 	settings, err := s.settings(ctx, s.options.Timeout/10)
 	if err != nil {
 		return nil, err
@@ -257,13 +248,13 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 		if r.written {
 			r.version = r.next
 		} else {
-			late = append(late, r)
+			lost = append(lost, r)
 		}
 	}
-	return late, nil
+	return lost, nil
 }
 
-// free returns those of the rows that nobody locks, as far as can be seen: new ones are.
+// free returns the rows that nobody locks. One that was missing counts as free: it cannot be looked at.
 func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 	unlocked := make([]bool, len(rows))
 	err := s.query(ctx, s.sql.free, idsOf(rows), func(r pgx.Rows) (err error) {

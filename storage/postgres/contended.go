@@ -15,7 +15,11 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// marks are on ids, for a time. One may be on another id as well, of which no more than speed depends.
+// Contended are the calls of rows that several processes write at the same moment, or that somebody keeps locked. They are
+// done in a transaction that locks the row before it reads it, so that nobody can write it in between. Calls of several
+// identifiers always are, as they write all of their rows or none.
+
+// marks flags ids for a while, in a fixed hash table. A collision flags a second id, which only costs speed.
 type marks struct {
 	seed  maphash.Seed
 	until [1024]atomic.Int64
@@ -31,27 +35,27 @@ func (m *marks) mark(id []byte, d time.Duration) {
 
 func (m *marks) marked(id []byte) bool { return m.of(id).Load() > storage.Monotonic() }
 
-// contend answers calls that they have to be done again, under a lock.
+// contend answers calls that they have to be done again under a lock.
 func contend(calls []*call) {
 	for _, c := range calls {
 		c.Answer, c.Err = answer{contended: true}, nil
 	}
 }
 
-// flyContended executes a flight of contended calls, those of each identifier, or of several, in a transaction of
-// their own. One that waits for a lock for long is done again, so that it does not hold up the others.
-func (s *Storage) flyContended(ctx context.Context, flight []*call) {
+// runContended executes a batch of contended calls. Each row, and each call of several identifiers, has a transaction of its
+// own. If there are several, none waits long for its lock: it would hold up the answers of the others. Its calls come again.
+func (s *Storage) runContended(ctx context.Context, calls []*call) {
 	type work struct {
 		calls []*call
 		rows  []*row
 	}
 	var all []work
-	single := flight[:0:0]
-	for _, c := range flight {
+	var single []*call
+	for _, c := range calls {
 		if len(c.Query.ids) == 1 {
 			single = append(single, c)
-		} else if calls, rows := []*call{c}, rowsOfJoint(c); len(first(s.look(ctx, calls, rows))) > 0 {
-			all = append(all, work{calls, rows})
+		} else if one, rows := []*call{c}, rowsOfOne(c); len(first(s.look(ctx, one, rows))) > 0 {
+			all = append(all, work{one, rows})
 		}
 	}
 	if len(single) > 0 {
@@ -59,7 +63,7 @@ func (s *Storage) flyContended(ctx context.Context, flight []*call) {
 			all = append(all, work{r.calls, []*row{r}})
 		}
 	}
-	lock := s.options.Timeout * 8 / 10 // as a tenth has passed before
+	lock := s.options.Timeout * 8 / 10 // a tenth has passed in a batch before, and the server gives up a tenth earlier
 	if len(all) > 1 {
 		lock = s.options.Timeout / 10
 	}
@@ -87,20 +91,20 @@ func (s *Storage) caught(calls []*call) {
 
 func first(changed []*row, _ int64) []*row { return changed }
 
-// flyJoint executes a flight of one call of several identifiers.
-func (s *Storage) flyJoint(ctx context.Context, flight []*call) {
-	c, rows := flight[0], rowsOfJoint(flight[0])
-	if changed, _ := s.look(ctx, flight, rows); len(changed) == 0 {
+// runSeveral executes a call of several identifiers. It reads without a lock first, as a denial needs none.
+func (s *Storage) runSeveral(ctx context.Context, one []*call) {
+	rows := rowsOfOne(one[0])
+	if changed, _ := s.look(ctx, one, rows); len(changed) == 0 {
 		return
 	}
-	if err := s.transact(ctx, flight, rows, s.options.Timeout/10); code(err) == lockNotAvailable {
-		s.contended.mark(c.Query.mark(), time.Second)
-		contend(flight)
+	if err := s.transact(ctx, one, rows, s.options.Timeout/10); code(err) == lockNotAvailable {
+		s.contended.mark(one[0].Query.mark(), time.Second)
+		contend(one)
 	}
 }
 
-// rowsOfJoint returns the rows of a call of several identifiers, in the order of the ids.
-func rowsOfJoint(c *call) []*row {
+// rowsOfOne returns the rows of one call of several identifiers, by id.
+func rowsOfOne(c *call) []*row {
 	q := &c.Query
 	q.rows = nil
 	for i, id := range q.ids {
@@ -111,8 +115,9 @@ func rowsOfJoint(c *call) []*row {
 	return rows
 }
 
-// transact does what calls ask to rows that it locks. It begins again when Postgres rolls it back, and when a
-// row is removed before it is locked. No lock is waited for longer than given. The calls have its error.
+// transact does what calls ask to rows that it locks, and waits for each lock for as long as given. It begins again if Postgres
+// rolls it back (three times, then somebody else keeps getting in its way) and if a row is removed before it is locked. It
+// does not after other errors: a COMMIT whose answer is lost may have been executed. The calls have its error.
 func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock time.Duration) error {
 	if s.blockless.Load() && len(rows) == 1 {
 		return s.race(ctx, calls, rows)
@@ -143,25 +148,27 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 	}
 }
 
-// race is transact of one row where a pooler lets nobody begin a transaction: it reads and writes until nobody else
-// has written meanwhile.
+// race is transact of one row where a pooler allows no transactions: it repeats the optimistic write until the condition
+// holds. Each time that it is lost somebody else has made progress, and the context bounds it.
 func (s *Storage) race(ctx context.Context, calls []*call, rows []*row) error {
 	for {
 		changed, now := s.look(ctx, calls, rows)
 		if len(changed) == 0 {
 			return nil
 		}
-		late, err := s.write(ctx, changed, now, false)
+		lost, err := s.write(ctx, changed, now, false)
 		if err != nil && !rolledBack(err) {
 			s.fail(calls, err)
 			return err
 		}
-		if err == nil && len(late) == 0 {
+		if err == nil && len(lost) == 0 {
 			return nil
 		}
 	}
 }
 
+// attempt is one transaction. Its first round trip makes the rows that are missing, since what is not there cannot be locked,
+// locks all and reads them; its second writes and commits. It is not done if a row was removed in between.
 func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row, lock time.Duration) (done bool, err error) {
 	settings, err := s.settings(ctx, lock)
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// code is what Postgres calls an error, empty if it is not one of Postgres.
+// code is the SQLSTATE of an error, empty if it is none of Postgres.
 func code(err error) string {
 	var e *pgconn.PgError
 	if errors.As(err, &e) {
@@ -21,24 +21,25 @@ func code(err error) string {
 	return ""
 }
 
-const (
+const ( // SQLSTATEs
 	serializationFailure = "40001"
 	deadlockDetected     = "40P01"
 	lockNotAvailable     = "55P03"
 )
 
-// rolledBack tells of an error after which nothing has happened, and the same may be tried again.
+// rolledBack reports whether the error says that nothing has happened, so that the same may be sent again. No other error
+// does: when an answer is lost the statement may have been executed.
 func rolledBack(err error) bool {
 	return code(err) == serializationFailure || code(err) == deadlockDetected || forgotten(err)
 }
 
-// noBlocks tells of the error by which PgBouncer refuses a transaction of several round trips.
+// noBlocks reports whether PgBouncer refused a transaction of several round trips, as it does in statement mode.
 func noBlocks(err error) bool {
 	return code(err) == "08P01" && strings.Contains(err.Error(), "statement pooling mode")
 }
 
-// forgotten tells of the errors by which a pooler shows that it loses prepared statements: the name of one does not
-// exist, or does so already. Nothing has happened.
+// forgotten reports whether a pooler has lost a prepared statement: its name does not exist on the server connection that it
+// was sent to, or exists there already. Nothing has happened.
 func forgotten(err error) bool { return code(err) == "26000" || code(err) == "42P05" }
 
 func (s *Storage) fail(calls []*call, err error) {
@@ -48,8 +49,8 @@ func (s *Storage) fail(calls []*call, err error) {
 	}
 }
 
-// unavailable wraps the error of a round trip. The context of a flight is not the caller's, and must not
-// look like it.
+// unavailable wraps the error of a round trip. The context of a batch is not the caller's, so its end is told in words:
+// errors.Is must not find it.
 func (s *Storage) unavailable(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, combine.ErrTimeout) {
 		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, s.options.Timeout, s.busy())
@@ -57,7 +58,7 @@ func (s *Storage) unavailable(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }
 
-// busy is what the pool knows of why there is no answer.
+// busy says what the pool knows about a missing answer.
 func (s *Storage) busy() string {
 	pool := s.pool.Stat()
 	switch {

@@ -17,10 +17,14 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The ledger is how another store's consumption comes here: in batches, each once. What makes it once is a row of the
-// origin that is written with the batch and has its sequence number. All rows are locked in the order of their
-// ids, and then written where they were found: two round trips. Rows that are not there are made before any is
-// locked, which is looked after only if the batch before had such rows; if not, they are found missing.
+// The ledger takes what another store has admitted: in batches, each of them once. The row of an origin holds the number of
+// its last batch, and is locked and written in the transaction that charges the batch. So either both are stored or none,
+// and a batch that is sent again finds its number and charges nothing. Two attempts of a batch that overlap, because the
+// answer of the first was slow, wait for each other at the lock of that row.
+//
+// A batch takes two round trips: one locks all rows in the order of their ids and reads them, one writes them where they were
+// found. Missing rows are inserted before any lock is taken. To save that statement it runs only if the previous batch needed
+// it; otherwise missing rows are noticed after locking, and the batch begins again.
 
 // maxOrigin is the longest origin, in bytes.
 const maxOrigin = 64
@@ -40,7 +44,7 @@ type record struct {
 	seq     int64     // of the batch
 	last    int64     // of the origin, as it was read
 	fresh   bool      // rows were missing
-	made    int       // that many of them were inserted
+	made    int       // how many were inserted
 	until   time.Time // when the caller leaves; zero if that is not known
 }
 
@@ -66,8 +70,9 @@ type entry struct {
 // storage.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
 // read nothing is charged, and the error is ErrCorruptState.
 //
-// A Record takes no longer than ctx and Options.Timeout allow. Who does not get a lock in that time is told
-// ErrUnavailable, and nothing has happened. After other failures, and when ctx ends in the middle, it may have. Record is
+// A Record takes no longer than ctx and Options.Timeout allow. If a lock is not granted in time
+// the error is ErrUnavailable and nothing was charged. After any other failure, or if ctx ends during the call, the batch may
+// have been charged. Record is
 // safe for concurrent use, but a batch that a later one of its origin overtakes counts as charged. Rules must
 // never change.
 func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
@@ -156,9 +161,9 @@ func (r *record) addRows() {
 	slices.SortFunc(r.charged, byID)
 }
 
-// flyRecord executes a flight of one batch.
-func (s *Storage) flyRecord(ctx context.Context, flight []*combine.Call[*record, []storage.Debt]) {
-	c := flight[0]
+// runRecord executes one batch.
+func (s *Storage) runRecord(ctx context.Context, one []*combine.Call[*record, []storage.Debt]) {
+	c := one[0]
 	r, now, err := c.Query, int64(0), error(nil)
 	switch {
 	case len(r.rows) == 0:

@@ -17,9 +17,9 @@ type query struct {
 	ids     [][]byte // of the parts, or the identifier
 	request storage.Request
 	change  *change // nil for a decision
-	debt    bool    // not the counts of a Peek are asked for, but what is owed
+	debt    bool    // the caller wants the debt, not the counts of a Peek
 
-	rows []*row // of the ids; the flight's
+	rows []*row // of the ids, filled by the batch
 }
 
 // change is what happens to one identifier. A Reset has no rules.
@@ -37,7 +37,8 @@ type answer struct {
 	contended bool // and not done
 }
 
-// keep copies the strings of the request: its caller may leave, and use their memory again, before the flight lands.
+// keep copies the strings of the request: the caller may leave before the batch
+// is answered, and use their memory for something else.
 func (q *query) keep() {
 	r := &q.request
 	r.Name, r.More = strings.Clone(r.Name), slices.Clone(r.More)

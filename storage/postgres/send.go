@@ -13,11 +13,11 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// Connections send statements in the mode that the pool was opened with. Statements are sent as in the mode exec,
-// which every server and pooler takes, where that does not work.
+// Connections send statements in the mode that the pool was opened with, by default as prepared statements with a name. Behind
+// a pooler a name may be gone at the next transaction, which has another connection to the server. The first error that shows
+// it has this storage send unnamed statements from then on, as in the mode exec, which every server and pooler takes.
 
-// plain reports whether it does not: where names of statements are lost, and in simple_protocol where pgx does not
-// know how to quote values.
+// plain reports whether statements go unnamed: where names were lost, and in simple_protocol if pgx cannot quote values.
 func (s *Storage) plain(conn *pgx.Conn) bool {
 	is := conn.PgConn().ParameterStatus
 	return s.forgetful.Load() || s.mode == pgx.QueryExecModeSimpleProtocol && (is("standard_conforming_strings") != "on" || is("client_encoding") != "UTF8")

@@ -319,8 +319,8 @@ func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *t
 	assert.Equal(t, []int64{2, 2}, []int64{asktest.Spent(t, s, both), asktest.Spent(t, s, b)})
 }
 
-// A flight of many requests, in all modes, is as if they came one after the other.
-func TestAFlightOfOneIdentifierIsExact(t *testing.T) {
+// A batch of many requests, in all modes, is as if they came one after the other.
+func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s, hot := open(t, pool, pgstore.Options{}), asktest.Hourly(t, "hot", 60)

@@ -1,10 +1,9 @@
 // Package postgres keeps consumption in PostgreSQL 14 or newer, where any number of processes share it.
 //
-// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else
-// has meanwhile; who was too late begins again under a lock. So a refusal is one round trip, locks nothing and
-// writes nothing. An admission is two, or one if this process was the last to write the row, a moment ago.
-// Concurrent decisions of one process share round trips, and none waits for company. The clock is the server's
-// unless one is injected.
+// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else has written
+// it in between; if somebody has, it begins again under a lock. So a denial is one round trip, locks nothing and writes
+// nothing. An admission is two, or one if this process was the last to write the row, a moment ago. Concurrent decisions of a
+// process share round trips, and none waits for company. The clock is the server's unless one is injected.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	store, err := pgstore.New(ctx, pool, nil)
@@ -99,11 +98,10 @@ type Storage struct {
 	forgetful atomic.Bool       // a pooler is, of the names of statements
 	blockless atomic.Bool       // a pooler lets nobody begin a transaction
 
-	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
-	lanes  [2]*lane
-	locked [8]*combine.Queue[query, answer] // of contended calls
-	joint  *combine.Queue[query, answer]    // a call of several identifiers
-	ledger *combine.Queue[*record, []storage.Debt]
+	partitions [2]*partition                    // of calls of one identifier
+	locked     [8]*combine.Queue[query, answer] // of contended calls, also by identifier
+	several    *combine.Queue[query, answer]    // of calls of several identifiers, each on its own
+	ledger     *combine.Queue[*record, []storage.Debt]
 
 	closed    atomic.Bool // by Close, which need not wait for the queues to know it
 	fresh     atomic.Bool // the last Record had to make rows
@@ -140,16 +138,16 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	s.sql = statementsOf(&s.options)
 	timeout := s.options.Timeout
 	s.seed, s.contended.seed, s.shared.seed = maphash.MakeSeed(), maphash.MakeSeed(), maphash.MakeSeed()
-	for i := range s.lanes {
-		s.lanes[i] = newLane(s)
+	for i := range s.partitions {
+		s.partitions[i] = newPartition(s)
 	}
 	for i := range s.locked {
-		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.flyContended)
+		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.runContended)
 	}
-	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
+	s.several = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runSeveral)
 	s.fresh.Store(true)
 	s.sweeps.weight.Store(fullWeight)
-	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyRecord)
+	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runRecord)
 	return s, nil
 }
 
@@ -194,13 +192,13 @@ func (s *Storage) Close(ctx context.Context) error {
 
 func (s *Storage) closeAll() {
 	var wait sync.WaitGroup
-	for _, lane := range s.lanes {
-		wait.Go(lane.Close)
+	for _, p := range s.partitions {
+		wait.Go(p.Close)
 	}
 	for _, queue := range s.locked {
 		wait.Go(queue.Close)
 	}
-	wait.Go(s.joint.Close)
+	wait.Go(s.several.Close)
 	wait.Go(s.ledger.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
@@ -297,9 +295,9 @@ func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
 	}
 	q.keep()
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
-	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]
+	queue, locked := s.partitions[hash%uint64(len(s.partitions))].Queue, s.locked[hash%uint64(len(s.locked))]
 	if len(q.ids) > 1 {
-		queue = s.joint
+		queue = s.several
 	}
 	if s.contended.marked(q.mark()) {
 		queue = locked
