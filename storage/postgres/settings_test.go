@@ -2,7 +2,9 @@ package postgres_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -61,13 +63,14 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 			sqlDo(t, admin, "ALTER DATABASE "+name+" SET "+set)
 		}
 	}
-	ways := map[string]*servers.Server{"direct": server}
-	for _, mode := range []string{"session", "transaction"} {
-		ways[mode] = servers.PgBouncer(t, server, "pool_mode = "+mode, "default_pool_size = 25", "max_client_conn = 1000")
+	poolers := [2]*servers.Server{}
+	for i, mode := range poolModes {
+		poolers[i] = servers.PgBouncer(t, server, "pool_mode = "+mode, "default_pool_size = 25", "max_client_conn = 1000")
 	}
-	for way, server := range ways {
-		for name := range settings {
-			for _, mode := range execModes {
+	for i, name := range slices.Sorted(maps.Keys(settings)) {
+		for j, mode := range execModes {
+			way := (i + j) % 2 // through one of the poolers: each of them has all settings and all modes
+			for way, server := range map[string]*servers.Server{"direct": server, poolModes[way]: poolers[way]} {
 				t.Run(strings.Join([]string{way, name, mode}, "/"), func(t *testing.T) {
 					t.Parallel()
 					pool := connect(t, in(server, name)+"&pool_max_conns=4&default_query_exec_mode="+mode)
@@ -77,6 +80,8 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 		}
 	}
 }
+
+var poolModes = [2]string{"session", "transaction"}
 
 // in is the URL of a database.
 func in(server *servers.Server, database string) string {

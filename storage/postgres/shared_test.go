@@ -834,7 +834,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	}
 	asktest.Crowd(100, func(i int) {
 		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, fmt.Sprint("good", i)))
-		assert.NoError(t, err, "an identifier in the flight of those that are corrupt")
+		assert.NoError(t, err, "an identifier in the batch of those that are corrupt")
 		assert.ErrorIs(t, calls["Decide"](bad[i%len(bad)]), storage.ErrCorruptState)
 	})
 	for _, r := range bad {
