@@ -95,7 +95,7 @@ func inPostgres(ctx context.Context) error {
 	if err != nil {
 		return err // Postgres did not answer, or refused to make the table
 	}
-	defer func() { _ = store.Close() }()
+	defer func() { _ = store.Close(context.Background()) }()
 	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100)}})
 	if err != nil {
 		return err

@@ -31,8 +31,8 @@ func onPostgresAt(url string) []contender {
 		}}
 	}
 	return []contender{
-		us("throttler", throttlerOnPostgres(url, pgstore.Options{Name: "logged"})),
-		us("throttler, Unlogged", throttlerOnPostgres(url, pgstore.Options{Name: "unlogged", Unlogged: true})),
+		us("throttler", throttlerOnPostgres(url, pgstore.Options{TablePrefix: "logged"})),
+		us("throttler, Unlogged", throttlerOnPostgres(url, pgstore.Options{TablePrefix: "unlogged", Unlogged: true})),
 		pattern("upsert per limit", false, upserts),
 		pattern("SELECT FOR UPDATE", false, forUpdate),
 		pattern("floor: UPDATE", true, update),
@@ -48,7 +48,7 @@ func throttlerOnPostgres(url string, o pgstore.Options) func() (throttler.Config
 		}
 		o.Timeout = 10 * time.Second // the patterns have none
 		store, err := pgstore.New(context.Background(), pool, &o)
-		return throttler.Config{Storage: store}, func() { _ = store.Close(); pool.Close() }, err
+		return throttler.Config{Storage: store}, func() { _ = store.Close(context.Background()); pool.Close() }, err
 	}
 }
 
@@ -218,7 +218,7 @@ func openFailover(redisURL, postgresURL string) (*failover.Storage, func(), erro
 	if err != nil {
 		return nil, nil, err
 	}
-	ledger, err := pgstore.New(context.Background(), pool, &pgstore.Options{Name: "ledger"})
+	ledger, err := pgstore.New(context.Background(), pool, &pgstore.Options{TablePrefix: "ledger"})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -226,7 +226,7 @@ func openFailover(redisURL, postgresURL string) (*failover.Storage, func(), erro
 	store, err := failover.New(primary, ledger, nil)
 	return store, func() {
 		_ = store.Close(context.Background())
-		_, _, _ = primary.Close(), ledger.Close(), client.Close()
+		_, _, _ = primary.Close(), ledger.Close(context.Background()), client.Close()
 		pool.Close()
 	}, err
 }

@@ -105,7 +105,7 @@ func (d *demo) show(ctx context.Context, postgresURL string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, ledger.Close()) }()
+	defer func() { err = errors.Join(err, ledger.Close(context.WithoutCancel(ctx))) }()
 	if d.store, err = failover.New(primary, ledger, &failover.Options{LedgerTimeout: d.patience, Observe: d.observe}); err != nil {
 		return err
 	}

@@ -28,18 +28,18 @@ func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Log
 		}
 		return s, func(context.Context) error { return s.Close() }, nil
 	case "postgres":
-		s, closeAll, err := openPostgres(ctx, postgresURL)
+		s, closeBoth, err := openPostgres(ctx, postgresURL)
 		if err != nil {
 			return nil, nil, err
 		}
-		return s, func(context.Context) error { return closeAll() }, nil
+		return s, closeBoth, nil
 	case "failover":
 		return openFailover(ctx, redisURL, postgresURL, log)
 	}
 	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis, postgres or failover", kind)
 }
 
-func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func() error, error) {
+func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func(context.Context) error, error) {
 	pool, err := newPool(ctx, url)
 	if err != nil {
 		return nil, nil, err
@@ -49,9 +49,9 @@ func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func() err
 		pool.Close()
 		return nil, nil, err
 	}
-	return s, func() error {
+	return s, func(ctx context.Context) error {
 		defer pool.Close()
-		return s.Close()
+		return s.Close(ctx)
 	}, nil
 }
 
@@ -82,10 +82,10 @@ func openFailover(ctx context.Context, redisURL, postgresURL string, log *slog.L
 	}
 	s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
 	if err != nil {
-		return nil, nil, errors.Join(err, primary.Close(), closeLedger())
+		return nil, nil, errors.Join(err, primary.Close(), closeLedger(ctx))
 	}
 	return s, func(ctx context.Context) error {
-		return errors.Join(s.Close(ctx), primary.Close(), closeLedger())
+		return errors.Join(s.Close(ctx), primary.Close(), closeLedger(ctx))
 	}, nil
 }
 

@@ -138,7 +138,7 @@ func (n *node) write(e event) {
 func (n *node) close(ctx context.Context) error {
 	err := n.Storage.Close(ctx)
 	_, _ = n.redis.Close(), n.alone.Close()
-	_ = n.pg.Close()
+	_ = n.pg.Close(context.Background())
 	n.pool.Close()
 	return err
 }
@@ -571,7 +571,7 @@ func ledger(t testing.TB, server *servers.Server) *pgstore.Storage {
 	t.Cleanup(pool.Close)
 	s, err := pgstore.New(t.Context(), pool, nil)
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 

@@ -23,7 +23,7 @@ func Example() {
 		if err != nil {
 			return err
 		}
-		defer func() { _ = postgres.Close() }()
+		defer func() { _ = postgres.Close(context.Background()) }()
 		store, err := failover.New(redis, postgres, nil)
 		if err != nil {
 			return err

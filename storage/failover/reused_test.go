@@ -30,7 +30,7 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 	t.Cleanup(pool.Close)
 	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, p.Close()) })
+	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
 	s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: asktest.Patient, LedgerTimeout: asktest.Patient})
 	require.NoError(t, err)
 

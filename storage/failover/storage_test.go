@@ -32,7 +32,7 @@ func real(t testing.TB, o failover.Options) *failover.Storage {
 	t.Cleanup(pool.Close)
 	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, p.Close()) })
+	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
 	s, err := failover.New(r, p, &o)
 	require.NoError(t, err)
 	t.Cleanup(func() {

@@ -555,7 +555,7 @@ func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 		assert.Equal(t, readOnly, code(err), "%v", err)
 	}
 	assert.Equal(t, readOnly, code(s.Reset(t.Context(), "", "some")))
-	_, err := pgstore.New(t.Context(), standby, &pgstore.Options{Name: "other"})
+	_, err := pgstore.New(t.Context(), standby, &pgstore.Options{TablePrefix: "other"})
 	assertUnavailable(t, err)
 	assert.Equal(t, readOnly, code(err), "there is no table: %v", err)
 	_, err = standby.Exec(t.Context(), "SELECT pg_promote()")
@@ -654,7 +654,7 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 		})
 	}
 	asktest.Until(t, "there is no load", func() bool { return count.Admitted.Load() > 500 })
-	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close(bg)) })
 	calls.Wait()
 	assert.Equal(t, count.Admitted.Load(), asktest.Spent(t, again, r), "each call that was sent was answered")
 	assert.ErrorIs(t, s.Reset(t.Context(), "", "a"), storage.ErrClosed)
@@ -684,10 +684,28 @@ func TestCloseReturnsInTime(t *testing.T) {
 				})
 			}
 			asktest.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
-			took := asktest.Timed(1, func() { assert.NoError(t, s.Close()) })
+			took := asktest.Timed(1, func() { assert.NoError(t, s.Close(bg)) })
 			assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 			assert.Greater(t, took[0], prompt.Timeout/20, "Close did not wait for what was sent")
 			assert.ErrorIs(t, new(asktest.Told).Ask(s, r), storage.ErrClosed)
 		})
 	}
+}
+
+func TestCloseEndsWithItsContextAndRefusesCallsAtOnce(t *testing.T) {
+	t.Parallel()
+	server, pool := harmed(t)
+	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
+	require.NoError(t, server.Freeze())
+	var calls sync.WaitGroup
+	calls.Go(func() { assertUnavailable(t, new(asktest.Told).Ask(s, r)) })
+	asktest.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	assert.ErrorIs(t, s.Close(ended), context.Canceled)
+	assert.ErrorIs(t, new(asktest.Told).Ask(s, r), storage.ErrClosed)
+	_, err := s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(r)})
+	assert.ErrorIs(t, err, storage.ErrClosed)
+	calls.Wait()
+	assert.NoError(t, s.Close(t.Context()), "again")
 }

@@ -1,7 +1,6 @@
 package postgres
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -18,10 +17,14 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The ledger is how another store's consumption comes here: in batches, each once. What makes it once is a row of the
-// origin that is written with the batch and has its sequence number. All rows are locked in the order of their
-// ids, and then written where they were found: two round trips. Rows that are not there are made before any is
-// locked, which is looked after only if the batch before had such rows; if not, they are found missing.
+// The ledger takes what another store has admitted: in batches, each of them once. The row of an origin holds the number of
+// its last batch, and is locked and written in the transaction that charges the batch. So either both are stored or none,
+// and a batch that is sent again finds its number and charges nothing. Two attempts of a batch that overlap, because the
+// answer of the first was slow, wait for each other at the lock of that row.
+//
+// A batch takes two round trips: one locks all rows in the order of their ids and reads them, one writes them where they were
+// found. Missing rows are inserted before any lock is taken. To save that statement it runs only if the previous batch needed
+// it; otherwise missing rows are noticed after locking, and the batch begins again.
 
 // maxOrigin is the longest origin, in bytes.
 const maxOrigin = 64
@@ -41,6 +44,7 @@ type record struct {
 	seq     int64     // of the batch
 	last    int64     // of the origin, as it was read
 	fresh   bool      // rows were missing
+	made    int       // how many were inserted
 	until   time.Time // when the caller leaves; zero if that is not known
 }
 
@@ -66,8 +70,9 @@ type entry struct {
 // storage.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
 // read nothing is charged, and the error is ErrCorruptState.
 //
-// A Record takes no longer than ctx and Options.Timeout allow. Who does not get a lock in that time is told
-// ErrUnavailable, and nothing has happened. After other failures, and when ctx ends in the middle, it may have. Record is
+// A Record takes no longer than ctx and Options.Timeout allow. If a lock is not granted in time
+// the error is ErrUnavailable and nothing was charged. After any other failure, or if ctx ends during the call, the batch may
+// have been charged. Record is
 // safe for concurrent use, but a batch that a later one of its origin overtakes counts as charged. Rules must
 // never change.
 func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
@@ -77,6 +82,9 @@ func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []
 	r, err := newRecord(origin, seq, batch)
 	if err != nil {
 		return nil, err
+	}
+	if s.closed.Load() {
+		return nil, storage.ErrClosed
 	}
 	r.until, _ = ctx.Deadline()
 	c := s.ledger.Get()
@@ -149,14 +157,13 @@ func (r *record) addRows() {
 		}
 		e.row, all[string(id)] = k.row, k
 	}
-	byID := func(a, b *row) int { return bytes.Compare(a.id, b.id) }
 	slices.SortFunc(r.rows, byID)
 	slices.SortFunc(r.charged, byID)
 }
 
-// flyRecord executes a flight of one batch.
-func (s *Storage) flyRecord(ctx context.Context, flight []*combine.Call[*record, []storage.Debt]) {
-	c := flight[0]
+// runRecord executes one batch.
+func (s *Storage) runRecord(ctx context.Context, one []*combine.Call[*record, []storage.Debt]) {
+	c := one[0]
 	r, now, err := c.Query, int64(0), error(nil)
 	switch {
 	case len(r.rows) == 0:
@@ -175,7 +182,7 @@ func (s *Storage) flyRecord(ctx context.Context, flight []*combine.Call[*record,
 	}
 	if err == nil && len(r.entries) > 0 {
 		d := &r.entries[0].debt
-		s.swept(len(r.entries), &storage.Request{Name: d.Name, Clocked: d.Clocked, Now: d.Now}, now)
+		s.swept(max(len(r.entries), r.made), r.made, &storage.Request{Name: d.Name, Clocked: d.Clocked, Now: d.Now}, now)
 	}
 }
 
@@ -247,12 +254,13 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 		row.version, row.buckets, row.fault, row.changed = 0, nil, nil, false
 	}
 	b := &pgx.Batch{}
-	b.Queue(begin)
-	b.Queue(setSettings, settings...)
-	b.Queue(noScan)
+	b.Queue(sqlBegin)
+	b.Queue(sqlSettings, settings...)
+	b.Queue(sqlNoScan)
 	if create {
 		b.Queue(s.sql.absent, idsOf(r.charged)).Exec(func(made pgconn.CommandTag) error {
-			r.fresh = r.fresh || made.RowsAffected() > 0
+			r.made = int(made.RowsAffected())
+			r.fresh = r.fresh || r.made > 0
 			return nil
 		})
 	}
@@ -263,9 +271,6 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 	err = s.exchange(ctx, conn, b)
 	return now, err
 }
-
-// noScan is for an update of rows whose places are known, while Postgres knows little of the size of the table.
-const noScan = "SET LOCAL enable_seqscan = off"
 
 // scan reads the answer to s.sql.claim.
 func (r *record) scan(answer pgx.Rows) (now int64, err error) {

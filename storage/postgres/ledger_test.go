@@ -102,7 +102,7 @@ func TestRecordIsTheModelsChargesAndThenDebts(t *testing.T) {
 	for seed, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			s, model := open(t, connect(t, url+"&default_query_exec_mode="+mode), pgstore.Options{Name: mode}), storagetest.NewModel()
+			s, model := open(t, connect(t, url+"&default_query_exec_mode="+mode), pgstore.Options{TablePrefix: mode}), storagetest.NewModel()
 			random, now := rand.New(rand.NewPCG(uint64(seed), 1)), int64(noon)
 			for seq := range int64(150) {
 				now += random.Int64N(1_000_000_000)
@@ -513,7 +513,7 @@ func TestRecordRefusesWhatIsInvalidBeforeItDoesAnything(t *testing.T) {
 	assert.ErrorIs(t, err, context.Canceled)
 	_, err = s.Debt(ctx, storage.Debt{Identifier: "a", Rules: good.Rules})
 	assert.ErrorIs(t, err, context.Canceled)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(bg))
 	_, err = s.Record(t.Context(), "o", 1, []storage.Charge{good})
 	assert.ErrorIs(t, err, storage.ErrClosed)
 	_, err = s.Debt(t.Context(), storage.Debt{Identifier: "a", Rules: good.Rules})
@@ -535,7 +535,7 @@ func TestCloseWaitsForARecord(t *testing.T) {
 	})
 	asktest.Until(t, "it does not wait", func() bool { return pool.Stat().AcquiredConns() == 1 })
 	all.Go(func() {
-		assert.NoError(t, s.Close())
+		assert.NoError(t, s.Close(bg))
 		closed.Store(true)
 		assert.Equal(t, int64(2), owes(t, other, r), "it has been charged by then")
 	})
@@ -590,6 +590,6 @@ func TestRecordSweepsToo(t *testing.T) {
 		}
 		record(t, s, "o", seq+1, batch...)
 	}
-	require.NoError(t, s.Close(), "which waits for a sweep")
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
 	assert.Less(t, sqlGet[int](t, pool, "SELECT count(*) FROM throttler_state"), batches*each/2, "none of the rows is needed")
 }

@@ -28,7 +28,7 @@ func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	s, r := open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")
 	require.Equal(t, 5, asktest.Take(t, s, r, 5)) // remembered
 	sqlDo(t, pool, "ALTER TABLE throttler_state RENAME TO away")
-	for i := range 20 { // in both lanes
+	for i := range 20 { // in both partitions
 		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, fmt.Sprint("other-", i)))
 		assertUnavailable(t, err)
 	}
@@ -36,8 +36,8 @@ func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	assert.Zero(t, asktest.Take(t, s, r, 7), "more than the limit was admitted")
 }
 
-// A flight of new rows and of a row that somebody else has locked.
-func TestWhatAFailedFlightHasInsertedIsNotAdmitted(t *testing.T) {
+// A batch of new rows and of a row that somebody else has locked.
+func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{Timeout: 5 * time.Second})
@@ -59,7 +59,7 @@ func TestWhatAFailedFlightHasInsertedIsNotAdmitted(t *testing.T) {
 	for _, r := range old {
 		all.Go(func() { _, _ = s.Decide(context.Background(), r) })
 	}
-	holder{pool, tx}.awaited(t, 2) // a flight of each lane
+	holder{pool, tx}.awaited(t, 2) // a batch of each partition
 	for i, r := range fresh {
 		all.Go(func() {
 			v, err := s.Decide(context.Background(), r)
@@ -177,7 +177,7 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s, other := open(t, pool, pgstore.Options{Name: "crashed"}), open(t, pool, pgstore.Options{Name: "crashed"})
+	s, other := open(t, pool, pgstore.Options{TablePrefix: "crashed"}), open(t, pool, pgstore.Options{TablePrefix: "crashed"})
 	r := asktest.Hourly(t, freshID(t), 100)
 	id := []byte(":" + r.Part.Identifier)
 	require.Equal(t, 1, asktest.Take(t, s, r, 1))
@@ -291,7 +291,7 @@ func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
 		s, err := pgstore.New(t.Context(), connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable"), &o)
 		if err == nil {
 			_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
-			require.NoError(t, s.Close())
+			require.NoError(t, s.Close(bg))
 		}
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
 		assert.NotRegexp(t, "qq|zz", err.Error(), "no part of the password")

@@ -10,7 +10,21 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// row is what is known of one identifier.
+// row is one identifier in one batch. Its states, and what may be done in each:
+//
+//	missing     version 0: nothing is stored. Written by an INSERT that does nothing if somebody else was first
+//	read        as the server has it. Written on the condition of its version
+//	remembered  as this process wrote it last. The same, but what is not written has to be read first (memory)
+//	locked      read under a lock. The condition always holds
+//	faulty      read, but not of this package. All calls fail but a Reset, which replaces it
+//	changed     by a call, and to be written
+//	written     Postgres says so. Until the commit is answered it may still be rolled back
+//
+// The rule that keeps it exact: a call that changes a row is answered when the write is committed, and any other call only
+// from a row that was read.
+//
+// A row goes away when a sweep finds it full, a minute after a Reset, or when somebody deletes it. Its version is at least the
+// server's time, in microseconds, so a row that is made anew repeats none.
 type row struct {
 	id      []byte
 	version int64      // 0 if there is none
@@ -20,12 +34,13 @@ type row struct {
 	buckets []bucket
 	fault   error // why the buckets cannot be read
 
-	changed bool // and not written yet
-	now     int64
-	clocked bool // now is the client's, not the server's
+	changed    bool // and not written yet
+	remembered bool // its version and buckets are from memory
+	now        int64
+	clocked    bool // now is the client's, not the server's
 
 	rules []storage.Rule // those that the buckets probably have
-	calls []*call        // those of this identifier, if none of the flight has several
+	calls []*call        // those of this identifier, if none of the batch has several
 }
 
 // bucket is one that was not full when the row was written.
@@ -101,8 +116,8 @@ func (r *row) reset(now int64) {
 	}
 }
 
-// tombstone is how long the row of an identifier stays that was reset, so that who has read it before finds it
-// changed.
+// tombstone is how many microseconds the row of an identifier that was reset stays, so that a process which has read or
+// remembers it finds another version.
 const tombstone = 60_000_000
 
 // forget drops the buckets that are full, and returns when all others are.
@@ -160,7 +175,7 @@ func (r *row) read(version int64, state []byte) {
 	if len(state) > 0 && d.bytes(1)[0] != format {
 		d.fail("format")
 	}
-	r.version, r.buckets, r.fault, r.changed = version, nil, nil, false
+	r.version, r.buckets, r.fault, r.changed, r.remembered = version, nil, nil, false, false
 	for i := 0; len(d.rest) > 0; i++ {
 		name := d.bytes(d.number("name", 1<<16))
 		law := storage.Law{

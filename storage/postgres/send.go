@@ -6,25 +6,22 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// Connections send statements in the mode that the pool was opened with. Statements are sent as in the mode exec,
-// which every server and pooler takes, where that does not work.
+// Connections send statements in the mode that the pool was opened with, by default as prepared statements with a name. Behind
+// a pooler a name may be gone at the next transaction, which has another connection to the server. The first error that shows
+// it has this storage send unnamed statements from then on, as in the mode exec, which every server and pooler takes.
 
-// plain reports whether it does not: where names of statements are lost, and in simple_protocol where pgx does not
-// know how to quote values.
+// plain reports whether statements go unnamed: where names were lost, and in simple_protocol if pgx cannot quote values.
 func (s *Storage) plain(conn *pgx.Conn) bool {
 	is := conn.PgConn().ParameterStatus
 	return s.forgetful.Load() || s.mode == pgx.QueryExecModeSimpleProtocol && (is("standard_conforming_strings") != "on" || is("client_encoding") != "UTF8")
 }
-
-// forgotten tells of the errors by which a pooler shows that it loses prepared statements: the name of one does not
-// exist, or does so already. Nothing has happened.
-func forgotten(err error) bool { return code(err) == "26000" || code(err) == "42P05" }
 
 // query sends one statement, by any connection.
 func (s *Storage) query(ctx context.Context, sql string, arg any, scan func(pgx.Rows) error) error {
@@ -109,7 +106,8 @@ type result struct {
 }
 
 func (r result) Exec() (pgconn.CommandTag, error) { return r.reader.Close() }
-func (r result) Query() (pgx.Rows, error)         { return pgx.RowsFromResultReader(r.types, r.reader), nil }
+
+func (r result) Query() (pgx.Rows, error) { return pgx.RowsFromResultReader(r.types, r.reader), nil }
 
 // octets are column i, a bytea, of the row that was read, valid until the next one is. As text it has one of two
 // forms, by the setting bytea_output.
@@ -143,3 +141,16 @@ func unescape(raw []byte) ([]byte, error) {
 	}
 	return out, nil
 }
+
+// settings are such that the server gives up before the context does, as pgx closes the connection when that
+// ends. No lock is waited for longer than given.
+func (s *Storage) settings(ctx context.Context, lock time.Duration) ([]any, error) {
+	deadline, _ := ctx.Deadline()
+	left := time.Until(deadline) - max(5*time.Millisecond, s.options.Timeout/10)
+	if left < time.Millisecond {
+		return nil, context.DeadlineExceeded
+	}
+	return []any{milliseconds(max(time.Millisecond, min(lock, left))), milliseconds(left), s.options.SynchronousCommit}, nil
+}
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }

@@ -2,7 +2,9 @@ package postgres_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -61,13 +63,14 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 			sqlDo(t, admin, "ALTER DATABASE "+name+" SET "+set)
 		}
 	}
-	ways := map[string]*servers.Server{"direct": server}
-	for _, mode := range []string{"session", "transaction"} {
-		ways[mode] = servers.PgBouncer(t, server, "pool_mode = "+mode, "default_pool_size = 25", "max_client_conn = 1000")
+	poolers := [2]*servers.Server{}
+	for i, mode := range poolModes {
+		poolers[i] = servers.PgBouncer(t, server, "pool_mode = "+mode, "default_pool_size = 25", "max_client_conn = 1000")
 	}
-	for way, server := range ways {
-		for name := range settings {
-			for _, mode := range execModes {
+	for i, name := range slices.Sorted(maps.Keys(settings)) {
+		for j, mode := range execModes {
+			way := (i + j) % 2 // through one of the poolers: each of them has all settings and all modes
+			for way, server := range map[string]*servers.Server{"direct": server, poolModes[way]: poolers[way]} {
 				t.Run(strings.Join([]string{way, name, mode}, "/"), func(t *testing.T) {
 					t.Parallel()
 					pool := connect(t, in(server, name)+"&pool_max_conns=4&default_query_exec_mode="+mode)
@@ -78,6 +81,8 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 	}
 }
 
+var poolModes = [2]string{"session", "transaction"}
+
 // in is the URL of a database.
 func in(server *servers.Server, database string) string {
 	return strings.Replace(server.URL(), "/postgres?", "/"+database+"?", 1)
@@ -86,7 +91,7 @@ func in(server *servers.Server, database string) string {
 // assertAnsweredAlike does all that a storage can do, and compares the answers with those of the model.
 func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	t.Helper()
-	s, model := open(t, pool, pgstore.Options{Name: name}), storagetest.NewModel()
+	s, model := open(t, pool, pgstore.Options{TablePrefix: name}), storagetest.NewModel()
 	random, now := rand.New(rand.NewPCG(1, 2)), int64(noon)
 	var rules []storage.Rule
 	for _, kind := range asktest.Kinds {
@@ -142,7 +147,7 @@ func alike(t *testing.T, do func(storage.Replica) (any, error), s, model storage
 // assertCrowdAlike has processes race by the server's clock, for one identifier and for two.
 func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name string) {
 	t.Helper()
-	other := open(t, pool, pgstore.Options{Name: name})
+	other := open(t, pool, pgstore.Options{TablePrefix: name})
 	hot, several := asktest.Hourly(t, oddID, 21), asktest.Hourly(t, "c", 13)
 	several.More = []storage.Part{asktest.Hourly(t, oddID+"2", 17).Part}
 	var one, two asktest.Told
@@ -166,7 +171,7 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			pool := connect(t, bouncer.URL()+"&pool_max_conns=4&default_query_exec_mode="+mode)
-			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{Name: mode}), open(t, pool, pgstore.Options{Name: mode})}
+			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{TablePrefix: mode}), open(t, pool, pgstore.Options{TablePrefix: mode})}
 			s, hot, few, other := stores[0], asktest.Hourly(t, oddID, 21), asktest.FivePerHour(t, "few"), asktest.FivePerHour(t, "other")
 			var one asktest.Told
 			asktest.Crowd(10, func(i int) {
@@ -200,7 +205,7 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 // Redis is gone: what it had recorded is in the ledger, which decides from then on.
 func TestTheLedgerDecidesInTheSimpleProtocol(t *testing.T) {
 	t.Parallel()
-	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{Name: "simple"})
+	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{TablePrefix: "simple"})
 	r := asktest.FivePerHour(t, freshID(t))
 	record(t, s, "o", time.Now().UnixNano(), chargeOne(r), chargeOne(r))
 	for i := range 3 {

@@ -140,7 +140,7 @@ const workerID = "THROTTLER_TEST_WORKER_ID"
 func TestOneOfFourProcesses(t *testing.T) {
 	t.Parallel()
 	pool, id := connect(t, servers.PostgresURL(t)), cmp.Or(os.Getenv(workerID), freshID(t))
-	s := open(t, pool, pgstore.Options{Name: "shared"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "shared"})
 	sqlDo(t, pool, "SELECT pg_advisory_lock_shared(hashtext($1))", id)
 	admitted := burst(t, s, id)
 	t.Log("admitted", admitted[0], admitted[1])
@@ -153,7 +153,7 @@ func TestFourProcessesShareTwoLimitsExactly(t *testing.T) {
 	t.Parallel()
 	url, id := servers.PostgresURL(t), freshID(t)
 	pool := connect(t, url)
-	s := open(t, pool, pgstore.Options{Name: "shared"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "shared"})
 	program, err := os.Executable()
 	require.NoError(t, err)
 	start := hold(t, pool, "SELECT pg_advisory_xact_lock(hashtext($1))", id)
@@ -188,7 +188,7 @@ func TestFourProcessesShareTwoLimitsExactly(t *testing.T) {
 func TestRacingFirstCallsOfAnIdentifierAreAdmittedUpToTheLimit(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
-	stores := []*pgstore.Storage{open(t, connect(t, url), pgstore.Options{Name: "shared"}), open(t, connect(t, url), pgstore.Options{Name: "shared"})}
+	stores := []*pgstore.Storage{open(t, connect(t, url), pgstore.Options{TablePrefix: "shared"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "shared"})}
 	for range 10 {
 		var all asktest.Told
 		r := asktest.Hourly(t, freshID(t), 57)
@@ -319,8 +319,8 @@ func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *t
 	assert.Equal(t, []int64{2, 2}, []int64{asktest.Spent(t, s, both), asktest.Spent(t, s, b)})
 }
 
-// A flight of many requests, in all modes, is as if they came one after the other.
-func TestAFlightOfOneIdentifierIsExact(t *testing.T) {
+// A batch of many requests, in all modes, is as if they came one after the other.
+func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s, hot := open(t, pool, pgstore.Options{}), asktest.Hourly(t, "hot", 60)
@@ -382,7 +382,7 @@ func TestTwentyProcessesInstallTheSchemaAtOnce(t *testing.T) {
 		s, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
 		if assert.NoError(t, err) {
 			assert.NoError(t, all.Ask(s, asktest.FivePerHour(t, "a")))
-			assert.NoError(t, s.Close())
+			assert.NoError(t, s.Close(bg))
 		}
 	})
 	assert.Equal(t, int64(5), all.Admitted.Load())
@@ -445,7 +445,7 @@ func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
 			assert.NotErrorIs(t, err, storage.ErrUnavailable, what)
 			var e *pgstore.OptionError
 			if assert.ErrorAs(t, err, &e, what) {
-				assert.Equal(t, "Name", e.Field)
+				assert.Equal(t, "TablePrefix", e.Field)
 				assert.Contains(t, e.Reason, "throttler_state")
 			}
 		}
@@ -518,7 +518,7 @@ func TestTheLeastRightsOfARole(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		defer func() { assert.NoError(t, s.Close()) }()
+		defer func() { assert.NoError(t, s.Close(bg)) }()
 		return everything(t.Context(), s, asktest.FivePerHour(t, "a"))
 	}
 	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: asktest.Patient, NoSchema: true}))
@@ -529,7 +529,7 @@ func TestTheLeastRightsOfARole(t *testing.T) {
 		assertRefused(t, try(pgstore.Options{Schema: "limits", Timeout: asktest.Patient, NoSchema: true}), "42501")
 		sqlDo(t, pool, "GRANT "+right+" TO app")
 	}
-	assertRefused(t, try(pgstore.Options{Schema: "limits", Name: "other"}), "42501")
+	assertRefused(t, try(pgstore.Options{Schema: "limits", TablePrefix: "other"}), "42501")
 }
 
 func TestSchemaAndNameMayHaveAnyCharacters(t *testing.T) {
@@ -542,15 +542,15 @@ func TestSchemaAndNameMayHaveAnyCharacters(t *testing.T) {
 	for _, name := range names {
 		quoted := pgx.Identifier{name}.Sanitize()
 		sqlDo(t, pool, "CREATE SCHEMA "+quoted)
-		for _, o := range []pgstore.Options{{Name: name, Timeout: asktest.Patient}, {Schema: name, Name: name, Timeout: asktest.Patient}} {
+		for _, o := range []pgstore.Options{{TablePrefix: name, Timeout: asktest.Patient}, {Schema: name, TablePrefix: name, Timeout: asktest.Patient}} {
 			s, err := pgstore.New(t.Context(), pool, &o)
 			if !assert.NoError(t, err, "%+v", o) {
 				continue
 			}
 			assert.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")), "%+v", o)
 			assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "b"), 7), "nobody else's table: %+v", o)
-			assert.NoError(t, s.Close())
-			table := pgx.Identifier{o.Name + "_state"}.Sanitize()
+			assert.NoError(t, s.Close(bg))
+			table := pgx.Identifier{o.TablePrefix + "_state"}.Sanitize()
 			if o.Schema != "" {
 				table = quoted + "." + table
 			}
@@ -636,7 +636,7 @@ func TestASchemaThatAMigrationExecutedNeedsNothingMore(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	sqlDo(t, pool, `CREATE SCHEMA "Mine"`)
-	o := pgstore.Options{Schema: "Mine", Name: "of ours", Unlogged: true, NoSchema: true}
+	o := pgstore.Options{Schema: "Mine", TablePrefix: "of ours", Unlogged: true, NoSchema: true}
 	s := open(t, pool, o)
 	assertRefused(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")), "42P01")
 	for range 2 {
@@ -649,7 +649,7 @@ func TestASchemaThatAMigrationExecutedNeedsNothingMore(t *testing.T) {
 	}
 	assert.Equal(t, "u", sqlGet[string](t, pool, `SELECT relpersistence::text FROM pg_class WHERE oid = '"Mine"."of ours_state"'::regclass`))
 	before := writers(t, pool)
-	open(t, pool, pgstore.Options{Schema: "Mine", Name: "of ours", Unlogged: true})
+	open(t, pool, pgstore.Options{Schema: "Mine", TablePrefix: "of ours", Unlogged: true})
 	assert.Equal(t, before, writers(t, pool), "New finds all that it would create")
 }
 
@@ -657,7 +657,7 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, "postgres://nobody.invalid/")
 	for field, o := range map[string]pgstore.Options{
-		"Name":              {Name: strings.Repeat("n", 41)},
+		"TablePrefix":       {TablePrefix: strings.Repeat("n", 41)},
 		"Timeout":           {Timeout: 9 * time.Millisecond},
 		"SynchronousCommit": {SynchronousCommit: "off; DROP TABLE x"},
 	} {
@@ -746,7 +746,7 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 		}
 	})
 	took := time.Since(began)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(bg))
 	busy.Close() // then its connections report what they did
 	asktest.Recovery(t, asktest.Patient, func() error {
 		if sqlGet[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'") > 1 {
@@ -834,7 +834,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	}
 	asktest.Crowd(100, func(i int) {
 		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, fmt.Sprint("good", i)))
-		assert.NoError(t, err, "an identifier in the flight of those that are corrupt")
+		assert.NoError(t, err, "an identifier in the batch of those that are corrupt")
 		assert.ErrorIs(t, calls["Decide"](bad[i%len(bad)]), storage.ErrCorruptState)
 	})
 	for _, r := range bad {

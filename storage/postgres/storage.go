@@ -1,10 +1,9 @@
 // Package postgres keeps consumption in PostgreSQL 14 or newer, where any number of processes share it.
 //
-// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else
-// has meanwhile; who was too late begins again under a lock. So a refusal is one round trip, locks nothing and
-// writes nothing. An admission is two, or one if this process was the last to write the row, a moment ago.
-// Concurrent decisions of one process share round trips, and none waits for company. The clock is the server's
-// unless one is injected.
+// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else has written
+// it in between; if somebody has, it begins again under a lock. So a denial is one round trip, locks nothing and writes
+// nothing. An admission is two, or one if this process was the last to write the row, a moment ago. Concurrent decisions of a
+// process share round trips, and none waits for company. The clock is the server's unless one is injected.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	store, err := pgstore.New(ctx, pool, nil)
@@ -36,8 +35,8 @@ const Source = "postgres"
 
 // Defaults of Options. A commit waits for the disk, and a busy one takes tens of milliseconds.
 const (
-	DefaultName    = "throttler"
-	DefaultTimeout = 500 * time.Millisecond
+	DefaultTablePrefix = "throttler"
+	DefaultTimeout     = 500 * time.Millisecond
 )
 
 // Options of a Storage. The zero value and nil are the defaults.
@@ -46,9 +45,9 @@ type Options struct {
 	// role. The schema is not created.
 	Schema string
 
-	// Name is what the name of the table begins with, by default DefaultName, which makes it throttler_state. It
-	// has at most 40 bytes.
-	Name string
+	// TablePrefix begins the name of the table, by default DefaultTablePrefix, which makes it throttler_state. It has at
+	// most 40 bytes.
+	TablePrefix string
 
 	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout. At
 	// least 10 ms. The server gives up when nine tenths have passed, waiting for a lock a little earlier.
@@ -72,15 +71,15 @@ type OptionError struct {
 	Field  string // Pool or a field of Options
 	Reason string // what was given and what is allowed
 
-	is error
+	cause error
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: postgres: %s %s", e.Field, e.Reason)
 }
 
-// Unwrap returns ErrCorruptState if the table that Name leads to is none of this package's, else nil.
-func (e *OptionError) Unwrap() error { return e.is }
+// Unwrap returns ErrCorruptState if another table has the name that TablePrefix leads to, else nil.
+func (e *OptionError) Unwrap() error { return e.cause }
 
 // Storage is safe for concurrent use. It is made by New.
 //
@@ -99,12 +98,12 @@ type Storage struct {
 	forgetful atomic.Bool       // a pooler is, of the names of statements
 	blockless atomic.Bool       // a pooler lets nobody begin a transaction
 
-	// The calls of an identifier are always in the same lane, so that flights of a process do not contend.
-	lanes  [2]*lane
-	locked [8]*combine.Queue[query, answer] // of contended calls
-	joint  *combine.Queue[query, answer]    // a call of several identifiers
-	ledger *combine.Queue[*record, []storage.Debt]
+	partitions [2]*partition                    // of calls of one identifier
+	locked     [8]*combine.Queue[query, answer] // of contended calls, also by identifier
+	several    *combine.Queue[query, answer]    // of calls of several identifiers, each on its own
+	ledger     *combine.Queue[*record, []storage.Debt]
 
+	closed    atomic.Bool // by Close, which need not wait for the queues to know it
 	fresh     atomic.Bool // the last Record had to make rows
 	contended marks       // rows that are locked from the beginning
 	shared    marks       // rows that others write too
@@ -125,7 +124,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	if o != nil {
 		s.options = *o
 	}
-	s.options.Name = cmp.Or(s.options.Name, DefaultName)
+	s.options.TablePrefix = cmp.Or(s.options.TablePrefix, DefaultTablePrefix)
 	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
 	if err := s.options.validate(pool); err != nil {
 		return nil, err
@@ -139,15 +138,16 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	s.sql = statementsOf(&s.options)
 	timeout := s.options.Timeout
 	s.seed, s.contended.seed, s.shared.seed = maphash.MakeSeed(), maphash.MakeSeed(), maphash.MakeSeed()
-	for i := range s.lanes {
-		s.lanes[i] = newLane(s)
+	for i := range s.partitions {
+		s.partitions[i] = newPartition(s)
 	}
 	for i := range s.locked {
-		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.flyContended)
+		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.runContended)
 	}
-	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
+	s.several = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runSeveral)
 	s.fresh.Store(true)
-	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyRecord)
+	s.sweeps.weight.Store(fullWeight)
+	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runRecord)
 	return s, nil
 }
 
@@ -159,8 +159,8 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	if pool == nil {
 		fault("Pool", "is nil")
 	}
-	if len(o.Name) > 40 {
-		fault("Name", "has %d bytes, must have at most 40", len(o.Name))
+	if len(o.TablePrefix) > 40 {
+		fault("TablePrefix", "has %d bytes, must have at most 40", len(o.TablePrefix))
 	}
 	if o.Timeout < 10*time.Millisecond {
 		fault("Timeout", "is %v, must be at least 10ms, or 0 for %v", o.Timeout, DefaultTimeout)
@@ -173,21 +173,35 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	return errors.Join(faults...)
 }
 
-// Close refuses further calls with ErrClosed, and waits until those that were sent are answered or
-// Options.Timeout has passed. It does not close the pool.
-func (s *Storage) Close() error {
+// Close refuses further calls with ErrClosed, and waits for those in flight: until Options.Timeout has passed, or until
+// the context ends, whose error it returns then. It may be called again. It does not close the pool.
+func (s *Storage) Close(ctx context.Context) error {
+	s.closed.Store(true)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.closeAll()
+	}()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *Storage) closeAll() {
 	var wait sync.WaitGroup
-	for _, lane := range s.lanes {
-		wait.Go(lane.Close)
+	for _, p := range s.partitions {
+		wait.Go(p.Close)
 	}
 	for _, queue := range s.locked {
 		wait.Go(queue.Close)
 	}
-	wait.Go(s.joint.Close)
+	wait.Go(s.several.Close)
 	wait.Go(s.ledger.Close)
 	wait.Go(s.sweeps.close)
 	wait.Wait()
-	return nil
 }
 
 // Decide implements storage.Storage.
@@ -276,11 +290,14 @@ func (s *Storage) change(ctx context.Context, name, identifier string, d *change
 
 // ask sends a query. One that turns out to be contended is sent again, within the same time.
 func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
+	if s.closed.Load() {
+		return a, storage.ErrClosed
+	}
 	q.keep()
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
-	queue, locked := s.lanes[hash%uint64(len(s.lanes))].Queue, s.locked[hash%uint64(len(s.locked))]
+	queue, locked := s.partitions[hash%uint64(len(s.partitions))].Queue, s.locked[hash%uint64(len(s.locked))]
 	if len(q.ids) > 1 {
-		queue = s.joint
+		queue = s.several
 	}
 	if s.contended.marked(q.mark()) {
 		queue = locked
@@ -311,21 +328,3 @@ func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer],
 	}
 	return c.Answer, nil
 }
-
-// marks are on ids, for a time. One may be on another id as well, of which no more than speed depends.
-type marks struct {
-	seed  maphash.Seed
-	until [1024]atomic.Int64
-}
-
-func (m *marks) of(id []byte) *atomic.Int64 {
-	return &m.until[maphash.Bytes(m.seed, id)%uint64(len(m.until))]
-}
-
-func (m *marks) mark(id []byte, d time.Duration) {
-	m.of(id).Store(storage.Monotonic() + d.Microseconds())
-}
-func (m *marks) marked(id []byte) bool { return m.of(id).Load() > storage.Monotonic() }
-
-// rowID is the key of a row. Names have no colon.
-func rowID(name, identifier string) []byte { return []byte(name + ":" + identifier) }

@@ -1,6 +1,7 @@
 package postgres_test
 
 import (
+	"context"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -13,6 +14,8 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	"github.com/go-throttler/throttler/storage/storagetest"
 )
+
+var bg = context.Background()
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -33,7 +36,7 @@ func open(t testing.TB, pool *pgxpool.Pool, o pgstore.Options) *pgstore.Storage 
 	}
 	s, err := pgstore.New(t.Context(), pool, &o)
 	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, s.Close()) })
+	t.Cleanup(func() { require.NoError(t, s.Close(bg)) })
 	return s
 }
 

@@ -11,17 +11,27 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Rows whose buckets are all full are of no use. Who decides sweeps: for every sweepEvery rows that were
-// decided on, one look at the next sweepRows of the table, twice as many, so that in a table that only grows
-// at most about half of the rows are full. No lock is waited for.
+// Calls pay for the removal of rows whose buckets are all full.
+//
+// For every sweepEvery new rows a process looks at the next sweepRows rows of the table. That is twice as many, so a round
+// through the table ends before the table has doubled, and in a table that only grows about half of the rows are full at
+// most. Only new rows make a table grow, so this bound needs nothing else.
+//
+// A call for a row that was there counts as much only while looks find something. After a look that removed nothing it
+// counts half of what it did, down to a 16th: looks cost up to a tenth of all, and a table that is in use all the time
+// has nothing to remove. The 16th stays, or a table that was large once and has no new rows would never shrink.
+//
+// A look waits for no lock.
 const (
 	sweepEvery = 256
 	sweepRows  = 2 * sweepEvery
+	fullWeight = 16 // of a new row, and of any while looks find something
 )
 
 // sweeps is how far the table has been swept.
 type sweeps struct {
-	due atomic.Int64 // rows that were decided on since the last one
+	due    atomic.Int64 // weights of the rows that calls have looked at since the last look
+	weight atomic.Int64 // of a row that was there, from 1 to fullWeight
 
 	mu     sync.Mutex // guards what follows
 	busy   bool
@@ -30,11 +40,17 @@ type sweeps struct {
 	wait   sync.WaitGroup
 }
 
-// swept counts n rows that a flight has looked at, and sweeps if it is time. R is one of the requests. The server's
-// clock was now: a row that has been written since may be by a client's clock that was set back.
-func (s *Storage) swept(n int, r *storage.Request, now int64) {
+// count adds the rows of a batch, and reports whether a look is due.
+func (w *sweeps) count(rows, fresh int) (due bool) {
+	weights := int64(fresh)*fullWeight + int64(rows-fresh)*w.weight.Load()
+	return w.due.Add(weights) >= sweepEvery*fullWeight
+}
+
+// swept counts the rows of a batch, of which some were not there, and sweeps if it is time. R is one of its requests. The
+// server's clock was now: rows that were written since stay, because a client's clock may have been set back meanwhile.
+func (s *Storage) swept(rows, fresh int, r *storage.Request, now int64) {
 	w := &s.sweeps
-	if w.due.Add(int64(n)) < sweepEvery || !w.begin() {
+	if !w.count(rows, fresh) || !w.begin() {
 		return
 	}
 	name, sent := "", int64(-1)
@@ -44,8 +60,8 @@ func (s *Storage) swept(n int, r *storage.Request, now int64) {
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout)
 		defer cancel()
-		_, last, err := s.sweep(ctx, w.after, name, sent, now)
-		w.end(last, err)
+		removed, last, err := s.sweep(ctx, w.after, name, sent, now)
+		w.end(removed, last, err)
 	}()
 }
 
@@ -61,8 +77,8 @@ func (w *sweeps) begin() bool {
 	return true
 }
 
-// end keeps the place where the next sweep begins. One that failed is not repeated: the next one comes.
-func (w *sweeps) end(last []byte, err error) {
+// end keeps the place where the next look begins. One that failed is not repeated: the next one comes.
+func (w *sweeps) end(removed int64, last []byte, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	defer w.wait.Done()
@@ -70,12 +86,11 @@ func (w *sweeps) end(last []byte, err error) {
 	if err == nil {
 		w.after = last
 	}
-}
-
-func (w *sweeps) isClosed() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.closed
+	if removed > 0 {
+		w.weight.Store(fullWeight)
+	} else {
+		w.weight.Store(max(1, w.weight.Load()/2))
+	}
 }
 
 // close waits for a sweep in progress.
@@ -91,7 +106,7 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, no
 		after = []byte{}
 	}
 	b := &pgx.Batch{}
-	b.Queue(begin)
+	b.Queue(sqlBegin)
 	b.Queue(s.sql.sweep, after, sweepRows, []byte(name+":"), []byte(name+";"), sent, now).Query(func(r pgx.Rows) error {
 		_, err := pgx.ForEachRow(r, []any{&removed, nil}, func() (err error) {
 			last, err = octets(r, 1)
@@ -112,7 +127,7 @@ func (s *Storage) sweep(ctx context.Context, after []byte, name string, sent, no
 // It takes the table in small pieces, waits for no lock, and ends with the context.
 func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 	for last := []byte(nil); ; {
-		if s.sweeps.isClosed() {
+		if s.closed.Load() {
 			return removed, storage.ErrClosed
 		}
 		n, next, err := s.sweep(ctx, last, "", -1, 0)

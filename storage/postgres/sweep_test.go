@@ -3,10 +3,14 @@ package postgres_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -19,7 +23,7 @@ import (
 func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "churn"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "churn"})
 	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const each, minutes = 500, 30 // that many new identifiers come in each minute
@@ -36,7 +40,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 		}
 		wait.Wait()
 	}
-	require.NoError(t, s.Close(), "which waits for a sweep")
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
 	var rows int
 	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM churn_state").Scan(&rows))
 	assert.Less(t, rows, 4*each, "of %d identifiers %d are not full", each*minutes, each)
@@ -45,7 +49,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "joint_churn"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "joint_churn"})
 	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
 	require.Empty(t, faults)
 	const calls, each = 200, 10
@@ -62,7 +66,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 			assert.NoError(t, err)
 		}
 	})
-	require.NoError(t, s.Close(), "which waits for a sweep")
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
 	var rows int
 	require.NoError(t, pool.QueryRow(t.Context(), "SELECT count(*) FROM joint_churn_state").Scan(&rows))
 	assert.Less(t, rows, calls*each/2, "none of the rows is needed")
@@ -72,7 +76,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 // each time that one begins.
 func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 	t.Parallel()
-	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{Name: "back"})
+	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{TablePrefix: "back"})
 	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const day = 86_400_000_000
@@ -97,7 +101,7 @@ func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s := open(t, pool, pgstore.Options{Name: "sweep"})
+	s := open(t, pool, pgstore.Options{TablePrefix: "sweep"})
 	for i, period := range []time.Duration{time.Microsecond, time.Hour} {
 		rule, faults := storage.NewRule("1", storage.Replenish, period, 1, 0)
 		require.Empty(t, faults)
@@ -112,7 +116,7 @@ func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	removed, err = s.Sweep(t.Context())
 	require.NoError(t, err)
 	assert.Zero(t, removed)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(bg))
 	_, err = s.Sweep(t.Context())
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
@@ -138,4 +142,49 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 			})
 		})
 	}
+}
+
+// looks counts the sweeps that a pool sends.
+type looks struct {
+	trips
+	n atomic.Int64
+}
+
+func (l *looks) TraceBatchQuery(_ context.Context, _ *pgx.Conn, d pgx.TraceBatchQueryData) {
+	if strings.Contains(d.SQL, "DELETE") {
+		l.n.Add(1)
+	}
+}
+
+func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(servers.Postgres(t, "-c", "fsync=off").URL())
+	require.NoError(t, err)
+	sent := &looks{}
+	config.ConnConfig.Tracer = sent
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	s := open(t, pool, pgstore.Options{})
+	const ids, rounds = 500, 20
+	rule := asktest.Rule(t, "r", storage.Replenish, time.Hour, 1000)
+	ask := func(now int64, ids int) {
+		asktest.Crowd(20, func(worker int) {
+			for i := worker; i < ids; i += 20 {
+				r := storage.Request{Clocked: true, Now: now, Part: storage.NewPart(fmt.Sprint(i), []storage.Rule{rule}, 1)}
+				_, err := s.Decide(context.Background(), r)
+				assert.NoError(t, err)
+			}
+		})
+	}
+	for range rounds {
+		ask(0, ids)
+	}
+	assert.LessOrEqual(t, sent.n.Load(), int64(rounds*ids/256/4), "of %d at the usual rate", rounds*ids/256)
+	const later = 2 * 3_600_000_000 // when all but a fifth are full
+	for range 3 * rounds {
+		ask(later, ids/5)
+	}
+	require.NoError(t, s.Close(bg), "which waits for a sweep")
+	assert.LessOrEqual(t, sqlGet[int](t, pool, "SELECT count(*) FROM throttler_state"), ids/4, "what is full is removed")
 }

@@ -2,6 +2,8 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 
@@ -51,7 +53,7 @@ func counted(t testing.TB, url, name string) (*pgstore.Storage, *trips) {
 	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
-	return open(t, pool, pgstore.Options{Name: name}), c
+	return open(t, pool, pgstore.Options{TablePrefix: name}), c
 }
 
 // On a busy machine a call may take longer than memory allows, and then reads.
@@ -59,7 +61,7 @@ func TestRoundTrips(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
 	s, trips := counted(t, url, "trips")
-	other := open(t, connect(t, url), pgstore.Options{Name: "trips"})
+	other := open(t, connect(t, url), pgstore.Options{TablePrefix: "trips"})
 	r, few := asktest.Hourly(t, freshID(t), 1000), asktest.FivePerHour(t, freshID(t)+" few")
 	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, asktest.Take(t, s, r, 1)) }) }
 	assert.Equal(t, 2, admitted(), "the first admission reads and writes")
@@ -78,7 +80,7 @@ func TestRoundTrips(t *testing.T) {
 func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
-	s, other := open(t, pool, pgstore.Options{Name: "memory"}), open(t, pool, pgstore.Options{Name: "memory"})
+	s, other := open(t, pool, pgstore.Options{TablePrefix: "memory"}), open(t, pool, pgstore.Options{TablePrefix: "memory"})
 	for what, do := range map[string]struct {
 		do   func(storage.Request) error
 		left int
@@ -106,9 +108,44 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
-	s, other := open(t, connect(t, url), pgstore.Options{Name: "refusal"}), open(t, connect(t, url), pgstore.Options{Name: "refusal"})
+	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"})
 	r := asktest.FivePerHour(t, freshID(t))
 	require.Equal(t, 5, asktest.Take(t, s, r, 5))
 	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
 	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+}
+
+// The batches of the first storage mix rows that it remembers, that the other one has written meanwhile, and that nobody
+// has, with calls that take nothing.
+func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
+	t.Parallel()
+	url := servers.PostgresURL(t)
+	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"})
+	const ids, limit = 60, 20
+	base := freshID(t)
+	var told [ids]asktest.Told
+	ask := func(s *pgstore.Storage, i int) {
+		assert.NoError(t, told[i].Ask(s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+	}
+	asktest.Crowd(64, func(worker int) {
+		random := rand.New(rand.NewPCG(1, uint64(worker)))
+		for n := range 80 {
+			i := random.IntN(ids)
+			switch {
+			case worker%8 == 0:
+				ask(other, random.IntN(ids/4))
+			case n%7 == 0:
+				r := asktest.Hourly(t, fmt.Sprint(base, i), limit)
+				r.Mode = storage.Peek
+				_, err := s.Decide(context.Background(), r)
+				assert.NoError(t, err)
+			default:
+				ask(s, i)
+			}
+		}
+	})
+	for i := range told {
+		assert.Equal(t, int64(limit), told[i].Admitted.Load(), i)
+		assert.Equal(t, int64(limit), asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+	}
 }
