@@ -49,7 +49,10 @@ func throttlerOnRedis(url string) func() (throttler.Config, func(), error) {
 		if err != nil {
 			return throttler.Config{}, nil, err
 		}
-		store := redisstore.New(client, nil)
+		store, err := redisstore.New(client, nil)
+		if err != nil {
+			return throttler.Config{}, nil, err
+		}
 		return throttler.Config{Storage: store}, func() { _ = store.Close(); _ = client.Close() }, nil
 	}
 }

@@ -35,7 +35,8 @@ func stubborn(t testing.TB, addr string) *goredis.Client {
 // on returns a storage on the client, which is closed after the test.
 func on(t testing.TB, c *goredis.Client, timeout time.Duration) *redisstore.Storage {
 	t.Helper()
-	s := redisstore.New(c, &redisstore.Options{Timeout: timeout})
+	s, err := redisstore.New(c, &redisstore.Options{Timeout: timeout})
+	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })
 	return s
 }

@@ -45,7 +45,7 @@ func TestARefusedConnectionIsTheCauseForAnyClient(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := redisstore.New(c, &prompt)
+			s := on(t, c, prompt)
 			assertRefused(t, s)
 			assertRefused(t, s)
 			assert.NoError(t, s.Close())
@@ -58,7 +58,7 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	c := client(t, server.URL())
-	s := redisstore.New(c, &prompt)
+	s := on(t, c, prompt)
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })
 	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Kill())

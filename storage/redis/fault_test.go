@@ -821,29 +821,34 @@ func TestAUserWithTheLeastRightsDecidesOnACluster(t *testing.T) {
 	}
 }
 
-func TestWhatCannotWorkIsAnErrorOfEachCall(t *testing.T) {
+func TestNewReportsWhatCannotWork(t *testing.T) {
 	t.Parallel()
 	ring := goredis.NewRing(&goredis.RingOptions{})
 	defer func() { assert.NoError(t, ring.Close()) }()
-	c := client(t, "redis://127.0.0.1:1")
-	for field, s := range map[string]*redisstore.Storage{
-		"Client":   redisstore.New(ring, nil),
-		"Client ":  redisstore.New(nil, nil),
-		"Client  ": redisstore.New((*goredis.Client)(nil), &redisstore.Options{Prefix: "p"}),
-		"Client\n": redisstore.New((*goredis.ClusterClient)(nil), nil),
-		"Timeout":  redisstore.New(c, &redisstore.Options{Timeout: -1}),
+	for name, c := range map[string]goredis.UniversalClient{
+		"ring": ring, "nil": nil, "nil client": (*goredis.Client)(nil), "nil cluster client": (*goredis.ClusterClient)(nil),
 	} {
-		for name, call := range allCalls {
-			_, err := call(t.Context(), s, asktest.FivePerHour(t, "a"))
-			var fault *redisstore.OptionError
-			if assert.ErrorAs(t, err, &fault, "%s of %s", name, field) {
-				assert.Equal(t, strings.TrimSpace(field), fault.Field)
-			}
-			assert.NotErrorIs(t, err, storage.ErrUnavailable, "trying again will not help")
-		}
-		assert.NoError(t, s.Close())
-		assert.NoError(t, s.Close())
+		_, err := redisstore.New(c, nil)
+		assertFaults(t, err, name, "Client")
+		_, err = redisstore.New(c, &redisstore.Options{Timeout: -1})
+		assertFaults(t, err, name, "Client", "Timeout")
 	}
+	_, err := redisstore.New(client(t, "redis://127.0.0.1:1"), &redisstore.Options{Timeout: -1})
+	assertFaults(t, err, "client", "Timeout")
+}
+
+// assertFaults checks that an error joins an *OptionError for each field.
+func assertFaults(t testing.TB, err error, name string, fields ...string) {
+	t.Helper()
+	joined, ok := err.(interface{ Unwrap() []error })
+	require.True(t, ok, "%s: %v", name, err)
+	var found []string
+	for _, err := range joined.Unwrap() {
+		var fault *redisstore.OptionError
+		require.ErrorAs(t, err, &fault, name)
+		found = append(found, fault.Field)
+	}
+	assert.Equal(t, fields, found, name)
 }
 
 // wrongURLs have a fault that Open must find.
@@ -914,7 +919,7 @@ func TestAClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing.T) {
 	server := servers.Redis(t)
 	c := goredis.NewClient(hasty(server.Addr()))
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s := redisstore.New(c, &prompt)
+	s := on(t, c, prompt)
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })
 	assertChargedOnce(t, server, c, s, prompt.Timeout)
 }
@@ -925,7 +930,7 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 	c := goredis.NewClusterClient(&goredis.ClusterOptions{Addrs: cluster.Addrs(), MaxRetries: o.MaxRetries, MaxRedirects: o.MaxRetries, MinRetryBackoff: o.MinRetryBackoff,
 		MaxRetryBackoff: o.MaxRetryBackoff, ReadTimeout: o.ReadTimeout, WriteTimeout: o.WriteTimeout})
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s := redisstore.New(c, &redisstore.Options{Timeout: 500 * time.Millisecond})
+	s := on(t, c, redisstore.Options{Timeout: 500 * time.Millisecond})
 	t.Cleanup(func() { assert.NoError(t, s.Close()) })
 	node, err := c.MasterForKey(t.Context(), "a")
 	require.NoError(t, err)
@@ -993,9 +998,9 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	c := client(t, server.URL())
-	again := redisstore.New(c, nil)
+	again := on(t, c, redisstore.Options{})
 	for name, s := range map[string]*redisstore.Storage{
-		"of New":  redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient}),
+		"of New":  on(t, c, redisstore.Options{Timeout: asktest.Patient}),
 		"of Open": open(t, server.URL()+"?client_name=owned", redisstore.Options{}),
 	} {
 		r := asktest.Hourly(t, name, 1<<40)

@@ -117,7 +117,7 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	ws := new(wires)
 	o.Dialer = ws.dial
 	c := goredis.NewClient(o)
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	t.Cleanup(func() {
 		assert.NoError(t, s.Close())
 		assert.NoError(t, c.Close())

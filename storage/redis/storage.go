@@ -5,7 +5,8 @@
 // Each identifier is one key with one value, which expires soon after its buckets are full.
 //
 //	client := goredis.NewClient(&goredis.Options{Addr: "localhost:6379"})
-//	t, err := throttler.New(throttler.Config{Storage: redisstore.New(client, nil)})
+//	store, err := redisstore.New(client, nil)
+//	t, err := throttler.New(throttler.Config{Storage: store})
 //
 // Import it as redisstore: the plain name is that of go-redis.
 package redis
@@ -56,7 +57,7 @@ type Options struct {
 	HashTag func(identifier string) string
 }
 
-// OptionError is a fault in what Open or New was given. After New, every call returns it.
+// OptionError is a fault in what New, Open or Watch was given.
 type OptionError struct {
 	Field  string // Client, URL, Timeout or Watch
 	Reason string // what was given and what is allowed
@@ -94,7 +95,6 @@ type Storage struct {
 	cluster *goredis.ClusterClient // client, if it is one
 	owned   bool                   // Close closes client
 	options Options
-	fault   error           // what every call returns
 	decider *script         // for decisions
 	report  func(err error) // what Watch was given, or nil
 
@@ -119,30 +119,27 @@ var _ storage.Replica = (*Storage)(nil)
 // timeouts at most Options.Timeout: calls return in time whatever they are, but a connection that is
 // stuck is of no use until they have passed. Its ConnMaxIdleTime should be a few minutes, as what is between
 // may forget an idle connection. Open sets them. MaxRetries does not matter: the scripts are never retried.
-func New(client goredis.UniversalClient, o *Options) *Storage {
+//
+// New sends nothing, and Redis need not be there. All faults of its arguments are joined, each an *OptionError.
+func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	s := &Storage{client: client, decider: decideScript, queues: make(map[string]*queue)}
 	if o != nil {
 		s.options = *o
 	}
 	s.options.Prefix = cmp.Or(s.options.Prefix, DefaultPrefix)
 	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
+	s.cluster, _ = client.(*goredis.ClusterClient)
+	var faults []error
+	if single, _ := client.(*goredis.Client); single == nil && s.cluster == nil {
+		faults = append(faults, &OptionError{"Client", fmt.Sprintf("is %T, must be a *Client or a *ClusterClient that is not nil", client)})
+	}
 	if s.options.Timeout < 0 {
-		s.fault = &OptionError{"Timeout", fmt.Sprintf("is %v, must be above 0, or 0 for %v", s.options.Timeout, DefaultTimeout)}
-		return s
+		faults = append(faults, &OptionError{"Timeout", fmt.Sprintf("is %v, must be above 0, or 0 for %v", s.options.Timeout, DefaultTimeout)})
 	}
-	switch c := client.(type) {
-	case *goredis.Client:
-		if c != nil {
-			return s
-		}
-	case *goredis.ClusterClient:
-		if c != nil {
-			s.cluster = c
-			return s
-		}
+	if len(faults) > 0 {
+		return nil, errors.Join(faults...)
 	}
-	s.fault = &OptionError{"Client", fmt.Sprintf("is a %T, must be a *Client or a *ClusterClient", client)}
-	return s
+	return s, nil
 }
 
 // Open returns a storage on a client of its own, which Close closes. The url is one of those that go-redis
@@ -164,11 +161,11 @@ func Open(url string, o *Options) (*Storage, error) {
 	if err != nil {
 		return nil, &OptionError{"URL", "is wrong: " + err.Error()}
 	}
-	s := New(client, o)
-	s.owned = true
-	if s.fault != nil {
-		return nil, errors.Join(s.fault, s.Close())
+	s, err := New(client, o)
+	if err != nil {
+		return nil, errors.Join(err, client.Close())
 	}
+	s.owned = true
 	return s, nil
 }
 
@@ -207,7 +204,7 @@ func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, since int6
 }
 
 func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return v, err
 	}
 	if err := r.Validate(); err != nil {
@@ -238,7 +235,7 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, si
 
 // Charge implements storage.Storage.
 func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := c.Validate(); err != nil {
@@ -249,7 +246,7 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 
 // Debt implements storage.Replica.
 func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return storage.Debt{}, err
 	}
 	d.Amounts = nil
@@ -269,7 +266,7 @@ func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error
 
 // Raise implements storage.Replica.
 func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := d.Validate(); err != nil {
@@ -280,7 +277,7 @@ func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
 
 // Reset implements storage.Storage. A value that this package has not written stays, and is ErrCorruptState.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := storage.ValidateIdentifier(identifier); err != nil {
@@ -295,13 +292,6 @@ func (s *Storage) change(ctx context.Context, name, identifier string, rules []s
 		q.Put(c)
 	}
 	return err
-}
-
-func (s *Storage) usable(ctx context.Context) error {
-	if s.fault != nil {
-		return s.fault
-	}
-	return ctx.Err()
 }
 
 // key is where an identifier is kept. One with a NUL is in the slot of what stands before it, so that the

@@ -32,6 +32,14 @@ func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	return s
 }
 
+// on returns a storage on a client.
+func on(t testing.TB, c goredis.UniversalClient, o redisstore.Options) *redisstore.Storage {
+	t.Helper()
+	s, err := redisstore.New(c, &o)
+	require.NoError(t, err)
+	return s
+}
+
 // client returns a client of the server, which is closed after the test.
 func client(t testing.TB, url string) *goredis.Client {
 	t.Helper()

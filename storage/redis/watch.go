@@ -25,9 +25,6 @@ import (
 // Watch must be called once, and before the first call has begun: after it, and for a timeout that is not above 0,
 // it returns an *OptionError.
 func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
-	if s.fault != nil {
-		return s.fault
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {

@@ -161,7 +161,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 func TestAWatchIsToldOfAPanic(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	seen := watchOf(t, s, asktest.Patient)
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "panic"))
@@ -255,7 +255,6 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 		require.NoError(t, s.Close())
 		assert.ErrorIs(t, s.Watch(short, report), storage.ErrClosed)
 	}
-	refused(redisstore.New(nil, nil).Watch(short, report), "Client")
 }
 
 func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {
