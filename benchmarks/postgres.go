@@ -229,7 +229,7 @@ func openFailover(redisURL, postgresURL string) (*failover.Storage, func(), erro
 	store, err := failover.New(primary, ledger, nil)
 	return store, func() {
 		_ = store.Close(context.Background())
-		_, _, _ = primary.Close(), ledger.Close(), client.Close()
+		_, _, _ = primary.Close(context.Background()), ledger.Close(), client.Close()
 		pool.Close()
 	}, err
 }

@@ -53,7 +53,7 @@ func throttlerOnRedis(url string) func() (throttler.Config, func(), error) {
 		if err != nil {
 			return throttler.Config{}, nil, err
 		}
-		return throttler.Config{Storage: store}, func() { _ = store.Close(); _ = client.Close() }, nil
+		return throttler.Config{Storage: store}, func() { _ = store.Close(context.Background()); _ = client.Close() }, nil
 	}
 }
 

@@ -53,7 +53,7 @@ func BenchmarkGoroutine(b *testing.B) {
 
 func BenchmarkOneCaller(b *testing.B) {
 	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
-	defer q.Close()
+	defer func() { assert.NoError(b, q.Close(b.Context())) }()
 	b.ReportAllocs()
 	for b.Loop() {
 		if err := ask(b.Context(), q, 1); err != nil {
@@ -103,7 +103,7 @@ func parallel(b *testing.B, fly func(calls int)) {
 		}
 	})
 	b.StopTimer()
-	q.Close()
+	assert.NoError(b, q.Close(b.Context()))
 	b.ReportMetric(float64(b.N)/float64(<-flights), "calls/flight")
 }
 

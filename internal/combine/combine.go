@@ -178,13 +178,21 @@ func (c *Call[Q, A]) unlink() {
 }
 
 // Close answers the calls in line, and those that come later, with storage.ErrClosed. It waits for the
-// flights in the air, but not longer than Options.Timeout.
-func (q *Queue[Q, A]) Close() {
+// flights in the air, but not longer than Options.Timeout. If the context ends before, it returns its error.
+func (q *Queue[Q, A]) Close(ctx context.Context) error {
 	q.shut()
+	select {
+	case <-q.landed: // also when the context has ended
+		return nil
+	default:
+	}
 	select {
 	case <-q.landed:
 	case <-time.After(q.options.Timeout):
+	case <-ctx.Done():
+		return ctx.Err()
 	}
+	return nil
 }
 
 func (q *Queue[Q, A]) shut() {

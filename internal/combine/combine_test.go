@@ -162,7 +162,7 @@ func TestACallWhoseContextIsDoneIsNotSent(t *testing.T) {
 		cancel()
 		assert.Equal(t, outcome{err: context.Canceled}, do(ctx, q, "a"))
 		assert.Empty(t, s.log())
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, outcome{err: context.Canceled}, do(ctx, q, "a"), "also by a closed queue")
 	})
 }
@@ -233,7 +233,7 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 			q.Put(c)
 			cancel()
 			time.Sleep(2 * time.Second)
-			q.Close()
+			assert.NoError(t, q.Close(t.Context()))
 		}
 	})
 }
@@ -498,9 +498,9 @@ func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
 	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		inLine := []<-chan outcome{send(t.Context(), q, "b"), send(t.Context(), q, "c")}
-		closed := make(chan struct{})
+		closed := make(chan error)
 		for range 3 {
-			go func() { q.Close(); closed <- struct{}{} }()
+			go func() { closed <- q.Close(t.Context()) }()
 		}
 		for _, out := range inLine {
 			assert.Equal(t, outcome{err: storage.ErrClosed}, <-out)
@@ -511,9 +511,9 @@ func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
 		s.land <- struct{}{}
 		assert.Equal(t, outcome{answer: "A", sent: true}, <-flying)
 		for range 3 {
-			<-closed
+			assert.NoError(t, <-closed)
 		}
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, outcome{err: storage.ErrClosed}, do(t.Context(), q, "d"))
 		assert.Equal(t, []string{"a"}, s.log())
 	})
@@ -523,18 +523,35 @@ func TestCloseWaitsNoLongerThanTheTimeout(t *testing.T) {
 	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
 		q2 := combine.New(combine.Options{Timeout: time.Second}, s.run)
 		start := time.Now()
-		q2.Close()
+		assert.NoError(t, q2.Close(t.Context()))
 		assert.Zero(t, time.Since(start), "a queue that never flew")
 
 		stuck(t, q, 5)
 		start = time.Now()
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, time.Second, time.Since(start))
 		close(s.land)
 		synctest.Wait()
 		start = time.Now()
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Zero(t, time.Since(start))
+	})
+}
+
+func TestCloseEndsWithItsContext(t *testing.T) {
+	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+		out := send(t.Context(), q, "a")
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		assert.Equal(t, context.DeadlineExceeded, q.Close(ctx))
+		assert.Equal(t, 100*time.Millisecond, time.Since(start))
+		close(s.land)
+		assert.Equal(t, "A", (<-out).answer, "what was sent is answered all the same")
+		synctest.Wait()
+		for range 100 {
+			require.NoError(t, q.Close(ctx), "nothing is left")
+		}
 	})
 }
 
@@ -568,7 +585,7 @@ func TestCloseDuringLoadLosesNoCall(t *testing.T) {
 		for answered.Load() < 500 {
 			runtime.Gosched()
 		}
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Zero(t, running.Load())
 		callers.Wait()
 	}
@@ -637,7 +654,7 @@ func storm(t *testing.T, o combine.Options) {
 		})
 	}
 	all.Wait()
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 	<-time.After(10 * time.Millisecond) // also those that are stuck
 	counts := map[string]int{}
 	for i, r := range results {
@@ -684,7 +701,7 @@ func TestCallersWhoLeaveTheLineOfAStuckQueueTakeNoMemory(t *testing.T) {
 	cancel()
 	callers.Wait()
 	close(land)
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 }
 
 func heap() int64 {
@@ -704,7 +721,7 @@ func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
 	sequential := testing.AllocsPerRun(1000, func() {
 		assert.NoError(t, ask(t.Context(), q, 1))
 	})
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 	info, _ := debug.ReadBuildInfo()
 	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		ofContext++ // a sync.Pool loses a quarter of what it is given

@@ -1,6 +1,7 @@
 package faulttest_test
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"testing"
@@ -20,7 +21,7 @@ func open(t testing.TB, url string, timeout time.Duration) *redisstore.Storage {
 	t.Helper()
 	s, err := redisstore.Open(url, &redisstore.Options{Timeout: timeout})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 
@@ -37,7 +38,7 @@ func on(t testing.TB, c *goredis.Client, timeout time.Duration) *redisstore.Stor
 	t.Helper()
 	s, err := redisstore.New(c, &redisstore.Options{Timeout: timeout})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 

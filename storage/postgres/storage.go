@@ -178,13 +178,13 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 func (s *Storage) Close() error {
 	var wait sync.WaitGroup
 	for _, lane := range s.lanes {
-		wait.Go(lane.Close)
+		wait.Go(func() { _ = lane.Close(context.Background()) })
 	}
 	for _, queue := range s.locked {
-		wait.Go(queue.Close)
+		wait.Go(func() { _ = queue.Close(context.Background()) })
 	}
-	wait.Go(s.joint.Close)
-	wait.Go(s.ledger.Close)
+	wait.Go(func() { _ = s.joint.Close(context.Background()) })
+	wait.Go(func() { _ = s.ledger.Close(context.Background()) })
 	wait.Go(s.sweeps.close)
 	wait.Wait()
 	return nil

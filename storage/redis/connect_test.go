@@ -1,6 +1,7 @@
 package redis_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -48,7 +49,7 @@ func TestARefusedConnectionIsTheCauseForAnyClient(t *testing.T) {
 			s := on(t, c, prompt)
 			assertRefused(t, s)
 			assertRefused(t, s)
-			assert.NoError(t, s.Close())
+			assert.NoError(t, s.Close(context.Background()))
 			assert.NoError(t, c.Close())
 		})
 	}
@@ -59,7 +60,7 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	server := servers.Redis(t)
 	c := client(t, server.URL())
 	s := on(t, c, prompt)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Kill())
 	assertRefused(t, s)

@@ -127,11 +127,25 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 		_, err := s.Decide(ctx, asktest.FivePerHour(t, "a")) // the flights stay in the air
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
-	took := asktest.Timed(1, func() { assert.NoError(t, s.Close()) })
+	took := asktest.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	assert.ErrorIs(t, err, storage.ErrClosed)
+}
+
+func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s := open(t, server.URL(), redisstore.Options{Timeout: time.Hour})
+	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.NoError(t, server.Freeze())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := s.Decide(ctx, asktest.FivePerHour(t, "a"))
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	assert.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded, "a call is in flight")
+	require.NoError(t, server.Thaw())
 }
 
 // eachNode returns requests for keys of each node in turn, which have been asked for once.
@@ -884,7 +898,7 @@ func TestOpenDoesNotPanic(t *testing.T) {
 			s, err := redisstore.Open("redis://localhost?"+parameters, nil)
 			var fault *redisstore.OptionError
 			if !assert.ErrorAs(t, err, &fault, parameters) {
-				assert.NoError(t, s.Close())
+				assert.NoError(t, s.Close(context.Background()))
 			}
 		}, parameters)
 	}
@@ -920,7 +934,7 @@ func TestAClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing.T) {
 	c := goredis.NewClient(hasty(server.Addr()))
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
 	s := on(t, c, prompt)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	assertChargedOnce(t, server, c, s, prompt.Timeout)
 }
 
@@ -931,7 +945,7 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 		MaxRetryBackoff: o.MaxRetryBackoff, ReadTimeout: o.ReadTimeout, WriteTimeout: o.WriteTimeout})
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
 	s := on(t, c, redisstore.Options{Timeout: 500 * time.Millisecond})
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	node, err := c.MasterForKey(t.Context(), "a")
 	require.NoError(t, err)
 	assertChargedOnce(t, cluster.Nodes[0], node, s, 500*time.Millisecond)
@@ -984,9 +998,9 @@ func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (ad
 		}
 		return nil
 	})
-	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close(context.Background())) })
 	calls.Wait()
-	assert.NoError(t, s.Close(), "again")
+	assert.NoError(t, s.Close(context.Background()), "again")
 	for call, ask := range allCalls {
 		_, err := ask(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrClosed, "%s after Close", call)
@@ -1006,7 +1020,7 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 		r := asktest.Hourly(t, name, 1<<40)
 		assert.Equal(t, closeDuringLoad(t, s, r), asktest.Spent(t, again, r), "each call that was sent was answered")
 	}
-	assert.NoError(t, again.Close())
+	assert.NoError(t, again.Close(context.Background()))
 	assert.NoError(t, c.Ping(t.Context()).Err(), "the client of New is the caller's")
 	asktest.Recovery(t, 10*time.Second, func() error { // as the server notices a moment later
 		if list := c.ClientList(t.Context()).Val(); strings.Contains(list, "name=owned") {
@@ -1028,7 +1042,7 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 	t.Parallel()
 	s, err := redisstore.Open("redis://127.0.0.1:1?addr=127.0.0.1:2", nil)
 	require.NoError(t, err)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	for call, ask := range allCalls {
 		_, err := ask(t.Context(), s, asktest.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrClosed, call)

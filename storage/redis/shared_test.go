@@ -119,7 +119,7 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	c := goredis.NewClient(o)
 	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	t.Cleanup(func() {
-		assert.NoError(t, s.Close())
+		assert.NoError(t, s.Close(context.Background()))
 		assert.NoError(t, c.Close())
 	})
 	return s, ws

@@ -169,22 +169,26 @@ func Open(url string, o *Options) (*Storage, error) {
 	return s, nil
 }
 
-// Close refuses further calls with ErrClosed, waits until those that were sent are answered or
-// Options.Timeout has passed, and closes the client if Open made it.
-func (s *Storage) Close() error {
+// Close answers further calls with ErrClosed, waits for those that were sent, and closes the client if Open made
+// it. It waits until the context ends, and at most Options.Timeout: then the calls have their errors. Its error is the
+// context's if that ended while calls were in flight, joined with that of closing the client.
+func (s *Storage) Close(ctx context.Context) error {
 	s.mu.Lock()
 	again := s.closed
 	s.closed = true
 	s.mu.Unlock()
-	var wait sync.WaitGroup
+	left := make(chan error, len(s.queues))
 	for _, q := range s.queues { // closed: nobody changes it
-		wait.Go(q.Close)
+		go func() { left <- q.Close(ctx) }()
 	}
-	wait.Wait()
-	if again || !s.owned {
-		return nil
+	var err error
+	for range s.queues {
+		err = cmp.Or(err, <-left)
 	}
-	return s.client.Close()
+	if !again && s.owned {
+		err = errors.Join(err, s.client.Close())
+	}
+	return err
 }
 
 // Decide implements storage.Storage.

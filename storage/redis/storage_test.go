@@ -28,7 +28,7 @@ func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	}
 	s, err := redisstore.Open(url, &o)
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 

@@ -87,7 +87,7 @@ func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
 
 	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, ""))
 	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take(), "nothing was sent")
@@ -150,7 +150,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	assert.Equal(t, err, seen.next(t), "as the caller sees it")
 	require.NoError(t, server.Thaw())
 	asktest.Recovery(t, asktest.Patient, func() error { return s.Reset(t.Context(), "", "a") })
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	all := seen.take()
 	assert.NoError(t, all[len(all)-1])
 	for _, err := range all[:len(all)-1] {
@@ -178,7 +178,7 @@ func TestAWatchIsToldOfAClusterThatIsNotThere(t *testing.T) {
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, []error{err}, seen.take())
 	}
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take())
@@ -252,7 +252,7 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 		refused(s.Watch(-1, report), "Timeout")
 		require.NoError(t, s.Watch(short, report))
 		refused(s.Watch(short, report), "Watch")
-		require.NoError(t, s.Close())
+		require.NoError(t, s.Close(context.Background()))
 		assert.ErrorIs(t, s.Watch(short, report), storage.ErrClosed)
 	}
 }
