@@ -47,6 +47,7 @@ func (q *query) keep() {
 // answer is what the script said to a query.
 type answer struct {
 	text string // its first byte is what became of it
+	real int64  // the server's time of a decision
 	at   int64  // when it arrived
 }
 
@@ -394,12 +395,19 @@ func (g *group) land(at int64) error {
 	if err != nil {
 		return err
 	}
+	real := int64(0)
+	if g.calls[0].Query.change == nil {
+		if len(text) < 7 {
+			return fmt.Errorf("this is no answer of the script: %.99q", text)
+		}
+		real, text = integer(text), text[7:]
+	}
 	for _, c := range g.calls {
 		n := c.Query.answerBytes(text)
 		if n > len(text) {
 			return fmt.Errorf("this is no answer of the script: %.99q", text)
 		}
-		c.Answer, c.Err = answer{text[:n], at}, c.Query.err(text[:n])
+		c.Answer, c.Err = answer{text[:n], real, at}, c.Query.err(text[:n])
 		text = text[n:]
 	}
 	if text != "" {
@@ -411,7 +419,7 @@ func (g *group) land(at int64) error {
 // answerBytes is the length of the answer to q with which text begins, and more than text has if that is none.
 func (q *query) answerBytes(text string) int {
 	none := len(text) + 1
-	if text == "" || text[0] > stale {
+	if text == "" || text[0] > admittedValues {
 		return none
 	}
 	switch first := text[0]; {
@@ -419,6 +427,8 @@ func (q *query) answerBytes(text string) int {
 		return q.changeBytes(text)
 	case first <= admitted:
 		return 1 + countBytes*q.buckets()
+	case first >= refusedValues:
+		return q.valuesBytes(text)
 	case first == tooMany:
 		return 3
 	case first == tooManyHolds || first == stale && q.since == 0:
@@ -427,11 +437,20 @@ func (q *query) answerBytes(text string) int {
 	return 1
 }
 
+// valuesBytes is answerBytes of a decision whose answer is the values that were there.
+func (q *query) valuesBytes(text string) int {
+	n := 1
+	for i := range q.request.Parts() {
+		n += plainBytes(text[min(n, len(text)):], q.request.At(i).Rules)
+	}
+	return n
+}
+
 // changeBytes is answerBytes of a change.
 func (q *query) changeBytes(text string) int {
 	none := len(text) + 1
 	switch first := text[0]; {
-	case first == refused || first == stale:
+	case first == refused || first >= stale:
 		return none
 	case first == tooMany:
 		return 2

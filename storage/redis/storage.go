@@ -233,7 +233,9 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, si
 		at = r.Now
 	}
 	v.Begin(&c.Query.request, Source, at)
-	c.Answer.fill(&v)
+	if err := c.Answer.fill(&v, &c.Query.request); err != nil {
+		return storage.Verdict{}, s.unavailable(err)
+	}
 	return v, nil
 }
 
