@@ -41,134 +41,135 @@ end
 -- The fast way: one part. It returns the value that was there, whether the part is admitted, and if so the new value
 -- and its time to live in ms, 0 to keep the one it has; or nothing if it cannot tell.
 local function fast(key, s)
-  local v, now, held = try('GET', key), s.now, nil
+  local v, now, held = try('GET', key), s[$now], nil
   if v then
-    if #v ~= s.size then return end
-    held = { unpack(s.form, v) }
-    if held[1] ~= s.prefix or held[2] > now then return end -- 1, 2
+    if #v ~= s[$size] then return end
+    held = { unpack(s[$form], v) }
+    if held[1] ~= s[$prefix] or held[2] > now then return end -- 1, 2
   else
-    held = { s.prefix, now }
+    held = { s[$prefix], now }
   end
   local allowed, before, till, h = true, 0, 0, 3
-  if s.doubted and (not v or held[2] <= s.doubted) then return end
-  for j = 1, #s do
-    local b, e, m, gone = s[j], 0, 0, 0
+  if s[$doubted] and (not v or held[2] <= s[$doubted]) then return end
+  for _, b in ipairs(s[$buckets]) do
+    local e, m, gone = 0, 0, 0
     if v then
       e, m = held[h], held[h + 1]
-      if m > b.most or e > b.latest or m < 1 then return end
+      if m > b[$most] or e > b[$latest] or m < 1 then return end
     end
-    if b.drain > 0 then -- 3
+    if b[$drain] > 0 then -- 3
       local seen = held[2]
-      m = m - b.drain * (b.ticks - (seen - seen % b.tick) / b.tick)
+      m = m - b[$drain] * (b[$ticks] - (seen - seen % b[$tick]) / b[$tick])
       if m < 0 then m = 0 end
-      gone = (b.ticks + ceil((m + b.take) / b.drain)) * b.tick
+      gone = (b[$ticks] + ceil((m + b[$take]) / b[$drain])) * b[$tick]
     else
-      gone = e + b.fade
+      gone = e + b[$fade]
       if gone <= now then
-        e, m = b.finish, 0
-        gone = e + b.fade
-      elseif e < b.join then
+        e, m = b[$finish], 0
+        gone = e + b[$fade]
+      elseif e < b[$join] then
         return
       elseif gone > before then
         before = gone
       end
     end
     if gone > till then till = gone end
-    if m > b.room then allowed = false end -- 4
-    m = m + b.take -- 5
-    if m > b.most then return end
+    if m > b[$room] then allowed = false end -- 4
+    m = m + b[$take] -- 5
+    if m > b[$most] then return end
     held[h], held[h + 1] = e, m
     h = h + 2
   end
   if not allowed then return v or '\0', false end
   held[2] = now
-  if till > before or not s.served then return v or '\0', true, pack(s.form, list(held)), ceil((till - now) / 1000) + s.grace end
-  return v or '\0', true, pack(s.form, list(held)), 0
+  if till > before or not s[$served] then return v or '\0', true, pack(s[$form], list(held)), ceil((till - now) / 1000) + s[$grace] end
+  return v or '\0', true, pack(s[$form], list(held)), 0
 end
 
 -- The fast way of one and of two buckets that come back at once, without a table.
 local function one(key, s)
-  local v, now, b = try('GET', key), s.now, s[1]
+  local v, now, b = try('GET', key), s[$now], s[$buckets][1]
   local before, e, m = 0, 0, 0
   if v then
-    if #v ~= s.size then return end
+    if #v ~= s[$size] then return end
     local prefix, seen
-    prefix, seen, e, m = unpack(s.form, v)
-    if prefix ~= s.prefix or seen > now or m > b.most or m < 1 or e > b.latest then return end -- 1, 2
+    prefix, seen, e, m = unpack(s[$form], v)
+    if prefix ~= s[$prefix] or seen > now or m > b[$most] or m < 1 or e > b[$latest] then return end -- 1, 2
     before = e
   end
-  if e <= now then e, m = b.finish, 0 elseif e < b.join then return end -- 3
-  if m > b.room then return v or '\0', false end -- 4
-  m = m + b.take -- 5
-  if m > b.most then return end
-  if e <= before then return v, true, pack(s.form, s.prefix, now, e, m), 0 end
-  return v or '\0', true, pack(s.form, s.prefix, now, e, m), ceil((e - now) / 1000) + 1000
+  if e <= now then e, m = b[$finish], 0 elseif e < b[$join] then return end -- 3
+  if m > b[$room] then return v or '\0', false end -- 4
+  m = m + b[$take] -- 5
+  if m > b[$most] then return end
+  if e <= before then return v, true, pack(s[$form], s[$prefix], now, e, m), 0 end
+  return v or '\0', true, pack(s[$form], s[$prefix], now, e, m), ceil((e - now) / 1000) + 1000
 end
 
 local function two(key, s)
-  local v, now, b, c = try('GET', key), s.now, s[1], s[2]
+  local v, now, b, c = try('GET', key), s[$now], s[$buckets][1], s[$buckets][2]
   local before, e, m, f, k = 0, 0, 0, 0, 0
   if v then
-    if #v ~= s.size then return end
+    if #v ~= s[$size] then return end
     local prefix, seen
-    prefix, seen, e, m, f, k = unpack(s.form, v)
-    if prefix ~= s.prefix or seen > now or m > b.most or m < 1 or e > b.latest or k > c.most or k < 1 or f > c.latest then return end -- 1, 2
+    prefix, seen, e, m, f, k = unpack(s[$form], v)
+    if prefix ~= s[$prefix] or seen > now or m > b[$most] or m < 1 or e > b[$latest] or k > c[$most] or k < 1 or f > c[$latest] then return end -- 1, 2
     before = e > f and e or f
   end
-  if e <= now then e, m = b.finish, 0 elseif e < b.join then return end -- 3
-  if f <= now then f, k = c.finish, 0 elseif f < c.join then return end
-  if m > b.room or k > c.room then return v or '\0', false end -- 4
-  m, k = m + b.take, k + c.take -- 5
-  if m > b.most or k > c.most then return end
-  local new, till = pack(s.form, s.prefix, now, e, m, f, k), e > f and e or f
+  if e <= now then e, m = b[$finish], 0 elseif e < b[$join] then return end -- 3
+  if f <= now then f, k = c[$finish], 0 elseif f < c[$join] then return end
+  if m > b[$room] or k > c[$room] then return v or '\0', false end -- 4
+  m, k = m + b[$take], k + c[$take] -- 5
+  if m > b[$most] or k > c[$most] then return end
+  local new, till = pack(s[$form], s[$prefix], now, e, m, f, k), e > f and e or f
   if till <= before then return v, true, new, 0 end
   return v or '\0', true, new, ceil((till - now) / 1000) + 1000
 end
 
--- A bucket of a shape, with what the fast way needs to know: m units are out, until e. A table is made with all of its
--- fields at once, as one that grows costs several times as much.
-local function bucket(s, kind, period, drain, tick, grain, one, capacity, cost)
-  local now, unit, finish, join, fade, ticks = s.now, 1, 0, 0, 0, 0
+-- Shapes and their buckets are lists, which are made faster than tables with names. So $form is a place in them,
+-- which is put in where comments are left out:
+--#slots prefix form size mode now grace served more doubted rules buckets way
+--#slots kind tick grain capacity cost take most room finish join latest fade drain ticks
+
+-- A bucket of a shape, with what the fast way needs to know. It counts in units: of take more of them at most room may be
+-- out before, and at most most ever. A new hold ends at finish; one is joined that ends at join or later, and none ends
+-- after latest.
+local function bucket(mode, now, kind, period, drain, tick, grain, one, capacity, cost)
+  local unit, finish, join, latest, fade, ticks = 1, 0, 0, now + period, 0, 0
   if kind == CONTINUOUS then
-    unit, ticks = one, (now - now % tick) / tick
+    unit, latest, ticks = one, 0, (now - now % tick) / tick
   elseif kind == REPLENISH then
-    finish = now + period
+    finish = latest
   else
-    finish = kind == LOG and now + period or now - now % period + period
-    join = finish
-    if kind == SLIDING then fade = period - tick end
+    finish = kind == LOG and latest or now - now % period + period
+    join, fade = finish, kind == SLIDING and period - tick or 0
   end
-  if cost == 0 and s.mode ~= PEEK or grain > 1 then s.slow = true end
-  if kind == CONTINUOUS or kind == SLIDING then s.plain = false end
-  return {
-    kind = kind, tick = tick, grain = grain, capacity = capacity, cost = cost,
-    take = cost * unit,
-    most = 4 * capacity * unit, -- that may be out at all, and before the request
-    room = (s.mode == FORCE or cost == 0) and 4 * capacity * unit or (capacity - cost) * unit,
-    finish = finish, -- of a new hold
-    join = join, -- the first that a hold may end which is joined, and the last that any may
-    latest = kind == CONTINUOUS and 0 or now + period,
-    fade = fade, drain = drain, ticks = ticks,
-  }
+  local most, room = 4 * capacity * unit, (capacity - cost) * unit
+  if mode == FORCE or cost == 0 then room = most end
+  return { kind, tick, grain, capacity, cost, cost * unit, most, room, finish, join, latest, fade, drain, ticks }
 end
 
-local function none() end
+-- How a part of a shape is decided.
+local function wayOf(mode, plain, buckets)
+  for _, b in ipairs(buckets) do
+    if b[$cost] == 0 and mode ~= PEEK or b[$grain] > 1 then return nil end
+    if b[$kind] == CONTINUOUS or b[$kind] == SLIDING then plain = false end
+  end
+  if plain and #buckets == 1 then return one end
+  if plain and #buckets == 2 then return two end
+  return fast
+end
 
 local function shapeOf(arg)
   local prefix, form, size, mode, flags, now, young, n, p = unpack('<I2c0Bc0I2BBddB', arg)
-  local served = now < 0
-  if served then now = server() end
-  local s = {
-    prefix = prefix, form = form, size = size, mode = mode, now = now, served = served, grace = served and 1000 or 3601000,
-    more = flags % 2 == 1, doubted = flags > 1 and now - young, plain = served and flags < 2, slow = false, rules = false, way = fast,
-  }
-  local kind, period, drain, tick, grain, unit, capacity, cost
+  local served, grace = now < 0, 3601000
+  if served then now, grace = server(), 1000 end
+  local buckets = {}
   for j = 1, n do
-    kind, period, drain, tick, grain, unit, capacity, cost, p = unpack('<Bddddddd', arg, p)
-    s[j] = bucket(s, kind, period, drain, tick, grain, unit, capacity, cost)
+    local kind, period, drain, tick, grain, unit, capacity, cost, after = unpack('<Bddddddd', arg, p)
+    buckets[j], p = bucket(mode, now, kind, period, drain, tick, grain, unit, capacity, cost), after
   end
-  if s.slow then s.way = none elseif s.plain and n < 3 then s.way = n == 1 and one or two end
-  return s
+  local way = wayOf(mode, served and flags < 2, buckets)
+  return { prefix, form, size, mode, now, grace, served, flags % 2 == 1, flags > 1 and now - young, false, buckets, way }
 end
 
 local index, shapes = ARGV[1], {}
@@ -201,23 +202,23 @@ local function fullWay()
 
   -- The rules of a shape, with their costs.
   local function rules(s)
-    if not s.rules then
+    if not s[$rules] then
       local p, r = 4, nil
-      s.rules = {}
-      for j, b in ipairs(s) do
-        r, p = law(s.prefix, p)
-        rule(r, b.capacity, r.k == LOG and b.grain or b.tick)
-        s.rules[j], r.cost, p = r, b.cost, p + 1
+      s[$rules] = {}
+      for j, b in ipairs(s[$buckets]) do
+        r, p = law(s[$prefix], p)
+        rule(r, b[$capacity], r.k == LOG and b[$grain] or b[$tick])
+        s[$rules][j], r.cost, p = r, b[$cost], p + 1
       end
     end
-    return s.rules
+    return s[$rules]
   end
 
   return function(key)
     local failed, allowed, stale, parts, s = nil, true, false, {}, nil
     repeat
       s = shape(key)
-      local of, real = rules(s), s.now
+      local of, real = rules(s), s[$now]
       local states, others = load(KEYS[key], of, real)
       if not states then
         if sub(others, 1, 1) == char(4) then others = others .. char(#parts) end
@@ -229,12 +230,12 @@ local function fullWay()
         spent[j] = 0
         if state and not believable(state, real) then state = nil end -- 1
         if state then spent[j] = out(state, max(real, state[2])) end -- 2, 3
-        if s.doubted and r.cost > 0 and (not state or state[2] <= s.doubted) then stale = true end
-        if r.cost > r.C - spent[j] and r.cost > 0 and s.mode ~= FORCE then allowed = false end -- 4
+        if s[$doubted] and r.cost > 0 and (not state or state[2] <= s[$doubted]) then stale = true end
+        if r.cost > r.C - spent[j] and r.cost > 0 and s[$mode] ~= FORCE then allowed = false end -- 4
       end
-      parts[#parts + 1] = { key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s.served }
+      parts[#parts + 1] = { key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served] }
       key = key + 1
-    until not s.more
+    until not s[$more]
     if failed then return failed, key end
     if allowed and stale then return char(6), key end
 
@@ -258,7 +259,7 @@ local function fullWay()
         local next = back(state, now, max(0, min(n, r.C) - 1), n)
         answer[#answer + 1] = pack('<I7I7I7I7', told, back(state, now, 0, n) - real, next - real, last)
       end
-      if changed and s.mode ~= PEEK then store(part.key, part.states, part.rules, part.others, real, not part.served) end
+      if changed and s[$mode] ~= PEEK then store(part.key, part.states, part.rules, part.others, real, not part.served) end
     end
     return concat(answer), key
   end
@@ -271,20 +272,21 @@ while key <= keys do
   n = at
   repeat
     if not same then s = shape(key) end
-    old, admitted, values[key], lives[key] = s.way(KEYS[key], s)
+    old = nil
+    if s[$way] then old, admitted, values[key], lives[key] = s[$way](KEYS[key], s) end
     if not old then break end
     n = n + 1
     answer[n] = old
     allowed = allowed and admitted
     key = key + 1
-  until not s.more
+  until not s[$more]
   if not old then
     full = full or fullWay()
     answer[at], key = full(first)
     n = at
   else
     answer[at] = allowed and '\8' or '\7'
-    if allowed and s.mode ~= PEEK then
+    if allowed and s[$mode] ~= PEEK then
       for k = first, key - 1 do
         if lives[k] == 0 then
           call('SET', KEYS[k], values[k], 'KEEPTTL')

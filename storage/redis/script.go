@@ -37,8 +37,16 @@ type script struct{ text, sha string }
 // comment is a line of a script that the servers need not read.
 var comment = regexp.MustCompile(`(?m)^ *--.*\n`)
 
+// named is a line that names places in a list.
+var named = regexp.MustCompile(`(?m)^--#slots (.*)\n`)
+
 func newScript(text string) *script {
 	text = strings.Replace(text, "--#include state.lua\n", stateLua, 1)
+	for _, names := range named.FindAllStringSubmatch(text, -1) {
+		for i, name := range strings.Fields(names[1]) {
+			text = strings.ReplaceAll(text, "[$"+name+"]", fmt.Sprintf("[%d]", i+1))
+		}
+	}
 	text = comment.ReplaceAllString(text, "")
 	sum := sha1.Sum([]byte(text)) // the name that Redis gives to a script
 	return &script{text, hex.EncodeToString(sum[:])}
