@@ -12,8 +12,8 @@
 //	}
 //	use(c.Answer)
 //
-// Flights have goroutines of their own, so that callers wait for the queue and never for a socket. An
-// idle queue has none.
+// Flights have goroutines of their own, so that callers wait for the queue and never for a socket, unless they
+// choose to with DoInline. An idle queue has none.
 package combine
 
 import (
@@ -124,6 +124,17 @@ func (q *Queue[Q, A]) Do(ctx context.Context, c *Call[Q, A]) error {
 	return err
 }
 
+// DoInline is Do without the two handovers between goroutines: if a flight may start at once, the caller executes run
+// itself, in place of the queue's. It is for a context that can never end, and run must return when its own context
+// ends: nothing else ends the call.
+func (q *Queue[Q, A]) DoInline(ctx context.Context, c *Call[Q, A], run func(ctx context.Context, flight []*Call[Q, A])) error {
+	if f := q.board(c); f != nil {
+		f.run = run
+		return f.flyOwn(c)
+	}
+	return q.Do(ctx, c)
+}
+
 func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -154,6 +165,17 @@ func (q *Queue[Q, A]) enter(c *Call[Q, A]) bool {
 	c.prev.next, c.next.prev = c, c
 	q.start()
 	return true
+}
+
+// board returns a flight that has taken the call alone, for its caller to fly, or nil if none may start.
+func (q *Queue[Q, A]) board(c *Call[Q, A]) *flight[Q, A] {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed || q.line.next != &q.line || q.full() {
+		return nil
+	}
+	q.line.next, q.line.prev, c.next, c.prev = c, c, &q.line, &q.line
+	return q.takeOff()
 }
 
 // leave ends the call with err, or with its answer if that came meanwhile.
@@ -215,6 +237,7 @@ func (q *Queue[Q, A]) shut() {
 // flight is what a goroutine flies in, one flight after the other.
 type flight[Q, A any] struct {
 	queue    *Queue[Q, A]
+	run      func(ctx context.Context, flight []*Call[Q, A])
 	calls    []*Call[Q, A]
 	begin    func()      // is fly: a go statement with a method would allocate
 	timer    *time.Timer // calls overdue
@@ -225,9 +248,13 @@ type flight[Q, A any] struct {
 
 // start starts a flight if one may. The caller holds mu.
 func (q *Queue[Q, A]) start() {
-	if !q.ready() {
-		return
+	if q.ready() {
+		go q.takeOff().begin()
 	}
+}
+
+// takeOff returns a flight that has boarded. The caller holds mu.
+func (q *Queue[Q, A]) takeOff() *flight[Q, A] {
 	if len(q.idle) == 0 {
 		f := &flight[Q, A]{queue: q}
 		f.begin, f.timer = f.fly, time.AfterFunc(q.options.Timeout, f.overdue)
@@ -237,14 +264,15 @@ func (q *Queue[Q, A]) start() {
 	f := q.idle[last]
 	q.idle = q.idle[:last]
 	f.board()
-	go f.begin()
+	return f
 }
 
-// ready reports whether calls are in line and a flight may take them. A late flight has made room for
-// another one, unless too many are late. The caller holds mu.
-func (q *Queue[Q, A]) ready() bool {
-	return q.line.next != &q.line && q.inTheAir < q.options.Flights+min(q.late, stuck)
-}
+// ready reports whether calls are in line and a flight may take them. The caller holds mu.
+func (q *Queue[Q, A]) ready() bool { return q.line.next != &q.line && !q.full() }
+
+// full reports whether no flight may start. A late flight has made room for another one, unless too many are late. The
+// caller holds mu.
+func (q *Queue[Q, A]) full() bool { return q.inTheAir >= q.options.Flights+min(q.late, stuck) }
 
 // board takes the first in line along. The caller holds mu.
 func (f *flight[Q, A]) board() {
@@ -255,6 +283,7 @@ func (f *flight[Q, A]) board() {
 		f.calls = append(f.calls, c)
 	}
 	q.inTheAir++
+	f.run = q.run
 	f.up, f.deadline = true, time.Now().Add(q.options.Timeout)
 	f.timer.Reset(q.options.Timeout)
 }
@@ -262,6 +291,15 @@ func (f *flight[Q, A]) board() {
 func (f *flight[Q, A]) fly() {
 	for f.once() {
 	}
+}
+
+// flyOwn is fly in the goroutine of the only caller. What came meanwhile is not left to it.
+func (f *flight[Q, A]) flyOwn(c *Call[Q, A]) error {
+	if f.once() {
+		go f.begin()
+	}
+	<-c.done
+	return c.Err
 }
 
 // once executes what boarded, and reports whether there is more.
@@ -283,7 +321,7 @@ func (f *flight[Q, A]) once() (more bool) {
 			go f.begin() // as this goroutine ends
 		}
 	}()
-	f.queue.run(ctx, f.calls)
+	f.run(ctx, f.calls)
 	returned = true
 	return
 }

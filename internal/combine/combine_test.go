@@ -538,6 +538,60 @@ func TestCloseWaitsNoLongerThanTheTimeout(t *testing.T) {
 	})
 }
 
+func TestACallerFliesInlineOnlyWhenNothingWouldWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		caller, land := make(chan string, 1), make(chan struct{})
+		run := func(ctx context.Context, flight []*call) {
+			caller <- string(debug.Stack())
+			select {
+			case <-land:
+			case <-ctx.Done():
+			}
+			for _, c := range flight {
+				if c.Answer, c.Err = strings.ToUpper(c.Query), ctx.Err(); c.Query == "panic" {
+					panic("inline")
+				}
+			}
+		}
+		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, run)
+		doInline := func(query string) outcome {
+			start, c := time.Now(), q.Get()
+			defer q.Put(c)
+			c.Query = query
+			err := q.DoInline(context.Background(), c, run)
+			return outcome{answer: c.Answer, err: err, sent: c.Sent(), after: time.Since(start)}
+		}
+		sendInline := func(query string) <-chan outcome {
+			out := make(chan outcome, 1)
+			go func() { out <- doInline(query) }()
+			synctest.Wait()
+			return out
+		}
+		inline := func() bool { return strings.Contains(<-caller, "DoInline") }
+		one := sendInline("a")
+		assert.True(t, inline())
+		two, three := sendInline("b"), send(t.Context(), q, "c")
+		land <- struct{}{}
+		assert.Equal(t, outcome{answer: "A", sent: true}, <-one, "the others do not hold it up")
+		assert.False(t, inline(), "they fly together")
+		land <- struct{}{}
+		assert.Equal(t, "B", (<-two).answer)
+		assert.Equal(t, "C", (<-three).answer)
+		synctest.Wait()
+
+		stuck := sendInline("e")
+		assert.True(t, inline())
+		assert.Equal(t, outcome{answer: "E", err: context.DeadlineExceeded, sent: true, after: time.Second}, <-stuck)
+		panics := sendInline("panic")
+		assert.True(t, inline())
+		land <- struct{}{}
+		assert.ErrorContains(t, (<-panics).err, "inline")
+		assert.NoError(t, q.Close(t.Context()))
+		assert.Equal(t, storage.ErrClosed, doInline("f").err)
+	})
+}
+
 func TestCloseEndsWithItsContext(t *testing.T) {
 	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
 		out := send(t.Context(), q, "a")

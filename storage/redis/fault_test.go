@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -112,6 +113,58 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	require.NoError(t, server.Thaw())
 	asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
 	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+}
+
+// A call whose context cannot end waits for the socket itself, when nothing else is in flight.
+func TestACallWithoutAContextReturnsInTime(t *testing.T) {
+	t.Parallel()
+	server, r := servers.Redis(t), asktest.FivePerHour(t, "a")
+	l := newLink(t, server.Addr())
+	url := "redis://" + l.Addr().String() + "?pool_size=1&read_timeout=5s&write_timeout=5s&dial_timeout=5s&pool_timeout=5s"
+	known, unknown, watched := open(t, url, prompt), open(t, url, prompt), open(t, url, redisstore.Options{})
+	seen := watchOf(t, watched, prompt.Timeout)
+	for _, s := range []*redisstore.Storage{known, watched} {
+		_, err := s.Decide(context.Background(), r)
+		require.NoError(t, err)
+	}
+	require.NoError(t, seen.next(t))
+	require.NoError(t, server.Freeze())
+	for name, s := range map[string]*redisstore.Storage{"with a connection": known, "without one": unknown, "watched": watched} {
+		asktest.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
+			asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
+				_, err := s.Decide(context.Background(), r)
+				assert.ErrorIs(t, err, storage.ErrUnavailable, name)
+				assert.NotErrorIs(t, err, context.DeadlineExceeded, name)
+			}))
+		})
+	}
+	for _, err := range seen.take() {
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+	}
+	require.NoError(t, server.Thaw())
+	for _, s := range []*redisstore.Storage{known, unknown, watched} {
+		asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(context.Background(), "", "a") })
+	}
+	assert.Equal(t, 5, asktest.Take(t, known, r, 7))
+}
+
+func TestCallsWithAndWithoutAContextTakeExactlyTheLimit(t *testing.T) {
+	t.Parallel()
+	s, r := open(t, servers.RedisURL(t), redisstore.Options{}), asktest.Hourly(t, "exact", 300)
+	var admitted atomic.Int64
+	asktest.Crowd(50, func(i int) {
+		ctx := context.Background()
+		if i%2 == 0 {
+			ctx = t.Context()
+		}
+		for range 8 {
+			v, err := s.Decide(ctx, r)
+			if assert.NoError(t, err) && v.Allowed {
+				admitted.Add(1)
+			}
+		}
+	})
+	assert.EqualValues(t, 300, admitted.Load())
 }
 
 // Nothing that is left behind would escape TestMain.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -58,7 +59,11 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 		if q, err = s.queue(""); err == nil {
 			c = q.Get()
 			c.Query = asked
-			err = q.Do(ctx, c)
+			if ctx.Done() == nil && s.prompt != nil && s.well.Load() {
+				err = q.DoInline(ctx, c, s.flyInline)
+			} else {
+				err = q.Do(ctx, c)
+			}
 		}
 	} else {
 		limited, cancel := context.WithTimeout(ctx, s.options.Timeout)
@@ -221,18 +226,23 @@ func (s *Storage) queue(address string) (*queue, error) {
 }
 
 // fly executes a flight, and tells who watches how it went.
-func (s *Storage) fly(ctx context.Context, flight []*call) {
-	if s.report == nil {
-		_ = s.execute(ctx, flight)
-		return
+func (s *Storage) fly(ctx context.Context, flight []*call) { s.flyBy(ctx, s.client, flight) }
+
+// flyInline is fly in the goroutine of a caller.
+func (s *Storage) flyInline(ctx context.Context, flight []*call) { s.flyBy(ctx, s.prompt, flight) }
+
+func (s *Storage) flyBy(ctx context.Context, by goredis.UniversalClient, flight []*call) {
+	inTime, err := func() bool { return false }, errPanicked
+	if s.report != nil {
+		inTime = s.watch(ctx)
 	}
-	inTime, err := s.watch(ctx), errPanicked
 	defer func() {
+		s.well.Store(err == nil)
 		if inTime() {
 			s.report(err)
 		}
 	}()
-	err = s.execute(ctx, flight)
+	err = s.execute(ctx, by, flight)
 }
 
 // errPanicked is reported of a flight in which something did that the client calls, such as a hook.
@@ -241,23 +251,23 @@ var errPanicked = fmt.Errorf("%w: panic", storage.ErrUnavailable)
 // execute makes all decisions of a flight in one script call and all changes in another. In a cluster each key
 // has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN. The error is one
 // that is the server's, and not that of the keys.
-func (s *Storage) execute(ctx context.Context, flight []*call) (failed error) {
+func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, flight []*call) (failed error) {
 	groups := s.groups(flight)
-	s.run(ctx, groups)
+	s.run(ctx, by, groups)
 	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
 		s.byKey.Store(true) // a node of a cluster, or a proxy before one, that looks like a single server
 		again := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool { return !crossed(g) })
 		groups = slices.DeleteFunc(groups, crossed)
 		for _, g := range again {
 			split := s.groups(g.calls)
-			s.run(ctx, split)
+			s.run(ctx, by, split)
 			groups = append(groups, split...)
 		}
 	}
 	at := storage.Monotonic()
 	for _, g := range groups {
 		if err := g.land(at); err != nil {
-			err = s.unavailable(err)
+			err = s.unavailable(overdue(ctx, err))
 			for _, c := range g.calls {
 				c.Err = err
 			}
@@ -267,6 +277,14 @@ func (s *Storage) execute(ctx context.Context, flight []*call) (failed error) {
 		}
 	}
 	return failed
+}
+
+// overdue is the end of the flight's context in place of the error of a socket that it has ended.
+func overdue(ctx context.Context, err error) error {
+	if end, ok := ctx.Deadline(); ok && errors.Is(err, os.ErrDeadlineExceeded) && !time.Now().Before(end) {
+		return context.DeadlineExceeded
+	}
+	return err
 }
 
 // crossed says that the server refused a group because its calls are of different slots.
@@ -296,11 +314,11 @@ func (s *Storage) groups(flight []*call) (groups []*group) {
 
 // run sends each group's script call by its hash, and those of which the server does not have the script
 // once more by its text, but for the calls that doubt such a server.
-func (s *Storage) run(ctx context.Context, groups []*group) {
+func (s *Storage) run(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	for _, g := range groups {
 		g.command = g.script(ctx, false)
 	}
-	s.send(ctx, groups)
+	send(ctx, by, groups)
 	unknown := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool {
 		return !goredis.HasErrorPrefix(g.command.Err(), "NOSCRIPT") || g.dropDoubtful() == 0
 	})
@@ -308,17 +326,17 @@ func (s *Storage) run(ctx context.Context, groups []*group) {
 		for _, g := range unknown {
 			g.command = g.script(ctx, true)
 		}
-		s.send(ctx, unknown)
+		send(ctx, by, unknown)
 	}
 }
 
 // send leaves the answers and errors in the commands.
-func (s *Storage) send(ctx context.Context, groups []*group) {
+func send(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	if len(groups) == 1 {
-		_ = s.client.Process(ctx, groups[0].command)
+		_ = by.Process(ctx, groups[0].command)
 		return
 	}
-	pipe := s.client.Pipeline()
+	pipe := by.Pipeline()
 	for _, g := range groups {
 		_ = pipe.Process(ctx, g.command)
 	}

@@ -98,6 +98,12 @@ type Storage struct {
 	decider *script         // for decisions
 	report  func(err error) // what Watch was given, or nil
 
+	// prompt is client for the goroutine of a call: whatever it waits for ends with the context of the command. Nil if
+	// there is none. A connection that takes longer would never be made by it, so a flight that failed is followed by
+	// one that has a goroutine of its own, and as much time as the client's timeouts allow.
+	prompt *goredis.Client
+	well   atomic.Bool // the last flight did not fail
+
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots
 
@@ -130,7 +136,8 @@ func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
 	s.cluster, _ = client.(*goredis.ClusterClient)
 	var faults []error
-	if single, _ := client.(*goredis.Client); single == nil && s.cluster == nil {
+	single, _ := client.(*goredis.Client)
+	if single == nil && s.cluster == nil {
 		faults = append(faults, &OptionError{"Client", fmt.Sprintf("is %T, must be a *Client or a *ClusterClient that is not nil", client)})
 	}
 	if s.options.Timeout < 0 {
@@ -138,6 +145,9 @@ func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	}
 	if len(faults) > 0 {
 		return nil, errors.Join(faults...)
+	}
+	if single != nil && single.Options().ContextTimeoutEnabled && !sentinels(single) && !s.redials() {
+		s.prompt = single
 	}
 	return s, nil
 }
@@ -166,6 +176,11 @@ func Open(url string, o *Options) (*Storage, error) {
 		return nil, errors.Join(err, client.Close())
 	}
 	s.owned = true
+	if c, ok := client.(*goredis.Client); ok && !sentinels(c) {
+		s.prompt = c.WithTimeout(timeout) // a copy on the same connections
+		o := s.prompt.Options()
+		o.ContextTimeoutEnabled, o.ReadTimeout, o.WriteTimeout = true, c.Options().ReadTimeout, c.Options().WriteTimeout
+	}
 	return s, nil
 }
 
