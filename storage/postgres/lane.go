@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	combine "github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 

@@ -27,7 +27,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	combine "github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 

@@ -6,7 +6,7 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -44,5 +44,5 @@ func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
 
 // watch reports what is overdue when the context ends, unless inTime is called before, and then is true.
 func (s *Storage) watch(ctx context.Context) (inTime func() bool) {
-	return context.AfterFunc(ctx, func() { s.report(s.unavailable(combine.ErrTimeout)) })
+	return context.AfterFunc(ctx, func() { s.report(s.unavailable(batch.ErrTimeout)) })
 }

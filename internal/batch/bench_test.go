@@ -1,4 +1,4 @@
-package combine_test
+package batch_test
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 )
 
 // query and answer are as large as those of a storage.
@@ -21,13 +21,13 @@ type (
 	answer struct{ words [31]int64 }
 )
 
-func echo(flight []*combine.Call[query, answer]) {
+func echo(flight []*batch.Call[query, answer]) {
 	for _, c := range flight {
 		c.Answer.words[0] = c.Query.words[0]
 	}
 }
 
-func ask(ctx context.Context, q *combine.Queue[query, answer], n int64) error {
+func ask(ctx context.Context, q *batch.Queue[query, answer], n int64) error {
 	c := q.Get()
 	defer q.Put(c)
 	c.Query.words[0] = n
@@ -52,7 +52,7 @@ func BenchmarkGoroutine(b *testing.B) {
 }
 
 func BenchmarkOneCaller(b *testing.B) {
-	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
+	q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, flight []*batch.Call[query, answer]) { echo(flight) })
 	defer func() { assert.NoError(b, q.Close(b.Context())) }()
 	b.ReportAllocs()
 	for b.Loop() {
@@ -85,7 +85,7 @@ func BenchmarkParallel(b *testing.B) {
 func parallel(b *testing.B, fly func(calls int)) {
 	flights := make(chan int, 1)
 	flights <- 0
-	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) {
+	q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, flight []*batch.Call[query, answer]) {
 		fly(len(flight))
 		echo(flight)
 		flights <- <-flights + 1

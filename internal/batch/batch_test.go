@@ -1,4 +1,4 @@
-package combine_test
+package batch_test
 
 import (
 	"context"
@@ -19,15 +19,15 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type (
-	queue = combine.Queue[string, string]
-	call  = combine.Call[string, string]
+	queue = batch.Queue[string, string]
+	call  = batch.Call[string, string]
 )
 
 // server answers in capitals, and only when it is let: by one token in land for each flight, or by
@@ -97,7 +97,7 @@ func send(ctx context.Context, q *queue, query string) <-chan outcome {
 
 // inBubble runs a test with a queue that is closed in no test but those of Close: a goroutine that an
 // idle queue kept would be one that the bubble complains of.
-func inBubble(t *testing.T, o combine.Options, test func(t *testing.T, q *queue, s *server)) {
+func inBubble(t *testing.T, o batch.Options, test func(t *testing.T, q *queue, s *server)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -105,12 +105,12 @@ func inBubble(t *testing.T, o combine.Options, test func(t *testing.T, q *queue,
 			o.Timeout = time.Second
 		}
 		s := &server{land: make(chan struct{})}
-		test(t, combine.New(o, s.run), s)
+		test(t, batch.New(o, s.run), s)
 	})
 }
 
 func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		first := send(t.Context(), q, "a")
 		require.Equal(t, []string{"a"}, s.log())
 		var others []<-chan outcome
@@ -130,7 +130,7 @@ func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T
 }
 
 func TestByDefaultTwoFlightsOf128AreInTheAir(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		for i := range 2 + 128 + 1 {
 			send(t.Context(), q, fmt.Sprint(i))
 		}
@@ -145,7 +145,7 @@ func TestByDefaultTwoFlightsOf128AreInTheAir(t *testing.T) {
 }
 
 func TestOneFlightOfOneCallServesInTheOrderOfArrival(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
 		var want []string
 		for i := range 100 {
 			want = append(want, fmt.Sprint(i))
@@ -157,7 +157,7 @@ func TestOneFlightOfOneCallServesInTheOrderOfArrival(t *testing.T) {
 }
 
 func TestACallWhoseContextIsDoneIsNotSent(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		assert.Equal(t, outcome{err: context.Canceled}, do(ctx, q, "a"))
@@ -168,7 +168,7 @@ func TestACallWhoseContextIsDoneIsNotSent(t *testing.T) {
 }
 
 func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -189,7 +189,7 @@ func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
 }
 
 func TestACallerThatLeavesAFlightDisturbsNobody(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithCancel(t.Context())
 		before, left, after := send(t.Context(), q, "b"), send(ctx, q, "x"), send(t.Context(), q, "c")
@@ -225,7 +225,7 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 			},
 			"the flight takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
 		} {
-			q := combine.New(combine.Options{Timeout: time.Second}, run)
+			q := batch.New(batch.Options{Timeout: time.Second}, run)
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			c := q.Get()
 			assert.ErrorIs(t, q.Do(unnoticed{ctx}, c), context.DeadlineExceeded, name)
@@ -243,7 +243,7 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for range 100 {
 			ctx, cancel := context.WithCancel(t.Context())
-			q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*call) {
+			q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, flight []*call) {
 				flight[0].Answer = "there"
 			})
 			landed := &ending{Context: ctx, end: func() { cancel(); synctest.Wait() }}
@@ -264,7 +264,7 @@ func (e *ending) Done() <-chan struct{} {
 }
 
 func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		<-time.After(300 * time.Millisecond)
 		both := send(t.Context(), q, "b")
@@ -272,7 +272,7 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
 		s.landed(1)
 		require.Equal(t, outcome{answer: "A", sent: true, after: 600 * time.Millisecond}, <-flying)
 		inLine := send(t.Context(), q, "c")
-		assert.Equal(t, outcome{err: combine.ErrTimeout, sent: true, after: time.Second}, <-both)
+		assert.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, <-both)
 		assert.Equal(t, []string{"a", "b"}, s.log())
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -284,9 +284,9 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
 }
 
 func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
-		assert.Equal(t, outcome{err: combine.ErrTimeout, after: time.Second}, do(t.Context(), q, "a"))
+		assert.Equal(t, outcome{err: batch.ErrTimeout, after: time.Second}, do(t.Context(), q, "a"))
 		close(s.land)
 		assert.Len(t, s.log(), 17)
 	})
@@ -297,12 +297,12 @@ func stuck(t *testing.T, q *queue, flights int) {
 	t.Helper()
 	for i := range flights {
 		out := <-send(t.Context(), q, fmt.Sprint("stuck ", i))
-		require.Equal(t, outcome{err: combine.ErrTimeout, sent: true, after: time.Second}, out)
+		require.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, out)
 	}
 }
 
 func TestAFlightThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		<-time.After(500 * time.Millisecond)
 		s.landed(1)
@@ -324,13 +324,13 @@ func TestAStuckFlightThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		land := map[string]chan struct{}{"stuck": make(chan struct{}), "b": make(chan struct{}), "c": make(chan struct{})}
-		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
 			<-land[flight[0].Query]
 			flight[0].Answer = "landed"
 		})
 		stuck := send(t.Context(), q, "stuck")
 		<-time.After(time.Second)
-		require.Equal(t, combine.ErrTimeout, (<-stuck).err)
+		require.Equal(t, batch.ErrTimeout, (<-stuck).err)
 		b, c := send(t.Context(), q, "b"), send(t.Context(), q, "c")
 		close(land["c"])
 		close(land["stuck"])
@@ -347,7 +347,7 @@ func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		land := make(chan struct{})
 		var others atomic.Int32
-		q := combine.New(combine.Options{Flights: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Flights: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
 			if flight[0].Query == "in the last moment" {
 				<-time.After(time.Second)
 				return
@@ -375,7 +375,7 @@ func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 }
 
 func TestNoMoreThanSixteenStuckFlightsGiveTheirPlaces(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
 		require.Len(t, s.log(), 17)
 		out := send(t.Context(), q, "waits")
@@ -398,7 +398,7 @@ func TestTheContextOfAFlightEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		contexts := make(chan context.Context, 1)
-		q := combine.New(combine.Options{Timeout: time.Second}, func(ctx context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Second}, func(ctx context.Context, flight []*call) {
 			contexts <- ctx
 			if flight[0].Query == "stuck" {
 				<-ctx.Done()
@@ -428,7 +428,7 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		broken, land := errors.New("broken"), make(chan struct{})
-		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
 			<-land
 			for _, c := range flight {
 				switch c.Query {
@@ -463,7 +463,7 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				known, land := errors.New("known"), make(chan struct{})
-				q := combine.New(combine.Options{Flights: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+				q := batch.New(batch.Options{Flights: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, flight []*call) {
 					<-land
 					if flight[0].Query == "known" {
 						flight[0].Err = known
@@ -483,7 +483,7 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 				unknown := <-out[2]
 				assert.True(t, unknown.sent)
 				assert.ErrorContains(t, unknown.err, name)
-				assert.ErrorContains(t, unknown.err, "combine_test.go:", "the stack")
+				assert.ErrorContains(t, unknown.err, "batch_test.go:", "the stack")
 				assert.Equal(t, outcome{sent: true, answer: "B"}, <-out[3])
 				synctest.Wait()
 
@@ -495,7 +495,7 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 }
 
 func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		inLine := []<-chan outcome{send(t.Context(), q, "b"), send(t.Context(), q, "c")}
 		closed := make(chan error)
@@ -520,8 +520,8 @@ func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
 }
 
 func TestCloseWaitsNoLongerThanTheTimeout(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
-		q2 := combine.New(combine.Options{Timeout: time.Second}, s.run)
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
+		q2 := batch.New(batch.Options{Timeout: time.Second}, s.run)
 		start := time.Now()
 		assert.NoError(t, q2.Close(t.Context()))
 		assert.Zero(t, time.Since(start), "a queue that never flew")
@@ -554,7 +554,7 @@ func TestACallerFliesInlineOnlyWhenNothingWouldWait(t *testing.T) {
 				}
 			}
 		}
-		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, run)
+		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, run)
 		doInline := func(query string) outcome {
 			start, c := time.Now(), q.Get()
 			defer q.Put(c)
@@ -593,7 +593,7 @@ func TestACallerFliesInlineOnlyWhenNothingWouldWait(t *testing.T) {
 }
 
 func TestCloseEndsWithItsContext(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		out := send(t.Context(), q, "a")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -613,7 +613,7 @@ func TestCloseDuringLoadLosesNoCall(t *testing.T) {
 	t.Parallel()
 	for range 20 {
 		var running, answered atomic.Int64
-		q := combine.New(combine.Options{Timeout: time.Minute}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, flight []*call) {
 			running.Add(1)
 			defer running.Add(-1)
 			runtime.Gosched()
@@ -650,22 +650,22 @@ func TestEveryCallIsAnsweredOnceOrItsCallerLeft(t *testing.T) {
 	const size, timeout = 16, 2 * time.Millisecond
 	t.Run("in a bubble", func(t *testing.T) {
 		t.Parallel()
-		synctest.Test(t, func(t *testing.T) { storm(t, combine.Options{Size: size, Timeout: timeout}) })
+		synctest.Test(t, func(t *testing.T) { storm(t, batch.Options{Size: size, Timeout: timeout}) })
 	})
 	t.Run("in real time", func(t *testing.T) {
 		t.Parallel()
-		storm(t, combine.Options{Size: size, Timeout: timeout})
+		storm(t, batch.Options{Size: size, Timeout: timeout})
 	})
 }
 
 // storm is 1,000 callers who lose patience at random, before a server that is slow, stuck or panics at
 // random.
-func storm(t *testing.T, o combine.Options) {
+func storm(t *testing.T, o batch.Options) {
 	t.Helper()
 	const callers = 1000
 	broken := errors.New("broken")
 	var executed [callers]atomic.Int32
-	q := combine.New(o, func(_ context.Context, flight []*combine.Call[int, int]) {
+	q := batch.New(o, func(_ context.Context, flight []*batch.Call[int, int]) {
 		assert.LessOrEqual(t, len(flight), o.Size)
 		switch d := rand.N(200 * time.Microsecond); rand.N(50) {
 		case 0:
@@ -727,7 +727,7 @@ func storm(t *testing.T, o combine.Options) {
 		default:
 			counts["left the flight"]++
 			assert.LessOrEqual(t, n, int32(1))
-			assert.Contains(t, []error{context.DeadlineExceeded, combine.ErrTimeout}, r.err)
+			assert.Contains(t, []error{context.DeadlineExceeded, batch.ErrTimeout}, r.err)
 		}
 	}
 	t.Log(counts)
@@ -737,7 +737,7 @@ func storm(t *testing.T, o combine.Options) {
 func TestCallersWhoLeaveTheLineOfAStuckQueueTakeNoMemory(t *testing.T) {
 	land := make(chan struct{})
 	type large [1 << 14]byte
-	q := combine.New(combine.Options{Flights: 1, Timeout: time.Minute}, func(context.Context, []*combine.Call[large, int]) { <-land })
+	q := batch.New(batch.Options{Flights: 1, Timeout: time.Minute}, func(context.Context, []*batch.Call[large, int]) { <-land })
 	do := func(ctx context.Context) {
 		c := q.Get()
 		defer q.Put(c)
@@ -771,7 +771,7 @@ func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
 		_, cancel := context.WithDeadline(context.Background(), time.Now().Add(time.Minute))
 		cancel()
 	})
-	q := combine.New(combine.Options{Timeout: time.Minute}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
+	q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, flight []*batch.Call[query, answer]) { echo(flight) })
 	sequential := testing.AllocsPerRun(1000, func() {
 		assert.NoError(t, ask(t.Context(), q, 1))
 	})
@@ -786,8 +786,8 @@ func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
 func TestAQueueWithoutATimeoutIsRefused(t *testing.T) {
 	t.Parallel()
 	for _, timeout := range []time.Duration{0, -time.Second} {
-		assert.PanicsWithValue(t, fmt.Sprintf("combine: Options.Timeout is %v and must be above zero", timeout), func() {
-			combine.New(combine.Options{Timeout: timeout}, func(context.Context, []*call) {})
+		assert.PanicsWithValue(t, fmt.Sprintf("batch: Options.Timeout is %v and must be above zero", timeout), func() {
+			batch.New(batch.Options{Timeout: timeout}, func(context.Context, []*call) {})
 		})
 	}
 }

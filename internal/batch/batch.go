@@ -1,4 +1,4 @@
-// Package combine lets the concurrent calls of one process share round trips to a server.
+// Package batch lets the concurrent calls of one process share round trips to a server.
 //
 // A call that finds a flight free takes off at once, alone: no call ever waits for company. The
 // calls that come while all flights are in the air stand in line, and the next flight to land takes
@@ -14,7 +14,7 @@
 //
 // Flights have goroutines of their own, so that callers wait for the queue and never for a socket, unless they
 // choose to with DoInline. An idle queue has none.
-package combine
+package batch
 
 import (
 	"context"
@@ -29,7 +29,7 @@ import (
 )
 
 // ErrTimeout is returned to a call that was not answered within Options.Timeout.
-var ErrTimeout = errors.New("combine: no answer in time")
+var ErrTimeout = errors.New("batch: no answer in time")
 
 // stuck is how many flights that were given up may be in the air besides Options.Flights.
 const stuck = 16
@@ -81,7 +81,7 @@ type Queue[Q, A any] struct {
 // the calls that have no Err get one that holds the panic and its stack. New panics without a Timeout.
 func New[Q, A any](o Options, run func(ctx context.Context, flight []*Call[Q, A])) *Queue[Q, A] {
 	if o.Timeout <= 0 {
-		panic(fmt.Sprintf("combine: Options.Timeout is %v and must be above zero", o.Timeout))
+		panic(fmt.Sprintf("batch: Options.Timeout is %v and must be above zero", o.Timeout))
 	}
 	if o.Flights <= 0 {
 		o.Flights = 2
@@ -329,7 +329,7 @@ func (f *flight[Q, A]) once() (more bool) {
 // fail answers the calls of a run that did not return. It overrides no Err, but every Answer without
 // one: which of them are complete is not known.
 func (f *flight[Q, A]) fail(fault any) {
-	err := fmt.Errorf("%w: combine: run panicked: %v\n\n%s", storage.ErrUnavailable, fault, debug.Stack())
+	err := fmt.Errorf("%w: batch: run panicked: %v\n\n%s", storage.ErrUnavailable, fault, debug.Stack())
 	for _, c := range f.calls {
 		if c.Err == nil {
 			c.Err = err

@@ -12,14 +12,14 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
 // The calls of one server wait for each other in a queue, and fly together.
 type (
-	queue = combine.Queue[query, answer]
-	call  = combine.Call[query, answer]
+	queue = batch.Queue[query, answer]
+	call  = batch.Call[query, answer]
 )
 
 // query is a decision, or a change of one identifier.
@@ -74,10 +74,10 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 		case ctx.Err() != nil:
 			err = ctx.Err()
 		case errors.Is(err, limited.Err()):
-			err = combine.ErrTimeout
+			err = batch.ErrTimeout
 		}
 	}
-	if errors.Is(err, combine.ErrTimeout) {
+	if errors.Is(err, batch.ErrTimeout) {
 		err = s.unavailable(err)
 	}
 	return q, c, err
@@ -220,7 +220,7 @@ func (s *Storage) queue(address string) (*queue, error) {
 	}
 	s.begun = true
 	if s.queues[address] == nil {
-		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.flyTo(address))
+		s.queues[address] = batch.New(batch.Options{Timeout: s.options.Timeout}, s.flyTo(address))
 	}
 	return s.queues[address], nil
 }
@@ -352,7 +352,7 @@ func (s *Storage) unavailable(err error) error {
 	switch {
 	case goredis.HasErrorPrefix(err, "CROSSSLOT"):
 		return fmt.Errorf("%w: %w", ErrCrossSlot, err)
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, combine.ErrTimeout):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, batch.ErrTimeout):
 		err = fmt.Errorf("%w: no answer from Redis within %v", storage.ErrUnavailable, s.options.Timeout)
 		if r := s.refused.Load(); r != nil && time.Now().Before(r.until) {
 			err = fmt.Errorf("%w: %w", err, r.err)
