@@ -1,19 +1,19 @@
 // Package batch lets the concurrent calls of one process share round trips to a server.
 //
-// A call that finds a flight free takes off at once, alone: no call ever waits for company. The
-// calls that come while all flights are in the air stand in line, and the next flight to land takes
-// them along. So flights are as large as the server makes them wait, and no larger.
+// A call that finds fewer than Options.InFlight batches in batch is sent at once, alone: no call ever waits for
+// company. The calls that come while all batches are in batch wait in the queue, and the next batch to be answered
+// takes them along. So batches are as large as the server makes callers wait, and no larger.
 //
 //	c := q.Get()
 //	defer q.Put(c)
 //	c.Query = query
 //	if err := q.Do(ctx, c); err != nil {
-//		return c.Sent(), err // when it was not sent, it was not and will not be executed
+//		return c.Sent(), err // what was not sent is never executed
 //	}
 //	use(c.Answer)
 //
-// Flights have goroutines of their own, so that callers wait for the queue and never for a socket, unless they
-// choose to with DoInline. An idle queue has none.
+// Batches run in goroutines of their own, so that a caller waits for the queue and never for a socket, unless it
+// chooses to with DoInline. An idle queue has no goroutine.
 package batch
 
 import (
@@ -31,14 +31,14 @@ import (
 // ErrTimeout is returned to a call that was not answered within Options.Timeout.
 var ErrTimeout = errors.New("batch: no answer in time")
 
-// stuck is how many flights that were given up may be in the air besides Options.Flights.
+// stuck is how many batches that were given up may be in flight besides Options.InFlight.
 const stuck = 16
 
 // Options of a Queue. Timeout is required.
 type Options struct {
-	Flights int           // most flights in the air at a time, by default 2; stuck ones may add 16
-	Size    int           // most calls of one flight, by default 128
-	Timeout time.Duration // the longest that a call waits, in line and in flight, and that a flight is waited for
+	InFlight int           // most batches in flight at a time, by default 2; stuck ones may add 16
+	Size     int           // most calls of one batch, by default 128
+	Timeout  time.Duration // the longest that a call waits, queued and in flight together, and that a batch is waited for
 }
 
 // Call is one query and its answer. It comes from Get, is for one Do, and goes back with Put.
@@ -47,50 +47,50 @@ type Call[Q, A any] struct {
 	Answer A     // set by run; the caller's once Do returned nil
 	Err    error // set by run, and returned by Do
 
-	next, prev *Call[Q, A]   // the neighbours in line, nil outside of it
+	next, prev *Call[Q, A]   // the neighbours in the queue, nil outside of it
 	done       chan struct{} // has room for the one token that says that Answer and Err are set
 	timer      *time.Timer
 	sent       bool
-	lost       bool // the caller left, and the flight may still touch the call
+	lost       bool // the caller left, and the batch may still touch the call
 }
 
-// Sent reports, after Do returned an error, whether the call was taken into a flight. If it was, it
+// Sent reports, after Do returned an error, whether the call was taken into a batch. If it was, it
 // may have been executed, or may be later. If it was not, it never is.
 func (c *Call[Q, A]) Sent() bool { return c.sent }
 
-// Queue gathers calls into flights. All methods are safe for concurrent use.
+// Queue gathers calls into batches. All methods are safe for concurrent use.
 type Queue[Q, A any] struct {
-	run     func(ctx context.Context, flight []*Call[Q, A])
+	run     func(ctx context.Context, calls []*Call[Q, A])
 	options Options
 	calls   sync.Pool
-	landed  chan struct{} // closed when the queue is closed and nothing is in the air
+	drained chan struct{} // closed when the queue is closed and nothing is in flight
 
-	// mu guards all below, the links and sent of calls that are in line, and the up, late and deadline of
-	// flights. Whoever unlocks it leaves no call in line while a flight may start.
+	// mu guards all below, the links and sent of calls that are in the queue, and the running, late and
+	// deadline of batches. Whoever unlocks it leaves no call in the queue while a batch may start.
 	mu       sync.Mutex
-	line     Call[Q, A] // its next is the first in line, its prev the last
-	inTheAir int        // flights, also late ones
+	waiting  Call[Q, A] // its next is the first in the queue, its prev the last
+	inFlight int        // batches, also late ones
 	late     int        // those that have taken longer than Timeout
-	idle     []*flight[Q, A]
+	idle     []*batch[Q, A]
 	closed   bool
 }
 
-// New returns a queue whose flights are executed by run: it sets Answer and Err of each call, which are
+// New returns a queue whose batches are executed by run: it sets Answer and Err of each call, which are
 // zero and remain so where it does not, and keeps neither the calls nor the slice. The calls are in the
 // order of their arrival. The context ends after Options.Timeout and when run returns. If run panics,
 // the calls that have no Err get one that holds the panic and its stack. New panics without a Timeout.
-func New[Q, A any](o Options, run func(ctx context.Context, flight []*Call[Q, A])) *Queue[Q, A] {
+func New[Q, A any](o Options, run func(ctx context.Context, calls []*Call[Q, A])) *Queue[Q, A] {
 	if o.Timeout <= 0 {
 		panic(fmt.Sprintf("batch: Options.Timeout is %v and must be above zero", o.Timeout))
 	}
-	if o.Flights <= 0 {
-		o.Flights = 2
+	if o.InFlight <= 0 {
+		o.InFlight = 2
 	}
 	if o.Size <= 0 {
 		o.Size = 128
 	}
-	q := &Queue[Q, A]{run: run, options: o, landed: make(chan struct{})}
-	q.line.next, q.line.prev = &q.line, &q.line
+	q := &Queue[Q, A]{run: run, options: o, drained: make(chan struct{})}
+	q.waiting.next, q.waiting.prev = &q.waiting, &q.waiting
 	q.calls.New = func() any {
 		c := &Call[Q, A]{done: make(chan struct{}, 1), timer: time.NewTimer(o.Timeout)}
 		c.timer.Stop()
@@ -124,13 +124,13 @@ func (q *Queue[Q, A]) Do(ctx context.Context, c *Call[Q, A]) error {
 	return err
 }
 
-// DoInline is Do without the two handovers between goroutines: if a flight may start at once, the caller executes run
+// DoInline is Do without the two handovers between goroutines: if a batch may start at once, the caller executes run
 // itself, in place of the queue's. It is for a context that can never end, and run must return when its own context
 // ends: nothing else ends the call.
-func (q *Queue[Q, A]) DoInline(ctx context.Context, c *Call[Q, A], run func(ctx context.Context, flight []*Call[Q, A])) error {
-	if f := q.board(c); f != nil {
-		f.run = run
-		return f.flyOwn(c)
+func (q *Queue[Q, A]) DoInline(ctx context.Context, c *Call[Q, A], run func(ctx context.Context, calls []*Call[Q, A])) error {
+	if b := q.alone(c); b != nil {
+		b.run = run
+		return b.runInline(c)
 	}
 	return q.Do(ctx, c)
 }
@@ -154,28 +154,28 @@ func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	}
 }
 
-// enter puts the call in line, unless the queue is closed.
+// enter puts the call in the queue, unless the queue is closed.
 func (q *Queue[Q, A]) enter(c *Call[Q, A]) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
 		return false
 	}
-	c.prev, c.next = q.line.prev, &q.line
+	c.prev, c.next = q.waiting.prev, &q.waiting
 	c.prev.next, c.next.prev = c, c
 	q.start()
 	return true
 }
 
-// board returns a flight that has taken the call alone, for its caller to fly, or nil if none may start.
-func (q *Queue[Q, A]) board(c *Call[Q, A]) *flight[Q, A] {
+// alone returns a batch of this call only, for its caller to run, or nil if none may start.
+func (q *Queue[Q, A]) alone(c *Call[Q, A]) *batch[Q, A] {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.closed || q.line.next != &q.line || q.full() {
+	if q.closed || q.waiting.next != &q.waiting || q.full() {
 		return nil
 	}
-	q.line.next, q.line.prev, c.next, c.prev = c, c, &q.line, &q.line
-	return q.takeOff()
+	q.waiting.next, q.waiting.prev, c.next, c.prev = c, c, &q.waiting, &q.waiting
+	return q.next()
 }
 
 // leave ends the call with err, or with its answer if that came meanwhile.
@@ -199,17 +199,17 @@ func (c *Call[Q, A]) unlink() {
 	c.next, c.prev = nil, nil
 }
 
-// Close answers the calls in line, and those that come later, with storage.ErrClosed. It waits for the
-// flights in the air, but not longer than Options.Timeout. If the context ends before, it returns its error.
+// Close answers the calls in the queue, and those that come later, with storage.ErrClosed. It waits for the
+// batches in flight, but not longer than Options.Timeout. If the context ends before, it returns its error.
 func (q *Queue[Q, A]) Close(ctx context.Context) error {
 	q.shut()
 	select {
-	case <-q.landed: // also when the context has ended
+	case <-q.drained: // also when the context has ended
 		return nil
 	default:
 	}
 	select {
-	case <-q.landed:
+	case <-q.drained:
 	case <-time.After(q.options.Timeout):
 	case <-ctx.Done():
 		return ctx.Err()
@@ -224,87 +224,88 @@ func (q *Queue[Q, A]) shut() {
 		return
 	}
 	q.closed = true
-	for c := q.line.next; c != &q.line; c = q.line.next {
+	for c := q.waiting.next; c != &q.waiting; c = q.waiting.next {
 		c.unlink()
 		c.Err = storage.ErrClosed
 		c.done <- struct{}{}
 	}
-	if q.inTheAir == 0 {
-		close(q.landed)
+	if q.inFlight == 0 {
+		close(q.drained)
 	}
 }
 
-// flight is what a goroutine flies in, one flight after the other.
-type flight[Q, A any] struct {
+// batch is reused: a goroutine fills and runs it until the queue is empty.
+type batch[Q, A any] struct {
 	queue    *Queue[Q, A]
-	run      func(ctx context.Context, flight []*Call[Q, A])
+	run      func(ctx context.Context, calls []*Call[Q, A])
 	calls    []*Call[Q, A]
-	begin    func()      // is fly: a go statement with a method would allocate
+	begin    func()      // is loop: a go statement with a method would allocate
 	timer    *time.Timer // calls overdue
 	deadline time.Time
-	up       bool // it is in the air
-	late     bool // and is counted as late
+	running  bool // in flight
+	late     bool // and counted as late
 }
 
-// start starts a flight if one may. The caller holds mu.
+// start starts a batch if one may. The caller holds mu.
 func (q *Queue[Q, A]) start() {
 	if q.ready() {
-		go q.takeOff().begin()
+		go q.next().begin()
 	}
 }
 
-// takeOff returns a flight that has boarded. The caller holds mu.
-func (q *Queue[Q, A]) takeOff() *flight[Q, A] {
+// next returns a batch with the first calls of the queue. The caller holds mu.
+func (q *Queue[Q, A]) next() *batch[Q, A] {
 	if len(q.idle) == 0 {
-		f := &flight[Q, A]{queue: q}
-		f.begin, f.timer = f.fly, time.AfterFunc(q.options.Timeout, f.overdue)
-		q.idle = append(q.idle, f)
+		b := &batch[Q, A]{queue: q}
+		b.begin, b.timer = b.loop, time.AfterFunc(q.options.Timeout, b.overdue)
+		q.idle = append(q.idle, b)
 	}
 	last := len(q.idle) - 1
-	f := q.idle[last]
+	b := q.idle[last]
 	q.idle = q.idle[:last]
-	f.board()
-	return f
+	b.fill()
+	return b
 }
 
-// ready reports whether calls are in line and a flight may take them. The caller holds mu.
-func (q *Queue[Q, A]) ready() bool { return q.line.next != &q.line && !q.full() }
+// ready reports whether calls are in the queue and a batch may take them. The caller holds mu.
+func (q *Queue[Q, A]) ready() bool { return q.waiting.next != &q.waiting && !q.full() }
 
-// full reports whether no flight may start. A late flight has made room for another one, unless too many are late. The
+// full reports whether no batch may start. A late batch has made room for another one, unless too many are late. The
 // caller holds mu.
-func (q *Queue[Q, A]) full() bool { return q.inTheAir >= q.options.Flights+min(q.late, stuck) }
+func (q *Queue[Q, A]) full() bool { return q.inFlight >= q.options.InFlight+min(q.late, stuck) }
 
-// board takes the first in line along. The caller holds mu.
-func (f *flight[Q, A]) board() {
-	q := f.queue
-	for c := q.line.next; c != &q.line && len(f.calls) < q.options.Size; c = q.line.next {
+// fill moves the first calls of the queue into the batch. The caller holds mu.
+func (b *batch[Q, A]) fill() {
+	q := b.queue
+	for c := q.waiting.next; c != &q.waiting && len(b.calls) < q.options.Size; c = q.waiting.next {
 		c.unlink()
 		c.sent = true
-		f.calls = append(f.calls, c)
+		b.calls = append(b.calls, c)
 	}
-	q.inTheAir++
-	f.run = q.run
-	f.up, f.deadline = true, time.Now().Add(q.options.Timeout)
-	f.timer.Reset(q.options.Timeout)
+	q.inFlight++
+	b.run = q.run
+	b.running, b.deadline = true, time.Now().Add(q.options.Timeout)
+	b.timer.Reset(q.options.Timeout)
 }
 
-func (f *flight[Q, A]) fly() {
-	for f.once() {
+func (b *batch[Q, A]) loop() {
+	for b.once() {
 	}
 }
 
-// flyOwn is fly in the goroutine of the only caller. What came meanwhile is not left to it.
-func (f *flight[Q, A]) flyOwn(c *Call[Q, A]) error {
-	if f.once() {
-		go f.begin()
+// runInline runs a batch in the goroutine of its only caller. The calls that came meanwhile get another goroutine, so
+// that they do not hold the caller up.
+func (b *batch[Q, A]) runInline(c *Call[Q, A]) error {
+	if b.once() {
+		go b.begin()
 	}
 	<-c.done
 	return c.Err
 }
 
-// once executes what boarded, and reports whether there is more.
-func (f *flight[Q, A]) once() (more bool) {
-	ctx, cancel := context.WithDeadline(context.Background(), f.deadline)
+// once runs the batch, and reports whether it has been filled again.
+func (b *batch[Q, A]) once() (more bool) {
+	ctx, cancel := context.WithDeadline(context.Background(), b.deadline)
 	returned := false
 	defer func() {
 		cancel()
@@ -314,69 +315,69 @@ func (f *flight[Q, A]) once() (more bool) {
 			fault = "runtime.Goexit"
 		}
 		if !returned {
-			f.fail(fault)
+			b.fail(fault)
 		}
-		more = f.land()
+		more = b.finish()
 		if exits && more {
-			go f.begin() // as this goroutine ends
+			go b.begin() // as this goroutine ends
 		}
 	}()
-	f.run(ctx, f.calls)
+	b.run(ctx, b.calls)
 	returned = true
 	return
 }
 
 // fail answers the calls of a run that did not return. It overrides no Err, but every Answer without
 // one: which of them are complete is not known.
-func (f *flight[Q, A]) fail(fault any) {
+func (b *batch[Q, A]) fail(fault any) {
 	err := fmt.Errorf("%w: batch: run panicked: %v\n\n%s", storage.ErrUnavailable, fault, debug.Stack())
-	for _, c := range f.calls {
+	for _, c := range b.calls {
 		if c.Err == nil {
 			c.Err = err
 		}
 	}
 }
 
-// land lets the callers go, and takes the next ones along if it may.
-func (f *flight[Q, A]) land() (more bool) {
-	f.timer.Stop()
-	for _, c := range f.calls {
+// finish wakes the callers, and fills the batch again if it may.
+func (b *batch[Q, A]) finish() (more bool) {
+	b.timer.Stop()
+	for _, c := range b.calls {
 		c.done <- struct{}{} // from here on it is the caller's
 	}
-	if len(f.calls) > 1 {
-		runtime.Gosched() // those callers that go on at once are in line for the next flight
+	if len(b.calls) > 1 {
+		runtime.Gosched() // those callers that go on at once are in the queue for the next batch
 	}
-	clear(f.calls)
-	f.calls = f.calls[:0]
-	q := f.queue
+	clear(b.calls)
+	b.calls = b.calls[:0]
+	q := b.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.inTheAir--
-	if f.late {
+	q.inFlight--
+	if b.late {
 		q.late--
 	}
-	f.up, f.late = false, false
+	b.running, b.late = false, false
 	if q.ready() {
-		f.board()
+		b.fill()
 		return true
 	}
-	q.idle = append(q.idle, f)
-	if q.closed && q.inTheAir == 0 {
-		close(q.landed)
+	q.idle = append(q.idle, b)
+	if q.closed && q.inFlight == 0 {
+		close(q.drained)
 	}
 	return false
 }
 
-// overdue counts the flight as late, so that another one may start. The timer may have run out just
-// before the flight landed, and then another flight may be up meanwhile, which the deadline tells.
-func (f *flight[Q, A]) overdue() {
-	q := f.queue
+// overdue counts the batch as late, so that another may start. The timer may have run out just
+// before the batch finished, and it may be running again: the deadline tells.
+func (b *batch[Q, A]) overdue() {
+	q := b.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if !f.up || f.late || time.Now().Before(f.deadline) {
+	if !b.running || b.late || time.Now().Before(b.deadline) {
 		return
 	}
-	f.late = true
+	b.late = true
 	q.late++
 	q.start()
 }

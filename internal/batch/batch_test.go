@@ -30,38 +30,38 @@ type (
 	call  = batch.Call[string, string]
 )
 
-// server answers in capitals, and only when it is let: by one token in land for each flight, or by
+// server answers in capitals, and only when it is let: by one token in land for each batch, or by
 // closing it for all of them.
 type server struct {
 	land chan struct{}
 
-	mu      sync.Mutex // guards flights
-	flights []string   // the queries of each, as they took off
+	mu      sync.Mutex // guards batches
+	batches []string   // the queries of each, as they took off
 }
 
-func (s *server) run(_ context.Context, flight []*call) {
+func (s *server) run(_ context.Context, calls []*call) {
 	var queries []string
-	for _, c := range flight {
+	for _, c := range calls {
 		queries = append(queries, c.Query)
 	}
 	s.mu.Lock()
-	s.flights = append(s.flights, strings.Join(queries, " "))
+	s.batches = append(s.batches, strings.Join(queries, " "))
 	s.mu.Unlock()
 	<-s.land
-	for _, c := range flight {
+	for _, c := range calls {
 		c.Answer = strings.ToUpper(c.Query)
 	}
 }
 
-// log returns the flights so far, when nothing moves any more.
+// log returns the batches so far, when nothing moves any more.
 func (s *server) log() []string {
 	synctest.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]string(nil), s.flights...)
+	return append([]string(nil), s.batches...)
 }
 
-// landed lets so many flights land.
+// landed lets so many batches land.
 func (s *server) landed(n int) {
 	for range n {
 		s.land <- struct{}{}
@@ -109,8 +109,8 @@ func inBubble(t *testing.T, o batch.Options, test func(t *testing.T, q *queue, s
 	})
 }
 
-func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestTheFirstCallIsSentAloneAndOthersShare(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		first := send(t.Context(), q, "a")
 		require.Equal(t, []string{"a"}, s.log())
 		var others []<-chan outcome
@@ -129,23 +129,23 @@ func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T
 	})
 }
 
-func TestByDefaultTwoFlightsOf128AreInTheAir(t *testing.T) {
+func TestByDefaultTwoBatchesOf128AreInFlight(t *testing.T) {
 	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		for i := range 2 + 128 + 1 {
 			send(t.Context(), q, fmt.Sprint(i))
 		}
 		require.Equal(t, []string{"0", "1"}, s.log())
 		s.landed(2)
-		flights := s.log()
-		require.Len(t, flights, 4)
-		assert.Len(t, strings.Fields(flights[2]), 128)
-		assert.Equal(t, "130", flights[3])
+		batches := s.log()
+		require.Len(t, batches, 4)
+		assert.Len(t, strings.Fields(batches[2]), 128)
+		assert.Equal(t, "130", batches[3])
 		close(s.land)
 	})
 }
 
-func TestOneFlightOfOneCallServesInTheOrderOfArrival(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
+func TestOneBatchOfOneCallServesInTheOrderOfArrival(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
 		var want []string
 		for i := range 100 {
 			want = append(want, fmt.Sprint(i))
@@ -167,8 +167,8 @@ func TestACallWhoseContextIsDoneIsNotSent(t *testing.T) {
 	})
 }
 
-func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
+func TestACallerThatLeavesTheQueueIsNeverSentAndTakesNoPlace(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -188,8 +188,8 @@ func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
 	})
 }
 
-func TestACallerThatLeavesAFlightDisturbsNobody(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestACallerThatLeavesABatchDisturbsNobody(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithCancel(t.Context())
 		before, left, after := send(t.Context(), q, "b"), send(ctx, q, "x"), send(t.Context(), q, "c")
@@ -219,11 +219,11 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		for name, run := range map[string]func(context.Context, []*call){
-			"the flight fails as well": func(_ context.Context, flight []*call) {
+			"the batch fails as well": func(_ context.Context, calls []*call) {
 				time.Sleep(500 * time.Millisecond)
-				flight[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
+				calls[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
 			},
-			"the flight takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
+			"the batch takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
 		} {
 			q := batch.New(batch.Options{Timeout: time.Second}, run)
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
@@ -243,8 +243,8 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for range 100 {
 			ctx, cancel := context.WithCancel(t.Context())
-			q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, flight []*call) {
-				flight[0].Answer = "there"
+			q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, calls []*call) {
+				calls[0].Answer = "there"
 			})
 			landed := &ending{Context: ctx, end: func() { cancel(); synctest.Wait() }}
 			assert.Equal(t, "there", do(landed, q, "a").answer)
@@ -252,7 +252,7 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	})
 }
 
-// ending is a context that ends when a caller begins to wait for that: when its call is in line.
+// ending is a context that ends when a caller begins to wait for that: when its call is in the queue.
 type ending struct {
 	context.Context
 	end func()
@@ -263,8 +263,8 @@ func (e *ending) Done() <-chan struct{} {
 	return e.Context.Done()
 }
 
-func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestNoCallWaitsLongerThanTheTimeoutInLineAndBatch(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		<-time.After(300 * time.Millisecond)
 		both := send(t.Context(), q, "b")
@@ -284,7 +284,7 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
 }
 
 func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
 		assert.Equal(t, outcome{err: batch.ErrTimeout, after: time.Second}, do(t.Context(), q, "a"))
 		close(s.land)
@@ -292,17 +292,17 @@ func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
 	})
 }
 
-// stuck sends calls whose flights are not let land, one after the other, until so many are in the air.
-func stuck(t *testing.T, q *queue, flights int) {
+// stuck sends calls whose batches are not let land, one after the other, until so many are in flight.
+func stuck(t *testing.T, q *queue, batches int) {
 	t.Helper()
-	for i := range flights {
+	for i := range batches {
 		out := <-send(t.Context(), q, fmt.Sprint("stuck ", i))
 		require.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, out)
 	}
 }
 
-func TestAFlightThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestABatchThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		<-time.After(500 * time.Millisecond)
 		s.landed(1)
@@ -320,13 +320,13 @@ func TestAFlightThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
 	})
 }
 
-func TestAStuckFlightThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing.T) {
+func TestAStuckBatchThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		land := map[string]chan struct{}{"stuck": make(chan struct{}), "b": make(chan struct{}), "c": make(chan struct{})}
-		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
-			<-land[flight[0].Query]
-			flight[0].Answer = "landed"
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
+			<-land[calls[0].Query]
+			calls[0].Answer = "landed"
 		})
 		stuck := send(t.Context(), q, "stuck")
 		<-time.After(time.Second)
@@ -335,20 +335,20 @@ func TestAStuckFlightThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing
 		close(land["c"])
 		close(land["stuck"])
 		synctest.Wait()
-		require.Empty(t, c, "b is in the air, and one flight at a time is allowed again")
+		require.Empty(t, c, "b is in flight, and one batch at a time is allowed again")
 		close(land["b"])
 		assert.Equal(t, "landed", (<-b).answer)
 		assert.Equal(t, "landed", (<-c).answer)
 	})
 }
 
-func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
+func TestABatchThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		land := make(chan struct{})
 		var others atomic.Int32
-		q := batch.New(batch.Options{Flights: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
-			if flight[0].Query == "in the last moment" {
+		q := batch.New(batch.Options{InFlight: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
+			if calls[0].Query == "in the last moment" {
 				<-time.After(time.Second)
 				return
 			}
@@ -374,8 +374,8 @@ func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 	})
 }
 
-func TestNoMoreThanSixteenStuckFlightsGiveTheirPlaces(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestNoMoreThanSixteenStuckBatchesGiveTheirPlaces(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
 		require.Len(t, s.log(), 17)
 		out := send(t.Context(), q, "waits")
@@ -394,13 +394,13 @@ func TestNoMoreThanSixteenStuckFlightsGiveTheirPlaces(t *testing.T) {
 	})
 }
 
-func TestTheContextOfAFlightEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
+func TestTheContextOfABatchEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		contexts := make(chan context.Context, 1)
-		q := batch.New(batch.Options{Timeout: time.Second}, func(ctx context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Second}, func(ctx context.Context, calls []*call) {
 			contexts <- ctx
-			if flight[0].Query == "stuck" {
+			if calls[0].Query == "stuck" {
 				<-ctx.Done()
 			}
 		})
@@ -413,7 +413,7 @@ func TestTheContextOfAFlightEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
 		assert.Equal(t, time.Second, deadline.Sub(start))
 		cancel()
 		synctest.Wait()
-		assert.NoError(t, flown.Err(), "the flight goes on without its callers")
+		assert.NoError(t, flown.Err(), "the batch goes on without its callers")
 		<-time.After(time.Second)
 		synctest.Wait()
 		assert.Equal(t, context.DeadlineExceeded, flown.Err())
@@ -428,9 +428,9 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		broken, land := errors.New("broken"), make(chan struct{})
-		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
 			<-land
-			for _, c := range flight {
+			for _, c := range calls {
 				switch c.Query {
 				case "err":
 					c.Answer, c.Err = "half", broken
@@ -454,7 +454,7 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 	})
 }
 
-func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
+func TestARunThatPanicsAnswersItsBatchAndTheQueueGoesOn(t *testing.T) {
 	for name, end := range map[string]func(){
 		"the teapot broke": func() { panic("the teapot broke") },
 		"runtime.Goexit":   runtime.Goexit,
@@ -463,13 +463,13 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				known, land := errors.New("known"), make(chan struct{})
-				q := batch.New(batch.Options{Flights: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+				q := batch.New(batch.Options{InFlight: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, calls []*call) {
 					<-land
-					if flight[0].Query == "known" {
-						flight[0].Err = known
+					if calls[0].Query == "known" {
+						calls[0].Err = known
 						end()
 					}
-					for _, c := range flight {
+					for _, c := range calls {
 						c.Answer = strings.ToUpper(c.Query)
 					}
 				})
@@ -487,15 +487,15 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 				assert.Equal(t, outcome{sent: true, answer: "B"}, <-out[3])
 				synctest.Wait()
 
-				require.Equal(t, known, do(t.Context(), q, "known").err, "with nobody in line, too")
+				require.Equal(t, known, do(t.Context(), q, "known").err, "with nobody in the queue, too")
 				assert.Equal(t, "C", do(t.Context(), q, "c").answer)
 			})
 		})
 	}
 }
 
-func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
-	inBubble(t, batch.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestCloseEndsTheQueueAndWaitsForTheBatchesInFlight(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		inLine := []<-chan outcome{send(t.Context(), q, "b"), send(t.Context(), q, "c")}
 		closed := make(chan error)
@@ -538,23 +538,23 @@ func TestCloseWaitsNoLongerThanTheTimeout(t *testing.T) {
 	})
 }
 
-func TestACallerFliesInlineOnlyWhenNothingWouldWait(t *testing.T) {
+func TestACallRunsInlineWhenABatchMayStart(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		caller, land := make(chan string, 1), make(chan struct{})
-		run := func(ctx context.Context, flight []*call) {
+		run := func(ctx context.Context, calls []*call) {
 			caller <- string(debug.Stack())
 			select {
 			case <-land:
 			case <-ctx.Done():
 			}
-			for _, c := range flight {
+			for _, c := range calls {
 				if c.Answer, c.Err = strings.ToUpper(c.Query), ctx.Err(); c.Query == "panic" {
 					panic("inline")
 				}
 			}
 		}
-		q := batch.New(batch.Options{Flights: 1, Timeout: time.Second}, run)
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, run)
 		doInline := func(query string) outcome {
 			start, c := time.Now(), q.Get()
 			defer q.Put(c)
@@ -574,7 +574,7 @@ func TestACallerFliesInlineOnlyWhenNothingWouldWait(t *testing.T) {
 		two, three := sendInline("b"), send(t.Context(), q, "c")
 		land <- struct{}{}
 		assert.Equal(t, outcome{answer: "A", sent: true}, <-one, "the others do not hold it up")
-		assert.False(t, inline(), "they fly together")
+		assert.False(t, inline(), "they share a batch")
 		land <- struct{}{}
 		assert.Equal(t, "B", (<-two).answer)
 		assert.Equal(t, "C", (<-three).answer)
@@ -613,11 +613,11 @@ func TestCloseDuringLoadLosesNoCall(t *testing.T) {
 	t.Parallel()
 	for range 20 {
 		var running, answered atomic.Int64
-		q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, calls []*call) {
 			running.Add(1)
 			defer running.Add(-1)
 			runtime.Gosched()
-			for _, c := range flight {
+			for _, c := range calls {
 				c.Answer = c.Query
 			}
 		})
@@ -665,8 +665,8 @@ func storm(t *testing.T, o batch.Options) {
 	const callers = 1000
 	broken := errors.New("broken")
 	var executed [callers]atomic.Int32
-	q := batch.New(o, func(_ context.Context, flight []*batch.Call[int, int]) {
-		assert.LessOrEqual(t, len(flight), o.Size)
+	q := batch.New(o, func(_ context.Context, calls []*batch.Call[int, int]) {
+		assert.LessOrEqual(t, len(calls), o.Size)
 		switch d := rand.N(200 * time.Microsecond); rand.N(50) {
 		case 0:
 			<-time.After(20 * d) // up to twice the timeout
@@ -675,9 +675,9 @@ func storm(t *testing.T, o batch.Options) {
 		}
 		last := -1
 		if rand.N(20) == 0 {
-			last = rand.N(len(flight))
+			last = rand.N(len(calls))
 		}
-		for i, c := range flight {
+		for i, c := range calls {
 			if i == last {
 				panic(broken)
 			}
@@ -719,13 +719,13 @@ func storm(t *testing.T, o batch.Options) {
 			assert.Equal(t, result{answer: -i, sent: true}, r)
 			assert.EqualValues(t, 1, n)
 		case !r.sent:
-			counts["left the line"]++
+			counts["left the queue"]++
 			assert.Zero(t, n, "call %d was not sent: %v", i, r.err)
 		case strings.Contains(r.err.Error(), broken.Error()):
 			counts["panicked"]++
 			assert.LessOrEqual(t, n, int32(1))
 		default:
-			counts["left the flight"]++
+			counts["left the batch"]++
 			assert.LessOrEqual(t, n, int32(1))
 			assert.Contains(t, []error{context.DeadlineExceeded, batch.ErrTimeout}, r.err)
 		}
@@ -734,10 +734,10 @@ func storm(t *testing.T, o batch.Options) {
 }
 
 // It measures, and is therefore not parallel.
-func TestCallersWhoLeaveTheLineOfAStuckQueueTakeNoMemory(t *testing.T) {
+func TestCallersWhoLeaveTheQueueOfAStuckQueueTakeNoMemory(t *testing.T) {
 	land := make(chan struct{})
 	type large [1 << 14]byte
-	q := batch.New(batch.Options{Flights: 1, Timeout: time.Minute}, func(context.Context, []*batch.Call[large, int]) { <-land })
+	q := batch.New(batch.Options{InFlight: 1, Timeout: time.Minute}, func(context.Context, []*batch.Call[large, int]) { <-land })
 	do := func(ctx context.Context) {
 		c := q.Get()
 		defer q.Put(c)
@@ -766,12 +766,12 @@ func heap() int64 {
 }
 
 // It measures, and is therefore not parallel.
-func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
+func TestACallAllocatesNothingButTheContextOfItsBatch(t *testing.T) {
 	ofContext := testing.AllocsPerRun(1000, func() {
 		_, cancel := context.WithDeadline(context.Background(), time.Now().Add(time.Minute))
 		cancel()
 	})
-	q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, flight []*batch.Call[query, answer]) { echo(flight) })
+	q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, calls []*batch.Call[query, answer]) { echo(calls) })
 	sequential := testing.AllocsPerRun(1000, func() {
 		assert.NoError(t, ask(t.Context(), q, 1))
 	})

@@ -43,7 +43,7 @@ const (
 
 func newLane(s *Storage) *lane {
 	l := &lane{s: s}
-	l.Queue = combine.New(combine.Options{Flights: 1, Timeout: s.options.Timeout}, l.fly)
+	l.Queue = combine.New(combine.Options{InFlight: 1, Timeout: s.options.Timeout}, l.fly)
 	return l
 }
 

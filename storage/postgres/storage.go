@@ -145,9 +145,9 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	for i := range s.locked {
 		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.flyContended)
 	}
-	s.joint = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyJoint)
+	s.joint = combine.New(combine.Options{InFlight: 4, Timeout: timeout, Size: 1}, s.flyJoint)
 	s.fresh.Store(true)
-	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.flyRecord)
+	s.ledger = combine.New(combine.Options{InFlight: 4, Timeout: timeout, Size: 1}, s.flyRecord)
 	return s, nil
 }
 
