@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The calls of one server wait for each other in a queue, and fly together.
+// The calls of one server wait for each other in a queue, and share batches.
 type (
 	queue = batch.Queue[query, answer]
 	call  = batch.Call[query, answer]
@@ -60,7 +60,7 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 			c = q.Get()
 			c.Query = asked
 			if ctx.Done() == nil && s.prompt != nil && s.well.Load() {
-				err = q.DoInline(ctx, c, s.flyInline)
+				err = q.DoInline(ctx, c, s.sendInline)
 			} else {
 				err = q.Do(ctx, c)
 			}
@@ -220,18 +220,18 @@ func (s *Storage) queue(address string) (*queue, error) {
 	}
 	s.begun = true
 	if s.queues[address] == nil {
-		s.queues[address] = batch.New(batch.Options{Timeout: s.options.Timeout}, s.flyTo(address))
+		s.queues[address] = batch.New(batch.Options{Timeout: s.options.Timeout}, s.sendTo(address))
 	}
 	return s.queues[address], nil
 }
 
-// fly executes a flight, and tells who watches how it went.
-func (s *Storage) fly(ctx context.Context, flight []*call) { s.flyBy(ctx, s.client, flight) }
+// sendBatch executes a batch, and tells who watches how it went.
+func (s *Storage) sendBatch(ctx context.Context, calls []*call) { s.sendBy(ctx, s.client, calls) }
 
-// flyInline is fly in the goroutine of a caller.
-func (s *Storage) flyInline(ctx context.Context, flight []*call) { s.flyBy(ctx, s.prompt, flight) }
+// sendInline is sendBatch in the goroutine of a caller.
+func (s *Storage) sendInline(ctx context.Context, calls []*call) { s.sendBy(ctx, s.prompt, calls) }
 
-func (s *Storage) flyBy(ctx context.Context, by goredis.UniversalClient, flight []*call) {
+func (s *Storage) sendBy(ctx context.Context, by goredis.UniversalClient, calls []*call) {
 	inTime, err := func() bool { return false }, errPanicked
 	if s.report != nil {
 		inTime = s.watch(ctx)
@@ -242,17 +242,17 @@ func (s *Storage) flyBy(ctx context.Context, by goredis.UniversalClient, flight 
 			s.report(err)
 		}
 	}()
-	err = s.execute(ctx, by, flight)
+	err = s.execute(ctx, by, calls)
 }
 
-// errPanicked is reported of a flight in which something did that the client calls, such as a hook.
+// errPanicked is reported of a batch in which something did that the client calls, such as a hook.
 var errPanicked = fmt.Errorf("%w: panic", storage.ErrUnavailable)
 
-// execute makes all decisions of a flight in one script call and all changes in another. In a cluster each key
-// has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN. The error is one
-// that is the server's, and not that of the keys.
-func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, flight []*call) (failed error) {
-	groups := s.groups(flight)
+// execute makes all decisions of a batch in one script call and all changes in another. In a cluster every key is its
+// own script call and all are pipelined, because a call of several keys can fail with TRYAGAIN. The error is one of the
+// server, not of single keys.
+func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, calls []*call) (failed error) {
+	groups := s.groups(calls)
 	s.run(ctx, by, groups)
 	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
 		s.byKey.Store(true) // a node of a cluster, or a proxy before one, that looks like a single server
@@ -266,7 +266,7 @@ func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, fligh
 	}
 	at := storage.Monotonic()
 	for _, g := range groups {
-		if err := g.land(at); err != nil {
+		if err := g.answer(at); err != nil {
 			err = s.unavailable(overdue(ctx, err))
 			for _, c := range g.calls {
 				c.Err = err
@@ -279,7 +279,7 @@ func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, fligh
 	return failed
 }
 
-// overdue is the end of the flight's context in place of the error of a socket that it has ended.
+// overdue is the end of the batch's context in place of the error of a socket that it has ended.
 func overdue(ctx context.Context, err error) error {
 	if end, ok := ctx.Deadline(); ok && errors.Is(err, os.ErrDeadlineExceeded) && !time.Now().Before(end) {
 		return context.DeadlineExceeded
@@ -293,7 +293,7 @@ func crossed(g *group) bool {
 }
 
 // groups sorts the calls and divides them into script calls.
-func (s *Storage) groups(flight []*call) (groups []*group) {
+func (s *Storage) groups(calls []*call) (groups []*group) {
 	byKey := s.cluster != nil || s.byKey.Load()
 	apart := func(a, b *call) int {
 		if d := cmp.Compare(len(a.Query.change), 0) - cmp.Compare(len(b.Query.change), 0); d != 0 || !byKey {
@@ -301,13 +301,13 @@ func (s *Storage) groups(flight []*call) (groups []*group) {
 		}
 		return cmp.Compare(a.Query.key, b.Query.key)
 	}
-	slices.SortStableFunc(flight, apart)
-	for begin := 0; begin < len(flight); begin += len(groups[len(groups)-1].calls) {
+	slices.SortStableFunc(calls, apart)
+	for begin := 0; begin < len(calls); begin += len(groups[len(groups)-1].calls) {
 		end := begin + 1
-		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
+		for end < len(calls) && apart(calls[begin], calls[end]) == 0 {
 			end++
 		}
-		groups = append(groups, &group{calls: flight[begin:end], decider: s.decider})
+		groups = append(groups, &group{calls: calls[begin:end], decider: s.decider})
 	}
 	return groups
 }
@@ -343,7 +343,7 @@ func send(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	_, _ = pipe.Exec(ctx)
 }
 
-// unavailable wraps the error of a round trip. The context of a flight is not the caller's, and must not
+// unavailable wraps the error of a round trip. The context of a batch is not the caller's, and must not
 // look like it. A server that does not know AUTH repeats what it was sent, with the password.
 func (s *Storage) unavailable(err error) error {
 	if text, _, echoed := strings.Cut(err.Error(), ", with args beginning with"); echoed {
@@ -371,7 +371,7 @@ type group struct {
 
 // dropDoubtful answers the calls that doubt a server without the script, and returns how many others are left.
 func (g *group) dropDoubtful() int {
-	var left []*call // and not in place: the flight has the calls in the same array
+	var left []*call // and not in place: the batch has the calls in the same array
 	for _, c := range g.calls {
 		if c.Query.fresh {
 			c.Err = ErrRestarted
@@ -404,8 +404,8 @@ func (g *group) script(ctx context.Context, byText bool) command {
 	return g.decider.call(ctx, byText, keys, decideArgs(&parts)...)
 }
 
-// land gives each call its answer.
-func (g *group) land(at int64) error {
+// answer gives each call its answer.
+func (g *group) answer(at int64) error {
 	if len(g.calls) == 0 { // it answered all by itself
 		return nil
 	}

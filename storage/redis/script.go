@@ -55,7 +55,7 @@ func newScript(text string) *script {
 // variants is how many variants of the script for decisions a server may come to know.
 const variants = 256
 
-// variant is the script for decisions, and to a server another one.
+// variant is the script for decisions with another hash, so that the server knows it apart.
 func variant(n int) *script { return newScript(fmt.Sprintf("local variant = %d\n", n) + decideLua) }
 
 // command is a script call. Its NoRetry keeps every client from sending it again, but for MOVED and ASK
@@ -310,7 +310,8 @@ func (a *answer) fill(v *storage.Verdict, r *storage.Request) error {
 	return nil
 }
 
-// compute makes the decision that the script made once more, of the values that it found.
+// compute makes the script's decision once more, from the values that the script found. The script therefore need not
+// know what a verdict tells, and storage.Decide stays the one place that does. Both compute with the same integers.
 func (a *answer) compute(v *storage.Verdict, r *storage.Request) error {
 	real := a.real
 	if r.Clocked {

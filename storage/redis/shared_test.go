@@ -97,14 +97,14 @@ func (ws *wires) take() (sent, read string) {
 // scriptCall has the numbers of all arguments and of keys of a script call by hash.
 var scriptCall = regexp.MustCompile(`\*(\d+)\r\n\$7\r\nevalsha\r\n\$40\r\n[0-9a-f]{40}\r\n\$\d+\r\n(\d+)\r\n`)
 
-// flown is how many keys and shapes a script call had (short.lua).
+// flown is how many keys and shapes a script call had (decide.lua).
 type flown struct{ keys, shapes int }
 
 func flights(sent string) (out []flown) {
 	for _, m := range scriptCall.FindAllStringSubmatch(sent, -1) {
 		args, _ := strconv.Atoi(m[1])
 		keys, _ := strconv.Atoi(m[2])
-		out = append(out, flown{keys, (args - keys - 4) / 2})
+		out = append(out, flown{keys, args - keys - 4})
 	}
 	return out
 }

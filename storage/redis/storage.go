@@ -88,8 +88,8 @@ var (
 // A call sends its script once, and again only after an answer which says that nothing ran
 // (NOSCRIPT, MOVED, ASK, TRYAGAIN). When the answer is lost it may have been executed, once.
 //
-// The error of a call that Redis does not answer in time wraps ErrUnavailable, that of one which it answers
-// with an error also the cause; but for CROSSSLOT, which is ErrCrossSlot.
+// A timeout wraps ErrUnavailable. An error reply wraps ErrUnavailable and the reply, except CROSSSLOT, which becomes
+// ErrCrossSlot.
 type Storage struct {
 	client  goredis.UniversalClient
 	cluster *goredis.ClusterClient // client, if it is one
@@ -99,10 +99,10 @@ type Storage struct {
 	report  func(err error) // what Watch was given, or nil
 
 	// prompt is client for the goroutine of a call: whatever it waits for ends with the context of the command. Nil if
-	// there is none. A connection that takes longer would never be made by it, so a flight that failed is followed by
+	// there is none. A connection that takes longer would never be made by it, so a batch that failed is followed by
 	// one that has a goroutine of its own, and as much time as the client's timeouts allow.
 	prompt *goredis.Client
-	well   atomic.Bool // the last flight did not fail
+	well   atomic.Bool // the last batch did not fail
 
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots

@@ -11,9 +11,9 @@ import (
 )
 
 // Watch is for package failover. It lowers Options.Timeout to timeout if that is less. From then on report is
-// called once for each flight of calls: with nil when the server has answered it, also where the answer is an
+// called once for each batch of calls: with nil when the server has answered it, also where the answer is an
 // error of single keys (ErrCorruptState, BucketError, ErrCrossSlot, ErrStale), else with the error, as the callers
-// see it. A flight that has taken longer than the Timeout is reported then, and not again when it lands. So is
+// see it. A batch that has taken longer than the Timeout is reported then, and not again when it is answered. So is
 // a failure to find the server of a key in a cluster. A caller that leaves early changes nothing.
 //
 // Report is called by several goroutines at a time, before the callers return unless they had to give up, and
