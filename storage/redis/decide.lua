@@ -19,9 +19,11 @@
 --   4 there are too many buckets: their number and that of the part after it (1 each)
 --   6 it would be admitted, and a state that it takes from is doubted or not there
 --
--- There are two ways. The fast one is at the end, for nearly all requests: of each part the value is absent, or has
--- one hold for each of the buckets and nothing else, before and after. The full one is for any request. It is a
--- function that makes its functions when the first request needs it, as this costs as much as a decision.
+-- There are two ways. The fast one is for nearly all requests: of each part the value is absent, or has one hold for
+-- each of the buckets and nothing else, before and after. All parts are judged, and then all are written. The full one
+-- is for any request. Its functions are made when the first request needs them, as this costs as much as a decision.
+--
+-- The numbers at the ends of lines are the steps of storage/decide.go.
 
 local REPLENISH, CONTINUOUS, FIXED, SLIDING, LOG = 0, 1, 2, 3, 4
 local TAKE, PEEK, FORCE = 0, 1, 2
@@ -39,7 +41,12 @@ local function server()
 end
 
 -- The fast way: one part. It returns the value that was there, whether the part is admitted, and if so the new value
--- and its time to live in ms, 0 to keep the one it has; or nothing if it cannot tell.
+-- and its time to live in ms, 0 to keep the one it has; or nothing if it cannot tell. Of a bucket m units are out until
+-- e. Of an admitted one gone is when none is left, and the value lives until the last of them.
+--
+-- A level that has drained is below zero, as the product is rounded only where it is larger than any level. To have
+-- room for the cost in units is to have room in tokens, as both are whole. What a SlidingWindow fades is left to the
+-- full way: its hold either ends with the present window, and counts in full, or is gone.
 local function fast(key, s)
   local v, now, held = try('GET', key), s[$now], nil
   if v then
@@ -86,7 +93,8 @@ local function fast(key, s)
   return v or '\0', true, pack(s[$form], list(held)), 0
 end
 
--- The fast way of one and of two buckets that come back at once, without a table.
+-- The same for one and for two buckets that come back at once, and the server's time: without a table for the holds,
+-- which takes a sixth of the time. The second bucket has k units out until f.
 local function one(key, s)
   local v, now, b = try('GET', key), s[$now], s[$buckets][1]
   local before, e, m = 0, 0, 0
