@@ -67,7 +67,7 @@ func shared() error {
 	if err != nil {
 		return err // the URL is wrong
 	}
-	defer func() { _ = store.Close() }()
+	defer func() { _ = store.Close(context.Background()) }()
 	hundredPerHour := throttler.NewBucket(time.Hour, 100)
 	t, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{hundredPerHour}})
 	if err != nil {

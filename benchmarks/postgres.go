@@ -222,11 +222,14 @@ func openFailover(redisURL, postgresURL string) (*failover.Storage, func(), erro
 	if err != nil {
 		return nil, nil, err
 	}
-	primary := redisstore.New(client, &redisstore.Options{Prefix: "failover:"})
+	primary, err := redisstore.New(client, &redisstore.Options{Prefix: "failover:"})
+	if err != nil {
+		return nil, nil, err
+	}
 	store, err := failover.New(primary, ledger, nil)
 	return store, func() {
 		_ = store.Close(context.Background())
-		_, _, _ = primary.Close(), ledger.Close(context.Background()), client.Close()
+		_, _, _ = primary.Close(context.Background()), ledger.Close(context.Background()), client.Close()
 		pool.Close()
 	}, err
 }

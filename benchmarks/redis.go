@@ -45,12 +45,11 @@ func onRedisAt(url string) []contender {
 
 func throttlerOnRedis(url string) func() (throttler.Config, func(), error) {
 	return func() (throttler.Config, func(), error) {
-		client, err := redisClient(url)
+		store, err := redisstore.Open(url, nil)
 		if err != nil {
 			return throttler.Config{}, nil, err
 		}
-		store := redisstore.New(client, nil)
-		return throttler.Config{Storage: store}, func() { _ = store.Close(); _ = client.Close() }, nil
+		return throttler.Config{Storage: store}, func() { _ = store.Close(context.Background()) }, nil
 	}
 }
 

@@ -95,7 +95,7 @@ func (d *demo) show(ctx context.Context, postgresURL string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, primary.Close()) }()
+	defer func() { err = errors.Join(err, primary.Close(context.Background())) }()
 	pool, err := pgxpool.New(ctx, postgresURL)
 	if err != nil {
 		return err

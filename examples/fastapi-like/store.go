@@ -26,7 +26,7 @@ func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Log
 		if err != nil {
 			return nil, nil, err
 		}
-		return s, func(context.Context) error { return s.Close() }, nil
+		return s, s.Close, nil
 	case "postgres":
 		s, closeBoth, err := openPostgres(ctx, postgresURL)
 		if err != nil {
@@ -78,14 +78,14 @@ func openFailover(ctx context.Context, redisURL, postgresURL string, log *slog.L
 	}
 	ledger, closeLedger, err := openPostgres(ctx, postgresURL)
 	if err != nil {
-		return nil, nil, errors.Join(err, primary.Close())
+		return nil, nil, errors.Join(err, primary.Close(ctx))
 	}
 	s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
 	if err != nil {
-		return nil, nil, errors.Join(err, primary.Close(), closeLedger(ctx))
+		return nil, nil, errors.Join(err, primary.Close(ctx), closeLedger(ctx))
 	}
 	return s, func(ctx context.Context) error {
-		return errors.Join(s.Close(ctx), primary.Close(), closeLedger(ctx))
+		return errors.Join(s.Close(ctx), primary.Close(ctx), closeLedger(ctx))
 	}, nil
 }
 

@@ -1,6 +1,7 @@
 package faulttest_test
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"testing"
@@ -20,7 +21,7 @@ func open(t testing.TB, url string, timeout time.Duration) *redisstore.Storage {
 	t.Helper()
 	s, err := redisstore.Open(url, &redisstore.Options{Timeout: timeout})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 
@@ -35,8 +36,9 @@ func stubborn(t testing.TB, addr string) *goredis.Client {
 // on returns a storage on the client, which is closed after the test.
 func on(t testing.TB, c *goredis.Client, timeout time.Duration) *redisstore.Storage {
 	t.Helper()
-	s := redisstore.New(c, &redisstore.Options{Timeout: timeout})
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	s, err := redisstore.New(c, &redisstore.Options{Timeout: timeout})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	return s
 }
 

@@ -137,8 +137,8 @@ func (n *node) write(e event) {
 // close returns the error of the failover storage.
 func (n *node) close(ctx context.Context) error {
 	err := n.Storage.Close(ctx)
-	_, _ = n.redis.Close(), n.alone.Close()
-	_ = n.pg.Close(context.Background())
+	_, _ = n.redis.Close(ctx), n.alone.Close(ctx)
+	_ = n.pg.Close(ctx)
 	n.pool.Close()
 	return err
 }

@@ -18,7 +18,7 @@ func Example() {
 		if err != nil {
 			return err
 		}
-		defer func() { _ = redis.Close() }()
+		defer func() { _ = redis.Close(context.Background()) }()
 		postgres, err := pgstore.New(ctx, pool, nil) // Postgres must be up when a process starts, Redis need not
 		if err != nil {
 			return err

@@ -5,7 +5,7 @@
 // call first charges what this process has not told the ledger yet of its identifier, and is then decided there.
 // Once Redis is well again, it is raised to what the ledger has recorded before it admits.
 //
-//	store, err := failover.New(redisstore.New(client, nil), pgstore, nil)
+//	store, err := failover.New(redis, postgres, nil)
 //	t, err := throttler.New(throttler.Config{Storage: store})
 //	defer store.Close(ctx)
 //

@@ -24,7 +24,7 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 	t.Parallel()
 	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, r.Close()) })
+	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
 	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)

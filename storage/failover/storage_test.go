@@ -26,7 +26,7 @@ func real(t testing.TB, o failover.Options) *failover.Storage {
 	o.PrimaryTimeout, o.LedgerTimeout = asktest.Patient, asktest.Patient
 	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, r.Close()) })
+	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
 	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)

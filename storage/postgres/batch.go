@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	combine "github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -33,7 +33,7 @@ type partition struct {
 
 func newPartition(s *Storage) *partition {
 	p := &partition{s: s}
-	p.Queue = combine.New(combine.Options{Flights: 1, Timeout: s.options.Timeout}, p.run)
+	p.Queue = combine.New(combine.Options{InFlight: 1, Timeout: s.options.Timeout}, p.run)
 	return p
 }
 

@@ -26,7 +26,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	combine "github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -144,10 +144,10 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	for i := range s.locked {
 		s.locked[i] = combine.New(combine.Options{Timeout: timeout}, s.runContended)
 	}
-	s.several = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runSeveral)
+	s.several = combine.New(combine.Options{InFlight: 4, Timeout: timeout, Size: 1}, s.runSeveral)
 	s.fresh.Store(true)
 	s.sweeps.weight.Store(fullWeight)
-	s.ledger = combine.New(combine.Options{Flights: 4, Timeout: timeout, Size: 1}, s.runRecord)
+	s.ledger = combine.New(combine.Options{InFlight: 4, Timeout: timeout, Size: 1}, s.runRecord)
 	return s, nil
 }
 
@@ -193,13 +193,13 @@ func (s *Storage) Close(ctx context.Context) error {
 func (s *Storage) closeAll() {
 	var wait sync.WaitGroup
 	for _, p := range s.partitions {
-		wait.Go(p.Close)
+		wait.Go(func() { _ = p.Close(context.Background()) })
 	}
 	for _, queue := range s.locked {
-		wait.Go(queue.Close)
+		wait.Go(func() { _ = queue.Close(context.Background()) })
 	}
-	wait.Go(s.several.Close)
-	wait.Go(s.ledger.Close)
+	wait.Go(func() { _ = s.several.Close(context.Background()) })
+	wait.Go(func() { _ = s.ledger.Close(context.Background()) })
 	wait.Go(s.sweeps.close)
 	wait.Wait()
 }

@@ -1,4 +1,4 @@
--- Charge, Refund, Raise, Reset and Debt, for any number of identifiers one after another.
+-- Changes: Charge, Refund, Raise, Reset and Debt, for any number of identifiers one after another.
 --
 -- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, 3 tell the
 -- debts, with 4 if a time is sent), number of buckets (1), the time if sent (7), then for each bucket its law,
@@ -8,6 +8,8 @@
 -- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in short.lua.
 -- After the 1 of debts that are told come for each bucket the number of its amounts (2), and of each its N and
 -- In (7 each).
+
+--#include state.lua
 
 -- How many units are left of n tokens of a Continuous level which are all back in a given time.
 local function leftOf(l, n, time)

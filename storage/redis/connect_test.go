@@ -1,6 +1,7 @@
 package redis_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -45,10 +46,10 @@ func TestARefusedConnectionIsTheCauseForAnyClient(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := redisstore.New(c, &prompt)
+			s := on(t, c, prompt)
 			assertRefused(t, s)
 			assertRefused(t, s)
-			assert.NoError(t, s.Close())
+			assert.NoError(t, s.Close(context.Background()))
 			assert.NoError(t, c.Close())
 		})
 	}
@@ -58,8 +59,8 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	c := client(t, server.URL())
-	s := redisstore.New(c, &prompt)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	s := on(t, c, prompt)
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Kill())
 	assertRefused(t, s)

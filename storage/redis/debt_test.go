@@ -125,7 +125,7 @@ func TestAnAnswerThatTellsNoDebtIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "\x00", "\x01", "\x01\x00", "\x01\x01\x00too short", "\x01\x00\x00too long", "\x01\xff\xff", "\x06", "\x07"} {
 		c := client(t, servers.RedisURL(t))
-		s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+		s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 		c.AddHook(hook(func(_ context.Context, cmd goredis.Cmder, _ goredis.ProcessHook) error {
 			cmd.(interface{ SetVal(any) }).SetVal(text)
 			return nil

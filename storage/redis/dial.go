@@ -175,3 +175,6 @@ func checkParameters(scheme, query string) error {
 	}
 	return nil
 }
+
+// sentinels says that a client asks sentinels for its server. It may wait for what they answer to another command.
+func sentinels(c *goredis.Client) bool { return c.Options().Addr == "FailoverClient" }

@@ -69,7 +69,7 @@ func (hook) ProcessPipelineHook(next goredis.ProcessPipelineHook) goredis.Proces
 func TestTheHooksOfAClientSeeTheScripts(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	seen := 0
 	c.AddHook(hook(func(ctx context.Context, cmd goredis.Cmder, next goredis.ProcessHook) error {
 		seen++
@@ -82,7 +82,7 @@ func TestTheHooksOfAClientSeeTheScripts(t *testing.T) {
 func TestAHookThatPanicsIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "panic"))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
@@ -93,7 +93,7 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "\x00", "\x01too short", "\x04", "\x05", "\x06", "\x07", "\x01 much longer than an answer of one bucket is"} {
 		c := client(t, servers.RedisURL(t))
-		s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+		s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 		c.AddHook(hook(func(_ context.Context, cmd goredis.Cmder, _ goredis.ProcessHook) error {
 			cmd.(interface{ SetVal(any) }).SetVal(text)
 			return nil
@@ -106,7 +106,7 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 // A client of one node, or of a proxy, does not know that there are slots.
 func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testing.T) {
 	t.Parallel()
-	s := redisstore.New(client(t, servers.RedisCluster(t, 3).Nodes[0].URL()), &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, client(t, servers.RedisCluster(t, 3).Nodes[0].URL()), redisstore.Options{Timeout: asktest.Patient})
 	var ids []string
 	for i := 0; len(ids) < 8; i++ {
 		id := string(rune('a'+i%26)) + string(rune('a'+i/26))

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -114,6 +115,58 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
 }
 
+// A call whose context cannot end waits for the socket itself, when nothing else is in flight.
+func TestACallWithoutAContextReturnsInTime(t *testing.T) {
+	t.Parallel()
+	server, r := servers.Redis(t), asktest.FivePerHour(t, "a")
+	l := newLink(t, server.Addr())
+	url := "redis://" + l.Addr().String() + "?pool_size=1&read_timeout=5s&write_timeout=5s&dial_timeout=5s&pool_timeout=5s"
+	known, unknown, watched := open(t, url, prompt), open(t, url, prompt), open(t, url, redisstore.Options{})
+	seen := watchOf(t, watched, prompt.Timeout)
+	for _, s := range []*redisstore.Storage{known, watched} {
+		_, err := s.Decide(context.Background(), r)
+		require.NoError(t, err)
+	}
+	require.NoError(t, seen.next(t))
+	require.NoError(t, server.Freeze())
+	for name, s := range map[string]*redisstore.Storage{"with a connection": known, "without one": unknown, "watched": watched} {
+		asktest.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
+			asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
+				_, err := s.Decide(context.Background(), r)
+				assert.ErrorIs(t, err, storage.ErrUnavailable, name)
+				assert.NotErrorIs(t, err, context.DeadlineExceeded, name)
+			}))
+		})
+	}
+	for _, err := range seen.take() {
+		assert.ErrorIs(t, err, storage.ErrUnavailable)
+	}
+	require.NoError(t, server.Thaw())
+	for _, s := range []*redisstore.Storage{known, unknown, watched} {
+		asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(context.Background(), "", "a") })
+	}
+	assert.Equal(t, 5, asktest.Take(t, known, r, 7))
+}
+
+func TestCallsWithAndWithoutAContextTakeExactlyTheLimit(t *testing.T) {
+	t.Parallel()
+	s, r := open(t, servers.RedisURL(t), redisstore.Options{}), asktest.Hourly(t, "exact", 300)
+	var admitted atomic.Int64
+	asktest.Crowd(50, func(i int) {
+		ctx := context.Background()
+		if i%2 == 0 {
+			ctx = t.Context()
+		}
+		for range 8 {
+			v, err := s.Decide(ctx, r)
+			if assert.NoError(t, err) && v.Allowed {
+				admitted.Add(1)
+			}
+		}
+	})
+	assert.EqualValues(t, 300, admitted.Load())
+}
+
 // Nothing that is left behind would escape TestMain.
 func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	t.Parallel()
@@ -127,11 +180,25 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 		_, err := s.Decide(ctx, asktest.FivePerHour(t, "a")) // the flights stay in the air
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
-	took := asktest.Timed(1, func() { assert.NoError(t, s.Close()) })
+	took := asktest.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	assert.ErrorIs(t, err, storage.ErrClosed)
+}
+
+func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s := open(t, server.URL(), redisstore.Options{Timeout: time.Hour})
+	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.NoError(t, server.Freeze())
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := s.Decide(ctx, asktest.FivePerHour(t, "a"))
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	assert.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded, "a call is in flight")
+	require.NoError(t, server.Thaw())
 }
 
 // eachNode returns requests for keys of each node in turn, which have been asked for once.
@@ -821,29 +888,34 @@ func TestAUserWithTheLeastRightsDecidesOnACluster(t *testing.T) {
 	}
 }
 
-func TestWhatCannotWorkIsAnErrorOfEachCall(t *testing.T) {
+func TestNewReportsWhatCannotWork(t *testing.T) {
 	t.Parallel()
 	ring := goredis.NewRing(&goredis.RingOptions{})
 	defer func() { assert.NoError(t, ring.Close()) }()
-	c := client(t, "redis://127.0.0.1:1")
-	for field, s := range map[string]*redisstore.Storage{
-		"Client":   redisstore.New(ring, nil),
-		"Client ":  redisstore.New(nil, nil),
-		"Client  ": redisstore.New((*goredis.Client)(nil), &redisstore.Options{Prefix: "p"}),
-		"Client\n": redisstore.New((*goredis.ClusterClient)(nil), nil),
-		"Timeout":  redisstore.New(c, &redisstore.Options{Timeout: -1}),
+	for name, c := range map[string]goredis.UniversalClient{
+		"ring": ring, "nil": nil, "nil client": (*goredis.Client)(nil), "nil cluster client": (*goredis.ClusterClient)(nil),
 	} {
-		for name, call := range allCalls {
-			_, err := call(t.Context(), s, asktest.FivePerHour(t, "a"))
-			var fault *redisstore.OptionError
-			if assert.ErrorAs(t, err, &fault, "%s of %s", name, field) {
-				assert.Equal(t, strings.TrimSpace(field), fault.Field)
-			}
-			assert.NotErrorIs(t, err, storage.ErrUnavailable, "trying again will not help")
-		}
-		assert.NoError(t, s.Close())
-		assert.NoError(t, s.Close())
+		_, err := redisstore.New(c, nil)
+		assertFaults(t, err, name, "Client")
+		_, err = redisstore.New(c, &redisstore.Options{Timeout: -1})
+		assertFaults(t, err, name, "Client", "Timeout")
 	}
+	_, err := redisstore.New(client(t, "redis://127.0.0.1:1"), &redisstore.Options{Timeout: -1})
+	assertFaults(t, err, "client", "Timeout")
+}
+
+// assertFaults checks that an error joins an *OptionError for each field.
+func assertFaults(t testing.TB, err error, name string, fields ...string) {
+	t.Helper()
+	joined, ok := err.(interface{ Unwrap() []error })
+	require.True(t, ok, "%s: %v", name, err)
+	var found []string
+	for _, err := range joined.Unwrap() {
+		var fault *redisstore.OptionError
+		require.ErrorAs(t, err, &fault, name)
+		found = append(found, fault.Field)
+	}
+	assert.Equal(t, fields, found, name)
 }
 
 // wrongURLs have a fault that Open must find.
@@ -879,7 +951,7 @@ func TestOpenDoesNotPanic(t *testing.T) {
 			s, err := redisstore.Open("redis://localhost?"+parameters, nil)
 			var fault *redisstore.OptionError
 			if !assert.ErrorAs(t, err, &fault, parameters) {
-				assert.NoError(t, s.Close())
+				assert.NoError(t, s.Close(context.Background()))
 			}
 		}, parameters)
 	}
@@ -914,8 +986,8 @@ func TestAClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing.T) {
 	server := servers.Redis(t)
 	c := goredis.NewClient(hasty(server.Addr()))
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s := redisstore.New(c, &prompt)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	s := on(t, c, prompt)
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	assertChargedOnce(t, server, c, s, prompt.Timeout)
 }
 
@@ -925,8 +997,8 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 	c := goredis.NewClusterClient(&goredis.ClusterOptions{Addrs: cluster.Addrs(), MaxRetries: o.MaxRetries, MaxRedirects: o.MaxRetries, MinRetryBackoff: o.MinRetryBackoff,
 		MaxRetryBackoff: o.MaxRetryBackoff, ReadTimeout: o.ReadTimeout, WriteTimeout: o.WriteTimeout})
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s := redisstore.New(c, &redisstore.Options{Timeout: 500 * time.Millisecond})
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	s := on(t, c, redisstore.Options{Timeout: 500 * time.Millisecond})
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
 	node, err := c.MasterForKey(t.Context(), "a")
 	require.NoError(t, err)
 	assertChargedOnce(t, cluster.Nodes[0], node, s, 500*time.Millisecond)
@@ -979,9 +1051,9 @@ func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (ad
 		}
 		return nil
 	})
-	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close()) })
+	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close(context.Background())) })
 	calls.Wait()
-	assert.NoError(t, s.Close(), "again")
+	assert.NoError(t, s.Close(context.Background()), "again")
 	for call, ask := range allCalls {
 		_, err := ask(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrClosed, "%s after Close", call)
@@ -993,15 +1065,15 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	c := client(t, server.URL())
-	again := redisstore.New(c, nil)
+	again := on(t, c, redisstore.Options{})
 	for name, s := range map[string]*redisstore.Storage{
-		"of New":  redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient}),
+		"of New":  on(t, c, redisstore.Options{Timeout: asktest.Patient}),
 		"of Open": open(t, server.URL()+"?client_name=owned", redisstore.Options{}),
 	} {
 		r := asktest.Hourly(t, name, 1<<40)
 		assert.Equal(t, closeDuringLoad(t, s, r), asktest.Spent(t, again, r), "each call that was sent was answered")
 	}
-	assert.NoError(t, again.Close())
+	assert.NoError(t, again.Close(context.Background()))
 	assert.NoError(t, c.Ping(t.Context()).Err(), "the client of New is the caller's")
 	asktest.Recovery(t, 10*time.Second, func() error { // as the server notices a moment later
 		if list := c.ClientList(t.Context()).Val(); strings.Contains(list, "name=owned") {
@@ -1023,7 +1095,7 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 	t.Parallel()
 	s, err := redisstore.Open("redis://127.0.0.1:1?addr=127.0.0.1:2", nil)
 	require.NoError(t, err)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	for call, ask := range allCalls {
 		_, err := ask(t.Context(), s, asktest.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrClosed, call)

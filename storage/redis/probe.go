@@ -27,14 +27,14 @@ func (s *Storage) redials() bool {
 	return false
 }
 
-// flyTo is fly to the server with an address, which is empty when there is only one.
-func (s *Storage) flyTo(address string) func(context.Context, []*call) {
+// sendTo is sendBatch to the server with an address, which is empty when there is only one.
+func (s *Storage) sendTo(address string) func(context.Context, []*call) {
 	if !s.redials() {
-		return s.fly
+		return s.sendBatch
 	}
-	return func(ctx context.Context, flight []*call) {
+	return func(ctx context.Context, calls []*call) {
 		defer s.probeLater(s.options.Timeout, address)()
-		s.fly(ctx, flight)
+		s.sendBatch(ctx, calls)
 	}
 }
 

@@ -6,10 +6,11 @@ import (
 	_ "embed"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 
 	goredis "github.com/redis/go-redis/v9"
@@ -18,20 +19,17 @@ import (
 )
 
 // The scripts. Their first lines say what they are sent and what they answer; this file is the other
-// end of both.
+// end of both. What they share is in state.lua, which each includes by a line.
 var (
-	//go:embed state.lua
-	stateLua string
 	//go:embed decide.lua
 	decideLua string
-	//go:embed short.lua
-	shortLua string
 	//go:embed change.lua
 	changeLua string
+	//go:embed state.lua
+	stateLua string
 
-	decideText   = "local function decider()\n" + stateLua + decideLua + "\nend\n" + shortLua
-	decideScript = newScript(decideText)
-	changeScript = newScript(stateLua + changeLua)
+	decideScript = newScript(decideLua)
+	changeScript = newScript(changeLua)
 )
 
 type script struct{ text, sha string }
@@ -39,7 +37,16 @@ type script struct{ text, sha string }
 // comment is a line of a script that the servers need not read.
 var comment = regexp.MustCompile(`(?m)^ *--.*\n`)
 
+// named is a line that names places in a list.
+var named = regexp.MustCompile(`(?m)^--#slots (.*)\n`)
+
 func newScript(text string) *script {
+	text = strings.Replace(text, "--#include state.lua\n", stateLua, 1)
+	for _, names := range named.FindAllStringSubmatch(text, -1) {
+		for i, name := range strings.Fields(names[1]) {
+			text = strings.ReplaceAll(text, "[$"+name+"]", fmt.Sprintf("[%d]", i+1))
+		}
+	}
 	text = comment.ReplaceAllString(text, "")
 	sum := sha1.Sum([]byte(text)) // the name that Redis gives to a script
 	return &script{text, hex.EncodeToString(sum[:])}
@@ -48,8 +55,8 @@ func newScript(text string) *script {
 // variants is how many variants of the script for decisions a server may come to know.
 const variants = 256
 
-// variant is the script for decisions, and to a server another one.
-func variant(n int) *script { return newScript(fmt.Sprintf("local variant = %d\n", n) + decideText) }
+// variant is the script for decisions with another hash, so that the server knows it apart.
+func variant(n int) *script { return newScript(fmt.Sprintf("local variant = %d\n", n) + decideLua) }
 
 // command is a script call. Its NoRetry keeps every client from sending it again, but for MOVED and ASK
 // where nothing ran: it may have been executed although no answer came.
@@ -85,6 +92,8 @@ const (
 	tooMany
 	tooManyHolds
 	stale
+	refusedValues  // and admittedValues: the values that were there follow, by which the client
+	admittedValues // computes what the script did
 )
 
 // The first byte of a change.
@@ -108,47 +117,80 @@ func decideArgs(s *shapes) [][]byte {
 	}
 	out := [][]byte{index}
 	for i := range s.all {
-		out = append(out, shapeArgs(&s.all[i])...)
+		out = append(out, s.all[i].arg())
 	}
 	return out
 }
 
-func shapeArgs(s *shape) [][]byte {
+// arg is a shape as the script for decisions reads it.
+func (s *shape) arg() []byte {
 	rules := s.part.Rules
-	prefix := []byte{'t', '2', byte(len(rules))}
-	hold, size := "I7I4", 7+11*len(rules)
-	for i := range rules {
-		prefix = append(appendLaw(prefix, &rules[i]), 1)
-		if most(&rules[i]) >= 1<<32 {
-			prefix[2] |= 32
-			hold, size = "I7I7", 7+14*len(rules)
-		}
+	hold, flags, now, age := "I7I4", byte(0), int64(-1), int64(0)
+	if wide(rules) {
+		hold = "I7I7"
 	}
-	length := strconv.Itoa(len(prefix))
-	form := "<c" + length + "I7" + strings.Repeat(hold, len(rules))
-	now, more := int64(-1), int64(0)
 	if s.clocked {
 		now = s.now
 	}
 	if s.more {
-		more = 1
+		flags |= 1
 	}
-	numbers := 5 + 8*len(rules)
 	if s.since != 0 {
-		more += 2
-		numbers++
+		flags |= 2
+		age = s.age()
 	}
-	b := append(make([]byte, 0, len(prefix)+len(form)+8*numbers), prefix...)
-	b = append(b, form...)
-	b = appendNumbers(b, int64(size+len(prefix)), int64(s.mode), more, now, int64(len(rules)))
+	prefix := appendPrefix(make([]byte, 0, prefixBytes(rules)), rules)
+	form := fmt.Sprintf("<c%dI7%s", len(prefix), strings.Repeat(hold, len(rules)))
+	b := make([]byte, 0, 26+len(prefix)+len(form)+57*len(rules))
+	b = append(appendUint(b, uint64(len(prefix)), 2), prefix...)
+	b = append(append(b, byte(len(form))), form...)
+	b = append(appendUint(b, uint64(valueBytes(rules)), 2), byte(s.mode), flags)
+	b = append(appendNumbers(b, now, age), byte(len(rules)))
 	for i := range rules {
 		r := &rules[i]
-		b = appendNumbers(b, int64(r.Kind), r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
+		b = append(b, byte(r.Kind))
+		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
 	}
-	if s.since != 0 {
-		b = appendNumbers(b, s.age())
+	return b
+}
+
+// A plain value has one hold for each bucket of a part, all changed at one time, and nothing else. Its prefix is what is
+// before the times.
+func appendPrefix(b []byte, rules []storage.Rule) []byte {
+	head := byte(len(rules))
+	if wide(rules) {
+		head |= 32
 	}
-	return [][]byte{[]byte("<c" + length + "c" + strconv.Itoa(len(form)) + strings.Repeat("d", numbers)), b}
+	b = append(b, 't', '2', head)
+	for i := range rules {
+		b = append(appendLaw(b, &rules[i]), 1)
+	}
+	return b
+}
+
+func prefixBytes(rules []storage.Rule) int {
+	n := 3
+	for i := range rules {
+		n += 1 + len(rules[i].Name) + 6 + 1
+		if rules[i].Kind == storage.Continuous {
+			n += 7 + 6
+		}
+	}
+	return n
+}
+
+// valueBytes is the length of a plain value.
+func valueBytes(rules []storage.Rule) int {
+	n := prefixBytes(rules) + 7 + 11*len(rules)
+	if wide(rules) {
+		n += 3 * len(rules)
+	}
+	return n
+}
+
+// wide says that the counts of a plain value have 7 bytes, and not 4.
+func wide(rules []storage.Rule) bool {
+	return slices.ContainsFunc(rules, func(r storage.Rule) bool { return most(&r) >= 1<<32 })
 }
 
 // age is how long ago a state has to have been changed that is not doubted. An injected clock may stand still, so by it no
@@ -246,7 +288,10 @@ func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
 }
 
 // fill reads the answer to a decision.
-func (a *answer) fill(v *storage.Verdict) {
+func (a *answer) fill(v *storage.Verdict, r *storage.Request) error {
+	if a.text[0] >= refusedValues {
+		return a.compute(v, r)
+	}
 	v.Allowed = a.text[0] == admitted
 	n, s := 0, a.text[1:]
 	for i := range v.Parts() {
@@ -262,6 +307,58 @@ func (a *answer) fill(v *storage.Verdict) {
 			n, s = n+1, s[countBytes:]
 		}
 	}
+	return nil
+}
+
+// compute makes the script's decision once more, from the values that the script found. The script therefore need not
+// know what a verdict tells, and storage.Decide stays the one place that does. Both compute with the same integers.
+func (a *answer) compute(v *storage.Verdict, r *storage.Request) error {
+	real := a.real
+	if r.Clocked {
+		real = r.Now
+	}
+	var few [4]storage.Draw
+	draws, text := few[:0], a.text[1:]
+	for i := range r.Parts() {
+		p := r.At(i)
+		value := text[:plainBytes(text, p.Rules)]
+		text = text[len(value):]
+		for j := range p.Rules {
+			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: plainState(value, p.Rules, j)})
+		}
+	}
+	v.Allowed = storage.Decide(r.Mode, real, draws)
+	if v.Allowed != (a.text[0] == admittedValues) {
+		return errors.New("the script decided otherwise than the value that it found says")
+	}
+	for i := range draws {
+		v.Set(i, draws[i].Count)
+	}
+	return nil
+}
+
+// plainBytes is the length of a part's value in an answer: a byte if there was none.
+func plainBytes(text string, rules []storage.Rule) int {
+	if text != "" && text[0] == 0 {
+		return 1
+	}
+	return valueBytes(rules)
+}
+
+// plainState is the state of bucket i in a plain value.
+func plainState(value string, rules []storage.Rule, i int) storage.State {
+	if len(value) == 1 {
+		return storage.State{}
+	}
+	times, hold := value[prefixBytes(rules):], (len(value)-prefixBytes(rules)-7)/len(rules)
+	h := times[7+hold*i:]
+	n := int64(h[7]) | int64(h[8])<<8 | int64(h[9])<<16 | int64(h[10])<<24
+	if hold == 14 {
+		n = integer(h[7:])
+	}
+	s := storage.State{Law: &rules[i].Law, Seen: integer(times)}
+	s.Append(storage.Hold{End: integer(h), N: n})
+	return s
 }
 
 // amounts reads the answer to a debt.

@@ -2,7 +2,7 @@ package redis
 
 import "github.com/go-throttler/throttler/storage"
 
-// shapes are the different parts of the requests in a flight, most of which are usually the same but for
+// shapes are the different parts of the requests in a batch, most of which are usually the same but for
 // their identifiers, and which of them each part has. The zero value is empty.
 type shapes struct {
 	all   []shape

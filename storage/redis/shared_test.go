@@ -97,14 +97,14 @@ func (ws *wires) take() (sent, read string) {
 // scriptCall has the numbers of all arguments and of keys of a script call by hash.
 var scriptCall = regexp.MustCompile(`\*(\d+)\r\n\$7\r\nevalsha\r\n\$40\r\n[0-9a-f]{40}\r\n\$\d+\r\n(\d+)\r\n`)
 
-// flown is how many keys and shapes a script call had (short.lua).
+// flown is how many keys and shapes a script call had (decide.lua).
 type flown struct{ keys, shapes int }
 
 func flights(sent string) (out []flown) {
 	for _, m := range scriptCall.FindAllStringSubmatch(sent, -1) {
 		args, _ := strconv.Atoi(m[1])
 		keys, _ := strconv.Atoi(m[2])
-		out = append(out, flown{keys, (args - keys - 4) / 2})
+		out = append(out, flown{keys, args - keys - 4})
 	}
 	return out
 }
@@ -117,9 +117,9 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	ws := new(wires)
 	o.Dialer = ws.dial
 	c := goredis.NewClient(o)
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	t.Cleanup(func() {
-		assert.NoError(t, s.Close())
+		assert.NoError(t, s.Close(context.Background()))
 		assert.NoError(t, c.Close())
 	})
 	return s, ws

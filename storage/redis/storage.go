@@ -5,7 +5,8 @@
 // Each identifier is one key with one value, which expires soon after its buckets are full.
 //
 //	client := goredis.NewClient(&goredis.Options{Addr: "localhost:6379"})
-//	t, err := throttler.New(throttler.Config{Storage: redisstore.New(client, nil)})
+//	store, err := redisstore.New(client, nil)
+//	t, err := throttler.New(throttler.Config{Storage: store})
 //
 // Import it as redisstore: the plain name is that of go-redis.
 package redis
@@ -56,7 +57,7 @@ type Options struct {
 	HashTag func(identifier string) string
 }
 
-// OptionError is a fault in what Open or New was given. After New, every call returns it.
+// OptionError is a fault in what New, Open or Watch was given.
 type OptionError struct {
 	Field  string // Client, URL, Timeout or Watch
 	Reason string // what was given and what is allowed
@@ -87,16 +88,21 @@ var (
 // A call sends its script once, and again only after an answer which says that nothing ran
 // (NOSCRIPT, MOVED, ASK, TRYAGAIN). When the answer is lost it may have been executed, once.
 //
-// The error of a call that Redis does not answer in time wraps ErrUnavailable, that of one which it answers
-// with an error also the cause; but for CROSSSLOT, which is ErrCrossSlot.
+// A timeout wraps ErrUnavailable. An error reply wraps ErrUnavailable and the reply, except CROSSSLOT, which becomes
+// ErrCrossSlot.
 type Storage struct {
 	client  goredis.UniversalClient
 	cluster *goredis.ClusterClient // client, if it is one
 	owned   bool                   // Close closes client
 	options Options
-	fault   error           // what every call returns
 	decider *script         // for decisions
 	report  func(err error) // what Watch was given, or nil
+
+	// prompt is client for the goroutine of a call: whatever it waits for ends with the context of the command. Nil if
+	// there is none. A connection that takes longer would never be made by it, so a batch that failed is followed by
+	// one that has a goroutine of its own, and as much time as the client's timeouts allow.
+	prompt *goredis.Client
+	well   atomic.Bool // the last batch did not fail
 
 	known atomic.Bool // the cluster's nodes have been asked for
 	byKey atomic.Bool // a single server has refused keys of different slots
@@ -119,30 +125,31 @@ var _ storage.Replica = (*Storage)(nil)
 // timeouts at most Options.Timeout: calls return in time whatever they are, but a connection that is
 // stuck is of no use until they have passed. Its ConnMaxIdleTime should be a few minutes, as what is between
 // may forget an idle connection. Open sets them. MaxRetries does not matter: the scripts are never retried.
-func New(client goredis.UniversalClient, o *Options) *Storage {
+//
+// New sends nothing, and Redis need not be there. All faults of its arguments are joined, each an *OptionError.
+func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	s := &Storage{client: client, decider: decideScript, queues: make(map[string]*queue)}
 	if o != nil {
 		s.options = *o
 	}
 	s.options.Prefix = cmp.Or(s.options.Prefix, DefaultPrefix)
 	s.options.Timeout = cmp.Or(s.options.Timeout, DefaultTimeout)
+	s.cluster, _ = client.(*goredis.ClusterClient)
+	var faults []error
+	single, _ := client.(*goredis.Client)
+	if single == nil && s.cluster == nil {
+		faults = append(faults, &OptionError{"Client", fmt.Sprintf("is %T, must be a *Client or a *ClusterClient that is not nil", client)})
+	}
 	if s.options.Timeout < 0 {
-		s.fault = &OptionError{"Timeout", fmt.Sprintf("is %v, must be above 0, or 0 for %v", s.options.Timeout, DefaultTimeout)}
-		return s
+		faults = append(faults, &OptionError{"Timeout", fmt.Sprintf("is %v, must be above 0, or 0 for %v", s.options.Timeout, DefaultTimeout)})
 	}
-	switch c := client.(type) {
-	case *goredis.Client:
-		if c != nil {
-			return s
-		}
-	case *goredis.ClusterClient:
-		if c != nil {
-			s.cluster = c
-			return s
-		}
+	if len(faults) > 0 {
+		return nil, errors.Join(faults...)
 	}
-	s.fault = &OptionError{"Client", fmt.Sprintf("is a %T, must be a *Client or a *ClusterClient", client)}
-	return s
+	if single != nil && single.Options().ContextTimeoutEnabled && !sentinels(single) && !s.redials() {
+		s.prompt = single
+	}
+	return s, nil
 }
 
 // Open returns a storage on a client of its own, which Close closes. The url is one of those that go-redis
@@ -164,30 +171,39 @@ func Open(url string, o *Options) (*Storage, error) {
 	if err != nil {
 		return nil, &OptionError{"URL", "is wrong: " + err.Error()}
 	}
-	s := New(client, o)
+	s, err := New(client, o)
+	if err != nil {
+		return nil, errors.Join(err, client.Close())
+	}
 	s.owned = true
-	if s.fault != nil {
-		return nil, errors.Join(s.fault, s.Close())
+	if c, ok := client.(*goredis.Client); ok && !sentinels(c) {
+		s.prompt = c.WithTimeout(timeout) // a copy on the same connections
+		o := s.prompt.Options()
+		o.ContextTimeoutEnabled, o.ReadTimeout, o.WriteTimeout = true, c.Options().ReadTimeout, c.Options().WriteTimeout
 	}
 	return s, nil
 }
 
-// Close refuses further calls with ErrClosed, waits until those that were sent are answered or
-// Options.Timeout has passed, and closes the client if Open made it.
-func (s *Storage) Close() error {
+// Close answers further calls with ErrClosed, waits for those that were sent, and closes the client if Open made
+// it. It waits until the context ends, and at most Options.Timeout: then the calls have their errors. Its error is the
+// context's if that ended while calls were in flight, joined with that of closing the client.
+func (s *Storage) Close(ctx context.Context) error {
 	s.mu.Lock()
 	again := s.closed
 	s.closed = true
 	s.mu.Unlock()
-	var wait sync.WaitGroup
+	left := make(chan error, len(s.queues))
 	for _, q := range s.queues { // closed: nobody changes it
-		wait.Go(q.Close)
+		go func() { left <- q.Close(ctx) }()
 	}
-	wait.Wait()
-	if again || !s.owned {
-		return nil
+	var err error
+	for range s.queues {
+		err = cmp.Or(err, <-left)
 	}
-	return s.client.Close()
+	if !again && s.owned {
+		err = errors.Join(err, s.client.Close())
+	}
+	return err
 }
 
 // Decide implements storage.Storage.
@@ -207,7 +223,7 @@ func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, since int6
 }
 
 func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return v, err
 	}
 	if err := r.Validate(); err != nil {
@@ -232,13 +248,15 @@ func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, si
 		at = r.Now
 	}
 	v.Begin(&c.Query.request, Source, at)
-	c.Answer.fill(&v)
+	if err := c.Answer.fill(&v, &c.Query.request); err != nil {
+		return storage.Verdict{}, s.unavailable(err)
+	}
 	return v, nil
 }
 
 // Charge implements storage.Storage.
 func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := c.Validate(); err != nil {
@@ -249,7 +267,7 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 
 // Debt implements storage.Replica.
 func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return storage.Debt{}, err
 	}
 	d.Amounts = nil
@@ -269,7 +287,7 @@ func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error
 
 // Raise implements storage.Replica.
 func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := d.Validate(); err != nil {
@@ -280,7 +298,7 @@ func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
 
 // Reset implements storage.Storage. A value that this package has not written stays, and is ErrCorruptState.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
-	if err := s.usable(ctx); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if err := storage.ValidateIdentifier(identifier); err != nil {
@@ -295,13 +313,6 @@ func (s *Storage) change(ctx context.Context, name, identifier string, rules []s
 		q.Put(c)
 	}
 	return err
-}
-
-func (s *Storage) usable(ctx context.Context) error {
-	if s.fault != nil {
-		return s.fault
-	}
-	return ctx.Err()
 }
 
 // key is where an identifier is kept. One with a NUL is in the slot of what stands before it, so that the

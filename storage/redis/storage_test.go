@@ -28,7 +28,15 @@ func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	}
 	s, err := redisstore.Open(url, &o)
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, s.Close()) })
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
+	return s
+}
+
+// on returns a storage on a client.
+func on(t testing.TB, c goredis.UniversalClient, o redisstore.Options) *redisstore.Storage {
+	t.Helper()
+	s, err := redisstore.New(c, &o)
+	require.NoError(t, err)
 	return s
 }
 

@@ -1,6 +1,7 @@
 package redis_test
 
 import (
+	"context"
 	"net/url"
 	"strings"
 	"testing"
@@ -35,7 +36,7 @@ func FuzzOpenDoesNotTellThePassword(f *testing.F) {
 				given := strings.Replace(place, "*", secret, 1)
 				s, err := redisstore.Open(given, nil)
 				if err == nil {
-					require.NoError(t, s.Close(), "%q", given)
+					require.NoError(t, s.Close(context.Background()), "%q", given)
 					continue
 				}
 				var fault *redisstore.OptionError
@@ -96,7 +97,7 @@ func TestUsualURLsAreOpened(t *testing.T) {
 	} {
 		s, err := redisstore.Open(url, nil)
 		if assert.NoError(t, err, "%q", url) {
-			assert.NoError(t, s.Close())
+			assert.NoError(t, s.Close(context.Background()))
 		}
 	}
 }

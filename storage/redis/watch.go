@@ -6,14 +6,14 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
 // Watch is for package failover. It lowers Options.Timeout to timeout if that is less. From then on report is
-// called once for each flight of calls: with nil when the server has answered it, also where the answer is an
+// called once for each batch of calls: with nil when the server has answered it, also where the answer is an
 // error of single keys (ErrCorruptState, BucketError, ErrCrossSlot, ErrStale), else with the error, as the callers
-// see it. A flight that has taken longer than the Timeout is reported then, and not again when it lands. So is
+// see it. A batch that has taken longer than the Timeout is reported then, and not again when it is answered. So is
 // a failure to find the server of a key in a cluster. A caller that leaves early changes nothing.
 //
 // Report is called by several goroutines at a time, before the callers return unless they had to give up, and
@@ -25,9 +25,6 @@ import (
 // Watch must be called once, and before the first call has begun: after it, and for a timeout that is not above 0,
 // it returns an *OptionError.
 func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
-	if s.fault != nil {
-		return s.fault
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -47,5 +44,5 @@ func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
 
 // watch reports what is overdue when the context ends, unless inTime is called before, and then is true.
 func (s *Storage) watch(ctx context.Context) (inTime func() bool) {
-	return context.AfterFunc(ctx, func() { s.report(s.unavailable(combine.ErrTimeout)) })
+	return context.AfterFunc(ctx, func() { s.report(s.unavailable(batch.ErrTimeout)) })
 }

@@ -87,7 +87,7 @@ func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
 
 	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, ""))
 	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take(), "nothing was sent")
@@ -150,7 +150,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	assert.Equal(t, err, seen.next(t), "as the caller sees it")
 	require.NoError(t, server.Thaw())
 	asktest.Recovery(t, asktest.Patient, func() error { return s.Reset(t.Context(), "", "a") })
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	all := seen.take()
 	assert.NoError(t, all[len(all)-1])
 	for _, err := range all[:len(all)-1] {
@@ -161,7 +161,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 func TestAWatchIsToldOfAPanic(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := redisstore.New(c, &redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
 	seen := watchOf(t, s, asktest.Patient)
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "panic"))
@@ -178,7 +178,7 @@ func TestAWatchIsToldOfAClusterThatIsNotThere(t *testing.T) {
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, []error{err}, seen.take())
 	}
-	require.NoError(t, s.Close())
+	require.NoError(t, s.Close(context.Background()))
 	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take())
@@ -252,10 +252,9 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 		refused(s.Watch(-1, report), "Timeout")
 		require.NoError(t, s.Watch(short, report))
 		refused(s.Watch(short, report), "Watch")
-		require.NoError(t, s.Close())
+		require.NoError(t, s.Close(context.Background()))
 		assert.ErrorIs(t, s.Watch(short, report), storage.ErrClosed)
 	}
-	refused(redisstore.New(nil, nil).Watch(short, report), "Client")
 }
 
 func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {

@@ -1,4 +1,4 @@
-package combine_test
+package batch_test
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 )
 
 // query and answer are as large as those of a storage.
@@ -21,13 +21,13 @@ type (
 	answer struct{ words [31]int64 }
 )
 
-func echo(flight []*combine.Call[query, answer]) {
-	for _, c := range flight {
+func echo(calls []*batch.Call[query, answer]) {
+	for _, c := range calls {
 		c.Answer.words[0] = c.Query.words[0]
 	}
 }
 
-func ask(ctx context.Context, q *combine.Queue[query, answer], n int64) error {
+func ask(ctx context.Context, q *batch.Queue[query, answer], n int64) error {
 	c := q.Get()
 	defer q.Put(c)
 	c.Query.words[0] = n
@@ -52,8 +52,8 @@ func BenchmarkGoroutine(b *testing.B) {
 }
 
 func BenchmarkOneCaller(b *testing.B) {
-	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
-	defer q.Close()
+	q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, calls []*batch.Call[query, answer]) { echo(calls) })
+	defer func() { assert.NoError(b, q.Close(b.Context())) }()
 	b.ReportAllocs()
 	for b.Loop() {
 		if err := ask(b.Context(), q, 1); err != nil {
@@ -62,7 +62,7 @@ func BenchmarkOneCaller(b *testing.B) {
 	}
 }
 
-// BenchmarkParallel has 64 callers. A flight that waits leaves the processor to the callers, as one on
+// BenchmarkParallel has 64 callers. A batch that waits leaves the processor to the callers, as one on
 // the network does; busy ones leave them none when there are only two.
 func BenchmarkParallel(b *testing.B) {
 	for name, fly := range map[string]func(int){
@@ -83,12 +83,12 @@ func BenchmarkParallel(b *testing.B) {
 }
 
 func parallel(b *testing.B, fly func(calls int)) {
-	flights := make(chan int, 1)
-	flights <- 0
-	q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*combine.Call[query, answer]) {
-		fly(len(flight))
-		echo(flight)
-		flights <- <-flights + 1
+	batches := make(chan int, 1)
+	batches <- 0
+	q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, calls []*batch.Call[query, answer]) {
+		fly(len(calls))
+		echo(calls)
+		batches <- <-batches + 1
 	})
 	b.SetParallelism(64 / runtime.GOMAXPROCS(0))
 	b.ReportAllocs()
@@ -103,8 +103,8 @@ func parallel(b *testing.B, fly func(calls int)) {
 		}
 	})
 	b.StopTimer()
-	q.Close()
-	b.ReportMetric(float64(b.N)/float64(<-flights), "calls/flight")
+	assert.NoError(b, q.Close(b.Context()))
+	b.ReportMetric(float64(b.N)/float64(<-batches), "calls/batch")
 }
 
 // roundTrips returns a function that sends so many queries to a server on this machine and reads as

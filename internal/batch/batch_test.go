@@ -1,4 +1,4 @@
-package combine_test
+package batch_test
 
 import (
 	"context"
@@ -19,49 +19,49 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type (
-	queue = combine.Queue[string, string]
-	call  = combine.Call[string, string]
+	queue = batch.Queue[string, string]
+	call  = batch.Call[string, string]
 )
 
-// server answers in capitals, and only when it is let: by one token in land for each flight, or by
+// server answers in capitals, and only when it is let: by one token in land for each batch, or by
 // closing it for all of them.
 type server struct {
 	land chan struct{}
 
-	mu      sync.Mutex // guards flights
-	flights []string   // the queries of each, as they took off
+	mu      sync.Mutex // guards batches
+	batches []string   // the queries of each, as they took off
 }
 
-func (s *server) run(_ context.Context, flight []*call) {
+func (s *server) run(_ context.Context, calls []*call) {
 	var queries []string
-	for _, c := range flight {
+	for _, c := range calls {
 		queries = append(queries, c.Query)
 	}
 	s.mu.Lock()
-	s.flights = append(s.flights, strings.Join(queries, " "))
+	s.batches = append(s.batches, strings.Join(queries, " "))
 	s.mu.Unlock()
 	<-s.land
-	for _, c := range flight {
+	for _, c := range calls {
 		c.Answer = strings.ToUpper(c.Query)
 	}
 }
 
-// log returns the flights so far, when nothing moves any more.
+// log returns the batches so far, when nothing moves any more.
 func (s *server) log() []string {
 	synctest.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]string(nil), s.flights...)
+	return append([]string(nil), s.batches...)
 }
 
-// landed lets so many flights land.
+// landed lets so many batches land.
 func (s *server) landed(n int) {
 	for range n {
 		s.land <- struct{}{}
@@ -97,7 +97,7 @@ func send(ctx context.Context, q *queue, query string) <-chan outcome {
 
 // inBubble runs a test with a queue that is closed in no test but those of Close: a goroutine that an
 // idle queue kept would be one that the bubble complains of.
-func inBubble(t *testing.T, o combine.Options, test func(t *testing.T, q *queue, s *server)) {
+func inBubble(t *testing.T, o batch.Options, test func(t *testing.T, q *queue, s *server)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -105,12 +105,12 @@ func inBubble(t *testing.T, o combine.Options, test func(t *testing.T, q *queue,
 			o.Timeout = time.Second
 		}
 		s := &server{land: make(chan struct{})}
-		test(t, combine.New(o, s.run), s)
+		test(t, batch.New(o, s.run), s)
 	})
 }
 
-func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestTheFirstCallIsSentAloneAndOthersShare(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		first := send(t.Context(), q, "a")
 		require.Equal(t, []string{"a"}, s.log())
 		var others []<-chan outcome
@@ -129,23 +129,23 @@ func TestTheFirstCallFliesAtOnceAndAloneAndOthersShareTheNextFlight(t *testing.T
 	})
 }
 
-func TestByDefaultTwoFlightsOf128AreInTheAir(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+func TestByDefaultTwoBatchesOf128AreInFlight(t *testing.T) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		for i := range 2 + 128 + 1 {
 			send(t.Context(), q, fmt.Sprint(i))
 		}
 		require.Equal(t, []string{"0", "1"}, s.log())
 		s.landed(2)
-		flights := s.log()
-		require.Len(t, flights, 4)
-		assert.Len(t, strings.Fields(flights[2]), 128)
-		assert.Equal(t, "130", flights[3])
+		batches := s.log()
+		require.Len(t, batches, 4)
+		assert.Len(t, strings.Fields(batches[2]), 128)
+		assert.Equal(t, "130", batches[3])
 		close(s.land)
 	})
 }
 
-func TestOneFlightOfOneCallServesInTheOrderOfArrival(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
+func TestOneBatchOfOneCallServesInTheOrderOfArrival(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1, Size: 1}, func(t *testing.T, q *queue, s *server) {
 		var want []string
 		for i := range 100 {
 			want = append(want, fmt.Sprint(i))
@@ -157,18 +157,18 @@ func TestOneFlightOfOneCallServesInTheOrderOfArrival(t *testing.T) {
 }
 
 func TestACallWhoseContextIsDoneIsNotSent(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		assert.Equal(t, outcome{err: context.Canceled}, do(ctx, q, "a"))
 		assert.Empty(t, s.log())
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, outcome{err: context.Canceled}, do(ctx, q, "a"), "also by a closed queue")
 	})
 }
 
-func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
+func TestACallerThatLeavesTheQueueIsNeverSentAndTakesNoPlace(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1, Size: 2}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -188,8 +188,8 @@ func TestACallerThatLeavesTheLineIsNeverSentAndTakesNoPlace(t *testing.T) {
 	})
 }
 
-func TestACallerThatLeavesAFlightDisturbsNobody(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestACallerThatLeavesABatchDisturbsNobody(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		ctx, cancel := context.WithCancel(t.Context())
 		before, left, after := send(t.Context(), q, "b"), send(ctx, q, "x"), send(t.Context(), q, "c")
@@ -219,13 +219,13 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		for name, run := range map[string]func(context.Context, []*call){
-			"the flight fails as well": func(_ context.Context, flight []*call) {
+			"the batch fails as well": func(_ context.Context, calls []*call) {
 				time.Sleep(500 * time.Millisecond)
-				flight[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
+				calls[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
 			},
-			"the flight takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
+			"the batch takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
 		} {
-			q := combine.New(combine.Options{Timeout: time.Second}, run)
+			q := batch.New(batch.Options{Timeout: time.Second}, run)
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			c := q.Get()
 			assert.ErrorIs(t, q.Do(unnoticed{ctx}, c), context.DeadlineExceeded, name)
@@ -233,7 +233,7 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 			q.Put(c)
 			cancel()
 			time.Sleep(2 * time.Second)
-			q.Close()
+			assert.NoError(t, q.Close(t.Context()))
 		}
 	})
 }
@@ -243,8 +243,8 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for range 100 {
 			ctx, cancel := context.WithCancel(t.Context())
-			q := combine.New(combine.Options{Timeout: time.Second}, func(_ context.Context, flight []*call) {
-				flight[0].Answer = "there"
+			q := batch.New(batch.Options{Timeout: time.Second}, func(_ context.Context, calls []*call) {
+				calls[0].Answer = "there"
 			})
 			landed := &ending{Context: ctx, end: func() { cancel(); synctest.Wait() }}
 			assert.Equal(t, "there", do(landed, q, "a").answer)
@@ -252,7 +252,7 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	})
 }
 
-// ending is a context that ends when a caller begins to wait for that: when its call is in line.
+// ending is a context that ends when a caller begins to wait for that: when its call is in the queue.
 type ending struct {
 	context.Context
 	end func()
@@ -263,8 +263,8 @@ func (e *ending) Done() <-chan struct{} {
 	return e.Context.Done()
 }
 
-func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestNoCallWaitsLongerThanTheTimeoutInLineAndBatch(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		<-time.After(300 * time.Millisecond)
 		both := send(t.Context(), q, "b")
@@ -272,7 +272,7 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
 		s.landed(1)
 		require.Equal(t, outcome{answer: "A", sent: true, after: 600 * time.Millisecond}, <-flying)
 		inLine := send(t.Context(), q, "c")
-		assert.Equal(t, outcome{err: combine.ErrTimeout, sent: true, after: time.Second}, <-both)
+		assert.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, <-both)
 		assert.Equal(t, []string{"a", "b"}, s.log())
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
@@ -284,25 +284,25 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndFlight(t *testing.T) {
 }
 
 func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
-		assert.Equal(t, outcome{err: combine.ErrTimeout, after: time.Second}, do(t.Context(), q, "a"))
+		assert.Equal(t, outcome{err: batch.ErrTimeout, after: time.Second}, do(t.Context(), q, "a"))
 		close(s.land)
 		assert.Len(t, s.log(), 17)
 	})
 }
 
-// stuck sends calls whose flights are not let land, one after the other, until so many are in the air.
-func stuck(t *testing.T, q *queue, flights int) {
+// stuck sends calls whose batches are not let land, one after the other, until so many are in flight.
+func stuck(t *testing.T, q *queue, batches int) {
 	t.Helper()
-	for i := range flights {
+	for i := range batches {
 		out := <-send(t.Context(), q, fmt.Sprint("stuck ", i))
-		require.Equal(t, outcome{err: combine.ErrTimeout, sent: true, after: time.Second}, out)
+		require.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, out)
 	}
 }
 
-func TestAFlightThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestABatchThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		send(t.Context(), q, "a")
 		<-time.After(500 * time.Millisecond)
 		s.landed(1)
@@ -320,35 +320,35 @@ func TestAFlightThatIsStuckGivesItsPlaceToOthers(t *testing.T) {
 	})
 }
 
-func TestAStuckFlightThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing.T) {
+func TestAStuckBatchThatReturnsTakesNothingAlongWhileItsPlaceIsTaken(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		land := map[string]chan struct{}{"stuck": make(chan struct{}), "b": make(chan struct{}), "c": make(chan struct{})}
-		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
-			<-land[flight[0].Query]
-			flight[0].Answer = "landed"
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
+			<-land[calls[0].Query]
+			calls[0].Answer = "landed"
 		})
 		stuck := send(t.Context(), q, "stuck")
 		<-time.After(time.Second)
-		require.Equal(t, combine.ErrTimeout, (<-stuck).err)
+		require.Equal(t, batch.ErrTimeout, (<-stuck).err)
 		b, c := send(t.Context(), q, "b"), send(t.Context(), q, "c")
 		close(land["c"])
 		close(land["stuck"])
 		synctest.Wait()
-		require.Empty(t, c, "b is in the air, and one flight at a time is allowed again")
+		require.Empty(t, c, "b is in flight, and one batch at a time is allowed again")
 		close(land["b"])
 		assert.Equal(t, "landed", (<-b).answer)
 		assert.Equal(t, "landed", (<-c).answer)
 	})
 }
 
-func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
+func TestABatchThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		land := make(chan struct{})
 		var others atomic.Int32
-		q := combine.New(combine.Options{Flights: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
-			if flight[0].Query == "in the last moment" {
+		q := batch.New(batch.Options{InFlight: 1, Size: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
+			if calls[0].Query == "in the last moment" {
 				<-time.After(time.Second)
 				return
 			}
@@ -374,8 +374,8 @@ func TestAFlightThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 	})
 }
 
-func TestNoMoreThanSixteenStuckFlightsGiveTheirPlaces(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestNoMoreThanSixteenStuckBatchesGiveTheirPlaces(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
 		require.Len(t, s.log(), 17)
 		out := send(t.Context(), q, "waits")
@@ -394,13 +394,13 @@ func TestNoMoreThanSixteenStuckFlightsGiveTheirPlaces(t *testing.T) {
 	})
 }
 
-func TestTheContextOfAFlightEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
+func TestTheContextOfABatchEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		contexts := make(chan context.Context, 1)
-		q := combine.New(combine.Options{Timeout: time.Second}, func(ctx context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Second}, func(ctx context.Context, calls []*call) {
 			contexts <- ctx
-			if flight[0].Query == "stuck" {
+			if calls[0].Query == "stuck" {
 				<-ctx.Done()
 			}
 		})
@@ -413,7 +413,7 @@ func TestTheContextOfAFlightEndsAfterTheTimeoutAndWhenRunReturns(t *testing.T) {
 		assert.Equal(t, time.Second, deadline.Sub(start))
 		cancel()
 		synctest.Wait()
-		assert.NoError(t, flown.Err(), "the flight goes on without its callers")
+		assert.NoError(t, flown.Err(), "the batch goes on without its callers")
 		<-time.After(time.Second)
 		synctest.Wait()
 		assert.Equal(t, context.DeadlineExceeded, flown.Err())
@@ -428,9 +428,9 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		broken, land := errors.New("broken"), make(chan struct{})
-		q := combine.New(combine.Options{Flights: 1, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, func(_ context.Context, calls []*call) {
 			<-land
-			for _, c := range flight {
+			for _, c := range calls {
 				switch c.Query {
 				case "err":
 					c.Answer, c.Err = "half", broken
@@ -454,7 +454,7 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 	})
 }
 
-func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
+func TestARunThatPanicsAnswersItsBatchAndTheQueueGoesOn(t *testing.T) {
 	for name, end := range map[string]func(){
 		"the teapot broke": func() { panic("the teapot broke") },
 		"runtime.Goexit":   runtime.Goexit,
@@ -463,13 +463,13 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				known, land := errors.New("known"), make(chan struct{})
-				q := combine.New(combine.Options{Flights: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, flight []*call) {
+				q := batch.New(batch.Options{InFlight: 1, Size: 2, Timeout: time.Second}, func(_ context.Context, calls []*call) {
 					<-land
-					if flight[0].Query == "known" {
-						flight[0].Err = known
+					if calls[0].Query == "known" {
+						calls[0].Err = known
 						end()
 					}
-					for _, c := range flight {
+					for _, c := range calls {
 						c.Answer = strings.ToUpper(c.Query)
 					}
 				})
@@ -483,24 +483,24 @@ func TestARunThatPanicsAnswersItsFlightAndTheQueueGoesOn(t *testing.T) {
 				unknown := <-out[2]
 				assert.True(t, unknown.sent)
 				assert.ErrorContains(t, unknown.err, name)
-				assert.ErrorContains(t, unknown.err, "combine_test.go:", "the stack")
+				assert.ErrorContains(t, unknown.err, "batch_test.go:", "the stack")
 				assert.Equal(t, outcome{sent: true, answer: "B"}, <-out[3])
 				synctest.Wait()
 
-				require.Equal(t, known, do(t.Context(), q, "known").err, "with nobody in line, too")
+				require.Equal(t, known, do(t.Context(), q, "known").err, "with nobody in the queue, too")
 				assert.Equal(t, "C", do(t.Context(), q, "c").answer)
 			})
 		})
 	}
 }
 
-func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
-	inBubble(t, combine.Options{Flights: 1}, func(t *testing.T, q *queue, s *server) {
+func TestCloseEndsTheQueueAndWaitsForTheBatchesInFlight(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		flying := send(t.Context(), q, "a")
 		inLine := []<-chan outcome{send(t.Context(), q, "b"), send(t.Context(), q, "c")}
-		closed := make(chan struct{})
+		closed := make(chan error)
 		for range 3 {
-			go func() { q.Close(); closed <- struct{}{} }()
+			go func() { closed <- q.Close(t.Context()) }()
 		}
 		for _, out := range inLine {
 			assert.Equal(t, outcome{err: storage.ErrClosed}, <-out)
@@ -511,30 +511,101 @@ func TestCloseEndsTheLineAndWaitsForTheFlightsInTheAir(t *testing.T) {
 		s.land <- struct{}{}
 		assert.Equal(t, outcome{answer: "A", sent: true}, <-flying)
 		for range 3 {
-			<-closed
+			assert.NoError(t, <-closed)
 		}
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, outcome{err: storage.ErrClosed}, do(t.Context(), q, "d"))
 		assert.Equal(t, []string{"a"}, s.log())
 	})
 }
 
 func TestCloseWaitsNoLongerThanTheTimeout(t *testing.T) {
-	inBubble(t, combine.Options{}, func(t *testing.T, q *queue, s *server) {
-		q2 := combine.New(combine.Options{Timeout: time.Second}, s.run)
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
+		q2 := batch.New(batch.Options{Timeout: time.Second}, s.run)
 		start := time.Now()
-		q2.Close()
+		assert.NoError(t, q2.Close(t.Context()))
 		assert.Zero(t, time.Since(start), "a queue that never flew")
 
 		stuck(t, q, 5)
 		start = time.Now()
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Equal(t, time.Second, time.Since(start))
 		close(s.land)
 		synctest.Wait()
 		start = time.Now()
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Zero(t, time.Since(start))
+	})
+}
+
+func TestACallRunsInlineWhenABatchMayStart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		caller, land := make(chan string, 1), make(chan struct{})
+		run := func(ctx context.Context, calls []*call) {
+			caller <- string(debug.Stack())
+			select {
+			case <-land:
+			case <-ctx.Done():
+			}
+			for _, c := range calls {
+				if c.Answer, c.Err = strings.ToUpper(c.Query), ctx.Err(); c.Query == "panic" {
+					panic("inline")
+				}
+			}
+		}
+		q := batch.New(batch.Options{InFlight: 1, Timeout: time.Second}, run)
+		doInline := func(query string) outcome {
+			start, c := time.Now(), q.Get()
+			defer q.Put(c)
+			c.Query = query
+			err := q.DoInline(context.Background(), c, run)
+			return outcome{answer: c.Answer, err: err, sent: c.Sent(), after: time.Since(start)}
+		}
+		sendInline := func(query string) <-chan outcome {
+			out := make(chan outcome, 1)
+			go func() { out <- doInline(query) }()
+			synctest.Wait()
+			return out
+		}
+		inline := func() bool { return strings.Contains(<-caller, "DoInline") }
+		one := sendInline("a")
+		assert.True(t, inline())
+		two, three := sendInline("b"), send(t.Context(), q, "c")
+		land <- struct{}{}
+		assert.Equal(t, outcome{answer: "A", sent: true}, <-one, "the others do not hold it up")
+		assert.False(t, inline(), "they share a batch")
+		land <- struct{}{}
+		assert.Equal(t, "B", (<-two).answer)
+		assert.Equal(t, "C", (<-three).answer)
+		synctest.Wait()
+
+		stuck := sendInline("e")
+		assert.True(t, inline())
+		assert.Equal(t, outcome{answer: "E", err: context.DeadlineExceeded, sent: true, after: time.Second}, <-stuck)
+		panics := sendInline("panic")
+		assert.True(t, inline())
+		land <- struct{}{}
+		assert.ErrorContains(t, (<-panics).err, "inline")
+		assert.NoError(t, q.Close(t.Context()))
+		assert.Equal(t, storage.ErrClosed, doInline("f").err)
+	})
+}
+
+func TestCloseEndsWithItsContext(t *testing.T) {
+	inBubble(t, batch.Options{}, func(t *testing.T, q *queue, s *server) {
+		out := send(t.Context(), q, "a")
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		assert.Equal(t, context.DeadlineExceeded, q.Close(ctx))
+		assert.Equal(t, 100*time.Millisecond, time.Since(start))
+		close(s.land)
+		assert.Equal(t, "A", (<-out).answer, "what was sent is answered all the same")
+		synctest.Wait()
+		for range 100 {
+			require.NoError(t, q.Close(ctx), "nothing is left")
+		}
 	})
 }
 
@@ -542,11 +613,11 @@ func TestCloseDuringLoadLosesNoCall(t *testing.T) {
 	t.Parallel()
 	for range 20 {
 		var running, answered atomic.Int64
-		q := combine.New(combine.Options{Timeout: time.Minute}, func(_ context.Context, flight []*call) {
+		q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, calls []*call) {
 			running.Add(1)
 			defer running.Add(-1)
 			runtime.Gosched()
-			for _, c := range flight {
+			for _, c := range calls {
 				c.Answer = c.Query
 			}
 		})
@@ -568,7 +639,7 @@ func TestCloseDuringLoadLosesNoCall(t *testing.T) {
 		for answered.Load() < 500 {
 			runtime.Gosched()
 		}
-		q.Close()
+		assert.NoError(t, q.Close(t.Context()))
 		assert.Zero(t, running.Load())
 		callers.Wait()
 	}
@@ -579,23 +650,23 @@ func TestEveryCallIsAnsweredOnceOrItsCallerLeft(t *testing.T) {
 	const size, timeout = 16, 2 * time.Millisecond
 	t.Run("in a bubble", func(t *testing.T) {
 		t.Parallel()
-		synctest.Test(t, func(t *testing.T) { storm(t, combine.Options{Size: size, Timeout: timeout}) })
+		synctest.Test(t, func(t *testing.T) { storm(t, batch.Options{Size: size, Timeout: timeout}) })
 	})
 	t.Run("in real time", func(t *testing.T) {
 		t.Parallel()
-		storm(t, combine.Options{Size: size, Timeout: timeout})
+		storm(t, batch.Options{Size: size, Timeout: timeout})
 	})
 }
 
 // storm is 1,000 callers who lose patience at random, before a server that is slow, stuck or panics at
 // random.
-func storm(t *testing.T, o combine.Options) {
+func storm(t *testing.T, o batch.Options) {
 	t.Helper()
 	const callers = 1000
 	broken := errors.New("broken")
 	var executed [callers]atomic.Int32
-	q := combine.New(o, func(_ context.Context, flight []*combine.Call[int, int]) {
-		assert.LessOrEqual(t, len(flight), o.Size)
+	q := batch.New(o, func(_ context.Context, calls []*batch.Call[int, int]) {
+		assert.LessOrEqual(t, len(calls), o.Size)
 		switch d := rand.N(200 * time.Microsecond); rand.N(50) {
 		case 0:
 			<-time.After(20 * d) // up to twice the timeout
@@ -604,9 +675,9 @@ func storm(t *testing.T, o combine.Options) {
 		}
 		last := -1
 		if rand.N(20) == 0 {
-			last = rand.N(len(flight))
+			last = rand.N(len(calls))
 		}
-		for i, c := range flight {
+		for i, c := range calls {
 			if i == last {
 				panic(broken)
 			}
@@ -637,7 +708,7 @@ func storm(t *testing.T, o combine.Options) {
 		})
 	}
 	all.Wait()
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 	<-time.After(10 * time.Millisecond) // also those that are stuck
 	counts := map[string]int{}
 	for i, r := range results {
@@ -648,25 +719,25 @@ func storm(t *testing.T, o combine.Options) {
 			assert.Equal(t, result{answer: -i, sent: true}, r)
 			assert.EqualValues(t, 1, n)
 		case !r.sent:
-			counts["left the line"]++
+			counts["left the queue"]++
 			assert.Zero(t, n, "call %d was not sent: %v", i, r.err)
 		case strings.Contains(r.err.Error(), broken.Error()):
 			counts["panicked"]++
 			assert.LessOrEqual(t, n, int32(1))
 		default:
-			counts["left the flight"]++
+			counts["left the batch"]++
 			assert.LessOrEqual(t, n, int32(1))
-			assert.Contains(t, []error{context.DeadlineExceeded, combine.ErrTimeout}, r.err)
+			assert.Contains(t, []error{context.DeadlineExceeded, batch.ErrTimeout}, r.err)
 		}
 	}
 	t.Log(counts)
 }
 
 // It measures, and is therefore not parallel.
-func TestCallersWhoLeaveTheLineOfAStuckQueueTakeNoMemory(t *testing.T) {
+func TestCallersWhoLeaveTheQueueOfAStuckQueueTakeNoMemory(t *testing.T) {
 	land := make(chan struct{})
 	type large [1 << 14]byte
-	q := combine.New(combine.Options{Flights: 1, Timeout: time.Minute}, func(context.Context, []*combine.Call[large, int]) { <-land })
+	q := batch.New(batch.Options{InFlight: 1, Timeout: time.Minute}, func(context.Context, []*batch.Call[large, int]) { <-land })
 	do := func(ctx context.Context) {
 		c := q.Get()
 		defer q.Put(c)
@@ -684,7 +755,7 @@ func TestCallersWhoLeaveTheLineOfAStuckQueueTakeNoMemory(t *testing.T) {
 	cancel()
 	callers.Wait()
 	close(land)
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 }
 
 func heap() int64 {
@@ -695,16 +766,16 @@ func heap() int64 {
 }
 
 // It measures, and is therefore not parallel.
-func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
+func TestACallAllocatesNothingButTheContextOfItsBatch(t *testing.T) {
 	ofContext := testing.AllocsPerRun(1000, func() {
 		_, cancel := context.WithDeadline(context.Background(), time.Now().Add(time.Minute))
 		cancel()
 	})
-	q := combine.New(combine.Options{Timeout: time.Minute}, func(_ context.Context, flight []*combine.Call[query, answer]) { echo(flight) })
+	q := batch.New(batch.Options{Timeout: time.Minute}, func(_ context.Context, calls []*batch.Call[query, answer]) { echo(calls) })
 	sequential := testing.AllocsPerRun(1000, func() {
 		assert.NoError(t, ask(t.Context(), q, 1))
 	})
-	q.Close()
+	assert.NoError(t, q.Close(t.Context()))
 	info, _ := debug.ReadBuildInfo()
 	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		ofContext++ // a sync.Pool loses a quarter of what it is given
@@ -715,8 +786,8 @@ func TestACallAllocatesNothingButTheContextOfItsFlight(t *testing.T) {
 func TestAQueueWithoutATimeoutIsRefused(t *testing.T) {
 	t.Parallel()
 	for _, timeout := range []time.Duration{0, -time.Second} {
-		assert.PanicsWithValue(t, fmt.Sprintf("combine: Options.Timeout is %v and must be above zero", timeout), func() {
-			combine.New(combine.Options{Timeout: timeout}, func(context.Context, []*call) {})
+		assert.PanicsWithValue(t, fmt.Sprintf("batch: Options.Timeout is %v and must be above zero", timeout), func() {
+			batch.New(batch.Options{Timeout: timeout}, func(context.Context, []*call) {})
 		})
 	}
 }

@@ -5,20 +5,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"time"
 
 	goredis "github.com/redis/go-redis/v9"
 
-	"github.com/go-throttler/throttler/internal/combine"
+	"github.com/go-throttler/throttler/internal/batch"
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The calls of one server wait for each other in a queue, and fly together.
+// The calls of one server wait for each other in a queue, and share batches.
 type (
-	queue = combine.Queue[query, answer]
-	call  = combine.Call[query, answer]
+	queue = batch.Queue[query, answer]
+	call  = batch.Call[query, answer]
 )
 
 // query is a decision, or a change of one identifier.
@@ -47,6 +48,7 @@ func (q *query) keep() {
 // answer is what the script said to a query.
 type answer struct {
 	text string // its first byte is what became of it
+	real int64  // the server's time of a decision
 	at   int64  // when it arrived
 }
 
@@ -57,7 +59,11 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 		if q, err = s.queue(""); err == nil {
 			c = q.Get()
 			c.Query = asked
-			err = q.Do(ctx, c)
+			if ctx.Done() == nil && s.prompt != nil && s.well.Load() {
+				err = q.DoInline(ctx, c, s.sendInline)
+			} else {
+				err = q.Do(ctx, c)
+			}
 		}
 	} else {
 		limited, cancel := context.WithTimeout(ctx, s.options.Timeout)
@@ -68,10 +74,10 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 		case ctx.Err() != nil:
 			err = ctx.Err()
 		case errors.Is(err, limited.Err()):
-			err = combine.ErrTimeout
+			err = batch.ErrTimeout
 		}
 	}
-	if errors.Is(err, combine.ErrTimeout) {
+	if errors.Is(err, batch.ErrTimeout) {
 		err = s.unavailable(err)
 	}
 	return q, c, err
@@ -214,49 +220,54 @@ func (s *Storage) queue(address string) (*queue, error) {
 	}
 	s.begun = true
 	if s.queues[address] == nil {
-		s.queues[address] = combine.New(combine.Options{Timeout: s.options.Timeout}, s.flyTo(address))
+		s.queues[address] = batch.New(batch.Options{Timeout: s.options.Timeout}, s.sendTo(address))
 	}
 	return s.queues[address], nil
 }
 
-// fly executes a flight, and tells who watches how it went.
-func (s *Storage) fly(ctx context.Context, flight []*call) {
-	if s.report == nil {
-		_ = s.execute(ctx, flight)
-		return
+// sendBatch executes a batch, and tells who watches how it went.
+func (s *Storage) sendBatch(ctx context.Context, calls []*call) { s.sendBy(ctx, s.client, calls) }
+
+// sendInline is sendBatch in the goroutine of a caller.
+func (s *Storage) sendInline(ctx context.Context, calls []*call) { s.sendBy(ctx, s.prompt, calls) }
+
+func (s *Storage) sendBy(ctx context.Context, by goredis.UniversalClient, calls []*call) {
+	inTime, err := func() bool { return false }, errPanicked
+	if s.report != nil {
+		inTime = s.watch(ctx)
 	}
-	inTime, err := s.watch(ctx), errPanicked
 	defer func() {
+		s.well.Store(err == nil)
 		if inTime() {
 			s.report(err)
 		}
 	}()
-	err = s.execute(ctx, flight)
+	err = s.execute(ctx, by, calls)
 }
 
-// errPanicked is reported of a flight in which something did that the client calls, such as a hook.
+// errPanicked is reported of a batch in which something did that the client calls, such as a hook.
 var errPanicked = fmt.Errorf("%w: panic", storage.ErrUnavailable)
 
-// execute makes all decisions of a flight in one script call and all changes in another. In a cluster each key
-// has its own, and a pipeline them all: one call of several keys could be told to TRYAGAIN. The error is one
-// that is the server's, and not that of the keys.
-func (s *Storage) execute(ctx context.Context, flight []*call) (failed error) {
-	groups := s.groups(flight)
-	s.run(ctx, groups)
+// execute makes all decisions of a batch in one script call and all changes in another. In a cluster every key is its
+// own script call and all are pipelined, because a call of several keys can fail with TRYAGAIN. The error is one of the
+// server, not of single keys.
+func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, calls []*call) (failed error) {
+	groups := s.groups(calls)
+	s.run(ctx, by, groups)
 	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
 		s.byKey.Store(true) // a node of a cluster, or a proxy before one, that looks like a single server
 		again := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool { return !crossed(g) })
 		groups = slices.DeleteFunc(groups, crossed)
 		for _, g := range again {
 			split := s.groups(g.calls)
-			s.run(ctx, split)
+			s.run(ctx, by, split)
 			groups = append(groups, split...)
 		}
 	}
 	at := storage.Monotonic()
 	for _, g := range groups {
-		if err := g.land(at); err != nil {
-			err = s.unavailable(err)
+		if err := g.answer(at); err != nil {
+			err = s.unavailable(overdue(ctx, err))
 			for _, c := range g.calls {
 				c.Err = err
 			}
@@ -268,13 +279,21 @@ func (s *Storage) execute(ctx context.Context, flight []*call) (failed error) {
 	return failed
 }
 
+// overdue is the end of the batch's context in place of the error of a socket that it has ended.
+func overdue(ctx context.Context, err error) error {
+	if end, ok := ctx.Deadline(); ok && errors.Is(err, os.ErrDeadlineExceeded) && !time.Now().Before(end) {
+		return context.DeadlineExceeded
+	}
+	return err
+}
+
 // crossed says that the server refused a group because its calls are of different slots.
 func crossed(g *group) bool {
 	return len(g.calls) > 1 && goredis.HasErrorPrefix(g.command.Err(), "CROSSSLOT")
 }
 
 // groups sorts the calls and divides them into script calls.
-func (s *Storage) groups(flight []*call) (groups []*group) {
+func (s *Storage) groups(calls []*call) (groups []*group) {
 	byKey := s.cluster != nil || s.byKey.Load()
 	apart := func(a, b *call) int {
 		if d := cmp.Compare(len(a.Query.change), 0) - cmp.Compare(len(b.Query.change), 0); d != 0 || !byKey {
@@ -282,24 +301,24 @@ func (s *Storage) groups(flight []*call) (groups []*group) {
 		}
 		return cmp.Compare(a.Query.key, b.Query.key)
 	}
-	slices.SortStableFunc(flight, apart)
-	for begin := 0; begin < len(flight); begin += len(groups[len(groups)-1].calls) {
+	slices.SortStableFunc(calls, apart)
+	for begin := 0; begin < len(calls); begin += len(groups[len(groups)-1].calls) {
 		end := begin + 1
-		for end < len(flight) && apart(flight[begin], flight[end]) == 0 {
+		for end < len(calls) && apart(calls[begin], calls[end]) == 0 {
 			end++
 		}
-		groups = append(groups, &group{calls: flight[begin:end], decider: s.decider})
+		groups = append(groups, &group{calls: calls[begin:end], decider: s.decider})
 	}
 	return groups
 }
 
 // run sends each group's script call by its hash, and those of which the server does not have the script
 // once more by its text, but for the calls that doubt such a server.
-func (s *Storage) run(ctx context.Context, groups []*group) {
+func (s *Storage) run(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	for _, g := range groups {
 		g.command = g.script(ctx, false)
 	}
-	s.send(ctx, groups)
+	send(ctx, by, groups)
 	unknown := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool {
 		return !goredis.HasErrorPrefix(g.command.Err(), "NOSCRIPT") || g.dropDoubtful() == 0
 	})
@@ -307,24 +326,24 @@ func (s *Storage) run(ctx context.Context, groups []*group) {
 		for _, g := range unknown {
 			g.command = g.script(ctx, true)
 		}
-		s.send(ctx, unknown)
+		send(ctx, by, unknown)
 	}
 }
 
 // send leaves the answers and errors in the commands.
-func (s *Storage) send(ctx context.Context, groups []*group) {
+func send(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	if len(groups) == 1 {
-		_ = s.client.Process(ctx, groups[0].command)
+		_ = by.Process(ctx, groups[0].command)
 		return
 	}
-	pipe := s.client.Pipeline()
+	pipe := by.Pipeline()
 	for _, g := range groups {
 		_ = pipe.Process(ctx, g.command)
 	}
 	_, _ = pipe.Exec(ctx)
 }
 
-// unavailable wraps the error of a round trip. The context of a flight is not the caller's, and must not
+// unavailable wraps the error of a round trip. The context of a batch is not the caller's, and must not
 // look like it. A server that does not know AUTH repeats what it was sent, with the password.
 func (s *Storage) unavailable(err error) error {
 	if text, _, echoed := strings.Cut(err.Error(), ", with args beginning with"); echoed {
@@ -333,7 +352,7 @@ func (s *Storage) unavailable(err error) error {
 	switch {
 	case goredis.HasErrorPrefix(err, "CROSSSLOT"):
 		return fmt.Errorf("%w: %w", ErrCrossSlot, err)
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, combine.ErrTimeout):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, batch.ErrTimeout):
 		err = fmt.Errorf("%w: no answer from Redis within %v", storage.ErrUnavailable, s.options.Timeout)
 		if r := s.refused.Load(); r != nil && time.Now().Before(r.until) {
 			err = fmt.Errorf("%w: %w", err, r.err)
@@ -352,7 +371,7 @@ type group struct {
 
 // dropDoubtful answers the calls that doubt a server without the script, and returns how many others are left.
 func (g *group) dropDoubtful() int {
-	var left []*call // and not in place: the flight has the calls in the same array
+	var left []*call // and not in place: the batch has the calls in the same array
 	for _, c := range g.calls {
 		if c.Query.fresh {
 			c.Err = ErrRestarted
@@ -385,8 +404,8 @@ func (g *group) script(ctx context.Context, byText bool) command {
 	return g.decider.call(ctx, byText, keys, decideArgs(&parts)...)
 }
 
-// land gives each call its answer.
-func (g *group) land(at int64) error {
+// answer gives each call its answer.
+func (g *group) answer(at int64) error {
 	if len(g.calls) == 0 { // it answered all by itself
 		return nil
 	}
@@ -394,12 +413,19 @@ func (g *group) land(at int64) error {
 	if err != nil {
 		return err
 	}
+	real := int64(0)
+	if g.calls[0].Query.change == nil {
+		if len(text) < 7 {
+			return fmt.Errorf("this is no answer of the script: %.99q", text)
+		}
+		real, text = integer(text), text[7:]
+	}
 	for _, c := range g.calls {
 		n := c.Query.answerBytes(text)
 		if n > len(text) {
 			return fmt.Errorf("this is no answer of the script: %.99q", text)
 		}
-		c.Answer, c.Err = answer{text[:n], at}, c.Query.err(text[:n])
+		c.Answer, c.Err = answer{text[:n], real, at}, c.Query.err(text[:n])
 		text = text[n:]
 	}
 	if text != "" {
@@ -411,7 +437,7 @@ func (g *group) land(at int64) error {
 // answerBytes is the length of the answer to q with which text begins, and more than text has if that is none.
 func (q *query) answerBytes(text string) int {
 	none := len(text) + 1
-	if text == "" || text[0] > stale {
+	if text == "" || text[0] > admittedValues {
 		return none
 	}
 	switch first := text[0]; {
@@ -419,6 +445,8 @@ func (q *query) answerBytes(text string) int {
 		return q.changeBytes(text)
 	case first <= admitted:
 		return 1 + countBytes*q.buckets()
+	case first >= refusedValues:
+		return q.valuesBytes(text)
 	case first == tooMany:
 		return 3
 	case first == tooManyHolds || first == stale && q.since == 0:
@@ -427,11 +455,20 @@ func (q *query) answerBytes(text string) int {
 	return 1
 }
 
+// valuesBytes is answerBytes of a decision whose answer is the values that were there.
+func (q *query) valuesBytes(text string) int {
+	n := 1
+	for i := range q.request.Parts() {
+		n += plainBytes(text[min(n, len(text)):], q.request.At(i).Rules)
+	}
+	return n
+}
+
 // changeBytes is answerBytes of a change.
 func (q *query) changeBytes(text string) int {
 	none := len(text) + 1
 	switch first := text[0]; {
-	case first == refused || first == stale:
+	case first == refused || first >= stale:
 		return none
 	case first == tooMany:
 		return 2
