@@ -158,18 +158,3 @@ func (s *Storage) probe(ctx context.Context) error {
 	_, err := s.primary.Decide(ctx, storage.Request{Name: "!probe", Part: storage.NewPart(id, []storage.Rule{rule}, 1)})
 	return err
 }
-
-// handBack lets Redis decide again. From now on it is doubted: other processes may have used Postgres too.
-func (s *Storage) handBack(ctx context.Context) bool {
-	if s.resetMissed(ctx) != nil {
-		return false
-	}
-	now := storage.Monotonic()
-	s.doubted.Store(now)
-	s.outage.Store(now)
-	if !s.breaker.close() {
-		return false
-	}
-	s.tellObserver(Event{Kind: PrimaryBack})
-	return true
-}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -211,21 +210,6 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	return out
 }
 
-// left is what has not come back of what the bucket owes.
-func (b *bucket) left(now int64) (out []storage.Amount) {
-	for _, a := range b.taken {
-		if left := a.left(now); left.In > 0 {
-			out = append(out, left)
-		}
-	}
-	for _, a := range b.given {
-		if left := a.left(now); left.In > 0 {
-			out = append(out, storage.Amount{N: -left.N, In: left.In})
-		}
-	}
-	return out
-}
-
 // debt is what the ledger answered to the entry's charges.
 func (e *entry) debt(answers []storage.Debt) storage.Debt {
 	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
@@ -345,29 +329,6 @@ func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
 	return false
 }
 
-// held is how many tokens a debt has, and when the last of them comes back.
-func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
-	for _, a := range debt {
-		if r.Kind == storage.SlidingWindow && a.In < r.Period { // it fades
-			a.N = int64(float64(a.N) * float64(a.In) / float64(r.Period))
-		}
-		n, last = n+a.N, max(last, a.In)
-	}
-	return n, last
-}
-
-// resetMissed makes up for the resets that the primary has missed.
-func (s *Storage) resetMissed(ctx context.Context) error {
-	return each(s.journal.missed(), func(id key) error {
-		err := s.primary.Reset(ctx, id.name, id.identifier)
-		if !errors.Is(err, storage.ErrUnavailable) {
-			s.journal.wasReset(id)
-			err = nil
-		}
-		return err
-	})
-}
-
 // settle waits until the ledger knows everything that this process admitted of an identifier.
 func (s *Storage) settle(ctx context.Context, id key) error {
 	w := s.journal.await(id)
@@ -379,134 +340,6 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 		return err
 	case <-ctx.Done():
 		return fmt.Errorf("what is pending could not be told the ledger: %w", ctx.Err())
-	}
-}
-
-// readThrough raises Redis to what the ledger has of a request's identifiers, and returns those for which that was not
-// done in time: they are to be touched once Redis has decided. It is an error if Redis does not answer.
-func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) (late []*storage.Part, err error) {
-	ctx, cancel := context.WithDeadline(ctx, end)
-	defer cancel()
-	parts := make([]*storage.Part, r.Parts())
-	for i := range parts {
-		parts[i] = r.At(i)
-	}
-	if s.ledgerFails() {
-		return parts, nil
-	}
-	var mu sync.Mutex
-	err = each(parts, func(p *storage.Part) error {
-		d, asked, err := s.read(ctx, r, p)
-		if err == nil && slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
-			if err = s.raise(ctx, d, asked); ctx.Err() == nil && errors.Is(err, storage.ErrUnavailable) {
-				return err
-			}
-		}
-		if err != nil {
-			mu.Lock()
-			late = append(late, p)
-			mu.Unlock()
-		}
-		return nil
-	})
-	return late, err
-}
-
-// touch has Redis raised to what the ledger has of parts of a request.
-func (s *Storage) touch(r *storage.Request, parts []*storage.Part) {
-	for _, p := range parts {
-		s.journal.touch(r.Name, p, r.Clocked, r.Now)
-	}
-}
-
-// read asks what the ledger has of an identifier, once it knows what this process admitted, and returns when that was.
-func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d storage.Debt, asked int64, err error) {
-	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
-		return d, 0, err
-	}
-	asked = storage.Monotonic()
-	d, err = s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
-	return d, asked, err
-}
-
-func (s *Storage) ledgerFails() bool {
-	s.flusher.mu.Lock()
-	defer s.flusher.mu.Unlock()
-	return s.flusher.failures > 0
-}
-
-// doubt is since when the primary may have missed something of a request's buckets, 0 if it has not, or if that would
-// have come back since.
-func (s *Storage) doubt(r *storage.Request) (since int64) {
-	if since = s.doubted.Load(); r.Clocked { // to which it does not matter whether a server has restarted
-		since = s.outage.Load()
-	}
-	if since == 0 {
-		return 0
-	}
-	age := storage.Monotonic() - since
-	for i := range r.Parts() {
-		rules := r.At(i).Rules
-		for j := range rules {
-			if age <= longest(&rules[j]) {
-				return since
-			}
-		}
-	}
-	return 0
-}
-
-// longest is at least how long anything of a rule's bucket takes to come back.
-func longest(r *storage.Rule) int64 {
-	if r.Kind == storage.Continuous {
-		return int64(min(4*float64(r.Capacity)/float64(r.Refill)*float64(r.Period)+1, 1<<52))
-	}
-	return 3 * r.Period
-}
-
-// isolated is the error of a call while the ledger has not been told for too long.
-func (s *Storage) isolated() error {
-	if s.options.MaxIsolation == 0 {
-		return nil
-	}
-	f := &s.flusher
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.since == 0 || micros(storage.Monotonic()-f.since) <= s.options.MaxIsolation {
-		return nil
-	}
-	return fmt.Errorf("%w: Postgres could not be told for over %v: %w", storage.ErrUnavailable, s.options.MaxIsolation, f.failure)
-}
-
-// end ends the goroutines and tells the ledger what is left. It does not wait for a store that goes on after the context
-// has ended.
-func (s *Storage) end(ctx context.Context) error {
-	defer s.kill()
-	s.breaker.end()
-	close(s.closing)
-	told := make(chan error, 1)
-	go func() {
-		s.running.Wait()
-		told <- s.tellRest(ctx)
-	}()
-	select {
-	case err := <-told:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// tellRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
-func (s *Storage) tellRest(ctx context.Context) error {
-	for {
-		_, pending, _ := s.journal.due()
-		if pending == 0 && len(s.flusher.batch) == 0 {
-			return nil
-		}
-		if s.flush(ctx); s.flusher.failure != nil {
-			return s.flusher.failure
-		}
 	}
 }
 
