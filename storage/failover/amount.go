@@ -1,7 +1,7 @@
 package failover
 
 import (
-	"math"
+	"math/bits"
 	"slices"
 
 	"github.com/go-throttler/throttler/storage"
@@ -10,6 +10,7 @@ import (
 // bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
 type bucket struct {
 	rule    *storage.Rule
+	near    int64 // amounts that end within this time of each other are merged
 	taken   []amount
 	given   []amount // back, with n above 0
 	unshown bool     // a Charge took, of which the primary shows nothing
@@ -26,18 +27,25 @@ const (
 	mostTokens  = 1 << 53
 )
 
-// add adds tokens that come back at a time to one of the bucket's lists: to the last amount there if that does at about
-// the same time. Amounts of a level are told apart by a 64th of the time that it takes to drain, as between the tokens
-// of this process may be those of others.
+// use makes a rule the bucket's. Amounts of a Continuous bucket are merged only if they end within 1/64 of its drain
+// time: another process's tokens may lie between them.
+func (b *bucket) use(r *storage.Rule) {
+	b.rule, b.near = r, r.Period/2048
+	if r.Kind == storage.Continuous {
+		b.near = drains(r, r.Capacity) / 64
+	}
+}
+
+// add adds tokens that come back at a time to one of the bucket's lists, or to the last amount there if that comes back
+// at about the same time.
 func (b *bucket) add(list *[]amount, n, at int64) {
-	next, near := amount{n, at, at}, b.rule.Period/2048
+	next := amount{n, at, at}
 	if b.rule.Kind == storage.Continuous {
-		near = b.drains(b.rule.Capacity) / 64
-		next.from -= b.drains(n)
+		next.from -= drains(b.rule, n)
 	}
 	all := *list
 	if i := len(all) - 1; i >= 0 {
-		if both := all[i].and(next); both.at-both.from <= max(near, all[i].at-all[i].from) {
+		if both := all[i].and(next); both.at-both.from <= max(b.near, all[i].at-all[i].from) {
 			all[i] = both
 			return
 		}
@@ -53,9 +61,11 @@ func (a amount) and(o amount) amount {
 	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
 }
 
-// drains is how long n tokens of a level take to come back.
-func (b *bucket) drains(n int64) int64 {
-	return int64(float64(n) * float64(b.rule.Period) / float64(b.rule.Refill))
+// drains is how long n tokens of a Continuous bucket take to come back, of at most 4 capacities. It is what
+// storage.State.FullAt says of a state that was charged with them, without the state: it runs for each admission, under
+// the journal's lock. A test compares the two.
+func drains(r *storage.Rule, n int64) int64 {
+	return (min(n, 4*r.Capacity)*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
 // left is what has not come back of what the bucket owes.
@@ -73,22 +83,28 @@ func (b *bucket) left(now int64) (out []storage.Amount) {
 	return out
 }
 
-// left is what has not come back of an amount, and how long until all has.
+// left is what has not come back of an amount, rounded up, and how long until all has.
 func (a amount) left(now int64) storage.Amount {
-	n := a.n
-	if now > a.from && a.at > a.from {
-		n = int64(math.Ceil(float64(n) * float64(max(0, a.at-now)) / float64(a.at-a.from)))
+	n, in := a.n, max(0, a.at-now)
+	if now > a.from && in > 0 {
+		hi, lo := bits.Mul64(uint64(n), uint64(in))
+		whole, rest := bits.Div64(hi, lo, uint64(a.at-a.from))
+		if n = int64(whole); rest > 0 {
+			n++
+		}
 	}
-	return storage.Amount{N: n, In: max(0, a.at-now)}
+	return storage.Amount{N: n, In: in}
 }
 
-// held is how many tokens a debt has, and when the last of them comes back.
+// held is how many tokens a debt has, and when the last of them comes back. A SlidingWindow counts a hold that fades as
+// storage.Decide does: a test compares the two.
 func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
 	for _, a := range debt {
-		if r.Kind == storage.SlidingWindow && a.In < r.Period { // it fades
-			a.N = int64(float64(a.N) * float64(a.In) / float64(r.Period))
+		tokens := min(a.N, 4*r.Capacity)
+		if r.Kind == storage.SlidingWindow {
+			tokens = tokens * min((a.In+r.Tick-1)/r.Tick, r.One) / r.One
 		}
-		n, last = n+a.N, max(last, a.In)
+		n, last = n+tokens, max(last, a.In)
 	}
 	return n, last
 }

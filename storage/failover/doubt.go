@@ -34,7 +34,7 @@ func (s *Storage) doubt(r *storage.Request) (since int64) {
 // longest is at least how long anything of a rule's bucket takes to come back.
 func longest(r *storage.Rule) int64 {
 	if r.Kind == storage.Continuous {
-		return int64(min(4*float64(r.Capacity)/float64(r.Refill)*float64(r.Period)+1, 1<<52))
+		return drains(r, 4*r.Capacity)
 	}
 	return 3 * r.Period
 }

@@ -319,7 +319,7 @@ func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
 		case e.raise, now >= b.resetAt:
 			return true
 		case b.rule.Kind == storage.Continuous:
-			if last > b.resetAt-now+b.rule.Period/b.rule.Refill+1000 { // a token, and the way
+			if last > b.resetAt-now+drains(b.rule, 1)+1000 { // a token, and the way
 				return true
 			}
 		case n > b.spent:

@@ -448,10 +448,12 @@ func (e *entry) bucket(r *storage.Rule, place int) *bucket {
 	}
 	for i := range e.buckets {
 		if e.buckets[i].rule.SameBucket(r) {
-			e.buckets[i].rule = r
+			e.buckets[i].use(r)
 			return &e.buckets[i]
 		}
 	}
-	e.buckets = append(e.buckets, bucket{rule: r})
-	return &e.buckets[len(e.buckets)-1]
+	e.buckets = append(e.buckets, bucket{})
+	b := &e.buckets[len(e.buckets)-1]
+	b.use(r)
+	return b
 }
