@@ -18,23 +18,11 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	began, cause := time.Now(), s.breaker.cause()
-	asked := cause == nil
-	if asked {
-		if cause = s.chargePrimary(ctx, &c, began, s.options.LedgerTimeout/2); !fails(cause) {
-			return cause
-		}
-	}
-	err := s.chargeLedger(ctx, &c, began)
-	if err == nil || ctx.Err() != nil || !fails(err) {
-		return err
-	}
-	if !asked {
-		if cause = s.chargePrimary(ctx, &c, time.Now(), 0); !fails(cause) {
-			return cause
-		}
-	}
-	return unavailable(cause, err)
+	return s.either(ctx, func(began time.Time, again bool) error {
+		return s.chargePrimary(ctx, &c, began, s.readTime(again))
+	}, func(began time.Time) error {
+		return s.chargeLedger(ctx, &c, began)
+	})
 }
 
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began time.Time, read time.Duration) error {
@@ -49,13 +37,11 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 	}
 	return s.onPrimary(ctx, began, func(ctx context.Context) error {
 		if gives(c) {
-			waited, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout)
-			err := s.journal.giveBack(waited, key{c.Name, c.Identifier})
-			cancel()
-			if err != nil {
+			id := key{c.Name, c.Identifier}
+			if err := s.giveBack(ctx, id); err != nil {
 				return err
 			}
-			defer s.journal.gaveBack(key{c.Name, c.Identifier})
+			defer s.journal.gaveBack(id)
 		}
 		err := s.primary.Charge(ctx, *c)
 		if err == nil {
@@ -64,6 +50,13 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 		}
 		return err
 	})
+}
+
+// giveBack is the journal's, and takes at most PrimaryTimeout.
+func (s *Storage) giveBack(ctx context.Context, id key) error {
+	ctx, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout)
+	defer cancel()
+	return s.journal.giveBack(ctx, id)
 }
 
 func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began time.Time) error {

@@ -19,28 +19,51 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := r.Validate(); err != nil {
 		return v, err
 	}
-	began, cause := time.Now(), s.breaker.cause()
-	asked := cause == nil
-	if asked {
-		if v, cause = s.decideOnPrimary(ctx, &r, began, s.options.LedgerTimeout/2); !fails(cause) {
-			return v, cause
-		}
-	}
-	if v, err = s.decideOnLedger(ctx, r, began); err == nil || ctx.Err() != nil || !fails(err) {
-		return v, err
-	}
-	if !asked { // and perhaps it is well again
-		if v, cause = s.decideOnPrimary(ctx, &r, time.Now(), 0); !fails(cause) {
+	err = s.either(ctx, func(began time.Time, again bool) (err error) {
+		if v, err = s.decideOnPrimary(ctx, &r, began, s.readTime(again)); again {
 			v.Degrade()
-			return v, cause
 		}
-	}
-	if s.local != nil {
+		return err
+	}, func(began time.Time) (err error) {
+		v, err = s.decideOnLedger(ctx, r, began)
+		return err
+	})
+	if s.local != nil && fails(err) && ctx.Err() == nil {
 		if v, err := s.decideLocally(ctx, r); err == nil {
 			return v, nil
 		}
 	}
-	return v, unavailable(cause, err)
+	return v, err
+}
+
+// either is the path of a call: Redis, then Postgres. While the breaker is open it is Postgres, and then Redis again,
+// which perhaps is well by then.
+func (s *Storage) either(ctx context.Context, primary func(began time.Time, again bool) error, ledger func(began time.Time) error) error {
+	began, cause := time.Now(), s.breaker.cause()
+	asked := cause == nil
+	if asked {
+		if cause = primary(began, false); !fails(cause) {
+			return cause
+		}
+	}
+	err := ledger(began)
+	if err == nil || ctx.Err() != nil || !fails(err) {
+		return err
+	}
+	if !asked {
+		if cause = primary(time.Now(), true); !fails(cause) {
+			return cause
+		}
+	}
+	return unavailable(cause, err)
+}
+
+// readTime is how long after it began a call may read the ledger before Redis decides.
+func (s *Storage) readTime(again bool) time.Duration {
+	if again {
+		return 0 // Postgres has just failed
+	}
+	return s.options.LedgerTimeout / 2
 }
 
 // decideOnPrimary asks Redis. Where Redis is doubted and would admit, it is first raised to what the ledger has. That may

@@ -34,8 +34,9 @@ const (
 	DefaultPrimaryTimeout = 50 * time.Millisecond
 	DefaultLedgerTimeout  = 200 * time.Millisecond
 	DefaultFlushInterval  = 100 * time.Millisecond
-	DefaultMaxPending     = 65536
 )
+
+const defaultMaxPending = 65536
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
@@ -49,7 +50,7 @@ type Options struct {
 	FlushInterval time.Duration
 
 	// MaxPending is for how many identifiers what the ledger has not been charged yet is remembered while
-	// Postgres is away, above 0; 0 is DefaultMaxPending. What is admitted of others is not charged.
+	// Postgres is away, above 0; 0 is 65,536. What is admitted of others is not charged.
 	MaxPending int
 
 	// MaxIsolation refuses calls with ErrUnavailable when Postgres could not be charged for so long, although
@@ -154,7 +155,7 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	s.options.PrimaryTimeout = cmp.Or(s.options.PrimaryTimeout, DefaultPrimaryTimeout)
 	s.options.LedgerTimeout = cmp.Or(s.options.LedgerTimeout, DefaultLedgerTimeout)
 	s.options.FlushInterval = cmp.Or(s.options.FlushInterval, DefaultFlushInterval)
-	s.options.MaxPending = cmp.Or(s.options.MaxPending, DefaultMaxPending)
+	s.options.MaxPending = cmp.Or(s.options.MaxPending, defaultMaxPending)
 	if err := s.options.validate(); err != nil {
 		return nil, err
 	}
@@ -197,7 +198,7 @@ func (o *Options) validate() error {
 		fault("FlushInterval", "is %v, must be at most 1m", o.FlushInterval)
 	}
 	if o.MaxPending < 0 {
-		fault("MaxPending", "is %d, must be above 0, or 0 for %d", o.MaxPending, DefaultMaxPending)
+		fault("MaxPending", "is %d, must be above 0, or 0 for %d", o.MaxPending, defaultMaxPending)
 	}
 	if o.Local != nil && !(o.Local.Share > 0 && o.Local.Share <= 1) {
 		fault("Local.Share", "is %v, must be above 0 and at most 1", o.Local.Share)

@@ -90,11 +90,9 @@ func (s *Storage) flush(ctx context.Context) {
 		}
 		return
 	}
-	since, size, relayed, refused := f.batch[0].since, len(f.batch), 0, error(nil)
-	for len(f.batch) > 0 {
-		some := f.batch[:size]
-		asked := storage.Monotonic()
-		debts, err := s.tell(ctx, some)
+	since, relayed, refused := f.batch[0].since, 0, error(nil)
+	for size := len(f.batch); len(f.batch) > 0; {
+		raised, err := s.flushSome(ctx, f.batch[:size])
 		if err != nil && (errors.Is(err, storage.ErrUnavailable) || ctx.Err() != nil) {
 			s.flushFailed(err)
 			return
@@ -106,15 +104,23 @@ func (s *Storage) flush(ctx context.Context) {
 		}
 		if err != nil {
 			refused = err
-		} else {
-			relayed += s.relay(ctx, some, debts, asked)
 		}
-		for _, e := range some {
+		for _, e := range f.batch[:size] {
 			s.journal.land(e, err)
 		}
-		f.batch = f.batch[size:]
+		f.batch, relayed = f.batch[size:], relayed+raised
 	}
 	s.flushed(refused, storage.Monotonic()-since, relayed)
+}
+
+// flushSome tells the ledger some entries, and raises the primary to what it answers.
+func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, err error) {
+	asked := storage.Monotonic()
+	debts, err := s.tell(ctx, some)
+	if err != nil {
+		return 0, err
+	}
+	return s.relay(ctx, some, debts, asked), nil
 }
 
 func (s *Storage) flushFailed(err error) {
@@ -142,20 +148,7 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 		return nil, err
 	}
 	now := storage.Monotonic()
-	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
-	err := each(batch, func(e *entry) error {
-		if e.reset {
-			if err := s.ledger.Reset(ctx, e.name, e.identifier); err != nil {
-				return err
-			}
-			e.reset = false
-		}
-		if now-e.since > old {
-			return s.raiseLevels(ctx, e)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.tellFirst(ctx, batch, now); err != nil {
 		return nil, err
 	}
 	var charges []storage.Charge
@@ -180,6 +173,23 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 	return debts, nil
 }
 
+// tellFirst tells the ledger what is not a charge: resets, and the levels of entries that are old.
+func (s *Storage) tellFirst(ctx context.Context, batch []*entry, now int64) error {
+	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
+	return each(batch, func(e *entry) error {
+		if e.reset {
+			if err := s.ledger.Reset(ctx, e.name, e.identifier); err != nil {
+				return err
+			}
+			e.reset = false
+		}
+		if now-e.since > old {
+			return s.raiseLevels(ctx, e)
+		}
+		return nil
+	})
+}
+
 // charges appends what the ledger is charged for an entry: first a charge for each MaxBuckets of its buckets, then more
 // of those that have several amounts.
 func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
@@ -194,20 +204,24 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	}
 	for k := range rounds {
 		for from := 0; from < len(rules); from += storage.MaxBuckets {
-			some := rules[from:min(from+storage.MaxBuckets, len(rules))]
-			c := storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: some, Amounts: make([]storage.Amount, len(some))}
-			any := k == 0
-			for i := range some {
-				if all := amounts[from+i]; k < len(all) {
-					c.Amounts[i], any = all[k], true
-				}
-			}
-			if any {
+			to := min(from+storage.MaxBuckets, len(rules))
+			if c, any := e.charge(rules[from:to], amounts[from:to], k); any || k == 0 {
 				out = append(out, c)
 			}
 		}
 	}
 	return out
+}
+
+// charge charges some buckets with amount k of each that has so many, and reports whether one has.
+func (e *entry) charge(rules []storage.Rule, amounts [][]storage.Amount, k int) (c storage.Charge, any bool) {
+	c = storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(rules))}
+	for i, all := range amounts {
+		if k < len(all) {
+			c.Amounts[i], any = all[k], true
+		}
+	}
+	return c, any
 }
 
 // debt is what the ledger answered to the entry's charges.
@@ -261,7 +275,8 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 	_ = s.resetMissed(ctx)
 	var higher []storage.Debt
 	for i, e := range batch {
-		if (e.raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval) {
+		raise := s.journal.mustRaise(e)
+		if (raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval, raise) {
 			higher = append(higher, debts[i])
 		}
 	}
@@ -307,16 +322,16 @@ var errGivenBack = errors.New("tokens are being given back")
 
 // behind reports whether the ledger knows of more than the primary has shown. In buckets of a period shorter than an
 // interval it never does, as what it knows has come back by then.
-func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
+func (e *entry) behind(d *storage.Debt, interval time.Duration, raise bool) bool {
 	now := e.time()
 	for i, debt := range d.Amounts {
-		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !e.raise {
+		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !raise {
 			continue
 		}
 		b := &e.buckets[i]
 		n, last := held(&d.Rules[i], debt)
 		switch {
-		case e.raise, now >= b.resetAt:
+		case raise, now >= b.resetAt:
 			return true
 		case b.rule.Kind == storage.Continuous:
 			if last > b.resetAt-now+drains(b.rule, 1)+1000 { // a token, and the way

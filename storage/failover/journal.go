@@ -291,6 +291,14 @@ func (j *journal) wasReset(id key) {
 	}
 }
 
+// mustRaise reports whether the primary has to be raised whatever it has shown. A reset by another goroutine may say so
+// while the entry is in flight.
+func (j *journal) mustRaise(e *entry) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return e.raise
+}
+
 // await returns who waits until what there is of an identifier has been told, or nil if there is nothing.
 func (j *journal) await(id key) *waiter {
 	j.mu.Lock()
