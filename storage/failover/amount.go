@@ -9,13 +9,13 @@ import (
 
 // bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
 type bucket struct {
-	rule    *storage.Rule
-	near    int64 // amounts that end within this time of each other are merged
-	taken   []amount
-	given   []amount // back, with n above 0
-	unshown bool     // a Charge took, of which the primary shows nothing
-	spent   int64    // tokens, when the primary last admitted
-	resetAt int64    // when the primary last said that they are all back
+	rule     *storage.Rule
+	near     int64 // amounts that end within this time of each other are merged
+	taken    []amount
+	refunded []amount // back, with n above 0
+	unshown  bool     // a Charge took, of which the primary shows nothing
+	spent    int64    // tokens, when the primary last admitted
+	resetAt  int64    // when the primary last said that they are all back
 }
 
 // amount is n tokens that come back at a time; of a level, evenly from another time on.
@@ -75,7 +75,7 @@ func (b *bucket) left(now int64) (out []storage.Amount) {
 			out = append(out, left)
 		}
 	}
-	for _, a := range b.given {
+	for _, a := range b.refunded {
 		if left := a.left(now); left.In > 0 {
 			out = append(out, storage.Amount{N: -left.N, In: left.In})
 		}

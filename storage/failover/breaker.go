@@ -125,12 +125,12 @@ func sick(err error) bool {
 // report is told of every round trip to Redis.
 func (s *Storage) report(err error) {
 	if s.breaker.report(err) {
-		s.tellObserver(Event{Kind: PrimaryLost, Err: err})
+		s.notify(Event{Kind: PrimaryLost, Err: err})
 	}
 }
 
 // probes asks Redis until it is well, and then hands back to it.
-func (s *Storage) probes(ctx context.Context) {
+func (s *Storage) probeLoop(ctx context.Context) {
 	pause, good, since := firstProbe, 0, time.Time{}
 	for {
 		select {

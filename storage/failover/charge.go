@@ -38,25 +38,25 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 	return s.onPrimary(ctx, began, func(ctx context.Context) error {
 		if gives(c) {
 			id := key{c.Name, c.Identifier}
-			if err := s.giveBack(ctx, id); err != nil {
+			if err := s.beginRefund(ctx, id); err != nil {
 				return err
 			}
-			defer s.journal.gaveBack(id)
+			defer s.journal.endRefund(id)
 		}
 		err := s.primary.Charge(ctx, *c)
 		if err == nil {
 			s.journal.charged(c)
-			s.touch(&r, late)
+			s.raiseLater(&r, late)
 		}
 		return err
 	})
 }
 
-// giveBack is the journal's, and takes at most PrimaryTimeout.
-func (s *Storage) giveBack(ctx context.Context, id key) error {
+// beginRefund is the journal's, and takes at most PrimaryTimeout.
+func (s *Storage) beginRefund(ctx context.Context, id key) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout)
 	defer cancel()
-	return s.journal.giveBack(ctx, id)
+	return s.journal.beginRefund(ctx, id)
 }
 
 func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began time.Time) error {
@@ -68,7 +68,7 @@ func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began tim
 	})
 	if err == nil && takes(c) && s.breaker.cause() == nil {
 		p := storage.NewPart(c.Identifier, c.Rules, 0)
-		s.journal.touch(c.Name, &p, c.Clocked, c.Now)
+		s.journal.raiseLater(c.Name, &p, c.Clocked, c.Now)
 	}
 	return err
 }
@@ -110,12 +110,12 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 
 func (s *Storage) resetPrimary(ctx context.Context, id key) error {
 	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
-		err := s.journal.giveBack(ctx, id)
-		s.journal.reset(id)
+		err := s.journal.beginRefund(ctx, id)
+		s.journal.resetLedgerLater(id)
 		if err != nil {
 			return err
 		}
-		defer s.journal.gaveBack(id)
+		defer s.journal.endRefund(id)
 		if cause := s.breaker.cause(); cause != nil {
 			return cause
 		}

@@ -82,7 +82,7 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began
 		if since == 0 {
 			read = 0
 		}
-		v, err = s.decideAnyway(ctx, *r, began.Add(read), since != 0)
+		v, err = s.decideStale(ctx, *r, began.Add(read), since != 0)
 	}
 	if err == nil && v.Taken() {
 		s.journal.took(r, &v)
@@ -90,7 +90,7 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began
 	return v, err
 }
 
-func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, read time.Time, doubted bool) (v storage.Verdict, err error) {
+func (s *Storage) decideStale(ctx context.Context, r storage.Request, read time.Time, doubted bool) (v storage.Verdict, err error) {
 	var late []*storage.Part
 	if doubted {
 		if late, err = s.readThrough(ctx, &r, read); err != nil {
@@ -102,7 +102,7 @@ func (s *Storage) decideAnyway(ctx context.Context, r storage.Request, read time
 		return err
 	})
 	if err == nil {
-		s.touch(&r, late)
+		s.raiseLater(&r, late)
 	}
 	return v, err
 }
@@ -124,7 +124,7 @@ func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request, began t
 	v.Degrade()
 	if v.Taken() && s.breaker.cause() == nil {
 		for i := range r.Parts() { // others ask Redis
-			s.journal.touch(r.Name, r.At(i), r.Clocked, r.Now)
+			s.journal.raiseLater(r.Name, r.At(i), r.Clocked, r.Now)
 		}
 	}
 	return v, nil

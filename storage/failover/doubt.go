@@ -50,7 +50,7 @@ func (s *Storage) handBack(ctx context.Context) bool {
 	if !s.breaker.close() {
 		return false
 	}
-	s.tellObserver(Event{Kind: PrimaryBack})
+	s.notify(Event{Kind: PrimaryBack})
 	return true
 }
 
@@ -101,8 +101,8 @@ func (s *Storage) ledgerFails() bool {
 }
 
 // touch has Redis raised to what the ledger has of parts of a request.
-func (s *Storage) touch(r *storage.Request, parts []*storage.Part) {
+func (s *Storage) raiseLater(r *storage.Request, parts []*storage.Part) {
 	for _, p := range parts {
-		s.journal.touch(r.Name, p, r.Clocked, r.Now)
+		s.journal.raiseLater(r.Name, p, r.Clocked, r.Now)
 	}
 }

@@ -115,16 +115,16 @@ type Storage struct {
 	doubted atomic.Int64 // since when (Monotonic) the primary may have missed what the ledger knows; 0: never
 	outage  atomic.Int64 // since when it has for sure, as Postgres decided meanwhile
 
-	calls   atomic.Int64  // that are in progress
-	closed  atomic.Bool   // no further ones are
-	idle    chan struct{} // receives one when closed and none is in progress
-	closing chan struct{} // closed when the goroutines are to end
-	kill    func()        // ends what they wait for
-	ended   chan struct{} // closed when Close is done
-	left    error         // what it returned
-	running sync.WaitGroup
-	observe sync.Mutex
-	jitter  func(time.Duration) time.Duration // from 0 to that
+	calls    atomic.Int64  // that are in progress
+	closed   atomic.Bool   // no further ones are
+	idle     chan struct{} // receives one when closed and none is in progress
+	closing  chan struct{} // closed when the goroutines are to end
+	stop     func()        // ends what they wait for
+	ended    chan struct{} // closed when Close is done
+	closeErr error         // what it returned
+	running  sync.WaitGroup
+	observe  sync.Mutex
+	jitter   func(time.Duration) time.Duration // from 0 to that
 }
 
 // New returns a storage that decides by Redis, and by Postgres when Redis fails. The primary must not have been used
@@ -164,14 +164,14 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	}
 	s.journal = newJournal(s.options.MaxPending)
 	s.flusher = flusher{origin: rand.Text(), seq: 1}
-	ctx, kill := context.WithCancel(context.Background())
-	s.kill = kill
-	s.breaker.opened = func() { s.running.Go(func() { s.probes(ctx) }) }
+	ctx, stop := context.WithCancel(context.Background())
+	s.stop = stop
+	s.breaker.opened = func() { s.running.Go(func() { s.probeLoop(ctx) }) }
 	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil {
-		kill()
+		stop()
 		return nil, err
 	}
-	s.running.Go(func() { s.flushes(ctx) })
+	s.running.Go(func() { s.flushLoop(ctx) })
 	return s, nil
 }
 
@@ -213,7 +213,7 @@ func (s *Storage) Close(ctx context.Context) error {
 	if s.closed.Swap(true) {
 		select {
 		case <-s.ended:
-			return s.left
+			return s.closeErr
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -227,21 +227,21 @@ func (s *Storage) Close(ctx context.Context) error {
 	case <-s.idle:
 	case <-ctx.Done():
 	}
-	s.left = s.end(ctx)
+	s.closeErr = s.end(ctx)
 	close(s.ended)
-	return s.left
+	return s.closeErr
 }
 
 // end ends the goroutines and tells the ledger what is left. It does not wait for a store that goes on after the context
 // has ended.
 func (s *Storage) end(ctx context.Context) error {
-	defer s.kill()
+	defer s.stop()
 	s.breaker.end()
 	close(s.closing)
 	told := make(chan error, 1)
 	go func() {
 		s.running.Wait()
-		told <- s.tellRest(ctx)
+		told <- s.flushRest(ctx)
 	}()
 	select {
 	case err := <-told:
@@ -251,8 +251,8 @@ func (s *Storage) end(ctx context.Context) error {
 	}
 }
 
-// tellRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
-func (s *Storage) tellRest(ctx context.Context) error {
+// flushRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
+func (s *Storage) flushRest(ctx context.Context) error {
 	for {
 		_, pending, _ := s.journal.due()
 		if pending == 0 && len(s.flusher.batch) == 0 {

@@ -27,16 +27,16 @@ type flusher struct {
 	seq    int64
 	batch  []*entry // that is being told, and that the ledger perhaps knows
 
-	mu       sync.Mutex // guards what follows
-	failures int        // in a row
-	failure  error      // the last one
-	since    int64      // when what could not be told was admitted (Monotonic); 0: everything could
-	told     time.Time  // the last time that something was
-	relayed  int64      // identifiers to which the primary was raised
+	mu        sync.Mutex // guards what follows
+	failures  int        // in a row
+	failure   error      // the last one
+	since     int64      // when what could not be told was admitted (Monotonic); 0: everything could
+	flushedAt time.Time  // the last time that something was
+	relayed   int64      // identifiers to which the primary was raised
 }
 
 // flushes tells the ledger what is due, until the storage is closed.
-func (s *Storage) flushes(ctx context.Context) {
+func (s *Storage) flushLoop(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -48,7 +48,7 @@ func (s *Storage) flushes(ctx context.Context) {
 		select {
 		case <-s.closing:
 			return
-		case <-s.journal.kick:
+		case <-s.journal.work:
 		case <-timer.C:
 			s.flush(ctx)
 		}
@@ -84,13 +84,13 @@ func (s *Storage) flushIn() time.Duration {
 // flush tells the ledger one batch. If it refuses, it is told the entries one by one, and those that it refuses are lost.
 func (s *Storage) flush(ctx context.Context) {
 	f := &s.flusher
-	if f.batch = s.journal.board(f.batch); len(f.batch) == 0 {
+	if f.batch = s.journal.nextBatch(f.batch); len(f.batch) == 0 {
 		if s.breaker.cause() == nil {
 			_ = s.resetMissed(ctx)
 		}
 		return
 	}
-	since, relayed, refused := f.batch[0].since, 0, error(nil)
+	since, relayed, rejected := f.batch[0].since, 0, error(nil)
 	for size := len(f.batch); len(f.batch) > 0; {
 		raised, err := s.flushSome(ctx, f.batch[:size])
 		if err != nil && (errors.Is(err, storage.ErrUnavailable) || ctx.Err() != nil) {
@@ -103,20 +103,20 @@ func (s *Storage) flush(ctx context.Context) {
 			continue
 		}
 		if err != nil {
-			refused = err
+			rejected = err
 		}
 		for _, e := range f.batch[:size] {
-			s.journal.land(e, err)
+			s.journal.finish(e, err)
 		}
 		f.batch, relayed = f.batch[size:], relayed+raised
 	}
-	s.flushed(refused, storage.Monotonic()-since, relayed)
+	s.flushed(rejected, storage.Monotonic()-since, relayed)
 }
 
 // flushSome tells the ledger some entries, and raises the primary to what it answers.
 func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, err error) {
 	asked := storage.Monotonic()
-	debts, err := s.tell(ctx, some)
+	debts, err := s.write(ctx, some)
 	if err != nil {
 		return 0, err
 	}
@@ -130,25 +130,25 @@ func (s *Storage) flushFailed(err error) {
 	f.failure, f.since = err, f.batch[0].since
 	f.mu.Unlock()
 	s.journal.failed(err)
-	s.tellObserver(Event{Kind: FlushFailed, Err: err, Lag: micros(storage.Monotonic() - f.batch[0].since)})
+	s.notify(Event{Kind: FlushFailed, Err: err, Lag: micros(storage.Monotonic() - f.batch[0].since)})
 }
 
 func (s *Storage) flushed(err error, lag int64, relayed int) {
 	f := &s.flusher
 	f.mu.Lock()
-	f.failures, f.failure, f.since, f.told = 0, nil, 0, time.Now()
+	f.failures, f.failure, f.since, f.flushedAt = 0, nil, 0, time.Now()
 	f.relayed += int64(relayed)
 	f.mu.Unlock()
-	s.tellObserver(Event{Kind: Flushed, Err: err, Lag: micros(lag), Relayed: relayed})
+	s.notify(Event{Kind: Flushed, Err: err, Lag: micros(lag), Relayed: relayed})
 }
 
 // tell has the ledger know a batch, and returns what each entry's buckets owe there afterwards.
-func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
+func (s *Storage) write(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	now := storage.Monotonic()
-	if err := s.tellFirst(ctx, batch, now); err != nil {
+	if err := s.prepare(ctx, batch, now); err != nil {
 		return nil, err
 	}
 	var charges []storage.Charge
@@ -173,8 +173,8 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 	return debts, nil
 }
 
-// tellFirst tells the ledger what is not a charge: resets, and the levels of entries that are old.
-func (s *Storage) tellFirst(ctx context.Context, batch []*entry, now int64) error {
+// prepare tells the ledger what is not a charge: resets, and the levels of entries that are old.
+func (s *Storage) prepare(ctx context.Context, batch []*entry, now int64) error {
 	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
 	return each(batch, func(e *entry) error {
 		if e.reset {
@@ -262,7 +262,7 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 		return err
 	}
 	for _, b := range raised {
-		b.taken, b.given = nil, nil
+		b.taken, b.refunded = nil, nil
 	}
 	return nil
 }
@@ -291,15 +291,15 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 // ledger does not know. It is tried again with the next flush.
 func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error {
 	id, err := key{d.Name, d.Identifier}, errGivenBack
-	if may, own := s.journal.raise(id); may {
+	if may, own := s.journal.beginRaise(id); may {
 		age(&d, asked)
 		err = s.primary.Raise(ctx, d)
 		if own {
-			s.journal.raised(id)
+			s.journal.endRaise(id)
 		}
 	}
 	if errors.Is(err, errGivenBack) || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
-		s.journal.again(&d)
+		s.journal.raiseAgain(&d)
 		return err
 	}
 	return nil
@@ -351,7 +351,7 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 		return nil
 	}
 	select {
-	case err := <-w.told:
+	case err := <-w.done:
 		return err
 	case <-ctx.Done():
 		return fmt.Errorf("what is pending could not be told the ledger: %w", ctx.Err())

@@ -13,19 +13,19 @@ import (
 // All times are in microseconds, by Monotonic or the caller's injected clock.
 type journal struct {
 	most int           // identifiers
-	kick chan struct{} // has room for the one token that says that there is something to do
+	work chan struct{} // has room for the one token that says that there is something to do
 
-	// mu guards what follows, and all entries that are not flying. The keys of all maps are copies.
-	mu      sync.Mutex
-	entries map[key]*entry
-	line    []*entry // all entries by age, some of which have flown meanwhile
-	urgent  []*entry // those that somebody waits for
-	flying  map[key]*entry
-	hurry   bool                  // somebody waits for what is flying
-	resets  map[key]bool          // that the primary has missed
-	giving  map[key]*int          // calls that give tokens back to the primary, if there are any
-	raising map[key]chan struct{} // identifiers to which the primary is being raised; closed when it was
-	lost    int64                 // identifiers of which something was not remembered
+	// mu guards what follows, and all entries that are not in flight. The keys of all maps are copies.
+	mu        sync.Mutex
+	entries   map[key]*entry
+	queue     []*entry // all entries by age, some of which are dequeued
+	urgent    []*entry // those that somebody waits for
+	inFlight  map[key]*entry
+	awaited   bool                  // somebody waits for an entry in flight
+	resets    map[key]bool          // that the primary has missed
+	refunds   map[key]*int          // calls that give tokens back to the primary, if there are any
+	raises    map[key]chan struct{} // identifiers to which the primary is being raised; closed when it was
+	forgotten int64                 // identifiers of which something was not remembered
 }
 
 // key is an identifier under a throttler's name.
@@ -37,27 +37,27 @@ func (k key) copied() key { return key{strings.Clone(k.name), strings.Clone(k.id
 // entry is what is to be told of one identifier.
 type entry struct {
 	key
-	clocked bool
-	now     int64 // the latest time of a caller whose clock is injected
-	since   int64 // Monotonic when the entry was made
-	reset   bool  // before the amounts
-	raise   bool  // the primary, whatever it has shown
-	hold    bool  // and until then nothing is given back to it
-	buckets []bucket
-	inline  [2]bucket
-	waiting []*waiter
-	flown   bool
+	clocked  bool
+	now      int64 // the latest time of a caller whose clock is injected
+	since    int64 // Monotonic when the entry was made
+	reset    bool  // before the amounts
+	raise    bool  // the primary, whatever it has shown
+	blocks   bool  // and until then nothing is given back to it
+	buckets  []bucket
+	inline   [2]bucket
+	waiters  []*waiter
+	dequeued bool
 }
 
 // waiter waits until an entry has been told.
 type waiter struct {
-	told  chan error // has room for one
-	tries int        // that have failed
+	done     chan error // has room for one
+	failures int        // that have failed
 }
 
 func newJournal(most int) journal {
-	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry),
-		resets: make(map[key]bool), giving: make(map[key]*int), raising: make(map[key]chan struct{})}
+	return journal{most: most, work: make(chan struct{}, 1), entries: make(map[key]*entry), inFlight: make(map[key]*entry),
+		resets: make(map[key]bool), refunds: make(map[key]*int), raises: make(map[key]chan struct{})}
 }
 
 // find returns the entry of an identifier, and makes one if need be. It is nil if there are too many, and the identifier
@@ -67,14 +67,14 @@ func (j *journal) find(id key, must bool) *entry {
 	if e != nil {
 		return e
 	}
-	if len(j.entries)+len(j.flying) >= j.most && !must {
-		j.lost++
+	if len(j.entries)+len(j.inFlight) >= j.most && !must {
+		j.forgotten++
 		return nil
 	}
 	e = &entry{key: id.copied(), since: storage.Monotonic()}
 	e.buckets = e.inline[:0]
 	j.entries[e.key] = e
-	j.line = append(j.line, e)
+	j.queue = append(j.queue, e)
 	if len(j.entries) == 1 || len(j.entries) == j.most/2+1 {
 		j.wake()
 	}
@@ -83,7 +83,7 @@ func (j *journal) find(id key, must bool) *entry {
 
 func (j *journal) wake() {
 	select {
-	case j.kick <- struct{}{}:
+	case j.work <- struct{}{}:
 	default:
 	}
 }
@@ -130,7 +130,7 @@ func (j *journal) charged(c *storage.Charge) {
 		}
 		b := e.bucket(&c.Rules[i], i)
 		if at = e.time() + a.In; a.N < 0 {
-			b.add(&b.given, -a.N, at)
+			b.add(&b.refunded, -a.N, at)
 			continue
 		}
 		b.add(&b.taken, a.N, at)
@@ -139,13 +139,13 @@ func (j *journal) charged(c *storage.Charge) {
 }
 
 // touch has the primary raised to what the ledger has of an identifier.
-func (j *journal) touch(name string, p *storage.Part, clocked bool, now int64) {
+func (j *journal) raiseLater(name string, p *storage.Part, clocked bool, now int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.touched(name, p, clocked, now)
+	j.markRaise(name, p, clocked, now)
 }
 
-func (j *journal) touched(name string, p *storage.Part, clocked bool, now int64) *entry {
+func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int64) *entry {
 	e := j.find(key{name, p.Identifier}, false)
 	if e != nil {
 		e.clock(clocked, now)
@@ -159,28 +159,28 @@ func (j *journal) touched(name string, p *storage.Part, clocked bool, now int64)
 
 // again is touch for a primary that could not be raised. Until it is, nothing more is given back to it, as that could
 // go on for ever.
-func (j *journal) again(d *storage.Debt) {
+func (j *journal) raiseAgain(d *storage.Debt) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	p := storage.NewPart(d.Identifier, d.Rules, 0)
-	e := j.touched(d.Name, &p, d.Clocked, d.Now)
-	if e == nil || e.hold {
+	e := j.markRaise(d.Name, &p, d.Clocked, d.Now)
+	if e == nil || e.blocks {
 		return
 	}
-	if flying := j.flying[e.key]; flying != nil && flying.hold {
-		flying.hold = false // e goes on with it
-	} else if j.raising[e.key] != nil {
+	if inFlight := j.inFlight[e.key]; inFlight != nil && inFlight.blocks {
+		inFlight.blocks = false // e goes on with it
+	} else if j.raises[e.key] != nil {
 		return
 	} else {
-		j.raising[e.key] = make(chan struct{})
+		j.raises[e.key] = make(chan struct{})
 	}
-	e.hold = true
+	e.blocks = true
 	j.urgent = append(j.urgent, e)
 	j.wake()
 }
 
 // reset forgets what was to be told, and remembers that the identifier was reset.
-func (j *journal) reset(id key) {
+func (j *journal) resetLedgerLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	e := j.find(id, true)
@@ -194,12 +194,12 @@ func (j *journal) resetPrimaryLater(id key) {
 	j.wake()
 }
 
-// giveBack waits until the primary is not being raised, as that would take again what is given back, and keeps it
-// from being so until gaveBack is called.
-func (j *journal) giveBack(ctx context.Context, id key) error {
+// beginRefund waits until the primary is not being raised, as that would take again what is given back, and keeps it
+// from being so until endRefund is called.
+func (j *journal) beginRefund(ctx context.Context, id key) error {
 	for {
 		j.mu.Lock()
-		raising := j.raising[id]
+		raising := j.raises[id]
 		if raising == nil {
 			j.give(id)
 		}
@@ -217,53 +217,53 @@ func (j *journal) giveBack(ctx context.Context, id key) error {
 
 // give counts a call that gives back. The caller holds mu.
 func (j *journal) give(id key) {
-	n := j.giving[id]
+	n := j.refunds[id]
 	if n == nil {
 		n = new(int)
-		j.giving[id.copied()] = n
+		j.refunds[id.copied()] = n
 	}
 	*n++
 }
 
-func (j *journal) gaveBack(id key) {
+func (j *journal) endRefund(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	n := j.giving[id]
+	n := j.refunds[id]
 	if *n--; *n == 0 {
-		delete(j.giving, id)
+		delete(j.refunds, id)
 	}
 }
 
 // raise says that the primary is going to be raised, and own that raised has to be called afterwards. It may not be
 // while tokens have been given back there of which the ledger does not know.
-func (j *journal) raise(id key) (may, own bool) {
+func (j *journal) beginRaise(id key) (may, own bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	flying := j.flying[id]
-	held := flying != nil && flying.hold
-	if j.giving[id] != nil || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
+	inFlight := j.inFlight[id]
+	held := inFlight != nil && inFlight.blocks
+	if j.refunds[id] != nil || j.raises[id] != nil && !held || j.entries[id] != nil && j.entries[id].hasRefunds() {
 		return false, false
 	}
 	if !held {
-		j.raising[id.copied()] = make(chan struct{})
+		j.raises[id.copied()] = make(chan struct{})
 	}
 	return true, !held
 }
 
-func (j *journal) raised(id key) {
+func (j *journal) endRaise(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.release(id)
+	j.releaseRefunds(id)
 }
 
-func (j *journal) release(id key) {
-	close(j.raising[id])
-	delete(j.raising, id)
+func (j *journal) releaseRefunds(id key) {
+	close(j.raises[id])
+	delete(j.raises, id)
 }
 
-func (e *entry) givesBack() bool {
+func (e *entry) hasRefunds() bool {
 	for i := range e.buckets {
-		if len(e.buckets[i].given) > 0 {
+		if len(e.buckets[i].refunded) > 0 {
 			return true
 		}
 	}
@@ -284,7 +284,7 @@ func (j *journal) wasReset(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	delete(j.resets, id)
-	for _, e := range []*entry{j.entries[id], j.flying[id]} {
+	for _, e := range []*entry{j.entries[id], j.inFlight[id]} {
 		if e != nil {
 			e.raise = true // to what was admitted after it
 		}
@@ -305,18 +305,18 @@ func (j *journal) await(id key) *waiter {
 	defer j.mu.Unlock()
 	e := j.entries[id]
 	if e != nil {
-		if len(e.waiting) == 0 {
+		if len(e.waiters) == 0 {
 			j.urgent = append(j.urgent, e)
 			j.wake()
 		}
-	} else if e = j.flying[id]; e == nil {
+	} else if e = j.inFlight[id]; e == nil {
 		return nil
 	} else {
-		j.hurry = true
+		j.awaited = true
 		j.wake()
 	}
-	w := &waiter{told: make(chan error, 1)}
-	e.waiting = append(e.waiting, w)
+	w := &waiter{done: make(chan error, 1)}
+	e.waiters = append(e.waiters, w)
 	return w
 }
 
@@ -329,16 +329,16 @@ func (j *journal) pending() (n int, since int64) {
 			since = e.since
 		}
 	}
-	for _, e := range j.flying {
+	for _, e := range j.inFlight {
 		oldest(e)
 	}
-	for _, e := range j.line {
-		if !e.flown {
+	for _, e := range j.queue {
+		if !e.dequeued {
 			oldest(e)
 			break
 		}
 	}
-	return len(j.entries) + len(j.flying), since
+	return len(j.entries) + len(j.inFlight), since
 }
 
 // due is the time since which the ledger could be told something, how many identifiers there are, and whether
@@ -346,34 +346,34 @@ func (j *journal) pending() (n int, since int64) {
 func (j *journal) due() (since int64, pending int, urgent bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for len(j.line) > 0 && j.line[0].flown {
-		j.line = j.line[1:]
+	for len(j.queue) > 0 && j.queue[0].dequeued {
+		j.queue = j.queue[1:]
 	}
-	if len(j.line) > 0 {
-		since = j.line[0].since
+	if len(j.queue) > 0 {
+		since = j.queue[0].since
 	}
-	return since, len(j.entries), j.hurry || len(j.urgent) > 0
+	return since, len(j.entries), j.awaited || len(j.urgent) > 0
 }
 
-// board returns the entries that are to be told next: those that could not be told the last time, else first
+// nextBatch returns the entries that are to be told next: those that could not be told the last time, else first
 // those that somebody waits for, then the oldest.
-func (j *journal) board(batch []*entry) []*entry {
+func (j *journal) nextBatch(batch []*entry) []*entry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.hurry = false
+	j.awaited = false
 	if len(batch) > 0 {
 		return batch
 	}
 	amounts := 0
-	for _, line := range []*[]*entry{&j.urgent, &j.line} {
-		for len(*line) > 0 && len(batch) < flushSize && amounts < flushAmounts {
-			e := (*line)[0]
-			*line = (*line)[1:]
-			if !e.flown {
+	for _, from := range []*[]*entry{&j.urgent, &j.queue} {
+		for len(*from) > 0 && len(batch) < flushSize && amounts < flushAmounts {
+			e := (*from)[0]
+			*from = (*from)[1:]
+			if !e.dequeued {
 				amounts += e.amounts()
-				e.flown = true
+				e.dequeued = true
 				delete(j.entries, e.key)
-				j.flying[e.key] = e
+				j.inFlight[e.key] = e
 				batch = append(batch, e)
 			}
 		}
@@ -382,15 +382,15 @@ func (j *journal) board(batch []*entry) []*entry {
 }
 
 // land lets those go who waited for an entry, which has been told, or never will be because of an error.
-func (j *journal) land(e *entry, err error) {
+func (j *journal) finish(e *entry, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	delete(j.flying, e.key)
-	if e.release(err); e.hold {
-		j.release(e.key)
+	delete(j.inFlight, e.key)
+	if e.wakeAll(err); e.blocks {
+		j.releaseRefunds(e.key)
 	}
 	if err != nil {
-		j.lost++
+		j.forgotten++
 	}
 }
 
@@ -398,41 +398,41 @@ func (j *journal) land(e *entry, err error) {
 func (j *journal) failed(err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for _, e := range j.flying {
+	for _, e := range j.inFlight {
 		j.fail(e, err)
-		j.hurry = j.hurry || len(e.waiting) > 0
+		j.awaited = j.awaited || len(e.waiters) > 0
 	}
 	for _, e := range j.urgent {
 		j.fail(e, err)
 	}
-	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.flown || len(e.waiting) == 0 })
+	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.dequeued || len(e.waiters) == 0 })
 }
 
-func (e *entry) release(err error) {
-	for _, w := range e.waiting {
-		w.told <- err
+func (e *entry) wakeAll(err error) {
+	for _, w := range e.waiters {
+		w.done <- err
 	}
-	e.waiting = nil
+	e.waiters = nil
 }
 
 func (j *journal) fail(e *entry, err error) {
-	if e.hold {
-		e.hold = false
-		j.release(e.key)
+	if e.blocks {
+		e.blocks = false
+		j.releaseRefunds(e.key)
 	}
-	e.waiting = slices.DeleteFunc(e.waiting, func(w *waiter) bool {
-		w.tries++
-		if w.tries == 2 {
-			w.told <- err
+	e.waiters = slices.DeleteFunc(e.waiters, func(w *waiter) bool {
+		w.failures++
+		if w.failures == 2 {
+			w.done <- err
 		}
-		return w.tries == 2
+		return w.failures == 2
 	})
 }
 
 // amounts is how many charges an entry makes, at least.
 func (e *entry) amounts() (n int) {
 	for i := range e.buckets {
-		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].given))
+		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].refunded))
 	}
 	return n
 }

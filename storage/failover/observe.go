@@ -31,13 +31,13 @@ func (k Kind) String() string {
 // Event is something that happened behind the calls.
 type Event struct {
 	Kind    Kind
-	Err     error         // PrimaryLost: why; Flushed: why entries were refused, else nil; FlushFailed: why
+	Err     error         // PrimaryLost: why; Flushed: why entries were rejected, else nil; FlushFailed: why
 	Lag     time.Duration // Flushed, FlushFailed: age of the oldest entry
 	Pending int           // identifiers of which Postgres has not been charged yet
 	Relayed int           // Flushed: identifiers to which Redis was raised, as Postgres knew of more
 }
 
-func (s *Storage) tellObserver(e Event) {
+func (s *Storage) notify(e Event) {
 	if s.options.Observe == nil {
 		return
 	}
@@ -76,7 +76,7 @@ func (s *Storage) State() (out State) {
 
 	f := &s.flusher
 	f.mu.Lock()
-	out.Flushed, out.FlushError, out.Relayed = f.told, f.failure, f.relayed
+	out.Flushed, out.FlushError, out.Relayed = f.flushedAt, f.failure, f.relayed
 	f.mu.Unlock()
 	now, since := storage.Monotonic(), int64(0)
 	if out.Pending, since = s.journal.pending(); since > 0 {
@@ -86,7 +86,7 @@ func (s *Storage) State() (out State) {
 		out.Doubted = time.Now().Add(-micros(now - doubted))
 	}
 	s.journal.mu.Lock()
-	out.Forgotten = s.journal.lost
+	out.Forgotten = s.journal.forgotten
 	s.journal.mu.Unlock()
 	return out
 }
