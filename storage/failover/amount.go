@@ -1,5 +1,8 @@
 package failover
 
+// The amounts that a bucket owes the ledger: how they are merged, and what is left of them. How tokens come back is
+// defined by package storage alone. The few numbers that are needed here without a State are compared with it by tests.
+
 import (
 	"math/bits"
 	"slices"
@@ -7,21 +10,24 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
+// bucket is what one bucket of an identifier owes the ledger, and what Redis has shown of it. Taken and refunded tokens
+// are apart, as a refund cannot be subtracted: it goes to the hold that its own decision made.
 type bucket struct {
 	rule     *storage.Rule
 	near     int64 // amounts that end within this time of each other are merged
 	taken    []amount
-	refunded []amount // back, with n above 0
-	unshown  bool     // a Charge took, of which the primary shows nothing
-	spent    int64    // tokens, when the primary last admitted
-	resetAt  int64    // when the primary last said that they are all back
+	refunded []amount // their n is above 0 too
+	unshown  bool     // a Charge took, after which Redis reports no level
+	spent    int64    // tokens, after the last admission by Redis
+	resetAt  int64    // when they are all back, as Redis said then
 }
 
-// amount is n tokens that come back at a time; of a level, evenly from another time on.
+// amount is n tokens that are all back at a time. Those of a level, and merged ones, come back evenly from another time
+// on.
 type amount struct{ n, from, at int64 }
 
-// Bounds of what a bucket owes: more amounts than one has that is told in time, and more tokens than there are.
+// Bounds of what a bucket owes while the ledger is away: more amounts than a flush in time ever has, and more tokens
+// than any bucket holds.
 const (
 	mostAmounts = 1024
 	mostTokens  = 1 << 53
@@ -36,15 +42,15 @@ func (b *bucket) use(r *storage.Rule) {
 	}
 }
 
-// add adds tokens that come back at a time to one of the bucket's lists, or to the last amount there if that comes back
-// at about the same time.
+// add adds tokens that come back at a time to one of the bucket's lists. They join the last amount if both come back at
+// about the same time. When the list is full the two oldest join, whatever lies between them.
 func (b *bucket) add(list *[]amount, n, at int64) {
 	next := amount{n, at, at}
 	if b.rule.Kind == storage.Continuous {
 		next.from -= drains(b.rule, n)
 	}
 	all := *list
-	if i := len(all) - 1; i >= 0 {
+	if i := len(all) - 1; i >= 0 { // a single amount may be longer than near; then others join within its own length
 		if both := all[i].and(next); both.at-both.from <= max(b.near, all[i].at-all[i].from) {
 			all[i] = both
 			return
@@ -57,6 +63,7 @@ func (b *bucket) add(list *[]amount, n, at int64) {
 	*list = append(all, next)
 }
 
+// and is two amounts as one.
 func (a amount) and(o amount) amount {
 	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
 }
@@ -68,7 +75,7 @@ func drains(r *storage.Rule, n int64) int64 {
 	return (min(n, 4*r.Capacity)*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
-// left is what has not come back of what the bucket owes.
+// left returns what has not come back of what the bucket owes, refunds as negative amounts.
 func (b *bucket) left(now int64) (out []storage.Amount) {
 	for _, a := range b.taken {
 		if left := a.left(now); left.In > 0 {
@@ -83,7 +90,9 @@ func (b *bucket) left(now int64) (out []storage.Amount) {
 	return out
 }
 
-// left is what has not come back of an amount, rounded up, and how long until all has.
+// left is what has not come back of an amount, rounded up, and the time until all has. The ledger cuts the tokens of a
+// level to what can be left in that time (State.Charge). So it is for merged tokens, with those of others between them,
+// that they are counted here. The product has 128 bits: n may be 2^53 and a time 2^50.
 func (a amount) left(now int64) storage.Amount {
 	n, in := a.n, max(0, a.at-now)
 	if now > a.from && in > 0 {
@@ -100,7 +109,7 @@ func (a amount) left(now int64) storage.Amount {
 // storage.Decide does: a test compares the two.
 func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
 	for _, a := range debt {
-		tokens := min(a.N, 4*r.Capacity)
+		tokens := min(a.N, 4*r.Capacity) // or the product may be too large
 		if r.Kind == storage.SlidingWindow {
 			tokens = tokens * min((a.In+r.Tick-1)/r.Tick, r.One) / r.One
 		}

@@ -1,5 +1,12 @@
 package failover
 
+// Rule 8: charges, refunds and resets reach both stores.
+//
+// A charge or a refund goes the path of a call: one store executes it, and the flush brings it to the other. A refund
+// must not meet a raise of the same identifier in Redis. The debt that the raise carries was read before the refund, so
+// the raise would take the refunded tokens again. The journal keeps the two apart, by identifier: see beginRefund and
+// beginRaise.
+
 import (
 	"context"
 	"errors"
@@ -9,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Charge implements storage.Storage.
+// Charge implements storage.Storage. A negative amount is a refund.
 func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	if err := s.enter(ctx); err != nil {
 		return err
@@ -25,10 +32,12 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	})
 }
 
+// chargePrimary charges Redis, and makes what it charged pending. A charge that takes tokens makes old state look
+// fresh: the next decision would no longer find it stale. So where Redis is doubted it is raised first (Rule 7).
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began time.Time, read time.Duration) error {
 	var late []*storage.Part
 	r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
-	if takes(c) && s.doubt(&r) != 0 { // afterwards the state is young
+	if takes(c) && s.doubt(&r) != 0 {
 		var err error
 		began = began.Add(read)
 		if late, err = s.readThrough(ctx, &r, began); err != nil {
@@ -52,13 +61,15 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 	})
 }
 
-// beginRefund is the journal's, and takes at most PrimaryTimeout.
+// beginRefund waits until no raise of the identifier is in progress, for at most PrimaryTimeout. After that the refund
+// goes to Postgres.
 func (s *Storage) beginRefund(ctx context.Context, id key) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.PrimaryTimeout)
 	defer cancel()
 	return s.journal.beginRefund(ctx, id)
 }
 
+// chargeLedger charges Postgres, after what is pending of the identifier: a refund there must find what it gives back.
 func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began time.Time) error {
 	err := s.onLedger(ctx, began, func(ctx context.Context) error {
 		if err := s.settle(ctx, key{c.Name, c.Identifier}); err != nil {
@@ -73,16 +84,21 @@ func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began tim
 	return err
 }
 
+// takes reports whether a charge takes tokens from a bucket.
 func takes(c *storage.Charge) bool {
 	return slices.ContainsFunc(c.Amounts, func(a storage.Amount) bool { return a.N > 0 })
 }
 
+// gives reports whether a charge refunds tokens to a bucket.
 func gives(c *storage.Charge) bool {
 	return slices.ContainsFunc(c.Amounts, func(a storage.Amount) bool { return a.N < 0 })
 }
 
-// Reset implements storage.Storage. A store that cannot be reached is reset once it can, unless this process ends
-// before. It is an error if neither can.
+// Reset implements storage.Storage. A store that cannot be reached is reset once it can be, unless this process ends
+// before. It is an error if neither can be reached now.
+//
+// The reset of the ledger is an entry of the journal, like an amount, so it keeps its place: after what was admitted
+// before, which it drops, and before what is admitted later. Reset waits for it as a call waits for what is pending.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := s.enter(ctx); err != nil {
 		return err
@@ -108,6 +124,8 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	return nil
 }
 
+// resetPrimary resets Redis and queues the reset of the ledger, also where Redis fails. It is a refund of everything,
+// so it waits for a raise as a refund does, and nothing is raised until the ledger is reset too.
 func (s *Storage) resetPrimary(ctx context.Context, id key) error {
 	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
 		err := s.journal.beginRefund(ctx, id)
@@ -123,7 +141,8 @@ func (s *Storage) resetPrimary(ctx context.Context, id key) error {
 	})
 }
 
-// resetMissed makes up for the resets that the primary has missed.
+// resetMissed makes up for the resets that Redis has missed. It runs with each flush, and before Redis decides again
+// after an outage. A Redis that cannot read the state is done with: trying again would not help.
 func (s *Storage) resetMissed(ctx context.Context) error {
 	return each(s.journal.missed(), func(id key) error {
 		err := s.primary.Reset(ctx, id.name, id.identifier)

@@ -1,15 +1,45 @@
 // Package failover lets Redis decide, and Postgres when Redis cannot. Postgres knows what Redis admitted up to
 // about 0.1 s ago, so limits carry over an outage and back; docs/failover.md has the exact bound.
 //
-// Postgres is the ledger: every 100 ms each process charges it with what Redis admitted. When Redis fails, a
-// call first charges what this process has not told the ledger yet of its identifier, and is then decided there.
-// Once Redis is well again, it is raised to what the ledger has recorded before it admits.
-//
-//	store, err := failover.New(redisstore.New(client, nil), pgstore, nil)
+//	store, err := failover.New(redis, postgres, nil)
 //	t, err := throttler.New(throttler.Config{Storage: store})
 //	defer store.Close(ctx)
 //
-// docs/failover.md also has the protocol, what each fault looks like and what to watch.
+// The words of the package:
+//
+// The ledger is Postgres. It is told of every admission and forgets none, so it alone knows what an identifier has
+// spent in both stores together.
+//
+// The replica, or primary, is Redis. It decides while it is well. What it holds may be lost at any time, and is brought
+// up to the ledger again.
+//
+// Pending is what Redis has admitted and the ledger has not recorded yet. It is in the memory of this process, in the
+// journal, for about one flush interval.
+//
+// A debt is what an identifier has spent and not got back: amounts of tokens, each with the time until it is back.
+// Debts cross between the stores as durations and never as points in time, so the clocks of the servers may differ.
+//
+// To raise Redis is to increase what it counts as spent to at least the debt of the ledger. Raising twice is raising
+// once, and nothing is ever lowered.
+//
+// Redis is doubted while it may lack spending that the ledger knows of: after an outage, or when it has restarted. A
+// doubted Redis is raised before it admits.
+//
+// The protocol is ten rules, which docs/failover.md states under the same numbers:
+//
+//	 1  Redis decides                                 decide.go
+//	 2  the ledger is charged, and once               flush.go
+//	 3  Redis is raised to the ledger                 flush.go
+//	 4  Postgres decides a call that Redis fails      decide.go
+//	 5  a denial by Redis is final                    decide.go
+//	 6  the breaker                                   breaker.go
+//	 7  a doubted Redis is raised before it admits    doubt.go
+//	 8  charges, refunds and resets reach both        charge.go
+//	 9  neither store answers                         decide.go
+//	10  Close writes what is pending                  failover.go
+//
+// A comment says Rule 3 at each function that keeps a part of rule 3. What is pending, and the order of the locks, is
+// at the journal (journal.go); how amounts are merged and counted is in amount.go; what operators see is in observe.go.
 package failover
 
 import (
@@ -29,14 +59,17 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Defaults of Options.
+// Defaults of Options. A Redis that takes 50 ms is not well; a commit of Postgres waits for its disk.
 const (
 	DefaultPrimaryTimeout = 50 * time.Millisecond
 	DefaultLedgerTimeout  = 200 * time.Millisecond
 	DefaultFlushInterval  = 100 * time.Millisecond
 )
 
-const defaultMaxPending = 65536
+const (
+	defaultMaxPending = 65536
+	closeTimeout      = time.Second // of Close
+)
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
@@ -45,32 +78,31 @@ type Options struct {
 	// the storages remains in force.
 	PrimaryTimeout, LedgerTimeout time.Duration
 
-	// FlushInterval is how long what Redis admitted waits until the ledger is charged, 1 ms to 1 min, by default
-	// DefaultFlushInterval. A longer one costs Postgres less, and more may be admitted too much.
+	// FlushInterval is how long an admission by Redis waits until Postgres records it, 1 ms to 1 min, by default
+	// DefaultFlushInterval. A longer one costs Postgres less and allows more over-admission.
 	FlushInterval time.Duration
 
-	// MaxPending is for how many identifiers what the ledger has not been charged yet is remembered while
-	// Postgres is away, above 0; 0 is 65,536. What is admitted of others is not charged.
+	// MaxPending bounds how many identifiers may have admissions that Postgres has not recorded yet. Beyond it,
+	// further identifiers are admitted but never recorded. Zero means 65,536.
 	MaxPending int
 
-	// MaxIsolation refuses calls with ErrUnavailable when Postgres could not be charged for so long, although
-	// Redis would decide. It bounds what is admitted where some processes reach Redis only and others
-	// Postgres only. It is 0 or more; 0 is without this bound.
+	// MaxIsolation bounds how long Redis decides while Postgres cannot be charged. After that time calls fail with
+	// ErrUnavailable. It limits the over-admission where some processes reach only Redis and others only
+	// Postgres. Zero means no bound.
 	MaxIsolation time.Duration
 
-	// Local decides in this process while neither store can. Nil: such calls are ErrUnavailable.
+	// Local decides in this process while neither store can. If nil, such calls fail with ErrUnavailable.
 	Local *LocalOptions
 
-	// Observe is told what happens behind the calls. It is called by one goroutine at a time, and should be
-	// quick.
+	// Observe is called with what happens behind the calls, by one goroutine at a time. It should be quick.
 	Observe func(Event)
 }
 
-// LocalOptions are for when neither store can decide.
+// LocalOptions say how a process decides while neither store can.
 type LocalOptions struct {
-	// Share is the part of each bucket's capacity and refill that this process hands out by itself, above 0 and at
-	// most 1: one over the number of processes keeps the limit. Its buckets begin full. A bucket hands out at
-	// least one token, however small its share, so with small capacities n processes may admit up to n.
+	// Share is this process's part of each bucket's capacity and refill, above 0 and at most 1. One over the number
+	// of processes keeps the limit. The buckets begin full. A bucket hands out at least one token, however small
+	// its share, so n processes may admit n tokens of a bucket that holds fewer.
 	Share float64
 }
 
@@ -84,7 +116,7 @@ func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: failover: %s %s", e.Field, e.Reason)
 }
 
-// primary is a *redis.Storage.
+// primary is a *redis.Storage. The tests put a simulated one in its place.
 type primary interface {
 	storage.Replica
 	DecideFresh(ctx context.Context, r storage.Request, since int64) (storage.Verdict, error)
@@ -97,12 +129,12 @@ type ledger interface {
 	Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error)
 }
 
-// Storage is safe for concurrent use. It is made by New.
+// Storage is made by New and is safe for concurrent use.
 //
 // A call takes at most the two timeouts, 50 ms for Redis and 200 ms for Postgres, plus what the machine needs to
-// run it; the tests on real servers ask for 99 % of calls within 260 ms. None that is answered by Redis does more
-// than one round trip, except where Redis is doubted. An error of one store is not seen as long as the other
-// answers. That of a call which neither does wraps ErrUnavailable and both causes.
+// run it; the tests on real servers ask for 99 % of calls within 260 ms. A call that Redis answers is one round trip,
+// except where Redis is doubted. Callers see no error of one store as long as the other answers. If neither answers,
+// the error wraps ErrUnavailable and both causes.
 type Storage struct {
 	primary primary
 	ledger  ledger
@@ -112,19 +144,23 @@ type Storage struct {
 	breaker breaker
 	journal journal
 	flusher flusher
-	doubted atomic.Int64 // since when (Monotonic) the primary may have missed what the ledger knows; 0: never
-	outage  atomic.Int64 // since when it has for sure, as Postgres decided meanwhile
+	// Rule 7, by storage.Monotonic, zero for never: state that Redis changed last before doubted may lack spending. It is
+	// set when an outage ends and when a server has restarted; outage only by the former.
+	doubted, outage atomic.Int64
 
-	calls    atomic.Int64  // that are in progress
-	closed   atomic.Bool   // no further ones are
-	idle     chan struct{} // receives one when closed and none is in progress
-	closing  chan struct{} // closed when the goroutines are to end
-	stop     func()        // ends what they wait for
-	ended    chan struct{} // closed when Close is done
-	closeErr error         // what it returned
+	// Rule 10. A call enters before it looks at closed, and Close looks at calls after it has set closed. So each call
+	// either sees closed or is waited for.
+	calls    atomic.Int64  // calls in progress
+	closed   atomic.Bool   // further calls get ErrClosed
+	idle     chan struct{} // has room for one token, which says that closed is set and no call is in progress
+	closing  chan struct{} // closed to end the goroutines
+	stop     func()        // cancels what the goroutines wait for
 	running  sync.WaitGroup
-	observe  sync.Mutex
-	jitter   func(time.Duration) time.Duration // from 0 to that
+	ended    chan struct{} // closed when the first Close is done
+	closeErr error         // the result of Close, for those who read from ended
+
+	observe sync.Mutex                        // one call of Observe at a time
+	jitter  func(time.Duration) time.Duration // random, from 0 to its argument
 }
 
 // New returns a storage that decides by Redis, and by Postgres when Redis fails. The primary must not have been used
@@ -146,6 +182,7 @@ func New(primary *redis.Storage, ledger *postgres.Storage, o *Options) (*Storage
 	return open(primary, ledger, o)
 }
 
+// open is New for any stores.
 func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	s := &Storage{primary: primary, ledger: ledger, jitter: mathrand.N[time.Duration], idle: make(chan struct{}, 1),
 		closing: make(chan struct{}), ended: make(chan struct{})}
@@ -163,11 +200,11 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 		s.local = runtime.New(nil)
 	}
 	s.journal = newJournal(s.options.MaxPending)
-	s.flusher = flusher{origin: rand.Text(), seq: 1}
+	s.flusher = flusher{origin: rand.Text(), seq: 1} // a new process is a new origin, whose numbers begin anew
 	ctx, stop := context.WithCancel(context.Background())
 	s.stop = stop
 	s.breaker.opened = func() { s.running.Go(func() { s.probeLoop(ctx) }) }
-	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil {
+	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil { // Rules 1 and 6
 		stop()
 		return nil, err
 	}
@@ -175,6 +212,7 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	return s, nil
 }
 
+// validate returns all faults, joined.
 func (o *Options) validate() error {
 	var faults []error
 	fault := func(field, format string, args ...any) {
@@ -206,9 +244,9 @@ func (o *Options) validate() error {
 	return errors.Join(faults...)
 }
 
-// Close refuses further calls with ErrClosed, waits for those in progress, and charges the ledger with what is
-// pending. It ends with the context, or after a second, and returns an error if something was left. Called again, it
-// waits for the first call, and returns the same.
+// Close keeps Rule 10: further calls get ErrClosed, those in progress are waited for, and the ledger is charged with
+// what is pending. Close takes at most a second, and no longer than its context allows. The error says that something
+// could not be written. A second Close waits for the first and returns the same.
 func (s *Storage) Close(ctx context.Context) error {
 	if s.closed.Swap(true) {
 		select {
@@ -220,7 +258,7 @@ func (s *Storage) Close(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
-	if s.calls.Load() == 0 {
+	if s.calls.Load() == 0 { // else the last call says so
 		s.noCalls()
 	}
 	select {
@@ -232,26 +270,27 @@ func (s *Storage) Close(ctx context.Context) error {
 	return s.closeErr
 }
 
-// end ends the goroutines and tells the ledger what is left. It does not wait for a store that goes on after the context
-// has ended.
+// end ends the goroutines and writes what is left. When the context ends it returns, though a store may still be
+// answering: that goroutine is left behind and ends with its call, as stop cancels it.
 func (s *Storage) end(ctx context.Context) error {
 	defer s.stop()
 	s.breaker.end()
 	close(s.closing)
-	told := make(chan error, 1)
+	written := make(chan error, 1)
 	go func() {
 		s.running.Wait()
-		told <- s.flushRest(ctx)
+		written <- s.flushRest(ctx)
 	}()
 	select {
-	case err := <-told:
+	case err := <-written:
 		return err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// flushRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
+// flushRest writes batch after batch until nothing is left or one fails. The goroutines have ended, so the flusher is
+// this goroutine's.
 func (s *Storage) flushRest(ctx context.Context) error {
 	for {
 		_, pending, _ := s.journal.due()
@@ -264,6 +303,8 @@ func (s *Storage) flushRest(ctx context.Context) error {
 	}
 }
 
+// enter begins a call, unless its context has ended or the storage is closed. The caller calls leave if there is no
+// error.
 func (s *Storage) enter(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -276,12 +317,14 @@ func (s *Storage) enter(ctx context.Context) error {
 	return nil
 }
 
+// leave ends a call. The last one lets Close go on.
 func (s *Storage) leave() {
 	if s.calls.Add(-1) == 0 && s.closed.Load() {
 		s.noCalls()
 	}
 }
 
+// noCalls says that no call is in progress. Two may say so, the last call and Close, so the second token is dropped.
 func (s *Storage) noCalls() {
 	select {
 	case s.idle <- struct{}{}:

@@ -284,7 +284,7 @@ func TestRuleAReadThatTakesLongIsSkippedAndMadeUpFor(t *testing.T) {
 	})
 }
 
-func TestRuleARefusalByRedisIsFinal(t *testing.T) {
+func TestRuleADenialByRedisIsFinal(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 100, w.takes(p, 100))
