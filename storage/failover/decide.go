@@ -21,21 +21,24 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verd
 	if err := r.Validate(); err != nil {
 		return v, err
 	}
-	err = s.either(ctx, func(began time.Time, again bool) (err error) {
-		if v, err = s.decideOnPrimary(ctx, &r, began, s.readTime(again)); again {
+	err = s.either(ctx, func(began time.Time, again bool) error {
+		err := s.decideOnPrimary(ctx, &r, &v, began, s.readTime(again))
+		if again {
 			v.Degrade()
 		}
 		return err
-	}, func(began time.Time) (err error) {
-		v, err = s.decideOnLedger(ctx, r, began)
-		return err
+	}, func(began time.Time) error {
+		return s.decideOnLedger(ctx, &r, &v, began)
 	})
 	if s.local != nil && fails(err) && ctx.Err() == nil { // Rule 9
 		if v, err := s.decideLocally(ctx, r); err == nil {
 			return v, nil
 		}
 	}
-	return v, err
+	if err != nil {
+		return storage.Verdict{}, err
+	}
+	return v, nil
 }
 
 // either is the order in which the stores are asked. Each is asked at most once.
@@ -81,12 +84,12 @@ func (s *Storage) readTime(again bool) time.Duration {
 // decideOnPrimary keeps Rule 1, and Rule 7 where Redis is doubted: Redis answers ErrStale in place of an admission that
 // rests on doubted state. What Redis admits becomes pending. A denial needs no doubt: spending that Redis lacks could
 // only be one more reason to deny.
-func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began time.Time, read time.Duration) (v storage.Verdict, err error) {
+func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, v *storage.Verdict, began time.Time, read time.Duration) (err error) {
 	if err := s.isolated(); err != nil {
-		return v, err
+		return err
 	}
 	since := s.doubt(r)
-	v, err = s.primary.DecideFresh(ctx, *r, since)
+	*v, err = s.primary.DecideFresh(ctx, *r, since)
 	if errors.Is(err, redis.ErrRestarted) && !r.Clocked { // the server may have lost everything up to now
 		since = storage.Monotonic()
 		s.doubted.Store(since)
@@ -95,48 +98,50 @@ func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, began
 		if since == 0 { // an injected clock after a restart: only the script is missing
 			read = 0
 		}
-		v, err = s.decideStale(ctx, *r, began.Add(read), since != 0)
+		err = s.decideStale(ctx, *r, v, began.Add(read), since != 0)
 	}
 	if err == nil && v.Taken() {
-		s.journal.took(r, &v)
+		s.journal.took(r, v)
 	}
-	return v, err
+	return err
 }
 
 // decideStale asks Redis once more, after raising it to the ledger's debt. If the ledger has not answered at the time
 // read, Redis decides without it and is raised afterwards: a call that waited for longer would miss its own time.
-func (s *Storage) decideStale(ctx context.Context, r storage.Request, read time.Time, doubted bool) (v storage.Verdict, err error) {
+//
+// The request is copied, as reading through takes it to other goroutines. So it stays off the heap in all other calls.
+func (s *Storage) decideStale(ctx context.Context, r storage.Request, v *storage.Verdict, read time.Time, doubted bool) (err error) {
 	var late []*storage.Part
 	if doubted {
 		if late, err = s.readThrough(ctx, &r, read); err != nil {
-			return v, err
+			return err
 		}
 	}
-	err = s.onPrimary(ctx, read, func(ctx context.Context) error {
-		v, err = s.primary.Decide(ctx, r)
+	err = s.onPrimary(ctx, read, func(ctx context.Context) (err error) {
+		*v, err = s.primary.Decide(ctx, r)
 		return err
 	})
 	if err == nil {
 		s.raiseLater(&r, late)
 	}
-	return v, err
+	return err
 }
 
 // decideOnLedger keeps Rule 4: what this process has pending of the identifiers is charged first, so that Postgres
 // decides with all that Redis has admitted here. Redis did not see what Postgres admits. While the breaker is closed,
 // others still ask Redis, so it is raised with the next flush; if it is open, Redis is doubted when it is back.
-func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request, began time.Time) (v storage.Verdict, err error) {
-	err = s.onLedger(ctx, began, func(ctx context.Context) error {
+func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request, v *storage.Verdict, began time.Time) error {
+	err := s.onLedger(ctx, began, func(ctx context.Context) (err error) {
 		for i := range r.Parts() {
 			if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {
 				return err
 			}
 		}
-		v, err = s.ledger.Decide(ctx, r)
+		*v, err = s.ledger.Decide(ctx, *r)
 		return err
 	})
 	if err != nil {
-		return storage.Verdict{}, err
+		return err
 	}
 	v.Degrade()
 	if v.Taken() && s.breaker.cause() == nil {
@@ -144,7 +149,7 @@ func (s *Storage) decideOnLedger(ctx context.Context, r storage.Request, began t
 			s.journal.raiseLater(r.Name, r.At(i), r.Clocked, r.Now)
 		}
 	}
-	return v, nil
+	return nil
 }
 
 // onPrimary calls f with a context that ends PrimaryTimeout after a time: the begin of the call, or the end of its time
