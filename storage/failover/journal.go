@@ -14,12 +14,12 @@ import (
 //
 // An entry is what is pending of one identifier. Its states:
 //
-//	state      is in                       becomes    by         when
-//	queued     queued and queue; urgent,   in flight  nextBatch  it is urgent, or the oldest
-//	           if a caller waits for it
-//	in flight  inFlight and flusher.batch  in flight  failed     the ledger has not answered: the batch is repeated
-//	                                       recorded   finish     the ledger has confirmed the batch
-//	                                       forgotten  finish     the ledger has rejected the entry alone
+//	state      is in                        becomes    by         when
+//	queued     j.queued and j.queue; in     in flight  nextBatch  it is urgent, or the oldest
+//	           j.urgent, if a caller waits
+//	in flight  j.inFlight, flusher.batch    in flight  failed     the ledger has not answered: the batch is repeated
+//	                                        recorded   finish     the ledger has confirmed the batch
+//	                                        forgotten  finish     the ledger has rejected the entry alone
 //
 // Any goroutine queues an entry, by find. Only the flusher moves it on. An identifier has at most one entry queued and
 // one in flight: what is admitted while its entry is in flight goes to a new one, so a repeated batch has the same
