@@ -41,7 +41,7 @@ func TestALevelDrainsAsTheLawSays(t *testing.T) {
 	})
 }
 
-func TestADebtHasTheTokensThatTheLawCounts(t *testing.T) {
+func TestADebtHasTheTokensOfTheLaw(t *testing.T) {
 	t.Parallel()
 	for _, kind := range asktest.Kinds {
 		anyRules(t, kind, func(rnd *rand.Rand, r *storage.Rule) {

@@ -7,7 +7,7 @@
 //
 // The words of the package:
 //
-// The ledger is Postgres. It is told of every admission and forgets none, so it alone knows what an identifier has
+// The ledger is Postgres. It records every admission and forgets none, so it alone knows what an identifier has
 // spent in both stores together.
 //
 // The replica, or primary, is Redis. It decides while it is well. What it holds may be lost at any time, and is brought

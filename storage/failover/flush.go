@@ -109,7 +109,8 @@ func (s *Storage) flush(ctx context.Context) {
 			s.flushFailed(err)
 			return
 		}
-		f.seq++                     // confirmed or rejected: the number is used up
+		f.seq++ // confirmed or rejected, the number is used up
+
 		if err != nil && size > 1 { // find out which entry it is
 			size = 1
 			continue

@@ -382,7 +382,7 @@ func (j *journal) pending() (n int, since int64) {
 	return len(j.queued) + len(j.inFlight), since
 }
 
-// due tells the flusher since when the oldest entry is queued, how many are, and whether a caller waits. It drops
+// due returns since when the oldest entry is queued, how many are, and whether a caller waits. It drops
 // dequeued entries from the front of the queue, so that the queue does not grow.
 func (j *journal) due() (since int64, pending int, urgent bool) {
 	j.mu.Lock()
