@@ -15,8 +15,8 @@ import (
 // An entry is what is pending of one identifier. Its states:
 //
 //	state      is in                        becomes    by         when
-//	queued     j.queued and j.queue; in     in flight  nextBatch  it is urgent, or the oldest
-//	           j.urgent, if a caller waits
+//	queued     j.queued and j.queue, and    in flight  nextBatch  it is urgent, or the oldest
+//	           j.urgent if a caller waits
 //	in flight  j.inFlight, flusher.batch    in flight  failed     the ledger has not answered: the batch is repeated
 //	                                        recorded   finish     the ledger has confirmed the batch
 //	                                        forgotten  finish     the ledger has rejected the entry alone
