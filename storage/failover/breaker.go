@@ -1,5 +1,7 @@
 package failover
 
+// Rule 6: the breaker. It says for the whole process whether Redis decides.
+
 import (
 	"context"
 	"errors"
@@ -14,10 +16,10 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The breaker opens at once when Redis says that it will not work, else after failuresInRow round trips, or when
-// half of at least manyTrips in a second have failed. It closes when goodProbes in a row, over at least
-// goodFor, succeed. When it opens again within relapse, it stays open for twice as long as the last time at
-// least, from leastOpen to mostOpen.
+// The breaker opens at once when Redis says that it cannot work, else after failuresInRow round trips, or when half of
+// at least manyTrips in a second have failed. It closes when goodProbes in a row, over at least goodFor, succeed. If it
+// opens again within relapse, it stays open for at least twice as long as before, from leastOpen up to mostOpen: each
+// transition makes every identifier read the ledger (Rule 7), so a link that comes and goes must not cause many.
 const (
 	failuresInRow = 3
 	manyTrips     = 10
@@ -31,23 +33,23 @@ const (
 	longestProbe = 2 * time.Second
 )
 
-// breaker says whether Redis decides.
+// breaker is closed while Redis decides, and open while it does not.
 type breaker struct {
-	why    atomic.Pointer[error] // nil: Redis does
-	opened func()                // called when it opens, with mu held
+	why    atomic.Pointer[error] // why it is open; nil: closed. Calls read it without a lock
+	opened func()                // starts the probes, with mu held
 
 	mu            sync.Mutex // guards what follows
-	inRow         int        // failures, since the last success
-	trips, failed int        // in the second that began then
-	began         time.Time
+	inRow         int        // failures since the last success
+	began         time.Time  // of the second in which trips and failed are counted
+	trips, failed int
 	openedAt      time.Time
 	closedAt      time.Time
 	least         time.Duration // how long it stays open
-	changes       int64
-	ended         bool
+	changes       int64         // openings and closings
+	ended         bool          // it opens no more
 }
 
-// cause is why Redis does not decide, nil if it does.
+// cause is why the breaker is open, or nil if it is closed.
 func (b *breaker) cause() error {
 	if why := b.why.Load(); why != nil {
 		return *why
@@ -55,7 +57,8 @@ func (b *breaker) cause() error {
 	return nil
 }
 
-// report counts a round trip, and says whether the breaker has opened by it.
+// report keeps Rule 6: it counts a round trip, and reports whether the breaker has opened by it. Round trips that end
+// while it is open are late ones, which say nothing about Redis now.
 func (b *breaker) report(err error) (opened bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -76,7 +79,7 @@ func (b *breaker) report(err error) (opened bool) {
 	if !sick(err) && b.inRow < failuresInRow && (b.trips < manyTrips || 2*b.failed < b.trips) {
 		return false
 	}
-	if now.Sub(b.closedAt) < relapse {
+	if now.Sub(b.closedAt) < relapse { // it closed too early the last time
 		b.least = min(2*b.least, mostOpen)
 	} else {
 		b.least = leastOpen
@@ -89,12 +92,12 @@ func (b *breaker) report(err error) (opened bool) {
 	return true
 }
 
-// close closes the breaker, unless it is too early.
+// close closes the breaker and returns true, unless it is too early.
 func (b *breaker) close() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := time.Now()
-	if now.Sub(b.openedAt) < b.least {
+	if now.Sub(b.openedAt) < b.least { // the probes go on
 		return false
 	}
 	b.closedAt, b.inRow, b.trips, b.failed = now, 0, 0, 0
@@ -103,13 +106,15 @@ func (b *breaker) close() bool {
 	return true
 }
 
+// end keeps the breaker from opening: Close waits for the goroutines, and none may begin after that.
 func (b *breaker) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.ended = true
 }
 
-// sick tells of an error which says that the next call will fail as well.
+// sick reports whether an error says that the next call will fail as well. Errors of a single key, such as a wrong
+// type, say nothing about others.
 func sick(err error) bool {
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return true
@@ -122,15 +127,17 @@ func sick(err error) bool {
 	return false
 }
 
-// report is told of every round trip to Redis.
+// report is called after every round trip to Redis. Round trips run under the timeout of the storage and report though
+// the caller has left. Otherwise callers with short deadlines would hide a Redis that does not answer.
 func (s *Storage) report(err error) {
 	if s.breaker.report(err) {
-		s.tellObserver(Event{Kind: PrimaryLost, Err: err})
+		s.notify(Event{Kind: PrimaryLost, Err: err})
 	}
 }
 
-// probes asks Redis until it is well, and then hands back to it.
-func (s *Storage) probes(ctx context.Context) {
+// probeLoop keeps Rule 6 while the breaker is open: it probes Redis until it is well, and then hands back to it. The
+// pauses are random, so that the processes do not all come at once.
+func (s *Storage) probeLoop(ctx context.Context) {
 	pause, good, since := firstProbe, 0, time.Time{}
 	for {
 		select {
@@ -151,25 +158,11 @@ func (s *Storage) probes(ctx context.Context) {
 	}
 }
 
-// probe takes a token from a bucket of its own. Other identifiers are in other slots of a cluster.
+// probe makes a real decision on a bucket of its own: a Redis that is sick may still answer a PING. The last letter of
+// the identifier is random, so that in a cluster the probes come to several nodes.
 func (s *Storage) probe(ctx context.Context) error {
 	rule, _ := storage.NewRule("probe", storage.Replenish, time.Second, 1000, 0)
 	id := s.flusher.origin + string(rune('a'+rand.N(26)))
 	_, err := s.primary.Decide(ctx, storage.Request{Name: "!probe", Part: storage.NewPart(id, []storage.Rule{rule}, 1)})
 	return err
-}
-
-// handBack lets Redis decide again. From now on it is doubted: other processes may have used Postgres too.
-func (s *Storage) handBack(ctx context.Context) bool {
-	if s.resetMissed(ctx) != nil {
-		return false
-	}
-	now := storage.Monotonic()
-	s.doubted.Store(now)
-	s.outage.Store(now)
-	if !s.breaker.close() {
-		return false
-	}
-	s.tellObserver(Event{Kind: PrimaryBack})
-	return true
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// deaf is a ledger that takes its time for a batch, whatever the context allows. It may refuse those of several entries.
+// deaf is a ledger that takes its time for a batch, whatever the context allows. It may reject those of several entries.
 type deaf struct {
 	*link
 	time    time.Duration
@@ -31,7 +31,7 @@ func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []stor
 	return l.link.Record(context.WithoutCancel(ctx), origin, seq, batch)
 }
 
-// deafProcess is a process with a deaf ledger, which has to be told of some identifiers.
+// deafProcess is a process with a deaf ledger, for which some identifiers are pending.
 func (w *world) deafProcess(l deaf, pending int) (p *process, told *atomic.Int64) {
 	w.t.Helper()
 	l.link, l.told = &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}, new(atomic.Int64)
@@ -73,7 +73,7 @@ func TestRuleCloseEndsWithItsContextThoughTheLedgerDoesNot(t *testing.T) {
 	})
 }
 
-func TestRuleCloseEndsAFlushThatHasBegun(t *testing.T) {
+func TestRule10CloseEndsAFlushThatHasBegun(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 1))
@@ -89,7 +89,7 @@ func TestRuleCloseEndsAFlushThatHasBegun(t *testing.T) {
 	})
 }
 
-func TestRuleASecondCloseEndsWithItsOwnContext(t *testing.T) {
+func TestRule10ASecondCloseHasItsOwnContext(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, _ := w.deafProcess(deaf{time: 500 * time.Millisecond}, 1)
 		first := make(chan error)

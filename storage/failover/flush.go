@@ -1,10 +1,12 @@
 package failover
 
+// Rules 2 and 3: the ledger is charged with what is pending, in numbered batches, and answers the debts to which Redis
+// is raised. One goroutine does both, the flusher.
+
 import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -12,35 +14,40 @@ import (
 )
 
 const (
-	flushSize    = 512                    // identifiers that are told at once
-	flushAmounts = 2048                   // amounts that are told at once, about
-	oldAfter     = int64(1_000_000)       // µs after which levels are not charged, or 2 intervals
-	closeTimeout = time.Second            // for the last flush
-	longestPause = 250 * time.Millisecond // between tries while the ledger fails
-	urgentPause  = 10 * time.Millisecond  // and if somebody waits
-	atATime      = 64                     // calls of one store in a flush
+	flushSize    = 512                    // identifiers in a batch, which is one transaction
+	flushAmounts = 2048                   // amounts in a batch, about
+	oldAfter     = int64(1_000_000)       // µs, or 2 intervals if that is more, after which levels are raised and not charged
+	longestPause = 250 * time.Millisecond // between two tries while the ledger fails
+	urgentPause  = 10 * time.Millisecond  // between two tries while a caller waits
+	atATime      = 64                     // concurrent calls of one store
 )
 
-// flusher tells the ledger what is in the journal, one batch after the other, each until it is known to be told:
-// so a sequence number tells the ledger whether it knows a batch already.
-type flusher struct {
-	origin string
-	seq    int64
-	batch  []*entry // that is being told, and that the ledger perhaps knows
+var errRefunds = errors.New("tokens are being refunded")
 
-	mu       sync.Mutex // guards what follows
-	failures int        // in a row
-	failure  error      // the last one
-	since    int64      // when what could not be told was admitted (Monotonic); 0: everything could
-	told     time.Time  // the last time that something was
-	relayed  int64      // identifiers to which the primary was raised
+// flusher writes the journal to the ledger in numbered batches (Rule 2). A commit whose answer is lost may have
+// happened or not. So the flusher repeats a batch, the same entries under the same number, until the ledger confirms or
+// rejects it. The number lets the ledger ignore a batch that it already has. Only then comes the next one: a batch that
+// a later one overtakes would count as written.
+type flusher struct {
+	// The goroutine of flushLoop owns these, and after it has ended Close.
+	origin string   // this process, to the ledger; random
+	seq    int64    // the number of the batch
+	batch  []*entry // what is in flight; the ledger may have it
+
+	mu        sync.Mutex // guards what follows
+	failures  int        // in a row
+	failure   error      // the last one; nil after a success
+	since     int64      // when the oldest of a batch that failed was admitted, by Monotonic; 0 after a success
+	flushedAt time.Time  // the last success
+	relayed   int64      // identifiers to which Redis was raised, in all
 }
 
-// flushes tells the ledger what is due, until the storage is closed.
-func (s *Storage) flushes(ctx context.Context) {
+// flushLoop flushes when something is due, until the storage is closed.
+func (s *Storage) flushLoop(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
+		// A token of journal.work comes round to here, and the time is computed anew.
 		if d := s.flushIn(); d < 0 {
 			timer.Stop()
 		} else {
@@ -49,19 +56,21 @@ func (s *Storage) flushes(ctx context.Context) {
 		select {
 		case <-s.closing:
 			return
-		case <-s.journal.kick:
+		case <-s.journal.work:
 		case <-timer.C:
 			s.flush(ctx)
 		}
 	}
 }
 
-// flushIn is how long until a flush is due, negative if there is nothing to tell.
+// flushIn is how long until a flush is due, negative if there is nothing to write. A batch is due one interval after
+// its oldest admission; at once if a caller waits for it (Rule 4), or if half of MaxPending is used. While the ledger
+// fails the pauses grow, but for callers who wait.
 func (s *Storage) flushIn() time.Duration {
 	since, pending, urgent := s.journal.due()
-	if len(s.flusher.batch) > 0 {
+	if len(s.flusher.batch) > 0 { // the last flush failed
 		since = s.flusher.batch[0].since
-	} else if pending == 0 && len(s.journal.missed()) > 0 && s.breaker.cause() == nil {
+	} else if pending == 0 && len(s.journal.missed()) > 0 && s.breaker.cause() == nil { // else handBack makes up for them
 		return s.options.FlushInterval
 	} else if pending == 0 {
 		return -1
@@ -82,42 +91,53 @@ func (s *Storage) flushIn() time.Duration {
 	return max(0, s.options.FlushInterval-time.Duration(storage.Monotonic()-since)*time.Microsecond)
 }
 
-// flush tells the ledger one batch. If it refuses, it is told the entries one by one, and those that it refuses are lost.
+// flush keeps Rules 2 and 3 for one batch. If the ledger rejects the batch, it has charged nothing of it, and each
+// entry is written as a batch of its own. An entry that is rejected alone is forgotten: one corrupt row must not hold
+// up the rest.
 func (s *Storage) flush(ctx context.Context) {
 	f := &s.flusher
-	if f.batch = s.journal.board(f.batch); len(f.batch) == 0 {
+	if f.batch = s.journal.nextBatch(f.batch); len(f.batch) == 0 {
 		if s.breaker.cause() == nil {
 			_ = s.resetMissed(ctx)
 		}
 		return
 	}
-	since, size, relayed, refused := f.batch[0].since, len(f.batch), 0, error(nil)
-	for len(f.batch) > 0 {
-		some := f.batch[:size]
-		asked := storage.Monotonic()
-		debts, err := s.tell(ctx, some)
+	since, relayed, rejected := f.batch[0].since, 0, error(nil)
+	for size := len(f.batch); len(f.batch) > 0; {
+		raised, err := s.flushSome(ctx, f.batch[:size])
 		if err != nil && (errors.Is(err, storage.ErrUnavailable) || ctx.Err() != nil) {
 			s.flushFailed(err)
 			return
 		}
-		f.seq++
-		if err != nil && size > 1 {
+		f.seq++ // confirmed or rejected, the number is used up
+
+		if err != nil && size > 1 { // find out which entry it is
 			size = 1
 			continue
 		}
 		if err != nil {
-			refused = err
-		} else {
-			relayed += s.relay(ctx, some, debts, asked)
+			rejected = err
 		}
-		for _, e := range some {
-			s.journal.land(e, err)
+		for _, e := range f.batch[:size] {
+			s.journal.finish(e, err)
 		}
-		f.batch = f.batch[size:]
+		f.batch, relayed = f.batch[size:], relayed+raised
 	}
-	s.flushed(refused, storage.Monotonic()-since, relayed)
+	s.flushed(rejected, storage.Monotonic()-since, relayed)
 }
 
+// flushSome writes some entries and raises Redis to the debts in the answer. The debts age from before they were asked
+// for.
+func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, err error) {
+	asked := storage.Monotonic()
+	debts, err := s.write(ctx, some)
+	if err != nil {
+		return 0, err
+	}
+	return s.relay(ctx, some, debts, asked), nil
+}
+
+// flushFailed keeps the batch for the next try and lets waiting callers know.
 func (s *Storage) flushFailed(err error) {
 	f := &s.flusher
 	f.mu.Lock()
@@ -125,48 +145,36 @@ func (s *Storage) flushFailed(err error) {
 	f.failure, f.since = err, f.batch[0].since
 	f.mu.Unlock()
 	s.journal.failed(err)
-	s.tellObserver(Event{Kind: FlushFailed, Err: err, Lag: micros(storage.Monotonic() - f.batch[0].since)})
+	s.notify(Event{Kind: FlushFailed, Err: err, Lag: micros(storage.Monotonic() - f.batch[0].since)})
 }
 
+// flushed counts a batch of which nothing is in flight any more. The error is that of entries which were rejected.
 func (s *Storage) flushed(err error, lag int64, relayed int) {
 	f := &s.flusher
 	f.mu.Lock()
-	f.failures, f.failure, f.since, f.told = 0, nil, 0, time.Now()
+	f.failures, f.failure, f.since, f.flushedAt = 0, nil, 0, time.Now()
 	f.relayed += int64(relayed)
 	f.mu.Unlock()
-	s.tellObserver(Event{Kind: Flushed, Err: err, Lag: micros(lag), Relayed: relayed})
+	s.notify(Event{Kind: Flushed, Err: err, Lag: micros(lag), Relayed: relayed})
 }
 
-// tell has the ledger know a batch, and returns what each entry's buckets owe there afterwards.
-func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
+// write charges the ledger with a batch and returns the debt of each entry afterwards.
+func (s *Storage) write(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	now := storage.Monotonic()
-	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
-	err := each(batch, func(e *entry) error {
-		if e.reset {
-			if err := s.ledger.Reset(ctx, e.name, e.identifier); err != nil {
-				return err
-			}
-			e.reset = false
-		}
-		if now-e.since > old {
-			return s.raiseLevels(ctx, e)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.prepare(ctx, batch, now); err != nil {
 		return nil, err
 	}
 	var charges []storage.Charge
-	ends := make([]int, len(batch)) // of each entry's charges
+	ends := make([]int, len(batch)) // where each entry's charges end
 	for i, e := range batch {
 		charges = e.charges(charges, now)
 		ends[i] = len(charges)
 	}
 	debts := make([]storage.Debt, len(batch))
-	if len(charges) == 0 {
+	if len(charges) == 0 { // only resets, of entries without buckets
 		return debts, nil
 	}
 	answers, err := s.ledger.Record(ctx, s.flusher.origin, s.flusher.seq, charges)
@@ -181,10 +189,29 @@ func (s *Storage) tell(ctx context.Context, batch []*entry) ([]storage.Debt, err
 	return debts, nil
 }
 
-// charges appends what the ledger is charged for an entry: first a charge for each MaxBuckets of its buckets, then more
-// of those that have several amounts.
+// prepare writes what is not a charge: resets (Rule 8), and the levels of old entries. Both may be repeated, so they
+// need no number.
+func (s *Storage) prepare(ctx context.Context, batch []*entry, now int64) error {
+	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
+	return each(batch, func(e *entry) error {
+		if e.reset {
+			if err := s.ledger.Reset(ctx, e.name, e.identifier); err != nil {
+				return err
+			}
+			e.reset = false
+		}
+		if now-e.since > old {
+			return s.raiseLevels(ctx, e)
+		}
+		return nil
+	})
+}
+
+// charges appends what the ledger is charged for an entry. A charge has one amount a bucket, so an entry with several
+// amounts makes several. The first for each MaxBuckets buckets is made even if nothing is left of the amounts: its
+// answer is the debt.
 func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
-	if e.clocked {
+	if e.clocked { // the amounts have their times by the caller's clock
 		now = e.now
 	}
 	rules, amounts := rulesOf(e.buckets), make([][]storage.Amount, len(e.buckets))
@@ -195,15 +222,8 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	}
 	for k := range rounds {
 		for from := 0; from < len(rules); from += storage.MaxBuckets {
-			some := rules[from:min(from+storage.MaxBuckets, len(rules))]
-			c := storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: some, Amounts: make([]storage.Amount, len(some))}
-			any := k == 0
-			for i := range some {
-				if all := amounts[from+i]; k < len(all) {
-					c.Amounts[i], any = all[k], true
-				}
-			}
-			if any {
+			to := min(from+storage.MaxBuckets, len(rules))
+			if c, any := e.charge(rules[from:to], amounts[from:to], k); any || k == 0 {
 				out = append(out, c)
 			}
 		}
@@ -211,22 +231,18 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	return out
 }
 
-// left is what has not come back of what the bucket owes.
-func (b *bucket) left(now int64) (out []storage.Amount) {
-	for _, a := range b.taken {
-		if left := a.left(now); left.In > 0 {
-			out = append(out, left)
+// charge charges each bucket with its amount k, and reports whether any bucket has that many.
+func (e *entry) charge(rules []storage.Rule, amounts [][]storage.Amount, k int) (c storage.Charge, any bool) {
+	c = storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(rules))}
+	for i, all := range amounts {
+		if k < len(all) {
+			c.Amounts[i], any = all[k], true
 		}
 	}
-	for _, a := range b.given {
-		if left := a.left(now); left.In > 0 {
-			out = append(out, storage.Amount{N: -left.N, In: left.In})
-		}
-	}
-	return out
+	return c, any
 }
 
-// debt is what the ledger answered to the entry's charges.
+// debt joins the answers to the first charges of an entry.
 func (e *entry) debt(answers []storage.Debt) storage.Debt {
 	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
 	for from := 0; from < len(d.Rules); from += storage.MaxBuckets {
@@ -235,6 +251,7 @@ func (e *entry) debt(answers []storage.Debt) storage.Debt {
 	return d
 }
 
+// rulesOf copies the rules, as a request has them in a row.
 func rulesOf(buckets []bucket) []storage.Rule {
 	rules := make([]storage.Rule, len(buckets))
 	for i := range buckets {
@@ -243,8 +260,10 @@ func rulesOf(buckets []bucket) []storage.Rule {
 	return rules
 }
 
-// raiseLevels raises the ledger to the levels that the primary has shown of an entry that is old: in the amounts that it
-// was to be charged, what has drained since would count again. The time until a level is empty tells how high it is.
+// raiseLevels handles an entry too old to charge amount by amount: tokens that drained in the meantime would be counted
+// again. Instead it raises the ledger to the level that Redis last reported (Rule 2). The time until a level is empty
+// says how high it is, so the amount may be as large as it can be. A bucket from which a Charge took is charged after
+// all, as Redis reports no level after a Charge.
 func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
 	var raised []*bucket
@@ -262,51 +281,56 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	}
 	if err := s.ledger.Raise(ctx, d); errors.Is(err, storage.ErrUnavailable) {
 		return err
-	}
+	} // another error is that of one row, and must not hold up the batch
 	for _, b := range raised {
-		b.taken, b.given = nil, nil
+		b.taken, b.refunded = nil, nil
 	}
 	return nil
 }
 
-// relay raises the primary where the ledger knows of more than it has shown, and returns for how many identifiers.
+// relay keeps Rule 3: it raises Redis where the ledger knows of more than Redis has shown, because other processes were
+// served by Postgres or because Redis has lost something. It returns for how many identifiers. While the breaker is
+// open it does nothing: once Redis is back, all of it is doubted and raised by Rule 7.
+//
+// By an injected clock, debts have no age, and Redis is raised only where that was asked for.
 func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Debt, asked int64) (n int) {
 	if s.breaker.cause() != nil {
 		return 0
 	}
-	_ = s.resetMissed(ctx)
+	_ = s.resetMissed(ctx) // before Redis is raised, or the reset would drop that
 	var higher []storage.Debt
 	for i, e := range batch {
-		if (e.raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval) {
+		raise := s.journal.mustRaise(e)
+		if (raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval, raise) {
 			higher = append(higher, debts[i])
 		}
 	}
 	_ = each(higher, func(d storage.Debt) error {
 		_ = s.raise(ctx, d, asked)
-		return s.breaker.cause() // and then all are doubted
+		return s.breaker.cause() // ends the others
 	})
 	return len(higher)
 }
 
-// raise raises the primary to a debt that was asked for at a time, unless tokens have been given back there of which the
-// ledger does not know. It is tried again with the next flush.
+// raise raises Redis to a debt that was asked for at a time. If refunds are in the way, or Redis fails, the identifier
+// is raised with the next flush.
 func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error {
-	id, err := key{d.Name, d.Identifier}, errGivenBack
-	if may, own := s.journal.raise(id); may {
+	id, err := key{d.Name, d.Identifier}, errRefunds
+	if may, own := s.journal.beginRaise(id); may {
 		age(&d, asked)
 		err = s.primary.Raise(ctx, d)
-		if own {
-			s.journal.raised(id)
+		if own { // else an entry in flight holds the lock on, until finish
+			s.journal.endRaise(id)
 		}
 	}
-	if errors.Is(err, errGivenBack) || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
-		s.journal.again(&d)
+	if errors.Is(err, errRefunds) || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
+		s.journal.raiseAgain(&d)
 		return err
 	}
 	return nil
 }
 
-// age takes the way off the times of a debt, which else would grow with each relay.
+// age subtracts the time the answer took to arrive; without it every relay would lengthen the debt.
 func age(d *storage.Debt, asked int64) {
 	if d.Clocked {
 		return
@@ -319,23 +343,26 @@ func age(d *storage.Debt, asked int64) {
 	}
 }
 
-var errGivenBack = errors.New("tokens are being given back")
-
-// behind reports whether the ledger knows of more than the primary has shown. In buckets of a period shorter than an
-// interval it never does, as what it knows has come back by then.
-func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
+// behind reports whether the ledger has more of a bucket than Redis has shown, or anything at all if raise was asked
+// for.
+//
+// What Redis has shown is from its last admission. If all that it showed is back by now, any debt is more. A level is
+// compared by the time until it is empty, with a token and a millisecond of tolerance for rounding and the way; else
+// each flush would raise Redis by a little. Buckets whose period is shorter than an interval are left alone: their debt
+// has come back before Redis could be raised.
+func (e *entry) behind(d *storage.Debt, interval time.Duration, raise bool) bool {
 	now := e.time()
 	for i, debt := range d.Amounts {
-		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !e.raise {
+		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !raise {
 			continue
 		}
 		b := &e.buckets[i]
 		n, last := held(&d.Rules[i], debt)
 		switch {
-		case e.raise, now >= b.resetAt:
+		case raise, now >= b.resetAt:
 			return true
 		case b.rule.Kind == storage.Continuous:
-			if last > b.resetAt-now+b.rule.Period/b.rule.Refill+1000 { // a token, and the way
+			if last > b.resetAt-now+drains(b.rule, 1)+1000 {
 				return true
 			}
 		case n > b.spent:
@@ -345,172 +372,23 @@ func (e *entry) behind(d *storage.Debt, interval time.Duration) bool {
 	return false
 }
 
-// held is how many tokens a debt has, and when the last of them comes back.
-func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
-	for _, a := range debt {
-		if r.Kind == storage.SlidingWindow && a.In < r.Period { // it fades
-			a.N = int64(float64(a.N) * float64(a.In) / float64(r.Period))
-		}
-		n, last = n+a.N, max(last, a.In)
-	}
-	return n, last
-}
-
-// resetMissed makes up for the resets that the primary has missed.
-func (s *Storage) resetMissed(ctx context.Context) error {
-	return each(s.journal.missed(), func(id key) error {
-		err := s.primary.Reset(ctx, id.name, id.identifier)
-		if !errors.Is(err, storage.ErrUnavailable) {
-			s.journal.wasReset(id)
-			err = nil
-		}
-		return err
-	})
-}
-
-// settle waits until the ledger knows everything that this process admitted of an identifier.
+// settle waits until nothing is pending of an identifier (Rule 4). The flusher writes it at once, with its batch, so
+// that it is charged in order and once.
 func (s *Storage) settle(ctx context.Context, id key) error {
 	w := s.journal.await(id)
 	if w == nil {
 		return nil
 	}
 	select {
-	case err := <-w.told:
+	case err := <-w.done:
 		return err
 	case <-ctx.Done():
-		return fmt.Errorf("what is pending could not be told the ledger: %w", ctx.Err())
+		return fmt.Errorf("what is pending could not be written: %w", ctx.Err())
 	}
 }
 
-// readThrough raises Redis to what the ledger has of a request's identifiers, and returns those for which that was not
-// done in time: they are to be touched once Redis has decided. It is an error if Redis does not answer.
-func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) (late []*storage.Part, err error) {
-	ctx, cancel := context.WithDeadline(ctx, end)
-	defer cancel()
-	parts := make([]*storage.Part, r.Parts())
-	for i := range parts {
-		parts[i] = r.At(i)
-	}
-	if s.ledgerFails() {
-		return parts, nil
-	}
-	var mu sync.Mutex
-	err = each(parts, func(p *storage.Part) error {
-		d, asked, err := s.read(ctx, r, p)
-		if err == nil && slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
-			if err = s.raise(ctx, d, asked); ctx.Err() == nil && errors.Is(err, storage.ErrUnavailable) {
-				return err
-			}
-		}
-		if err != nil {
-			mu.Lock()
-			late = append(late, p)
-			mu.Unlock()
-		}
-		return nil
-	})
-	return late, err
-}
-
-// touch has Redis raised to what the ledger has of parts of a request.
-func (s *Storage) touch(r *storage.Request, parts []*storage.Part) {
-	for _, p := range parts {
-		s.journal.touch(r.Name, p, r.Clocked, r.Now)
-	}
-}
-
-// read asks what the ledger has of an identifier, once it knows what this process admitted, and returns when that was.
-func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d storage.Debt, asked int64, err error) {
-	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
-		return d, 0, err
-	}
-	asked = storage.Monotonic()
-	d, err = s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
-	return d, asked, err
-}
-
-func (s *Storage) ledgerFails() bool {
-	s.flusher.mu.Lock()
-	defer s.flusher.mu.Unlock()
-	return s.flusher.failures > 0
-}
-
-// doubt is since when the primary may have missed something of a request's buckets, 0 if it has not, or if that would
-// have come back since.
-func (s *Storage) doubt(r *storage.Request) (since int64) {
-	if since = s.doubted.Load(); r.Clocked { // to which it does not matter whether a server has restarted
-		since = s.outage.Load()
-	}
-	if since == 0 {
-		return 0
-	}
-	age := storage.Monotonic() - since
-	for i := range r.Parts() {
-		rules := r.At(i).Rules
-		for j := range rules {
-			if age <= longest(&rules[j]) {
-				return since
-			}
-		}
-	}
-	return 0
-}
-
-// longest is at least how long anything of a rule's bucket takes to come back.
-func longest(r *storage.Rule) int64 {
-	if r.Kind == storage.Continuous {
-		return int64(min(4*float64(r.Capacity)/float64(r.Refill)*float64(r.Period)+1, 1<<52))
-	}
-	return 3 * r.Period
-}
-
-// isolated is the error of a call while the ledger has not been told for too long.
-func (s *Storage) isolated() error {
-	if s.options.MaxIsolation == 0 {
-		return nil
-	}
-	f := &s.flusher
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.since == 0 || micros(storage.Monotonic()-f.since) <= s.options.MaxIsolation {
-		return nil
-	}
-	return fmt.Errorf("%w: Postgres could not be told for over %v: %w", storage.ErrUnavailable, s.options.MaxIsolation, f.failure)
-}
-
-// end ends the goroutines and tells the ledger what is left. It does not wait for a store that goes on after the context
-// has ended.
-func (s *Storage) end(ctx context.Context) error {
-	defer s.kill()
-	s.breaker.end()
-	close(s.closing)
-	told := make(chan error, 1)
-	go func() {
-		s.running.Wait()
-		told <- s.tellRest(ctx)
-	}()
-	select {
-	case err := <-told:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// tellRest tells the ledger all that is left, as long as it takes it. The goroutines have ended.
-func (s *Storage) tellRest(ctx context.Context) error {
-	for {
-		_, pending, _ := s.journal.due()
-		if pending == 0 && len(s.flusher.batch) == 0 {
-			return nil
-		}
-		if s.flush(ctx); s.flusher.failure != nil {
-			return s.flusher.failure
-		}
-	}
-}
-
-// each calls f for all, some at a time, and returns an error if one did.
+// each calls f for all, atATime of them concurrently, and returns an error if one did. After an error it begins no
+// more.
 func each[T any](all []T, f func(T) error) (err error) {
 	if len(all) == 1 {
 		return f(all[0])

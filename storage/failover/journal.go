@@ -2,7 +2,6 @@ package failover
 
 import (
 	"context"
-	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -10,99 +9,113 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// journal is what this process has to tell the ledger: what the primary admitted, and which identifiers were reset.
-// All times are in microseconds, by Monotonic or the caller's injected clock.
+// journal is what is pending: what Redis has admitted and which identifiers were reset, until the ledger has recorded
+// it.
+//
+// An entry is what is pending of one identifier. Its states:
+//
+//	state      is in                        becomes    by         when
+//	queued     j.queued and j.queue, and    in flight  nextBatch  it is urgent, or the oldest
+//	           j.urgent if a caller waits
+//	in flight  j.inFlight, flusher.batch    in flight  failed     the ledger has not answered: the batch is repeated
+//	                                        recorded   finish     the ledger has confirmed the batch
+//	                                        forgotten  finish     the ledger has rejected the entry alone
+//
+// Any goroutine queues an entry, by find. Only the flusher moves it on. An identifier has at most one entry queued and
+// one in flight: what is admitted while its entry is in flight goes to a new one, so a repeated batch has the same
+// amounts.
+//
+// The locks:
+//
+//   - Journal.mu guards the journal and its entries. The exception is an entry in flight: the flusher, which reads it
+//     during I/O, owns all of it but waiters, raise and blocks. What names it (key, since, dequeued) changes no more.
+//   - Journal.mu, flusher.mu and breaker.mu are held for a short time, never during I/O and never two at once.
+//   - Storage.observe is taken before any of these: Options.Observe runs under it and may call State. Nobody calls
+//     Observe while holding one of them.
+//   - Refunds and raises are one more lock for each identifier. It is held during calls to Redis, by any number of
+//     refunds or by one raise (Rule 8). A refund waits for a raise. A raise never waits but is put off to the next
+//     flush, so nobody waits in a circle. Until then the entry holds the lock as the raise would (blocks), or new
+//     refunds could put it off forever.
 type journal struct {
-	most int           // identifiers
-	kick chan struct{} // has room for the one token that says that there is something to do
+	most int           // entries
+	work chan struct{} // has room for one token, which says that a flush may be due earlier than it was
 
-	// mu guards what follows, and all entries that are not flying. The keys of all maps are copies.
-	mu      sync.Mutex
-	entries map[key]*entry
-	line    []*entry // all entries by age, some of which have flown meanwhile
-	urgent  []*entry // those that somebody waits for
-	flying  map[key]*entry
-	hurry   bool                  // somebody waits for what is flying
-	resets  map[key]bool          // that the primary has missed
-	giving  map[key]*int          // calls that give tokens back to the primary, if there are any
-	raising map[key]chan struct{} // identifiers to which the primary is being raised; closed when it was
-	lost    int64                 // identifiers of which something was not remembered
+	mu        sync.Mutex // guards what follows; the keys of all maps are copies
+	queued    map[key]*entry
+	queue     []*entry // the queued by age, and some that were dequeued as urgent
+	urgent    []*entry // the queued for which a caller waits, or which hold the lock of their identifier
+	inFlight  map[key]*entry
+	awaited   bool                  // a caller waits for an entry in flight
+	resets    map[key]bool          // resets that Redis has missed
+	refunds   map[key]*int          // how many refunds hold the lock of the identifier, if any do
+	raises    map[key]chan struct{} // the identifiers whose lock a raise holds; closed when it ends
+	forgotten int64                 // admissions that will never be recorded
 }
 
 // key is an identifier under a throttler's name.
 type key struct{ name, identifier string }
 
-// copied is for what outlasts the call: its caller may use the memory of the strings again.
+// copied is for what outlasts the call, whose caller may use the memory of the strings again.
 func (k key) copied() key { return key{strings.Clone(k.name), strings.Clone(k.identifier)} }
 
-// entry is what is to be told of one identifier.
+// entry is what is pending of one identifier.
 type entry struct {
 	key
-	clocked bool
-	now     int64 // the latest time of a caller whose clock is injected
-	since   int64 // Monotonic when the entry was made
-	reset   bool  // before the amounts
-	raise   bool  // the primary, whatever it has shown
-	hold    bool  // and until then nothing is given back to it
-	buckets []bucket
-	inline  [2]bucket
-	waiting []*waiter
-	flown   bool
+	since    int64 // by Monotonic, when it was queued
+	clocked  bool  // the caller's clock is injected
+	now      int64 // the latest time by that clock
+	reset    bool  // the ledger is reset before it is charged
+	buckets  []bucket
+	inline   [2]bucket // room for buckets, as few identifiers have more
+	dequeued bool      // it is not queued any more
+
+	waiters []*waiter
+	raise   bool // Redis is raised to the ledger's debt, whatever it has shown
+	blocks  bool // it holds the lock of the identifier against refunds
 }
 
-// bucket is what one bucket of an identifier owes the ledger, and what the primary has shown of it.
-type bucket struct {
-	rule    *storage.Rule
-	taken   []amount
-	given   []amount // back, with n above 0
-	unshown bool     // a Charge took, of which the primary shows nothing
-	spent   int64    // tokens, when the primary last admitted
-	resetAt int64    // when the primary last said that they are all back
-}
-
-// amount is n tokens that come back at a time; of a level, evenly from another time on.
-type amount struct{ n, from, at int64 }
-
-// waiter waits until an entry has been told.
+// waiter is a caller who waits until an entry is recorded.
 type waiter struct {
-	told  chan error // has room for one
-	tries int        // that have failed
+	done     chan error // has room for the one result
+	failures int        // failed flushes that the waiter has seen
 }
 
 func newJournal(most int) journal {
-	return journal{most: most, kick: make(chan struct{}, 1), entries: make(map[key]*entry), flying: make(map[key]*entry),
-		resets: make(map[key]bool), giving: make(map[key]*int), raising: make(map[key]chan struct{})}
+	return journal{most: most, work: make(chan struct{}, 1), queued: make(map[key]*entry), inFlight: make(map[key]*entry),
+		resets: make(map[key]bool), refunds: make(map[key]*int), raises: make(map[key]chan struct{})}
 }
 
-// find returns the entry of an identifier, and makes one if need be. It is nil if there are too many, and the identifier
-// need not have one. The caller holds mu.
+// find returns the queued entry of an identifier, and queues one if there is none. With too many entries it returns nil
+// and counts what is forgotten, unless the identifier must have one. The caller holds mu.
 func (j *journal) find(id key, must bool) *entry {
-	e := j.entries[id]
+	e := j.queued[id]
 	if e != nil {
 		return e
 	}
-	if len(j.entries)+len(j.flying) >= j.most && !must {
-		j.lost++
+	if len(j.queued)+len(j.inFlight) >= j.most && !must {
+		j.forgotten++
 		return nil
 	}
 	e = &entry{key: id.copied(), since: storage.Monotonic()}
 	e.buckets = e.inline[:0]
-	j.entries[e.key] = e
-	j.line = append(j.line, e)
-	if len(j.entries) == 1 || len(j.entries) == j.most/2+1 {
+	j.queued[e.key] = e
+	j.queue = append(j.queue, e)
+	if len(j.queued) == 1 || len(j.queued) == j.most/2+1 { // flushIn looks at these numbers
 		j.wake()
 	}
 	return e
 }
 
+// wake has the flusher look again when the next flush is due. One token is enough for any number of reasons.
 func (j *journal) wake() {
 	select {
-	case j.kick <- struct{}{}:
+	case j.work <- struct{}{}:
 	default:
 	}
 }
 
-// took remembers what the primary has admitted.
+// took makes pending what Redis has admitted (Rule 1). Every admission of the process takes mu for this, so it does
+// little: a look at a map, and an addition for each bucket.
 func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -128,7 +141,8 @@ func (j *journal) took(r *storage.Request, v *storage.Verdict) {
 	}
 }
 
-// charged remembers what the primary was charged.
+// charged makes pending what Redis was charged or refunded (Rule 8). Redis reports no level after a charge. The tokens
+// count as shown, or Redis would be raised to what it has.
 func (j *journal) charged(c *storage.Charge) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -144,7 +158,7 @@ func (j *journal) charged(c *storage.Charge) {
 		}
 		b := e.bucket(&c.Rules[i], i)
 		if at = e.time() + a.In; a.N < 0 {
-			b.add(&b.given, -a.N, at)
+			b.add(&b.refunded, -a.N, at)
 			continue
 		}
 		b.add(&b.taken, a.N, at)
@@ -152,14 +166,15 @@ func (j *journal) charged(c *storage.Charge) {
 	}
 }
 
-// touch has the primary raised to what the ledger has of an identifier.
-func (j *journal) touch(name string, p *storage.Part, clocked bool, now int64) {
+// raiseLater has Redis raised, with the next flush, to what the ledger has of an identifier.
+func (j *journal) raiseLater(name string, p *storage.Part, clocked bool, now int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.touched(name, p, clocked, now)
+	j.markRaise(name, p, clocked, now)
 }
 
-func (j *journal) touched(name string, p *storage.Part, clocked bool, now int64) *entry {
+// markRaise queues an entry that asks for the debt of all rules of a part. The caller holds mu.
+func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int64) *entry {
 	e := j.find(key{name, p.Identifier}, false)
 	if e != nil {
 		e.clock(clocked, now)
@@ -171,36 +186,39 @@ func (j *journal) touched(name string, p *storage.Part, clocked bool, now int64)
 	return e
 }
 
-// again is touch for a primary that could not be raised. Until it is, nothing more is given back to it, as that could
-// go on for ever.
-func (j *journal) again(d *storage.Debt) {
+// raiseAgain schedules another raise after one failed, and blocks refunds to Redis until it succeeds; otherwise refunds
+// could put it off forever. An entry in flight passes the lock of the identifier on to the new one. A raise that is in
+// progress keeps it.
+func (j *journal) raiseAgain(d *storage.Debt) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	p := storage.NewPart(d.Identifier, d.Rules, 0)
-	e := j.touched(d.Name, &p, d.Clocked, d.Now)
-	if e == nil || e.hold {
+	e := j.markRaise(d.Name, &p, d.Clocked, d.Now)
+	if e == nil || e.blocks {
 		return
 	}
-	if flying := j.flying[e.key]; flying != nil && flying.hold {
-		flying.hold = false // e goes on with it
-	} else if j.raising[e.key] != nil {
-		return
-	} else {
-		j.raising[e.key] = make(chan struct{})
+	if inFlight := j.inFlight[e.key]; inFlight != nil && inFlight.blocks {
+		inFlight.blocks = false // e has the lock now
+	} else if j.raises[e.key] != nil {
+		return // another raise has it
+	} else { // refunds that hold the lock end, and new ones wait
+		j.raises[e.key] = make(chan struct{})
 	}
-	e.hold = true
+	e.blocks = true // until finish, or until a flush fails
 	j.urgent = append(j.urgent, e)
 	j.wake()
 }
 
-// reset forgets what was to be told, and remembers that the identifier was reset.
-func (j *journal) reset(id key) {
+// resetLedgerLater makes a reset pending in place of what was (Rule 8). It is queued even beyond MaxPending, as a reset
+// that was promised must not be forgotten.
+func (j *journal) resetLedgerLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	e := j.find(id, true)
 	e.reset, e.buckets = true, e.inline[:0]
 }
 
+// resetPrimaryLater remembers that Redis has missed a reset.
 func (j *journal) resetPrimaryLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -208,14 +226,14 @@ func (j *journal) resetPrimaryLater(id key) {
 	j.wake()
 }
 
-// giveBack waits until the primary is not being raised, as that would take again what is given back, and keeps it
-// from being so until gaveBack is called.
-func (j *journal) giveBack(ctx context.Context, id key) error {
+// beginRefund takes the lock of an identifier for a refund. It waits while a raise holds it: the raise would take the
+// refunded tokens again. If there is no error the caller calls endRefund.
+func (j *journal) beginRefund(ctx context.Context, id key) error {
 	for {
 		j.mu.Lock()
-		raising := j.raising[id]
+		raising := j.raises[id]
 		if raising == nil {
-			j.give(id)
+			j.countRefund(id)
 		}
 		j.mu.Unlock()
 		if raising == nil {
@@ -229,62 +247,67 @@ func (j *journal) giveBack(ctx context.Context, id key) error {
 	}
 }
 
-// give counts a call that gives back. The caller holds mu.
-func (j *journal) give(id key) {
-	n := j.giving[id]
+// countRefund counts one more refund that holds the lock. The caller holds mu.
+func (j *journal) countRefund(id key) {
+	n := j.refunds[id]
 	if n == nil {
 		n = new(int)
-		j.giving[id.copied()] = n
+		j.refunds[id.copied()] = n
 	}
 	*n++
 }
 
-func (j *journal) gaveBack(id key) {
+// endRefund ends what beginRefund has begun.
+func (j *journal) endRefund(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	n := j.giving[id]
+	n := j.refunds[id]
 	if *n--; *n == 0 {
-		delete(j.giving, id)
+		delete(j.refunds, id)
 	}
 }
 
-// raise says that the primary is going to be raised, and own that raised has to be called afterwards. It may not be
-// while tokens have been given back there of which the ledger does not know.
-func (j *journal) raise(id key) (may, own bool) {
+// beginRaise reports whether the caller may raise Redis now. It may not while Redis holds refunds the ledger has not
+// recorded, or another raise is in progress. If own is true the caller calls endRaise afterwards. Else an entry in
+// flight holds the lock for it, until it is recorded.
+func (j *journal) beginRaise(id key) (may, own bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	flying := j.flying[id]
-	held := flying != nil && flying.hold
-	if j.giving[id] != nil || j.raising[id] != nil && !held || j.entries[id] != nil && j.entries[id].givesBack() {
+	inFlight := j.inFlight[id]
+	held := inFlight != nil && inFlight.blocks // raising twice is raising once, so any may use it
+	if j.refunds[id] != nil || j.raises[id] != nil && !held || j.queued[id] != nil && j.queued[id].hasRefunds() {
 		return false, false
 	}
 	if !held {
-		j.raising[id.copied()] = make(chan struct{})
+		j.raises[id.copied()] = make(chan struct{})
 	}
 	return true, !held
 }
 
-func (j *journal) raised(id key) {
+// endRaise ends what beginRaise has begun.
+func (j *journal) endRaise(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.release(id)
+	j.releaseRefunds(id)
 }
 
-func (j *journal) release(id key) {
-	close(j.raising[id])
-	delete(j.raising, id)
+// releaseRefunds lets refunds go on that wait for a raise. The caller holds mu.
+func (j *journal) releaseRefunds(id key) {
+	close(j.raises[id])
+	delete(j.raises, id)
 }
 
-func (e *entry) givesBack() bool {
+// hasRefunds reports whether an entry lowers what is spent: by a refund or a reset.
+func (e *entry) hasRefunds() bool {
 	for i := range e.buckets {
-		if len(e.buckets[i].given) > 0 {
+		if len(e.buckets[i].refunded) > 0 {
 			return true
 		}
 	}
 	return e.reset
 }
 
-// missed are the resets that the primary has missed.
+// missed returns the resets that Redis has missed.
 func (j *journal) missed() (ids []key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -294,39 +317,51 @@ func (j *journal) missed() (ids []key) {
 	return ids
 }
 
+// wasReset ends a reset that Redis had missed. The reset came late, and dropped what Redis admitted since the call. So
+// Redis is raised to what the ledger has of that.
 func (j *journal) wasReset(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	delete(j.resets, id)
-	for _, e := range []*entry{j.entries[id], j.flying[id]} {
+	for _, e := range []*entry{j.queued[id], j.inFlight[id]} {
 		if e != nil {
-			e.raise = true // to what was admitted after it
+			e.raise = true
 		}
 	}
 }
 
-// await returns who waits until what there is of an identifier has been told, or nil if there is nothing.
+// mustRaise reports whether Redis has to be raised whatever it has shown. A late reset by the goroutine that probes may
+// set this while the entry is in flight.
+func (j *journal) mustRaise(e *entry) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return e.raise
+}
+
+// await returns a waiter for what is pending of an identifier, or nil if nothing is. It waits for the later entry if
+// there are two, as entries are recorded in order. A queued entry becomes urgent. For one in flight the flusher need
+// not pause as long before it repeats the batch.
 func (j *journal) await(id key) *waiter {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	e := j.entries[id]
+	e := j.queued[id]
 	if e != nil {
-		if len(e.waiting) == 0 {
+		if len(e.waiters) == 0 {
 			j.urgent = append(j.urgent, e)
 			j.wake()
 		}
-	} else if e = j.flying[id]; e == nil {
+	} else if e = j.inFlight[id]; e == nil {
 		return nil
 	} else {
-		j.hurry = true
+		j.awaited = true
 		j.wake()
 	}
-	w := &waiter{told: make(chan error, 1)}
-	e.waiting = append(e.waiting, w)
+	w := &waiter{done: make(chan error, 1)}
+	e.waiters = append(e.waiters, w)
 	return w
 }
 
-// pending is how many identifiers have not been told, and since when (Monotonic) the oldest has to be.
+// pending is how many entries there are, and since when (by Monotonic) there is the oldest; 0 if there is none.
 func (j *journal) pending() (n int, since int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -335,51 +370,51 @@ func (j *journal) pending() (n int, since int64) {
 			since = e.since
 		}
 	}
-	for _, e := range j.flying {
+	for _, e := range j.inFlight {
 		oldest(e)
 	}
-	for _, e := range j.line {
-		if !e.flown {
+	for _, e := range j.queue {
+		if !e.dequeued {
 			oldest(e)
 			break
 		}
 	}
-	return len(j.entries) + len(j.flying), since
+	return len(j.queued) + len(j.inFlight), since
 }
 
-// due is the time since which the ledger could be told something, how many identifiers there are, and whether
-// somebody waits for it.
+// due returns since when the oldest entry is queued, how many are, and whether a caller waits. It drops
+// dequeued entries from the front of the queue, so that the queue does not grow.
 func (j *journal) due() (since int64, pending int, urgent bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for len(j.line) > 0 && j.line[0].flown {
-		j.line = j.line[1:]
+	for len(j.queue) > 0 && j.queue[0].dequeued {
+		j.queue = j.queue[1:]
 	}
-	if len(j.line) > 0 {
-		since = j.line[0].since
+	if len(j.queue) > 0 {
+		since = j.queue[0].since
 	}
-	return since, len(j.entries), j.hurry || len(j.urgent) > 0
+	return since, len(j.queued), j.awaited || len(j.urgent) > 0
 }
 
-// board returns the entries that are to be told next: those that could not be told the last time, else first
-// those that somebody waits for, then the oldest.
-func (j *journal) board(batch []*entry) []*entry {
+// nextBatch returns the batch that failed the last time, or else takes a new one from the queue: first the urgent
+// entries, then the oldest.
+func (j *journal) nextBatch(batch []*entry) []*entry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.hurry = false
-	if len(batch) > 0 {
+	j.awaited = false
+	if len(batch) > 0 { // the ledger may have it already, so nothing joins it
 		return batch
 	}
 	amounts := 0
-	for _, line := range []*[]*entry{&j.urgent, &j.line} {
-		for len(*line) > 0 && len(batch) < flushSize && amounts < flushAmounts {
-			e := (*line)[0]
-			*line = (*line)[1:]
-			if !e.flown {
+	for _, from := range []*[]*entry{&j.urgent, &j.queue} {
+		for len(*from) > 0 && len(batch) < flushSize && amounts < flushAmounts {
+			e := (*from)[0]
+			*from = (*from)[1:]
+			if !e.dequeued {
 				amounts += e.amounts()
-				e.flown = true
-				delete(j.entries, e.key)
-				j.flying[e.key] = e
+				e.dequeued = true
+				delete(j.queued, e.key)
+				j.inFlight[e.key] = e
 				batch = append(batch, e)
 			}
 		}
@@ -387,67 +422,74 @@ func (j *journal) board(batch []*entry) []*entry {
 	return batch
 }
 
-// land lets those go who waited for an entry, which has been told, or never will be because of an error.
-func (j *journal) land(e *entry, err error) {
+// finish ends an entry that the ledger has recorded, or rejected with an error, and wakes its waiters.
+func (j *journal) finish(e *entry, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	delete(j.flying, e.key)
-	if e.release(err); e.hold {
-		j.release(e.key)
+	delete(j.inFlight, e.key)
+	if e.wakeAll(err); e.blocks {
+		j.releaseRefunds(e.key)
 	}
 	if err != nil {
-		j.lost++
+		j.forgotten++
 	}
 }
 
-// failed lets those go who have seen the telling of an entry fail twice, and those who wait for later ones.
+// failed wakes every waiter who has seen two flushes fail, whether the entry was in flight or queued behind. One
+// failure may be bad luck, such as a connection that was closed. Waiting for more would use up the time of the call.
 func (j *journal) failed(err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for _, e := range j.flying {
+	for _, e := range j.inFlight {
 		j.fail(e, err)
-		j.hurry = j.hurry || len(e.waiting) > 0
+		j.awaited = j.awaited || len(e.waiters) > 0
 	}
 	for _, e := range j.urgent {
-		j.fail(e, err)
-	}
-	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.flown || len(e.waiting) == 0 })
-}
-
-func (e *entry) release(err error) {
-	for _, w := range e.waiting {
-		w.told <- err
-	}
-	e.waiting = nil
-}
-
-func (j *journal) fail(e *entry, err error) {
-	if e.hold {
-		e.hold = false
-		j.release(e.key)
-	}
-	e.waiting = slices.DeleteFunc(e.waiting, func(w *waiter) bool {
-		w.tries++
-		if w.tries == 2 {
-			w.told <- err
+		if !e.dequeued {
+			j.fail(e, err)
 		}
-		return w.tries == 2
+	}
+	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.dequeued || len(e.waiters) == 0 })
+}
+
+// wakeAll gives the waiters their result. The caller holds mu.
+func (e *entry) wakeAll(err error) {
+	for _, w := range e.waiters {
+		w.done <- err
+	}
+	e.waiters = nil
+}
+
+// fail counts a failure for the waiters of an entry. Refunds need not wait for a ledger that is away. The caller holds
+// mu.
+func (j *journal) fail(e *entry, err error) {
+	if e.blocks {
+		e.blocks = false
+		j.releaseRefunds(e.key)
+	}
+	e.waiters = slices.DeleteFunc(e.waiters, func(w *waiter) bool {
+		w.failures++
+		if w.failures == 2 { // never more, as the waiter is removed
+			w.done <- err
+		}
+		return w.failures == 2
 	})
 }
 
-// amounts is how many charges an entry makes, at least.
+// amounts is about how many charges an entry makes.
 func (e *entry) amounts() (n int) {
 	for i := range e.buckets {
-		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].given))
+		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].refunded))
 	}
 	return n
 }
 
+// clock remembers the time of a call, which is the latest one: calls may overtake each other.
 func (e *entry) clock(clocked bool, now int64) {
 	e.clocked, e.now = clocked, max(e.now, now)
 }
 
-// time is the present in that of the entry's amounts.
+// time is the present by the clock of the entry's amounts.
 func (e *entry) time() int64 {
 	if e.clocked {
 		return e.now
@@ -455,64 +497,20 @@ func (e *entry) time() int64 {
 	return storage.Monotonic()
 }
 
-// bucket is that of a rule, probably at a place.
+// bucket returns the bucket of a rule, and adds it if it is new. Nearly always the rules of a call are those of the
+// call before, so the bucket is at the rule's own place.
 func (e *entry) bucket(r *storage.Rule, place int) *bucket {
 	if place < len(e.buckets) && e.buckets[place].rule == r {
 		return &e.buckets[place]
 	}
 	for i := range e.buckets {
 		if e.buckets[i].rule.SameBucket(r) {
-			e.buckets[i].rule = r
+			e.buckets[i].use(r)
 			return &e.buckets[i]
 		}
 	}
-	e.buckets = append(e.buckets, bucket{rule: r})
-	return &e.buckets[len(e.buckets)-1]
-}
-
-// Bounds of what a bucket owes: more amounts than one has that is told in time, and more tokens than there are.
-const (
-	mostAmounts = 1024
-	mostTokens  = 1 << 53
-)
-
-// add adds tokens that come back at a time to one of the bucket's lists: to the last amount there if that does at about
-// the same time. Amounts of a level are told apart by a 64th of the time that it takes to drain, as between the tokens
-// of this process may be those of others.
-func (b *bucket) add(list *[]amount, n, at int64) {
-	next, near := amount{n, at, at}, b.rule.Period/2048
-	if b.rule.Kind == storage.Continuous {
-		near = b.drains(b.rule.Capacity) / 64
-		next.from -= b.drains(n)
-	}
-	all := *list
-	if i := len(all) - 1; i >= 0 {
-		if both := all[i].and(next); both.at-both.from <= max(near, all[i].at-all[i].from) {
-			all[i] = both
-			return
-		}
-	}
-	if len(all) == mostAmounts {
-		all[1] = all[0].and(all[1])
-		all = slices.Delete(all, 0, 1)
-	}
-	*list = append(all, next)
-}
-
-func (a amount) and(o amount) amount {
-	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
-}
-
-// drains is how long n tokens of a level take to come back.
-func (b *bucket) drains(n int64) int64 {
-	return int64(float64(n) * float64(b.rule.Period) / float64(b.rule.Refill))
-}
-
-// left is what has not come back of an amount, and how long until all has.
-func (a amount) left(now int64) storage.Amount {
-	n := a.n
-	if now > a.from && a.at > a.from {
-		n = int64(math.Ceil(float64(n) * float64(max(0, a.at-now)) / float64(a.at-a.from)))
-	}
-	return storage.Amount{N: n, In: max(0, a.at-now)}
+	e.buckets = append(e.buckets, bucket{})
+	b := &e.buckets[len(e.buckets)-1]
+	b.use(r)
+	return b
 }

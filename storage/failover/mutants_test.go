@@ -18,9 +18,11 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	for _, m := range []struct{ rule, file, code, mutant string }{
 		{"2, the ledger is charged", "flush.go", "amounts[i] = e.buckets[i].left(now)", ""},
 		{"2, once", "flush.go", "s.flusher.origin, s.flusher.seq,", `s.flusher.origin, storage.Monotonic(),`},
-		{"3, Redis is raised where the ledger knows more", "flush.go", "if (e.raise || !e.clocked) && e.behind(", "if e.raise && e.behind("},
-		{"4, what is pending is charged before Postgres decides", "failover.go", "if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {", "if err := error(nil); err != nil && i < 0 {"},
-		{"7, what Redis may have missed is read first", "failover.go", "late, err = s.readThrough(ctx, &r, read)", "err = nil"},
+		{"3, Redis is raised where the ledger knows more", "flush.go", "if (raise || !e.clocked) && e.behind(", "if raise && e.behind("},
+		{"4, what is pending is charged before Postgres decides", "decide.go", "if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {", "if err := error(nil); err != nil && i < 0 {"},
+		{"7, what Redis may have missed is read first", "decide.go", "late, err = s.readThrough(ctx, &r, read)", "err = nil"},
+		{"8, the ledger is charged what Redis was charged", "charge.go", "s.journal.charged(c)", ""},
+		{"10, Close writes what is pending", "failover.go", "written <- s.flushRest(ctx)", "written <- nil"},
 	} {
 		t.Run(m.rule, func(t *testing.T) {
 			source, err := os.ReadFile(m.file)

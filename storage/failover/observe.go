@@ -1,5 +1,7 @@
 package failover
 
+// What operators see: events and the state.
+
 import (
 	"fmt"
 	"time"
@@ -7,15 +9,15 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Kind is what an Event tells of.
+// Kind is the kind of an Event.
 type Kind uint8
 
 // The kinds of events.
 const (
-	PrimaryLost Kind = iota // from now on Postgres decides, because of Err
-	PrimaryBack             // from now on Redis decides
-	Flushed                 // Postgres was charged what was admitted up to Lag ago. With Err it refused some entries, which are lost
-	FlushFailed             // Postgres could not be charged because of Err. What is pending is Lag old
+	PrimaryLost Kind = iota // Postgres decides from now on, because of Err
+	PrimaryBack             // Redis decides from now on
+	Flushed                 // Postgres has recorded what was admitted up to Lag ago. If Err is set it rejected some entries, which are forgotten
+	FlushFailed             // Postgres could not be charged because of Err. The oldest admission that is pending is Lag old
 )
 
 var kindNames = [...]string{"primary lost", "primary back", "flushed", "flush failed"}
@@ -31,13 +33,14 @@ func (k Kind) String() string {
 // Event is something that happened behind the calls.
 type Event struct {
 	Kind    Kind
-	Err     error         // PrimaryLost: why; Flushed: why entries were refused, else nil; FlushFailed: why
+	Err     error         // PrimaryLost: why; Flushed: why entries were rejected, else nil; FlushFailed: why
 	Lag     time.Duration // Flushed, FlushFailed: age of the oldest entry
-	Pending int           // identifiers of which Postgres has not been charged yet
-	Relayed int           // Flushed: identifiers to which Redis was raised, as Postgres knew of more
+	Pending int           // identifiers with admissions that Postgres has not recorded yet
+	Relayed int           // Flushed: identifiers for which Redis was raised, as Postgres knew of more
 }
 
-func (s *Storage) tellObserver(e Event) {
+// notify calls Options.Observe, if there is one.
+func (s *Storage) notify(e Event) {
 	if s.options.Observe == nil {
 		return
 	}
@@ -47,22 +50,22 @@ func (s *Storage) tellObserver(e Event) {
 	s.options.Observe(e)
 }
 
-// State is how a Storage is, for health checks and metrics.
+// State describes a Storage, for health checks and metrics.
 type State struct {
-	Degraded    bool          // Redis does not decide
-	Cause       error         // why not
-	Since       time.Time     // of the last change of that; zero if there was none
-	Transitions int64         // from Redis to Postgres and back
-	Doubted     time.Time     // since when Redis is raised to what Postgres has, before it admits; zero: never
-	Pending     int           // identifiers of which Postgres has not been charged yet
-	Lag         time.Duration // how long ago the oldest of that was admitted
-	Flushed     time.Time     // when Postgres was last charged; zero: never
-	FlushError  error         // why it could not be the last time, nil if it could
-	Relayed     int64         // identifiers to which Redis was raised
-	Forgotten   int64         // admissions that were not charged because MaxPending was reached, or Postgres refused them
+	Degraded    bool          // Postgres decides
+	Cause       error         // why Redis does not
+	Since       time.Time     // the last change of Degraded; zero if it never changed
+	Transitions int64         // changes of Degraded
+	Doubted     time.Time     // start of the period in which Redis must be raised before it admits; zero if it never was
+	Pending     int           // identifiers with admissions that Postgres has not recorded yet
+	Lag         time.Duration // age of the oldest of these admissions
+	Flushed     time.Time     // the last time that Postgres recorded some; zero if it never did
+	FlushError  error         // why the last flush failed; nil if it succeeded
+	Relayed     int64         // how often an identifier was raised in Redis
+	Forgotten   int64         // admissions that Postgres never records, beyond MaxPending or rejected by it
 }
 
-// State returns how the storage is now. It asks nobody.
+// State returns the present state, without I/O.
 func (s *Storage) State() (out State) {
 	out.Cause = s.breaker.cause()
 	out.Degraded = out.Cause != nil
@@ -76,7 +79,7 @@ func (s *Storage) State() (out State) {
 
 	f := &s.flusher
 	f.mu.Lock()
-	out.Flushed, out.FlushError, out.Relayed = f.told, f.failure, f.relayed
+	out.Flushed, out.FlushError, out.Relayed = f.flushedAt, f.failure, f.relayed
 	f.mu.Unlock()
 	now, since := storage.Monotonic(), int64(0)
 	if out.Pending, since = s.journal.pending(); since > 0 {
@@ -86,7 +89,7 @@ func (s *Storage) State() (out State) {
 		out.Doubted = time.Now().Add(-micros(now - doubted))
 	}
 	s.journal.mu.Lock()
-	out.Forgotten = s.journal.lost
+	out.Forgotten = s.journal.forgotten
 	s.journal.mu.Unlock()
 	return out
 }

@@ -21,7 +21,7 @@ func (w *world) giveBack(p *process, id string, v *storage.Verdict) error {
 	return p.storage.Charge(bg, storage.Charge{Identifier: id, Rules: w.rules, Amounts: []storage.Amount{a}})
 }
 
-// strict refuses what a *postgres.Storage refuses.
+// strict rejects what a *postgres.Storage rejects.
 type strict struct{ *link }
 
 func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
@@ -51,7 +51,7 @@ func (w *world) strictProcess(o *failover.Options) *process {
 	return p
 }
 
-func TestRegressionARestartIsSeenThoughAnotherProcessSawItFirst(t *testing.T) {
+func TestRegressionASecondProcessSeesTheRestartToo(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, other := w.process(nil), w.process(nil)
 		require.True(t, w.do(p, "a", 60))
@@ -141,7 +141,7 @@ func TestRegressionRefundsDoNotKeepRedisFromBeingRaised(t *testing.T) {
 	})
 }
 
-func TestRegressionDebtIsToldAfterPostgresWasAway(t *testing.T) {
+func TestRegressionDebtIsRecordedAfterPostgresWasAway(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		p.pg.set(refuses)
@@ -159,7 +159,7 @@ func TestRegressionDebtIsToldAfterPostgresWasAway(t *testing.T) {
 	})
 }
 
-func TestRegressionAChargeIsToldAfterPostgresWasAway(t *testing.T) {
+func TestRegressionAChargeIsRecordedAfterPostgresWasAway(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 50))
@@ -173,7 +173,7 @@ func TestRegressionAChargeIsToldAfterPostgresWasAway(t *testing.T) {
 	})
 }
 
-func TestRegressionAResetIsToldThoughTooMuchIsPending(t *testing.T) {
+func TestRegressionAResetIsRecordedBeyondMaxPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{MaxPending: 5})
 		require.True(t, w.do(p, "a", 50))
@@ -189,7 +189,7 @@ func TestRegressionAResetIsToldThoughTooMuchIsPending(t *testing.T) {
 	})
 }
 
-func TestRegressionAResetThatRedisMissedTakesNothingBackLater(t *testing.T) {
+func TestRegressionALateResetTakesNothingBack(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 30))
@@ -205,7 +205,7 @@ func TestRegressionAResetThatRedisMissedTakesNothingBackLater(t *testing.T) {
 	})
 }
 
-func TestRegressionAResetThatRedisMissedNeedsNoTraffic(t *testing.T) {
+func TestRegressionALateResetNeedsNoTraffic(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 30))
@@ -268,7 +268,7 @@ func TestRegressionManyRefundsPushOutNothing(t *testing.T) {
 	})
 }
 
-func TestRegressionManyBucketsOfAnIdentifierLoseNothingOfOthers(t *testing.T) {
+func TestRegressionManyBucketsLoseNothingOfOthers(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.strictProcess(nil)
 		require.True(t, w.do(p, "a", 60))
@@ -296,13 +296,13 @@ func TestRegressionACorruptRowLosesNothingOfOthers(t *testing.T) {
 	})
 }
 
-func TestRegressionWhatFollowsARefusedBatchIsTold(t *testing.T) {
+func TestRegressionWhatFollowsARejectedBatchIsRecorded(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.strictProcess(nil)
 		p.pg.set(loses)
 		require.True(t, w.do(p, "corrupt", 1))
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(150 * time.Millisecond) // told, answer lost
+		time.Sleep(150 * time.Millisecond) // recorded, answer lost
 		p.pg.set(refuses)
 		time.Sleep(2 * time.Second)
 		p.pg.set(fine)

@@ -91,7 +91,7 @@ func (w *world) takes(p *process, n int) (taken int) {
 // owed is owes for the one identifier of most tests.
 func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 
-// settle waits until what was admitted has been told.
+// settle waits until what was admitted is recorded.
 func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
 
 func empty() map[id]map[storage.BucketID]storage.State {
@@ -107,7 +107,7 @@ func (w *world) back() {
 	}
 }
 
-func TestRuleTheLedgerIsChargedWithinTwoIntervals(t *testing.T) {
+func TestRule2TheLedgerIsChargedWithinTwoIntervals(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -119,7 +119,7 @@ func TestRuleTheLedgerIsChargedWithinTwoIntervals(t *testing.T) {
 	})
 }
 
-func TestRuleTheLedgerIsChargedOnceWhenItsAnswerIsLost(t *testing.T) {
+func TestRule2ChargedOnceWhenTheAnswerIsLost(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		p.pg.set(loses)
@@ -134,7 +134,7 @@ func TestRuleTheLedgerIsChargedOnceWhenItsAnswerIsLost(t *testing.T) {
 	})
 }
 
-func TestRuleWhatIsPendingForLongIsCountedOnce(t *testing.T) {
+func TestRule2WhatIsPendingForLongCountsOnce(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, other := w.process(nil), w.process(nil)
 		p.pg.set(swallows)
@@ -151,7 +151,7 @@ func TestRuleWhatIsPendingForLongIsCountedOnce(t *testing.T) {
 	})
 }
 
-func TestRuleRedisIsRaisedWhereTheLedgerKnowsMore(t *testing.T) {
+func TestRule3RedisIsRaisedToTheLedger(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		cut, other := w.process(nil), w.process(nil)
 		cut.redis.set(refuses)
@@ -163,7 +163,7 @@ func TestRuleRedisIsRaisedWhereTheLedgerKnowsMore(t *testing.T) {
 	})
 }
 
-func TestRuleWhatIsPendingIsChargedBeforePostgresDecides(t *testing.T) {
+func TestRule4PendingIsChargedBeforePostgresDecides(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -175,7 +175,7 @@ func TestRuleWhatIsPendingIsChargedBeforePostgresDecides(t *testing.T) {
 	})
 }
 
-func TestRuleACallThatRedisLosesIsDecidedByPostgresAndRelayed(t *testing.T) {
+func TestRule4ALostCallIsDecidedByPostgres(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 10, w.takes(p, 10))
@@ -193,7 +193,7 @@ func TestRuleACallThatRedisLosesIsDecidedByPostgresAndRelayed(t *testing.T) {
 	})
 }
 
-func TestRuleRedisIsReadThroughAfterAnOutage(t *testing.T) {
+func TestRule7RedisIsReadThroughAfterAnOutage(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, other := w.process(nil), w.process(nil)
 		require.Equal(t, 10, w.takes(p, 10))
@@ -208,7 +208,7 @@ func TestRuleRedisIsReadThroughAfterAnOutage(t *testing.T) {
 	})
 }
 
-func TestRuleRedisIsReadThroughAfterARestartThatNobodySaw(t *testing.T) {
+func TestRule7RedisIsReadThroughAfterARestart(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -219,7 +219,7 @@ func TestRuleRedisIsReadThroughAfterARestartThatNobodySaw(t *testing.T) {
 	})
 }
 
-func TestRuleWhatIsPendingIsNotLostWithRedis(t *testing.T) {
+func TestRule7WhatIsPendingIsNotLostWithRedis(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -228,7 +228,7 @@ func TestRuleWhatIsPendingIsNotLostWithRedis(t *testing.T) {
 	})
 }
 
-func TestRuleAReplicaThatLacksTheLastWritesIsReadThrough(t *testing.T) {
+func TestRule7ALaggingReplicaIsReadThrough(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 30, w.takes(p, 30))
@@ -243,7 +243,7 @@ func TestRuleAReplicaThatLacksTheLastWritesIsReadThrough(t *testing.T) {
 	})
 }
 
-func TestRuleASlowReadIsWaitedForAsADecisionByPostgresIs(t *testing.T) {
+func TestRule7ASlowReadIsWaitedFor(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -254,7 +254,7 @@ func TestRuleASlowReadIsWaitedForAsADecisionByPostgresIs(t *testing.T) {
 	})
 }
 
-func TestRuleACallIsDecidedByPostgresIfRedisGoesAwayWhileItIsRaised(t *testing.T) {
+func TestRule7PostgresDecidesIfRaisingFails(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -268,7 +268,7 @@ func TestRuleACallIsDecidedByPostgresIfRedisGoesAwayWhileItIsRaised(t *testing.T
 	})
 }
 
-func TestRuleAReadThatTakesLongIsSkippedAndMadeUpFor(t *testing.T) {
+func TestRule7AReadThatTakesLongIsMadeUpFor(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -284,7 +284,7 @@ func TestRuleAReadThatTakesLongIsSkippedAndMadeUpFor(t *testing.T) {
 	})
 }
 
-func TestRuleARefusalByRedisIsFinal(t *testing.T) {
+func TestRule5ADenialByRedisIsFinal(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 100, w.takes(p, 100))
@@ -295,7 +295,7 @@ func TestRuleARefusalByRedisIsFinal(t *testing.T) {
 	})
 }
 
-func TestRuleRefundsReachTheLedger(t *testing.T) {
+func TestRule8RefundsReachTheLedger(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		refund := func(n int64) {
@@ -315,7 +315,7 @@ func TestRuleRefundsReachTheLedger(t *testing.T) {
 	})
 }
 
-func TestRuleAResetClearsBothStoresAndWaitsForTheOneThatIsAway(t *testing.T) {
+func TestRule8AResetClearsBothStores(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		reset := func() { require.NoError(t, p.storage.Reset(bg, "", "a")) }
@@ -345,7 +345,7 @@ func TestRuleAResetClearsBothStoresAndWaitsForTheOneThatIsAway(t *testing.T) {
 	})
 }
 
-func TestRuleWhenBothAreDownTheErrorHasBothCauses(t *testing.T) {
+func TestRule9TheErrorHasBothCauses(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 1, w.takes(p, 1))
@@ -365,7 +365,7 @@ func TestRuleWhenBothAreDownTheErrorHasBothCauses(t *testing.T) {
 	})
 }
 
-func TestRuleAProcessHandsOutItsShareWhenBothAreDown(t *testing.T) {
+func TestRule9AProcessHandsOutItsShare(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{Local: &failover.LocalOptions{Share: 0.25}})
 		require.Equal(t, 1, w.takes(p, 1))
@@ -381,7 +381,7 @@ func TestRuleAProcessHandsOutItsShareWhenBothAreDown(t *testing.T) {
 	})
 }
 
-func TestRuleWhenOnlyRedisIsLeftItDecides(t *testing.T) {
+func TestRule9WhenOnlyRedisIsLeftItDecides(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		w.redis.setDown(true)
@@ -394,7 +394,7 @@ func TestRuleWhenOnlyRedisIsLeftItDecides(t *testing.T) {
 	})
 }
 
-func TestRuleIsolationEndsAfterItsTime(t *testing.T) {
+func TestRule9IsolationEndsAfterItsTime(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{MaxIsolation: time.Second})
 		p.pg.set(refuses)
@@ -410,7 +410,7 @@ func TestRuleIsolationEndsAfterItsTime(t *testing.T) {
 	})
 }
 
-func TestRuleACallerThatLeavesChangesNothingAndItsTripCounts(t *testing.T) {
+func TestRule6ACallerThatLeavesChangesNothing(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		p.redis.set(swallows)
@@ -431,7 +431,7 @@ func TestRuleACallerThatLeavesChangesNothingAndItsTripCounts(t *testing.T) {
 	})
 }
 
-func TestRuleALinkThatComesAndGoesIsLeftAlone(t *testing.T) {
+func TestRule6AFlappingLinkIsLeftAlone(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		var mu sync.Mutex
 		var lost, back []time.Time
@@ -466,7 +466,7 @@ func TestRuleALinkThatComesAndGoesIsLeftAlone(t *testing.T) {
 	})
 }
 
-func TestRuleCloseTellsWhatIsPending(t *testing.T) {
+func TestRule10CloseWritesWhatIsPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
@@ -481,12 +481,12 @@ func TestRuleCloseTellsWhatIsPending(t *testing.T) {
 		p.pg.set(swallows)
 		require.Equal(t, 1, w.takes(p, 1))
 		began := time.Now()
-		assert.Error(t, p.storage.Close(bg), "it could not be told")
+		assert.Error(t, p.storage.Close(bg), "it could not be written")
 		assert.LessOrEqual(t, time.Since(began), 1100*time.Millisecond)
 	})
 }
 
-func TestRuleNoMoreIsRememberedThanMaxPending(t *testing.T) {
+func TestRule1NoMoreIsPendingThanMaxPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{MaxPending: 10})
 		p.pg.set(refuses)
@@ -501,7 +501,7 @@ func TestRuleNoMoreIsRememberedThanMaxPending(t *testing.T) {
 	})
 }
 
-func TestRuleWhatHappensIsObserved(t *testing.T) {
+func TestWhatHappensIsObserved(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		var mu sync.Mutex
 		events := map[failover.Kind]failover.Event{}
@@ -538,7 +538,7 @@ func TestRuleWhatHappensIsObserved(t *testing.T) {
 	})
 }
 
-func TestRuleOneWithinSeveralPartsAndBucketsIsAllOrNone(t *testing.T) {
+func TestRule1SeveralPartsAreAllOrNothing(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		small, _ := storage.NewRule("small", w.rules[0].Kind, time.Hour, 5, 1)
@@ -584,7 +584,7 @@ func TestWrongOptionsAreNamed(t *testing.T) {
 	}
 }
 
-func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
+func TestRule3AsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		rule, _ := storage.NewRule("second", w.rules[0].Kind, time.Second, 50, 50)
 		r := storage.Request{Part: storage.NewPart("busy", []storage.Rule{rule}, 1)}
@@ -611,7 +611,7 @@ func TestRuleWithNothingFailingAsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 	})
 }
 
-func TestRuleABurstOfTwoProcessesIsBackAsSoonAsInRedisAlone(t *testing.T) {
+func TestRule3ABurstIsBackAsInRedisAlone(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		rule, _ := storage.NewRule("limit", w.rules[0].Kind, time.Second, 100, 100)
 		w.rules = []storage.Rule{rule}
@@ -628,7 +628,7 @@ func TestRuleABurstOfTwoProcessesIsBackAsSoonAsInRedisAlone(t *testing.T) {
 	})
 }
 
-func TestRuleWhatIsOnItsWayIsPending(t *testing.T) {
+func TestRule2WhatIsInFlightIsPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		p.pg.set(swallows)

@@ -61,7 +61,7 @@ type world struct {
 	mu       sync.Mutex // guards what follows
 	admitted map[string][]admission
 	errors   int
-	lag      time.Duration // the longest until something was told
+	lag      time.Duration // the longest until something was recorded
 	lost     int64         // at most this many tokens were, by processes and servers that crashed
 	steps    []time.Duration
 }
@@ -162,7 +162,7 @@ func (w *world) take(p *process, id string, cost int64) bool {
 	return v.Allowed
 }
 
-// crash ends a process with what it has not told.
+// crash ends a process with what is pending in it.
 func (w *world) crash(p *process) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -173,10 +173,10 @@ func (w *world) crash(p *process) {
 	close(p.stop)
 	p.redis.set(refuses)
 	p.pg.set(refuses)
-	untold := w.now() - p.storage.State().Lag - 50*time.Millisecond
+	pending := w.now() - p.storage.State().Lag - 50*time.Millisecond
 	for _, all := range w.admitted {
 		for _, a := range all {
-			if a.process == p.number && a.at >= untold {
+			if a.process == p.number && a.at >= pending {
 				w.lost += a.n
 			}
 		}
