@@ -745,7 +745,7 @@ func TestArrowsPointDownOnly(t *testing.T) {
 		"/storage/postgres":    {"/storage", "/internal/batch", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
 		"/storage/failover":    {"/storage", "/storage/redis", "/storage/postgres", "/storage/runtime", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/", "github.com/jackc/"},
 		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/period", "github.com/dunglas/httpsfv"},
-		"/internal/asktest":    {"/storage", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
+		"/internal/storecheck": {"/storage", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 		"/storage/storagetest": {"/storage", "/internal/period", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 	}
 	for pkg, may := range allowed {

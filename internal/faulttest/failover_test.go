@@ -11,8 +11,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -94,7 +94,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		all := fleet(t, &r, 4, stores{PostgresTimeout: asktest.Patient}, redis, postgres(t))
+		all := fleet(t, &r, 4, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 		do(all, order{Do: "take", Targets: targets, Calls: 15})
 		r.assertTotals(t, 60, targets)
 		quiet(t)
@@ -120,9 +120,9 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 		slowly, flowing := ofEachKind(t, 300), steady(t)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 		n.begin(order{Targets: append(slices.Clone(slowly), flowing), Workers: 12, Pause: 5 * time.Millisecond})
-		asktest.Until(t, "there is no load", func() bool { return r.admitted(slowly[0].ID) >= 150 })
+		storecheck.Until(t, "there is no load", func() bool { return r.admitted(slowly[0].ID) >= 150 })
 		require.NoError(t, redis.Kill())
-		asktest.Until(t, "something was left", func() bool {
+		storecheck.Until(t, "something was left", func() bool {
 			return !slices.ContainsFunc(slowly, func(g target) bool { return r.admitted(g.ID) < 300 })
 		})
 		quiet(t)
@@ -142,9 +142,9 @@ func hot(t *testing.T, harm func(redis *servers.Server, all []*process), after t
 	var r record
 	redis := servers.Redis(t)
 	targets := append(ofEachKind(t, 300), steady(t))
-	all := fleet(t, &r, 4, stores{PostgresTimeout: asktest.Patient}, redis, postgres(t))
+	all := fleet(t, &r, 4, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 	do(all, order{Do: "begin", Targets: targets, Workers: 3, Pause: 10 * time.Millisecond})
-	asktest.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 150 })
+	storecheck.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 150 })
 	harm(redis, all)
 	pass(t, after)
 	do(all, order{Do: "end"})
@@ -266,7 +266,7 @@ func TestT6AProcessThatIsCutFromRedisKeepsTheBound(t *testing.T) {
 func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 	var r record
 	redis, targets := servers.Redis(t), ofEachKind(t, 100)
-	all := fleet(t, &r, 2, stores{PostgresTimeout: asktest.Patient}, redis, postgres(t))
+	all := fleet(t, &r, 2, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 	whole, cut := all[:1], all[1:]
 	do(all, order{Do: "take", Targets: targets, Calls: 10})
 	quiet(t)
@@ -285,7 +285,7 @@ func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 func TestT7ALinkThatFlapsIsLeftAlone(t *testing.T) {
 	var r record
 	p := before(t, servers.Redis(t))
-	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), PostgresTimeout: asktest.Patient})
+	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 	targets := append(ofEachKind(t, 1000), steady(t))
 	n.begin(order{Targets: targets, Workers: 6, Pause: 5 * time.Millisecond})
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -315,7 +315,7 @@ func TestT8AProcessThatIsKilledCostsAtMostWhatItHadNotTold(t *testing.T) {
 	var r record
 	redis, pg, targets := servers.Redis(t), postgres(t), ofEachKind(t, 100)
 	told := ledger(t, pg)
-	killed := fleet(t, &r, 1, stores{PostgresTimeout: asktest.Patient}, redis, pg)
+	killed := fleet(t, &r, 1, stores{PostgresTimeout: storecheck.Patient}, redis, pg)
 	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL()})
 	do(killed, order{Do: "take", Targets: targets, Calls: 12})
 	killed[0].kill()
@@ -337,7 +337,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 	t.Parallel()
 	var r record
 	redis, pg, targets := servers.Redis(t), postgres(t), ofEachKind(t, 100)
-	killed := fleet(t, &r, 1, stores{PostgresTimeout: asktest.Patient}, redis, pg)
+	killed := fleet(t, &r, 1, stores{PostgresTimeout: storecheck.Patient}, redis, pg)
 	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL()})
 	do(killed, order{Do: "take", Targets: targets, Calls: 60})
 	killed[0].kill()
@@ -358,7 +358,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 // quick are n tokens of each kind, that come back in a period.
 func quick(t testing.TB, n int64, period time.Duration) (all []target) {
 	t.Helper()
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		all = append(all, target{id(t) + " " + kind.String(), []storage.Rule{rule(t, "quick", kind, period, n, n)}})
 	}
 	return all
@@ -407,7 +407,7 @@ func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 	pass(t, 750*time.Millisecond)
 	require.Error(t, n.State().FlushError)
 	require.NoError(t, pg.Start())
-	asktest.Until(t, "Postgres is not told", func() bool { return n.State().FlushError == nil })
+	storecheck.Until(t, "Postgres is not told", func() bool { return n.State().FlushError == nil })
 	pass(t, time.Second)
 	n.end()
 	r.assertLikeAlone(t, fast)
@@ -453,9 +453,9 @@ func TestT11AllIsWellSixSecondsAfterTheLastFault(t *testing.T) {
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t)
 	targets := append(ofEachKind(t, 300), steady(t))
-	all := fleet(t, &r, 4, stores{PostgresTimeout: asktest.Patient}, redis, pg)
+	all := fleet(t, &r, 4, stores{PostgresTimeout: storecheck.Patient}, redis, pg)
 	do(all, order{Do: "begin", Targets: targets, Workers: 3, Pause: 10 * time.Millisecond})
-	asktest.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
+	storecheck.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
 	require.NoError(t, redis.Kill())
 	heals := []func(){all[0].pg.hole(t), all[1].pg.poison(t, "limit_data", replies, attributes{"bytes": 0})}
 	pass(t, 500*time.Millisecond)
@@ -467,7 +467,7 @@ func TestT11AllIsWellSixSecondsAfterTheLastFault(t *testing.T) {
 	for _, heal := range heals {
 		heal()
 	}
-	took := asktest.Until(t, "Postgres decides, or is not told", func() bool {
+	took := storecheck.Until(t, "Postgres decides, or is not told", func() bool {
 		return !slices.ContainsFunc(all, func(p *process) bool {
 			st := p.state()
 			return st.Degraded || st.FlushError != nil || st.Lag > time.Second
@@ -487,7 +487,7 @@ func TestT12HealthyProcessesAdmitWhatRedisAloneDoes(t *testing.T) {
 	var r record
 	redis := servers.Redis(t)
 	targets := quick(t, 20, time.Second)
-	all := fleet(t, &r, 4, stores{RedisTimeout: asktest.Patient, PostgresTimeout: asktest.Patient}, redis, postgres(t))
+	all := fleet(t, &r, 4, stores{RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 	do(all, order{Do: "begin", Targets: targets, Workers: 5, Pause: 10 * time.Millisecond, Alone: true})
 	pass(t, lasting(5*time.Second, 30*time.Second))
 	do(all, order{Do: "end"})
@@ -504,7 +504,7 @@ func TestT12WhatTwoProcessesTakeInTurnsIsBackAsSoonAsInRedisAlone(t *testing.T) 
 	b := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: postgres(t).URL()})
 	g := target{id(t), []storage.Rule{rule(t, "fast", storage.Continuous, time.Second, 100, 100)}}
 	for round := range 4 {
-		asktest.Until(t, "the bucket is not full", func() bool { return owed(t, a.redis, &g)[0] == 0 && owed(t, a.alone, &g)[0] == 0 })
+		storecheck.Until(t, "the bucket is not full", func() bool { return owed(t, a.redis, &g)[0] == 0 && owed(t, a.alone, &g)[0] == 0 })
 		for i := range 100 {
 			n := []*node{a, b}[i%2]
 			n.take(&g)

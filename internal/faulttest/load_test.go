@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -46,25 +46,25 @@ func on(t testing.TB, c *goredis.Client, timeout time.Duration) *redisstore.Stor
 func assertExact(t testing.TB, s storage.Storage, id string) {
 	t.Helper()
 	const limit = 300
-	var c asktest.Told
-	r := asktest.Hourly(t, id, limit)
-	asktest.Crowd(50, func(int) {
+	var c storecheck.Told
+	r := storecheck.Hourly(t, id, limit)
+	storecheck.Crowd(50, func(int) {
 		for range 8 {
 			assert.NoError(t, c.Ask(s, r))
 		}
 	})
 	assert.Equal(t, int64(limit), c.Admitted.Load(), "admitted")
 	assert.Equal(t, int64(100), c.Denied.Load(), "denied")
-	assert.Equal(t, int64(limit), asktest.Spent(t, s, r), "taken")
+	assert.Equal(t, int64(limit), storecheck.Spent(t, s, r), "taken")
 }
 
 // assertUnderFire has 50 goroutines ask for two seconds, in which harm is done again and again, of one
 // identifier that all share and one of their own, and holds the storage to its accounts.
 func assertUnderFire(t *testing.T, s storage.Storage, harm func()) {
 	t.Helper()
-	var shared asktest.Told
-	var own [50]asktest.Told
-	hot, mine := asktest.Hourly(t, "shared", 1000), func(i int) storage.Request { return asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40) }
+	var shared storecheck.Told
+	var own [50]storecheck.Told
+	hot, mine := storecheck.Hourly(t, "shared", 1000), func(i int) storage.Request { return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40) }
 	end := time.Now().Add(2 * time.Second)
 	var fire sync.WaitGroup
 	harms := 0
@@ -73,7 +73,7 @@ func assertUnderFire(t *testing.T, s storage.Storage, harm func()) {
 			harm()
 		}
 	})
-	asktest.Crowd(len(own), func(i int) {
+	storecheck.Crowd(len(own), func(i int) {
 		for r := mine(i); time.Now().Before(end); {
 			_, _ = shared.Ask(s, hot), own[i].Ask(s, r)
 		}

@@ -13,8 +13,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -44,16 +44,16 @@ func TestACrowdInTwoProcessesIsAdmittedExactlyTheSmallerLimit(t *testing.T) {
 	var r record
 	redis, pg := servers.Redis(t), postgres(t)
 	var targets []target
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		targets = append(targets, target{id(t) + " " + kind.String(), []storage.Rule{slow(t, "large", kind, 1000), slow(t, "small", kind, 50)}})
 	}
-	all := fleet(t, &r, 2, stores{RedisTimeout: asktest.Patient, PostgresTimeout: asktest.Patient}, redis, pg)
+	all := fleet(t, &r, 2, stores{RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}, redis, pg)
 	do(all, order{Do: "crowd", Targets: targets, Workers: 200, Calls: 1})
 	r.assertTotals(t, 50, targets)
 	r.assertNoErrors(t)
 	do(all, order{Do: "close"})
 	for i := range targets {
-		assert.Equal(t, []int64{50, 50}, owed(t, open(t, redis.URL(), asktest.Patient), &targets[i]), "in Redis")
+		assert.Equal(t, []int64{50, 50}, owed(t, open(t, redis.URL(), storecheck.Patient), &targets[i]), "in Redis")
 		assert.Equal(t, []int64{50, 50}, owed(t, ledger(t, pg), &targets[i]), "in Postgres")
 	}
 }
@@ -88,7 +88,7 @@ func TestABadLinkCostsACallAtMostOnceInEachStore(t *testing.T) {
 			r.assertNoErrors(t)
 			r.assertTotals(t, 40, targets)
 			r.assertPrompt(t, callLimit)
-			direct := open(t, server.URL(), asktest.Patient)
+			direct := open(t, server.URL(), storecheck.Patient)
 			for i := range targets {
 				inRedis, inPostgres := owed(t, direct, &targets[i])[0], owed(t, n.pg, &targets[i])[0]
 				t.Logf("%v: 40 calls, %d in Redis, %d in Postgres", targets[i].Rules[0].Kind, inRedis, inPostgres)
@@ -132,7 +132,7 @@ func TestAContextThatEndsCostsACallAtMostOnce(t *testing.T) {
 	n.settled(t)
 	quiet(t)
 	assert.Zero(t, n.State().Transitions)
-	direct := open(t, server.URL(), asktest.Patient)
+	direct := open(t, server.URL(), storecheck.Patient)
 	for i := range targets {
 		inRedis, inPostgres := owed(t, direct, &targets[i])[0], owed(t, n.pg, &targets[i])[0]
 		t.Logf("%v: 15 admitted and 10 left, %d in Redis, %d in Postgres", targets[i].Rules[0].Kind, inRedis, inPostgres)
@@ -146,7 +146,7 @@ func TestAContextThatEndsCostsACallAtMostOnce(t *testing.T) {
 func TestScriptsThatAreForgottenAllTheTimeChangeNothing(t *testing.T) {
 	var r record
 	server := servers.Redis(t)
-	n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), RedisTimeout: asktest.Patient, PostgresTimeout: asktest.Patient})
+	n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 	c, stop := client(t, server), make(chan struct{})
 	var storm sync.WaitGroup
 	flushed := 0
@@ -207,7 +207,7 @@ func loadSlowly(t testing.TB, c *goredis.Client) (cure func()) {
 	busy := c.WithTimeout(time.Minute)
 	var loaded sync.WaitGroup
 	loaded.Go(func() { assert.NoError(t, busy.Do(context.Background(), "debug", "reload").Err()) })
-	asktest.Recovery(t, asktest.Patient, func() error {
+	storecheck.Recovery(t, storecheck.Patient, func() error {
 		if err := c.Get(t.Context(), "other").Err(); !goredis.IsLoadingError(err) {
 			return fmt.Errorf("it answers %w", err)
 		}
@@ -226,7 +226,7 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			t.Parallel()
 			var r record
 			server := servers.Redis(t, f.config...)
-			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: asktest.Patient})
+			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
 			quiet(t)
@@ -255,7 +255,7 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 			t.Parallel()
 			var r record
 			server := servers.Redis(t)
-			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: asktest.Patient}), client(t, server)
+			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient}), client(t, server)
 			targets, others := ofEachKind(t, 100), ofEachKind(t, 100)
 			key := func(g *target) string { return redisstore.DefaultPrefix + "fault:" + g.ID }
 			at := func(command string, g *target) any {
@@ -317,10 +317,10 @@ func TestCloseDuringLoadTellsEverything(t *testing.T) {
 	t.Parallel()
 	var r record
 	pg := postgres(t)
-	n := local(t, &r, stores{Redis: servers.Redis(t).URL(), Postgres: pg.URL(), RedisTimeout: asktest.Patient, PostgresTimeout: asktest.Patient})
+	n := local(t, &r, stores{Redis: servers.Redis(t).URL(), Postgres: pg.URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 	targets := ofEachKind(t, 10_000)
 	n.begin(order{Targets: targets, Workers: 20, Pause: time.Millisecond})
-	asktest.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
+	storecheck.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
 	require.NoError(t, n.Storage.Close(t.Context()))
 	_, err := n.Decide(t.Context(), targets[0].request(1))
 	require.ErrorIs(t, err, storage.ErrClosed)
@@ -349,7 +349,7 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 			t.Parallel()
 			var r record
 			redis := servers.Redis(t)
-			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: asktest.Patient})
+			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
 			limited := func(capacity int64) (all []target) {
@@ -366,7 +366,7 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 			assert.Equal(t, five(5), n.times(20, limited(75)))
 			added := limited(100)
 			for i := range added { // a bucket that is new
-				added[i].Rules = append(added[i].Rules, slow(t, "new", asktest.Kinds[i], 7))
+				added[i].Rules = append(added[i].Rules, slow(t, "new", storecheck.Kinds[i], 7))
 			}
 			assert.Equal(t, five(7), n.times(20, added))
 			r.assertTotals(t, 82, targets)
@@ -381,7 +381,7 @@ func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 	var r record
 	cluster := servers.RedisCluster(t, 2)
 	url := "redis://" + strings.Join(cluster.Addrs(), "?addr=")
-	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: asktest.Patient})
+	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // in some slots of both
 	require.Equal(t, append(five(60), five(60)...), n.times(60, targets))
 	n.settled(t)
@@ -425,7 +425,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	t.Parallel()
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t, "-c", "synchronous_commit=off", "-c", "wal_writer_delay=10s")
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), PostgresTimeout: asktest.Patient})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), PostgresTimeout: storecheck.Patient})
 	targets := ofEachKind(t, 100)
 	require.Equal(t, five(40), n.times(40, targets))
 	n.settled(t)
@@ -452,10 +452,10 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 func TestAKeyThatIsEvictedIsRaisedAgain(t *testing.T) {
 	var r record
 	server := servers.Redis(t)
-	n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), RedisTimeout: asktest.Patient, PostgresTimeout: asktest.Patient}), client(t, server)
+	n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}), client(t, server)
 	targets := append(ofEachKind(t, 300), steady(t))
 	n.begin(order{Targets: targets, Workers: 6, Pause: 5 * time.Millisecond})
-	asktest.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 150 })
+	storecheck.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 150 })
 	for i := range targets {
 		require.NoError(t, c.Del(t.Context(), redisstore.DefaultPrefix+"fault:"+targets[i].ID).Err())
 	}
@@ -505,7 +505,7 @@ func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 		before := failures()
 		heal := p.poison(t, "limit_data", replies, attributes{"bytes": bytes})
 		n.times(5, targets)
-		asktest.Until(t, "nothing was told", func() bool {
+		storecheck.Until(t, "nothing was told", func() bool {
 			st := n.State()
 			return failures() > before || st.Flushed.After(time.Now().Add(-50*time.Millisecond))
 		})

@@ -21,8 +21,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -99,7 +99,7 @@ type node struct {
 }
 
 func openNode(where stores, emit func(event)) (*node, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), asktest.Patient)
+	ctx, cancel := context.WithTimeout(context.Background(), storecheck.Patient)
 	defer cancel()
 	n := &node{number: where.Number, emit: emit}
 	var err error
@@ -175,7 +175,7 @@ func (n *node) obey(o order) (e event) {
 			}
 		}
 	case "crowd":
-		asktest.Crowd(o.Workers, func(int) {
+		storecheck.Crowd(o.Workers, func(int) {
 			for range o.Calls {
 				for i := range o.Targets {
 					n.take(&o.Targets[i])
@@ -501,7 +501,7 @@ func id(t testing.TB) string {
 // ofEachKind are targets of n tokens, one of each kind, of which none comes back.
 func ofEachKind(t testing.TB, n int64) (all []target) {
 	t.Helper()
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		all = append(all, target{id(t) + " " + kind.String(), []storage.Rule{slow(t, "slow", kind, n)}})
 	}
 	return all
@@ -526,7 +526,7 @@ func five(n int) []int { return []int{n, n, n, n, n} }
 // settled waits until nothing is pending, and what has just been told is relayed.
 func (n *node) settled(t testing.TB) {
 	t.Helper()
-	asktest.Until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
+	storecheck.Until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
 	pass(t, 50*time.Millisecond)
 }
 
@@ -534,7 +534,7 @@ func (n *node) settled(t testing.TB) {
 func quiet(t testing.TB) { pass(t, 2*failover.DefaultFlushInterval) }
 
 // pass lets a fault or a load go on, as how long it lasts is what the bound is about. For all that can be seen there is
-// asktest.Until.
+// storecheck.Until.
 func pass(t testing.TB, d time.Duration) {
 	select {
 	case <-time.After(d):
@@ -545,7 +545,7 @@ func pass(t testing.TB, d time.Duration) {
 // back waits until Redis decides again, and returns how long that took.
 func (n *node) back(t testing.TB) time.Duration {
 	t.Helper()
-	return asktest.Until(t, "Postgres decides", func() bool { return !n.State().Degraded })
+	return storecheck.Until(t, "Postgres decides", func() bool { return !n.State().Degraded })
 }
 
 // owed is what each bucket of a target has spent in a store.

@@ -11,8 +11,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -32,33 +32,33 @@ func TestAReplyThatIsLostIsChargedAtMostOnce(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
 	c := stubborn(t, p.Listen)
-	s, r := on(t, c, asktest.Patient), asktest.Hourly(t, "a", 1<<40)
-	var count asktest.Told
+	s, r := on(t, c, storecheck.Patient), storecheck.Hourly(t, "a", 1<<40)
+	var count storecheck.Told
 	require.NoError(t, count.Ask(s, r))
 	for i := range 100 {
 		connect(t, c)
 		heal := p.poison(t, "limit_data", replies, attributes{"bytes": 0})
-		asktest.Crowd(1+i%3, func(int) { assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable) })
+		storecheck.Crowd(1+i%3, func(int) { assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable) })
 		heal()
 		count.AssertAccount(t, s, r)
 	}
-	t.Logf("%d calls lost their reply, %d of them were charged", count.Failed.Load(), asktest.Spent(t, s, r)-1)
-	assert.Greater(t, asktest.Spent(t, s, r), int64(50), "the calls did not arrive, so that nothing was tested")
+	t.Logf("%d calls lost their reply, %d of them were charged", count.Failed.Load(), storecheck.Spent(t, s, r)-1)
+	assert.Greater(t, storecheck.Spent(t, s, r), int64(50), "the calls did not arrive, so that nothing was tested")
 }
 
 func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
-	s, r := open(t, p.URL(), redisstore.DefaultTimeout), asktest.Hourly(t, "a", 1000)
-	var count asktest.Told
+	s, r := open(t, p.URL(), redisstore.DefaultTimeout), storecheck.Hourly(t, "a", 1000)
+	var count storecheck.Told
 	require.NoError(t, count.Ask(s, r))
 	heals := []func(){p.poison(t, "timeout", requests, attributes{"timeout": 0}), p.poison(t, "timeout", replies, attributes{"timeout": 0})}
-	asktest.AssertBackAfter(t, redisstore.DefaultTimeout, asktest.Timed(7, func() {
+	storecheck.AssertBackAfter(t, redisstore.DefaultTimeout, storecheck.Timed(7, func() {
 		err := count.Ask(s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
 	}))
-	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(7, func() {
+	storecheck.AssertBackAfter(t, 100*time.Millisecond, storecheck.Timed(7, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
@@ -67,7 +67,7 @@ func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	for _, heal := range heals {
 		heal()
 	}
-	t.Log("works after", asktest.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) }))
+	t.Log("works after", storecheck.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) }))
 	count.AssertAccount(t, s, r)
 	assertExact(t, s, "b")
 }
@@ -91,15 +91,15 @@ func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 		},
 	})
 	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-	s, r := on(t, c, timeout), asktest.Hourly(t, "a", 1000)
-	var count asktest.Told
+	s, r := on(t, c, timeout), storecheck.Hourly(t, "a", 1000)
+	var count storecheck.Told
 	require.NoError(t, count.Ask(s, r))
 	p.poison(t, "timeout", requests, attributes{"timeout": 0})
 	for range 25 { // more than flights can be under way
 		assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable)
 	}
 	moved.Store(true)
-	took := asktest.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) })
+	took := storecheck.Recovery(t, 5*time.Second, func() error { return count.Ask(s, r) })
 	t.Log("works after", took)
 	assert.Less(t, took, timeout+time.Second, "dead connections are still waited for")
 	count.AssertAccount(t, s, r)
@@ -109,7 +109,7 @@ func TestLatencyAndJitterDoNotMatter(t *testing.T) {
 	t.Parallel()
 	p := before(t, servers.Redis(t))
 	p.poison(t, "latency", replies, attributes{"latency": 20, "jitter": 15})
-	assertExact(t, open(t, p.URL(), asktest.Patient), "a")
+	assertExact(t, open(t, p.URL(), storecheck.Patient), "a")
 }
 
 func TestConnectionsThatAreResetChargeNothingTwice(t *testing.T) {
@@ -118,7 +118,7 @@ func TestConnectionsThatAreResetChargeNothingTwice(t *testing.T) {
 		t.Run(direction, func(t *testing.T) {
 			t.Parallel()
 			p := before(t, servers.Redis(t))
-			s := on(t, stubborn(t, p.Listen), asktest.Patient)
+			s := on(t, stubborn(t, p.Listen), storecheck.Patient)
 			tick := time.NewTicker(10 * time.Millisecond)
 			defer tick.Stop()
 			assertUnderFire(t, s, func() {
@@ -137,7 +137,7 @@ func TestRepliesInPiecesDoNotMatter(t *testing.T) {
 	p := before(t, servers.Redis(t))
 	p.poison(t, "slicer", replies, attributes{"average_size": 3, "size_variation": 2, "delay": 50})
 	p.poison(t, "slicer", requests, attributes{"average_size": 200, "size_variation": 100, "delay": 50})
-	assertExact(t, open(t, p.URL(), asktest.Patient), "a")
+	assertExact(t, open(t, p.URL(), storecheck.Patient), "a")
 }
 
 func TestConnectionsThatAreSlowToCloseDoNotMatter(t *testing.T) {
@@ -146,7 +146,7 @@ func TestConnectionsThatAreSlowToCloseDoNotMatter(t *testing.T) {
 	p := before(t, server)
 	p.poison(t, "slow_close", replies, attributes{"delay": 100})
 	p.poison(t, "slow_close", requests, attributes{"delay": 100})
-	s := on(t, stubborn(t, p.Listen), asktest.Patient)
+	s := on(t, stubborn(t, p.Listen), storecheck.Patient)
 	assertExact(t, s, "a")
 	admin := stubborn(t, server.Addr())
 	tick := time.NewTicker(10 * time.Millisecond)

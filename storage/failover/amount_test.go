@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 )
@@ -43,7 +43,7 @@ func TestALevelDrainsAsTheLawSays(t *testing.T) {
 
 func TestADebtHasTheTokensOfTheLaw(t *testing.T) {
 	t.Parallel()
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		anyRules(t, kind, func(rnd *rand.Rand, r *storage.Rule) {
 			var s storage.State
 			now := rnd.Int64N(1 << 40)
@@ -63,7 +63,7 @@ func TestADebtHasTheTokensOfTheLaw(t *testing.T) {
 
 func TestNothingTakesLongerThanTheLongest(t *testing.T) {
 	t.Parallel()
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		anyRules(t, kind, func(rnd *rand.Rand, r *storage.Rule) {
 			all := []storage.Draw{{Rule: r, Cost: 4 * r.Capacity}}
 			storage.Decide(storage.Force, rnd.Int64N(1<<40), all)

@@ -11,8 +11,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -22,20 +22,20 @@ import (
 // A server that uses the memory of one request for the next one hands out strings that change.
 func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testing.T) {
 	t.Parallel()
-	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
+	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
 	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
-	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
+	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
-	s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: asktest.Patient, LedgerTimeout: asktest.Patient})
+	s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: storecheck.Patient, LedgerTimeout: storecheck.Patient})
 	require.NoError(t, err)
 
 	const users, victim = 100, "victim"
-	request := func(id string) storage.Request { return asktest.Hourly(t, id, 1000) }
+	request := func(id string) storage.Request { return storecheck.Hourly(t, id, 1000) }
 	memory := []byte(victim)
 	ask := func(i int, call func(id string)) {
 		copy(memory, fmt.Sprintf("user%02d", i))
@@ -62,8 +62,8 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 	for i := 0; i < users; i += 10 {
 		ask(i, func(id string) { require.NoError(t, s.Reset(t.Context(), "", id)) })
 	}
-	asktest.Until(t, "nothing is pending", func() bool { return s.State().Pending == 0 })
-	ctx, cancel := context.WithTimeout(t.Context(), asktest.Patient)
+	storecheck.Until(t, "nothing is pending", func() bool { return s.State().Pending == 0 })
+	ctx, cancel := context.WithTimeout(t.Context(), storecheck.Patient)
 	defer cancel()
 	began := time.Now()
 	require.NoError(t, s.Close(ctx))
@@ -74,10 +74,10 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 			want = 0
 		}
 		id := fmt.Sprintf("user%02d", i)
-		assert.Equal(t, want, asktest.Spent(t, p, request(id)), "%s in Postgres", id)
-		assert.Equal(t, want, asktest.Spent(t, r, request(id)), "%s in Redis", id)
+		assert.Equal(t, want, storecheck.Spent(t, p, request(id)), "%s in Postgres", id)
+		assert.Equal(t, want, storecheck.Spent(t, r, request(id)), "%s in Redis", id)
 	}
-	assert.Zero(t, asktest.Spent(t, p, request(victim)))
-	assert.Zero(t, asktest.Spent(t, r, request(victim)))
+	assert.Zero(t, storecheck.Spent(t, p, request(victim)))
+	assert.Zero(t, storecheck.Spent(t, r, request(victim)))
 	assert.Zero(t, s.State().Forgotten)
 }

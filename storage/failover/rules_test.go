@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 )
@@ -23,7 +23,7 @@ var bg = context.Background()
 // each runs a test for every kind, on a world without processes.
 func each(t *testing.T, test func(*testing.T, *world)) {
 	t.Parallel()
-	for _, kind := range asktest.Kinds {
+	for _, kind := range storecheck.Kinds {
 		t.Run(kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rule, faults := storage.NewRule("hourly", kind, time.Hour, 100, 1)

@@ -9,8 +9,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -23,14 +23,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // real returns a storage on servers, which must not be slow where only what is decided matters.
 func real(t testing.TB, o failover.Options) *failover.Storage {
 	t.Helper()
-	o.PrimaryTimeout, o.LedgerTimeout = asktest.Patient, asktest.Patient
-	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: asktest.Patient})
+	o.PrimaryTimeout, o.LedgerTimeout = storecheck.Patient, storecheck.Patient
+	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
 	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
 	require.NoError(t, err)
 	t.Cleanup(pool.Close)
-	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
+	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
 	s, err := failover.New(r, p, &o)

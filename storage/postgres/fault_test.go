@@ -17,8 +17,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
@@ -33,7 +33,7 @@ func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	slices.Sort(took)
 	t.Logf("after %v: median %v, longest %v", limit, took[len(took)/2], took[len(took)-1])
 	assert.GreaterOrEqual(t, took[0], limit-15*time.Millisecond, "a call gave up early")
-	asktest.AssertHalfWithin(t, limit, took)
+	storecheck.AssertHalfWithin(t, limit, took)
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
 }
 
@@ -111,15 +111,15 @@ const (
 
 // load is what 50 goroutines were told, each of an identifier that all share and of one of its own.
 type load struct {
-	shared asktest.Told
-	own    [50]asktest.Told
+	shared storecheck.Told
+	own    [50]storecheck.Told
 	took   [50]time.Duration // the longest call
 }
 
-func (w *load) hot(t testing.TB) storage.Request { return asktest.Hourly(t, "shared", 1<<40) }
+func (w *load) hot(t testing.TB) storage.Request { return storecheck.Hourly(t, "shared", 1<<40) }
 
 func (w *load) mine(t testing.TB, i int) storage.Request {
-	return asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)
+	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
 // ask asks for the one, the other or both, in both orders.
@@ -170,13 +170,13 @@ func (w *load) during(t testing.TB, s *pgstore.Storage, f func()) {
 func (w *load) goesOn(t testing.TB) {
 	t.Helper()
 	before := w.shared.Admitted.Load()
-	asktest.Until(t, "nothing is admitted", func() bool { return w.shared.Admitted.Load() > before+200 })
+	storecheck.Until(t, "nothing is admitted", func() bool { return w.shared.Admitted.Load() > before+200 })
 }
 
 // fails waits until a call fails.
 func (w *load) fails(t testing.TB) {
 	t.Helper()
-	asktest.Until(t, "no call fails", func() bool { return w.shared.Failed.Load() > 0 })
+	storecheck.Until(t, "no call fails", func() bool { return w.shared.Failed.Load() > 0 })
 }
 
 // crash harms a server in the middle of a load, and holds what was taken to what callers were told.
@@ -189,9 +189,9 @@ func crash(t *testing.T, o pgstore.Options, forgets bool, harm func(*servers.Ser
 		harm(server, pool, w)
 		w.goesOn(t)
 	})
-	account := (*asktest.Told).AssertAccount
+	account := (*storecheck.Told).AssertAccount
 	if forgets {
-		account = (*asktest.Told).AssertNotTwice
+		account = (*storecheck.Told).AssertNotTwice
 	}
 	lost := account(&w.shared, t, s, w.hot(t))
 	for i := range w.own {
@@ -199,7 +199,7 @@ func crash(t *testing.T, o pgstore.Options, forgets bool, harm func(*servers.Ser
 	}
 	t.Logf("%d admitted, %d failed, the longest after %v; taken besides, or less: %d", w.shared.Admitted.Load(), w.shared.Failed.Load(), slices.Max(w.took[:]), lost)
 	assert.Less(t, slices.Max(w.took[:]), o.Timeout+time.Second, "a call hung")
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "after"), 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "after"), 7))
 }
 
 // kill ends the server at once, and starts it again when that was noticed.
@@ -244,32 +244,32 @@ func TestWithoutSynchronousCommitAServerThatIsKilledChargesNothingTwice(t *testi
 func TestACrashEmptiesAnUnloggedTable(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, Unlogged: true}), asktest.FivePerHour(t, "a")
-	require.Equal(t, 5, asktest.Take(t, s, r, 7))
+	s, r := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, Unlogged: true}), storecheck.FivePerHour(t, "a")
+	require.Equal(t, 5, storecheck.Take(t, s, r, 7))
 	require.NoError(t, server.Stop())
 	require.NoError(t, server.Start())
 	works := func() error { return s.Reset(t.Context(), "", "b") }
-	asktest.Recovery(t, 10*time.Second, works)
-	require.Equal(t, 0, asktest.Take(t, s, r, 3), "nothing is forgotten by a server that is stopped")
+	storecheck.Recovery(t, 10*time.Second, works)
+	require.Equal(t, 0, storecheck.Take(t, s, r, 3), "nothing is forgotten by a server that is stopped")
 	killBackend(t, server, pool)
 	peek := r
 	peek.Mode = storage.Peek
-	asktest.Until(t, "the crash empties the table", func() bool {
+	storecheck.Until(t, "the crash empties the table", func() bool {
 		v, err := s.Decide(t.Context(), peek)
 		return err == nil && v.Allowed
 	})
 	pool.Reset() // connections from before the crash
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, prompt), asktest.Hourly(t, "frozen", 20)
-	var before, after asktest.Told
-	asktest.Recovery(t, asktest.Patient, func() error { return before.Ask(s, r) })
+	s, r := open(t, pool, prompt), storecheck.Hourly(t, "frozen", 20)
+	var before, after storecheck.Told
+	storecheck.Recovery(t, storecheck.Patient, func() error { return before.Ask(s, r) })
 	require.NoError(t, server.Freeze())
-	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
+	assertBackAfter(t, 100*time.Millisecond, storecheck.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		began := time.Now()
@@ -279,12 +279,12 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 			assert.NotErrorIs(t, err, storage.ErrUnavailable)
 		}
 	}))
-	assertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
+	assertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 	}))
 	require.NoError(t, server.Thaw())
-	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return after.Ask(s, r) }))
+	t.Log("works after", storecheck.Recovery(t, 10*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
 		require.NoError(t, after.Ask(s, r))
 	}
@@ -296,26 +296,26 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
 	executeSQL(t, server.URL(), pgstore.Schema(nil))
-	s, r, count := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, NoSchema: true}), asktest.Hourly(t, "a", 20), asktest.Told{}
+	s, r, count := open(t, pool, pgstore.Options{Timeout: pgstore.DefaultTimeout, NoSchema: true}), storecheck.Hourly(t, "a", 20), storecheck.Told{}
 	require.NoError(t, server.Freeze())
-	assertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() { assertUnavailable(t, count.Ask(s, r)) }))
-	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(3, func() {
+	assertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() { assertUnavailable(t, count.Ask(s, r)) }))
+	assertBackAfter(t, 100*time.Millisecond, storecheck.Timed(3, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		v, err := s.Decide(ctx, r)
 		count.Count(v, err)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
-	assertBackAfter(t, 100*time.Millisecond, asktest.Timed(3, func() {
+	assertBackAfter(t, 100*time.Millisecond, storecheck.Timed(3, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := pgstore.New(ctx, pool, nil)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	require.NoError(t, server.Thaw())
-	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return count.Ask(s, r) }))
+	t.Log("works after", storecheck.Recovery(t, 10*time.Second, func() error { return count.Ask(s, r) }))
 	count.AssertAccount(t, s, r)
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "b"), 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "b"), 7))
 }
 
 func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
@@ -327,8 +327,8 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 		assertUnavailable(t, err)
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
 	}
-	s, r := open(t, pool, pgstore.Options{NoSchema: true}), asktest.FivePerHour(t, "a")
-	took := asktest.Timed(5, func() {
+	s, r := open(t, pool, pgstore.Options{NoSchema: true}), storecheck.FivePerHour(t, "a")
+	took := storecheck.Timed(5, func() {
 		_, err := pgstore.New(t.Context(), pool, nil)
 		refused(err)
 		_, err = s.Decide(t.Context(), r)
@@ -337,7 +337,7 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 	slices.Sort(took)
 	assert.Less(t, took[2], 100*time.Millisecond, "that nobody listens is known at once")
 	require.NoError(t, server.Start())
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 // hung is a reason for the server to be late.
@@ -363,17 +363,17 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 		t.Run(h.name, func(t *testing.T) {
 			t.Parallel()
 			server, pool := harmed(t)
-			s, r := open(t, pool, pgstore.Options{Timeout: time.Second}), asktest.FivePerHour(t, "a")
-			require.Equal(t, 1, asktest.Take(t, s, r, 1))
+			s, r := open(t, pool, pgstore.Options{Timeout: time.Second}), storecheck.FivePerHour(t, "a")
+			require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			cure, before := h.cause(t, server.URL()), connected(t, pool)
-			assertBackAfter(t, h.after, asktest.Timed(3, func() {
+			assertBackAfter(t, h.after, storecheck.Timed(3, func() {
 				_, err := s.Decide(t.Context(), r)
 				assertUnavailable(t, err)
 				assert.Equal(t, h.code, code(err), "%v", err)
 			}))
 			assert.Equal(t, before, pool.Stat().NewConnsCount(), "connections were lost")
 			cure()
-			assert.Equal(t, 4, asktest.Take(t, s, r, 7), "what failed was charged")
+			assert.Equal(t, 4, storecheck.Take(t, s, r, 7), "what failed was charged")
 		})
 	}
 }
@@ -381,11 +381,11 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, prompt), asktest.Hourly(t, "a", 50)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	s, r := open(t, pool, prompt), storecheck.Hourly(t, "a", 50)
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	release, before := holdRow(t, server.URL(), "a"), connected(t, pool)
 	const limit, calls = 20 * time.Millisecond, 15
-	took := asktest.Timed(calls, func() {
+	took := storecheck.Timed(calls, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
@@ -394,25 +394,25 @@ func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 	assertBackAfter(t, limit, took)
 	assert.Less(t, took[calls/2], limit+5*time.Millisecond)
 	release()
-	asktest.Until(t, "a call is still waiting", func() bool { return pool.Stat().AcquiredConns() == 0 })
+	storecheck.Until(t, "a call is still waiting", func() bool { return pool.Stat().AcquiredConns() == 0 })
 	assert.Equal(t, before, pool.Stat().NewConnsCount(), "connections were lost")
-	spent := asktest.Spent(t, s, r)
+	spent := storecheck.Spent(t, s, r)
 	assert.LessOrEqual(t, spent, int64(1+calls), "something was charged twice")
-	assert.Equal(t, 50-int(spent), asktest.Take(t, s, r, 60))
+	assert.Equal(t, 50-int(spent), storecheck.Take(t, s, r, 60))
 }
 
 func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, locked := open(t, pool, prompt), asktest.Hourly(t, "locked", 10)
-	require.Equal(t, 1, asktest.Take(t, s, locked, 1))
+	s, locked := open(t, pool, prompt), storecheck.Hourly(t, "locked", 10)
+	require.Equal(t, 1, storecheck.Take(t, s, locked, 1))
 	holdRow(t, server.URL(), "locked")
 	stop := make(chan struct{})
 	var blocked sync.WaitGroup
 	for range 10 {
 		blocked.Go(func() {
 			for {
-				assertUnavailable(t, new(asktest.Told).Ask(s, locked))
+				assertUnavailable(t, new(storecheck.Told).Ask(s, locked))
 				select {
 				case <-stop:
 					return
@@ -421,10 +421,10 @@ func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 			}
 		})
 	}
-	took := asktest.Timed(1, func() {
-		asktest.Crowd(20, func(i int) {
+	took := storecheck.Timed(1, func() {
+		storecheck.Crowd(20, func(i int) {
 			for range 100 {
-				assert.NoError(t, new(asktest.Told).Ask(s, asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)))
+				assert.NoError(t, new(storecheck.Told).Ask(s, storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)))
 			}
 		})
 	})
@@ -443,12 +443,12 @@ func TestNoCallsDeadlock(t *testing.T) {
 		all[i] = open(t, connect(t, server.URL()), pgstore.Options{})
 	}
 	for epoch := range 3 {
-		asktest.Crowd(60, func(worker int) {
+		storecheck.Crowd(60, func(worker int) {
 			random := rand.New(rand.NewPCG(uint64(epoch), uint64(worker)))
 			for range 10 {
 				r := storage.Request{}
 				for _, i := range random.Perm(40)[:1+worker%4*7] {
-					part := asktest.Hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Part
+					part := storecheck.Hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Part
 					if r.Part.Rules == nil {
 						r.Part = part
 					} else {
@@ -472,23 +472,23 @@ func TestNoCallsDeadlock(t *testing.T) {
 func TestARefusalWaitsForNoLock(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, full, some := open(t, pool, prompt), asktest.FivePerHour(t, "full"), asktest.FivePerHour(t, "some")
-	require.Equal(t, 5, asktest.Take(t, s, full, 5))
-	require.Equal(t, 2, asktest.Take(t, s, some, 2))
+	s, full, some := open(t, pool, prompt), storecheck.FivePerHour(t, "full"), storecheck.FivePerHour(t, "some")
+	require.Equal(t, 5, storecheck.Take(t, s, full, 5))
+	require.Equal(t, 2, storecheck.Take(t, s, some, 2))
 	holdRow(t, server.URL(), "full")
 	holdRow(t, server.URL(), "some")
 	both := some
 	both.More = []storage.Part{full.Part}
-	assert.Equal(t, 0, asktest.Take(t, s, full, 3))
-	assert.Equal(t, 0, asktest.Take(t, s, both, 3))
-	assert.Equal(t, int64(5), asktest.Spent(t, s, full))
-	assert.Equal(t, int64(2), asktest.Spent(t, s, some))
+	assert.Equal(t, 0, storecheck.Take(t, s, full, 3))
+	assert.Equal(t, 0, storecheck.Take(t, s, both, 3))
+	assert.Equal(t, int64(5), storecheck.Spent(t, s, full))
+	assert.Equal(t, int64(2), storecheck.Spent(t, s, some))
 }
 
 func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL()+"&pool_max_conns=2")
-	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
+	s, r := open(t, pool, prompt), storecheck.FivePerHour(t, "a")
 	var held []*pgxpool.Conn
 	for range 2 {
 		conn, err := pool.Acquire(t.Context())
@@ -497,28 +497,28 @@ func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 		held = append(held, conn)
 	}
 	took := make([]time.Duration, 20)
-	asktest.Crowd(len(took), func(i int) {
-		took[i] = asktest.Timed(1, func() {
-			err := new(asktest.Told).Ask(s, asktest.FivePerHour(t, fmt.Sprint(i)))
+	storecheck.Crowd(len(took), func(i int) {
+		took[i] = storecheck.Timed(1, func() {
+			err := new(storecheck.Told).Ask(s, storecheck.FivePerHour(t, fmt.Sprint(i)))
 			assertUnavailable(t, err)
 			assert.ErrorContains(t, err, "all connections of the pool, 2, are in use")
 		})[0]
 	})
 	assertBackAfter(t, prompt.Timeout, took)
 	held[0].Release()
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7), "one connection is enough")
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7), "one connection is enough")
 }
 
 func TestOneConnectionIsEnoughForEverything(t *testing.T) {
 	t.Parallel()
-	s, hot := open(t, connect(t, servers.Postgres(t).URL()+"&pool_max_conns=1"), pgstore.Options{}), asktest.Told{}
-	asktest.Crowd(50, func(i int) {
-		own := asktest.Hourly(t, fmt.Sprint("own-", i), 1000)
+	s, hot := open(t, connect(t, servers.Postgres(t).URL()+"&pool_max_conns=1"), pgstore.Options{}), storecheck.Told{}
+	storecheck.Crowd(50, func(i int) {
+		own := storecheck.Hourly(t, fmt.Sprint("own-", i), 1000)
 		for n := range 5 {
-			assert.NoError(t, hot.Ask(s, asktest.Hourly(t, "hot", 200)))
-			pair, other := own, asktest.Hourly(t, fmt.Sprint("other-", i, "-", n), 1000)
+			assert.NoError(t, hot.Ask(s, storecheck.Hourly(t, "hot", 200)))
+			pair, other := own, storecheck.Hourly(t, fmt.Sprint("other-", i, "-", n), 1000)
 			pair.More = []storage.Part{other.Part}
-			assert.NoError(t, new(asktest.Told).Ask(s, pair))
+			assert.NoError(t, new(storecheck.Told).Ask(s, pair))
 			assert.NoError(t, s.Charge(t.Context(), storage.Charge{Identifier: own.Part.Identifier, Rules: own.Part.Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
 			if i%10 == 0 {
 				_, err := s.Sweep(t.Context())
@@ -528,28 +528,28 @@ func TestOneConnectionIsEnoughForEverything(t *testing.T) {
 	})
 	assert.Equal(t, int64(200), hot.Admitted.Load())
 	for i := range 50 {
-		assert.Equal(t, int64(10), asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint("own-", i), 1000)))
+		assert.Equal(t, int64(10), storecheck.Spent(t, s, storecheck.Hourly(t, fmt.Sprint("own-", i), 1000)))
 	}
 }
 
 func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	t.Parallel()
 	primary, pool := harmed(t)
-	some, none := asktest.FivePerHour(t, "some"), asktest.FivePerHour(t, "none")
+	some, none := storecheck.FivePerHour(t, "some"), storecheck.FivePerHour(t, "none")
 	s := open(t, pool, pgstore.Options{})
-	require.Equal(t, 2, asktest.Take(t, s, some, 2))
-	require.Equal(t, 5, asktest.Take(t, s, none, 7))
+	require.Equal(t, 2, storecheck.Take(t, s, some, 2))
+	require.Equal(t, 5, storecheck.Take(t, s, none, 7))
 	standby := connect(t, servers.PostgresStandby(t, primary).URL())
-	asktest.Recovery(t, 10*time.Second, func() error { // as it follows within a moment
+	storecheck.Recovery(t, 10*time.Second, func() error { // as it follows within a moment
 		_, err := pgstore.New(t.Context(), standby, nil)
 		return err
 	})
 	s = open(t, standby, pgstore.Options{})
-	asktest.Until(t, "a Peek tells something else", func() bool { return asktest.Spent(t, s, some) == 2 && asktest.Spent(t, s, none) == 5 })
-	assert.Equal(t, 0, asktest.Take(t, s, none, 3), "a call that is denied")
+	storecheck.Until(t, "a Peek tells something else", func() bool { return storecheck.Spent(t, s, some) == 2 && storecheck.Spent(t, s, none) == 5 })
+	assert.Equal(t, 0, storecheck.Take(t, s, none, 3), "a call that is denied")
 	both := some
-	both.More = []storage.Part{asktest.FivePerHour(t, "new").Part}
-	for _, r := range []storage.Request{some, asktest.FivePerHour(t, "new"), both} {
+	both.More = []storage.Part{storecheck.FivePerHour(t, "new").Part}
+	for _, r := range []storage.Request{some, storecheck.FivePerHour(t, "new"), both} {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 		assert.Equal(t, readOnly, code(err), "%v", err)
@@ -560,7 +560,7 @@ func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	assert.Equal(t, readOnly, code(err), "there is no table: %v", err)
 	_, err = standby.Exec(t.Context(), "SELECT pg_promote()")
 	require.NoError(t, err)
-	assert.Equal(t, 3, asktest.Take(t, s, some, 5), "it is a primary now")
+	assert.Equal(t, 3, storecheck.Take(t, s, some, 5), "it is a primary now")
 }
 
 func TestADatabaseThatOnlyReadsByDefaultRefusesChanges(t *testing.T) {
@@ -569,10 +569,10 @@ func TestADatabaseThatOnlyReadsByDefaultRefusesChanges(t *testing.T) {
 	open(t, pool, pgstore.Options{})
 	reads := connect(t, server.URL()+"&default_transaction_read_only=on")
 	s := open(t, reads, pgstore.Options{})
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 	assertUnavailable(t, err)
 	assert.Equal(t, readOnly, code(err), "%v", err)
-	assert.Equal(t, int64(0), asktest.Spent(t, s, asktest.FivePerHour(t, "a")))
+	assert.Equal(t, int64(0), storecheck.Spent(t, s, storecheck.FivePerHour(t, "a")))
 }
 
 func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
@@ -582,17 +582,17 @@ func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
 			t.Parallel()
 			_, pool := harmed(t, "-c", "default_transaction_isolation="+isolation)
 			stores := make([]*pgstore.Storage, 4)
-			asktest.Crowd(len(stores), func(i int) {
+			storecheck.Crowd(len(stores), func(i int) {
 				var err error
-				stores[i], err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
+				stores[i], err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
 				assert.NoError(t, err, "several at once")
 			})
 			require.False(t, t.Failed())
-			a, b := asktest.Hourly(t, "a", 150), asktest.Hourly(t, "b", 150)
+			a, b := storecheck.Hourly(t, "a", 150), storecheck.Hourly(t, "b", 150)
 			ab, ba := a, b
 			ab.More, ba.More = []storage.Part{b.Part}, []storage.Part{a.Part}
-			var singleA, singleB, joint asktest.Told
-			asktest.Crowd(50, func(i int) {
+			var singleA, singleB, joint storecheck.Told
+			storecheck.Crowd(50, func(i int) {
 				for n := range 4 {
 					s := stores[(i+n)%len(stores)]
 					assert.NoError(t, singleA.Ask(s, a))
@@ -603,8 +603,8 @@ func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
 			})
 			assert.Equal(t, int64(150), singleA.Admitted.Load()+joint.Admitted.Load())
 			assert.Equal(t, int64(150), singleB.Admitted.Load()+joint.Admitted.Load())
-			assert.Equal(t, int64(150), asktest.Spent(t, stores[0], a))
-			assert.Equal(t, int64(150), asktest.Spent(t, stores[0], b))
+			assert.Equal(t, int64(150), storecheck.Spent(t, stores[0], a))
+			assert.Equal(t, int64(150), storecheck.Spent(t, stores[0], b))
 		})
 	}
 }
@@ -613,7 +613,7 @@ func TestAServerWithoutAFreeConnectionIsAnErrorWithItsCause(t *testing.T) {
 	t.Parallel()
 	const connections = 8
 	server, pool := harmed(t, "-c", fmt.Sprint("max_connections=", connections))
-	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
+	s, r := open(t, pool, prompt), storecheck.FivePerHour(t, "a")
 	var held []*pgx.Conn
 	release := sync.OnceFunc(func() {
 		for _, conn := range held {
@@ -621,28 +621,28 @@ func TestAServerWithoutAFreeConnectionIsAnErrorWithItsCause(t *testing.T) {
 		}
 	})
 	t.Cleanup(release)
-	asktest.Until(t, "others have connections", func() bool {
+	storecheck.Until(t, "others have connections", func() bool {
 		pool.Reset()
 		if conn, err := pgx.Connect(t.Context(), server.URL()); err == nil {
 			held = append(held, conn)
 		}
 		return len(held) == connections
 	})
-	took := asktest.Timed(3, func() {
+	took := storecheck.Timed(3, func() {
 		_, err := s.Decide(t.Context(), r)
 		assertUnavailable(t, err)
 		assert.Equal(t, tooMany, code(err), "%v", err)
 	})
 	assert.Less(t, slices.Min(took), 200*time.Millisecond, "it is known at once")
 	release()
-	asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") })
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	storecheck.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") })
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
-	again, s, r, count := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), asktest.Hourly(t, "a", 1<<40), asktest.Told{}
+	again, s, r, count := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), storecheck.Hourly(t, "a", 1<<40), storecheck.Told{}
 	var calls sync.WaitGroup
 	for range 50 {
 		calls.Go(func() {
@@ -653,10 +653,10 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 			assert.ErrorIs(t, err, storage.ErrClosed)
 		})
 	}
-	asktest.Until(t, "there is no load", func() bool { return count.Admitted.Load() > 500 })
-	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close(bg)) })
+	storecheck.Until(t, "there is no load", func() bool { return count.Admitted.Load() > 500 })
+	storecheck.Crowd(3, func(int) { assert.NoError(t, s.Close(bg)) })
 	calls.Wait()
-	assert.Equal(t, count.Admitted.Load(), asktest.Spent(t, again, r), "each call that was sent was answered")
+	assert.Equal(t, count.Admitted.Load(), storecheck.Spent(t, again, r), "each call that was sent was answered")
 	assert.ErrorIs(t, s.Reset(t.Context(), "", "a"), storage.ErrClosed)
 	assert.NoError(t, pool.Ping(t.Context()), "the pool is the caller's")
 }
@@ -671,23 +671,23 @@ func TestCloseReturnsInTime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, pool := harmed(t)
-			s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
-			require.Equal(t, 1, asktest.Take(t, s, r, 1))
+			s, r := open(t, pool, prompt), storecheck.FivePerHour(t, "a")
+			require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			cause(t, server)
 			var calls sync.WaitGroup
 			defer calls.Wait()
 			for range 20 {
 				calls.Go(func() {
-					if err := new(asktest.Told).Ask(s, r); !errors.Is(err, storage.ErrClosed) {
+					if err := new(storecheck.Told).Ask(s, r); !errors.Is(err, storage.ErrClosed) {
 						assertUnavailable(t, err)
 					}
 				})
 			}
-			asktest.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
-			took := asktest.Timed(1, func() { assert.NoError(t, s.Close(bg)) })
+			storecheck.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
+			took := storecheck.Timed(1, func() { assert.NoError(t, s.Close(bg)) })
 			assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 			assert.Greater(t, took[0], prompt.Timeout/20, "Close did not wait for what was sent")
-			assert.ErrorIs(t, new(asktest.Told).Ask(s, r), storage.ErrClosed)
+			assert.ErrorIs(t, new(storecheck.Told).Ask(s, r), storage.ErrClosed)
 		})
 	}
 }
@@ -695,15 +695,15 @@ func TestCloseReturnsInTime(t *testing.T) {
 func TestCloseEndsWithItsContextAndRefusesCallsAtOnce(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, prompt), asktest.FivePerHour(t, "a")
+	s, r := open(t, pool, prompt), storecheck.FivePerHour(t, "a")
 	require.NoError(t, server.Freeze())
 	var calls sync.WaitGroup
-	calls.Go(func() { assertUnavailable(t, new(asktest.Told).Ask(s, r)) })
-	asktest.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
+	calls.Go(func() { assertUnavailable(t, new(storecheck.Told).Ask(s, r)) })
+	storecheck.Until(t, "nothing was sent", func() bool { return pool.Stat().AcquiredConns() > 0 })
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	assert.ErrorIs(t, s.Close(ended), context.Canceled)
-	assert.ErrorIs(t, new(asktest.Told).Ask(s, r), storage.ErrClosed)
+	assert.ErrorIs(t, new(storecheck.Told).Ask(s, r), storage.ErrClosed)
 	_, err := s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(r)})
 	assert.ErrorIs(t, err, storage.ErrClosed)
 	calls.Wait()

@@ -15,8 +15,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -67,7 +67,7 @@ func owes(t testing.TB, s *pgstore.Storage, r storage.Request) int64 {
 func TestABatchIsChargedOnceForEachOriginAndSequenceNumber(t *testing.T) {
 	t.Parallel()
 	s, _ := ledger(t)
-	a, b := asktest.Hourly(t, "a", 1000), asktest.Hourly(t, "b", 1000)
+	a, b := storecheck.Hourly(t, "a", 1000), storecheck.Hourly(t, "b", 1000)
 	batch := []storage.Charge{entryOf(b, 2), entryOf(a, 7)}
 	first := record(t, s, "one", 5, batch...)
 	assert.Equal(t, []int64{2, 7}, []int64{owed(first[0]), owed(first[1])})
@@ -84,15 +84,15 @@ func TestABatchIsChargedOnceForEachOriginAndSequenceNumber(t *testing.T) {
 func TestABatchMayNameAnIdentifierSeveralTimesAndGiveBack(t *testing.T) {
 	t.Parallel()
 	s, _ := ledger(t)
-	a, other := asktest.Hourly(t, "a", 1000), asktest.Hourly(t, "a", 1000)
-	other.Part = storage.NewPart("a", []storage.Rule{asktest.Rule(t, "daily", storage.FixedWindow, 24*time.Hour, 1000)}, 1)
+	a, other := storecheck.Hourly(t, "a", 1000), storecheck.Hourly(t, "a", 1000)
+	other.Part = storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "daily", storage.FixedWindow, 24*time.Hour, 1000)}, 1)
 	debts := record(t, s, "o", 1, entryOf(a, 5), entryOf(other, 20), entryOf(a, 3), entryOf(a, -2), entryOf(a, 0))
 	for i, want := range []int64{6, 20, 6, 6, 6} {
 		assert.Equal(t, want, owed(debts[i]), "entry %d, after all of them", i)
 	}
 	assert.Equal(t, int64(4), owed(record(t, s, "o", 2, entryOf(a, -2))[0]))
 	assert.Nil(t, record(t, s, "o", 3, entryOf(a, -100))[0].Amounts[0], "not below nothing")
-	assert.Nil(t, record(t, s, "o", 4, entryOf(asktest.Hourly(t, "never seen", 5), -1))[0].Amounts[0])
+	assert.Nil(t, record(t, s, "o", 4, entryOf(storecheck.Hourly(t, "never seen", 5), -1))[0].Amounts[0])
 }
 
 // Modes of pgx send what is given in several ways.
@@ -111,7 +111,7 @@ func TestRecordIsTheModelsChargesAndThenDebts(t *testing.T) {
 					c := storage.Charge{Name: "model", Clocked: true, Now: now, Identifier: fmt.Sprint(random.IntN(8))}
 					for kind := range storage.SlidingLog + 1 {
 						if random.IntN(2) == 0 || kind == 0 {
-							c.Rules = append(c.Rules, asktest.Rule(t, fmt.Sprint(kind), kind, time.Hour, 300))
+							c.Rules = append(c.Rules, storecheck.Rule(t, fmt.Sprint(kind), kind, time.Hour, 300))
 							c.Amounts = append(c.Amounts, storage.Amount{N: random.Int64N(60) - 20, In: random.Int64N(7_200_000_000)})
 						}
 					}
@@ -138,13 +138,13 @@ func TestRecordIsTheModelsChargesAndThenDebts(t *testing.T) {
 func TestTheClockOfAnEntryThatSendsNoneIsTheServers(t *testing.T) {
 	t.Parallel()
 	s, _ := ledger(t)
-	r := asktest.FivePerHour(t, "a")
+	r := storecheck.FivePerHour(t, "a")
 	c := chargeOne(r)
 	c.Amounts[0].N = 4
 	d := record(t, s, "o", 1, c)[0]
 	require.Equal(t, int64(4), owed(d))
 	assert.Equal(t, time.Hour.Microseconds(), d.Amounts[0][0].In)
-	assert.Equal(t, 1, asktest.Take(t, s, r, 3))
+	assert.Equal(t, 1, storecheck.Take(t, s, r, 3))
 	d, err := s.Debt(t.Context(), storage.Debt{Identifier: "a", Rules: r.Part.Rules})
 	require.NoError(t, err)
 	assert.Equal(t, int64(5), owed(d))
@@ -153,10 +153,10 @@ func TestTheClockOfAnEntryThatSendsNoneIsTheServers(t *testing.T) {
 func TestEntriesThatCannotBeChargedAreLeftOutAndTheOthersAreNot(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	good, bad, many := asktest.Hourly(t, "good", 100), asktest.Hourly(t, "bad", 100), asktest.Hourly(t, "many", 100)
+	good, bad, many := storecheck.Hourly(t, "good", 100), storecheck.Hourly(t, "bad", 100), storecheck.Hourly(t, "many", 100)
 	full := storage.Charge{Clocked: true, Now: noon, Identifier: "many"}
 	for i := range storage.MaxBuckets {
-		full.Rules = append(full.Rules, asktest.Rule(t, fmt.Sprint(i), storage.Replenish, time.Hour, 10))
+		full.Rules = append(full.Rules, storecheck.Rule(t, fmt.Sprint(i), storage.Replenish, time.Hour, 10))
 		full.Amounts = append(full.Amounts, storage.Amount{N: 1, In: time.Hour.Microseconds()})
 	}
 	record(t, s, "o", 1, entryOf(bad, 1), full)
@@ -176,8 +176,8 @@ func TestEntriesThatCannotBeChargedAreLeftOutAndTheOthersAreNot(t *testing.T) {
 func TestARowOfAnOriginIsNoIdentifiersAndNothingIsChargedWhenItCannotBeRead(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	a, b := asktest.FivePerHour(t, "a"), asktest.FivePerHour(t, "b")
-	require.Equal(t, 1, asktest.Take(t, s, b, 1))
+	a, b := storecheck.FivePerHour(t, "a"), storecheck.FivePerHour(t, "b")
+	require.Equal(t, 1, storecheck.Take(t, s, b, 1))
 	record(t, s, "o", 77, entryOf(a, 1))
 	sqlDo(t, pool, "UPDATE throttler_state SET version = version + 1, state = (SELECT state FROM throttler_state WHERE id = 'o') WHERE id = ':b'")
 	_, err := s.Decide(t.Context(), b)
@@ -196,7 +196,7 @@ func TestABatchOfManyIdentifiers(t *testing.T) {
 	s, _ := ledger(t)
 	var batch, zeros []storage.Charge
 	for i := range 512 {
-		r := asktest.Hourly(t, fmt.Sprint(i*7919%512), 1<<40)
+		r := storecheck.Hourly(t, fmt.Sprint(i*7919%512), 1<<40)
 		batch, zeros = append(batch, entryOf(r, int64(i+1))), append(zeros, entryOf(r, 0))
 	}
 	for seq := range int64(3) {
@@ -214,7 +214,7 @@ func TestABatchIsTwoRoundTrips(t *testing.T) {
 	s, trips := counted(t, servers.Postgres(t).URL(), "ledger_trips")
 	batch := func(first, n int64) (out []storage.Charge) {
 		for i := range int64(10) {
-			out = append(out, entryOf(asktest.Hourly(t, fmt.Sprint(first+i), 100), n))
+			out = append(out, entryOf(storecheck.Hourly(t, fmt.Sprint(first+i), 100), n))
 		}
 		return out
 	}
@@ -232,7 +232,7 @@ func TestABatchIsTwoRoundTrips(t *testing.T) {
 func TestRowsThatAreGoneAreMadeAgain(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	r, other := asktest.Hourly(t, "a", 100), asktest.Hourly(t, "b", 100)
+	r, other := storecheck.Hourly(t, "a", 100), storecheck.Hourly(t, "b", 100)
 	for seq := range int64(3) {
 		record(t, s, "o", seq+1, entryOf(r, 1))
 	}
@@ -264,12 +264,12 @@ func TestRecordIsExactBesideDeletesOfRows(t *testing.T) {
 			}
 		})
 	}
-	kept := asktest.Hourly(t, "kept", 1<<40)
-	asktest.Crowd(4, func(i int) {
+	kept := storecheck.Hourly(t, "kept", 1<<40)
+	storecheck.Crowd(4, func(i int) {
 		for seq := range int64(100) {
 			batch := []storage.Charge{entryOf(kept, 1)}
 			for n := range 10 {
-				batch = append(batch, entryOf(asktest.Hourly(t, fmt.Sprint("gone-", n), 1<<40), 1))
+				batch = append(batch, entryOf(storecheck.Hourly(t, fmt.Sprint("gone-", n), 1<<40), 1))
 			}
 			_, err := s.Record(t.Context(), fmt.Sprint("o", i), seq+1, batch)
 			assert.NoError(t, err)
@@ -278,7 +278,7 @@ func TestRecordIsExactBesideDeletesOfRows(t *testing.T) {
 	close(stop)
 	others.Wait()
 	assert.Equal(t, int64(400), owes(t, s, kept))
-	assert.Equal(t, int64(400), owes(t, s, asktest.Hourly(t, "gone-7", 1<<40)))
+	assert.Equal(t, int64(400), owes(t, s, storecheck.Hourly(t, "gone-7", 1<<40)))
 }
 
 func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
@@ -288,14 +288,14 @@ func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
 	stores := []*pgstore.Storage{open(t, connect(t, server.URL()), pgstore.Options{}), open(t, connect(t, server.URL()), pgstore.Options{})}
 	const identifiers, origins, batches = 50, 6, 30
 	var sum [identifiers]atomic.Int64
-	ask := func(i int) storage.Request { return asktest.Hourly(t, fmt.Sprint(i), 1<<40) }
-	asktest.Crowd(origins+24, func(worker int) {
+	ask := func(i int) storage.Request { return storecheck.Hourly(t, fmt.Sprint(i), 1<<40) }
+	storecheck.Crowd(origins+24, func(worker int) {
 		s, random := stores[worker%2], rand.New(rand.NewPCG(uint64(worker), 2))
 		for seq := range int64(batches) {
 			if worker >= origins {
 				r := ask(random.IntN(identifiers))
-				r.More = []storage.Part{asktest.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40).Part}[:worker%2]
-				if assert.NoError(t, new(asktest.Told).Ask(s, r)) {
+				r.More = []storage.Part{storecheck.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40).Part}[:worker%2]
+				if assert.NoError(t, new(storecheck.Told).Ask(s, r)) {
 					n := 0
 					_, _ = fmt.Sscan(r.Part.Identifier, &n)
 					sum[n].Add(1)
@@ -309,7 +309,7 @@ func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
 				sum[i].Add(c.Amounts[0].N)
 				batch = append(batch, c)
 			}
-			batch = append(batch, chargeOne(asktest.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40)))
+			batch = append(batch, chargeOne(storecheck.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40)))
 			for range 1 + random.IntN(2) {
 				_, err := s.Record(t.Context(), fmt.Sprint("origin-", worker), seq+1, batch)
 				assert.NoError(t, err)
@@ -317,7 +317,7 @@ func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
 		}
 	})
 	for i := range sum {
-		assert.Equal(t, sum[i].Load(), asktest.Spent(t, stores[0], ask(i)))
+		assert.Equal(t, sum[i].Load(), storecheck.Spent(t, stores[0], ask(i)))
 	}
 	assert.Empty(t, logged(t, pool, "ERROR"), "nobody was a victim of a deadlock, not even unseen")
 }
@@ -325,19 +325,19 @@ func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
 func TestDecisionsFromMemorySeeWhatWasRecorded(t *testing.T) {
 	t.Parallel()
 	s, _ := ledger(t)
-	r := asktest.Hourly(t, "a", 10)
+	r := storecheck.Hourly(t, "a", 10)
 	for seq := range int64(3) {
-		require.Equal(t, 1, asktest.Take(t, s, r, 1), "remembered")
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1), "remembered")
 		record(t, s, "o", seq+1, chargeOne(r))
 	}
-	assert.Equal(t, 4, asktest.Take(t, s, r, 9))
+	assert.Equal(t, 4, storecheck.Take(t, s, r, 9))
 }
 
 // An update moves a row. Who has waited for it finds it in its new place.
 func TestARowThatMovesWhileItIsWaitedForIsCharged(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	r := asktest.Hourly(t, "a", 100)
+	r := storecheck.Hourly(t, "a", 100)
 	record(t, s, "o", 1, entryOf(r, 1))
 	for seq := range int64(5) {
 		held := hold(t, pool, writeIt, []byte(":a"))
@@ -357,11 +357,11 @@ func TestARowThatMovesWhileItIsWaitedForIsCharged(t *testing.T) {
 func TestRecordThatCannotLockGivesUpInTimeAndNothingHasHappened(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, a, b := open(t, pool, pgstore.Options{Timeout: time.Second}), asktest.Hourly(t, "a", 100), asktest.Hourly(t, "b", 100)
+	s, a, b := open(t, pool, pgstore.Options{Timeout: time.Second}), storecheck.Hourly(t, "a", 100), storecheck.Hourly(t, "b", 100)
 	batch := []storage.Charge{entryOf(a, 1), entryOf(b, 1)}
 	record(t, s, "o", 1, batch...)
 	release, before := holdRow(t, server.URL(), "b"), connected(t, pool)
-	for _, took := range asktest.Timed(2, func() {
+	for _, took := range storecheck.Timed(2, func() {
 		_, err := s.Record(t.Context(), "o", 2, batch)
 		assertUnavailable(t, err)
 		assert.Equal(t, lockTimeout, code(err), "%v", err)
@@ -371,7 +371,7 @@ func TestRecordThatCannotLockGivesUpInTimeAndNothingHasHappened(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
-	assertBackAfter(t, 200*time.Millisecond, asktest.Timed(1, func() {
+	assertBackAfter(t, 200*time.Millisecond, storecheck.Timed(1, func() {
 		_, err := s.Record(ctx, "o", 2, batch)
 		assert.Error(t, err)
 	}))
@@ -384,7 +384,7 @@ func TestRecordThatCannotLockGivesUpInTimeAndNothingHasHappened(t *testing.T) {
 func TestWhatBecameOfABatchWhoseCallerLeftIsFoundOutByTheSameNumber(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, r := open(t, pool, pgstore.Options{}), asktest.Hourly(t, "a", 100)
+	s, r := open(t, pool, pgstore.Options{}), storecheck.Hourly(t, "a", 100)
 	record(t, s, "o", 1, entryOf(r, 1))
 	before := connected(t, pool)
 	for seq := range int64(5) {
@@ -395,7 +395,7 @@ func TestWhatBecameOfABatchWhoseCallerLeftIsFoundOutByTheSameNumber(t *testing.T
 			_, err := s.Record(ctx, "o", seq+2, []storage.Charge{entryOf(r, 1)})
 			done <- err
 		}()
-		asktest.Until(t, "it does not wait", func() bool { return pool.Stat().AcquiredConns() == 1 })
+		storecheck.Until(t, "it does not wait", func() bool { return pool.Stat().AcquiredConns() == 1 })
 		cancel()
 		assert.ErrorIs(t, <-done, context.Canceled)
 		release()
@@ -411,7 +411,7 @@ func TestBatchesThatAreRepeatedUntilTheyAreAnsweredAreChargedOnceThoughTheServer
 	const origins, kills = 4, 3
 	var batches [origins]atomic.Int64
 	var failed atomic.Int64
-	batch := []storage.Charge{entryOf(asktest.Hourly(t, "a", 1<<40), 1), entryOf(asktest.Hourly(t, "b", 1<<40), 2)}
+	batch := []storage.Charge{entryOf(storecheck.Hourly(t, "a", 1<<40), 1), entryOf(storecheck.Hourly(t, "b", 1<<40), 2)}
 	stop := make(chan struct{})
 	var all sync.WaitGroup
 	for i := range origins {
@@ -436,10 +436,10 @@ func TestBatchesThatAreRepeatedUntilTheyAreAnsweredAreChargedOnceThoughTheServer
 	}
 	for range kills {
 		was := batches[0].Load()
-		asktest.Until(t, "nothing is recorded", func() bool { return batches[0].Load() > was+20 })
+		storecheck.Until(t, "nothing is recorded", func() bool { return batches[0].Load() > was+20 })
 		seen := failed.Load()
 		require.NoError(t, server.Kill())
-		asktest.Until(t, "no batch fails", func() bool { return failed.Load() > seen })
+		storecheck.Until(t, "no batch fails", func() bool { return failed.Load() > seen })
 		require.NoError(t, server.Start())
 	}
 	close(stop)
@@ -450,14 +450,14 @@ func TestBatchesThatAreRepeatedUntilTheyAreAnsweredAreChargedOnceThoughTheServer
 	}
 	t.Log(sum, "batches,", failed.Load(), "failures")
 	pool.Reset() // connections from before the last crash
-	assert.Equal(t, []int64{sum, 2 * sum}, []int64{owes(t, s, asktest.Hourly(t, "a", 1<<40)), owes(t, s, asktest.Hourly(t, "b", 1<<40))})
+	assert.Equal(t, []int64{sum, 2 * sum}, []int64{owes(t, s, storecheck.Hourly(t, "a", 1<<40)), owes(t, s, storecheck.Hourly(t, "b", 1<<40))})
 }
 
 func TestABatchOfZerosAndDebtWriteAndLockNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL())
 	s := open(t, pool, pgstore.Options{})
-	known, unknown := asktest.Hourly(t, "known", 10), asktest.Hourly(t, "unknown", 10)
+	known, unknown := storecheck.Hourly(t, "known", 10), storecheck.Hourly(t, "unknown", 10)
 	record(t, s, "o", 1, entryOf(known, 3))
 	hold(t, pool, lockIt, []byte(":known"))
 	before := writers(t, pool)
@@ -474,10 +474,10 @@ func TestABatchOfZerosAndDebtWriteAndLockNothing(t *testing.T) {
 func TestManyDebtsShareRoundTrips(t *testing.T) {
 	t.Parallel()
 	s, trips := counted(t, servers.PostgresURL(t), "debts")
-	r := asktest.Hourly(t, "a", 100)
+	r := storecheck.Hourly(t, "a", 100)
 	record(t, s, "o", 1, entryOf(r, 7))
 	n := trips.of(func() {
-		asktest.Crowd(200, func(int) { assert.Equal(t, int64(7), owes(t, s, r)) })
+		storecheck.Crowd(200, func(int) { assert.Equal(t, int64(7), owes(t, s, r)) })
 	})
 	assert.Less(t, n, 150, "for 200 calls")
 }
@@ -486,7 +486,7 @@ func TestRecordRefusesWhatIsInvalidBeforeItDoesAnything(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, "postgres://nobody.invalid/")
 	s := open(t, pool, pgstore.Options{NoSchema: true})
-	good := entryOf(asktest.FivePerHour(t, "a"), 1)
+	good := entryOf(storecheck.FivePerHour(t, "a"), 1)
 	for _, origin := range []string{"", "with:colon", strings.Repeat("o", 65)} {
 		_, err := s.Record(t.Context(), origin, 1, []storage.Charge{good})
 		assert.ErrorIs(t, err, storage.ErrInvalidIdentifier, origin)
@@ -523,7 +523,7 @@ func TestRecordRefusesWhatIsInvalidBeforeItDoesAnything(t *testing.T) {
 func TestCloseWaitsForARecord(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s, other, r := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), asktest.Hourly(t, "a", 100)
+	s, other, r := open(t, pool, pgstore.Options{}), open(t, pool, pgstore.Options{}), storecheck.Hourly(t, "a", 100)
 	record(t, s, "o", 1, entryOf(r, 1))
 	release := holdRow(t, server.URL(), "a")
 	var recorded, closed atomic.Bool
@@ -533,13 +533,13 @@ func TestCloseWaitsForARecord(t *testing.T) {
 		assert.NoError(t, err)
 		recorded.Store(true)
 	})
-	asktest.Until(t, "it does not wait", func() bool { return pool.Stat().AcquiredConns() == 1 })
+	storecheck.Until(t, "it does not wait", func() bool { return pool.Stat().AcquiredConns() == 1 })
 	all.Go(func() {
 		assert.NoError(t, s.Close(bg))
 		closed.Store(true)
 		assert.Equal(t, int64(2), owes(t, other, r), "it has been charged by then")
 	})
-	asktest.Until(t, "it is open", func() bool {
+	storecheck.Until(t, "it is open", func() bool {
 		_, err := s.Record(t.Context(), "", 0, []storage.Charge{entryOf(r, 0)})
 		return errors.Is(err, storage.ErrClosed)
 	})
@@ -553,8 +553,8 @@ func TestCloseWaitsForARecord(t *testing.T) {
 func TestASweepRemovesTheRowOfAnOriginAnHourAfterItsLastBatch(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	r := asktest.Hourly(t, "a", 1000)
-	r.Part.Rules[0] = asktest.Rule(t, "daily", storage.Replenish, 24*time.Hour, 1000)
+	r := storecheck.Hourly(t, "a", 1000)
+	r.Part.Rules[0] = storecheck.Rule(t, "daily", storage.Replenish, 24*time.Hour, 1000)
 	c := chargeOne(r)
 	c.Amounts[0].In *= 24
 	record(t, s, "o", 1, c)
@@ -574,14 +574,14 @@ func TestASweepRemovesTheRowOfAnOriginAnHourAfterItsLastBatch(t *testing.T) {
 	record(t, s, "o", 2, c)
 	later(time.Minute)
 	assert.Equal(t, int64(1), sweep())
-	assert.Equal(t, int64(2), asktest.Spent(t, s, r))
+	assert.Equal(t, int64(2), storecheck.Spent(t, s, r))
 	assert.Equal(t, 1, sqlGet[int](t, pool, "SELECT count(*) FROM throttler_state"))
 }
 
 func TestRecordSweepsToo(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	short := asktest.Rule(t, "short", storage.Replenish, time.Microsecond, 1)
+	short := storecheck.Rule(t, "short", storage.Replenish, time.Microsecond, 1)
 	const batches, each = 20, 100
 	for seq := range int64(batches) {
 		var batch []storage.Charge

@@ -12,8 +12,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
@@ -62,19 +62,19 @@ func TestRoundTrips(t *testing.T) {
 	url := servers.PostgresURL(t)
 	s, trips := counted(t, url, "trips")
 	other := open(t, connect(t, url), pgstore.Options{TablePrefix: "trips"})
-	r, few := asktest.Hourly(t, freshID(t), 1000), asktest.FivePerHour(t, freshID(t)+" few")
-	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, asktest.Take(t, s, r, 1)) }) }
+	r, few := storecheck.Hourly(t, freshID(t), 1000), storecheck.FivePerHour(t, freshID(t)+" few")
+	admitted := func() int { return trips.of(func() { assert.Equal(t, 1, storecheck.Take(t, s, r, 1)) }) }
 	assert.Equal(t, 2, admitted(), "the first admission reads and writes")
 	least := 3
 	for range 100 {
 		least = min(least, admitted())
 	}
 	assert.Equal(t, 1, least, "the next one knows the row")
-	assert.Equal(t, 1, asktest.Take(t, other, r, 1))
+	assert.Equal(t, 1, storecheck.Take(t, other, r, 1))
 	assert.LessOrEqual(t, admitted(), 3, "what it knows is no longer true")
 	assert.LessOrEqual(t, admitted(), 2)
-	require.Equal(t, 5, asktest.Take(t, s, few, 5))
-	assert.Equal(t, 1, trips.of(func() { assert.Zero(t, asktest.Take(t, s, few, 1)) }), "a refusal reads")
+	require.Equal(t, 5, storecheck.Take(t, s, few, 5))
+	assert.Equal(t, 1, trips.of(func() { assert.Zero(t, storecheck.Take(t, s, few, 1)) }), "a refusal reads")
 }
 
 func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
@@ -90,7 +90,7 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 			_, err := pool.Exec(t.Context(), "DELETE FROM memory_state WHERE id = $1", []byte(":"+r.Part.Identifier))
 			return err
 		}, 5},
-		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, asktest.Take(t, other, r, 2)); return nil }, 1},
+		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, storecheck.Take(t, other, r, 2)); return nil }, 1},
 		"a Charge": {func(r storage.Request) error { return other.Charge(t.Context(), chargeOne(r)) }, 2},
 		"a refund of all that is out": {func(r storage.Request) error {
 			c := chargeOne(r)
@@ -98,10 +98,10 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 			return other.Charge(t.Context(), c)
 		}, 5},
 	} {
-		r := asktest.FivePerHour(t, freshID(t))
-		require.Equal(t, 2, asktest.Take(t, s, r, 2), what)
+		r := storecheck.FivePerHour(t, freshID(t))
+		require.Equal(t, 2, storecheck.Take(t, s, r, 2), what)
 		require.NoError(t, do.do(r), what)
-		assert.Equal(t, do.left, asktest.Take(t, s, r, 7), what)
+		assert.Equal(t, do.left, storecheck.Take(t, s, r, 7), what)
 	}
 }
 
@@ -109,10 +109,10 @@ func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
 	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"})
-	r := asktest.FivePerHour(t, freshID(t))
-	require.Equal(t, 5, asktest.Take(t, s, r, 5))
+	r := storecheck.FivePerHour(t, freshID(t))
+	require.Equal(t, 5, storecheck.Take(t, s, r, 5))
 	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 // The batches of the first storage mix rows that it remembers, that the other one has written meanwhile, and that nobody
@@ -123,11 +123,11 @@ func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
 	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "mix"})
 	const ids, limit = 60, 20
 	base := freshID(t)
-	var told [ids]asktest.Told
+	var told [ids]storecheck.Told
 	ask := func(s *pgstore.Storage, i int) {
-		assert.NoError(t, told[i].Ask(s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+		assert.NoError(t, told[i].Ask(s, storecheck.Hourly(t, fmt.Sprint(base, i), limit)))
 	}
-	asktest.Crowd(64, func(worker int) {
+	storecheck.Crowd(64, func(worker int) {
 		random := rand.New(rand.NewPCG(1, uint64(worker)))
 		for n := range 80 {
 			i := random.IntN(ids)
@@ -135,7 +135,7 @@ func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
 			case worker%8 == 0:
 				ask(other, random.IntN(ids/4))
 			case n%7 == 0:
-				r := asktest.Hourly(t, fmt.Sprint(base, i), limit)
+				r := storecheck.Hourly(t, fmt.Sprint(base, i), limit)
 				r.Mode = storage.Peek
 				_, err := s.Decide(context.Background(), r)
 				assert.NoError(t, err)
@@ -146,6 +146,6 @@ func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
 	})
 	for i := range told {
 		assert.Equal(t, int64(limit), told[i].Admitted.Load(), i)
-		assert.Equal(t, int64(limit), asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint(base, i), limit)))
+		assert.Equal(t, int64(limit), storecheck.Spent(t, s, storecheck.Hourly(t, fmt.Sprint(base, i), limit)))
 	}
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
@@ -25,15 +25,15 @@ import (
 func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
-	s, r := open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")
-	require.Equal(t, 5, asktest.Take(t, s, r, 5)) // remembered
+	s, r := open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")
+	require.Equal(t, 5, storecheck.Take(t, s, r, 5)) // remembered
 	sqlDo(t, pool, "ALTER TABLE throttler_state RENAME TO away")
 	for i := range 20 { // in both partitions
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, fmt.Sprint("other-", i)))
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, fmt.Sprint("other-", i)))
 		assertUnavailable(t, err)
 	}
 	sqlDo(t, pool, "ALTER TABLE away RENAME TO throttler_state")
-	assert.Zero(t, asktest.Take(t, s, r, 7), "more than the limit was admitted")
+	assert.Zero(t, storecheck.Take(t, s, r, 7), "more than the limit was admitted")
 }
 
 // A batch of new rows and of a row that somebody else has locked.
@@ -43,11 +43,11 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	s := open(t, pool, pgstore.Options{Timeout: 5 * time.Second})
 	var old, fresh []storage.Request
 	for i := range 16 {
-		old = append(old, asktest.Hourly(t, fmt.Sprint("old-", i), 100))
-		require.Equal(t, 1, asktest.Take(t, s, old[i], 1))
+		old = append(old, storecheck.Hourly(t, fmt.Sprint("old-", i), 100))
+		require.Equal(t, 1, storecheck.Take(t, s, old[i], 1))
 	}
 	for i := range 40 {
-		fresh = append(fresh, asktest.Hourly(t, fmt.Sprint("fresh-", i), 100))
+		fresh = append(fresh, storecheck.Hourly(t, fmt.Sprint("fresh-", i), 100))
 	}
 	tx, err := pool.Begin(t.Context())
 	require.NoError(t, err)
@@ -70,7 +70,7 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	require.NoError(t, tx.Commit(t.Context()))
 	lost := 0
 	for i, r := range fresh {
-		if admitted[i] && asktest.Spent(t, s, r) == 0 {
+		if admitted[i] && storecheck.Spent(t, s, r) == 0 {
 			lost++
 		}
 	}
@@ -81,7 +81,7 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 func TestAWriteThatIsNotCommittedIsNotAdmitted(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
-	s, r := open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")
+	s, r := open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")
 	sqlDo(t, pool, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'`)
 	sqlDo(t, pool, `CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON throttler_state DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()`)
 	_, err := s.Decide(t.Context(), r)
@@ -118,16 +118,16 @@ func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
 	t.Cleanup(pool.Close)
 	s := open(t, pool, pgstore.Options{})
 	const n = 10
-	r := storage.Request{Part: storage.NewPart("a", []storage.Rule{asktest.Rule(t, "10/150ms", storage.SlidingLog, 150*time.Millisecond, n)}, 1)}
+	r := storage.Request{Part: storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "10/150ms", storage.SlidingLog, 150*time.Millisecond, n)}, 1)}
 	peek := r
 	peek.Mode = storage.Peek
 	_, err = s.Decide(t.Context(), peek)
 	require.NoError(t, err)
 	delay.Store(int64(200 * time.Millisecond)) // a read and a write
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	delay.Store(0)
 	began := time.Now()
-	admitted := asktest.Take(t, s, r, 3*n)
+	admitted := storecheck.Take(t, s, r, 3*n)
 	took := time.Since(began)
 	t.Log(admitted, "in", took)
 	if took < 100*time.Millisecond {
@@ -141,18 +141,18 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 	server, pool := harmed(t)
 	s := open(t, pool, pgstore.Options{Timeout: time.Second})
 	pair := func(a, b string) storage.Request {
-		r := asktest.Hourly(t, a, 1<<40)
-		r.More = []storage.Part{asktest.Hourly(t, b, 1<<40).Part}
+		r := storecheck.Hourly(t, a, 1<<40)
+		r.More = []storage.Part{storecheck.Hourly(t, b, 1<<40).Part}
 		return r
 	}
-	require.Equal(t, 1, asktest.Take(t, s, pair("locked", "x"), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, pair("locked", "x"), 1))
 	holdRow(t, server.URL(), "locked")
 	stop := make(chan struct{})
 	var blocked sync.WaitGroup
 	for i := range 10 {
 		blocked.Go(func() {
 			for {
-				_ = new(asktest.Told).Ask(s, pair("locked", fmt.Sprint(i)))
+				_ = new(storecheck.Told).Ask(s, pair("locked", fmt.Sprint(i)))
 				select {
 				case <-stop:
 					return
@@ -161,10 +161,10 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 			}
 		})
 	}
-	asktest.Until(t, "nobody waits", func() bool { return pool.Stat().AcquiredConns() >= 4 })
+	storecheck.Until(t, "nobody waits", func() bool { return pool.Stat().AcquiredConns() >= 4 })
 	for range 10 {
 		began := time.Now()
-		err := new(asktest.Told).Ask(s, pair("free", "also free"))
+		err := new(storecheck.Told).Ask(s, pair("free", "also free"))
 		t.Log(time.Since(began), err)
 		assert.NoError(t, err)
 	}
@@ -178,17 +178,17 @@ func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
 	s, other := open(t, pool, pgstore.Options{TablePrefix: "crashed"}), open(t, pool, pgstore.Options{TablePrefix: "crashed"})
-	r := asktest.Hourly(t, freshID(t), 100)
+	r := storecheck.Hourly(t, freshID(t), 100)
 	id := []byte(":" + r.Part.Identifier)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	sqlDo(t, pool, "CREATE TABLE IF NOT EXISTS disk AS SELECT * FROM crashed_state WHERE id = $1", id)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1), "this one is lost")
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1), "this one is lost")
 	sqlDo(t, pool, "UPDATE crashed_state AS c SET version = d.version, state = d.state FROM disk AS d WHERE c.id = d.id")
 	c := chargeOne(r)
 	c.Amounts[0].N = 50
 	require.NoError(t, other.Charge(t.Context(), c))
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
-	assert.Equal(t, int64(1+50+1), asktest.Spent(t, s, r), "a charge that was made after the crash")
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
+	assert.Equal(t, int64(1+50+1), storecheck.Spent(t, s, r), "a charge that was made after the crash")
 }
 
 // The time of connect_timeout is not that of the caller's context.
@@ -273,7 +273,7 @@ func TestConnectionsThatANATForgotFailNoCall(t *testing.T) {
 	for _, c := range all {
 		c.forgotten.Store(true)
 	}
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 7))
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 7))
 }
 
 func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
@@ -283,14 +283,14 @@ func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
 	t.Cleanup(func() { _ = silent.Close() })
 	pool := connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable")
 	s := open(t, pool, pgstore.Options{NoSchema: true, Timeout: 50 * time.Millisecond})
-	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 	assertUnavailable(t, err)
 	assert.ErrorContains(t, err, "a connection is still being opened")
 	require.NoError(t, silent.Close())
 	for _, o := range []pgstore.Options{{}, {NoSchema: true}} {
 		s, err := pgstore.New(t.Context(), connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable"), &o)
 		if err == nil {
-			_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+			_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 			require.NoError(t, s.Close(bg))
 		}
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)

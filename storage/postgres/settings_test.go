@@ -13,8 +13,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -94,8 +94,8 @@ func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	s, model := open(t, pool, pgstore.Options{TablePrefix: name}), storagetest.NewModel()
 	random, now := rand.New(rand.NewPCG(1, 2)), int64(noon)
 	var rules []storage.Rule
-	for _, kind := range asktest.Kinds {
-		rules = append(rules, asktest.Rule(t, fmt.Sprint("kind ", kind), kind, time.Minute, 7))
+	for _, kind := range storecheck.Kinds {
+		rules = append(rules, storecheck.Rule(t, fmt.Sprint("kind ", kind), kind, time.Minute, 7))
 	}
 	for seq := range int64(12) {
 		now += random.Int64N(10_000_000)
@@ -148,10 +148,10 @@ func alike(t *testing.T, do func(storage.Replica) (any, error), s, model storage
 func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name string) {
 	t.Helper()
 	other := open(t, pool, pgstore.Options{TablePrefix: name})
-	hot, several := asktest.Hourly(t, oddID, 21), asktest.Hourly(t, "c", 13)
-	several.More = []storage.Part{asktest.Hourly(t, oddID+"2", 17).Part}
-	var one, two asktest.Told
-	asktest.Crowd(10, func(i int) {
+	hot, several := storecheck.Hourly(t, oddID, 21), storecheck.Hourly(t, "c", 13)
+	several.More = []storage.Part{storecheck.Hourly(t, oddID+"2", 17).Part}
+	var one, two storecheck.Told
+	storecheck.Crowd(10, func(i int) {
 		s := []*pgstore.Storage{s, other}[i%2]
 		for range 4 {
 			assert.NoError(t, one.Ask(s, hot))
@@ -159,8 +159,8 @@ func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name
 		}
 	})
 	assert.Equal(t, []int64{21, 13}, []int64{one.Admitted.Load(), two.Admitted.Load()})
-	require.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, oddID)))
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, oddID), 6), "from memory")
+	require.NoError(t, everything(t.Context(), s, storecheck.FivePerHour(t, oddID)))
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, oddID), 6), "from memory")
 }
 
 // In statement mode a pooler lets nobody begin a transaction, and so of what needs one nothing happens.
@@ -172,9 +172,9 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 			t.Parallel()
 			pool := connect(t, bouncer.URL()+"&pool_max_conns=4&default_query_exec_mode="+mode)
 			stores := []*pgstore.Storage{open(t, pool, pgstore.Options{TablePrefix: mode}), open(t, pool, pgstore.Options{TablePrefix: mode})}
-			s, hot, few, other := stores[0], asktest.Hourly(t, oddID, 21), asktest.FivePerHour(t, "few"), asktest.FivePerHour(t, "other")
-			var one asktest.Told
-			asktest.Crowd(10, func(i int) {
+			s, hot, few, other := stores[0], storecheck.Hourly(t, oddID, 21), storecheck.FivePerHour(t, "few"), storecheck.FivePerHour(t, "other")
+			var one storecheck.Told
+			storecheck.Crowd(10, func(i int) {
 				for range 4 {
 					assert.NoError(t, one.Ask(stores[i%2], hot))
 				}
@@ -182,20 +182,20 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 			assert.Equal(t, int64(21), one.Admitted.Load())
 			require.NoError(t, s.Charge(t.Context(), chargeOne(few)))
 			require.NoError(t, s.Raise(t.Context(), owesOne(few)))
-			assert.Equal(t, 4, asktest.Take(t, s, few, 6))
+			assert.Equal(t, 4, storecheck.Take(t, s, few, 6))
 			several := other
 			several.More = []storage.Part{hot.Part}
 			_, err := s.Decide(t.Context(), several)
 			assert.NoError(t, err, "a refusal writes nothing")
-			several.More = []storage.Part{asktest.FivePerHour(t, "third").Part}
+			several.More = []storage.Part{storecheck.FivePerHour(t, "third").Part}
 			_, err = s.Decide(t.Context(), several)
 			assertRefused(t, err, "08P01")
 			assert.ErrorContains(t, err, "transaction blocks not allowed in statement pooling mode")
 			_, err = s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(other)})
 			assertRefused(t, err, "08P01")
-			assert.Zero(t, asktest.Spent(t, s, other), "and nothing has happened")
+			assert.Zero(t, storecheck.Spent(t, s, other), "and nothing has happened")
 			require.NoError(t, s.Reset(t.Context(), "", "few"))
-			assert.Equal(t, 5, asktest.Take(t, s, few, 6))
+			assert.Equal(t, 5, storecheck.Take(t, s, few, 6))
 			_, err = s.Sweep(t.Context())
 			assert.NoError(t, err)
 		})
@@ -206,10 +206,10 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 func TestTheLedgerDecidesInTheSimpleProtocol(t *testing.T) {
 	t.Parallel()
 	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{TablePrefix: "simple"})
-	r := asktest.FivePerHour(t, freshID(t))
+	r := storecheck.FivePerHour(t, freshID(t))
 	record(t, s, "o", time.Now().UnixNano(), chargeOne(r), chargeOne(r))
 	for i := range 3 {
-		assert.Equal(t, 1, asktest.Take(t, s, r, 1), "call %d", i)
+		assert.Equal(t, 1, storecheck.Take(t, s, r, 1), "call %d", i)
 	}
-	assert.Zero(t, asktest.Take(t, s, r, 1))
+	assert.Zero(t, storecheck.Take(t, s, r, 1))
 }

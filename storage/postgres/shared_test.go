@@ -23,8 +23,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
@@ -84,7 +84,7 @@ func hold(t testing.TB, pool *pgxpool.Pool, sql string, arg any) holder {
 func (h holder) awaited(t testing.TB, n int) {
 	t.Helper()
 	const waiters = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND $1 = ANY (pg_blocking_pids(pid))"
-	asktest.Recovery(t, asktest.Patient, func() error {
+	storecheck.Recovery(t, storecheck.Patient, func() error {
 		if got := sqlGet[int](t, h.pool, waiters, int32(h.tx.Conn().PgConn().PID())); got < n {
 			return fmt.Errorf("%d wait", got)
 		}
@@ -100,7 +100,7 @@ func (h holder) commit(t testing.TB) {
 // awaitCount returns when n has come to what it shall be.
 func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
 	t.Helper()
-	asktest.Recovery(t, asktest.Patient, func() error {
+	storecheck.Recovery(t, storecheck.Patient, func() error {
 		if got := n.Load(); got < want {
 			return fmt.Errorf("it is %d", got)
 		}
@@ -111,7 +111,7 @@ func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
 // limits are two, of which the first is the smaller.
 func limits(t testing.TB, kind storage.Kind) []storage.Rule {
 	t.Helper()
-	return []storage.Rule{asktest.Rule(t, "600/1h", kind, time.Hour, 600), asktest.Rule(t, "630/1d", kind, 24*time.Hour, 630)}
+	return []storage.Rule{storecheck.Rule(t, "600/1h", kind, time.Hour, 600), storecheck.Rule(t, "630/1d", kind, 24*time.Hour, 630)}
 }
 
 var twoKinds = []storage.Kind{storage.Replenish, storage.SlidingLog}
@@ -120,9 +120,9 @@ var twoKinds = []storage.Kind{storage.Replenish, storage.SlidingLog}
 func burst(t testing.TB, s *pgstore.Storage, id string) (admitted []int64) {
 	t.Helper()
 	for i, kind := range twoKinds {
-		var all asktest.Told
+		var all storecheck.Told
 		r := storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), limits(t, kind), 1)}
-		asktest.Crowd(50, func(int) {
+		storecheck.Crowd(50, func(int) {
 			for range 4 {
 				assert.NoError(t, all.Ask(s, r))
 			}
@@ -181,7 +181,7 @@ func TestFourProcessesShareTwoLimitsExactly(t *testing.T) {
 		rules := limits(t, kind)
 		slices.Reverse(rules)
 		assert.Equal(t, int64(600), sum[i].Load(), kind)
-		assert.Equal(t, int64(600), asktest.Spent(t, s, storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), rules, 1)}), kind)
+		assert.Equal(t, int64(600), storecheck.Spent(t, s, storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), rules, 1)}), kind)
 	}
 }
 
@@ -190,11 +190,11 @@ func TestRacingFirstCallsOfAnIdentifierAreAdmittedUpToTheLimit(t *testing.T) {
 	url := servers.PostgresURL(t)
 	stores := []*pgstore.Storage{open(t, connect(t, url), pgstore.Options{TablePrefix: "shared"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "shared"})}
 	for range 10 {
-		var all asktest.Told
-		r := asktest.Hourly(t, freshID(t), 57)
-		asktest.Crowd(200, func(i int) { assert.NoError(t, all.Ask(stores[i%2], r)) })
+		var all storecheck.Told
+		r := storecheck.Hourly(t, freshID(t), 57)
+		storecheck.Crowd(200, func(i int) { assert.NoError(t, all.Ask(stores[i%2], r)) })
 		assert.Equal(t, int64(57), all.Admitted.Load())
-		assert.Equal(t, int64(57), asktest.Spent(t, stores[0], r))
+		assert.Equal(t, int64(57), storecheck.Spent(t, stores[0], r))
 	}
 }
 
@@ -250,7 +250,7 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	const rounds = 12
 	news := func(round int) string { return fmt.Sprint("m", round) }
 	add := func(id string, n int64) {
-		m.all[id], m.sum[id] = asktest.Rule(t, "r", storage.Replenish, time.Hour, n), new(atomic.Int64)
+		m.all[id], m.sum[id] = storecheck.Rule(t, "r", storage.Replenish, time.Hour, n), new(atomic.Int64)
 	}
 	for _, id := range []string{"a", "b", "forgotten", "y", "z"} {
 		add(id, 1_000_000)
@@ -260,7 +260,7 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	for round := range rounds {
 		add(news(round), 1_000_000)
 	}
-	asktest.Crowd(72, func(i int) {
+	storecheck.Crowd(72, func(i int) {
 		s := m.stores[i%2]
 		for round := range rounds {
 			switch id := news(round); (i/2 + round) % 9 {
@@ -288,7 +288,7 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	assert.Equal(t, int64(100), m.sum["few"].Load())
 	for id, sum := range m.sum {
 		if id != "forgotten" {
-			assert.Equal(t, sum.Load(), asktest.Spent(t, m.stores[0], storage.Request{Part: m.part(id)}), id)
+			assert.Equal(t, sum.Load(), storecheck.Spent(t, m.stores[0], storage.Request{Part: m.part(id)}), id)
 		}
 	}
 	assert.Empty(t, logged(t, pool, "ERROR"), "nobody was a victim of a deadlock, not even unseen")
@@ -300,31 +300,31 @@ func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *t
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL()+"&pool_max_conns=9")
 	s := open(t, pool, pgstore.Options{})
-	both, b := asktest.FivePerHour(t, "a"), asktest.FivePerHour(t, "b")
-	require.Equal(t, 2, asktest.Take(t, s, both, 1)+asktest.Take(t, s, b, 1))
+	both, b := storecheck.FivePerHour(t, "a"), storecheck.FivePerHour(t, "b")
+	require.Equal(t, 2, storecheck.Take(t, s, both, 1)+storecheck.Take(t, s, b, 1))
 	both.More = []storage.Part{b.Part}
 	ofA := hold(t, pool, lockIt, []byte(":a"))
-	var asked asktest.Told
+	var asked storecheck.Told
 	done := make(chan error, 1)
 	go func() { done <- asked.Ask(s, both) }()
 	ofA.awaited(t, 1)
 	sqlDo(t, pool, "DELETE FROM throttler_state WHERE id = ':b'")
-	require.Equal(t, 1, asktest.Take(t, s, b, 1))
+	require.Equal(t, 1, storecheck.Take(t, s, b, 1))
 	ofB := hold(t, pool, writeIt, []byte(":b"))
 	ofA.commit(t)
 	ofB.awaited(t, 1)
 	ofB.commit(t)
 	require.NoError(t, <-done)
 	require.Equal(t, int64(1), asked.Admitted.Load())
-	assert.Equal(t, []int64{2, 2}, []int64{asktest.Spent(t, s, both), asktest.Spent(t, s, b)})
+	assert.Equal(t, []int64{2, 2}, []int64{storecheck.Spent(t, s, both), storecheck.Spent(t, s, b)})
 }
 
 // A batch of many requests, in all modes, is as if they came one after the other.
 func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
-	s, hot := open(t, pool, pgstore.Options{}), asktest.Hourly(t, "hot", 60)
-	require.Equal(t, 1, asktest.Take(t, s, hot, 1))
+	s, hot := open(t, pool, pgstore.Options{}), storecheck.Hourly(t, "hot", 60)
+	require.Equal(t, 1, storecheck.Take(t, s, hot, 1))
 	held, before := hold(t, pool, lockIt, []byte(":hot")), writers(t, pool)
 	type step struct{ left, cost int64 }
 	var mu sync.Mutex
@@ -365,23 +365,23 @@ func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	}
 	assert.LessOrEqual(t, left, int64(0), "the forced ones leave a debt")
 	assert.LessOrEqual(t, last.Load(), int64(1), "only forced ones come after the last that fitted")
-	assert.Equal(t, sum, asktest.Spent(t, s, asktest.Hourly(t, "hot", 1000)))
+	assert.Equal(t, sum, storecheck.Spent(t, s, storecheck.Hourly(t, "hot", 1000)))
 	assert.Less(t, writers(t, pool)-before, int64(20), "transactions for 121 requests")
 }
 
 func TestTwentyProcessesInstallTheSchemaAtOnce(t *testing.T) {
 	t.Parallel()
 	server := servers.Postgres(t)
-	var all asktest.Told
-	asktest.Crowd(20, func(int) {
+	var all storecheck.Told
+	storecheck.Crowd(20, func(int) {
 		pool, err := pgxpool.New(t.Context(), server.URL())
 		if !assert.NoError(t, err) {
 			return
 		}
 		defer pool.Close()
-		s, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: asktest.Patient})
+		s, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
 		if assert.NoError(t, err) {
-			assert.NoError(t, all.Ask(s, asktest.FivePerHour(t, "a")))
+			assert.NoError(t, all.Ask(s, storecheck.FivePerHour(t, "a")))
 			assert.NoError(t, s.Close(bg))
 		}
 	})
@@ -395,13 +395,13 @@ func TestACommentOnTheTableIsNobodysBusiness(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{})
-	require.Equal(t, 3, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 3))
+	require.Equal(t, 3, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 3))
 	assert.Equal(t, "none", sqlGet[string](t, pool, commentOf))
 	for _, comment := range []string{"another", "none"} {
 		sqlDo(t, pool, `COMMENT ON TABLE throttler_state IS '`+comment+`'`)
 		s = open(t, pool, pgstore.Options{})
 		assert.Equal(t, comment, sqlGet[string](t, pool, commentOf))
-		assert.Equal(t, int64(3), asktest.Spent(t, s, asktest.FivePerHour(t, "a")))
+		assert.Equal(t, int64(3), storecheck.Spent(t, s, storecheck.FivePerHour(t, "a")))
 	}
 }
 
@@ -453,7 +453,7 @@ func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
 		assert.Equal(t, comments, sqlGet[int](t, pool, "SELECT count(*) FROM pg_description"), what)
 	}
 	sqlDo(t, pool, "DROP SCHEMA public CASCADE; CREATE SCHEMA public; "+table(ownColumns))
-	assert.NoError(t, everything(t.Context(), open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")), "the order of the columns is nobody's business")
+	assert.NoError(t, everything(t.Context(), open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")), "the order of the columns is nobody's business")
 }
 
 // everything calls all that a storage does, and returns the first error.
@@ -488,7 +488,7 @@ func TestCallsWriteNothingToTheLogOfTheServer(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{})
-	require.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")))
+	require.NoError(t, everything(t.Context(), s, storecheck.FivePerHour(t, "a")))
 	assert.Empty(t, logged(t, pool, "WARNING|ERROR"))
 }
 
@@ -519,14 +519,14 @@ func TestTheLeastRightsOfARole(t *testing.T) {
 			return err
 		}
 		defer func() { assert.NoError(t, s.Close(bg)) }()
-		return everything(t.Context(), s, asktest.FivePerHour(t, "a"))
+		return everything(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	}
-	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: asktest.Patient, NoSchema: true}))
-	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: asktest.Patient}), "New has nothing to create")
+	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: storecheck.Patient, NoSchema: true}))
+	assert.NoError(t, try(pgstore.Options{Schema: "limits", Timeout: storecheck.Patient}), "New has nothing to create")
 	for _, right := range rights {
 		sqlDo(t, pool, "REVOKE "+right+" FROM app")
 		t.Log("without", right)
-		assertRefused(t, try(pgstore.Options{Schema: "limits", Timeout: asktest.Patient, NoSchema: true}), "42501")
+		assertRefused(t, try(pgstore.Options{Schema: "limits", Timeout: storecheck.Patient, NoSchema: true}), "42501")
 		sqlDo(t, pool, "GRANT "+right+" TO app")
 	}
 	assertRefused(t, try(pgstore.Options{Schema: "limits", TablePrefix: "other"}), "42501")
@@ -542,13 +542,13 @@ func TestSchemaAndNameMayHaveAnyCharacters(t *testing.T) {
 	for _, name := range names {
 		quoted := pgx.Identifier{name}.Sanitize()
 		sqlDo(t, pool, "CREATE SCHEMA "+quoted)
-		for _, o := range []pgstore.Options{{TablePrefix: name, Timeout: asktest.Patient}, {Schema: name, TablePrefix: name, Timeout: asktest.Patient}} {
+		for _, o := range []pgstore.Options{{TablePrefix: name, Timeout: storecheck.Patient}, {Schema: name, TablePrefix: name, Timeout: storecheck.Patient}} {
 			s, err := pgstore.New(t.Context(), pool, &o)
 			if !assert.NoError(t, err, "%+v", o) {
 				continue
 			}
-			assert.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")), "%+v", o)
-			assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "b"), 7), "nobody else's table: %+v", o)
+			assert.NoError(t, everything(t.Context(), s, storecheck.FivePerHour(t, "a")), "%+v", o)
+			assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "b"), 7), "nobody else's table: %+v", o)
 			assert.NoError(t, s.Close(bg))
 			table := pgx.Identifier{o.TablePrefix + "_state"}.Sanitize()
 			if o.Schema != "" {
@@ -564,21 +564,21 @@ func TestASchemaThatIsNamedWorksUnderAnySearchPath(t *testing.T) {
 	url := servers.Postgres(t).URL()
 	sqlDo(t, connect(t, url), "CREATE SCHEMA one; CREATE SCHEMA two")
 	in := func(path string) *pgxpool.Pool { return connect(t, url+"&search_path="+path) }
-	s, r := open(t, in("two"), pgstore.Options{Schema: "one"}), asktest.FivePerHour(t, "b")
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	s, r := open(t, in("two"), pgstore.Options{Schema: "one"}), storecheck.FivePerHour(t, "b")
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	for i, path := range []string{"''", "two", "two,one"} {
 		other := open(t, in(path), pgstore.Options{Schema: "one"})
-		assert.NoError(t, everything(t.Context(), other, asktest.FivePerHour(t, "a")), path)
-		assert.Equal(t, 1, asktest.Take(t, other, r, 1))
-		assert.Equal(t, int64(2+i), asktest.Spent(t, s, r), path)
+		assert.NoError(t, everything(t.Context(), other, storecheck.FivePerHour(t, "a")), path)
+		assert.Equal(t, 1, storecheck.Take(t, other, r, 1))
+		assert.Equal(t, int64(2+i), storecheck.Spent(t, s, r), path)
 	}
 	_, err := open(t, in("two"), pgstore.Options{NoSchema: true}).Decide(t.Context(), r)
 	assertRefused(t, err, "42P01")
 	own := open(t, in("two"), pgstore.Options{})
-	require.Equal(t, 3, asktest.Take(t, own, r, 3))
-	assert.Equal(t, int64(3), asktest.Spent(t, open(t, in("one,two"), pgstore.Options{Schema: "two"}), r), "the first of the path")
-	assert.Equal(t, int64(3), asktest.Spent(t, own, r))
-	assert.Equal(t, int64(4), asktest.Spent(t, s, r), "another table")
+	require.Equal(t, 3, storecheck.Take(t, own, r, 3))
+	assert.Equal(t, int64(3), storecheck.Spent(t, open(t, in("one,two"), pgstore.Options{Schema: "two"}), r), "the first of the path")
+	assert.Equal(t, int64(3), storecheck.Spent(t, own, r))
+	assert.Equal(t, int64(4), storecheck.Spent(t, s, r), "another table")
 }
 
 func TestOneSchemaIsTheSameWhetherItIsNamedOrFoundByASearchPath(t *testing.T) {
@@ -586,10 +586,10 @@ func TestOneSchemaIsTheSameWhetherItIsNamedOrFoundByASearchPath(t *testing.T) {
 	url := servers.Postgres(t).URL()
 	sqlDo(t, connect(t, url), "CREATE SCHEMA one; CREATE SCHEMA two")
 	in := func(path string) *pgxpool.Pool { return connect(t, url+"&search_path="+path) }
-	r := asktest.FivePerHour(t, "a")
-	require.Equal(t, 1, asktest.Take(t, open(t, in("two"), pgstore.Options{Schema: "one"}), r, 1))
-	assert.Equal(t, int64(1), asktest.Spent(t, open(t, in("two,one"), pgstore.Options{}), r), "Postgres finds the table in the second")
-	assert.Equal(t, int64(1), asktest.Spent(t, open(t, in("one"), pgstore.Options{}), r))
+	r := storecheck.FivePerHour(t, "a")
+	require.Equal(t, 1, storecheck.Take(t, open(t, in("two"), pgstore.Options{Schema: "one"}), r, 1))
+	assert.Equal(t, int64(1), storecheck.Spent(t, open(t, in("two,one"), pgstore.Options{}), r), "Postgres finds the table in the second")
+	assert.Equal(t, int64(1), storecheck.Spent(t, open(t, in("one"), pgstore.Options{}), r))
 }
 
 func TestDecisionsThroughAPgBouncerAreExactAndLeaveItsConnectionsAsTheyWere(t *testing.T) {
@@ -597,15 +597,15 @@ func TestDecisionsThroughAPgBouncerAreExactAndLeaveItsConnectionsAsTheyWere(t *t
 	bouncer := servers.PgBouncer(t, servers.Postgres(t), "default_pool_size = 5")
 	pool := connect(t, bouncer.URL()+"&default_query_exec_mode=exec&pool_max_conns=20")
 	stores := []*pgstore.Storage{open(t, pool, pgstore.Options{SynchronousCommit: "off"}), open(t, pool, pgstore.Options{})}
-	var one, two asktest.Told
-	r, several := asktest.Hourly(t, "hot", 130), asktest.Hourly(t, "a", 70)
-	several.More = []storage.Part{asktest.Hourly(t, "b", 90).Part}
-	asktest.Crowd(50, func(i int) {
+	var one, two storecheck.Told
+	r, several := storecheck.Hourly(t, "hot", 130), storecheck.Hourly(t, "a", 70)
+	several.More = []storage.Part{storecheck.Hourly(t, "b", 90).Part}
+	storecheck.Crowd(50, func(i int) {
 		for range 4 {
 			assert.NoError(t, one.Ask(stores[i%2], r))
 			assert.NoError(t, two.Ask(stores[i%2], several))
 		}
-		assert.NoError(t, everything(t.Context(), stores[i%2], asktest.FivePerHour(t, fmt.Sprint(i))))
+		assert.NoError(t, everything(t.Context(), stores[i%2], storecheck.FivePerHour(t, fmt.Sprint(i))))
 	})
 	assert.Equal(t, []int64{130, 70}, []int64{one.Admitted.Load(), two.Admitted.Load()})
 	const settings = `SELECT concat_ws(' ', current_setting('statement_timeout'), current_setting('lock_timeout'),
@@ -638,14 +638,14 @@ func TestASchemaThatAMigrationExecutedNeedsNothingMore(t *testing.T) {
 	sqlDo(t, pool, `CREATE SCHEMA "Mine"`)
 	o := pgstore.Options{Schema: "Mine", TablePrefix: "of ours", Unlogged: true, NoSchema: true}
 	s := open(t, pool, o)
-	assertRefused(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")), "42P01")
+	assertRefused(t, everything(t.Context(), s, storecheck.FivePerHour(t, "a")), "42P01")
 	for range 2 {
 		conn, err := pool.Acquire(t.Context())
 		require.NoError(t, err)
 		_, err = conn.Conn().PgConn().Exec(t.Context(), pgstore.Schema(&o)).ReadAll() // as psql does
 		conn.Release()
 		require.NoError(t, err)
-		assert.NoError(t, everything(t.Context(), s, asktest.FivePerHour(t, "a")))
+		assert.NoError(t, everything(t.Context(), s, storecheck.FivePerHour(t, "a")))
 	}
 	assert.Equal(t, "u", sqlGet[string](t, pool, `SELECT relpersistence::text FROM pg_class WHERE oid = '"Mine"."of ours_state"'::regclass`))
 	before := writers(t, pool)
@@ -681,8 +681,8 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL())
 	s := open(t, pool, pgstore.Options{})
-	spent, unknown := asktest.FivePerHour(t, "spent"), asktest.FivePerHour(t, "unknown")
-	require.Equal(t, 5, asktest.Take(t, s, spent, 5))
+	spent, unknown := storecheck.FivePerHour(t, "spent"), storecheck.FivePerHour(t, "unknown")
+	require.Equal(t, 5, storecheck.Take(t, s, spent, 5))
 	row := func() string {
 		return sqlGet[string](t, pool, "SELECT string_agg(concat(ctid, xmin, xmax, t), ' ') FROM throttler_state t")
 	}
@@ -690,8 +690,8 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 	peek.Mode, several.More, free.Part = storage.Peek, []storage.Part{spent.Part}, storage.NewPart("free", unknown.Part.Rules, 0)
 	before, rowBefore := writers(t, pool), row()
 	for i, r := range []storage.Request{peek, free, spent, several} {
-		var all asktest.Told
-		asktest.Crowd(50, func(int) {
+		var all storecheck.Told
+		storecheck.Crowd(50, func(int) {
 			for range 2 {
 				assert.NoError(t, all.Ask(s, r))
 			}
@@ -700,7 +700,7 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 	}
 	assert.Equal(t, before, writers(t, pool))
 	assert.Equal(t, rowBefore, row())
-	require.Equal(t, 1, asktest.Take(t, s, unknown, 1))
+	require.Equal(t, 1, storecheck.Take(t, s, unknown, 1))
 	assert.Equal(t, before+1, writers(t, pool), "the test would see a write")
 }
 
@@ -708,10 +708,10 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 func TestRefusalsOfAnIdentifierThatWasContendedWriteAndLockNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL()+"&pool_max_conns=9")
-	s, r := open(t, pool, pgstore.Options{}), asktest.FivePerHour(t, "a")
-	require.Equal(t, 4, asktest.Take(t, s, r, 4))
+	s, r := open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")
+	require.Equal(t, 4, storecheck.Take(t, s, r, 4))
 	other := hold(t, pool, writeIt, []byte(":a"))
-	var asked asktest.Told
+	var asked storecheck.Told
 	done := make(chan error, 1)
 	go func() { done <- asked.Ask(s, r) }()
 	other.awaited(t, 1)
@@ -719,7 +719,7 @@ func TestRefusalsOfAnIdentifierThatWasContendedWriteAndLockNothing(t *testing.T)
 	require.NoError(t, <-done)
 	require.Equal(t, int64(1), asked.Admitted.Load())
 	before := writers(t, pool)
-	require.Zero(t, asktest.Take(t, s, r, 10))
+	require.Zero(t, storecheck.Take(t, s, r, 10))
 	assert.Equal(t, before, writers(t, pool))
 }
 
@@ -735,10 +735,10 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 		rounds = 100
 	}
 	began := time.Now()
-	asktest.Crowd(callers, func(c int) {
+	storecheck.Crowd(callers, func(c int) {
 		for round := range rounds {
 			for i := range each {
-				r := asktest.Hourly(t, fmt.Sprintf("user-%010d", c+callers*((i*7+round)%each)), 1000)
+				r := storecheck.Hourly(t, fmt.Sprintf("user-%010d", c+callers*((i*7+round)%each)), 1000)
 				v, err := s.Decide(t.Context(), r)
 				assert.NoError(t, err)
 				assert.True(t, v.Allowed)
@@ -748,7 +748,7 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 	took := time.Since(began)
 	require.NoError(t, s.Close(bg))
 	busy.Close() // then its connections report what they did
-	asktest.Recovery(t, asktest.Patient, func() error {
+	storecheck.Recovery(t, storecheck.Patient, func() error {
 		if sqlGet[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'") > 1 {
 			return errors.New("there are other connections")
 		}
@@ -813,7 +813,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	calls := map[string]func(storage.Request) error{
 		"Decide": func(r storage.Request) error { _, err := s.Decide(t.Context(), r); return err },
 		"Decide of several": func(r storage.Request) error {
-			several := asktest.FivePerHour(t, "good")
+			several := storecheck.FivePerHour(t, "good")
 			several.More = []storage.Part{r.Part}
 			_, err := s.Decide(t.Context(), several)
 			return err
@@ -824,22 +824,22 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	}
 	var bad []storage.Request
 	for what, state := range foreignStates() {
-		r := asktest.FivePerHour(t, fmt.Sprint("bad", len(bad)))
-		require.Equal(t, 1, asktest.Take(t, s, r, 1))
+		r := storecheck.FivePerHour(t, fmt.Sprint("bad", len(bad)))
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+r.Part.Identifier))
 		for call, do := range calls {
 			assert.ErrorIs(t, do(r), storage.ErrCorruptState, "%s: %s", what, call)
 		}
 		bad = append(bad, r)
 	}
-	asktest.Crowd(100, func(i int) {
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, fmt.Sprint("good", i)))
+	storecheck.Crowd(100, func(i int) {
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, fmt.Sprint("good", i)))
 		assert.NoError(t, err, "an identifier in the batch of those that are corrupt")
 		assert.ErrorIs(t, calls["Decide"](bad[i%len(bad)]), storage.ErrCorruptState)
 	})
 	for _, r := range bad {
 		assert.NoError(t, s.Reset(t.Context(), "", r.Part.Identifier))
-		assert.Equal(t, 5, asktest.Take(t, s, r, 6))
+		assert.Equal(t, 5, storecheck.Take(t, s, r, 6))
 	}
 	assert.Empty(t, logged(t, pool, "ERROR"))
 }
@@ -849,7 +849,7 @@ func TestTheTableTakesNoRowsOfAnImpossibleVersion(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{})
-	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	for _, version := range []int64{0, -1, math.MaxInt64} {
 		_, err := pool.Exec(t.Context(), "UPDATE throttler_state SET version = $1", version)
 		assert.Equal(t, "23514", code(err), version)

@@ -8,8 +8,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -32,7 +32,7 @@ func connect(t testing.TB, url string) *pgxpool.Pool {
 func open(t testing.TB, pool *pgxpool.Pool, o pgstore.Options) *pgstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {
-		o.Timeout = asktest.Patient
+		o.Timeout = storecheck.Patient
 	}
 	s, err := pgstore.New(t.Context(), pool, &o)
 	require.NoError(t, err)

@@ -14,8 +14,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
@@ -53,7 +53,7 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
 	require.Empty(t, faults)
 	const calls, each = 200, 10
-	asktest.Crowd(20, func(worker int) {
+	storecheck.Crowd(20, func(worker int) {
 		for i := range calls / 20 {
 			r := storage.Request{}
 			for n := range each {
@@ -130,7 +130,7 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 			s := open(t, pool, pgstore.Options{})
 			short, faults := storage.NewRule("short", storage.Replenish, time.Millisecond, 10, 0)
 			require.Empty(t, faults)
-			asktest.Crowd(20, func(i int) {
+			storecheck.Crowd(20, func(i int) {
 				for n := range 50 {
 					if i == 0 {
 						_, err := s.Sweep(t.Context())
@@ -167,9 +167,9 @@ func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
 	t.Cleanup(pool.Close)
 	s := open(t, pool, pgstore.Options{})
 	const ids, rounds = 500, 20
-	rule := asktest.Rule(t, "r", storage.Replenish, time.Hour, 1000)
+	rule := storecheck.Rule(t, "r", storage.Replenish, time.Hour, 1000)
 	ask := func(now int64, ids int) {
-		asktest.Crowd(20, func(worker int) {
+		storecheck.Crowd(20, func(worker int) {
 			for i := worker; i < ids; i += 20 {
 				r := storage.Request{Clocked: true, Now: now, Part: storage.NewPart(fmt.Sprint(i), []storage.Rule{rule}, 1)}
 				_, err := s.Decide(context.Background(), r)

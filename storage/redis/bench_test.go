@@ -11,8 +11,8 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -22,7 +22,7 @@ func requests(t testing.TB, n, parts int, capacity int64, kinds ...storage.Kind)
 	t.Helper()
 	var rules []storage.Rule
 	for i, k := range kinds {
-		rules = append(rules, asktest.Rule(t, fmt.Sprintf("bucket %d", i), k, time.Hour/time.Duration(i+1), capacity))
+		rules = append(rules, storecheck.Rule(t, fmt.Sprintf("bucket %d", i), k, time.Hour/time.Duration(i+1), capacity))
 	}
 	name := fmt.Sprint(parts, capacity, kinds)
 	for i := range n {
@@ -57,7 +57,7 @@ func BenchmarkScript(b *testing.B) {
 
 func script(b *testing.B, all []storage.Request) {
 	s := open(b, servers.RedisURL(b), redisstore.Options{})
-	asktest.Take(b, s, all[0], 1) // so that the server knows the script
+	storecheck.Take(b, s, all[0], 1) // so that the server knows the script
 	args, least := s.Batch(all), math.Inf(1)
 	for b.Loop() {
 		before := spentOnScripts(b, s.Client())

@@ -19,8 +19,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -88,7 +88,7 @@ func (r *ring) migrate(t *testing.T, slot int64, to int, key string) {
 	t.Helper()
 	_, port, err := net.SplitHostPort(r.Nodes[to].Addr())
 	require.NoError(t, err)
-	require.NoError(t, r.nodes[r.owner(slot)].Migrate(t.Context(), "127.0.0.1", port, key, 0, asktest.Patient).Err())
+	require.NoError(t, r.nodes[r.owner(slot)].Migrate(t.Context(), "127.0.0.1", port, key, 0, storecheck.Patient).Err())
 }
 
 // settled reports whether the nodes agree on the epochs of all, which differ. A node that gets a slot makes its
@@ -112,7 +112,7 @@ func (r *ring) settled(t *testing.T) bool {
 func (r *ring) arrive(t *testing.T, slot int64, to int) {
 	t.Helper()
 	from := r.owner(slot)
-	asktest.Until(t, "the nodes agree", func() bool { return r.settled(t) })
+	storecheck.Until(t, "the nodes agree", func() bool { return r.settled(t) })
 	for _, i := range []int{to, from, 3 - to - from} {
 		require.NoError(t, r.nodes[i].Do(t.Context(), "cluster", "setslot", slot, "node", r.ids[to]).Err())
 	}
@@ -245,7 +245,7 @@ func (l *load) exactly(t *testing.T, limit int64) {
 	t.Helper()
 	ids := slices.Collect(maps.Keys(l.ledger.taken))
 	require.Len(t, ids, 200+tenants*perTenant)
-	asktest.Crowd(len(ids), func(i int) {
+	storecheck.Crowd(len(ids), func(i int) {
 		for allowed := true; allowed; {
 			v, err := l.of(ids[i]).Decide(t.Context(), storage.Request{Part: storage.NewPart(ids[i], l.rules, 1)})
 			assert.NoError(t, err)
@@ -262,11 +262,11 @@ func TestSlotsMoveUnderLoadWithoutAnErrorAndEachLimitIsExact(t *testing.T) {
 	t.Parallel()
 	const limit = 100
 	r := newRing(t)
-	l := &load{rules: []storage.Rule{asktest.Rule(t, "100/1h", storage.Replenish, time.Hour, limit)}, ledger: ledger{taken: map[string]int64{}}}
+	l := &load{rules: []storage.Rule{storecheck.Rule(t, "100/1h", storage.Replenish, time.Hour, limit)}, ledger: ledger{taken: map[string]int64{}}}
 	l.plain, l.tagged = r.open(t, 0)
 	keys := 0
 	l.run(t, func() {
-		asktest.Until(t, "calls", func() bool { return l.calls.Load() > 5000 })
+		storecheck.Until(t, "calls", func() bool { return l.calls.Load() > 5000 })
 		for round := range 3 {
 			var slots []int64
 			for i := range tenants {
@@ -288,9 +288,9 @@ func TestSlotsMoveUnderLoadWithoutAnErrorAndEachLimitIsExact(t *testing.T) {
 // halfWay leaves the two keys of one call on two nodes. Finish moves the second one.
 func (r *ring) halfWay(t *testing.T, tagged *redisstore.Storage) (both storage.Request, finish func()) {
 	t.Helper()
-	both = asktest.FivePerHour(t, "t/1")
+	both = storecheck.FivePerHour(t, "t/1")
 	both.More = []storage.Part{storage.NewPart("t/2", both.Part.Rules, 1)}
-	require.Equal(t, 1, asktest.Take(t, tagged, both, 1))
+	require.Equal(t, 1, storecheck.Take(t, tagged, both, 1))
 	slot := r.slot(t, "tagged:{t}")
 	to := (r.owner(slot) + 1) % 3
 	r.depart(t, slot, to)
@@ -312,9 +312,9 @@ func TestACallWhoseKeysAreOnTwoNodesWaitsUntilTheyMeet(t *testing.T) {
 		assert.True(t, v.Allowed)
 		ended <- err
 	}()
-	asktest.Until(t, "TRYAGAIN", func() bool { return r.told(t, "TRYAGAIN") >= before+3 })
+	storecheck.Until(t, "TRYAGAIN", func() bool { return r.told(t, "TRYAGAIN") >= before+3 })
 	for _, p := range []storage.Part{both.Part, both.More[0]} {
-		assert.Equal(t, 1, asktest.Take(t, tagged, storage.Request{Part: p}, 1), "one key is always on one node")
+		assert.Equal(t, 1, storecheck.Take(t, tagged, storage.Request{Part: p}, 1), "one key is always on one node")
 	}
 	assert.Empty(t, ended)
 	finish()
@@ -369,7 +369,7 @@ func TestTheFirstCallOnAClusterTakesNoLongerThanTheTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Second
 	r := newRing(t)
-	ask := asktest.FivePerHour(t, r.idOn(t, 1))
+	ask := storecheck.FivePerHour(t, r.idOn(t, 1))
 	s := open(t, r.Nodes[0].URL()+"?addr="+r.Nodes[0].Addr(), redisstore.Options{Timeout: timeout})
 	require.NoError(t, r.Nodes[0].Freeze())
 	require.NoError(t, r.Nodes[1].Freeze())
@@ -390,7 +390,7 @@ func median(t *testing.T, s *redisstore.Storage, ids []string, calls int) time.D
 	t.Helper()
 	var all []time.Duration
 	for i := range calls {
-		r := asktest.FivePerHour(t, ids[i%len(ids)])
+		r := storecheck.FivePerHour(t, ids[i%len(ids)])
 		began := time.Now()
 		_, err := s.Decide(t.Context(), r)
 		require.NoError(t, err)
@@ -414,7 +414,7 @@ func TestAFrozenMasterDisturbsOnlyItsOwnIdentifiers(t *testing.T) {
 	var stuck sync.WaitGroup
 	var failed atomic.Int64
 	for i := range 60 {
-		ask := asktest.FivePerHour(t, frozen[i%10])
+		ask := storecheck.FivePerHour(t, frozen[i%10])
 		stuck.Go(func() {
 			began := time.Now()
 			_, err := plain.Decide(t.Context(), ask)
@@ -429,11 +429,11 @@ func TestAFrozenMasterDisturbsOnlyItsOwnIdentifiers(t *testing.T) {
 	stuck.Wait()
 
 	require.NoError(t, r.Nodes[1].Thaw())
-	asktest.Until(t, "it answers again", func() bool {
-		_, err := plain.Decide(t.Context(), asktest.FivePerHour(t, frozen[0]))
+	storecheck.Until(t, "it answers again", func() bool {
+		_, err := plain.Decide(t.Context(), storecheck.FivePerHour(t, frozen[0]))
 		return err == nil
 	})
-	assert.Equal(t, 5, asktest.Take(t, plain, asktest.FivePerHour(t, r.idOn(t, 1)), 7))
+	assert.Equal(t, 5, storecheck.Take(t, plain, storecheck.FivePerHour(t, r.idOn(t, 1)), 7))
 	assert.Less(t, median(t, plain, frozen, 50), timeout/10)
 }
 
@@ -442,25 +442,25 @@ func TestAMasterThatWasKilledAndStartedAgainIsUsedAgain(t *testing.T) {
 	r := newRing(t)
 	plain, _ := r.open(t, time.Second)
 	lost, kept := r.idOn(t, 1), r.idOn(t, 2)
-	require.Equal(t, 5, asktest.Take(t, plain, asktest.FivePerHour(t, lost), 6))
-	require.Equal(t, 2, asktest.Take(t, plain, asktest.FivePerHour(t, kept), 2))
+	require.Equal(t, 5, storecheck.Take(t, plain, storecheck.FivePerHour(t, lost), 6))
+	require.Equal(t, 2, storecheck.Take(t, plain, storecheck.FivePerHour(t, kept), 2))
 	require.NoError(t, r.Nodes[1].Kill())
 	for range 5 {
-		_, err := plain.Decide(t.Context(), asktest.FivePerHour(t, lost))
+		_, err := plain.Decide(t.Context(), storecheck.FivePerHour(t, lost))
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
-		assert.Equal(t, 1, asktest.Take(t, plain, asktest.FivePerHour(t, r.idOn(t, 0)), 1), "the other masters go on")
+		assert.Equal(t, 1, storecheck.Take(t, plain, storecheck.FivePerHour(t, r.idOn(t, 0)), 1), "the other masters go on")
 	}
 	require.NoError(t, r.Nodes[1].Start())
-	rules := asktest.FivePerHour(t, lost).Part.Rules
-	asktest.Until(t, "it serves its slots again", func() bool {
+	rules := storecheck.FivePerHour(t, lost).Part.Rules
+	storecheck.Until(t, "it serves its slots again", func() bool {
 		_, err := plain.Decide(t.Context(), storage.Request{Mode: storage.Peek, Part: storage.NewPart(lost, rules, 0)})
 		if err != nil {
 			assert.ErrorIs(t, err, storage.ErrUnavailable)
 		}
 		return err == nil
 	})
-	assert.Equal(t, 5, asktest.Take(t, plain, asktest.FivePerHour(t, lost), 6), "it is empty")
-	assert.Equal(t, 3, asktest.Take(t, plain, asktest.FivePerHour(t, kept), 4))
+	assert.Equal(t, 5, storecheck.Take(t, plain, storecheck.FivePerHour(t, lost), 6), "it is empty")
+	assert.Equal(t, 3, storecheck.Take(t, plain, storecheck.FivePerHour(t, kept), 4))
 }
 
 // Each flight in a cluster is a pipeline of script calls, of which some find the script and others do not.
@@ -472,7 +472,7 @@ func TestANodeThatForgetsTheScriptsIsSentThemAgain(t *testing.T) {
 	var end atomic.Bool
 	var all sync.WaitGroup
 	for i := range 40 {
-		ask := asktest.FivePerHour(t, fmt.Sprint("user-", i))
+		ask := storecheck.FivePerHour(t, fmt.Sprint("user-", i))
 		all.Go(func() {
 			for n := 0; n < 50 || !end.Load(); n++ {
 				v, err := plain.Decide(t.Context(), ask)

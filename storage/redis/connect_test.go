@@ -15,8 +15,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -27,7 +27,7 @@ func assertRefused(t *testing.T, s *redisstore.Storage) {
 	t.Helper()
 	var err error
 	for range 3 {
-		took := asktest.Timed(1, func() { _, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a")) })
+		took := storecheck.Timed(1, func() { _, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a")) })
 		assert.Less(t, took[0], prompt.Timeout+time.Second)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		if errors.Is(err, syscall.ECONNREFUSED) {
@@ -61,7 +61,7 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	c := client(t, server.URL())
 	s := on(t, c, prompt)
 	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
-	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Kill())
 	assertRefused(t, s)
 }
@@ -122,12 +122,12 @@ func TestAConnectionThatWasIdleForTooLongIsNotUsedAgain(t *testing.T) {
 	t.Parallel()
 	l := newLink(t, servers.Redis(t).Addr())
 	s := open(t, "redis://"+l.Addr().String()+"?conn_max_idle_time=1ms", redisstore.Options{})
-	r := asktest.Hourly(t, "idle", 100)
+	r := storecheck.Hourly(t, "idle", 100)
 	for range 3 {
-		require.Equal(t, 1, asktest.Take(t, s, r, 1))
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 		l.age.Add(1)
 		idle := time.Now()
-		asktest.Until(t, "the connection is not idle for long enough", func() bool { return time.Since(idle) > 100*time.Millisecond }) // go-redis looks at its clock every 50 ms
+		storecheck.Until(t, "the connection is not idle for long enough", func() bool { return time.Since(idle) > 100*time.Millisecond }) // go-redis looks at its clock every 50 ms
 	}
 }
 
@@ -161,7 +161,7 @@ func TestTheErrorOfACallDoesNotTellThePassword(t *testing.T) {
 			for _, more := range []string{"", "?addr=127.0.0.1:1", "?master_name=main&username=user&password=hunter2"} {
 				s := open(t, "redis://"+user+":hunter2@"+addr+more, redisstore.Options{})
 				for name, call := range allCalls {
-					_, err := call(t.Context(), s, asktest.FivePerHour(t, "a"))
+					_, err := call(t.Context(), s, storecheck.FivePerHour(t, "a"))
 					if assert.ErrorIs(t, err, storage.ErrUnavailable, name) {
 						assert.NotContains(t, err.Error(), "hunter2", "%s of %s%s", name, addr, more)
 					}

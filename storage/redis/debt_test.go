@@ -10,8 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -37,7 +37,7 @@ func TestADebtIsThatOfTheModelAlsoUnderAChangedRule(t *testing.T) {
 		t.Run(kind.String(), func(t *testing.T) {
 			t.Parallel()
 			w := newTwin(t, url)
-			rules := []storage.Rule{asktest.Rule(t, "b", kind, time.Hour, 20), asktest.Rule(t, "of nobody", kind, time.Hour, 20)}
+			rules := []storage.Rule{storecheck.Rule(t, "b", kind, time.Hour, 20), storecheck.Rule(t, "of nobody", kind, time.Hour, 20)}
 			assert.Equal(t, [][]storage.Amount{nil, nil}, w.debtAs(t, 0, rules), "without any state")
 			for i, n := range []int64{3, 1, 5} {
 				w.ask(t, time.Duration(i)*10*time.Minute, storage.Take, rules[:1], n)
@@ -46,7 +46,7 @@ func TestADebtIsThatOfTheModelAlsoUnderAChangedRule(t *testing.T) {
 				assert.Nil(t, w.debtAs(t, at, rules)[1])
 				for other := range allKinds {
 					for _, period := range []time.Duration{time.Second, 90 * time.Minute, 366 * 24 * time.Hour} {
-						w.debtAs(t, at, []storage.Rule{asktest.Rule(t, "b", other, period, 2), rules[1]})
+						w.debtAs(t, at, []storage.Rule{storecheck.Rule(t, "b", other, period, 2), rules[1]})
 					}
 				}
 			}
@@ -59,26 +59,26 @@ func TestADebtIsThatOfTheModelAlsoUnderAChangedRule(t *testing.T) {
 func TestADebtIsByTheClockOfTheServer(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := asktest.FivePerHour(t, "a")
+	r := storecheck.FivePerHour(t, "a")
 	r.Name = freshName()
-	require.Equal(t, 2, asktest.Take(t, s, r, 2))
+	require.Equal(t, 2, storecheck.Take(t, s, r, 2))
 	d, err := s.Debt(t.Context(), debtOf(r, 0))
 	require.NoError(t, err)
 	require.Len(t, d.Amounts[0], 1)
 	assert.Equal(t, int64(2), d.Amounts[0][0].N)
 	assert.LessOrEqual(t, d.Amounts[0][0].In, time.Hour.Microseconds())
-	assert.Greater(t, d.Amounts[0][0].In, (time.Hour - asktest.Patient).Microseconds())
+	assert.Greater(t, d.Amounts[0][0].In, (time.Hour - storecheck.Patient).Microseconds())
 }
 
 func TestADebtOfThousandsOfAmountsIsToldInAFlightWithOthers(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := asktest.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
 	now, name := int64(1_700_000_000_000_000), freshName()
 	want := debt(r, now, "a", 0, 4096)
 	want.Name = name
 	require.NoError(t, s.Raise(t.Context(), want))
-	asktest.Crowd(64, func(i int) {
+	storecheck.Crowd(64, func(i int) {
 		d := want
 		d.Amounts = nil
 		if i%2 == 0 {
@@ -101,14 +101,14 @@ func TestADebtIsToldWhenAnIdentifierHasAllBucketsItMayHave(t *testing.T) {
 	w := newTwin(t, servers.RedisURL(t))
 	var rules []storage.Rule
 	for i := range storage.MaxBuckets {
-		rules = append(rules, asktest.Rule(t, fmt.Sprint("b", i), storage.Kind(i%5), time.Hour, 10))
+		rules = append(rules, storecheck.Rule(t, fmt.Sprint("b", i), storage.Kind(i%5), time.Hour, 10))
 	}
 	w.ask(t, 0, storage.Take, rules[:4], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[4:8], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[8:12], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[12:], 1, 2, 3, 4)
 	w.debtAs(t, time.Minute, rules)
-	assert.Nil(t, w.debtAs(t, time.Minute, []storage.Rule{asktest.Rule(t, "one more", storage.Replenish, time.Hour, 10)})[0])
+	assert.Nil(t, w.debtAs(t, time.Minute, []storage.Rule{storecheck.Rule(t, "one more", storage.Replenish, time.Hour, 10)})[0])
 }
 
 func TestAnInvalidDebtIsRefused(t *testing.T) {
@@ -117,7 +117,7 @@ func TestAnInvalidDebtIsRefused(t *testing.T) {
 	_, err := s.Debt(t.Context(), storage.Debt{Identifier: "a"})
 	var fault *storage.BucketError
 	assert.ErrorAs(t, err, &fault)
-	_, err = s.Debt(t.Context(), storage.Debt{Rules: asktest.FivePerHour(t, "a").Part.Rules})
+	_, err = s.Debt(t.Context(), storage.Debt{Rules: storecheck.FivePerHour(t, "a").Part.Rules})
 	assert.ErrorIs(t, err, storage.ErrInvalidIdentifier)
 }
 
@@ -125,12 +125,12 @@ func TestAnAnswerThatTellsNoDebtIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "\x00", "\x01", "\x01\x00", "\x01\x01\x00too short", "\x01\x00\x00too long", "\x01\xff\xff", "\x06", "\x07"} {
 		c := client(t, servers.RedisURL(t))
-		s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
+		s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 		c.AddHook(hook(func(_ context.Context, cmd goredis.Cmder, _ goredis.ProcessHook) error {
 			cmd.(interface{ SetVal(any) }).SetVal(text)
 			return nil
 		}))
-		_, err := s.Debt(t.Context(), debtOf(asktest.FivePerHour(t, "odd"), 0))
+		_, err := s.Debt(t.Context(), debtOf(storecheck.FivePerHour(t, "odd"), 0))
 		require.ErrorIs(t, err, storage.ErrUnavailable, "%q", text)
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -28,7 +28,7 @@ func debt(r storage.Rule, now int64, id string, first, n int) storage.Debt {
 func TestAnIdentifierWithThousandsOfHoldsIsDecidedOn(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := asktest.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
 	now := int64(1_700_000_000_000_000)
 	require.NoError(t, s.Raise(t.Context(), debt(r, now, "a", 0, 4096)))
 	v, err := s.Decide(t.Context(), storage.Request{Name: "debts", Clocked: true, Now: now + 1_500_000, Part: storage.NewPart("a", []storage.Rule{r}, 1)})
@@ -39,7 +39,7 @@ func TestAnIdentifierWithThousandsOfHoldsIsDecidedOn(t *testing.T) {
 func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := asktest.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
 	now := int64(1_700_000_000_000_000)
 	var err error
 	for k := 0; err == nil && k < 17; k++ { // each adds to what the later ones hold
@@ -69,22 +69,22 @@ func (hook) ProcessPipelineHook(next goredis.ProcessPipelineHook) goredis.Proces
 func TestTheHooksOfAClientSeeTheScripts(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 	seen := 0
 	c.AddHook(hook(func(ctx context.Context, cmd goredis.Cmder, next goredis.ProcessHook) error {
 		seen++
 		return next(ctx, cmd)
 	}))
-	asktest.Take(t, s, asktest.FivePerHour(t, "hooked"), 1)
+	storecheck.Take(t, s, storecheck.FivePerHour(t, "hooked"), 1)
 	assert.NotZero(t, seen, "tracing and metrics of the caller are hooks")
 }
 
 func TestAHookThatPanicsIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "panic"))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "panic"))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorContains(t, err, "in the hook")
 }
@@ -93,12 +93,12 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "\x00", "\x01too short", "\x04", "\x05", "\x06", "\x07", "\x01 much longer than an answer of one bucket is"} {
 		c := client(t, servers.RedisURL(t))
-		s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
+		s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 		c.AddHook(hook(func(_ context.Context, cmd goredis.Cmder, _ goredis.ProcessHook) error {
 			cmd.(interface{ SetVal(any) }).SetVal(text)
 			return nil
 		}))
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "odd"))
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "odd"))
 		require.ErrorIs(t, err, storage.ErrUnavailable, "%q", text)
 	}
 }
@@ -106,11 +106,11 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 // A client of one node, or of a proxy, does not know that there are slots.
 func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testing.T) {
 	t.Parallel()
-	s := on(t, client(t, servers.RedisCluster(t, 3).Nodes[0].URL()), redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, client(t, servers.RedisCluster(t, 3).Nodes[0].URL()), redisstore.Options{Timeout: storecheck.Patient})
 	var ids []string
 	for i := 0; len(ids) < 8; i++ {
 		id := string(rune('a'+i%26)) + string(rune('a'+i/26))
-		if _, err := s.Decide(t.Context(), asktest.FivePerHour(t, id)); err == nil { // its slot is on this node
+		if _, err := s.Decide(t.Context(), storecheck.FivePerHour(t, id)); err == nil { // its slot is on this node
 			ids = append(ids, id)
 		}
 	}
@@ -118,7 +118,7 @@ func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testin
 	for range 64 {
 		for _, id := range ids {
 			wait.Go(func() {
-				r := asktest.FivePerHour(t, id)
+				r := storecheck.FivePerHour(t, id)
 				r.Mode = storage.Peek
 				_, err := s.Decide(context.Background(), r)
 				assert.NoError(t, err)
@@ -132,11 +132,11 @@ func TestATimeToLiveOutlastsWhatAClockAheadHasWritten(t *testing.T) {
 	t.Parallel()
 	url := servers.RedisURL(t)
 	s := open(t, url, redisstore.Options{})
-	r := storage.Request{Name: "ahead", Part: storage.NewPart("a", []storage.Rule{asktest.Rule(t, "w", storage.Replenish, 24*time.Hour, 5)}, 1)}
+	r := storage.Request{Name: "ahead", Part: storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "w", storage.Replenish, 24*time.Hour, 5)}, 1)}
 	ahead := r
 	ahead.Clocked, ahead.Now = true, time.Now().Add(2*time.Hour).UnixMicro()
 	require.NoError(t, s.Reset(t.Context(), "ahead", "a"))
-	asktest.Take(t, s, ahead, 1)
+	storecheck.Take(t, s, ahead, 1)
 	v, err := s.Decide(t.Context(), r)
 	require.NoError(t, err)
 	ttl, err := client(t, url).PTTL(t.Context(), "throttler:ahead:a").Result()

@@ -19,8 +19,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -73,11 +73,11 @@ func repeatedly(pause time.Duration, stop <-chan struct{}, f func()) (n int) {
 func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), prompt), asktest.Hourly(t, "frozen", 20)
-	var before, after asktest.Told
-	asktest.Recovery(t, asktest.Patient, func() error { return before.Ask(s, r) })
+	s, r := open(t, server.URL(), prompt), storecheck.Hourly(t, "frozen", 20)
+	var before, after storecheck.Told
+	storecheck.Recovery(t, storecheck.Patient, func() error { return before.Ask(s, r) })
 	require.NoError(t, server.Freeze())
-	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(9, func() {
+	storecheck.AssertBackAfter(t, 100*time.Millisecond, storecheck.Timed(9, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		began := time.Now()
@@ -86,14 +86,14 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 		}
 	}))
-	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
+	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
 	}))
 
 	require.NoError(t, server.Thaw())
-	t.Log("works after", asktest.Recovery(t, 5*time.Second, func() error { return after.Ask(s, r) }))
+	t.Log("works after", storecheck.Recovery(t, 5*time.Second, func() error { return after.Ask(s, r) }))
 	for range 20 {
 		require.NoError(t, after.Ask(s, r))
 	}
@@ -105,20 +105,20 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	require.NoError(t, server.Freeze())
-	s, r := open(t, server.URL(), prompt), asktest.FivePerHour(t, "frozen")
-	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
+	s, r := open(t, server.URL(), prompt), storecheck.FivePerHour(t, "frozen")
+	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	require.NoError(t, server.Thaw())
-	asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	storecheck.Recovery(t, 5*time.Second, func() error { return s.Reset(t.Context(), "", "frozen") })
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 // A call whose context cannot end waits for the socket itself, when nothing else is in flight.
 func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	t.Parallel()
-	server, r := servers.Redis(t), asktest.FivePerHour(t, "a")
+	server, r := servers.Redis(t), storecheck.FivePerHour(t, "a")
 	l := newLink(t, server.Addr())
 	url := "redis://" + l.Addr().String() + "?pool_size=1&read_timeout=5s&write_timeout=5s&dial_timeout=5s&pool_timeout=5s"
 	known, unknown, watched := open(t, url, prompt), open(t, url, prompt), open(t, url, redisstore.Options{})
@@ -130,8 +130,8 @@ func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	require.NoError(t, seen.next(t))
 	require.NoError(t, server.Freeze())
 	for name, s := range map[string]*redisstore.Storage{"with a connection": known, "without one": unknown, "watched": watched} {
-		asktest.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
-			asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(3, func() {
+		storecheck.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
+			storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() {
 				_, err := s.Decide(context.Background(), r)
 				assert.ErrorIs(t, err, storage.ErrUnavailable, name)
 				assert.NotErrorIs(t, err, context.DeadlineExceeded, name)
@@ -143,16 +143,16 @@ func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	}
 	require.NoError(t, server.Thaw())
 	for _, s := range []*redisstore.Storage{known, unknown, watched} {
-		asktest.Recovery(t, 5*time.Second, func() error { return s.Reset(context.Background(), "", "a") })
+		storecheck.Recovery(t, 5*time.Second, func() error { return s.Reset(context.Background(), "", "a") })
 	}
-	assert.Equal(t, 5, asktest.Take(t, known, r, 7))
+	assert.Equal(t, 5, storecheck.Take(t, known, r, 7))
 }
 
 func TestCallsWithAndWithoutAContextTakeExactlyTheLimit(t *testing.T) {
 	t.Parallel()
-	s, r := open(t, servers.RedisURL(t), redisstore.Options{}), asktest.Hourly(t, "exact", 300)
+	s, r := open(t, servers.RedisURL(t), redisstore.Options{}), storecheck.Hourly(t, "exact", 300)
 	var admitted atomic.Int64
-	asktest.Crowd(50, func(i int) {
+	storecheck.Crowd(50, func(i int) {
 		ctx := context.Background()
 		if i%2 == 0 {
 			ctx = t.Context()
@@ -172,18 +172,18 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s := open(t, server.URL(), prompt)
-	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	asktest.Crowd(20, func(i int) {
-		_, err := s.Decide(ctx, asktest.FivePerHour(t, "a")) // the flights stay in the air
+	storecheck.Crowd(20, func(i int) {
+		_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a")) // the flights stay in the air
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
-	took := asktest.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
+	took := storecheck.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
 
@@ -191,11 +191,11 @@ func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s := open(t, server.URL(), redisstore.Options{Timeout: time.Hour})
-	require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err := s.Decide(ctx, asktest.FivePerHour(t, "a"))
+	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded, "a call is in flight")
 	require.NoError(t, server.Thaw())
@@ -209,8 +209,8 @@ func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of
 		id := fmt.Sprint("id-", i)
 		slot := do(t, c, "cluster", "keyslot", redisstore.DefaultPrefix+":"+id).(int64)
 		if int(slot)*len(cluster.Nodes)/16384 == len(of) { // they have as many slots each
-			of = append(of, asktest.Hourly(t, id, 1000))
-			asktest.Recovery(t, 5*time.Second, func() error { return new(asktest.Told).Ask(s, of[len(of)-1]) })
+			of = append(of, storecheck.Hourly(t, id, 1000))
+			storecheck.Recovery(t, 5*time.Second, func() error { return new(storecheck.Told).Ask(s, of[len(of)-1]) })
 		}
 	}
 	return of
@@ -222,18 +222,18 @@ func TestAFrozenClusterNodeDelaysOnlyItsOwnKeys(t *testing.T) {
 	s := open(t, clusterURL(cluster), prompt)
 	of := eachNode(t, s, cluster)
 	require.NoError(t, cluster.Nodes[1].Freeze())
-	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
+	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
 		_, err := s.Decide(t.Context(), of[1])
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	for _, n := range []int{0, 2} {
-		took := asktest.Timed(21, func() { assert.NoError(t, new(asktest.Told).Ask(s, of[n])) })
+		took := storecheck.Timed(21, func() { assert.NoError(t, new(storecheck.Told).Ask(s, of[n])) })
 		slices.Sort(took)
 		assert.Less(t, took[10], prompt.Timeout/2, "the other nodes must answer as ever")
 	}
 	require.NoError(t, cluster.Nodes[1].Thaw())
-	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return new(asktest.Told).Ask(s, of[1]) }))
+	t.Log("works after", storecheck.Recovery(t, 10*time.Second, func() error { return new(storecheck.Told).Ask(s, of[1]) }))
 }
 
 func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
@@ -242,24 +242,24 @@ func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
 	require.NoError(t, cluster.Nodes[0].Freeze())
 	addr := cluster.Addrs()[0]
 	s := open(t, "redis://"+addr+"?addr="+addr+"&read_timeout=5s&dial_timeout=5s", prompt)
-	r := asktest.FivePerHour(t, "a")
-	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
+	r := storecheck.FivePerHour(t, "a")
+	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
-	asktest.AssertBackAfter(t, 100*time.Millisecond, asktest.Timed(5, func() {
+	storecheck.AssertBackAfter(t, 100*time.Millisecond, storecheck.Timed(5, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		_, err := s.Decide(ctx, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	require.NoError(t, cluster.Nodes[0].Thaw())
-	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
-	assert.Equal(t, 3, asktest.Take(t, s, r, 3))
+	t.Log("works after", storecheck.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 3, storecheck.Take(t, s, r, 3))
 
 	require.NoError(t, cluster.Nodes[0].Freeze())
-	asktest.AssertBackAfter(t, prompt.Timeout, asktest.Timed(5, func() {
+	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
@@ -339,7 +339,7 @@ func failToSave(t testing.TB, c *goredis.Client) (cure func()) {
 	require.NoError(t, os.MkdirAll(filepath.Join(folder, "is not empty"), 0o700))
 	sendWords(t, c, "bgsave")
 	saved := func(status string) {
-		asktest.Recovery(t, 10*time.Second, func() error {
+		storecheck.Recovery(t, 10*time.Second, func() error {
 			if info := c.Info(t.Context(), "persistence").Val(); !strings.Contains(info, "rdb_last_bgsave_status:"+status) {
 				return errors.New(info)
 			}
@@ -379,7 +379,7 @@ func inBackground(t testing.TB, c *goredis.Client, command []any, refuses func(e
 	busy := c.WithTimeout(time.Minute)
 	var ended sync.WaitGroup
 	ended.Go(func() { _ = busy.Do(context.Background(), command...).Err() }) // a script that is killed is an error
-	asktest.Recovery(t, 10*time.Second, func() error {
+	storecheck.Recovery(t, 10*time.Second, func() error {
 		if err := c.Get(t.Context(), "other").Err(); !refuses(err) {
 			return fmt.Errorf("it answers %w", err)
 		}
@@ -398,22 +398,22 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 			t.Parallel()
 			server := servers.Redis(t, f.config...)
 			s, admin := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-			some, none := asktest.FivePerHour(t, "some"), asktest.FivePerHour(t, "none")
-			require.Equal(t, 2, asktest.Take(t, s, some, 2))
-			require.Equal(t, 5, asktest.Take(t, s, none, 6))
+			some, none := storecheck.FivePerHour(t, "some"), storecheck.FivePerHour(t, "none")
+			require.Equal(t, 2, storecheck.Take(t, s, some, 2))
+			require.Equal(t, 5, storecheck.Take(t, s, none, 6))
 			cure := f.cause(t, admin)
 			f.assertRefused(t, s, some)
 			if f.answers {
-				assert.Equal(t, int64(2), asktest.Spent(t, s, some), "a Peek")
+				assert.Equal(t, int64(2), storecheck.Spent(t, s, some), "a Peek")
 				d, err := s.Debt(t.Context(), debtOf(some, 0))
 				assert.NoError(t, err)
 				assert.Equal(t, int64(2), d.Amounts[0][0].N)
-				assert.Equal(t, 0, asktest.Take(t, s, none, 3), "a call that is denied")
+				assert.Equal(t, 0, storecheck.Take(t, s, none, 3), "a call that is denied")
 			}
 			cure()
-			assert.Equal(t, int64(2), asktest.Spent(t, s, some), "what was refused was charged")
-			assert.Equal(t, 3, asktest.Take(t, s, some, 5), "what was refused was charged")
-			assert.Equal(t, 0, asktest.Take(t, s, none, 3))
+			assert.Equal(t, int64(2), storecheck.Spent(t, s, some), "what was refused was charged")
+			assert.Equal(t, 3, storecheck.Take(t, s, some, 5), "what was refused was charged")
+			assert.Equal(t, 0, storecheck.Take(t, s, none, 3))
 		})
 	}
 }
@@ -439,12 +439,12 @@ func TestAWrongPasswordIsAnAuthenticationError(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t, "--requirepass", "secret")
 	for _, login := range []string{"", ":wrong@", "nobody:secret@"} {
-		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), asktest.FivePerHour(t, "a"))
+		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.True(t, goredis.IsAuthError(err), "%q: %v", login, err)
 		assert.NotContains(t, fmt.Sprint(err), "secret")
 	}
-	assert.Equal(t, 5, asktest.Take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), asktest.FivePerHour(t, "a"), 7))
+	assert.Equal(t, 5, storecheck.Take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), storecheck.FivePerHour(t, "a"), 7))
 }
 
 // mustStay returns a function that holds the key to what it was when mustStay was called.
@@ -529,7 +529,7 @@ func TestWhatOthersKeepAtAKeyIsAnErrorAndStays(t *testing.T) {
 		{[]any{"setbit", "KEY", "8000000", "1"}, false},
 		{[]any{"pfadd", "KEY", "element"}, false},
 	} {
-		r := asktest.FivePerHour(t, fmt.Sprint(i))
+		r := storecheck.FivePerHour(t, fmt.Sprint(i))
 		key := redisstore.DefaultPrefix + ":" + r.Part.Identifier
 		other.write[1] = key
 		do(t, c, other.write...)
@@ -556,13 +556,13 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
 	do(t, c, "set", redisstore.DefaultPrefix+":string", "value")
-	ours, others := asktest.Told{}, asktest.Told{}
-	asktest.Crowd(64, func(i int) {
+	ours, others := storecheck.Told{}, storecheck.Told{}
+	storecheck.Crowd(64, func(i int) {
 		id, count := []string{"hash", "string", "a", "b"}[i%4], &ours
 		if i%4 < 2 {
 			count = &others
 		}
-		r := asktest.Hourly(t, id, 300)
+		r := storecheck.Hourly(t, id, 300)
 		if i%8 == 0 { // an identifier of ours in one call with a key of theirs
 			r.More = []storage.Part{storage.NewPart("a", r.Part.Rules, 1)}
 		}
@@ -590,16 +590,16 @@ func realValues(t testing.TB) map[string][]storage.Request {
 		return storage.Request{Clocked: true, Now: epoch + now.Microseconds(), Part: storage.NewPart("corrupt", rules, cost)}
 	}
 	all := map[string][]storage.Request{}
-	for _, kind := range asktest.Kinds {
-		all[kind.String()] = []storage.Request{at(0, 2, asktest.Rule(t, "a", kind, time.Hour, 5))}
+	for _, kind := range storecheck.Kinds {
+		all[kind.String()] = []storage.Request{at(0, 2, storecheck.Rule(t, "a", kind, time.Hour, 5))}
 	}
 	year, huge := 366*24*time.Hour, int64(1)<<40
-	all["wide"] = []storage.Request{at(0, huge/2, asktest.Rule(t, "a", storage.Replenish, time.Hour, huge))}
-	all["in seconds"] = []storage.Request{at(0, 3, asktest.Rule(t, "a", storage.Continuous, year, 10_000_000), asktest.Rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
-	log := asktest.Rule(t, "a", storage.SlidingLog, time.Minute, 300)
+	all["wide"] = []storage.Request{at(0, huge/2, storecheck.Rule(t, "a", storage.Replenish, time.Hour, huge))}
+	all["in seconds"] = []storage.Request{at(0, 3, storecheck.Rule(t, "a", storage.Continuous, year, 10_000_000), storecheck.Rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
+	log := storecheck.Rule(t, "a", storage.SlidingLog, time.Minute, 300)
 	all["several holds"] = []storage.Request{at(0, 1, log), at(time.Second, 1, log), at(2*time.Second, 1, log)}
-	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, asktest.Rule(t, "c", storage.Replenish, time.Hour, 7))}
-	b, c := asktest.Rule(t, "b", storage.Continuous, time.Hour, 7), asktest.Rule(t, "c", storage.SlidingWindow, time.Hour, 7)
+	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, storecheck.Rule(t, "c", storage.Replenish, time.Hour, 7))}
+	b, c := storecheck.Rule(t, "b", storage.Continuous, time.Hour, 7), storecheck.Rule(t, "c", storage.SlidingWindow, time.Hour, 7)
 	all["changed apart"] = []storage.Request{at(0, 1, log, b, c), at(time.Second, 1, c), at(2*time.Second, 1, b)}
 	return all
 }
@@ -672,8 +672,8 @@ func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	r, key := asktest.FivePerHour(t, "a"), redisstore.DefaultPrefix+":a"
-	require.Equal(t, 5, asktest.Take(t, s, r, 5))
+	r, key := storecheck.FivePerHour(t, "a"), redisstore.DefaultPrefix+":a"
+	require.Equal(t, 5, storecheck.Take(t, s, r, 5))
 	value := do(t, c, "get", key).(string)
 	end := len(value) - len("NNNN") - 1 // the highest byte of the hold's end
 	assertCorruptOrValid(t, s, c, key, value[:end]+"\xff"+value[end+1:], r)
@@ -689,38 +689,38 @@ func TestAValueThatTakesForeverToExpireFailsNoScript(t *testing.T) {
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	key := redisstore.DefaultPrefix + ":slow"
-	assertCorruptOrValid(t, s, c, key, slowest, asktest.FivePerHour(t, "slow"))
+	assertCorruptOrValid(t, s, c, key, slowest, storecheck.FivePerHour(t, "slow"))
 	do(t, c, "set", key, slowest)
-	count := asktest.Told{}
-	asktest.Crowd(64, func(i int) {
+	count := storecheck.Told{}
+	storecheck.Crowd(64, func(i int) {
 		if i%2 == 0 {
-			_ = new(asktest.Told).Ask(s, asktest.FivePerHour(t, "slow"))
+			_ = new(storecheck.Told).Ask(s, storecheck.FivePerHour(t, "slow"))
 			return
 		}
-		assert.NoError(t, count.Ask(s, asktest.Hourly(t, "neighbour", 16)), "a neighbour in the flight was disturbed")
+		assert.NoError(t, count.Ask(s, storecheck.Hourly(t, "neighbour", 16)), "a neighbour in the flight was disturbed")
 	})
-	count.AssertAccount(t, s, asktest.Hourly(t, "neighbour", 16))
+	count.AssertAccount(t, s, storecheck.Hourly(t, "neighbour", 16))
 }
 
 func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsBack(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), redisstore.Options{}), asktest.FivePerHour(t, "a")
-	require.Equal(t, 2, asktest.Take(t, s, r, 2))
+	s, r := open(t, server.URL(), redisstore.Options{}), storecheck.FivePerHour(t, "a")
+	require.Equal(t, 2, storecheck.Take(t, s, r, 2))
 	require.NoError(t, server.Kill())
 	refused := func() {
 		_, err := s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
 	}
-	took := asktest.Timed(11, refused)
+	took := storecheck.Timed(11, refused)
 	slices.Sort(took)
 	assert.Less(t, took[5], 50*time.Millisecond, "that nobody listens is known at once")
 	assert.Less(t, took[10], 2*time.Second, "a call waited for a server that is down")
-	asktest.Timed(20*runtime.GOMAXPROCS(0), refused) // until the client's pool does not dial for each call any more
+	storecheck.Timed(20*runtime.GOMAXPROCS(0), refused) // until the client's pool does not dial for each call any more
 	require.NoError(t, server.Start())
-	t.Log("works after", asktest.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
-	assert.Equal(t, 5, asktest.Take(t, s, r, 7))
+	t.Log("works after", storecheck.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") }))
+	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
 func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
@@ -729,28 +729,28 @@ func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
 	s := open(t, clusterURL(cluster), redisstore.Options{Timeout: time.Second})
 	of := eachNode(t, s, cluster)
 	require.NoError(t, cluster.Nodes[1].Kill())
-	took := asktest.Timed(21, func() {
-		assert.ErrorIs(t, new(asktest.Told).Ask(s, of[1]), storage.ErrUnavailable)
-		assert.NoError(t, new(asktest.Told).Ask(s, of[0]))
-		assert.NoError(t, new(asktest.Told).Ask(s, of[2]))
+	took := storecheck.Timed(21, func() {
+		assert.ErrorIs(t, new(storecheck.Told).Ask(s, of[1]), storage.ErrUnavailable)
+		assert.NoError(t, new(storecheck.Told).Ask(s, of[0]))
+		assert.NoError(t, new(storecheck.Told).Ask(s, of[2]))
 	})
 	slices.Sort(took)
 	assert.Less(t, took[10], 200*time.Millisecond, "that nobody listens is known at once")
 	require.NoError(t, cluster.Nodes[1].Start())
-	t.Log("works after", asktest.Recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
-	assert.Equal(t, 7, asktest.Take(t, s, of[1], 7))
+	t.Log("works after", storecheck.Recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
+	assert.Equal(t, 7, storecheck.Take(t, s, of[1], 7))
 }
 
 // storm is what 50 goroutines were told, each of one identifier that all share and one of its own.
 type storm struct {
-	shared asktest.Told
-	own    [50]asktest.Told
+	shared storecheck.Told
+	own    [50]storecheck.Told
 }
 
-func (w *storm) hot(t testing.TB) storage.Request { return asktest.Hourly(t, "shared", 1000) }
+func (w *storm) hot(t testing.TB) storage.Request { return storecheck.Hourly(t, "shared", 1000) }
 
 func (w *storm) mine(t testing.TB, i int) storage.Request {
-	return asktest.Hourly(t, fmt.Sprint("own-", i), 1<<40)
+	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
 // throughStorm has them ask for two seconds, in which f is called again and again.
@@ -760,7 +760,7 @@ func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f fu
 	var weather sync.WaitGroup
 	weather.Go(func() { n = repeatedly(pause, stop, f) })
 	end := time.Now().Add(2 * time.Second)
-	asktest.Crowd(len(w.own), func(i int) {
+	storecheck.Crowd(len(w.own), func(i int) {
 		for hot, mine := w.hot(t), w.mine(t, i); time.Now().Before(end); {
 			_, _ = w.shared.Ask(s, hot), w.own[i].Ask(s, mine)
 		}
@@ -810,7 +810,7 @@ func TestConnectionsThatAreClosedAllTheTimeChargeNothingTwice(t *testing.T) {
 	t.Logf("%d connections closed; %d calls failed, of which %d had taken", killed, failed, lost)
 	assert.Greater(t, killed, int64(20), "hardly any connection was closed")
 	assert.Positive(t, failed, "no call noticed")
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "after"), 7), "it works at once when the storm is over")
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "after"), 7), "it works at once when the storm is over")
 }
 
 // leastRights are all that a user needs. Everybody may send HELLO and AUTH; that CLIENT SETINFO is refused
@@ -856,11 +856,11 @@ func TestEachOfTheLeastRightsIsNeeded(t *testing.T) {
 	server := servers.Redis(t)
 	c := client(t, server.URL())
 	all := open(t, login(t, c, server.URL(), "app", leastRights...), redisstore.Options{})
-	assert.Empty(t, useAll(t, all, asktest.FivePerHour(t, "a")))
+	assert.Empty(t, useAll(t, all, storecheck.FivePerHour(t, "a")))
 	for i, right := range leastRights {
 		sendWords(t, c, "script flush")
 		s := open(t, login(t, c, server.URL(), fmt.Sprint("app", i), slices.Delete(slices.Clone(leastRights), i, i+1)...), redisstore.Options{})
-		failed := useAll(t, s, asktest.FivePerHour(t, "a"))
+		failed := useAll(t, s, storecheck.FivePerHour(t, "a"))
 		assert.NotEmpty(t, failed, "%s is not needed", right)
 		for _, err := range failed {
 			assert.ErrorIs(t, err, storage.ErrUnavailable)
@@ -880,9 +880,9 @@ func TestAUserWithTheLeastRightsDecidesOnACluster(t *testing.T) {
 	}
 	s := open(t, url, redisstore.Options{})
 	for i := range 20 {
-		assert.Empty(t, useAll(t, s, asktest.FivePerHour(t, fmt.Sprint(i))))
+		assert.Empty(t, useAll(t, s, storecheck.FivePerHour(t, fmt.Sprint(i))))
 	}
-	for _, err := range useAll(t, open(t, lacking, redisstore.Options{}), asktest.FivePerHour(t, "a")) {
+	for _, err := range useAll(t, open(t, lacking, redisstore.Options{}), storecheck.FivePerHour(t, "a")) {
 		assert.True(t, goredis.IsPermissionError(err), "%v", err)
 		assert.ErrorContains(t, err, "cluster|slots")
 	}
@@ -1009,12 +1009,12 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, s *redisstore.Storage, within time.Duration) {
 	t.Helper()
 	for _, together := range []int{1, 1, 8} {
-		asktest.Recovery(t, 10*time.Second, func() error { return new(asktest.Told).Ask(s, asktest.Hourly(t, "first", 1000)) })
+		storecheck.Recovery(t, 10*time.Second, func() error { return new(storecheck.Told).Ask(s, storecheck.Hourly(t, "first", 1000)) })
 		connect(t, c)
 		require.NoError(t, server.Freeze())
-		asktest.Crowd(together, func(i int) {
-			took := asktest.Timed(1, func() {
-				assert.ErrorIs(t, new(asktest.Told).Ask(s, asktest.Hourly(t, fmt.Sprint(i), 1000)), storage.ErrUnavailable)
+		storecheck.Crowd(together, func(i int) {
+			took := storecheck.Timed(1, func() {
+				assert.ErrorIs(t, new(storecheck.Told).Ask(s, storecheck.Hourly(t, fmt.Sprint(i), 1000)), storage.ErrUnavailable)
 			})
 			assert.Less(t, took[0], within+time.Second, "a call outlasted its time")
 		})
@@ -1022,7 +1022,7 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 		connect(t, c) // the server has read what was sent before
 		late := int64(0)
 		for i := range together {
-			once := asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint(i), 1000))
+			once := storecheck.Spent(t, s, storecheck.Hourly(t, fmt.Sprint(i), 1000))
 			assert.LessOrEqual(t, once, int64(1), "a call was charged more than once")
 			late += once
 			require.NoError(t, s.Reset(t.Context(), "", fmt.Sprint(i)))
@@ -1034,7 +1034,7 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 // closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they were given.
 func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (admitted int64) {
 	t.Helper()
-	var count asktest.Told
+	var count storecheck.Told
 	var calls sync.WaitGroup
 	for range 50 {
 		calls.Go(func() {
@@ -1045,13 +1045,13 @@ func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (ad
 			assert.ErrorIs(t, err, storage.ErrClosed)
 		})
 	}
-	asktest.Recovery(t, 10*time.Second, func() error {
+	storecheck.Recovery(t, 10*time.Second, func() error {
 		if count.Admitted.Load() < 500 {
 			return errors.New("there is no load")
 		}
 		return nil
 	})
-	asktest.Crowd(3, func(int) { assert.NoError(t, s.Close(context.Background())) })
+	storecheck.Crowd(3, func(int) { assert.NoError(t, s.Close(context.Background())) })
 	calls.Wait()
 	assert.NoError(t, s.Close(context.Background()), "again")
 	for call, ask := range allCalls {
@@ -1067,15 +1067,15 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	c := client(t, server.URL())
 	again := on(t, c, redisstore.Options{})
 	for name, s := range map[string]*redisstore.Storage{
-		"of New":  on(t, c, redisstore.Options{Timeout: asktest.Patient}),
+		"of New":  on(t, c, redisstore.Options{Timeout: storecheck.Patient}),
 		"of Open": open(t, server.URL()+"?client_name=owned", redisstore.Options{}),
 	} {
-		r := asktest.Hourly(t, name, 1<<40)
-		assert.Equal(t, closeDuringLoad(t, s, r), asktest.Spent(t, again, r), "each call that was sent was answered")
+		r := storecheck.Hourly(t, name, 1<<40)
+		assert.Equal(t, closeDuringLoad(t, s, r), storecheck.Spent(t, again, r), "each call that was sent was answered")
 	}
 	assert.NoError(t, again.Close(context.Background()))
 	assert.NoError(t, c.Ping(t.Context()).Err(), "the client of New is the caller's")
-	asktest.Recovery(t, 10*time.Second, func() error { // as the server notices a moment later
+	storecheck.Recovery(t, 10*time.Second, func() error { // as the server notices a moment later
 		if list := c.ClientList(t.Context()).Val(); strings.Contains(list, "name=owned") {
 			return fmt.Errorf("connections of Open are left: %s", list)
 		}
@@ -1086,9 +1086,9 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 func TestCloseDuringLoadOnAClusterLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	cluster := servers.RedisCluster(t, 2)
-	r := asktest.Hourly(t, "a", 1<<40)
+	r := storecheck.Hourly(t, "a", 1<<40)
 	admitted := closeDuringLoad(t, open(t, clusterURL(cluster), redisstore.Options{}), r)
-	assert.Equal(t, admitted, asktest.Spent(t, open(t, clusterURL(cluster), redisstore.Options{}), r), "each call that was sent was answered")
+	assert.Equal(t, admitted, storecheck.Spent(t, open(t, clusterURL(cluster), redisstore.Options{}), r), "each call that was sent was answered")
 }
 
 func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
@@ -1097,20 +1097,20 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, s.Close(context.Background()))
 	for call, ask := range allCalls {
-		_, err := ask(t.Context(), s, asktest.FivePerHour(t, "a"))
+		_, err := ask(t.Context(), s, storecheck.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrClosed, call)
 	}
 }
 
 // pacedLoad asks in 10 goroutines, each every two milliseconds, until somebody is denied, and returns the
 // longest that a call took.
-func pacedLoad(c *asktest.Told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
+func pacedLoad(c *storecheck.Told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
 	took := make([]time.Duration, 10)
-	asktest.Crowd(len(took), func(i int) {
+	storecheck.Crowd(len(took), func(i int) {
 		tick := time.NewTicker(2 * time.Millisecond)
 		defer tick.Stop()
 		for end := time.Now().Add(30 * time.Second); c.Denied.Load() == 0 && time.Now().Before(end); <-tick.C {
-			took[i] = max(took[i], asktest.Timed(1, func() { _ = c.Ask(s, r) })[0])
+			took[i] = max(took[i], storecheck.Timed(1, func() { _ = c.Ask(s, r) })[0])
 		}
 	})
 	return slices.Max(took)
@@ -1121,14 +1121,14 @@ func TestAfterAFailoverCallsWorkAndHardlyAnythingWasForgotten(t *testing.T) {
 	const limit = 5000
 	sentinel := servers.RedisSentinel(t)
 	s := open(t, "redis://"+sentinel.Addr()+"?master_name="+sentinel.MasterName, prompt)
-	count, r := asktest.Told{}, asktest.Hourly(t, "a", limit)
+	count, r := storecheck.Told{}, storecheck.Hourly(t, "a", limit)
 	longest := make(chan time.Duration, 1)
 	go func() { longest <- pacedLoad(&count, s, r) }()
-	asktest.Until(t, "nothing is admitted", func() bool { return count.Admitted.Load() > limit/5 })
+	storecheck.Until(t, "nothing is admitted", func() bool { return count.Admitted.Load() > limit/5 })
 	require.NoError(t, sentinel.Primary.Kill())
-	asktest.Until(t, "no call fails", func() bool { return count.Failed.Load() > 0 })
+	storecheck.Until(t, "no call fails", func() bool { return count.Failed.Load() > 0 })
 	before := count.Admitted.Load()
-	recovered := asktest.Until(t, "nothing is admitted after the failover", func() bool { return count.Admitted.Load() > before+10 })
+	recovered := storecheck.Until(t, "nothing is admitted after the failover", func() bool { return count.Admitted.Load() > before+10 })
 	hung := <-longest
 	t.Logf("works %v after the failure; the longest call took %v; %d failed; forgotten were %d of %d", recovered, hung, count.Failed.Load(), max(0, count.Admitted.Load()-limit), before)
 	assert.Less(t, recovered, 10*time.Second, "the storage does not find the new primary")
@@ -1136,5 +1136,5 @@ func TestAfterAFailoverCallsWorkAndHardlyAnythingWasForgotten(t *testing.T) {
 	assert.Positive(t, count.Denied.Load(), "the limit is none any more")
 	assert.LessOrEqual(t, count.Admitted.Load(), int64(2*limit), "more was forgotten than ever was spent")
 	assert.GreaterOrEqual(t, count.Admitted.Load(), limit-count.Failed.Load(), "more was charged than was asked")
-	assert.Equal(t, 0, asktest.Take(t, s, r, 3))
+	assert.Equal(t, 0, storecheck.Take(t, s, r, 3))
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -33,8 +33,8 @@ func newDoubter(t *testing.T, kind storage.Kind) *doubter {
 	t.Helper()
 	url := servers.RedisURL(t)
 	d := &doubter{open(t, url, redisstore.Options{}), client(t, url), freshName(), nil}
-	d.rules = []storage.Rule{asktest.Rule(t, "a", kind, time.Hour, 5), asktest.Rule(t, "b", kind, 24*time.Hour, 50)}
-	asktest.Take(t, d.s, asktest.FivePerHour(t, d.name), 1)
+	d.rules = []storage.Rule{storecheck.Rule(t, "a", kind, time.Hour, 5), storecheck.Rule(t, "b", kind, 24*time.Hour, 50)}
+	storecheck.Take(t, d.s, storecheck.FivePerHour(t, d.name), 1)
 	return d
 }
 
@@ -89,7 +89,7 @@ func TestAStateThatIsNotThereIsStaleAndOneThatWasJustChangedIsFresh(t *testing.T
 		}
 		assert.False(t, d.stale(t, peek, -1))
 		assert.False(t, d.stale(t, peek, math.MinInt64))
-		require.Equal(t, 1, asktest.Take(t, d.s, r, 1))
+		require.Equal(t, 1, storecheck.Take(t, d.s, r, 1))
 		assert.False(t, d.stale(t, r, time.Hour))
 		assert.False(t, d.stale(t, peek, time.Hour))
 		assert.True(t, d.stale(t, r, 0), "time has passed")
@@ -102,7 +102,7 @@ func TestAStateThatWasChangedLongAgoIsStale(t *testing.T) {
 	for kind := range allKinds {
 		d := newDoubter(t, kind)
 		r := d.request(1, "a")
-		require.Equal(t, 1, asktest.Take(t, d.s, old(r, 10*time.Minute), 1))
+		require.Equal(t, 1, storecheck.Take(t, d.s, old(r, 10*time.Minute), 1))
 		assert.True(t, d.stale(t, r, 0), kind)
 		assert.True(t, d.stale(t, r, 9*time.Minute), kind)
 		assert.False(t, d.stale(t, r, 11*time.Minute), kind)
@@ -118,15 +118,15 @@ func TestOneStateThatIsStaleIsEnoughAmongSeveralBucketsAndParts(t *testing.T) {
 		assert.True(t, d.stale(t, all, time.Hour))
 		one := d.request(1, id)
 		one.Part.SetCost(0, 0)
-		require.Equal(t, 1, asktest.Take(t, d.s, one, 1))
+		require.Equal(t, 1, storecheck.Take(t, d.s, one, 1))
 		assert.True(t, d.stale(t, all, time.Hour), "the other bucket of %s is not there", id)
 		one = d.request(1, id)
 		one.Part.SetCost(1, 0)
-		require.Equal(t, 1, asktest.Take(t, d.s, one, 1))
+		require.Equal(t, 1, storecheck.Take(t, d.s, one, 1))
 	}
 	assert.False(t, d.stale(t, all, time.Hour))
 	require.NoError(t, d.s.Reset(t.Context(), d.name, "c"))
-	require.Equal(t, 1, asktest.Take(t, d.s, old(d.request(1, "c"), 10*time.Minute), 1))
+	require.Equal(t, 1, storecheck.Take(t, d.s, old(d.request(1, "c"), 10*time.Minute), 1))
 	assert.True(t, d.stale(t, all, 5*time.Minute))
 	assert.False(t, d.stale(t, all, time.Hour))
 	for _, id := range []string{"a", "b"} {
@@ -141,7 +141,7 @@ func TestABucketThatIsAskedForNothingIsNotDoubted(t *testing.T) {
 	assert.False(t, d.stale(t, r, 0), "asked for nothing at all")
 	r.Part.SetCost(1, 1)
 	assert.True(t, d.stale(t, r, time.Hour))
-	require.Equal(t, 1, asktest.Take(t, d.s, r, 1))
+	require.Equal(t, 1, storecheck.Take(t, d.s, r, 1))
 	assert.False(t, d.stale(t, r, time.Hour), "b has no state, and a none for its first bucket")
 }
 
@@ -150,7 +150,7 @@ func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 	for kind := range allKinds {
 		d := newDoubter(t, kind)
 		full := d.request(5, "a")
-		require.Equal(t, 1, asktest.Take(t, d.s, old(full, time.Minute), 1))
+		require.Equal(t, 1, storecheck.Take(t, d.s, old(full, time.Minute), 1))
 		for _, r := range []storage.Request{full, d.request(5, "a", "of nobody"), d.request(5, "of nobody", "a")} {
 			for _, age := range ages {
 				for _, mode := range []storage.Mode{storage.Take, storage.Peek} {
@@ -175,10 +175,10 @@ func TestAStateThatIsTooFarAheadOfTheClockIsStale(t *testing.T) {
 	t.Parallel()
 	d := newDoubter(t, storage.Replenish)
 	r := d.request(1, "a")
-	require.Equal(t, 1, asktest.Take(t, d.s, old(r, -30*time.Minute), 1))
+	require.Equal(t, 1, storecheck.Take(t, d.s, old(r, -30*time.Minute), 1))
 	assert.False(t, d.stale(t, r, 0), "it is younger than any age")
 	require.NoError(t, d.s.Reset(t.Context(), d.name, "a"))
-	require.Equal(t, 1, asktest.Take(t, d.s, old(r, -3*24*time.Hour), 1))
+	require.Equal(t, 1, storecheck.Take(t, d.s, old(r, -3*24*time.Hour), 1))
 	assert.True(t, d.stale(t, r, time.Hour))
 }
 
@@ -187,8 +187,8 @@ func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
 	model, name, sets := storagetest.NewModel(), freshName(), ruleSets(t)
-	asktest.Take(t, s, asktest.FivePerHour(t, name), 1) // so that the server has the script
-	asktest.Crowd(100, func(i int) {
+	storecheck.Take(t, s, storecheck.FivePerHour(t, name), 1) // so that the server has the script
+	storecheck.Crowd(100, func(i int) {
 		g := &shapely{rnd: rand.New(rand.NewPCG(8, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
 		for step := range 30 {
 			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)
@@ -249,7 +249,7 @@ func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
 		}
 	}
 	r.Mode = storage.Take
-	assert.Equal(t, 1, asktest.Take(t, s, r, 1))
+	assert.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	for _, age := range []time.Duration{-1, time.Hour} {
 		v, err := s.DecideFresh(t.Context(), r, ago(age))
 		assert.NoError(t, err)
@@ -261,23 +261,23 @@ func TestAServerThatLostItsScriptsIsDoubtedUntilTheNextDecide(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	assertDoubted(t, s, asktest.Hourly(t, "a", 100)) // it has never had any
+	assertDoubted(t, s, storecheck.Hourly(t, "a", 100)) // it has never had any
 	require.NoError(t, c.ScriptFlush(t.Context()).Err())
-	require.NoError(t, s.Raise(t.Context(), debtOf(asktest.Hourly(t, "a", 100), 1)))
-	assertDoubted(t, s, asktest.Hourly(t, "a", 100))
-	assert.Equal(t, int64(6), asktest.Spent(t, s, asktest.Hourly(t, "a", 100)))
+	require.NoError(t, s.Raise(t.Context(), debtOf(storecheck.Hourly(t, "a", 100), 1)))
+	assertDoubted(t, s, storecheck.Hourly(t, "a", 100))
+	assert.Equal(t, int64(6), storecheck.Spent(t, s, storecheck.Hourly(t, "a", 100)))
 }
 
 func TestAServerThatWasKilledAndStartedAgainIsDoubted(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), redisstore.Options{}), asktest.Hourly(t, "a", 100)
-	require.Equal(t, 1, asktest.Take(t, s, r, 1))
+	s, r := open(t, server.URL(), redisstore.Options{}), storecheck.Hourly(t, "a", 100)
+	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	require.NoError(t, server.Kill())
 	_, err := s.DecideFresh(t.Context(), r, ago(-1))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	require.NoError(t, server.Start())
-	asktest.Recovery(t, asktest.Patient, func() error {
+	storecheck.Recovery(t, storecheck.Patient, func() error {
 		_, err = s.DecideFresh(t.Context(), r, ago(-1))
 		if errors.Is(err, redisstore.ErrStale) {
 			return nil
@@ -293,22 +293,22 @@ func TestANodeOfAClusterThatLostItsScriptsIsDoubted(t *testing.T) {
 	r := newRing(t)
 	plain, _ := r.open(t, 0)
 	for node := range r.nodes {
-		ask := asktest.Hourly(t, r.idOn(t, node), 100)
+		ask := storecheck.Hourly(t, r.idOn(t, node), 100)
 		assertDoubted(t, plain, ask)
 		require.NoError(t, r.nodes[node].ScriptFlush(t.Context()).Err())
 		assertDoubted(t, plain, ask)
-		assert.Equal(t, int64(6), asktest.Spent(t, plain, ask))
+		assert.Equal(t, int64(6), storecheck.Spent(t, plain, ask))
 	}
 }
 
 // flushed has half of 64 goroutines doubt while the scripts are forgotten all the time.
 func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
 	t.Helper()
-	var doubting, others asktest.Told
+	var doubting, others storecheck.Told
 	stop, ended := make(chan struct{}), make(chan int)
 	go func() { ended <- repeatedly(time.Millisecond, stop, flush) }()
-	asktest.Crowd(64, func(i int) {
-		r := asktest.Hourly(t, fmt.Sprint("id-", i/2), 1<<40)
+	storecheck.Crowd(64, func(i int) {
+		r := storecheck.Hourly(t, fmt.Sprint("id-", i/2), 1<<40)
 		for range 200 {
 			if i%2 == 0 {
 				assert.NoError(t, others.Ask(s, r), "a call was disturbed that does not doubt")
@@ -326,7 +326,7 @@ func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
 	t.Log("forgotten", <-ended, "times,", doubting.Failed.Load(), "stale,", doubting.Admitted.Load(), "fresh")
 	taken := int64(0)
 	for i := range 32 {
-		taken += asktest.Spent(t, s, asktest.Hourly(t, fmt.Sprint("id-", i), 1<<40))
+		taken += storecheck.Spent(t, s, storecheck.Hourly(t, fmt.Sprint("id-", i), 1<<40))
 	}
 	assert.Equal(t, int64(32*200), others.Admitted.Load())
 	assert.Equal(t, doubting.Admitted.Load()+others.Admitted.Load(), taken, "what was stale took nothing")

@@ -23,8 +23,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -117,7 +117,7 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	ws := new(wires)
 	o.Dialer = ws.dial
 	c := goredis.NewClient(o)
-	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
+	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 	t.Cleanup(func() {
 		assert.NoError(t, s.Close(context.Background()))
 		assert.NoError(t, c.Close())
@@ -140,10 +140,10 @@ func left(t testing.TB, s storage.Storage, name, id string, rules ...storage.Rul
 // the smaller.
 func limits(t testing.TB) [][]storage.Rule {
 	t.Helper()
-	hour := asktest.Rule(t, "600/1h", storage.Replenish, time.Hour, 600)
+	hour := storecheck.Rule(t, "600/1h", storage.Replenish, time.Hour, 600)
 	return [][]storage.Rule{
-		{hour, asktest.Rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
-		{hour, asktest.Rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
+		{hour, storecheck.Rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
+		{hour, storecheck.Rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
 	}
 }
 
@@ -153,7 +153,7 @@ func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
 	for i, rules := range limits(t) {
 		r := storage.Request{Name: name, Part: storage.NewPart(fmt.Sprint("hot-", i), rules, 1)}
 		var n atomic.Int64
-		asktest.Crowd(50, func(int) {
+		storecheck.Crowd(50, func(int) {
 			for range 5 {
 				v, err := s.Decide(t.Context(), r)
 				if assert.NoError(t, err) && v.Allowed {
@@ -301,7 +301,7 @@ func timeless(t *testing.T, s *redisstore.Storage, name string) {
 	t.Helper()
 	var rules []storage.Rule
 	for kind := range storage.SlidingLog + 1 {
-		rules = append(rules, asktest.Rule(t, kind.String(), kind, time.Hour, 1000))
+		rules = append(rules, storecheck.Rule(t, kind.String(), kind, time.Hour, 1000))
 	}
 	ctx, amounts := t.Context(), []storage.Amount{{N: 1, In: 5}, {N: -1, In: 5}, {N: 1, In: 5}, {}, {}}
 	for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
@@ -336,9 +336,9 @@ func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
 
 	now := time.Now().UnixMicro()
 	ask := func(now int64) string {
-		r := asktest.FivePerHour(t, "clocked")
+		r := storecheck.FivePerHour(t, "clocked")
 		r.Name, r.Clocked, r.Now = name, true, now
-		asktest.Take(t, s, r, 1)
+		storecheck.Take(t, s, r, 1)
 		sent, _ := ws.take()
 		return sent
 	}
@@ -394,7 +394,7 @@ func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 	url := servers.RedisURL(t)
 	for kind := range storage.SlidingLog + 1 {
 		for _, period := range []time.Duration{2 * time.Second, time.Minute} {
-			r := asktest.Rule(t, "20", kind, period, 20)
+			r := storecheck.Rule(t, "20", kind, period, 20)
 			ahead, seen := skewed(t, url, r)
 			assert.LessOrEqual(t, len(ahead), 20*(5+2), "%v: the capacity for each period that passed", kind)
 			if kind == storage.SlidingLog {
@@ -411,7 +411,7 @@ func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []storage
 	t.Helper()
 	var sum, sumOther, least atomic.Int64
 	least.Store(4)
-	asktest.Crowd(200, func(i int) {
+	storecheck.Crowd(200, func(i int) {
 		for j := range 2 {
 			cost := int64(1 + (i+j)%3)
 			a, b := storage.NewPart("hot", hot, cost), storage.NewPart("other", other, 1)
@@ -439,7 +439,7 @@ func TestAHotKeyGivesOutAllItHasAndNoMore(t *testing.T) {
 			t.Parallel()
 			s, ws := openWired(t, servers.RedisURL(t))
 			name, day := freshName(), 24*time.Hour
-			hot, other := []storage.Rule{asktest.Rule(t, "hot", kind, day, 100)}, []storage.Rule{asktest.Rule(t, "other", kind, day, 500)}
+			hot, other := []storage.Rule{storecheck.Rule(t, "hot", kind, day, 100)}, []storage.Rule{storecheck.Rule(t, "other", kind, day, 500)}
 			sum, sumOther, refused := hotCalls(t, s, name, hot, other)
 			assert.LessOrEqual(t, sum, int64(100))
 			assert.Greater(t, sum, 100-refused, "a call was refused that fitted")
@@ -486,7 +486,7 @@ func (g *shapely) part(id string) storage.Part {
 func ruleSets(t *testing.T) (sets [][]storage.Rule) {
 	t.Helper()
 	for kind := range storage.SlidingLog + 1 {
-		a, b := asktest.Rule(t, "a", kind, 10*time.Second, 5), asktest.Rule(t, "b", (kind+1)%5, time.Minute, 7)
+		a, b := storecheck.Rule(t, "a", kind, 10*time.Second, 5), storecheck.Rule(t, "b", (kind+1)%5, time.Minute, 7)
 		sets = append(sets, []storage.Rule{a}, []storage.Rule{a, b}, []storage.Rule{b, a})
 	}
 	return sets
@@ -496,7 +496,7 @@ func TestAFlightOfManyShapesDecidesAsTheModel(t *testing.T) {
 	t.Parallel()
 	s, ws := openWired(t, servers.RedisURL(t))
 	model, name, sets := storagetest.NewModel(), freshName(), ruleSets(t)
-	asktest.Crowd(100, func(i int) {
+	storecheck.Crowd(100, func(i int) {
 		g := &shapely{rnd: rand.New(rand.NewPCG(7, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
 		for step := range 30 {
 			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)

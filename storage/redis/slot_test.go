@@ -8,8 +8,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/throttlerhttp"
@@ -33,12 +33,12 @@ func TestAKeyAndItsRoutesAreConsumedTogetherOnACluster(t *testing.T) {
 	} {
 		s := open(t, url, o)
 		for _, key := range keys {
-			r := asktest.FivePerHour(t, key)
+			r := storecheck.FivePerHour(t, key)
 			r.Name = "api"
 			for _, id := range routesOf(key)[1:] {
 				r.More = append(r.More, storage.NewPart(id, r.Part.Rules, 1))
 			}
-			assert.Equal(t, 5, asktest.Take(t, s, r, 7), "%s: %.20q", name, key)
+			assert.Equal(t, 5, storecheck.Take(t, s, r, 7), "%s: %.20q", name, key)
 		}
 	}
 }
@@ -51,7 +51,7 @@ func TestTheRoutesOfAKeyHaveTheSlotOfTheKey(t *testing.T) {
 	slots := map[int64]bool{}
 	for i := range 40 { // of one route: users do not meet in a slot
 		key := fmt.Sprintf("{tag}%d", i)
-		require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, throttlerhttp.RouteIdentifier(key, "POST /login")), 1))
+		require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, throttlerhttp.RouteIdentifier(key, "POST /login")), 1))
 		slot, err := c.ClusterKeySlot(t.Context(), "p::{}"+key).Result()
 		require.NoError(t, err)
 		slots[slot] = true
@@ -83,9 +83,9 @@ func TestTheRoutesOfNoTwoKeysShareAKey(t *testing.T) {
 		}
 		for _, name := range []string{"", "a"} {
 			for id := range ids {
-				r := asktest.FivePerHour(t, id)
+				r := storecheck.FivePerHour(t, id)
 				r.Name = name
-				require.Equal(t, 1, asktest.Take(t, s, r, 1))
+				require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			}
 		}
 		assert.Len(t, keysOf(t, c), 2*len(ids))
@@ -98,7 +98,7 @@ func TestTheTagsOfSlotsNeverChange(t *testing.T) {
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	for _, id := range []string{"user:42\x00POST /login", "{a}b\x00/x"} {
-		require.Equal(t, 1, asktest.Take(t, s, asktest.FivePerHour(t, id), 1))
+		require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, id), 1))
 	}
 	assert.Equal(t, []string{"throttler::{2q7}user:42\x00POST /login", "throttler::{bxp}{a}b\x00/x"}, keysOf(t, c))
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {
-		o.Timeout = asktest.Patient
+		o.Timeout = storecheck.Patient
 	}
 	s, err := redisstore.Open(url, &o)
 	require.NoError(t, err)
@@ -81,7 +81,7 @@ func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
 	cluster := servers.RedisCluster(t, 3)
 	s := open(t, clusterURL(cluster), redisstore.Options{})
 	for i := range 30 {
-		assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, fmt.Sprintf("{tag}%d", i)), 7))
+		assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, fmt.Sprintf("{tag}%d", i)), 7))
 	}
 	for _, node := range cluster.Nodes {
 		n, err := client(t, node.URL()).DBSize(t.Context()).Result()
@@ -89,12 +89,12 @@ func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
 		assert.NotZero(t, n, "identifiers with one tag must be spread")
 	}
 
-	apart := asktest.FivePerHour(t, "a")
+	apart := storecheck.FivePerHour(t, "a")
 	apart.More = []storage.Part{storage.NewPart("b", apart.Part.Rules, 1)}
 	_, err := s.Decide(t.Context(), apart)
 	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
 	require.NotErrorIs(t, err, storage.ErrUnavailable)
-	assert.Equal(t, 5, asktest.Take(t, s, asktest.FivePerHour(t, "a"), 7), "nothing was taken")
+	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 7), "nothing was taken")
 }
 
 func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
@@ -102,6 +102,6 @@ func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := s.Decide(ctx, asktest.FivePerHour(t, "done"))
+	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "done"))
 	require.ErrorIs(t, err, context.Canceled)
 }

@@ -18,8 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -39,7 +39,7 @@ func ofKind(t testing.TB, kind storage.Kind, buckets ...throttler.Bucket) (rules
 	}
 	for _, b := range buckets {
 		b = modify[kind](b)
-		rules = append(rules, asktest.Rule(t, b.Name(), kind, b.Period(), b.Capacity()))
+		rules = append(rules, storecheck.Rule(t, b.Name(), kind, b.Period(), b.Capacity()))
 	}
 	return rules
 }
@@ -74,7 +74,7 @@ func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pau
 	require.NoError(t, s.Reset(t.Context(), "", id))
 	now := noon - time.Minute.Microseconds()
 	for i := range calls {
-		asktest.Take(t, s, storage.Request{Clocked: true, Now: now + int64(i)*pause.Microseconds(), Part: storage.NewPart(id, rules, 1)}, 1)
+		storecheck.Take(t, s, storage.Request{Clocked: true, Now: now + int64(i)*pause.Microseconds(), Part: storage.NewPart(id, rules, 1)}, 1)
 		is := sizeOf(t, c, key)
 		if i == 0 {
 			first = is
@@ -140,7 +140,7 @@ func about(user int, rules []storage.Rule) storage.Request {
 func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []storage.Rule) traffic {
 	t.Helper()
 	ws.take()
-	require.Equal(t, 1, asktest.Take(t, s, about(1, rules), 1))
+	require.Equal(t, 1, storecheck.Take(t, s, about(1, rules), 1))
 	sent, read := ws.take()
 	require.Equal(t, []flown{{1, 1}}, flights(sent))
 	return traffic{len(sent), len(read)}
@@ -164,7 +164,7 @@ func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wi
 	told := ""
 	for i := range 2 {
 		all.Go(func() { ask(100 + i) })
-		asktest.Until(t, "it flies", func() bool {
+		storecheck.Until(t, "it flies", func() bool {
 			sent, _ := ws.take()
 			told += sent
 			return len(flights(told)) == i+1
@@ -173,7 +173,7 @@ func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wi
 	for i := range 64 {
 		all.Go(func() { ask(200 + i) })
 	}
-	asktest.Until(t, "all begin", func() bool { return begun.Load() == 66 })
+	storecheck.Until(t, "all begin", func() bool { return begun.Load() == 66 })
 	<-time.After(20 * time.Millisecond) // from where they begin to the line
 	require.NoError(t, server.Thaw())
 	all.Wait()
@@ -190,7 +190,7 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 	server := servers.Redis(t)
 	s, ws := openWired(t, server.URL())
 	first := ofKind(t, storage.Replenish, hundred)
-	asktest.Crowd(50, func(i int) { // so that there are connections and the script
+	storecheck.Crowd(50, func(i int) { // so that there are connections and the script
 		_, err := s.Decide(t.Context(), about(i, first))
 		assert.NoError(t, err)
 	})
@@ -198,7 +198,7 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 	for kind := range allKinds {
 		for _, rules := range [][]storage.Rule{ofKind(t, kind, hundred), ofKind(t, kind, five, hundred)} {
 			var single, batch traffic
-			asktest.Until(t, "64 in a flight", func() (ok bool) {
+			storecheck.Until(t, "64 in a flight", func() (ok bool) {
 				require.NoError(t, client(t, server.URL()).FlushDB(t.Context()).Err())
 				batch, ok = inBatch(t, server, s, ws, rules)
 				return ok
@@ -218,7 +218,7 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 // twoLimits are a short and a long one.
 func twoLimits(t testing.TB, kind storage.Kind) []storage.Rule {
 	t.Helper()
-	return []storage.Rule{asktest.Rule(t, "5/2s", kind, 2*time.Second, 5), asktest.Rule(t, "50/1h", kind, time.Hour, 50)}
+	return []storage.Rule{storecheck.Rule(t, "5/2s", kind, 2*time.Second, 5), storecheck.Rule(t, "50/1h", kind, time.Hour, 50)}
 }
 
 // watch sees what a call does to a key: what it holds, and until when.
@@ -312,7 +312,7 @@ func TestAKeyLivesASecondLongerThanItsBucketsAreNotFull(t *testing.T) {
 	t.Parallel()
 	all, began := watchAll(t), time.Now()
 	enough := func(w *watched) bool { return w.count[true] > 10 && w.count[false] > 10 }
-	asktest.Until(t, "calls of both sorts, for two short periods", func() bool {
+	storecheck.Until(t, "calls of both sorts, for two short periods", func() bool {
 		for _, w := range all {
 			w.count[w.ask(t, someRequest(w.rnd, w.name, w.rules), time.Second)]++
 		}
@@ -349,7 +349,7 @@ func TestACallThatTakesNothingMakesNoKey(t *testing.T) {
 			{Name: name, Part: storage.NewPart("a", rules, 0)},
 			{Name: name, Mode: storage.Force, Part: storage.NewPart("a", rules, 0)},
 		} {
-			assert.Equal(t, 1, asktest.Take(t, s, r, 1))
+			assert.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			assert.Empty(t, raw(t, c, "throttler:"+name+":a"))
 		}
 	}
@@ -392,7 +392,7 @@ func TestARefundOfAllAndAResetLeaveNothing(t *testing.T) {
 			}
 
 			require.NoError(t, s.Reset(t.Context(), name, "a"))
-			require.Equal(t, 1, asktest.Take(t, s, r, 1))
+			require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			require.NotEmpty(t, raw(t, c, key))
 			require.NoError(t, s.Reset(t.Context(), name, "a"))
 			assert.Zero(t, c.Exists(t.Context(), key).Val(), kind)
@@ -409,10 +409,10 @@ func TestIdentifiersExpireToZeroKeys(t *testing.T) {
 	}
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	rules := []storage.Rule{asktest.Rule(t, "3/500ms", storage.Replenish, 500*time.Millisecond, 3)}
+	rules := []storage.Rule{storecheck.Rule(t, "3/500ms", storage.Replenish, 500*time.Millisecond, 3)}
 	var next, admitted, largest atomic.Int64
 	began := time.Now()
-	asktest.Crowd(256, func(int) {
+	storecheck.Crowd(256, func(int) {
 		for i := next.Add(1); i <= n; i = next.Add(1) {
 			v, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint("user-", i), rules, 1)})
 			if assert.NoError(t, err) && v.Allowed {
@@ -427,7 +427,7 @@ func TestIdentifiersExpireToZeroKeys(t *testing.T) {
 	assert.Equal(t, n, admitted.Load())
 	assert.Greater(t, largest.Load(), n/100)
 	began = time.Now()
-	asktest.Until(t, "no keys", func() bool { return c.DBSize(t.Context()).Val() == 0 })
+	storecheck.Until(t, "no keys", func() bool { return c.DBSize(t.Context()).Val() == 0 })
 	t.Logf("gone after %v", time.Since(began))
 	assert.Zero(t, c.DBSize(t.Context()).Val())
 }
@@ -515,7 +515,7 @@ func TestAnotherKindOrPeriodIsAnotherBucketOfTheSameKey(t *testing.T) {
 			t.Run(fmt.Sprintf("%v to %v", from, to), func(t *testing.T) {
 				t.Parallel()
 				w := newTwin(t, url)
-				old, changed := []storage.Rule{asktest.Rule(t, "b", from, time.Hour, 10)}, []storage.Rule{asktest.Rule(t, "b", to, 7*time.Minute, 12)}
+				old, changed := []storage.Rule{storecheck.Rule(t, "b", from, time.Hour, 10)}, []storage.Rule{storecheck.Rule(t, "b", to, 7*time.Minute, 12)}
 				w.ask(t, 0, storage.Take, old, 3)
 				w.ask(t, time.Minute, storage.Take, old, 6)
 				w.peeks(t, time.Minute, changed)
@@ -558,7 +558,7 @@ func TestAValueBecomesWideAndNarrowAgain(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
 	of := func(capacity int64) []storage.Rule {
-		return []storage.Rule{asktest.Rule(t, "b", storage.Replenish, time.Hour, capacity)}
+		return []storage.Rule{storecheck.Rule(t, "b", storage.Replenish, time.Hour, capacity)}
 	}
 	w.took(t, 0, 1, of(1<<30-1), 5)
 	w.took(t, 0, 1|wide, of(1<<30), 5)
@@ -582,7 +582,7 @@ func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
 	of := func(period time.Duration, capacity int64) []storage.Rule {
-		return []storage.Rule{asktest.Rule(t, "b", storage.Continuous, period, capacity)}
+		return []storage.Rule{storecheck.Rule(t, "b", storage.Continuous, period, capacity)}
 	}
 	w.took(t, 0, 1, of(time.Second, 1073), 7)
 	w.took(t, 0, 1|wide, of(time.Second, 1077), 7)
@@ -598,7 +598,7 @@ func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	a, b, c := asktest.Rule(t, "a", storage.Replenish, time.Hour, 10), asktest.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 10), asktest.Rule(t, "ccc", storage.Continuous, time.Second, 1000)
+	a, b, c := storecheck.Rule(t, "a", storage.Replenish, time.Hour, 10), storecheck.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 10), storecheck.Rule(t, "ccc", storage.Continuous, time.Second, 1000)
 	w.took(t, 0, 2, []storage.Rule{a, b}, 1, 1)
 	w.took(t, time.Second, 2|apart, []storage.Rule{a, b}, 1, 0)
 	w.took(t, 2*time.Second, 2|apart, []storage.Rule{a, b}, 0, 2)
@@ -614,7 +614,7 @@ func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
 	w.peeks(t, 4*time.Second, []storage.Rule{a, b, c})
 	w.took(t, 4*time.Second, 3|apart, []storage.Rule{b, c}, 1, 100)
 	w.took(t, 4*time.Second, 3, []storage.Rule{c, b, a}, 0, 1, 1)
-	w.took(t, 4*time.Second+500*time.Millisecond, 3|apart|wide, []storage.Rule{a, asktest.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 1<<33)}, 1, 1<<33-10)
+	w.took(t, 4*time.Second+500*time.Millisecond, 3|apart|wide, []storage.Rule{a, storecheck.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 1<<33)}, 1, 1<<33-10)
 	w.peeks(t, 5*time.Second, []storage.Rule{c, b, a})
 	w.took(t, 3*time.Hour, 1, []storage.Rule{a}, 1)
 	w.peeks(t, 3*time.Hour, []storage.Rule{c, b, a})
@@ -624,7 +624,7 @@ func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
 func TestALogOf256Holds(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	rules := []storage.Rule{asktest.Rule(t, "log", storage.SlidingLog, time.Hour, 256)}
+	rules := []storage.Rule{storecheck.Rule(t, "log", storage.SlidingLog, time.Hour, 256)}
 	for i := range 256 {
 		w.took(t, time.Duration(i)*time.Second, 1, rules, 1)
 		n := 3 + (1 + 3 + 6) + 1 + 7 + 11*(i+1)
@@ -648,7 +648,7 @@ func formRules(t *testing.T, rnd *rand.Rand) (rules []storage.Rule) {
 		if kind == storage.Continuous { // of other refills other buckets: Redis forgets a level that is full by its own
 			period += time.Duration(n) * time.Second
 		}
-		rules = append(rules, asktest.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[n]))
+		rules = append(rules, storecheck.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[n]))
 	}
 	return rules
 }
@@ -715,9 +715,9 @@ func TestKeysAreAsDocumentedAndNoTwoIdentifiersShareOne(t *testing.T) {
 		var want []string
 		for _, name := range []string{"", "a", "a.a", "-"} {
 			for _, id := range zoo {
-				r := asktest.FivePerHour(t, id)
+				r := storecheck.FivePerHour(t, id)
 				r.Name = name
-				require.Equal(t, 1, asktest.Take(t, s, r, 1))
+				require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 				mark := ":"
 				if strings.Contains(id, "{") {
 					mark = ":{}"
@@ -746,9 +746,9 @@ func TestTheHashTagStandsInBracesAfterThePrefix(t *testing.T) {
 	tags := map[string]string{"a/1": "a", "{a}/1": "{a}", "none": "", "}": "}x}"}
 	s, c := open(t, server.URL(), redisstore.Options{Prefix: "p:", HashTag: func(id string) string { return tags[id] }}), client(t, server.URL())
 	for id := range tags {
-		r := asktest.FivePerHour(t, id)
+		r := storecheck.FivePerHour(t, id)
 		r.Name = "n"
-		require.Equal(t, 1, asktest.Take(t, s, r, 1))
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	}
 	assert.Equal(t, []string{"p:{)x)}n:}", "p:{a}n:a/1", "p:{{a)}n:{}{a}/1", "p:{}n:none"}, keysOf(t, c))
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/asktest"
 	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -49,7 +49,7 @@ func (r *reports) take() []error {
 func (r *reports) next(t testing.TB) error {
 	t.Helper()
 	var all []error
-	asktest.Until(t, "a report", func() bool {
+	storecheck.Until(t, "a report", func() bool {
 		all = r.take()
 		return len(all) > 0
 	})
@@ -63,32 +63,32 @@ func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	seen := watchOf(t, s, asktest.Patient)
+	seen := watchOf(t, s, storecheck.Patient)
 	for _, call := range []string{"Take", "Take", "Peek", "Refund", "Force", "Charge", "Raise", "Debt", "Fresh", "Reset"} {
-		_, err := allCalls[call](t.Context(), s, asktest.FivePerHour(t, "a"))
+		_, err := allCalls[call](t.Context(), s, storecheck.FivePerHour(t, "a"))
 		require.NoError(t, err)
 		assert.Equal(t, []error{nil}, seen.take(), call)
 	}
-	_, err := s.DecideFresh(t.Context(), asktest.FivePerHour(t, "a"), ago(0))
+	_, err := s.DecideFresh(t.Context(), storecheck.FivePerHour(t, "a"), ago(0))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 	require.NoError(t, c.ScriptFlush(t.Context()).Err())
-	_, err = s.DecideFresh(t.Context(), asktest.FivePerHour(t, "a"), ago(-1))
+	_, err = s.DecideFresh(t.Context(), storecheck.FivePerHour(t, "a"), ago(-1))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 
 	do(t, c, "set", redisstore.DefaultPrefix+":foreign", "value")
 	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
 	for _, id := range []string{"foreign", "hash"} {
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, id))
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, id))
 		require.ErrorIs(t, err, storage.ErrCorruptState)
 		assert.Equal(t, []error{nil}, seen.take(), "the fault of a key is none of the server")
 	}
 
-	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, ""))
+	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, ""))
 	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
 	require.NoError(t, s.Close(context.Background()))
-	_, err = s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take(), "nothing was sent")
 }
@@ -97,8 +97,8 @@ func TestAWatchIsToldThatAServerIsDownAndThatItIsBack(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s := open(t, server.URL(), redisstore.Options{})
-	seen, r := watchOf(t, s, asktest.Patient), asktest.FivePerHour(t, "a")
-	asktest.Take(t, s, r, 1)
+	seen, r := watchOf(t, s, storecheck.Patient), storecheck.FivePerHour(t, "a")
+	storecheck.Take(t, s, r, 1)
 	assert.Equal(t, []error{nil}, seen.take())
 	require.NoError(t, server.Kill())
 	for range 3 {
@@ -108,7 +108,7 @@ func TestAWatchIsToldThatAServerIsDownAndThatItIsBack(t *testing.T) {
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
 	}
 	require.NoError(t, server.Start())
-	asktest.Recovery(t, asktest.Patient, func() error { return s.Reset(t.Context(), "", "a") })
+	storecheck.Recovery(t, storecheck.Patient, func() error { return s.Reset(t.Context(), "", "a") })
 	all := seen.take()
 	assert.NoError(t, all[len(all)-1])
 }
@@ -117,7 +117,7 @@ func TestAWatchIsToldOfWhatAServerRefuses(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s := open(t, server.URL(), redisstore.Options{})
-	seen, r := watchOf(t, s, asktest.Patient), asktest.FivePerHour(t, "a")
+	seen, r := watchOf(t, s, storecheck.Patient), storecheck.FivePerHour(t, "a")
 	sendWords(t, client(t, server.URL()), "replicaof 127.0.0.1 1")
 	_, err := s.Decide(t.Context(), r)
 	assert.True(t, goredis.IsReadOnlyError(err), err)
@@ -129,10 +129,10 @@ func TestAWatchIsToldOfWhatAServerRefuses(t *testing.T) {
 func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
-	s, r := open(t, server.URL(), redisstore.Options{}), asktest.FivePerHour(t, "a")
+	s, r := open(t, server.URL(), redisstore.Options{}), storecheck.FivePerHour(t, "a")
 	seen := watchOf(t, s, short)
-	asktest.Recovery(t, asktest.Patient, func() error { return new(asktest.Told).Ask(s, r) }) // however slow the machine is
-	asktest.Until(t, "the flights land", func() bool { all := seen.take(); return len(all) > 0 && all[len(all)-1] == nil })
+	storecheck.Recovery(t, storecheck.Patient, func() error { return new(storecheck.Told).Ask(s, r) }) // however slow the machine is
+	storecheck.Until(t, "the flights land", func() bool { all := seen.take(); return len(all) > 0 && all[len(all)-1] == nil })
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
@@ -143,13 +143,13 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
 	assert.ErrorContains(t, err, fmt.Sprint(short))
 
-	asktest.AssertBackAfter(t, short, asktest.Timed(1, func() {
+	storecheck.AssertBackAfter(t, short, storecheck.Timed(1, func() {
 		_, err = s.Decide(t.Context(), r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	assert.Equal(t, err, seen.next(t), "as the caller sees it")
 	require.NoError(t, server.Thaw())
-	asktest.Recovery(t, asktest.Patient, func() error { return s.Reset(t.Context(), "", "a") })
+	storecheck.Recovery(t, storecheck.Patient, func() error { return s.Reset(t.Context(), "", "a") })
 	require.NoError(t, s.Close(context.Background()))
 	all := seen.take()
 	assert.NoError(t, all[len(all)-1])
@@ -161,10 +161,10 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 func TestAWatchIsToldOfAPanic(t *testing.T) {
 	t.Parallel()
 	c := client(t, servers.RedisURL(t))
-	s := on(t, c, redisstore.Options{Timeout: asktest.Patient})
-	seen := watchOf(t, s, asktest.Patient)
+	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
+	seen := watchOf(t, s, storecheck.Patient)
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "panic"))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "panic"))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 }
@@ -172,14 +172,14 @@ func TestAWatchIsToldOfAPanic(t *testing.T) {
 func TestAWatchIsToldOfAClusterThatIsNotThere(t *testing.T) {
 	t.Parallel()
 	s := open(t, "redis://127.0.0.1:1?addr=127.0.0.1:2", redisstore.Options{})
-	seen := watchOf(t, s, asktest.Patient)
+	seen := watchOf(t, s, storecheck.Patient)
 	for range 3 {
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, []error{err}, seen.take())
 	}
 	require.NoError(t, s.Close(context.Background()))
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take())
 }
@@ -193,11 +193,11 @@ func TestAWatchIsToldOfAClusterThatIsFrozenAtFirst(t *testing.T) {
 	require.NoError(t, cluster.Nodes[0].Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err := s.Decide(ctx, asktest.FivePerHour(t, "a"))
+	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 	require.NoError(t, cluster.Nodes[0].Thaw())
-	asktest.Recovery(t, asktest.Patient, func() error { return s.Reset(t.Context(), "", "a") })
+	storecheck.Recovery(t, storecheck.Patient, func() error { return s.Reset(t.Context(), "", "a") })
 	all := seen.take()
 	assert.NoError(t, all[len(all)-1])
 }
@@ -206,16 +206,16 @@ func TestAWatchOnAClusterIsToldOfTheNodeThatIsDown(t *testing.T) {
 	t.Parallel()
 	r := newRing(t)
 	s, _ := r.open(t, time.Second)
-	seen := watchOf(t, s, asktest.Patient)
+	seen := watchOf(t, s, storecheck.Patient)
 	ids := []string{r.idOn(t, 0), r.idOn(t, 1)}
 	for _, id := range ids {
-		asktest.Take(t, s, asktest.FivePerHour(t, id), 1)
+		storecheck.Take(t, s, storecheck.FivePerHour(t, id), 1)
 		assert.Equal(t, []error{nil}, seen.take())
 	}
 	require.NoError(t, r.Nodes[1].Kill())
-	asktest.Take(t, s, asktest.FivePerHour(t, ids[0]), 1)
+	storecheck.Take(t, s, storecheck.FivePerHour(t, ids[0]), 1)
 	assert.Equal(t, []error{nil}, seen.take())
-	_, err := s.Decide(t.Context(), asktest.FivePerHour(t, ids[1]))
+	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, ids[1]))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 }
@@ -224,8 +224,8 @@ func TestIdentifiersOfDifferentSlotsAreNoFailureOfTheServer(t *testing.T) {
 	t.Parallel()
 	r := newRing(t)
 	s := open(t, r.Nodes[0].URL(), redisstore.Options{}) // a client that does not know that there are slots
-	seen := watchOf(t, s, asktest.Patient)
-	both := asktest.FivePerHour(t, r.idOn(t, 0))
+	seen := watchOf(t, s, storecheck.Patient)
+	both := storecheck.FivePerHour(t, r.idOn(t, 0))
 	both.More = []storage.Part{storage.NewPart(r.idOn(t, 0), both.Part.Rules, 1)}
 	_, err := s.Decide(t.Context(), both)
 	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
@@ -243,7 +243,7 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 	}
 	for _, url := range []string{"redis://127.0.0.1:1", "redis://127.0.0.1:1?addr=127.0.0.1:2"} {
 		s := open(t, url, redisstore.Options{})
-		_, err := s.Decide(t.Context(), asktest.FivePerHour(t, "a"))
+		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		refused(s.Watch(short, report), "Watch")
 
@@ -263,13 +263,13 @@ func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {
 	missed := 0
 	for range 10 { // of which two may have the same variant
 		s := open(t, url, redisstore.Options{})
-		require.NoError(t, s.Watch(asktest.Patient, func(error) {}))
-		if _, err := s.DecideFresh(t.Context(), asktest.Hourly(t, freshName(), 5), ago(-1)); err == nil {
+		require.NoError(t, s.Watch(storecheck.Patient, func(error) {}))
+		if _, err := s.DecideFresh(t.Context(), storecheck.Hourly(t, freshName(), 5), ago(-1)); err == nil {
 			missed++
 		} else {
 			assert.ErrorIs(t, err, redisstore.ErrRestarted)
 		}
-		assert.Equal(t, 1, asktest.Take(t, s, asktest.Hourly(t, freshName(), 5), 1))
+		assert.Equal(t, 1, storecheck.Take(t, s, storecheck.Hourly(t, freshName(), 5), 1))
 	}
 	assert.LessOrEqual(t, missed, 3)
 }

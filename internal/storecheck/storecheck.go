@@ -1,6 +1,6 @@
-// Package asktest has what tests of storages have in common: they ask, in crowds, count what they are told, and hold
+// Package storecheck has what tests of storages have in common: they ask, in crowds, count what they are told, and hold
 // it to what was taken.
-package asktest
+package storecheck
 
 import (
 	"context"
