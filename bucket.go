@@ -32,9 +32,8 @@ type Bucket struct {
 // worst window of one period, around that moment, it admits nearly twice the capacity.
 //
 // The period is from 1 µs to 366 days; a part of a microsecond counts as a whole one. The capacity
-// is at least 1, and below 2^51; for Continuous and SlidingWindow also so small that 4 times the
-// capacity times the period in ticks stays below 2^53, in ticks of 1 µs, else 1 ms, else 1 s, that
-// divide the period.
+// is at least 1, and below 2^51. Continuous and SlidingWindow count in steps of the period: up to 10^13 tokens fit if the
+// period is a whole number of milliseconds. An error names a number that does.
 func NewBucket(period time.Duration, capacity int64) Bucket {
 	return Bucket{period: period, tokens: capacity}.made()
 }
@@ -49,13 +48,14 @@ func (b Bucket) FixedWindow() Bucket { b.kind = storage.FixedWindow; return b.ma
 
 // SlidingWindow counts the tokens of the present window, of one period since a multiple of it, and
 // those of the one before, fading evenly: the sliding window counter. After a burst just before a
-// multiple of the period it admits nearly twice the capacity within one period, but the second half
+// multiple of the period it admits twice the capacity within one period, but the second half
 // evenly; short bursts stay near the capacity.
 func (b Bucket) SlidingWindow() Bucket { b.kind = storage.SlidingWindow; return b.made() }
 
-// SlidingLog makes each token come back one period after it was taken: it never admits more than
-// the capacity in any window of one period. Above a capacity of 256 a token may come back up to
-// period/256 late, never early, so that admitted calls make at most about 256 entries.
+// SlidingLog makes each token come back one period after it was taken: up to a capacity of 256 it never admits more than
+// the capacity in any window of one period. A larger log counts in steps of period/256, so that admitted calls make at most
+// about 256 entries: what is taken at once comes back up to a step late, and what is taken evenly up to a step early, so
+// that it admits up to capacity/256 + 2 tokens more.
 func (b Bucket) SlidingLog() Bucket { b.kind = storage.SlidingLog; return b.made() }
 
 // Burst makes a Continuous bucket hold n tokens in place of NewBucket's capacity, which remains the
@@ -64,8 +64,8 @@ func (b Bucket) SlidingLog() Bucket { b.kind = storage.SlidingLog; return b.made
 func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.made() }
 
 // Named gives the bucket a name of 1 to 64 printable ASCII characters. What an identifier has
-// spent is found by the name of the bucket: name the buckets of plans and tiers, so that the
-// count continues under another limit. The default is "<capacity>/<period>" as given to
+// spent is found by the bucket's name, kind and period: name the buckets of plans and tiers, so that the
+// count continues under another capacity. The default is "<capacity>/<period>" as given to
 // NewBucket ("5/10s", "100/1h"), followed by "/continuous", "/fixed", "/sliding" or "/log".
 func (b Bucket) Named(name string) Bucket {
 	b.name, b.named = strings.Clone(name), true

@@ -115,3 +115,19 @@ func TestARefundFindsTheHoldOfItsKind(t *testing.T) {
 		assert.Equal(t, []int64{1000}, left(t, th, "user:42"))
 	}
 }
+
+func TestACostAboveACapacityComesWithTheLevels(t *testing.T) {
+	t.Parallel()
+	th, _ := throttled(t, throttler.NewBucket(time.Minute, 10))
+	v, err := th.Consume("user:42", throttler.Cost(11))
+	require.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+	require.ErrorContains(t, err, `"user:42"`)
+	require.False(t, v.Allowed)
+	require.Len(t, v.Levels(), 1)
+	assert.Equal(t, int64(10), v.Levels()[0].Remaining)
+	v, err = th.ConsumeAll(t.Context(), throttler.For("user:42", throttler.Cost(3)), throttler.For("org:7", throttler.Cost(11)))
+	require.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+	require.Len(t, v.Levels(), 2)
+	assert.Equal(t, "org:7", v.Levels()[1].Identifier)
+	assert.Equal(t, []int64{10}, left(t, th, "user:42"))
+}

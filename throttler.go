@@ -53,7 +53,7 @@ var (
 	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier        // it has no buckets, and Config has none for it
 	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier        // empty, over 1024 bytes, twice in one call, or over 256 of them
 	ErrInvalidCost         = storage.ErrInvalidCost              // below zero, or a refund above what was taken
-	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity      // waiting never helps
+	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity      // waiting never helps; the Verdict beside it has the Levels
 	ErrDebtLimit           = errors.New("throttler: debt limit") // a Charge that was recorded in part: a *DebtError
 	ErrInvalidClock        = storage.ErrInvalidClock             // Config.Clock reads a time outside 1970 to 2184
 	ErrUnavailable         = storage.ErrUnavailable              // the storage could not decide
@@ -374,7 +374,9 @@ func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, e
 			v.Ask(&p)
 		}
 	}
-	err = t.ask(ctx, &v, storage.Take)
+	if err = t.ask(ctx, &v, storage.Take); err != nil && errors.Is(err, ErrCostExceedsCapacity) {
+		t.lookAll(ctx, &v, parts)
+	}
 	return v, err
 }
 
@@ -386,7 +388,37 @@ func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, i
 		t.rejected(ctx, opOf(mode), id, err)
 		return err
 	}
-	return t.ask(ctx, v, mode)
+	err := t.ask(ctx, v, mode)
+	if err != nil && errors.Is(err, ErrCostExceedsCapacity) {
+		t.look(ctx, v, id, o)
+	}
+	return err
+}
+
+// look makes v, of a call that asked for more than a bucket holds, tell what the buckets have. It stays empty if that
+// fails. The options are those of one identifier, and not a Part's: so they stay off the heap.
+func (t *Throttler) look(ctx context.Context, v *Verdict, id string, o []Option) {
+	*v = Verdict{}
+	p := v.Part(0)
+	if t.part(p, id, o) == nil && p.Rules != nil {
+		p.Begin(id, p.Rules, 0)
+		_ = t.answer(ctx, v, storage.Peek, storage.Elapsed())
+	}
+	v.Allowed = false
+}
+
+// lookAll is look for several identifiers.
+func (t *Throttler) lookAll(ctx context.Context, v *Verdict, parts []Part) {
+	*v = Verdict{}
+	for i := range parts {
+		var p, all storage.Part
+		if t.part(&p, parts[i].id, parts[i].options) == nil && p.Rules != nil {
+			all.Begin(p.Identifier, p.Rules, 0)
+			v.Ask(&all)
+		}
+	}
+	_ = t.answer(ctx, v, storage.Peek, storage.Elapsed())
+	v.Allowed = false
 }
 
 // part is the request for one identifier, in place of a zero one. Without rules it is an unknown
@@ -715,6 +747,12 @@ func (t *Throttler) tidy() {
 		var nothing Verdict
 		_ = t.memory.DecideInto(context.Background(), &nothing, t.name, storage.Peek, clocked, now)
 	}
+}
+
+// Report tells Observe of a call that was denied before the Throttler was asked, and why: for middleware that does not know
+// whom a request counts for. The Event is an OpConsume with this Err.
+func (t *Throttler) Report(ctx context.Context, id string, err error) {
+	t.rejected(ctx, OpConsume, id, err)
 }
 
 // rejected observes a call that was wrong.

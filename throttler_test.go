@@ -215,7 +215,7 @@ func TestEveryFaultOfABucketNamesItsField(t *testing.T) {
 		{throttler.NewBucket(time.Second, 5).Continuous().Burst(0), "Burst"},
 		{throttler.NewBucket(time.Second, 0).Continuous().Burst(5), "Capacity"},
 		{throttler.NewBucket(time.Hour, 1).Continuous().Burst(100_000), "Burst"},
-		{throttler.NewBucket(time.Hour-time.Microsecond, 1<<50).Continuous().Burst(1), "Capacity"},
+		{throttler.NewBucket(time.Hour-time.Microsecond, 1<<50).Continuous().Burst(1 << 49), "Capacity"},
 		{throttler.NewBucket(time.Second, 5).SlidingLog().Burst(5), "Burst"},
 		{throttler.NewBucket(time.Second, 5).Named(""), "Name"},
 		{throttler.NewBucket(time.Second, 5).Named("a\nb"), "Name"},

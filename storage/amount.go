@@ -55,19 +55,23 @@ func (s *State) received(now int64, a Amount) Hold {
 // Refund gives back a.N tokens that a decision took and that are all gone in a.In by themselves (Count.HeldFor): from
 // the hold that the decision made, and if that has fewer from the nearest to it. What is farther
 // off than the way between two clocks can explain is another's and stays: half a period, in a
-// SlidingLog a 256th. A Continuous bucket gets back what has not drained since, to within a tick's refill.
+// SlidingLog a 256th. A Continuous bucket gets back what has not drained since, to within a tick's refill; and
+// nothing if its refill was raised meanwhile, as it is not known how long that was so.
 func (s *State) Refund(r *Rule, a Amount, real int64) {
 	if a.N <= 0 || a.In <= 0 || s.Law == nil || !s.Law.Same(&r.Law) {
 		return
 	}
 	now, n := max(real, s.Seen), a.N
 	if r.Kind == Continuous {
+		if s.Law.Refill > r.Refill {
+			return
+		}
 		n = min(n, (exact-1)/r.One)
 		s.few[0].N = s.units(&r.Law) - min(s.drained(&r.Law, now), r.leftOf(n, a.In))
 		s.Law = &r.Law
 		return
 	}
-	s.dropDead(now)
+	s.dropDead(&r.Law, now)
 	want, far := real+min(a.In, farFuture)-r.fade(), ceil(r.Period, 2)
 	if r.Kind == SlidingLog {
 		far = ceil(r.Period, logEntries) + r.Grain

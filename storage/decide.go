@@ -19,7 +19,8 @@ import "slices"
 // RetryAfter is exact: the same call a microsecond earlier is denied, at it admitted, if nobody else
 // takes. One case is left out: several buckets, of which one is empty by step 1 when another denies.
 // As the denial changes nothing, the first is believed again once the clock has caught up, unless it
-// was forgotten meanwhile.
+// was forgotten meanwhile. And after the refill of a Continuous bucket was lowered RetryAfter may be too late: what was spent
+// is also back when it would have been by the refill before.
 
 // Draw is one bucket in a decision.
 type Draw struct {

@@ -164,6 +164,11 @@ func (p *play) retryIsExact() error {
 	if retry <= 0 {
 		return errors.New("refused, and RetryAfter is zero")
 	}
+	for _, a := range p.asks {
+		if a.twin.changed(a.rule) { // It may be back earlier, by the rule before.
+			return nil
+		}
+	}
 	if storage.Decide(storage.Peek, p.real+retry-1, cloned(p.draws)) {
 		return fmt.Errorf("admitted 1µs before RetryAfter %d", retry)
 	}
@@ -468,18 +473,30 @@ func (w wanted) largest() int64 {
 	return w.capacity
 }
 
-// tick is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of which a period has
-// at least 16, in a number of them without prime factors above 7.
+// tick is that by the larger of capacity and refill; by the capacity, if there is none or more than the capacity comes back
+// in it.
 func (w wanted) tick() int64 {
 	if w.kind != storage.Continuous && w.kind != storage.SlidingWindow {
 		return 1
 	}
+	tick := w.tickBy(w.largest())
+	if w.kind == storage.Continuous && (tick == 0 || product(rat(w.refill), quotient(rat(tick), rat(w.micros()))).Cmp(rat(w.capacity)) > 0) {
+		if other := w.tickBy(w.capacity); other > 0 {
+			return other
+		}
+	}
+	return tick
+}
+
+// tickBy is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of which a period has
+// at least 16, in a number of them without prime factors above 7.
+func (w wanted) tickBy(largest int64) int64 {
 	for _, tick := range []int64{1, 1000, 1_000_000} {
-		if w.micros()%tick == 0 && (tick == 1 || w.micros()/tick >= 16) && w.fits(w.micros()/tick) {
+		if w.micros()%tick == 0 && (tick == 1 || w.micros()/tick >= 16) && w.fits(largest, w.micros()/tick) {
 			return tick
 		}
 	}
-	most, best := (exact-1)/4/w.largest(), int64(0)
+	most, best := (exact-1)/4/largest, int64(0)
 	for a := int64(1); a <= most; a *= 2 {
 		for b := a; b <= most; b *= 3 {
 			for c := b; c <= most; c *= 5 {
@@ -498,8 +515,8 @@ func (w wanted) tick() int64 {
 }
 
 // fits: 4 times the largest, in units, is below 2^53.
-func (w wanted) fits(steps int64) bool {
-	units := new(big.Int).Mul(big.NewInt(w.largest()), big.NewInt(w.one(steps)))
+func (w wanted) fits(largest, steps int64) bool {
+	units := new(big.Int).Mul(big.NewInt(largest), big.NewInt(w.one(steps)))
 	return units.Mul(units, big.NewInt(4)).Cmp(big.NewInt(exact)) < 0
 }
 

@@ -19,12 +19,13 @@ import (
 //   - A SlidingWindow of C holds, x after a window began, what its client took since then and C·(1 - x/P) of the window
 //     before. Rounded up, or with the tick not yet over, that is C at each call of the client.
 //   - The grain of a large SlidingLog returns a token up to P/256 late. So a hold of no more tokens than the client takes
-//     in one grain returns a grain early: one 256th of the capacity, about, may be admitted beyond it in a period.
+//     in one grain returns a grain early: one 256th of the capacity, about, may be admitted beyond it in a period. A hold
+//     that does not end with a grain was taken under a smaller capacity, and is exact.
 //
 // A bucket is its name, kind and period. Another capacity or refill counts at once and changes nothing that was spent:
 // holds stay as they are, and a level is counted in the new units, rounded up, and drains by the new refill from the
-// time on at which it was changed last; a storage may have forgotten it if it was full by its own. Who toggles between
-// plans gets no more than the most generous one admits.
+// time on at which it was changed last. If it was empty by then under the refill before it stays so, as a storage may
+// have forgotten it. Who toggles between plans gets no more than the most generous one admits.
 
 // Kind names one of the five ways in which the tokens of a bucket come back.
 type Kind uint8
@@ -108,7 +109,7 @@ func (l *Law) fade() int64 {
 // returns is when the tokens of a hold come back, not before those of the hold before. In a large SlidingLog that is a
 // grain early for as few tokens as the even client takes in a grain.
 func (r *Rule) returns(h Hold, before int64) int64 {
-	if r.Grain > 1 && h.N <= ceil(r.Capacity, logEntries)+ceil(r.Capacity, r.Period) {
+	if r.Grain > 1 && h.End%r.Grain == 0 && h.N <= ceil(r.Capacity, logEntries)+ceil(r.Capacity, r.Period) {
 		return max(before, h.End-r.Grain)
 	}
 	return h.End

@@ -1,10 +1,14 @@
 package storage_test
 
 import (
+	"errors"
 	"math/rand/v2"
+	"regexp"
+	"strconv"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler/storage"
@@ -48,4 +52,102 @@ func TestByteQuotasOfTheRealWorldFit(t *testing.T) {
 			rule(t, kind, period, capacity, capacity)
 		}
 	}
+}
+
+// A small burst needs ticks in which no more than it comes back, however large the refill is.
+func TestASmallBurstGetsItsLargeRefill(t *testing.T) {
+	t.Parallel()
+	r := rule(t, storage.Continuous, 30*24*time.Hour, 100, 999_999_937)
+	draws := []storage.Draw{{Rule: &r, Cost: 1}}
+	for i := range int64(20_000) {
+		require.True(t, storage.Decide(storage.Take, 1_700_000_000_000_000+i*2593, draws), i)
+	}
+}
+
+// Up to 256 a log is exact, above it has a grain. What was taken under the one is not early under the other.
+func TestALogThatGrowsBeyondItsGrainAdmitsNoMoreThanTheLargerAlone(t *testing.T) {
+	t.Parallel()
+	small, large := rule(t, storage.SlidingLog, 256*time.Second, 256, 0), rule(t, storage.SlidingLog, 256*time.Second, 257, 0)
+	const start, second = 256_000_000 * 6_000_000, 1_000_000
+	draws, admitted := []storage.Draw{{Cost: 1}}, 0
+	take := func(r *storage.Rule, from int64) {
+		draws[0].Rule = r
+		for i := range int64(300) {
+			if storage.Decide(storage.Take, from+i, draws) {
+				admitted++
+			}
+		}
+	}
+	take(&small, start+1)
+	take(&large, start+255*second+500)
+	assert.LessOrEqual(t, admitted, 257+257/256+2)
+}
+
+func TestAChargeUnderFinerTicksForgetsNothing(t *testing.T) {
+	t.Parallel()
+	const day = 24 * 3600 * 1_000_000
+	many, few := rule(t, storage.SlidingWindow, 24*time.Hour, 1_000_000_000, 0), rule(t, storage.SlidingWindow, 24*time.Hour, 100, 0)
+	draws := []storage.Draw{{Rule: &many, Cost: 1_000_000_000}}
+	require.True(t, storage.Decide(storage.Take, 19_700*day, draws))
+	late := int64(19_702*day - 500_000)
+	before := left(draws[0].State, &few, late)
+	draws[0].State.Charge(&few, storage.Amount{N: 1, In: day}, late)
+	assert.Equal(t, before, left(draws[0].State, &few, late))
+	assert.Negative(t, before)
+}
+
+func TestARefundAfterARaisedRefillGivesNothingOfOthers(t *testing.T) {
+	t.Parallel()
+	slow, fast := rule(t, storage.Continuous, time.Hour, 10, 10), rule(t, storage.Continuous, time.Hour, 10, 3600)
+	var s storage.State
+	_, first := take(&s, &slow, 9, 0)
+	ok, _ := take(&s, &fast, 1, 0)
+	require.True(t, ok)
+	const minute = 60_000_000
+	ok, _ = take(&s, &fast, 10, minute)
+	require.True(t, ok)
+	s.Refund(&slow, storage.Amount{N: 9, In: first.HeldFor - minute}, minute)
+	assert.Zero(t, left(s, &fast, minute))
+}
+
+// What an error names can be used, and is less than what was given.
+func TestAFaultNamesANumberThatFits(t *testing.T) {
+	t.Parallel()
+	named := regexp.MustCompile(`: (\d+) would fit`)
+	rnd := rand.New(rand.NewPCG(8, 8))
+	found := 0
+	for range 20_000 {
+		kind := []storage.Kind{storage.Continuous, storage.SlidingWindow}[rnd.IntN(2)]
+		period := time.Duration(1+rnd.Int64N(366*24*3600*1_000_000)) * time.Microsecond
+		capacity := int64(1) << rnd.IntN(50)
+		refill := capacity
+		if rnd.IntN(2) == 0 {
+			refill = 1 + rnd.Int64N(1<<rnd.IntN(50))
+		}
+		_, faults := storage.NewRule("b", kind, period, capacity, refill)
+		var fault *storage.BucketError
+		if !errors.As(errors.Join(faults...), &fault) {
+			continue
+		}
+		said := named.FindStringSubmatch(fault.Reason)
+		if said == nil {
+			continue
+		}
+		found++
+		n, err := strconv.ParseInt(said[1], 10, 64)
+		require.NoError(t, err)
+		given := capacity
+		switch {
+		case fault.Field == "Refill":
+			given, refill = refill, n
+		case refill == capacity:
+			capacity, refill = n, n
+		default:
+			capacity = n
+		}
+		require.Less(t, n, given, fault)
+		_, faults = storage.NewRule("b", kind, period, capacity, refill)
+		require.Empty(t, faults, fault)
+	}
+	assert.Positive(t, found)
 }

@@ -89,13 +89,60 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	if kind == SlidingLog && capacity > logEntries {
 		law.Grain = ceil(law.Period, logEntries)
 	}
-	if kind == Continuous || kind == SlidingWindow {
-		if largest := max(capacity, law.Refill); !law.measure(largest) {
-			fault(largestField(capacity, refill, kind), "of %d is too large for a period of %v: it has to be at most %d, or the period one that divides into equal steps of whole microseconds, such as whole minutes", largest, period, largestThatFits(law, largest))
-			return Rule{Name: name}, faults
+	if (kind == Continuous || kind == SlidingWindow) && !law.measureFor(capacity) {
+		field, given := "Capacity", capacity
+		if law.Refill > capacity {
+			field, given = "Refill", refill
 		}
+		fault(field, "of %d is too large for a period of %v%s", given, period, law.advice(capacity))
+		return Rule{Name: name}, faults
 	}
 	return Rule{Name: name, Law: law, Capacity: capacity}, nil
+}
+
+// measureFor measures the law of a bucket of a capacity. A small burst at a large refill is measured by the burst, if else
+// more than it comes back in a tick.
+func (l *Law) measureFor(capacity int64) bool {
+	by := *l
+	ok := by.measure(max(capacity, l.Refill))
+	if l.Kind == Continuous && (!ok || ceil(l.Refill, l.Period/by.Tick) > capacity) {
+		if again := *l; again.measure(capacity) {
+			by, ok = again, true
+		}
+	}
+	if ok {
+		*l = by
+	}
+	return ok
+}
+
+// advice says how the law of a bucket that cannot be measured would have to be.
+func (l *Law) advice(capacity int64) string {
+	const other = "the period has to be one that divides into equal steps of whole microseconds, such as whole minutes"
+	fits := func(n int64) bool {
+		by, c := *l, n
+		switch {
+		case l.Kind == Continuous && l.Refill == capacity:
+			by.Refill = n
+		case l.Refill > capacity:
+			by.Refill, c = n, capacity
+		}
+		return n > 0 && (l.Kind != Continuous || ceil(4*c, by.Refill) <= farFuture/l.Period) && by.measureFor(c)
+	}
+	given := max(capacity, l.Refill)
+	most := given
+	for most > 0 && !fits(most) {
+		most /= 2
+	}
+	for step := most / 2; step > 0; step /= 2 {
+		if most+step < given && fits(most+step) {
+			most += step
+		}
+	}
+	if most == 0 {
+		return ": " + other
+	}
+	return fmt.Sprintf(": %d would fit, or else %s", most, other)
 }
 
 // leastSteps is how many steps a period has at least. A law is measured in steps of a microsecond, a millisecond or a
@@ -148,37 +195,11 @@ func (l *Law) divide(steps, largest int64) bool {
 	return true
 }
 
-// largestThatFits halves until the law can be measured, and then comes as near as by a tenth.
-func largestThatFits(l Law, largest int64) int64 {
-	fits := func(n int64) bool {
-		try := l
-		if try.Kind == Continuous {
-			try.Refill = n
-		}
-		return try.measure(n)
-	}
-	most := largest
-	for most > 1 && !fits(most) {
-		most /= 2
-	}
-	for step := most / 10; step > 0 && fits(most+step); {
-		most += step
-	}
-	return most
-}
-
 func gcd(a, b int64) int64 {
 	for b != 0 {
 		a, b = b, a%b
 	}
 	return a
-}
-
-func largestField(capacity, refill int64, kind Kind) string {
-	if kind == Continuous && refill > capacity {
-		return "Refill"
-	}
-	return "Capacity"
 }
 
 func validName(name string) bool {

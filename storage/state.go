@@ -84,7 +84,7 @@ func (s *State) open(r *Rule, real int64) (now int64) {
 			s.n = 0
 		}
 	} else {
-		s.dropDead(now)
+		s.dropDead(&r.Law, now)
 	}
 	s.Law, s.Seen = &r.Law, now
 	return now
@@ -155,8 +155,13 @@ func (s *State) units(l *Law) int64 {
 	return whole*l.One + part
 }
 
-// drained is what is left of the level at now.
-func (s *State) drained(l *Law, now int64) int64 { return l.drained(s.units(l), s.Seen, now) }
+// drained is what is left of the level at now: nothing, if all had come back by the law under which it was changed last.
+func (s *State) drained(l *Law, now int64) int64 {
+	if s.n > 0 && s.Law != l && *s.Law != *l && s.goneAt(s.Law) <= now {
+		return 0
+	}
+	return l.drained(s.units(l), s.Seen, now)
+}
 
 // falls is when the level will have fallen to so many units.
 func (s *State) falls(l *Law, units int64) int64 { return l.falls(s.units(l), s.Seen, units) }
@@ -173,8 +178,8 @@ func (s *State) goneAt(l *Law) int64 {
 	return holds[len(holds)-1].End + l.fade()
 }
 
-func (s *State) dropDead(now int64) {
-	l, holds, dead := s.Law, s.Holds(), 0
+func (s *State) dropDead(l *Law, now int64) {
+	holds, dead := s.Holds(), 0
 	for dead < len(holds) && holds[dead].End+l.fade() <= now {
 		dead++
 	}

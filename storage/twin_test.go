@@ -22,7 +22,8 @@ type twin struct {
 	known bool
 	seen  int64
 	lots  []lot
-	level *big.Rat // Continuous: the tokens that were out at seen
+	level *big.Rat      // Continuous: the tokens that were out at seen
+	last  *storage.Rule // Continuous: by which that was
 }
 
 // ask is one bucket in a decision of the twin.
@@ -93,13 +94,20 @@ func (w twin) believed(r *storage.Rule, real int64) (twin, int64) {
 	if !w.believable(r, real) {
 		return twin{known: true, seen: real, level: rat(0)}, real // It is a full one, never used.
 	}
-	return w, max(real, w.seen) // Its time never runs backwards.
+	now := max(real, w.seen) // Its time never runs backwards.
+	if w.changed(r) && w.undrained(w.last, now).Sign() == 0 {
+		w.level = rat(0) // All was back by the rule before.
+	}
+	return w, now
 }
 
 // believable: seen before, and not later than one period and a minute from now.
 func (w twin) believable(r *storage.Rule, real int64) bool {
 	return w.known && w.seen <= real+r.Period+60_000_000
 }
+
+// changed: the level is by another rule than this.
+func (w twin) changed(r *storage.Rule) bool { return w.last != nil && w.last.Law != r.Law }
 
 // spent is what is out, in tokens.
 func (w twin) spent(r *storage.Rule, t int64) int64 {
@@ -125,7 +133,7 @@ func (w twin) returned(r *storage.Rule) (at []int64) {
 	before := int64(0)
 	for _, l := range w.lots {
 		end := l.end
-		if r.Grain > 1 && w.sum(func(o lot) *big.Rat { return pick(o.end == end, o.tokens, rat(0)) }).Cmp(even) <= 0 {
+		if r.Grain > 1 && end%r.Grain == 0 && w.sum(func(o lot) *big.Rat { return pick(o.end == end, o.tokens, rat(0)) }).Cmp(even) <= 0 {
 			end = max(before, end-r.Grain)
 		}
 		before = end
@@ -267,7 +275,7 @@ func multiple(round func(*big.Rat) *big.Rat, t, n int64) int64 {
 func (w twin) under(r *storage.Rule, now int64) twin {
 	out := twin{known: true, seen: now, level: rat(0)}
 	if r.Kind == storage.Continuous { // Drained up to now.
-		out.level = w.undrained(r, now)
+		out.level, out.last = w.undrained(r, now), r
 		return out
 	}
 	for _, l := range w.lots { // Those that are not all back yet.

@@ -263,3 +263,14 @@ func TestErrorsOfCostsNameTheIdentifier(t *testing.T) {
 		}
 	}
 }
+
+func TestA413NamesTheBucketThatCannotHoldTheCostAlsoOfARouteThatAdds(t *testing.T) {
+	t.Parallel()
+	h := serve(t, throttler.Config{}, throttlerhttp.Options{
+		Key: whoever, Cost: func(*http.Request) int64 { return 11 }, Buckets: buckets(throttler.NewBucket(time.Minute, 10).Named("all")),
+		Routes: []throttlerhttp.Route{{Pattern: "/up", Adds: true, Buckets: buckets(throttler.NewBucket(time.Minute, 100).Named("up"))}},
+	}, ok)
+	r := ask(h, "GET /up")
+	require.Equal(t, http.StatusRequestEntityTooLarge, r.StatusCode)
+	assert.Equal(t, `"all";r=10, "/up up";r=100`, r.Header.Get("RateLimit"))
+}

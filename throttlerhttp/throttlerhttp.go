@@ -178,7 +178,7 @@ type limit struct {
 func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	l := m.of(r)
 	if l == nil {
-		m.tell(r, errPath)
+		m.tell(r, m.unasked(r, "", errPath))
 		m.Refuse(w, r, Refusal{Status: http.StatusBadRequest, Err: errPath})
 		return
 	}
@@ -225,16 +225,22 @@ func (m *middleware) tell(r *http.Request, err error) {
 	}
 }
 
+// unasked has the Throttler's Observe know of a request that it is not asked about.
+func (m *middleware) unasked(r *http.Request, id string, err error) error {
+	m.t.Report(r.Context(), id, err)
+	return err
+}
+
 // ask has the Throttler decide.
 func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 	key := l.key(r)
 	if key == "" {
-		return v, fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr)
+		return v, l.m.unasked(r, "", fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr))
 	}
 	id, set, added := l.identifier(key), l.set, l.added
 	if l.tiers != nil {
 		if set, err = l.tier(r); err != nil {
-			return v, err
+			return v, l.m.unasked(r, id, err)
 		}
 	}
 	if l.cost != nil {
@@ -242,17 +248,9 @@ func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 		set, added = with(set, cost), with(added, cost)
 	}
 	if l.added != nil {
-		route := RouteIdentifier(key, l.route)
-		v, err = l.m.t.ConsumeAll(r.Context(), throttler.For(id, set...), throttler.For(route, added...))
-		id, set = route, added
-	} else {
-		v, err = l.m.t.ConsumeContext(r.Context(), id, set...)
+		return l.m.t.ConsumeAll(r.Context(), throttler.For(id, set...), throttler.For(RouteIdentifier(key, l.route), added...))
 	}
-	if err != nil && errors.Is(err, throttler.ErrCostExceedsCapacity) {
-		v, _ = l.m.t.Peek(r.Context(), id, with(set, throttler.Cost(0))...) // for the fields
-		v.Allowed = false
-	}
-	return v, err
+	return l.m.t.ConsumeContext(r.Context(), id, set...)
 }
 
 // look is what the buckets of a verdict say now.

@@ -219,6 +219,21 @@ func TestRule7RedisIsReadThroughAfterARestart(t *testing.T) {
 	})
 }
 
+func TestRule7WhoOnlyLooksIsToldTheTruthAfterARestart(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		require.Equal(t, 100, w.takes(p, 100))
+		settle()
+		w.redis.setDown(true)
+		require.True(t, w.do(p, "b", 1))
+		w.redis.restore(empty())
+		w.back()
+		v, err := p.storage.Decide(t.Context(), w.request(0))
+		require.NoError(t, err)
+		assert.Zero(t, v.Count(0).Remaining)
+	})
+}
+
 func TestRule7WhatIsPendingIsNotLostWithRedis(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)

@@ -86,19 +86,20 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (v 
 	s.scripts[l] = true
 	now := s.now()
 	var draws []storage.Draw
-	doubtful := false
+	doubtful, unsure, asked := false, false, false
 	for i := range r.Parts() {
 		p := r.At(i)
 		for j := range p.Rules {
 			st := s.of(r.Name, p.Identifier)[p.Rules[j].ID()]
 			st = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
-			doubtful = doubtful || p.Cost(j) > 0 && (st.Law == nil || st.Seen <= now-(storage.Monotonic()-since))
+			doubted := st.Law == nil || st.Seen <= now-(storage.Monotonic()-since)
+			doubtful, unsure, asked = doubtful || doubted && p.Cost(j) > 0, unsure || doubted, asked || p.Cost(j) > 0
 			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: st})
 		}
 	}
 	v = storage.NewVerdict(r, s.name, storage.Monotonic())
 	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && doubtful && since != 0 {
+	if v.Allowed && (doubtful || unsure && !asked) && since != 0 {
 		return storage.Verdict{}, redis.ErrStale
 	}
 	n := 0

@@ -55,6 +55,7 @@ local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
   local now = max(real, s[2])
   if r.k == 1 then
+    if s[1].refill > r.refill then return s end
     s = under(s, r)
     n = min(n, floor((exact - 1) / r.one))
     if s[4] then s[4] = s[4] - min(drained(s, now), leftOf(r, n, time)) end

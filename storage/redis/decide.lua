@@ -17,7 +17,7 @@
 --   7 denied, 8 admitted: then of each part the value that was there, or a zero byte. The client computes the rest
 --   2 a value is none of ours, 3 it is no string
 --   4 there are too many buckets: their number and that of the part after it (1 each)
---   6 it would be admitted, and a state that it takes from is doubted or not there
+--   6 it would be admitted, and a state that it takes from, or only looks at, is doubted or not there
 --
 -- There are two ways. The fast one is for nearly all requests: of each part the value is absent, or has one hold for
 -- each of the buckets and nothing else, before and after. All parts are judged, and then all are written. The full one
@@ -223,7 +223,8 @@ local function fullWay()
   end
 
   return function(key)
-    local failed, allowed, stale, parts, s = nil, true, false, {}, nil
+    local failed, allowed, stale, asked, parts, s = nil, true, false, false, {}, nil
+    local unsure -- whether a state is doubted of which nothing is asked: it counts if all are only looked at
     repeat
       s = shape(key)
       local of, real = rules(s), s[$now]
@@ -238,14 +239,15 @@ local function fullWay()
         spent[j] = 0
         if state and not believable(state, real) then state = nil end -- 1
         if state then spent[j] = out(state, max(real, state[2])) end -- 2, 3
-        if s[$doubted] and r.cost > 0 and (not state or state[2] <= s[$doubted]) then stale = true end
+        if r.cost > 0 then asked = true end
+        if s[$doubted] and (not state or state[2] <= s[$doubted]) then stale, unsure = stale or r.cost > 0, true end
         if r.cost > r.C - spent[j] and r.cost > 0 and s[$mode] ~= FORCE then allowed = false end -- 4
       end
       parts[#parts + 1] = { key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served] }
       key = key + 1
     until not s[$more]
     if failed then return failed, key end
-    if allowed and stale then return char(6), key end
+    if allowed and (stale or unsure and not asked) then return char(6), key end
 
     local answer = { allowed and '\1' or '\0' }
     for _, part in ipairs(parts) do

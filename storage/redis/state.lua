@@ -33,7 +33,7 @@ local function law(v, p)
   if k == 1 then
     local a, b = P / Q, R
     while b > 0 do a, b = b, a % b end
-    l.one, l.R = P / Q / a, R / a
+    l.one, l.R, l.refill = P / Q / a, R / a, R
   end
   return l, q
 end
@@ -100,25 +100,13 @@ local function scale(n, a, b)
   return q, rest
 end
 
--- A state in the units of a rule, of which there may be a part more.
-local function under(s, r)
-  if not s or s[1] == r then return s end
-  local n, one = s[4], s[1].one
-  if n and one ~= r.one then
-    local part, more = scale(n % one, r.one, one)
-    if more > 0 then part = part + 1 end
-    local whole = floor(n / one)
-    if whole > floor((exact - 1 - part) / r.one) then n = exact - 1 else n = whole * r.one + part end
-  end
-  return { r, s[2], n and 0, n }
-end
-
 -- Step 1.
 local function believable(s, real) return s[2] <= real + s[1].P + 60000000 end
 
 -- What is left of a level at now.
 local function drained(s, now)
   local l, n = s[1], s[4] or 0
+  if s.full and s.full <= now then return 0 end
   local dt = floor(now / l.Q) - floor(s[2] / l.Q)
   if dt < ceil(n / l.R) then return n - l.R * dt end
   return 0
@@ -130,9 +118,22 @@ local function falls(s, units)
   return (floor(s[2] / l.Q) + min(ceil(((s[4] or 0) - units) / l.R), floor(far / l.Q))) * l.Q
 end
 
+-- A state in the units of a rule, of which there may be a part more. Full is when it was by its own law.
+local function under(s, r)
+  if not s or s[1] == r then return s end
+  local n, one = s[4], s[1].one
+  if n and one ~= r.one then
+    local part, more = scale(n % one, r.one, one)
+    if more > 0 then part = part + 1 end
+    local whole = floor(n / one)
+    if whole > floor((exact - 1 - part) / r.one) then n = exact - 1 else n = whole * r.one + part end
+  end
+  return { r, s[2], n and 0, n, full = falls(s, 0) }
+end
+
 -- When the tokens of a hold come back, not before those of the hold before.
 local function returns(l, e, n, before)
-  if l.G > 1 and n <= l.thin then return max(before, e - l.G) end
+  if l.G > 1 and e % l.G == 0 and n <= l.thin then return max(before, e - l.G) end
   return e
 end
 

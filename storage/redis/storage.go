@@ -213,7 +213,7 @@ func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdic
 
 // DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a bucket that is
 // asked for more than 0 tokens has no state, or one that was changed last at the time since or before, it changes
-// nothing and returns ErrStale. Since is a time of storage.Monotonic; 0 doubts no state. By an injected clock, which may
+// nothing and returns ErrStale; and so for any bucket where all are asked for 0, to be told what remains. Since is a time of storage.Monotonic; 0 doubts no state. By an injected clock, which may
 // stand still, every state is too old.
 //
 // In any case it returns ErrRestarted when the server does not know the script: it was

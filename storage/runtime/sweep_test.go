@@ -2,6 +2,7 @@ package runtime_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -139,7 +140,11 @@ func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 				for i := range n {
 					before := w.s.Visited()
 					require.ErrorIs(t, test.call(t, w, i), test.want)
-					require.LessOrEqual(t, w.s.Visited()-before, 64)
+					most := 64
+					if errors.Is(test.want, throttler.ErrCostExceedsCapacity) {
+						most *= 2 // it also looks what the buckets have
+					}
+					require.LessOrEqual(t, w.s.Visited()-before, most)
 				}
 				assert.LessOrEqual(t, w.s.Len(), n/20)
 			})

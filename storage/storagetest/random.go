@@ -69,7 +69,6 @@ type game struct {
 	named   bool // every call charges every bucket, so that none is ever full after one
 	changes bool // half of the steps are charges, refunds and debts
 	rules   []storage.Rule
-	last    map[storage.BucketID]storage.Rule // as each bucket was used last
 	now     int64
 	soon    []int64 // when something of the last answers comes back
 	taken   []storage.Verdict
@@ -78,7 +77,7 @@ type game struct {
 }
 
 func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
-	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel(), last: map[storage.BucketID]storage.Rule{}}
+	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel()}
 	g.now = g.rnd.Int64N(2) * (1_700_000_000_000_000 + g.rnd.Int64N(1_000_000_000))
 	for i := range 1 + g.rnd.IntN(5) {
 		g.rules = append(g.rules, g.rule(i))
@@ -97,20 +96,10 @@ func (g *game) rule(i int) storage.Rule {
 	for {
 		r, faults := storage.NewRule(fmt.Sprint("bucket-", i), kind, period, 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
 		if faults == nil {
-			return g.noSlower(r)
+			return r
 		}
 		period = periods[g.rnd.IntN(len(periods))]
 	}
-}
-
-// noSlower is a rule, or the last one of its bucket if that drained faster or by other ticks: a storage may have forgotten a
-// level that is full by its last refill, and the Model never does.
-func (g *game) noSlower(r storage.Rule) storage.Rule {
-	if last, ok := g.last[r.ID()]; ok && (r.Refill < last.Refill || r.Tick != last.Tick) {
-		r = last
-	}
-	g.last[r.ID()] = r
-	return r
 }
 
 // change makes the rule of a bucket another, or that of the same kind and period with other numbers.
