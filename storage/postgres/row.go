@@ -17,7 +17,7 @@ import (
 //	remembered  as this process wrote it last. The same, but what is not written has to be read first (memory)
 //	locked      read under a lock. The condition always holds
 //	faulty      read, but not of this package. All calls fail but a Reset, which replaces it
-//	changed     by a call, and to be written
+//	changed     by a call, and has to be stored
 //	written     Postgres says so. Until the commit is answered it may still be rolled back
 //
 // The rule that keeps it exact: a call that changes a row is answered when the write is committed, and any other call only
