@@ -145,6 +145,12 @@ func TestAVerdictNamesItsIdentifierThoughMemoryIsUsedAgain(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, v.Levels()[0].Limit, v.Levels()[0].Remaining, "it was given back to whom it was taken from")
 	}
+	m.use("c", func(id string) {
+		v, err := th.Peek(t.Context(), id)
+		require.NoError(t, err)
+		m.use("d", func(string) {})
+		assert.Equal(t, "c", v.Levels()[0].Identifier, "also of one that is not there")
+	})
 	m.use("a", func(id string) {
 		v, err := th.ConsumeAll(t.Context(), throttler.For(id), throttler.For("org:7"))
 		require.NoError(t, err)

@@ -12,6 +12,7 @@ import (
 	"context"
 	"hash/maphash"
 	"math/rand/v2"
+	"strings"
 	"sync/atomic"
 
 	"github.com/go-throttler/throttler/storage"
@@ -201,7 +202,11 @@ func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error 
 	v.Allowed = storage.Decide(r.Mode, c.now, c.draws)
 	s.end(c, v.Allowed)
 	for i := range c.places {
-		v.Part(i).Identifier = c.places[i].id
+		p := &c.places[i]
+		if p.entry == nil { // nobody keeps it but the caller, whose memory may be used again
+			p.id = strings.Clone(p.id)
+		}
+		v.Part(i).Identifier = p.id
 	}
 	for i := range c.draws {
 		v.Set(i, c.draws[i].Count)
