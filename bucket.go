@@ -3,7 +3,6 @@ package throttler
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -122,60 +121,4 @@ func (b Bucket) inUserWords(fault error) {
 	case e.Field == "Refill":
 		e.Field = "Capacity"
 	}
-}
-
-// set is the buckets of an identifier or of a call, ready for requests. It never changes.
-type set struct {
-	buckets []Bucket
-	rules   []storage.Rule
-	err     error
-}
-
-// newSet compiles buckets and joins all their faults.
-func newSet(buckets []Bucket) *set {
-	s := &set{buckets: buckets, rules: make([]storage.Rule, len(buckets))}
-	var faults []error
-	seen := make(map[string]bool, len(buckets))
-	for i, b := range buckets {
-		if b.rule.Name == "" && b.faults == nil {
-			b = b.made()
-		}
-		faults = append(faults, b.faults...)
-		if seen[b.rule.Name] && b.faults == nil {
-			faults = append(faults, &BucketError{Bucket: b.rule.Name, Field: "Name", Reason: "is given to two buckets of one identifier; Named tells them apart"})
-		}
-		seen[b.rule.Name] = true
-		s.rules[i] = b.rule
-	}
-	if len(buckets) > storage.MaxBuckets {
-		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
-	}
-	s.err = errors.Join(faults...)
-	return s
-}
-
-// with returns the set with more buckets; one of the same name is replaced in its place.
-func (s *set) with(more []Bucket) *set {
-	if s == nil {
-		return newSet(slices.Clone(more))
-	}
-	buckets, replaced := slices.Clone(s.buckets), make(map[int]bool)
-	for _, b := range more {
-		if i := s.find(b.rule.Name); i >= 0 && !replaced[i] {
-			buckets[i], replaced[i] = b, true
-		} else {
-			buckets = append(buckets, b) // newSet finds a name that more has twice
-		}
-	}
-	return newSet(buckets)
-}
-
-// find is the index of the bucket of this name, or -1.
-func (s *set) find(name string) int {
-	for i := range s.rules {
-		if s.rules[i].Name == name {
-			return i
-		}
-	}
-	return -1
 }

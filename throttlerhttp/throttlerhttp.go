@@ -20,7 +20,7 @@
 // The middleware is a func(http.Handler) http.Handler. Around a single handler it needs no Routes. Nested middlewares
 // decide separately: if the inner one denies, the outer one has still taken its tokens. Give both limits to one
 // middleware instead. The same middleware twice around a handler decides once, unless the inner one sees another
-// route or key.
+// route or key, or something between them hides the ResponseWriter (no Unwrap, as in http.TimeoutHandler).
 //
 // The ResponseWriter of the handler is a http.Flusher, http.Hijacker or http.Pusher if that of the server is. It is
 // always an io.ReaderFrom, and has what http.ResponseController needs.

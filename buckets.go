@@ -1,0 +1,159 @@
+// Which buckets an identifier has: known to the Throttler only.
+
+package throttler
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// AddBucket gives the identifier buckets of its own: the first ones replace Config.Buckets for it,
+// later ones are added. They are known to this Throttler only, until they are removed: call it in every process that
+// limits the identifier. A bucket of a name that it has replaces that one, and what was spent
+// stays spent. An identifier has at most 16 buckets, of different names; more are a *BucketError. If any
+// is faulty none is added, and all faults are returned, joined. An invalid identifier is
+// ErrInvalidIdentifier; no buckets change nothing.
+func (t *Throttler) AddBucket(id string, b ...Bucket) error {
+	if err := storage.ValidateIdentifier(id); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.ownSet(id).with(b)
+	if s.err != nil {
+		return s.err
+	}
+	if len(s.buckets) > 0 {
+		t.own.Store(strings.Clone(id), t.shared(s))
+		t.owned.Store(true)
+	}
+	return nil
+}
+
+// shared is a set of the same buckets that was made lately, or s.
+func (t *Throttler) shared(s *set) *set {
+	for _, r := range t.recent {
+		if r != nil && slices.Equal(r.rules, s.rules) {
+			return r
+		}
+	}
+	t.recent[t.oldest] = s
+	t.oldest = (t.oldest + 1) % len(t.recent)
+	return s
+}
+
+// Buckets returns the identifier's buckets: its own, else those of Config.Buckets.
+func (t *Throttler) Buckets(id string) []Bucket {
+	s := t.set(id)
+	if s == nil {
+		return nil
+	}
+	return slices.Clone(s.buckets)
+}
+
+// RemoveBucket removes the identifier's own bucket of this name and reports whether it had one.
+// After the last one Config.Buckets applies again. What was spent from it is not forgotten.
+func (t *Throttler) RemoveBucket(id, name string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var rest []Bucket
+	had := t.ownSet(id)
+	if had == nil {
+		return false
+	}
+	for _, b := range had.buckets {
+		if b.Name() != name {
+			rest = append(rest, b)
+		}
+	}
+	if len(rest) == 0 {
+		t.own.Delete(id)
+	} else {
+		t.own.Store(strings.Clone(id), t.shared(newSet(rest)))
+	}
+	return len(rest) < len(had.buckets)
+}
+
+// RemoveBuckets removes all buckets of the identifier's own.
+func (t *Throttler) RemoveBuckets(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.own.Delete(id)
+}
+
+func (t *Throttler) ownSet(id string) *set {
+	if !t.owned.Load() {
+		return nil
+	}
+	s, _ := t.own.Load(id)
+	own, _ := s.(*set)
+	return own
+}
+
+// set is the buckets that apply to the identifier, or nil.
+func (t *Throttler) set(id string) *set {
+	if s := t.ownSet(id); s != nil {
+		return s
+	}
+	return t.defaults
+}
+
+// set is the buckets of an identifier or of a call, ready for requests. It never changes.
+type set struct {
+	buckets []Bucket
+	rules   []storage.Rule
+	err     error
+}
+
+// newSet compiles buckets and joins all their faults.
+func newSet(buckets []Bucket) *set {
+	s := &set{buckets: buckets, rules: make([]storage.Rule, len(buckets))}
+	var faults []error
+	seen := make(map[string]bool, len(buckets))
+	for i, b := range buckets {
+		if b.rule.Name == "" && b.faults == nil {
+			b = b.made()
+		}
+		faults = append(faults, b.faults...)
+		if seen[b.rule.Name] && b.faults == nil {
+			faults = append(faults, &BucketError{Bucket: b.rule.Name, Field: "Name", Reason: "is given to two buckets of one identifier; Named tells them apart"})
+		}
+		seen[b.rule.Name] = true
+		s.rules[i] = b.rule
+	}
+	if len(buckets) > storage.MaxBuckets {
+		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
+	}
+	s.err = errors.Join(faults...)
+	return s
+}
+
+// with returns the set with more buckets; one of the same name is replaced in its place.
+func (s *set) with(more []Bucket) *set {
+	if s == nil {
+		return newSet(slices.Clone(more))
+	}
+	buckets, replaced := slices.Clone(s.buckets), make(map[int]bool)
+	for _, b := range more {
+		if i := s.find(b.rule.Name); i >= 0 && !replaced[i] {
+			buckets[i], replaced[i] = b, true
+		} else {
+			buckets = append(buckets, b) // newSet finds a name that more has twice
+		}
+	}
+	return newSet(buckets)
+}
+
+// find is the index of the bucket of this name, or -1.
+func (s *set) find(name string) int {
+	for i := range s.rules {
+		if s.rules[i].Name == name {
+			return i
+		}
+	}
+	return -1
+}

@@ -1,0 +1,127 @@
+// Giving back what a call took, and forgetting all that was spent.
+
+package throttler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Refund gives back what v took. With options it gives back what they name and nothing else: Cost(n) n to every bucket,
+// CostOf(bucket, n) n to that one. More than was taken is ErrInvalidCost. Tokens that have already come back by themselves are not given back; a Continuous
+// bucket's share that drained in the meantime is known to a tick, nearly always one microsecond. The
+// verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
+// A verdict that took nothing, a denial or a Peek, gives nothing back. After an error of the storage
+// some of several parts may have been given back: do not try again.
+func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
+	if !v.Taken() {
+		return nil
+	}
+	if err := refundable(&v, o); err != nil {
+		t.rejected(ctx, OpRefund, v.Part(0).Identifier, err)
+		return err
+	}
+	charges := make([]storage.Charge, v.Parts())
+	n := 0
+	for i := range charges {
+		p := v.Part(i)
+		if err := t.refund(&charges[i], &v, p, n, o); err != nil {
+			t.rejected(ctx, OpRefund, p.Identifier, err)
+			return err
+		}
+		n += len(p.Rules)
+	}
+	var failed []error
+	for _, c := range charges {
+		start := time.Now()
+		err := t.storage.Charge(ctx, c)
+		if t.observe != nil {
+			e := Event{Op: OpRefund, Identifier: c.Identifier, Verdict: v, Err: err, Duration: time.Since(start)}
+			for _, a := range c.Amounts {
+				e.Cost = max(e.Cost, -a.N)
+			}
+			t.observe(ctx, e)
+		}
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
+}
+
+// refund makes the charge of one part, whose counts begin at number from.
+func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) error {
+	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
+	var err error
+	if c.Now, c.Clocked, err = t.now(); err != nil {
+		return err
+	}
+	now := c.Now
+	if !c.Clocked {
+		now = storage.Monotonic()
+	}
+	for j := range p.Rules {
+		taken := p.Cost(j)
+		n := refundOf(p.Rules[j].Name, taken, options)
+		if n < 0 || n > taken {
+			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
+		}
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.Count(from+j).HeldFor - max(0, now-v.At())})
+	}
+	return nil
+}
+
+// refundable checks that each CostOf names a bucket of v.
+func refundable(v *Verdict, options []Option) error {
+options:
+	for _, o := range options {
+		if o.kind != costOfOption {
+			continue
+		}
+		for i := range v.Parts() {
+			if slices.ContainsFunc(v.Part(i).Rules, func(r storage.Rule) bool { return r.Name == o.bucket }) {
+				continue options
+			}
+		}
+		return noSuchBucket(o.bucket, v.Part(0).Identifier)
+	}
+	return nil
+}
+
+// refundOf is what the options ask to give back to one bucket: everything if they name no cost.
+func refundOf(bucket string, taken int64, options []Option) int64 {
+	n := taken
+	for _, o := range options {
+		if o.kind == costOfOption {
+			n = 0
+		}
+	}
+	for _, o := range options {
+		if o.kind == costOption {
+			n = o.n
+		}
+	}
+	for _, o := range options {
+		if o.kind == costOfOption && o.bucket == bucket {
+			n = o.n
+		}
+	}
+	return n
+}
+
+// Reset forgets what the identifier has spent, from all of its buckets.
+func (t *Throttler) Reset(ctx context.Context, id string) error {
+	err := storage.ValidateIdentifier(id)
+	start := time.Now()
+	if err == nil {
+		err = t.storage.Reset(ctx, t.name, id)
+	}
+	t.tidy()
+	if t.observe != nil {
+		t.observe(ctx, Event{Op: OpReset, Identifier: id, Err: err, Duration: time.Since(start)})
+	}
+	return err
+}
