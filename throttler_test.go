@@ -673,6 +673,7 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 	th, err := throttler.New(throttler.Config{Buckets: four})
 	require.NoError(t, err)
 	require.NoError(t, th.AddBucket("own", four[:2]...))
+	require.True(t, allowed(t, th, "user:42"), "a peek at one that is not there copies its name")
 	denied, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1), four[0]}})
 	require.NoError(t, err)
 	var sum int64
