@@ -241,7 +241,7 @@ func parseAddress(s string) netip.Addr {
 	}
 	host, zone, zoned := strings.Cut(host, "%")
 	addr, err := netip.ParseAddr(host)
-	if err != nil || addr.Is4() && (bracket || zoned) || zoned && zone == "" {
+	if err != nil || addr.Is4() && (bracket || zoned) || zoned && (zone == "" || !bracket && strings.HasSuffix(zone, "]")) {
 		return netip.Addr{}
 	}
 	return addr.Unmap()

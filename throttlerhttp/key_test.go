@@ -391,6 +391,7 @@ func FuzzAddress(f *testing.F) {
 	f.Add("10.0.0.1:1", "198.51.100.1, [2001:db8::1]:80, 10.0.0.3:80", "10.0.0.2, ::ffff:10.0.0.4", 128)
 	f.Add("[2001:db8:f::1]:1", "2001:db8::1%eth0, [2001:db8:f::2]", " , ", 48)
 	f.Add("[fe80::1%eth0]:1", "[::1%a]b]:80", "192.0.2.1%a:80, unknown", 1)
+	f.Add("0::1%eth0]", "::1%a]:80", "", 1)
 	f.Add("@", "192.0.2.1:65536", "[192.0.2.1]:1,[", -1)
 	f.Fuzz(func(t *testing.T, remote, first, second string, bits int) {
 		o := throttlerhttp.AddressOptions{IPv6Bits: bits}
