@@ -1,7 +1,7 @@
 // Package batch lets the concurrent calls of one process share round trips to a server.
 //
-// A call that finds fewer than Options.InFlight batches in batch is sent at once, alone: no call ever waits for
-// company. The calls that come while all batches are in batch wait in the queue, and the next batch to be answered
+// A call that finds fewer than Options.InFlight batches in flight is sent at once, alone: no call ever waits for
+// company. The calls that come while all batches are in flight wait in the queue, and the next batch to be answered
 // takes them along. So batches are as large as the server makes callers wait, and no larger.
 //
 //	c := q.Get()
