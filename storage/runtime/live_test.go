@@ -81,3 +81,13 @@ func TestNoCallRemovesAnIdentifierThatIsNotFull(t *testing.T) {
 		})
 	}
 }
+
+func TestCloseChangesNothing(t *testing.T) {
+	t.Parallel()
+	s := memstore.New(nil)
+	th, err := throttler.New(throttler.Config{Storage: s, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}})
+	require.NoError(t, err)
+	require.True(t, consume(t, th, "a"))
+	require.NoError(t, s.Close(t.Context()))
+	assert.False(t, consume(t, th, "a"))
+}

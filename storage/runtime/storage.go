@@ -59,6 +59,10 @@ func New(o *Options) *Storage {
 	return s
 }
 
+// Close does nothing, and never fails: there is nothing to wait for. It is there so that programs close every storage
+// alike.
+func (s *Storage) Close(context.Context) error { return nil }
+
 // Len is the number of identifiers held, full ones not yet removed among them.
 func (s *Storage) Len() int { return int(s.live.Load()) }
 
