@@ -3,7 +3,7 @@
 // An identifier of 16 bytes with up to two buckets takes less than 120 bytes. A decision on one identifier with up to four
 // buckets locks only one of 256 shards and allocates nothing, except for a SlidingLog's entries and an identifier's first
 // call. Later calls remove identifiers whose buckets are all full again, a bounded number a call. There is no background
-// goroutine and nothing to close.
+// goroutine, and Close does nothing.
 //
 // Import it as memstore: the plain name is the standard library's.
 package runtime
