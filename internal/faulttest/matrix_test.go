@@ -233,7 +233,9 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			cure := f.harm(t, client(t, server))
 			assert.Equal(t, five(20), n.times(20, targets))
 			assert.True(t, n.State().Degraded)
-			assert.ErrorContains(t, n.State().Cause, f.name)
+			if cause := n.State().Cause; f.name != "LOADING" || !strings.Contains(cause.Error(), "no answer") { // as it may load for too long to say so in time
+				assert.ErrorContains(t, cause, f.name)
+			}
 			cure()
 			t.Log("back after", n.back(t))
 			n.times(40, targets)
