@@ -5,7 +5,7 @@
 -- capacity (7), step (6: the tick, or of a log the grain), number of amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
 -- negative; a debt has any number.
 --
--- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in short.lua.
+-- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in decide.lua.
 -- After the 1 of debts that are told come for each bucket the number of its amounts (2), and of each its N and
 -- In (7 each).
 
