@@ -248,7 +248,7 @@ func refundsByOwnClock(t *testing.T, s storage.Storage) {
 			other.Part = storage.NewPart("a", r.Part.Rules, 1)
 			_, err = s.Decide(t.Context(), other)
 			require.NoError(t, err)
-			back := storage.Amount{N: -50, In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}
+			back := storage.Amount{N: -50, In: v.Count(0).HeldFor - (storage.Monotonic() - v.At())}
 			require.NoError(t, s.Charge(t.Context(), storage.Charge{Name: r.Name, Identifier: "a", Rules: r.Part.Rules, Amounts: []storage.Amount{back}}))
 		}
 		r.Mode, r.Part = storage.Peek, storage.NewPart("a", r.Part.Rules, 0)
