@@ -222,10 +222,10 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, run := range map[string]func(context.Context, []*call){
 			"the batch fails as well": func(_ context.Context, calls []*call) {
-				time.Sleep(500 * time.Millisecond)
+				<-time.After(500 * time.Millisecond)
 				calls[0].Err = fmt.Errorf("%w: i/o timeout", storage.ErrUnavailable)
 			},
-			"the batch takes too long as well": func(context.Context, []*call) { time.Sleep(2 * time.Second) },
+			"the batch takes too long as well": func(context.Context, []*call) { <-time.After(2 * time.Second) },
 		} {
 			q := batch.New(batch.Options{Timeout: time.Second}, run)
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
@@ -234,7 +234,7 @@ func TestACallerWhoseContextHasEndedIsToldSo(t *testing.T) {
 			assert.True(t, c.Sent(), name)
 			q.Put(c)
 			cancel()
-			time.Sleep(2 * time.Second)
+			<-time.After(2 * time.Second)
 			assert.NoError(t, q.Close(t.Context()))
 		}
 	})

@@ -7,30 +7,18 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
-	pgstore "github.com/go-throttler/throttler/storage/postgres"
-	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
 // A server that uses the memory of one request for the next one hands out strings that change.
 func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testing.T) {
 	t.Parallel()
-	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: storecheck.Patient})
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
-	pool, err := pgxpool.New(t.Context(), servers.PostgresURL(t))
-	require.NoError(t, err)
-	t.Cleanup(pool.Close)
-	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
+	r, p := stores(t)
 	s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: storecheck.Patient, LedgerTimeout: storecheck.Patient})
 	require.NoError(t, err)
 

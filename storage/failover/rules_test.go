@@ -20,7 +20,7 @@ import (
 
 var bg = context.Background()
 
-// each runs a test for every kind, on a world without processes.
+// each runs a test for every kind, on a world without processes. Time is virtual: to sleep is to let the others act.
 func each(t *testing.T, test func(*testing.T, *world)) {
 	t.Parallel()
 	for _, kind := range storecheck.Kinds {

@@ -20,10 +20,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// real returns a storage on servers, which must not be slow where only what is decided matters.
-func real(t testing.TB, o failover.Options) *failover.Storage {
+// stores returns the storages of a Redis and a Postgres, which must not be slow where only what is decided matters.
+func stores(t testing.TB) (*redisstore.Storage, *pgstore.Storage) {
 	t.Helper()
-	o.PrimaryTimeout, o.LedgerTimeout = storecheck.Patient, storecheck.Patient
 	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, r.Close(context.Background())) })
@@ -33,6 +32,14 @@ func real(t testing.TB, o failover.Options) *failover.Storage {
 	p, err := pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: storecheck.Patient})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, p.Close(context.Background())) })
+	return r, p
+}
+
+// real returns a storage on servers, which must not be slow where only what is decided matters.
+func real(t testing.TB, o failover.Options) *failover.Storage {
+	t.Helper()
+	o.PrimaryTimeout, o.LedgerTimeout = storecheck.Patient, storecheck.Patient
+	r, p := stores(t)
 	s, err := failover.New(r, p, &o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
