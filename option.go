@@ -2,9 +2,7 @@
 
 package throttler
 
-import (
-	"slices"
-)
+import "slices"
 
 // Option changes one call. Options are values; one may be made once and used for many calls.
 type Option struct {
