@@ -14,8 +14,8 @@ import (
 // Degraded() and Taken() bool. The methods have pointer receivers. See storage.Verdict.
 type Verdict = storage.Verdict
 
-// Level is the state of one bucket right after a decision: Identifier and Bucket, string; Limit and
-// Remaining, int64, in tokens; Period, ResetAfter until full, and RetryAfter until this bucket admits
+// Level is the state of one bucket right after a decision: Identifier and Bucket, string; Limit, Remaining
+// and Debt, int64, in tokens; Period, ResetAfter until full, and RetryAfter until this bucket admits
 // the refused cost, 0 if it did, each a time.Duration. See storage.Level.
 type Level = storage.Level
 
