@@ -15,8 +15,8 @@ import (
 type Verdict = storage.Verdict
 
 // Level is the state of one bucket right after a decision: Identifier and Bucket, string; Limit, Remaining
-// and Debt, int64, in tokens; Period, ResetAfter until full, and RetryAfter until this bucket admits
-// the refused cost, 0 if it did, each a time.Duration. See storage.Level.
+// and Debt, int64, in tokens; Period, ResetAfter until full, NextAfter until one token more may be taken, and
+// RetryAfter until this bucket admits the denied cost, 0 if it did, each a time.Duration. See storage.Level.
 type Level = storage.Level
 
 // Clock tells the time and waits: github.com/benbjohnson/clock has some.
