@@ -79,7 +79,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t)
 		require.NoError(t, redis.Kill())
@@ -118,7 +118,7 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 		var r record
 		redis := servers.Redis(t)
 		slowly, flowing := ofEachKind(t, 300), steady(t)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		n.begin(order{Targets: append(slices.Clone(slowly), flowing), Workers: 12, Pause: 5 * time.Millisecond})
 		storecheck.Until(t, "there is no load", func() bool { return r.admitted(slowly[0].ID) >= 150 })
 		require.NoError(t, redis.Kill())
@@ -165,7 +165,7 @@ func TestT3ARestartThatNobodySawHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t)
 		require.NoError(t, redis.Kill())
@@ -183,7 +183,7 @@ func TestT3ARestartAfterAnOutageHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t)
 		require.NoError(t, redis.Kill())
@@ -209,7 +209,7 @@ func TestT4AFrozenRedisHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t)
 		require.NoError(t, redis.Freeze())
@@ -237,7 +237,7 @@ func TestT5AReplicaThatTakesOverHandsOutExactlyWhatIsLeft(t *testing.T) {
 	var r record
 	sentinel, targets := servers.RedisSentinel(t), ofEachKind(t, 100)
 	url := fmt.Sprintf("redis://%s?master_name=%s", sentinel.Addr(), sentinel.MasterName)
-	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL()})
+	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 	require.Equal(t, five(60), n.times(60, targets))
 	quiet(t)
 	require.NoError(t, sentinel.Primary.Kill())
@@ -316,7 +316,7 @@ func TestT8AProcessThatIsKilledCostsAtMostWhatItHadNotTold(t *testing.T) {
 	redis, pg, targets := servers.Redis(t), postgres(t), ofEachKind(t, 100)
 	told := ledger(t, pg)
 	killed := fleet(t, &r, 1, stores{PostgresTimeout: storecheck.Patient}, redis, pg)
-	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL()})
+	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL(), PostgresTimeout: storecheck.Patient})
 	do(killed, order{Do: "take", Targets: targets, Calls: 12})
 	killed[0].kill()
 	require.NoError(t, redis.Kill())
@@ -338,7 +338,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 	var r record
 	redis, pg, targets := servers.Redis(t), postgres(t), ofEachKind(t, 100)
 	killed := fleet(t, &r, 1, stores{PostgresTimeout: storecheck.Patient}, redis, pg)
-	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL()})
+	n := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: pg.URL(), PostgresTimeout: storecheck.Patient})
 	do(killed, order{Do: "take", Targets: targets, Calls: 60})
 	killed[0].kill()
 	assert.Equal(t, five(40), n.times(60, targets))

@@ -74,7 +74,7 @@ func TestABadLinkCostsACallAtMostOnceInEachStore(t *testing.T) {
 			var r record
 			server := servers.Redis(t)
 			p := before(t, server)
-			n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL()})
+			n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 1000)
 			n.times(10, targets)
 			quiet(t)
