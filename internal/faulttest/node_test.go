@@ -472,16 +472,10 @@ func (p program) Run() int {
 	return code
 }
 
-// slow is n tokens of which none comes back during a test: the end of a window is not near.
+// slow is n tokens of which none comes back during a test.
 func slow(t testing.TB, name string, kind storage.Kind, n int64) storage.Rule {
 	t.Helper()
-	period, left := time.Duration(0), time.Duration(0)
-	for _, p := range []time.Duration{time.Hour, 61 * time.Minute, 67 * time.Minute} {
-		if l := p - time.Duration(time.Now().UnixNano())%p; l > left {
-			period, left = p, l
-		}
-	}
-	return rule(t, name, kind, period, n, 1)
+	return rule(t, name, kind, storecheck.Period(), n, 1)
 }
 
 func rule(t testing.TB, name string, kind storage.Kind, period time.Duration, n, refill int64) storage.Rule {

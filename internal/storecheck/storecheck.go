@@ -31,6 +31,14 @@ func Rule(t testing.TB, name string, kind storage.Kind, period time.Duration, ca
 	return r
 }
 
+// Period is an hour but for a few milliseconds, of which now is the middle. So no window of it ends during a test, nor
+// since what a test took a while ago, and nothing comes back.
+func Period() time.Duration {
+	now := time.Now().UnixMicro()
+	windows := now / time.Hour.Microseconds()
+	return time.Duration(2*now/(2*windows+1)) * time.Microsecond
+}
+
 // Hourly asks for one token of n an hour.
 func Hourly(t testing.TB, id string, n int64) storage.Request {
 	t.Helper()

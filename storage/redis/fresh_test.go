@@ -33,7 +33,7 @@ func newDoubter(t *testing.T, kind storage.Kind) *doubter {
 	t.Helper()
 	url := servers.RedisURL(t)
 	d := &doubter{open(t, url, redisstore.Options{}), client(t, url), freshName(), nil}
-	d.rules = []storage.Rule{storecheck.Rule(t, "a", kind, time.Hour, 5), storecheck.Rule(t, "b", kind, 24*time.Hour, 50)}
+	d.rules = []storage.Rule{storecheck.Rule(t, "a", kind, storecheck.Period(), 5), storecheck.Rule(t, "b", kind, 24*storecheck.Period(), 50)}
 	storecheck.Take(t, d.s, storecheck.FivePerHour(t, d.name), 1)
 	return d
 }
