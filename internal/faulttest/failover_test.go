@@ -365,7 +365,7 @@ func quick(t testing.TB, n int64, period time.Duration) (all []target) {
 }
 
 // assertLikeAlone holds what was admitted of each target to what Redis alone admitted of the same calls, after the
-// first two capacities, while connections and rows are made: as much of it in the same time, to 1 % and 50 ms for
+// first two capacities, while connections and rows are made: as much of it in the same time, to 1 % and 150 ms for
 // what a busy machine does to the one and not to the other, and not a capacity more.
 func (r *record) assertLikeAlone(t testing.TB, targets []target) {
 	t.Helper()
@@ -379,7 +379,7 @@ func (r *record) assertLikeAlone(t testing.TB, targets []target) {
 		a, b := meanTime(ours[skip-1:n]), meanTime(theirs[skip-1:n])
 		calls := r.count(func(e *event) bool { return e.ID == targets[i].ID })
 		t.Logf("%v: %d of %d admitted, by Redis alone %d; the first %d at %.2f %% of its speed", rule.Kind, len(ours), calls, len(theirs), n, 100*b/a)
-		assert.LessOrEqual(t, a, b/0.99+50_000, rule.Kind)
+		assert.LessOrEqual(t, a, b/0.99+150_000, rule.Kind)
 		assert.InDelta(t, len(theirs), len(ours), float64(rule.Capacity), rule.Kind)
 	}
 }
@@ -396,7 +396,7 @@ func meanTime(all []admission) float64 {
 func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t)
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), RedisTimeout: storecheck.Patient})
 	fast, slowly := quick(t, 50, 500*time.Millisecond), ofEachKind(t, 100)
 	require.Equal(t, five(60), n.times(60, slowly))
 	n.begin(order{Targets: fast, Workers: 5, Pause: 2 * time.Millisecond, Alone: true})
