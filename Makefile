@@ -47,7 +47,7 @@ endef
 define test-32-bit
 	@[ "$$($(GO) env GOHOSTOS)/$$($(GO) env GOHOSTARCH)" != linux/amd64 ] || (set -ex; export GOARCH=386 CGO_ENABLED=0; $(GO) vet ./...; \
 		THROTTLER_SEEDS=20 $(GO) test -skip '^(TestWithoutOneOfTheRules|TestTheStoragePasses)' \
-			. ./storage ./storage/runtime ./storage/failover ./throttlerhttp ./internal/batch)
+			. ./storage ./internal/law ./storage/runtime ./storage/failover ./throttlerhttp ./internal/batch)
 endef
 
 help: ## Show this list (the default)

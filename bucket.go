@@ -1,13 +1,12 @@
 package throttler
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/period"
-	"github.com/go-throttler/throttler/storage"
 )
 
 // Bucket is the definition of one limit. It is a value, made by NewBucket and its modifiers,
@@ -18,11 +17,11 @@ type Bucket struct {
 	tokens   int64 // as given to NewBucket
 	burst    int64
 	hasBurst bool
-	kind     storage.Kind
+	kind     law.Kind
 	name     string
 	named    bool
 
-	rule   storage.Rule // made of all above
+	rule   law.Rule // made of all above
 	faults []error
 }
 
@@ -39,23 +38,23 @@ func NewBucket(period time.Duration, capacity int64) Bucket {
 
 // Continuous makes tokens come back evenly, NewBucket's capacity of them each period: the token
 // bucket. In the worst window of one period it admits the burst and a period's refill.
-func (b Bucket) Continuous() Bucket { b.kind = storage.Continuous; return b.made() }
+func (b Bucket) Continuous() Bucket { b.kind = law.Continuous; return b.made() }
 
 // FixedWindow makes all tokens come back at each multiple of the period since the Unix epoch. In
 // the worst window of one period, around such a moment, it admits twice the capacity.
-func (b Bucket) FixedWindow() Bucket { b.kind = storage.FixedWindow; return b.made() }
+func (b Bucket) FixedWindow() Bucket { b.kind = law.FixedWindow; return b.made() }
 
 // SlidingWindow counts the tokens of the present window, of one period since a multiple of it, and
 // those of the one before, fading evenly: the sliding window counter. After a burst just before a
 // multiple of the period it admits twice the capacity within one period, but the second half
 // evenly; short bursts stay near the capacity.
-func (b Bucket) SlidingWindow() Bucket { b.kind = storage.SlidingWindow; return b.made() }
+func (b Bucket) SlidingWindow() Bucket { b.kind = law.SlidingWindow; return b.made() }
 
 // SlidingLog makes each token come back one period after it was taken: up to a capacity of 256 it never admits more than
 // the capacity in any window of one period. A larger log counts in steps of period/256, so that admitted calls make at most
 // about 256 entries: what is taken at once comes back up to a step late, and what is taken evenly up to a step early, so
 // that it admits up to capacity/256 + 2 tokens more.
-func (b Bucket) SlidingLog() Bucket { b.kind = storage.SlidingLog; return b.made() }
+func (b Bucket) SlidingLog() Bucket { b.kind = law.SlidingLog; return b.made() }
 
 // Burst makes a Continuous bucket hold n tokens in place of NewBucket's capacity, which remains the
 // refill of a period. It is at least 1, and at most what comes back in 8.9 years. With 1 calls are
@@ -82,6 +81,9 @@ func (b Bucket) Period() time.Duration {
 	return time.Duration(b.rule.Period) * time.Microsecond
 }
 
+// Kind is the word for how its tokens come back: "replenish", "continuous", "fixed", "sliding" or "log".
+func (b Bucket) Kind() string { return b.kind.String() }
+
 // Capacity is how many tokens a full bucket holds: those of Burst, if there is one.
 func (b Bucket) Capacity() int64 {
 	if b.hasBurst {
@@ -94,15 +96,17 @@ func (b Bucket) made() Bucket {
 	name := b.name
 	if !b.named {
 		name = fmt.Sprintf("%d/%s", b.tokens, period.Format(b.period))
-		if b.kind != storage.Replenish {
+		if b.kind != law.Replenish {
 			name += "/" + b.kind.String()
 		}
 	}
-	b.rule, b.faults = storage.NewRule(name, b.kind, b.period, b.Capacity(), b.tokens)
-	for _, fault := range b.faults {
-		b.inUserWords(fault)
+	var faults []law.Fault
+	b.rule, faults = law.NewRule(name, b.kind, b.period, b.Capacity(), b.tokens)
+	b.faults = nil
+	for _, fault := range faults {
+		b.faults = append(b.faults, b.inUserWords(fault))
 	}
-	if b.hasBurst && b.kind != storage.Continuous {
+	if b.hasBurst && b.kind != law.Continuous {
 		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: fmt.Sprintf("of %d is for a Continuous bucket only", b.burst)})
 	}
 	return b
@@ -110,15 +114,12 @@ func (b Bucket) made() Bucket {
 
 // inUserWords names the field that the user gave: a rule's capacity is that of Burst, if there is one,
 // and its refill that of NewBucket.
-func (b Bucket) inUserWords(fault error) {
-	var e *BucketError
-	if !errors.As(fault, &e) {
-		return
-	}
+func (b Bucket) inUserWords(fault law.Fault) error {
 	switch {
-	case e.Field == "Capacity" && b.hasBurst:
-		e.Field = "Burst"
-	case e.Field == "Refill":
-		e.Field = "Capacity"
+	case fault.Field == "Capacity" && b.hasBurst:
+		fault.Field = "Burst"
+	case fault.Field == "Refill":
+		fault.Field = "Capacity"
 	}
+	return (*BucketError)(&fault)
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -18,7 +19,7 @@ import (
 // is faulty none is added, and all faults are returned, joined. An invalid identifier is
 // ErrInvalidIdentifier; no buckets change nothing.
 func (t *Throttler) AddBucket(id string, b ...Bucket) error {
-	if err := storage.ValidateIdentifier(id); err != nil {
+	if err := validIdentifier(id); err != nil {
 		return err
 	}
 	t.mu.Lock()
@@ -28,22 +29,10 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 		return s.err
 	}
 	if len(s.buckets) > 0 {
-		t.own.Store(strings.Clone(id), t.shared(s))
+		t.own.Store(strings.Clone(id), s)
 		t.owned.Store(true)
 	}
 	return nil
-}
-
-// shared is a set of the same buckets that was made lately, or s.
-func (t *Throttler) shared(s *set) *set {
-	for _, r := range t.recent {
-		if r != nil && slices.Equal(r.rules, s.rules) {
-			return r
-		}
-	}
-	t.recent[t.oldest] = s
-	t.oldest = (t.oldest + 1) % len(t.recent)
-	return s
 }
 
 // Buckets returns the identifier's buckets: its own, else those of Config.Buckets.
@@ -73,7 +62,7 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	if len(rest) == 0 {
 		t.own.Delete(id)
 	} else {
-		t.own.Store(strings.Clone(id), t.shared(newSet(rest)))
+		t.own.Store(strings.Clone(id), newSet(rest))
 	}
 	return len(rest) < len(had.buckets)
 }
@@ -105,13 +94,13 @@ func (t *Throttler) set(id string) *set {
 // set is the buckets of an identifier or of a call, ready for requests. It never changes.
 type set struct {
 	buckets []Bucket
-	rules   []storage.Rule
+	rules   *storage.RuleSet
 	err     error
 }
 
 // newSet compiles buckets and joins all their faults.
 func newSet(buckets []Bucket) *set {
-	s := &set{buckets: buckets, rules: make([]storage.Rule, len(buckets))}
+	s, rules := &set{buckets: buckets}, make([]law.Rule, len(buckets))
 	var faults []error
 	seen := make(map[string]bool, len(buckets))
 	for i, b := range buckets {
@@ -123,12 +112,14 @@ func newSet(buckets []Bucket) *set {
 			faults = append(faults, &BucketError{Bucket: b.rule.Name, Field: "Name", Reason: "is given to two buckets of one identifier; Named tells them apart"})
 		}
 		seen[b.rule.Name] = true
-		s.rules[i] = b.rule
+		rules[i] = b.rule
 	}
 	if len(buckets) > storage.MaxBuckets {
 		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
 	}
-	s.err = errors.Join(faults...)
+	if s.err = errors.Join(faults...); s.err == nil {
+		s.rules = law.NewRuleSet(rules...)
+	}
 	return s
 }
 
@@ -139,21 +130,12 @@ func (s *set) with(more []Bucket) *set {
 	}
 	buckets, replaced := slices.Clone(s.buckets), make(map[int]bool)
 	for _, b := range more {
-		if i := s.find(b.rule.Name); i >= 0 && !replaced[i] {
+		i := slices.IndexFunc(s.buckets, func(had Bucket) bool { return had.Name() == b.Name() })
+		if i >= 0 && !replaced[i] {
 			buckets[i], replaced[i] = b, true
 		} else {
 			buckets = append(buckets, b) // newSet finds a name that more has twice
 		}
 	}
 	return newSet(buckets)
-}
-
-// find is the index of the bucket of this name, or -1.
-func (s *set) find(name string) int {
-	for i := range s.rules {
-		if s.rules[i].Name == name {
-			return i
-		}
-	}
-	return -1
 }

@@ -37,13 +37,18 @@ type Event struct {
 	Duration   time.Duration // of the call, storage included
 }
 
+// first is the identifier of the first part, if there is one.
+func first(v *Verdict) string {
+	if parts := v.parts(); len(parts) > 0 {
+		return parts[0].Identifier
+	}
+	return ""
+}
+
 // largestCost is the most that v was asked of one bucket.
 func largestCost(v *Verdict) (cost int64) {
-	for i := range v.Parts() {
-		p := v.Part(i)
-		for j := range p.Rules {
-			cost = max(cost, p.Cost(j))
-		}
+	for _, c := range v.asked() {
+		cost = max(cost, c)
 	}
 	return cost
 }

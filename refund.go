@@ -6,9 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -23,22 +23,22 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 		return nil
 	}
 	if err := refundable(&v, o); err != nil {
-		t.rejected(ctx, OpRefund, v.Part(0).Identifier, err)
+		t.rejected(ctx, OpRefund, v.parts()[0].Identifier, err)
 		return err
 	}
-	charges := make([]storage.Charge, v.Parts())
+	charges := make([]storage.Charge, len(v.parts()))
 	n := 0
 	for i := range charges {
-		p := v.Part(i)
+		p := v.parts()[i]
 		if err := t.refund(&charges[i], &v, p, n, o); err != nil {
 			t.rejected(ctx, OpRefund, p.Identifier, err)
 			return err
 		}
-		n += len(p.Rules)
+		n += len(p.Rules.Rules)
 	}
 	var failed []error
-	for _, c := range charges {
-		start := time.Now()
+	for i := range charges {
+		c, start := &charges[i], time.Now()
 		err := t.storage.Charge(ctx, c)
 		if t.observe != nil {
 			e := Event{Op: OpRefund, Identifier: c.Identifier, Verdict: v, Err: err, Duration: time.Since(start)}
@@ -52,8 +52,8 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 	return errors.Join(failed...)
 }
 
-// refund makes the charge of one part, whose counts begin at number from.
-func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from int, options []Option) error {
+// refund makes the charge of one part, whose costs and counts begin at number from.
+func (t *Throttler) refund(c *storage.Charge, v *Verdict, p storage.Part, from int, options []Option) error {
 	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
 	var err error
 	if c.Now, c.Clocked, err = t.now(); err != nil {
@@ -61,15 +61,15 @@ func (t *Throttler) refund(c *storage.Charge, v *Verdict, p *storage.Part, from 
 	}
 	now := c.Now
 	if !c.Clocked {
-		now = storage.Monotonic()
+		now = law.Monotonic()
 	}
-	for j := range p.Rules {
-		taken := p.Cost(j)
-		n := refundOf(p.Rules[j].Name, taken, options)
+	for j := range p.Rules.Rules {
+		bucket, taken := p.Rules.Rules[j].Name, v.asked()[from+j]
+		n := refundOf(bucket, taken, options)
 		if n < 0 || n > taken {
-			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, p.Rules[j].Name, taken)
+			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, bucket, taken)
 		}
-		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.Count(from+j).HeldFor - max(0, now-v.At())})
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.all()[from+j].HeldFor - max(0, now-v.at)})
 	}
 	return nil
 }
@@ -81,12 +81,12 @@ options:
 		if o.kind != costOfOption {
 			continue
 		}
-		for i := range v.Parts() {
-			if slices.ContainsFunc(v.Part(i).Rules, func(r storage.Rule) bool { return r.Name == o.bucket }) {
+		for _, p := range v.parts() {
+			if p.Rules.Find(o.bucket) >= 0 {
 				continue options
 			}
 		}
-		return noSuchBucket(o.bucket, v.Part(0).Identifier)
+		return noSuchBucket(o.bucket, v.parts()[0].Identifier)
 	}
 	return nil
 }
@@ -114,7 +114,7 @@ func refundOf(bucket string, taken int64, options []Option) int64 {
 
 // Reset forgets what the identifier has spent, from all of its buckets.
 func (t *Throttler) Reset(ctx context.Context, id string) error {
-	err := storage.ValidateIdentifier(id)
+	err := validIdentifier(id)
 	start := time.Now()
 	if err == nil {
 		err = t.storage.Reset(ctx, t.name, id)

@@ -24,8 +24,8 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/runtime"
 )
@@ -93,10 +93,7 @@ type Throttler struct {
 
 	owned atomic.Bool // whether own has ever held a set: most throttlers never ask it
 	own   sync.Map    // identifier -> *set, of AddBucket
-	mu    sync.Mutex  // held to change own, and for what follows
-
-	recent [8]*set // sets made lately: identifiers with the same buckets share one
-	oldest int
+	mu    sync.Mutex  // held to change own
 }
 
 var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
@@ -170,69 +167,55 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 }
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
-// only.
+// only, and there are at most 256 parts.
 func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
 	for i := range parts {
-		var p storage.Part
-		if err := t.part(&p, parts[i].id, parts[i].options); err != nil {
+		if err := t.add(&v, parts[i].id, parts[i].options); err != nil {
 			t.rejected(ctx, OpConsume, parts[i].id, err)
-			return Verdict{}, err
-		}
-		if p.Rules != nil {
-			v.Ask(&p)
+			return t.tooCostly(ctx, err, parts...), err
 		}
 	}
-	if err = t.ask(ctx, &v, storage.Take); err != nil && errors.Is(err, ErrCostExceedsCapacity) {
-		t.lookAll(ctx, &v, parts)
-	}
+	err = t.ask(ctx, &v, storage.Take)
 	return v, err
 }
 
-// decide answers into a zero Verdict, whose first part is the request: so it is nowhere copied, and Consume is inlined
+// decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
 // into its caller.
 func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
-	if err := t.part(v.Part(0), id, o); err != nil {
-		*v = Verdict{}
-		t.rejected(ctx, opOf(mode), id, err)
-		return err
+	if err := t.add(v, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
+		return t.wrong(ctx, v, mode, id, o, err)
 	}
-	err := t.ask(ctx, v, mode)
-	if err != nil && errors.Is(err, ErrCostExceedsCapacity) {
-		t.look(ctx, v, id, o)
-	}
+	return t.ask(ctx, v, mode)
+}
+
+// wrong is the end of a call that no storage is asked about.
+func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option, err error) error {
+	t.rejected(ctx, opOf(mode), id, err)
+	*v = t.tooCostly(ctx, err, For(id, slices.Clone(o)...)) // cloned, as the caller's are on its stack
 	return err
 }
 
-// look makes v, of a call that asked for more than a bucket holds, tell what the buckets have. It stays empty if that
-// fails. The options are those of one identifier, and not a Part's: so they stay off the heap.
-func (t *Throttler) look(ctx context.Context, v *Verdict, id string, o []Option) {
-	*v = Verdict{}
-	p := v.Part(0)
-	if t.part(p, id, o) == nil && p.Rules != nil {
-		p.Begin(id, p.Rules, 0)
-		_ = t.answer(ctx, v, storage.Peek, storage.Elapsed())
+// tooCostly tells what the buckets have to a call that asks for more than one of them holds. After other errors, and if the
+// storage fails, it tells nothing.
+func (t *Throttler) tooCostly(ctx context.Context, err error, parts ...Part) (v Verdict) {
+	if !errors.Is(err, ErrCostExceedsCapacity) {
+		return v
 	}
-	v.Allowed = false
-}
-
-// lookAll is look for several identifiers.
-func (t *Throttler) lookAll(ctx context.Context, v *Verdict, parts []Part) {
-	*v = Verdict{}
 	for i := range parts {
-		var p, all storage.Part
-		if t.part(&p, parts[i].id, parts[i].options) == nil && p.Rules != nil {
-			all.Begin(p.Identifier, p.Rules, 0)
-			v.Ask(&all)
+		if s, _ := t.setOf(parts[i].id, parts[i].options); s != nil && len(s.buckets) > 0 && s.err == nil {
+			if _, err := v.add(parts[i].id, s.rules); err != nil {
+				return Verdict{}
+			}
 		}
 	}
-	_ = t.answer(ctx, v, storage.Peek, storage.Elapsed())
+	_ = t.answer(ctx, &v, storage.Peek, 0)
 	v.Allowed = false
+	return v
 }
 
-// part is the request for one identifier, in place of a zero one. Without rules it is an unknown
-// identifier that is allowed.
-func (t *Throttler) part(p *storage.Part, id string, options []Option) error {
-	s, cost := (*set)(nil), t.cost
+// setOf is the buckets of a call, and its cost for those that CostOf does not name.
+func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
+	cost = t.cost
 	for i := range options {
 		switch o := &options[i]; o.kind {
 		case costOption:
@@ -244,20 +227,51 @@ func (t *Throttler) part(p *storage.Part, id string, options []Option) error {
 	if s == nil {
 		s = t.set(id)
 	}
-	if s == nil || len(s.rules) == 0 {
-		return t.unknownPart(p, id, cost)
+	return s, cost
+}
+
+// add makes an identifier a part of the request that v is. One without buckets that is allowed makes none.
+func (t *Throttler) add(v *Verdict, id string, options []Option) error {
+	if id == "" || len(id) > storage.MaxIdentifier {
+		return validIdentifier(id)
+	}
+	s, cost := t.set(id), t.cost
+	if len(options) > 0 {
+		s, cost = t.setOf(id, options)
+	}
+	if s == nil || len(s.buckets) == 0 {
+		return t.unknownIdentifier(id, cost)
 	}
 	if s.err != nil {
 		return s.err
 	}
-	p.Begin(id, s.rules, cost)
+	costs, err := v.add(id, s.rules)
+	if err != nil {
+		return err
+	}
+	for i := range costs {
+		costs[i] = cost
+	}
+	if len(options) > 0 {
+		if err := costsOf(costs, s.rules, id, options); err != nil {
+			return err
+		}
+	}
+	if len(options) > 0 || cost < 0 || cost > s.rules.Least {
+		return validCosts(costs, s.rules, id)
+	}
+	return nil
+}
+
+// costsOf sets the costs of the buckets that options name.
+func costsOf(costs []int64, rules *storage.RuleSet, id string, options []Option) error {
 	for i := range options {
 		if o := &options[i]; o.kind == costOfOption {
-			j := s.find(o.bucket)
+			j := rules.Find(o.bucket)
 			if j < 0 {
 				return noSuchBucket(o.bucket, id)
 			}
-			p.SetCost(j, o.n)
+			costs[j] = o.n
 		}
 	}
 	return nil
@@ -267,26 +281,42 @@ func noSuchBucket(bucket, id string) error {
 	return &BucketError{Bucket: bucket, Field: "CostOf", Reason: fmt.Sprintf("names none of the buckets of %.64q", id)}
 }
 
-func (t *Throttler) unknownPart(p *storage.Part, id string, cost int64) error {
-	if err := storage.ValidateIdentifier(id); err != nil {
-		return err
-	}
+func (t *Throttler) unknownIdentifier(id string, cost int64) error {
 	if cost < 0 {
 		return fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
 	}
 	if t.unknown == Allow {
-		p.Identifier = id
 		return nil
 	}
 	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
 }
 
-// ask has the storage decide on the parts that v was asked, and observes.
+func validIdentifier(id string) error {
+	if id == "" || len(id) > storage.MaxIdentifier {
+		return fmt.Errorf("%w: it has %d bytes, must have 1 to %d", ErrInvalidIdentifier, len(id), storage.MaxIdentifier)
+	}
+	return nil
+}
+
+// validCosts returns the error of the first cost that is wrong. One above a capacity is not for a Charge.
+func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
+	for i, cost := range costs {
+		if cost < 0 {
+			return fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, must be 0 or more", ErrInvalidCost, cost, rules.Rules[i].Name, id)
+		}
+		if r := &rules.Rules[i]; cost > r.Capacity && err == nil {
+			err = fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, r.Name, id, r.Capacity)
+		}
+	}
+	return err
+}
+
+// ask has the storage decide on the request that v is, and observes.
 func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) error {
-	if !t.direct || mode == storage.Force || v.Parts() == 0 {
+	if !t.direct || mode == storage.Force || len(v.parts()) == 0 {
 		return t.askAnyhow(ctx, v, mode)
 	}
-	if err := t.memory.DecideInto(ctx, v, t.name, mode, false, storage.Monotonic()); err != nil {
+	if err := t.inMemory(ctx, v, mode, false, law.Monotonic()); err != nil {
 		return t.orAllow(ctx, v, mode, err)
 	}
 	return nil
@@ -296,12 +326,12 @@ func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode
 	if t.observe != nil {
 		return t.askObserved(ctx, v, mode)
 	}
-	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, storage.Elapsed()))
+	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, 0))
 }
 
 func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode) error {
-	id, cost, start := v.Part(0).Identifier, largestCost(v), storage.Elapsed()
-	cause := t.answer(ctx, v, mode, start)
+	id, cost, start := first(v), largestCost(v), law.Elapsed()
+	cause := t.answer(ctx, v, mode, law.MonotonicAt(start))
 	err := t.orAllow(ctx, v, mode, cause)
 	bucket := ""
 	if v.RetryAfter > 0 {
@@ -309,13 +339,14 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 			id, bucket = denied, by
 		}
 	}
-	t.observe(ctx, Event{Op: opOf(mode), Identifier: id, Cost: cost, Bucket: bucket, Verdict: *v, Err: cause, Duration: storage.Elapsed() - start})
+	t.observe(ctx, Event{Op: opOf(mode), Identifier: id, Cost: cost, Bucket: bucket, Verdict: *v, Err: cause, Duration: law.Elapsed() - start})
 	return err
 }
 
-// answer is the storage's. The call began at start, by which the runtime storage decides.
-func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, start time.Duration) error {
-	if v.Parts() == 0 {
+// answer is the storage's. The time is that of this process, or 0 if it has not been read; a storage in the process decides
+// by it, unless there is a Config.Clock.
+func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
+	if len(v.parts()) == 0 {
 		t.tidy()
 		*v = Verdict{Allowed: true}
 		return nil
@@ -324,13 +355,14 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, s
 	switch {
 	case err != nil:
 		*v = Verdict{}
-	case t.memory == nil:
-		*v, err = t.storage.Decide(ctx, v.Request(t.name, mode, clocked, now))
-	default:
-		if !clocked {
-			now = storage.MonotonicAt(start)
-		}
-		err = t.memory.DecideInto(ctx, v, t.name, mode, clocked, now)
+		return err
+	case !clocked:
+		now = real
+	}
+	if t.memory != nil {
+		err = t.inMemory(ctx, v, mode, clocked, now)
+	} else {
+		err = t.elsewhere(ctx, v, mode, clocked, now)
 	}
 	if err == nil && mode == storage.Force {
 		err = unrecorded(v)
@@ -338,11 +370,47 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, s
 	return err
 }
 
+// inMemory has the runtime storage decide in place, on the caller's stack. It makes the identifiers copies.
+func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
+	var r storage.Request // field by field, as a literal would be made elsewhere and copied
+	var a storage.Answer
+	r.Name, r.Mode, r.Clocked, r.Now = t.name, mode, clocked, now
+	if v.more == nil {
+		n := len(v.one[0].Rules.Rules)
+		r.Parts, r.Costs, a.Counts = v.one[:], v.costs[:n], v.counts[:n]
+	} else {
+		r.Parts, r.Costs, a.Counts = v.more.parts, v.more.costs, v.more.counts
+	}
+	if err := t.memory.Decide(ctx, &r, &a); err != nil {
+		*v = Verdict{}
+		return err
+	}
+	v.answered(&a, runtime.Source, mode)
+	return nil
+}
+
+// elsewhere has any storage decide, on copies: it may go on with them after the caller has left.
+func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
+	own := *v
+	parts := own.parts()
+	for i := range parts {
+		parts[i].Identifier = strings.Clone(parts[i].Identifier)
+	}
+	r := storage.Request{Name: t.name, Mode: mode, Clocked: clocked, Now: now, Parts: parts, Costs: own.asked()}
+	a := storage.Answer{Counts: own.all()}
+	if err := t.storage.Decide(ctx, &r, &a); err != nil {
+		*v = Verdict{}
+		return err
+	}
+	own.answered(&a, a.Source, mode)
+	*v = own
+	return nil
+}
+
 // orAllow allows what the policy says of a storage that failed.
 func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, err error) error {
 	if err != nil && t.failed == Allow && mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
-		*v, err = Verdict{Allowed: true}, nil
-		v.Degrade()
+		*v, err = Verdict{Allowed: true, degraded: true}, nil
 	}
 	return err
 }
@@ -352,7 +420,11 @@ func (t *Throttler) now() (micros int64, clocked bool, err error) {
 	if t.clock == nil {
 		return 0, false, nil
 	}
-	micros, err = storage.Micros(t.clock.Now())
+	at := t.clock.Now()
+	micros, ok := law.Micros(at)
+	if !ok {
+		err = fmt.Errorf("%w: it reads %v", ErrInvalidClock, at)
+	}
 	return micros, true, err
 }
 
@@ -361,12 +433,7 @@ func (t *Throttler) tidy() {
 	if t.memory == nil {
 		return
 	}
-	now, clocked, err := t.now()
-	if !clocked {
-		now = storage.Monotonic()
-	}
-	if err == nil {
-		var nothing Verdict
-		_ = t.memory.DecideInto(context.Background(), &nothing, t.name, storage.Peek, clocked, now)
+	if now, clocked, err := t.now(); err == nil {
+		_ = t.memory.Decide(context.Background(), &storage.Request{Name: t.name, Clocked: clocked, Now: now}, &storage.Answer{})
 	}
 }

@@ -291,6 +291,10 @@ func TestBadCallsAreTypedErrorsAndChangeNothing(t *testing.T) {
 	th, _ := throttled(t, throttler.NewBucket(10*time.Second, 5))
 	ctx := t.Context()
 	long := strings.Repeat("x", 1025)
+	var crowd []throttler.Part
+	for i := range 257 {
+		crowd = append(crowd, throttler.For(fmt.Sprint(i)))
+	}
 	for _, test := range []struct {
 		call func() error
 		want error
@@ -304,6 +308,16 @@ func TestBadCallsAreTypedErrorsAndChangeNothing(t *testing.T) {
 		{func() error { return th.AddBucket("", throttler.NewBucket(time.Second, 1)) }, throttler.ErrInvalidIdentifier},
 		{func() error { return th.AddBucket(long, throttler.NewBucket(time.Second, 1)) }, throttler.ErrInvalidIdentifier},
 		{func() error { _, err := th.ConsumeAll(ctx, throttler.For("a"), throttler.For("a")); return err }, throttler.ErrInvalidIdentifier},
+		{func() error {
+			_, err := th.ConsumeAll(ctx, throttler.For("a"), throttler.For("b"), throttler.For("a"))
+			return err
+		}, throttler.ErrInvalidIdentifier},
+		{func() error { _, err := th.ConsumeAll(ctx, throttler.For("a"), throttler.For("")); return err }, throttler.ErrInvalidIdentifier},
+		{func() error { _, err := th.ConsumeAll(ctx, crowd...); return err }, throttler.ErrInvalidIdentifier},
+		{func() error {
+			_, err := th.ConsumeAll(ctx, throttler.For("a"), throttler.For("b", throttler.Cost(6)))
+			return err
+		}, throttler.ErrCostExceedsCapacity},
 		{func() error { _, err := th.Consume("a", throttler.Cost(-1)); return err }, throttler.ErrInvalidCost},
 		{func() error { _, err := th.Consume("a", throttler.Cost(math.MinInt64)); return err }, throttler.ErrInvalidCost},
 		{func() error { return th.Charge(ctx, "a", throttler.Cost(-1)) }, throttler.ErrInvalidCost},
@@ -528,9 +542,7 @@ type failing struct {
 	err error
 }
 
-func (f failing) Decide(context.Context, storage.Request) (storage.Verdict, error) {
-	return storage.Verdict{}, f.err
-}
+func (f failing) Decide(context.Context, *storage.Request, *storage.Answer) error { return f.err }
 
 func TestOnStorageErrorAllowsOnlyWhatIsUnavailable(t *testing.T) {
 	t.Parallel()
@@ -595,7 +607,7 @@ func TestObserveIsToldEachDecisionOnce(t *testing.T) {
 		"refund a cost 2 true ",
 		"refund a cost 0 false  failed",
 		"reset a cost 0 false ",
-		"consume  cost 1 false  failed",
+		"consume  cost 0 false  failed",
 		"consume a cost 0 false  failed",
 		"consume a cost 3 true ",
 		"consume a cost 1 false short",
@@ -739,15 +751,16 @@ func TestArrowsPointDownOnly(t *testing.T) {
 	t.Parallel()
 	const module = "github.com/go-throttler/throttler"
 	allowed := map[string][]string{
-		"":                     {"/storage", "/storage/runtime", "/internal/period"},
-		"/storage":             {},
-		"/storage/runtime":     {"/storage"},
-		"/storage/redis":       {"/storage", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/sys"},
-		"/storage/postgres":    {"/storage", "/internal/batch", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
-		"/storage/failover":    {"/storage", "/storage/redis", "/storage/postgres", "/storage/runtime", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/", "github.com/jackc/"},
-		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/period", "github.com/dunglas/httpsfv"},
-		"/internal/storecheck": {"/storage", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
-		"/storage/storagetest": {"/storage", "/internal/period", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
+		"":                     {"/storage", "/storage/runtime", "/internal/law", "/internal/period"},
+		"/internal/law":        {},
+		"/storage":             {"/internal/law"},
+		"/storage/runtime":     {"/storage", "/internal/law"},
+		"/storage/redis":       {"/storage", "/internal/replica", "/internal/law", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/sys"},
+		"/storage/postgres":    {"/storage", "/internal/replica", "/internal/law", "/internal/batch", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
+		"/storage/failover":    {"/storage", "/internal/replica", "/internal/law", "/storage/redis", "/storage/postgres", "/storage/runtime", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/", "github.com/jackc/"},
+		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv"},
+		"/internal/storecheck": {"/storage", "/internal/law", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
+		"/storage/storagetest": {"/storage", "/internal/replica", "/internal/law", "/internal/period", "/internal/storecheck", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 	}
 	for pkg, may := range allowed {
 		out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", module+pkg).Output()

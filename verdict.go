@@ -1,95 +1,191 @@
-// What a call answers: the Verdict and its Levels, or an error.
+// What a call answers: the Verdict and its Levels.
 
 package throttler
 
 import (
-	"errors"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Verdict is the answer to a call: Allowed bool; RetryAfter time.Duration, exact to 1 µs, 0 if allowed;
-// Levels() []Level; Source() string, "runtime", "redis" or "postgres", or "" if no storage answered;
-// Degraded() and Taken() bool. The methods have pointer receivers. See storage.Verdict.
-type Verdict = storage.Verdict
-
-// Level is the state of one bucket right after a decision: Identifier and Bucket, string; Limit, Remaining
-// and Debt, int64, in tokens; Period, ResetAfter until full, NextAfter until one token more may be taken, and
-// RetryAfter until this bucket admits the denied cost, 0 if it did, each a time.Duration. See storage.Level.
-type Level = storage.Level
-
-// Clock tells the time and waits: github.com/benbjohnson/clock has some.
-type Clock = storage.Clock
-
-// BucketError is a fault in the definition of a bucket, or in the way a call uses one: the Bucket, the
-// Field and the Reason. See storage.BucketError.
-type BucketError = storage.BucketError
-
-// The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
-// *BucketError.
-var (
-	ErrUnknownIdentifier   = storage.ErrUnknownIdentifier        // it has no buckets, and Config has none for it
-	ErrInvalidIdentifier   = storage.ErrInvalidIdentifier        // empty, over 1024 bytes, twice in one call, or over 256 of them
-	ErrInvalidCost         = storage.ErrInvalidCost              // below zero, or a refund above what was taken
-	ErrCostExceedsCapacity = storage.ErrCostExceedsCapacity      // waiting never helps; the Verdict beside it has the Levels
-	ErrDebtLimit           = errors.New("throttler: debt limit") // a Charge that was recorded in part: a *DebtError
-	ErrInvalidClock        = storage.ErrInvalidClock             // Config.Clock reads a time outside 1970 to 2184
-	ErrUnavailable         = storage.ErrUnavailable              // the storage could not decide
-	ErrCorruptState        = storage.ErrCorruptState             // the storage holds a value that is not ours; never the runtime storage
-	ErrClosed              = storage.ErrClosed                   // the storage was closed; never the runtime storage
+const (
+	inline   = 4   // buckets that a Verdict has without allocating
+	maxParts = 256 // identifiers of one call
 )
 
-// ErrLimited is what a LimitedError is, for errors.Is.
-var ErrLimited = errors.New("throttler: limited")
+// Verdict is the answer to a call. It is a value, owned by the caller. The zero Verdict is a denial
+// that nobody made.
+type Verdict struct {
+	// Allowed says that the cost was taken from every bucket. Otherwise nothing was taken.
+	Allowed bool
 
-// LimitedError is a denial for callers that want an error: return &LimitedError{Verdict: v} when v is not
-// Allowed. Consume itself never returns it.
-type LimitedError struct{ Verdict Verdict }
+	// RetryAfter is how long after the decision the same call is admitted, if nobody else takes:
+	// exact to the microsecond, zero when allowed.
+	RetryAfter time.Duration
 
-// Error says who was limited, by which bucket and for how long.
-func (e *LimitedError) Error() string {
-	id, bucket := refusedBy(&e.Verdict)
-	return fmt.Sprintf("%v: %.64q by bucket %q, retry after %v", ErrLimited, id, bucket, e.Verdict.RetryAfter)
+	degraded bool
+	peeked   bool
+	source   string
+	at       int64 // when the storage decided: storage.Answer.At
+
+	// The request and what the storage counted, bucket by bucket. Of a call with several parts or
+	// more than four buckets all of that is in more, and the fields here are not used.
+	one    [1]storage.Part // without rules if there are no parts
+	costs  [inline]int64
+	counts [inline]storage.Count
+	more   *more
 }
 
-// Unwrap returns ErrLimited.
-func (e *LimitedError) Unwrap() error { return ErrLimited }
+// more has room for two parts of four buckets together, so that they take one allocation.
+type more struct {
+	parts  []storage.Part
+	costs  []int64
+	counts []storage.Count
 
-// DebtError is what a Charge returns for a bucket that owes too much: at most 4 capacities are ever out of one.
-type DebtError struct {
+	someParts  [2]storage.Part
+	someCosts  [inline]int64
+	someCounts [inline]storage.Count
+}
+
+// Level is the state of one bucket right after a decision.
+type Level struct {
 	Identifier, Bucket string
-	Asked, Recorded    int64 // tokens
-	Limit              int64 // tokens that may be out: 4 capacities
+	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
+	Debt               int64         // tokens that have to come back before Remaining rises from 0: a Charge may leave some
+	Period             time.Duration // the bucket's period
+	Window             time.Duration // in which an empty bucket becomes full: the Period, but for a Burst
+	ResetAfter         time.Duration // until the bucket is full again, if nobody takes
+	NextAfter          time.Duration // until one token more than Remaining may be taken, if nobody takes; zero if full
+	RetryAfter         time.Duration // until this bucket admits the denied cost; zero if it did
 }
 
-// Error says how much of the charge was recorded.
-func (e *DebtError) Error() string {
-	return fmt.Sprintf("%v: of %d tokens charged to bucket %q of %.64q, %d are recorded, as no more than %d may be out", ErrDebtLimit, e.Asked, e.Bucket, e.Identifier, e.Recorded, e.Limit)
-}
+// Levels returns the level of each bucket, in the order of the request. Up to four buckets it
+// allocates nothing, as long as the result does not outlive the caller.
+func (v *Verdict) Levels() []Level { return v.levels(make([]Level, 0, inline)) }
 
-// Unwrap returns ErrDebtLimit.
-func (e *DebtError) Unwrap() error { return ErrDebtLimit }
-
-// unrecorded is the error of a Charge that some buckets did not take whole, of which the counts then tell what is.
-func unrecorded(v *Verdict) error {
-	var faults []error
+func (v *Verdict) levels(out []Level) []Level {
 	n := 0
-	for i := range v.Parts() {
-		p := v.Part(i)
-		for j := range p.Rules {
-			r, c, asked := &p.Rules[j], v.Count(n), p.Cost(j)
-			if over := -c.Remaining - 3*r.Capacity; over > 0 && asked > 0 {
-				most := min(asked, 4*r.Capacity)
-				recorded := max(0, most-over)
-				c.Remaining += most - recorded
-				v.Set(n, c)
-				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, recorded, 4 * r.Capacity})
-			} else if asked > 4*r.Capacity {
-				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, 4 * r.Capacity, 4 * r.Capacity})
-			}
+	for _, p := range v.parts() {
+		for j := range p.Rules.Rules {
+			c, r := v.count(n), &p.Rules.Rules[j]
 			n++
+			out = append(out, Level{
+				Identifier: p.Identifier, Bucket: r.Name,
+				Limit: r.Capacity, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
+				Period: duration(r.Period), Window: duration(r.Window),
+				ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
+			})
 		}
 	}
-	return errors.Join(faults...)
+	return out
+}
+
+func (v *Verdict) count(i int) storage.Count {
+	if v.more != nil {
+		return v.more.counts[i]
+	}
+	return v.counts[i]
+}
+
+func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
+
+// Source names the kind of storage that answered: "runtime", "redis" or "postgres". It is empty if none did.
+func (v *Verdict) Source() string { return v.source }
+
+// Degraded says that the answer is not the storage's regular one: a policy or a fallback gave it.
+func (v *Verdict) Degraded() bool { return v.degraded }
+
+// Taken says that the costs were taken: v is Allowed, by a storage, and not the answer to a Peek.
+func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && len(v.parts()) > 0 }
+
+// add makes an identifier a part of the request, and returns its costs, which are 0.
+func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err error) {
+	n := len(rules.Rules)
+	if one := &v.one[0]; one.Rules == nil && v.more == nil && n <= inline {
+		one.Identifier, one.Rules = id, rules
+		return v.costs[:n], nil
+	}
+	return v.addMore(id, rules)
+}
+
+func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
+	if v.more == nil {
+		m := &more{}
+		m.parts, m.costs, m.counts = m.someParts[:0], m.someCosts[:0], m.someCounts[:0]
+		if one := &v.one[0]; one.Rules != nil {
+			copy(m.add(one.Identifier, one.Rules), v.costs[:])
+		}
+		v.more = m
+	}
+	if len(v.more.parts) == maxParts {
+		return nil, fmt.Errorf("%w: over %d of them in one call", ErrInvalidIdentifier, maxParts)
+	}
+	for i := range v.more.parts {
+		if v.more.parts[i].Identifier == id {
+			return nil, fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, id)
+		}
+	}
+	return v.more.add(id, rules), nil
+}
+
+// add adds a part and returns its costs, which are 0 and lie there until the next part is added.
+func (m *more) add(id string, rules *storage.RuleSet) []int64 {
+	from, n := len(m.costs), len(rules.Rules)
+	m.parts = append(m.parts, storage.Part{Identifier: id, Rules: rules})
+	if from == 0 && n > len(m.someCosts) {
+		room := &struct {
+			costs  [storage.MaxBuckets]int64
+			counts [storage.MaxBuckets]storage.Count
+		}{}
+		m.costs, m.counts = room.costs[:0], room.counts[:0]
+	}
+	m.costs = slices.Grow(m.costs, n)[:from+n]
+	m.counts = slices.Grow(m.counts, n)[:from+n]
+	clear(m.costs[from:])
+	return m.costs[from:]
+}
+
+// parts are those of the request.
+func (v *Verdict) parts() []storage.Part {
+	switch {
+	case v.more != nil:
+		return v.more.parts
+	case v.one[0].Rules != nil:
+		return v.one[:]
+	}
+	return nil
+}
+
+// asked are the costs, and all the counts, of all buckets through all parts in order.
+func (v *Verdict) asked() []int64 {
+	switch {
+	case v.more != nil:
+		return v.more.costs
+	case v.one[0].Rules != nil:
+		return v.costs[:len(v.one[0].Rules.Rules)]
+	}
+	return nil
+}
+
+func (v *Verdict) all() []storage.Count {
+	switch {
+	case v.more != nil:
+		return v.more.counts
+	case v.one[0].Rules != nil:
+		return v.counts[:len(v.one[0].Rules.Rules)]
+	}
+	return nil
+}
+
+// answered takes over what a storage says beside the counts, which are in place. The source is not read from the answer,
+// or the compiler would take it for something that refers to the counts, and keep v on the heap.
+func (v *Verdict) answered(a *storage.Answer, source string, mode storage.Mode) {
+	v.Allowed, v.source, v.degraded, v.at, v.peeked = a.Allowed, source, a.Degraded, a.At, mode == storage.Peek
+	if !a.Allowed {
+		for i := range a.Counts {
+			v.RetryAfter = max(v.RetryAfter, duration(a.Counts[i].RetryAfter))
+		}
+	}
 }

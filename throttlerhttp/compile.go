@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/storage"
@@ -54,22 +55,21 @@ type different map[state]bool
 
 type state struct {
 	name   string
-	kind   storage.Kind
-	period int64
+	kind   string
+	period time.Duration
 }
 
 // using is the Option of buckets of an owner, or what is wrong with them.
 func (c *compiler) using(owner string, buckets []throttler.Bucket) ([]throttler.Option, error) {
 	set := throttler.Using(buckets...)
-	v, err := c.probe.Peek(context.Background(), "anybody", set, throttler.Cost(0))
-	if err != nil {
+	if _, err := c.probe.Peek(context.Background(), "anybody", set, throttler.Cost(0)); err != nil {
 		return nil, err
 	}
 	if c.owners[owner] == nil {
 		c.owners[owner] = different{}
 	}
-	for _, r := range v.Part(0).Rules {
-		c.owners[owner][state{r.Name, r.Kind, r.Period}] = true
+	for _, b := range buckets {
+		c.owners[owner][state{b.Name(), b.Kind(), b.Period()}] = true
 	}
 	return []throttler.Option{set}, nil
 }

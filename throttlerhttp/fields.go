@@ -46,12 +46,8 @@ type said struct {
 }
 
 // say puts the fields of a verdict into an answer. It allocates a string for Draft10.
-func (s *said) say(l *limit, h http.Header, v *throttler.Verdict) {
-	levels := v.Levels()
-	if len(levels) == 0 {
-		return
-	}
-	p := l.policies.of(v)
+func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throttler.Level) {
+	p := l.policies.of(v, levels)
 	s.tell(l.m.Fields, p, levels)
 	var before said
 	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) {

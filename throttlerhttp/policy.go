@@ -4,7 +4,6 @@ package throttlerhttp
 
 import (
 	"fmt"
-	"math/bits"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,43 +11,40 @@ import (
 	"time"
 
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/storage"
 )
 
-// policy is the part of the fields that depends on the rules alone.
+// policy is the part of the fields that depends on the limits alone.
 type policy struct {
-	rules [][]storage.Rule // of each part
-	field string           // RateLimit-Policy
-	items []string         // of RateLimit, up to their numbers
-	twice bool             // two parts have a bucket of one name
+	of    []throttler.Level // of which Bucket, Limit and Window count
+	field string            // RateLimit-Policy
+	items []string          // of RateLimit, up to their numbers
+	twice bool              // two parts have a bucket of one name
 }
 
-func newPolicy(v *throttler.Verdict) *policy {
-	p := &policy{}
-	for i := range v.Parts() {
-		p.rules = append(p.rules, v.Part(i).Rules)
-		for j := range p.rules[i] {
-			rule, item := &p.rules[i][j], ""
-			if len(p.items) > 0 {
-				item = separator
-			}
-			name := quoted(rule.Name)
-			p.twice = p.twice || slices.ContainsFunc(p.items, func(own string) bool { return strings.TrimPrefix(own, separator) == name+";r=" })
-			item += name
-			p.items = append(p.items, item+";r=")
-			p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(rule.Capacity, largest), window(rule))
+func newPolicy(levels []throttler.Level) *policy {
+	p := &policy{of: slices.Clone(levels)}
+	for i := range levels {
+		l, item := &levels[i], ""
+		if i > 0 {
+			item = separator
 		}
+		name := quoted(l.Bucket)
+		p.twice = p.twice || slices.ContainsFunc(p.items, func(own string) bool { return strings.TrimPrefix(own, separator) == name+";r=" })
+		item += name
+		p.items = append(p.items, item+";r=")
+		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(l.Limit, largest), seconds(l.Window))
 	}
 	return p
 }
 
-// is reports whether the policy is that of a verdict.
-func (p *policy) is(v *throttler.Verdict) bool {
-	if len(p.rules) != v.Parts() {
+// is reports whether the policy is that of some levels.
+func (p *policy) is(levels []throttler.Level) bool {
+	if len(p.of) != len(levels) {
 		return false
 	}
-	for i, rules := range p.rules {
-		if of := v.Part(i).Rules; &of[0] != &rules[0] || len(of) != len(rules) {
+	for i := range levels {
+		own, l := &p.of[i], &levels[i]
+		if own.Bucket != l.Bucket || own.Limit != l.Limit || own.Window != l.Window {
 			return false
 		}
 	}
@@ -104,22 +100,22 @@ func quoted(name string) string {
 	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name) + `"`
 }
 
-// policies remembers those of the first rules. Rules never change, and most requests are limited by a few sets of them.
+// policies remembers the first ones. Most requests are limited by a few sets of limits.
 type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
 
-// of is the policy of a verdict that has levels.
-func (p *policies) of(v *throttler.Verdict) *policy {
+// of is the policy of the levels of a verdict.
+func (p *policies) of(v *throttler.Verdict, levels []throttler.Level) *policy {
 	known := p.known.Load()
 	if known != nil {
 		for _, k := range *known {
-			if k.is(v) {
+			if k.is(levels) {
 				return k
 			}
 		}
 	}
-	made := newPolicy(v)
+	made := newPolicy(levels)
 	if !v.Degraded() { // a fallback may make rules for one verdict
 		p.add(known, made)
 	}
@@ -135,24 +131,6 @@ func (p *policies) add(known *[]*policy, made *policy) {
 	if len(all) <= mostPolicies {
 		p.known.CompareAndSwap(known, &all)
 	}
-}
-
-// window is the period, or of a Continuous bucket the time in which it becomes full from empty, in seconds,
-// rounded up.
-func window(r *storage.Rule) int64 {
-	micros := r.Period
-	if r.Kind == storage.Continuous {
-		micros = comesBack(r, r.Capacity)
-	}
-	return (micros + 999_999) / 1_000_000
-}
-
-// comesBack is the time in which n tokens of a Continuous bucket come back, in microseconds, rounded up. NewRule holds
-// it below 2^50 for the capacity.
-func comesBack(r *storage.Rule, n int64) int64 {
-	hi, lo := bits.Mul64(uint64(n), uint64(r.Period))
-	quotient, rest := bits.Div64(hi, lo, uint64(r.Refill))
-	return int64(quotient + min(rest, 1))
 }
 
 // seconds is d in seconds, rounded up.

@@ -136,9 +136,10 @@ func (r *recorder) begin(status int) {
 	}
 	r.status = status
 	now := &r.said
-	if v := r.refund(status); len(v.Levels()) > 0 {
+	v := r.refund(status)
+	if levels := v.Levels(); len(levels) > 0 {
 		now = &said{}
-		now.tell(r.l.m.Fields, r.l.policies.of(&v), v.Levels())
+		now.tell(r.l.m.Fields, r.l.policies.of(&v, levels), levels)
 	}
 	now.put(r.Header(), &r.said, r.told, status)
 }

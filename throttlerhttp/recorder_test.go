@@ -455,7 +455,7 @@ func TestARefundIsMadeBeforeTheHeaderIsSentAndOnce(t *testing.T) {
 // unrefundable is a storage that gives nothing back.
 type unrefundable struct{ storage.Storage }
 
-func (unrefundable) Charge(context.Context, storage.Charge) error { return throttler.ErrUnavailable }
+func (unrefundable) Charge(context.Context, *storage.Charge) error { return throttler.ErrUnavailable }
 
 func TestARefundThatFailsIsNotInTheFields(t *testing.T) {
 	t.Parallel()

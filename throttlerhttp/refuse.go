@@ -66,7 +66,9 @@ func RetryAfterSeconds(v throttler.Verdict) int64 {
 func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
 	h := w.Header()
 	forget(w)
-	new(said).say(l, h, &v)
+	if levels := v.Levels(); len(levels) > 0 {
+		new(said).say(l, h, &v, levels)
+	}
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}

@@ -117,7 +117,7 @@ func TestRefuseTakesAnyVerdict(t *testing.T) {
 		throttlerhttp.Refuse(w, httptest.NewRequest(http.MethodGet, "/", nil), v)
 		assert.Equal(t, http.StatusTooManyRequests, w.Code)
 		assert.NotEmpty(t, w.Header().Get("Retry-After"))
-		if v.Parts() > 0 {
+		if len(v.Levels()) > 0 {
 			assert.Equal(t, map[string]map[string]int64{"b": {"r": 0, "t": 3600}, "c": {"r": 7, "t": 3600}}, parsed(t, reply{Header: w.Header()}, "RateLimit"), "of two of one name the smaller")
 		}
 	}
@@ -235,11 +235,11 @@ func TestACostAboveACapacityTellsTheLimits(t *testing.T) {
 // closed is a storage that cannot be looked at.
 type closed struct{ storage.Storage }
 
-func (c closed) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+func (c closed) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if r.Mode == storage.Peek {
-		return v, throttler.ErrClosed
+		return throttler.ErrClosed
 	}
-	return c.Storage.Decide(ctx, r)
+	return c.Storage.Decide(ctx, r, a)
 }
 
 func TestACostAboveACapacityIsA413WhateverTheStorageSays(t *testing.T) {

@@ -429,10 +429,10 @@ type slow struct {
 	err   error // besides that of the context
 }
 
-func (s slow) Decide(ctx context.Context, _ storage.Request) (v storage.Verdict, err error) {
+func (s slow) Decide(ctx context.Context, _ *storage.Request, _ *storage.Answer) error {
 	s.asked <- struct{}{}
 	<-ctx.Done()
-	return v, errors.Join(ctx.Err(), s.err)
+	return errors.Join(ctx.Err(), s.err)
 }
 
 func TestAClientThatLeavesWhileTheStorageIsSlowIsNoError(t *testing.T) {

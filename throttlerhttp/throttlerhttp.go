@@ -201,9 +201,9 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 // admit has the handler serve the request.
 func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler, v *throttler.Verdict) {
 	rec := &recorder{ResponseWriter: w, l: l, r: r}
-	if v.Parts() > 0 {
-		rec.id = v.Part(0).Identifier
-		rec.said.say(l, w.Header(), v)
+	if levels := v.Levels(); len(levels) > 0 {
+		rec.id = levels[0].Identifier
+		rec.said.say(l, w.Header(), v, levels)
 	}
 	if l.refundIf != nil {
 		taken := *v
@@ -260,10 +260,11 @@ func (l *limit) look(r *http.Request, v *throttler.Verdict) (throttler.Verdict, 
 		set, _ = l.tier(r) // no error, as it was found for v
 	}
 	set = with(set, throttler.Cost(0))
+	levels := v.Levels()
 	if l.added != nil {
-		return l.m.t.ConsumeAll(ctx, throttler.For(v.Part(0).Identifier, set...), throttler.For(v.Part(1).Identifier, with(l.added, throttler.Cost(0))...))
+		return l.m.t.ConsumeAll(ctx, throttler.For(levels[0].Identifier, set...), throttler.For(levels[len(levels)-1].Identifier, with(l.added, throttler.Cost(0))...))
 	}
-	return l.m.t.Peek(ctx, v.Part(0).Identifier, set...)
+	return l.m.t.Peek(ctx, levels[0].Identifier, set...)
 }
 
 // with copies the options, which requests share, and adds one.

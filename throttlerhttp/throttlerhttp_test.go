@@ -301,9 +301,7 @@ type failing struct {
 	err error
 }
 
-func (f failing) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	return v, f.err
-}
+func (f failing) Decide(context.Context, *storage.Request, *storage.Answer) error { return f.err }
 
 func TestAStorageThatFailsIsNeverASilentSuccess(t *testing.T) {
 	t.Parallel()

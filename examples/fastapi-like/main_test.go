@@ -313,8 +313,8 @@ func TestWaitingExactlyRetryAfterSecondsIsEnoughAndASecondLessIsNot(t *testing.T
 // broken is a storage that fails, and tells whose call it was.
 type broken struct{ storage.Storage }
 
-func (broken) Decide(_ context.Context, r storage.Request) (storage.Verdict, error) {
-	return storage.Verdict{}, fmt.Errorf("%w: %s: %w", throttler.ErrUnavailable, r.Part.Identifier, errors.New("connection refused"))
+func (broken) Decide(_ context.Context, r *storage.Request, _ *storage.Answer) error {
+	return fmt.Errorf("%w: %s: %w", throttler.ErrUnavailable, r.Parts[0].Identifier, errors.New("connection refused"))
 }
 
 func TestAFailureOfTheStorageIsA503AndItsCauseIsInTheLogWithoutTheKey(t *testing.T) {

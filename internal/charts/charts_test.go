@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 func TestTheCommittedChartsAreWhatTheArithmeticDraws(t *testing.T) {
@@ -36,12 +36,12 @@ func TestTheCommittedChartsAreWhatTheArithmeticDraws(t *testing.T) {
 //	               less than a period, one in less than a c-th of it.
 //	SlidingLog     The tokens of the last period are what is spent. Above a capacity of 256 so few that
 //	               the even client takes them in a grain may come back a grain early.
-var bounds = map[storage.Kind]struct{ period, tenth func(c int) int }{
-	storage.Replenish:     {func(c int) int { return 2*c - 1 }, func(c int) int { return 2*c - 1 }},
-	storage.Continuous:    {func(c int) int { return 2*c - 1 }, func(c int) int { return c + (c-1)/10 }},
-	storage.FixedWindow:   {func(c int) int { return 2 * c }, func(c int) int { return 2 * c }},
-	storage.SlidingWindow: {func(c int) int { return 2 * c }, func(c int) int { return c + (c+9)/10 }},
-	storage.SlidingLog:    {func(c int) int { return c }, func(c int) int { return c }},
+var bounds = map[law.Kind]struct{ period, tenth func(c int) int }{
+	law.Replenish:     {func(c int) int { return 2*c - 1 }, func(c int) int { return 2*c - 1 }},
+	law.Continuous:    {func(c int) int { return 2*c - 1 }, func(c int) int { return c + (c-1)/10 }},
+	law.FixedWindow:   {func(c int) int { return 2 * c }, func(c int) int { return 2 * c }},
+	law.SlidingWindow: {func(c int) int { return 2 * c }, func(c int) int { return c + (c+9)/10 }},
+	law.SlidingLog:    {func(c int) int { return c }, func(c int) int { return c }},
 }
 
 func TestTheWorstPeriodOfEachChartIsTheWorstThereIs(t *testing.T) {
@@ -78,7 +78,7 @@ func TestALargeLogAdmitsAboutA256thMoreInTheWorstPeriod(t *testing.T) {
 	t.Parallel()
 	for _, tokens := range []int{257, 1000} {
 		early := (tokens+255)/256 + 1
-		inPeriod, _ := search(ruleOf(storage.SlidingLog, int64(tokens)))
+		inPeriod, _ := search(ruleOf(law.SlidingLog, int64(tokens)))
 		t.Logf("%d of %d", inPeriod, tokens)
 		if inPeriod < tokens || inPeriod > tokens+early {
 			t.Errorf("a client was admitted %d in one period, want %d to %d", inPeriod, tokens, tokens+early)
@@ -88,7 +88,7 @@ func TestALargeLogAdmitsAboutA256thMoreInTheWorstPeriod(t *testing.T) {
 
 // search plays clients that call 200 times a period: those that wait and then take whatever there
 // is, with or without one call long before, and clients that change their mind at random.
-func search(r *storage.Rule) (inPeriod, inTenth int) {
+func search(r *law.Rule) (inPeriod, inTenth int) {
 	const fine = 200
 	try := func(steps int, c client) {
 		out := simulate(r, steps, period/fine, c)

@@ -1,6 +1,6 @@
 // Command charts draws docs/charts: what each kind of bucket admits to the client that it suits
 // least, and the window of one period in which that is most. Every mark is an answer of
-// storage.Decide; nothing is drawn by hand. Run it from the root of the module:
+// law.Decide; nothing is drawn by hand. Run it from the root of the module:
 //
 //	go run ./internal/charts
 package main
@@ -11,7 +11,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 //go:generate go run . -dir ../../docs/charts
@@ -38,7 +38,7 @@ func write(dir string) error {
 
 // chart is one kind and the script of the client that it suits least.
 type chart struct {
-	kind   storage.Kind
+	kind   law.Kind
 	name   string
 	client string // what the client does, in a line
 	script []ask
@@ -55,19 +55,19 @@ func (c chart) file() string { return c.kind.String() + ".svg" }
 // The scripts. One call more than there can be tokens shows the refusal. "Just before" is half a
 // second here, for the eye: the counts are the same for a microsecond.
 var charts = []chart{
-	{storage.Replenish, "Replenish", "one call opens the period, the others wait for its end; then as many as there are", []ask{
+	{law.Replenish, "Replenish", "one call opens the period, the others wait for its end; then as many as there are", []ask{
 		at(10, 1), at(105, 5), at(110, 6), {130, 210, 20, 1}, at(210, 6), {230, 300, 20, 1},
 	}},
-	{storage.Continuous, "Continuous", "all at once, then each token as it comes back; a pause, and all at once again", []ask{
+	{law.Continuous, "Continuous", "all at once, then each token as it comes back; a pause, and all at once again", []ask{
 		at(40, 6), {50, 140, 10, 1}, at(260, 6), {270, 300, 10, 1},
 	}},
-	{storage.FixedWindow, "FixedWindow", "nothing until just before the edge at 10 s, then as many as there are, before it and after it", []ask{
+	{law.FixedWindow, "FixedWindow", "nothing until just before the edge at 10 s, then as many as there are, before it and after it", []ask{
 		at(95, 6), at(100, 6), {120, 200, 20, 1}, at(200, 6), {220, 300, 20, 1},
 	}},
-	{storage.SlidingWindow, "SlidingWindow", "all at once just before the edge at 10 s, then each token as it fades; then a pause", []ask{
+	{law.SlidingWindow, "SlidingWindow", "all at once just before the edge at 10 s, then each token as it fades; then a pause", []ask{
 		at(95, 6), {100, 200, 10, 1}, at(290, 5),
 	}},
-	{storage.SlidingLog, "SlidingLog", "one call, a wait for the others, then whatever comes back: never more than the capacity", []ask{
+	{law.SlidingLog, "SlidingLog", "one call, a wait for the others, then whatever comes back: never more than the capacity", []ask{
 		at(20, 1), at(95, 5), at(100, 5), {115, 300, 10, 1},
 	}},
 }

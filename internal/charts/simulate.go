@@ -3,7 +3,7 @@ package main
 import (
 	"time"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // What is drawn, in microseconds where it is a time.
@@ -32,8 +32,8 @@ type call struct {
 // level is the tokens that remain before and after the calls of a step.
 type level struct{ before, after int64 }
 
-func ruleOf(kind storage.Kind, capacity int64) *storage.Rule {
-	r, faults := storage.NewRule("chart", kind, time.Duration(period)*time.Microsecond, capacity, capacity)
+func ruleOf(kind law.Kind, capacity int64) *law.Rule {
+	r, faults := law.NewRule("chart", kind, time.Duration(period)*time.Microsecond, capacity, capacity)
 	if len(faults) > 0 {
 		panic(faults[0])
 	}
@@ -41,12 +41,12 @@ func ruleOf(kind storage.Kind, capacity int64) *storage.Rule {
 }
 
 // simulate begins at the epoch, so that the edges of a FixedWindow are multiples of the period.
-func simulate(r *storage.Rule, steps int, step int64, c client) run {
+func simulate(r *law.Rule, steps int, step int64, c client) run {
 	var out run
-	draws := []storage.Draw{{Rule: r}}
+	draws := []law.Draw{{Rule: r}}
 	ask := func(at, cost int64) (remaining int64, admitted bool) {
 		draws[0].Cost = cost
-		admitted = storage.Decide(storage.Take, at, draws)
+		admitted = law.Decide(law.Take, at, draws)
 		return draws[0].Count.Remaining, admitted
 	}
 	for i := range steps {

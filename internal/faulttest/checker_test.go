@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage/failover"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
@@ -44,7 +44,7 @@ func burst(all []admission, d int64) (most int64) {
 
 // leak is the excess of a Continuous bucket, as a bucket has it that leaks: the most that was admitted in any window w
 // above N + r*w, if each was when it ended.
-func leak(all []admission, r *storage.Rule) float64 {
+func leak(all []admission, r *law.Rule) float64 {
 	level, most, last := 0.0, 0.0, int64(0)
 	for _, a := range all {
 		level = max(0, level-float64(a.ended-last)*float64(r.Refill)/float64(r.Period)) + float64(a.n)
@@ -56,7 +56,7 @@ func leak(all []admission, r *storage.Rule) float64 {
 
 // excess is what leak is at least, whenever in their calls the admissions were: windows are from a beginning to
 // an end, and have what lies within.
-func excess(all []admission, r *storage.Rule) (most float64) {
+func excess(all []admission, r *law.Rule) (most float64) {
 	for i := range all {
 		from, sum := all[i].began, int64(0)
 		for _, a := range all {
@@ -71,7 +71,7 @@ func excess(all []admission, r *storage.Rule) (most float64) {
 }
 
 // total is the excess of a bucket of which nothing comes back.
-func total(all []admission, r *storage.Rule) float64 {
+func total(all []admission, r *law.Rule) float64 {
 	sum := -r.Capacity
 	for _, a := range all {
 		sum += a.n
@@ -113,7 +113,7 @@ func (r *record) assertBound(t testing.TB, g *target) {
 	lag, trip := timing(events)
 	bound := burst(all, 2*(lag+trip))
 	e := total(all, rule)
-	if rule.Kind == storage.Continuous {
+	if rule.Kind == law.Continuous {
 		e = excess(all, rule)
 		t.Logf("%v: %d admissions, excess %.1f (%.1f if each was at its end), bound %d with X = %v, RTT = %v",
 			rule.Kind, len(all), e, leak(all, rule), bound, micros(lag), micros(trip))
@@ -141,7 +141,7 @@ func (r *record) assertPrompt(t testing.TB, limit time.Duration) {
 
 func TestTheCheckerFindsWhatIsTooMuch(t *testing.T) {
 	t.Parallel()
-	r := rule(t, "c", storage.Continuous, time.Second, 10, 10)
+	r := rule(t, "c", law.Continuous, time.Second, 10, 10)
 	at := func(ms ...int64) (all []admission) {
 		for _, m := range ms {
 			all = append(all, admission{m * 1000, m * 1000, 5})

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -110,7 +111,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 // steady is a Continuous target to which tokens come back all the time.
 func steady(t testing.TB) target {
 	t.Helper()
-	return target{id(t) + " steady", []storage.Rule{rule(t, "steady", storage.Continuous, time.Second, 100, 50)}}
+	return target{id(t) + " steady", []law.Rule{rule(t, "steady", law.Continuous, time.Second, 100, 50)}}
 }
 
 func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
@@ -359,7 +360,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 func quick(t testing.TB, n int64, period time.Duration) (all []target) {
 	t.Helper()
 	for _, kind := range storecheck.Kinds {
-		all = append(all, target{id(t) + " " + kind.String(), []storage.Rule{rule(t, "quick", kind, period, n, n)}})
+		all = append(all, target{id(t) + " " + kind.String(), []law.Rule{rule(t, "quick", kind, period, n, n)}})
 	}
 	return all
 }
@@ -502,7 +503,7 @@ func TestT12WhatTwoProcessesTakeInTurnsIsBackAsSoonAsInRedisAlone(t *testing.T) 
 	redis := servers.Redis(t)
 	a := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
 	b := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: postgres(t).URL()})
-	g := target{id(t), []storage.Rule{rule(t, "fast", storage.Continuous, time.Second, 100, 100)}}
+	g := target{id(t), []law.Rule{rule(t, "fast", law.Continuous, time.Second, 100, 100)}}
 	for round := range 4 {
 		storecheck.Until(t, "the bucket is not full", func() bool { return owed(t, a.redis, &g)[0] == 0 && owed(t, a.alone, &g)[0] == 0 })
 		for i := range 100 {

@@ -64,7 +64,7 @@ func assertUnderFire(t *testing.T, s storage.Storage, harm func()) {
 	t.Helper()
 	var shared storecheck.Told
 	var own [50]storecheck.Told
-	hot, mine := storecheck.Hourly(t, "shared", 1000), func(i int) storage.Request { return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40) }
+	hot, mine := storecheck.Hourly(t, "shared", 1000), func(i int) storecheck.Request { return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40) }
 	end := time.Now().Add(2 * time.Second)
 	var fire sync.WaitGroup
 	harms := 0

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -45,7 +46,7 @@ func TestACrowdInTwoProcessesIsAdmittedExactlyTheSmallerLimit(t *testing.T) {
 	redis, pg := servers.Redis(t), postgres(t)
 	var targets []target
 	for _, kind := range storecheck.Kinds {
-		targets = append(targets, target{id(t) + " " + kind.String(), []storage.Rule{slow(t, "large", kind, 1000), slow(t, "small", kind, 50)}})
+		targets = append(targets, target{id(t) + " " + kind.String(), []law.Rule{slow(t, "large", kind, 1000), slow(t, "small", kind, 50)}})
 	}
 	all := fleet(t, &r, 2, stores{RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}, redis, pg)
 	do(all, order{Do: "crowd", Targets: targets, Workers: 200, Calls: 1})
@@ -324,7 +325,7 @@ func TestCloseDuringLoadTellsEverything(t *testing.T) {
 	n.begin(order{Targets: targets, Workers: 20, Pause: time.Millisecond})
 	storecheck.Until(t, "there is no load", func() bool { return r.admitted(targets[0].ID) >= 100 })
 	require.NoError(t, n.Storage.Close(t.Context()))
-	_, err := n.Decide(t.Context(), targets[0].request(1))
+	_, err := storecheck.Decide(t.Context(), n, targets[0].request(1))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	n.end()
 	closed := 0

@@ -21,9 +21,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
-	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
@@ -48,11 +49,11 @@ type stores struct {
 // target is an identifier that is asked for one token of each of its buckets.
 type target struct {
 	ID    string
-	Rules []storage.Rule
+	Rules []law.Rule
 }
 
-func (g *target) request(cost int64) storage.Request {
-	return storage.Request{Name: "fault", Part: storage.NewPart(g.ID, g.Rules, cost)}
+func (g *target) request(cost int64) storecheck.Request {
+	return storecheck.Request{Name: "fault", Parts: []storecheck.Part{storecheck.NewPart(g.ID, g.Rules, cost)}}
 }
 
 // order is what a node is to do.
@@ -148,11 +149,11 @@ func (n *node) take(g *target) event { return n.ask(context.Background(), g, 1) 
 
 func (n *node) ask(ctx context.Context, g *target, cost int64) event {
 	began := time.Now()
-	v, err := n.Decide(ctx, g.request(cost))
+	v, err := storecheck.Decide(ctx, n, g.request(cost))
 	return n.called(g.ID, cost, began, v, err)
 }
 
-func (n *node) called(id string, cost int64, began time.Time, v storage.Verdict, err error) event {
+func (n *node) called(id string, cost int64, began time.Time, v storecheck.Verdict, err error) event {
 	ended := time.Now()
 	e := event{What: "call", At: ended.UnixMicro(), Took: ended.Sub(began).Microseconds(), By: v.Source(), ID: id, Cost: cost, Allowed: v.Allowed, err: err}
 	n.write(e)
@@ -161,7 +162,7 @@ func (n *node) called(id string, cost int64, began time.Time, v storage.Verdict,
 
 func (n *node) takeAlone(g *target) {
 	began := time.Now()
-	v, err := n.alone.Decide(context.Background(), g.request(1))
+	v, err := storecheck.Decide(context.Background(), n.alone, g.request(1))
 	n.called(alone+g.ID, 1, began, v, err)
 }
 
@@ -473,14 +474,14 @@ func (p program) Run() int {
 }
 
 // slow is n tokens of which none comes back during a test.
-func slow(t testing.TB, name string, kind storage.Kind, n int64) storage.Rule {
+func slow(t testing.TB, name string, kind law.Kind, n int64) law.Rule {
 	t.Helper()
 	return rule(t, name, kind, storecheck.Period(), n, 1)
 }
 
-func rule(t testing.TB, name string, kind storage.Kind, period time.Duration, n, refill int64) storage.Rule {
+func rule(t testing.TB, name string, kind law.Kind, period time.Duration, n, refill int64) law.Rule {
 	t.Helper()
-	r, faults := storage.NewRule(name, kind, period, n, refill)
+	r, faults := law.NewRule(name, kind, period, n, refill)
 	require.Empty(t, faults)
 	return r
 }
@@ -496,7 +497,7 @@ func id(t testing.TB) string {
 func ofEachKind(t testing.TB, n int64) (all []target) {
 	t.Helper()
 	for _, kind := range storecheck.Kinds {
-		all = append(all, target{id(t) + " " + kind.String(), []storage.Rule{slow(t, "slow", kind, n)}})
+		all = append(all, target{id(t) + " " + kind.String(), []law.Rule{slow(t, "slow", kind, n)}})
 	}
 	return all
 }
@@ -543,9 +544,9 @@ func (n *node) back(t testing.TB) time.Duration {
 }
 
 // owed is what each bucket of a target has spent in a store.
-func owed(t testing.TB, s storage.Replica, g *target) (n []int64) {
+func owed(t testing.TB, s replica.Storage, g *target) (n []int64) {
 	t.Helper()
-	d, err := s.Debt(t.Context(), storage.Debt{Name: "fault", Identifier: g.ID, Rules: g.Rules})
+	d, err := s.Debt(t.Context(), replica.Debt{Name: "fault", Identifier: g.ID, Rules: law.NewRuleSet(g.Rules...)})
 	require.NoError(t, err)
 	for _, bucket := range d.Amounts {
 		sum := int64(0)

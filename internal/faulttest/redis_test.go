@@ -61,7 +61,7 @@ func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	storecheck.AssertBackAfter(t, 100*time.Millisecond, storecheck.Timed(7, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		_, err := s.Decide(ctx, r)
+		_, err := storecheck.Decide(ctx, s, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	for _, heal := range heals {

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -21,12 +22,12 @@ import (
 const Patient = 20 * time.Second
 
 // Kinds are all kinds of buckets.
-var Kinds = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+var Kinds = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
 // Rule is that of a bucket whose tokens all come back in a period.
-func Rule(t testing.TB, name string, kind storage.Kind, period time.Duration, capacity int64) storage.Rule {
+func Rule(t testing.TB, name string, kind law.Kind, period time.Duration, capacity int64) law.Rule {
 	t.Helper()
-	r, faults := storage.NewRule(name, kind, period, capacity, capacity)
+	r, faults := law.NewRule(name, kind, period, capacity, capacity)
 	require.Empty(t, faults)
 	return r
 }
@@ -40,22 +41,22 @@ func Period() time.Duration {
 }
 
 // Hourly asks for one token of n an hour.
-func Hourly(t testing.TB, id string, n int64) storage.Request {
+func Hourly(t testing.TB, id string, n int64) Request {
 	t.Helper()
-	return storage.Request{Part: storage.NewPart(id, []storage.Rule{Rule(t, "hourly", storage.Replenish, time.Hour, n)}, 1)}
+	return Request{Parts: []Part{NewPart(id, []law.Rule{Rule(t, "hourly", law.Replenish, time.Hour, n)}, 1)}}
 }
 
 // FivePerHour asks for one token of five an hour.
-func FivePerHour(t testing.TB, id string) storage.Request {
+func FivePerHour(t testing.TB, id string) Request {
 	t.Helper()
 	return Hourly(t, id, 5)
 }
 
 // Take asks n times, and returns how often it was admitted.
-func Take(t testing.TB, s storage.Storage, r storage.Request, n int) (admitted int) {
+func Take(t testing.TB, s storage.Storage, r Request, n int) (admitted int) {
 	t.Helper()
 	for range n {
-		v, err := s.Decide(t.Context(), r)
+		v, err := Decide(t.Context(), s, r)
 		require.NoError(t, err)
 		if v.Allowed {
 			admitted++
@@ -65,12 +66,12 @@ func Take(t testing.TB, s storage.Storage, r storage.Request, n int) (admitted i
 }
 
 // Spent is how many tokens of the first bucket are out.
-func Spent(t testing.TB, s storage.Storage, r storage.Request) int64 {
+func Spent(t testing.TB, s storage.Storage, r Request) int64 {
 	t.Helper()
-	r.Mode, r.Part, r.More = storage.Peek, storage.NewPart(r.Part.Identifier, r.Part.Rules, 0), nil
-	v, err := s.Decide(t.Context(), r)
+	r.Mode, r.Parts = storage.Peek, []Part{NewPart(r.Parts[0].Identifier, r.Parts[0].Rules.Rules, 0)}
+	v, err := Decide(t.Context(), s, r)
 	require.NoError(t, err)
-	return r.Part.Rules[0].Capacity - v.Count(0).Remaining
+	return r.Parts[0].Rules.Rules[0].Capacity - v.Count(0).Remaining
 }
 
 // Crowd runs f in n goroutines, and waits for them.
@@ -147,14 +148,14 @@ func AssertHalfWithin(t testing.TB, limit time.Duration, took []time.Duration) {
 type Told struct{ Admitted, Denied, Failed atomic.Int64 }
 
 // Ask asks once, and counts the answer.
-func (c *Told) Ask(s storage.Storage, r storage.Request) error {
-	v, err := s.Decide(context.Background(), r)
+func (c *Told) Ask(s storage.Storage, r Request) error {
+	v, err := Decide(context.Background(), s, r)
 	c.Count(v, err)
 	return err
 }
 
 // Count counts an answer.
-func (c *Told) Count(v storage.Verdict, err error) {
+func (c *Told) Count(v Verdict, err error) {
 	switch {
 	case err != nil:
 		c.Failed.Add(1)
@@ -166,19 +167,19 @@ func (c *Told) Count(v storage.Verdict, err error) {
 }
 
 // AssertAccount holds what was taken to what callers were told, and returns how much of it nobody was admitted for.
-func (c *Told) AssertAccount(t testing.TB, s storage.Storage, r storage.Request) (lost int64) {
+func (c *Told) AssertAccount(t testing.TB, s storage.Storage, r Request) (lost int64) {
 	t.Helper()
 	lost = c.AssertNotTwice(t, s, r)
-	id := r.Part.Identifier
+	id := r.Parts[0].Identifier
 	assert.GreaterOrEqual(t, lost, int64(0), "%s: something was admitted and not taken", id)
-	assert.LessOrEqual(t, c.Admitted.Load(), r.Part.Rules[0].Capacity, "%s: more than the limit was admitted", id)
+	assert.LessOrEqual(t, c.Admitted.Load(), r.Parts[0].Rules.Rules[0].Capacity, "%s: more than the limit was admitted", id)
 	return lost
 }
 
 // AssertNotTwice is AssertAccount for a server that may forget: what failed was taken once, or not.
-func (c *Told) AssertNotTwice(t testing.TB, s storage.Storage, r storage.Request) (lost int64) {
+func (c *Told) AssertNotTwice(t testing.TB, s storage.Storage, r Request) (lost int64) {
 	t.Helper()
 	lost = Spent(t, s, r) - c.Admitted.Load()
-	assert.LessOrEqual(t, lost, c.Failed.Load(), "%s: something was taken twice", r.Part.Identifier)
+	assert.LessOrEqual(t, lost, c.Failed.Load(), "%s: something was taken twice", r.Parts[0].Identifier)
 	return lost
 }

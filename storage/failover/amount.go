@@ -7,13 +7,14 @@ import (
 	"math/bits"
 	"slices"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
 // bucket is what one bucket of an identifier owes the ledger, and what Redis has shown of it. Taken and refunded tokens
 // are apart, as a refund cannot be subtracted: it goes to the hold that its own decision made.
 type bucket struct {
-	rule     *storage.Rule
+	rule     *law.Rule
 	near     int64 // amounts that end within this time of each other are merged
 	taken    []amount
 	refunded []amount // their n is above 0 too
@@ -35,9 +36,9 @@ const (
 
 // use makes a rule the bucket's. Amounts of a Continuous bucket are merged only if they end within 1/64 of its drain
 // time: another process's tokens may lie between them.
-func (b *bucket) use(r *storage.Rule) {
+func (b *bucket) use(r *law.Rule) {
 	b.rule, b.near = r, r.Period/2048
-	if r.Kind == storage.Continuous {
+	if r.Kind == law.Continuous {
 		b.near = drains(r, r.Capacity) / 64
 	}
 }
@@ -46,7 +47,7 @@ func (b *bucket) use(r *storage.Rule) {
 // about the same time. When the list is full the two oldest join, whatever lies between them.
 func (b *bucket) add(list *[]amount, n, at int64) {
 	next := amount{n, at, at}
-	if b.rule.Kind == storage.Continuous {
+	if b.rule.Kind == law.Continuous {
 		next.from -= drains(b.rule, n)
 	}
 	all := *list
@@ -69,9 +70,9 @@ func (a amount) and(o amount) amount {
 }
 
 // drains is how long n tokens of a Continuous bucket take to come back, of at most 4 capacities. It is what
-// storage.State.FullAt says of a state that was charged with them, without the state: it runs for each admission, under
+// law.State.FullAt says of a state that was charged with them, without the state: it runs for each admission, under
 // the journal's lock. A test compares the two.
-func drains(r *storage.Rule, n int64) int64 {
+func drains(r *law.Rule, n int64) int64 {
 	return (min(n, 4*r.Capacity)*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
@@ -106,11 +107,11 @@ func (a amount) left(now int64) storage.Amount {
 }
 
 // held is how many tokens a debt has, and when the last of them comes back. A SlidingWindow counts a hold that fades as
-// storage.Decide does: a test compares the two.
-func held(r *storage.Rule, debt []storage.Amount) (n, last int64) {
+// law.Decide does: a test compares the two.
+func held(r *law.Rule, debt []storage.Amount) (n, last int64) {
 	for _, a := range debt {
 		tokens := min(a.N, 4*r.Capacity) // or the product may be too large
-		if r.Kind == storage.SlidingWindow {
+		if r.Kind == law.SlidingWindow {
 			tokens = tokens * min((a.In+r.Tick-1)/r.Tick, r.One) / r.One
 		}
 		n, last = n+tokens, max(last, a.In)

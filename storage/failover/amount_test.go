@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
@@ -16,13 +17,13 @@ import (
 // What the failover computes without a state, for speed, is what package storage says.
 
 // anyRules calls test with rules of a kind, from small to as large as they can be.
-func anyRules(t *testing.T, kind storage.Kind, test func(rnd *rand.Rand, r *storage.Rule)) {
+func anyRules(t *testing.T, kind law.Kind, test func(rnd *rand.Rand, r *law.Rule)) {
 	t.Helper()
 	rnd := rand.New(rand.NewPCG(1, uint64(kind)))
 	valid := 0
 	for valid < 2000 {
 		period := time.Microsecond << rnd.IntN(40) * time.Duration(1+rnd.IntN(9))
-		r, faults := storage.NewRule("any", kind, period, 1+rnd.Int64N(1<<rnd.IntN(40)), 1+rnd.Int64N(1<<rnd.IntN(40)))
+		r, faults := law.NewRule("any", kind, period, 1+rnd.Int64N(1<<rnd.IntN(40)), 1+rnd.Int64N(1<<rnd.IntN(40)))
 		if len(faults) == 0 {
 			valid++
 			test(rnd, &r)
@@ -32,10 +33,10 @@ func anyRules(t *testing.T, kind storage.Kind, test func(rnd *rand.Rand, r *stor
 
 func TestALevelDrainsAsTheLawSays(t *testing.T) {
 	t.Parallel()
-	anyRules(t, storage.Continuous, func(rnd *rand.Rand, r *storage.Rule) {
+	anyRules(t, law.Continuous, func(rnd *rand.Rand, r *law.Rule) {
 		n := 1 + rnd.Int64N(4*r.Capacity)
-		var s storage.State
-		s.Charge(r, storage.Amount{N: n, In: storage.FarFuture}, 0)
+		var s law.State
+		s.Charge(r, storage.Amount{N: n, In: law.FarFuture}, 0)
 		require.Equal(t, s.FullAt(0), failover.Drains(r, n), "%d of %+v", n, r)
 		require.Equal(t, failover.Drains(r, 4*r.Capacity), failover.Drains(r, 1<<53), "no bucket owes more than 4 capacities")
 	})
@@ -44,16 +45,16 @@ func TestALevelDrainsAsTheLawSays(t *testing.T) {
 func TestADebtHasTheTokensOfTheLaw(t *testing.T) {
 	t.Parallel()
 	for _, kind := range storecheck.Kinds {
-		anyRules(t, kind, func(rnd *rand.Rand, r *storage.Rule) {
-			var s storage.State
+		anyRules(t, kind, func(rnd *rand.Rand, r *law.Rule) {
+			var s law.State
 			now := rnd.Int64N(1 << 40)
 			for range 1 + rnd.IntN(4) {
-				draws := []storage.Draw{{Rule: r, Cost: 1 + rnd.Int64N(r.Capacity), State: s}}
-				storage.Decide(storage.Force, now, draws)
+				draws := []law.Draw{{Rule: r, Cost: 1 + rnd.Int64N(r.Capacity), State: s}}
+				law.Decide(storage.Force, now, draws)
 				s, now = draws[0].State, now+rnd.Int64N(r.Period)
 			}
-			look := []storage.Draw{{Rule: r, State: s}}
-			storage.Decide(storage.Peek, now, look)
+			look := []law.Draw{{Rule: r, State: s}}
+			law.Decide(storage.Peek, now, look)
 			n, last := failover.Held(r, s.Debt(r, now))
 			require.Equal(t, r.Capacity-look[0].Count.Remaining, n, "%+v", r)
 			require.LessOrEqual(t, look[0].Count.ResetAfter, last)
@@ -64,9 +65,9 @@ func TestADebtHasTheTokensOfTheLaw(t *testing.T) {
 func TestNothingTakesLongerThanTheLongest(t *testing.T) {
 	t.Parallel()
 	for _, kind := range storecheck.Kinds {
-		anyRules(t, kind, func(rnd *rand.Rand, r *storage.Rule) {
-			all := []storage.Draw{{Rule: r, Cost: 4 * r.Capacity}}
-			storage.Decide(storage.Force, rnd.Int64N(1<<40), all)
+		anyRules(t, kind, func(rnd *rand.Rand, r *law.Rule) {
+			all := []law.Draw{{Rule: r, Cost: 4 * r.Capacity}}
+			law.Decide(storage.Force, rnd.Int64N(1<<40), all)
 			assert.LessOrEqual(t, all[0].Count.HeldFor, failover.Longest(r), "%+v", r)
 		})
 	}

@@ -13,6 +13,7 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -161,8 +162,8 @@ func (s *Storage) probeLoop(ctx context.Context) {
 // probe makes a real decision on a bucket of its own: a Redis that is sick may still answer a PING. The last letter of
 // the identifier is random, so that in a cluster the probes come to several nodes.
 func (s *Storage) probe(ctx context.Context) error {
-	rule, _ := storage.NewRule("probe", storage.Replenish, time.Second, 1000, 0)
+	rule, _ := law.NewRule("probe", law.Replenish, time.Second, 1000, 0)
 	id := s.flusher.origin + string(rune('a'+rand.N(26)))
-	_, err := s.primary.Decide(ctx, storage.Request{Name: "!probe", Part: storage.NewPart(id, []storage.Rule{rule}, 1)})
-	return err
+	r := &storage.Request{Name: "!probe", Parts: []storage.Part{{Identifier: id, Rules: law.NewRuleSet(rule)}}, Costs: []int64{1}}
+	return s.primary.Decide(ctx, r, &storage.Answer{Counts: make([]storage.Count, 1)})
 }

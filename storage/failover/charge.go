@@ -17,18 +17,15 @@ import (
 )
 
 // Charge implements storage.Storage. A negative amount is a refund.
-func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
+func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	if err := s.enter(ctx); err != nil {
 		return err
 	}
 	defer s.leave()
-	if err := c.Validate(); err != nil {
-		return err
-	}
 	return s.either(ctx, func(began time.Time, again bool) error {
-		return s.chargePrimary(ctx, &c, began, s.readTime(again))
+		return s.chargePrimary(ctx, c, began, s.readTime(again))
 	}, func(began time.Time) error {
-		return s.chargeLedger(ctx, &c, began)
+		return s.chargeLedger(ctx, c, began)
 	})
 }
 
@@ -36,7 +33,7 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 // fresh: the next decision would no longer find it stale. So where Redis is doubted it is raised first (Rule 7).
 func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began time.Time, read time.Duration) error {
 	var late []*storage.Part
-	r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Part: storage.NewPart(c.Identifier, c.Rules, 0)}
+	r := storage.Request{Name: c.Name, Clocked: c.Clocked, Now: c.Now, Parts: []storage.Part{{Identifier: c.Identifier, Rules: c.Rules}}}
 	if takes(c) && s.doubt(&r) != 0 {
 		var err error
 		began = began.Add(read)
@@ -52,7 +49,7 @@ func (s *Storage) chargePrimary(ctx context.Context, c *storage.Charge, began ti
 			}
 			defer s.journal.endRefund(id)
 		}
-		err := s.primary.Charge(ctx, *c)
+		err := s.primary.Charge(ctx, c)
 		if err == nil {
 			s.journal.charged(c)
 			s.raiseLater(&r, late)
@@ -75,11 +72,10 @@ func (s *Storage) chargeLedger(ctx context.Context, c *storage.Charge, began tim
 		if err := s.settle(ctx, key{c.Name, c.Identifier}); err != nil {
 			return err
 		}
-		return s.ledger.Charge(ctx, *c)
+		return s.ledger.Charge(ctx, c)
 	})
 	if err == nil && takes(c) && s.breaker.cause() == nil {
-		p := storage.NewPart(c.Identifier, c.Rules, 0)
-		s.journal.raiseLater(c.Name, &p, c.Clocked, c.Now)
+		s.journal.raiseLater(c.Name, &storage.Part{Identifier: c.Identifier, Rules: c.Rules}, c.Clocked, c.Now)
 	}
 	return err
 }
@@ -104,9 +100,6 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 		return err
 	}
 	defer s.leave()
-	if err := storage.ValidateIdentifier(identifier); err != nil {
-		return err
-	}
 	id := key{name, identifier}
 	cause := s.resetPrimary(ctx, id)
 	if errors.Is(cause, storage.ErrUnavailable) {

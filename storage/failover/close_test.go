@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 )
@@ -22,7 +23,7 @@ type deaf struct {
 	told    *atomic.Int64 // how many batches
 }
 
-func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
+func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
 	time.Sleep(l.time)
 	l.told.Add(1)
 	if l.refuses && len(batch) > 1 {

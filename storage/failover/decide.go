@@ -6,39 +6,31 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/redis"
 )
 
-// Decide implements storage.Storage. Its Verdict is Degraded unless Redis answered in its regular place.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
+// Decide implements storage.Storage. Its answer is Degraded unless Redis answered in its regular place.
+func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if err := s.enter(ctx); err != nil {
-		return v, err
+		return err
 	}
 	defer s.leave()
-	if err := r.Validate(); err != nil {
-		return v, err
-	}
-	err = s.either(ctx, func(began time.Time, again bool) error {
-		err := s.decideOnPrimary(ctx, &r, &v, began, s.readTime(again))
-		if again {
-			v.Degrade()
-		}
+	err := s.either(ctx, func(began time.Time, again bool) error {
+		err := s.decideOnPrimary(ctx, r, a, began, s.readTime(again))
+		a.Degraded = again
 		return err
 	}, func(began time.Time) error {
-		return s.decideOnLedger(ctx, &r, &v, began)
+		return s.decideOnLedger(ctx, r, a, began)
 	})
-	if s.local != nil && fails(err) && ctx.Err() == nil { // Rule 9
-		if v, err := s.decideLocally(ctx, r); err == nil {
-			return v, nil
-		}
+	if s.local != nil && fails(err) && ctx.Err() == nil && s.decideLocally(ctx, r, a) == nil { // Rule 9
+		return nil
 	}
-	if err != nil {
-		return storage.Verdict{}, err
-	}
-	return v, nil
+	return err
 }
 
 // either is the order in which the stores are asked. Each is asked at most once.
@@ -84,45 +76,40 @@ func (s *Storage) readTime(again bool) time.Duration {
 // decideOnPrimary keeps Rule 1, and Rule 7 where Redis is doubted: Redis answers ErrStale in place of an admission that
 // rests on doubted state. What Redis admits becomes pending. A denial needs no doubt: spending that Redis lacks could
 // only be one more reason to deny.
-func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, v *storage.Verdict, began time.Time, read time.Duration) (err error) {
+func (s *Storage) decideOnPrimary(ctx context.Context, r *storage.Request, a *storage.Answer, began time.Time, read time.Duration) (err error) {
 	if err := s.isolated(); err != nil {
 		return err
 	}
 	since := s.doubt(r)
-	*v, err = s.primary.DecideFresh(ctx, *r, since)
+	err = s.primary.DecideFresh(ctx, r, a, since)
 	if errors.Is(err, redis.ErrRestarted) && !r.Clocked { // the server may have lost everything up to now
-		since = storage.Monotonic()
+		since = law.Monotonic()
 		s.doubted.Store(since)
 	}
 	if errors.Is(err, redis.ErrStale) {
 		if since == 0 { // an injected clock after a restart: only the script is missing
 			read = 0
 		}
-		err = s.decideStale(ctx, *r, v, began.Add(read), since != 0)
+		err = s.decideStale(ctx, r, a, began.Add(read), since != 0)
 	}
-	if err == nil && v.Taken() {
-		s.journal.took(r, v)
+	if err == nil && taken(r, a) {
+		s.journal.took(r, a)
 	}
 	return err
 }
 
 // decideStale asks Redis once more, after raising it to the ledger's debt. If the ledger has not answered at the time
 // read, Redis decides without it and is raised afterwards: a call that waited for longer would miss its own time.
-//
-// The request is copied, as reading through takes it to other goroutines. So it stays off the heap in all other calls.
-func (s *Storage) decideStale(ctx context.Context, r storage.Request, v *storage.Verdict, read time.Time, doubted bool) (err error) {
+func (s *Storage) decideStale(ctx context.Context, r *storage.Request, a *storage.Answer, read time.Time, doubted bool) (err error) {
 	var late []*storage.Part
 	if doubted {
-		if late, err = s.readThrough(ctx, &r, read); err != nil {
+		if late, err = s.readThrough(ctx, r, read); err != nil {
 			return err
 		}
 	}
-	err = s.onPrimary(ctx, read, func(ctx context.Context) (err error) {
-		*v, err = s.primary.Decide(ctx, r)
-		return err
-	})
+	err = s.onPrimary(ctx, read, func(ctx context.Context) error { return s.primary.Decide(ctx, r, a) })
 	if err == nil {
-		s.raiseLater(&r, late)
+		s.raiseLater(r, late)
 	}
 	return err
 }
@@ -130,27 +117,29 @@ func (s *Storage) decideStale(ctx context.Context, r storage.Request, v *storage
 // decideOnLedger keeps Rule 4: what this process has pending of the identifiers is charged first, so that Postgres
 // decides with all that Redis has admitted here. Redis did not see what Postgres admits. While the breaker is closed,
 // others still ask Redis, so it is raised with the next flush; if it is open, Redis is doubted when it is back.
-func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request, v *storage.Verdict, began time.Time) error {
-	err := s.onLedger(ctx, began, func(ctx context.Context) (err error) {
-		for i := range r.Parts() {
-			if err := s.settle(ctx, key{r.Name, r.At(i).Identifier}); err != nil {
+func (s *Storage) decideOnLedger(ctx context.Context, r *storage.Request, a *storage.Answer, began time.Time) error {
+	err := s.onLedger(ctx, began, func(ctx context.Context) error {
+		for _, p := range r.Parts {
+			if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
 				return err
 			}
 		}
-		*v, err = s.ledger.Decide(ctx, *r)
-		return err
+		return s.ledger.Decide(ctx, r, a)
 	})
 	if err != nil {
 		return err
 	}
-	v.Degrade()
-	if v.Taken() && s.breaker.cause() == nil {
-		for i := range r.Parts() {
-			s.journal.raiseLater(r.Name, r.At(i), r.Clocked, r.Now)
+	a.Degraded = true
+	if taken(r, a) && s.breaker.cause() == nil {
+		for i := range r.Parts {
+			s.journal.raiseLater(r.Name, &r.Parts[i], r.Clocked, r.Now)
 		}
 	}
 	return nil
 }
+
+// taken reports whether an answer says that costs were taken.
+func taken(r *storage.Request, a *storage.Answer) bool { return a.Allowed && r.Mode != storage.Peek }
 
 // onPrimary calls f with a context that ends PrimaryTimeout after a time: the begin of the call, or the end of its time
 // to read the ledger.
@@ -203,7 +192,7 @@ func (s *Storage) isolated() error {
 	f := &s.flusher
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.since == 0 || micros(storage.Monotonic()-f.since) <= s.options.MaxIsolation {
+	if f.since == 0 || micros(law.Monotonic()-f.since) <= s.options.MaxIsolation {
 		return nil
 	}
 	return fmt.Errorf("%w: Postgres could not be charged for over %v: %w", storage.ErrUnavailable, s.options.MaxIsolation, f.failure)
@@ -211,46 +200,44 @@ func (s *Storage) isolated() error {
 
 // decideLocally keeps Rule 9 with Options.Local: buckets of this process, which hold its share of each capacity,
 // decide. What they admit is recorded nowhere.
-func (s *Storage) decideLocally(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	own := r
-	if own.Part, err = s.share(&r.Part); err != nil {
-		return v, err
-	}
-	own.More = nil
-	for i := range r.More {
-		p, err := s.share(&r.More[i])
-		if err != nil {
-			return v, err
+func (s *Storage) decideLocally(ctx context.Context, r *storage.Request, a *storage.Answer) (err error) {
+	own, n := *r, 0
+	own.Parts = slices.Clone(r.Parts)
+	for i := range own.Parts {
+		p := &own.Parts[i]
+		if p.Rules, err = s.share(p.Rules); err != nil {
+			return err
 		}
-		own.More = append(own.More, p)
+		for j := range p.Rules.Rules {
+			if rule := &p.Rules.Rules[j]; r.Costs[n] > rule.Capacity && r.Mode != storage.Force {
+				return fmt.Errorf("%d tokens of bucket %q are more than the share of this process, %d", r.Costs[n], rule.Name, rule.Capacity)
+			}
+			n++
+		}
 	}
-	v, err = s.local.Decide(ctx, own)
-	v.Degrade()
-	return v, err
+	err = s.local.Decide(ctx, &own, a)
+	a.Degraded = true
+	return err
 }
 
-// share is a part with this process's share of the capacities. A Continuous bucket gets its share of the refill by a
+// share is rules with this process's share of the capacities. A Continuous bucket gets its share of the refill by a
 // longer period, as the refill has to remain a whole number.
-func (s *Storage) share(p *storage.Part) (storage.Part, error) {
-	rules := make([]storage.Rule, len(p.Rules))
-	for i := range p.Rules {
-		r, faults := &p.Rules[i], []error(nil)
+func (s *Storage) share(of *storage.RuleSet) (*storage.RuleSet, error) {
+	rules := make([]law.Rule, len(of.Rules))
+	for i := range of.Rules {
+		r, faults := &of.Rules[i], []law.Fault(nil)
 		capacity, period := max(1, int64(float64(r.Capacity)*s.options.Local.Share)), r.Period
-		if r.Kind == storage.Continuous {
+		if r.Kind == law.Continuous {
 			period = rounded(int64(float64(r.Period) / s.options.Local.Share))
 		}
-		if rules[i], faults = storage.NewRule(r.Name, r.Kind, micros(period), capacity, r.Refill); len(faults) > 0 {
-			return storage.Part{}, errors.Join(faults...)
+		if rules[i], faults = law.NewRule(r.Name, r.Kind, micros(period), capacity, r.Refill); len(faults) > 0 {
+			return nil, (*storage.BucketError)(&faults[0])
 		}
 	}
-	out := storage.NewPart(p.Identifier, rules, 0)
-	for i := range rules {
-		out.SetCost(i, p.Cost(i))
-	}
-	return out, nil
+	return law.NewRuleSet(rules...), nil
 }
 
-// rounded is n rounded up to four digits. A large bucket needs a period with many divisors (storage.NewRule), which
+// rounded is n rounded up to four digits. A large bucket needs a period with many divisors (law.NewRule), which
 // the quotient of a division rarely is.
 func rounded(n int64) int64 {
 	step := int64(1)

@@ -20,6 +20,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -36,11 +38,10 @@ func (s *Storage) doubt(r *storage.Request) (since int64) {
 	if since == 0 {
 		return 0
 	}
-	age := storage.Monotonic() - since
-	for i := range r.Parts() {
-		rules := r.At(i).Rules
-		for j := range rules {
-			if age <= longest(&rules[j]) {
+	age := law.Monotonic() - since
+	for _, p := range r.Parts {
+		for j := range p.Rules.Rules {
+			if age <= longest(&p.Rules.Rules[j]) {
 				return since
 			}
 		}
@@ -50,9 +51,9 @@ func (s *Storage) doubt(r *storage.Request) (since int64) {
 
 // longest is at least how long what decisions took needs to come back: for a level the 4 capacities that are recorded
 // at most; else the two periods of a SlidingWindow, and one more for a server's clock that has stepped back. A test
-// compares it with storage.Decide.
-func longest(r *storage.Rule) int64 {
-	if r.Kind == storage.Continuous {
+// compares it with law.Decide.
+func longest(r *law.Rule) int64 {
+	if r.Kind == law.Continuous {
 		return drains(r, 4*r.Capacity)
 	}
 	return 3 * r.Period
@@ -65,7 +66,7 @@ func (s *Storage) handBack(ctx context.Context) bool {
 	if s.resetMissed(ctx) != nil {
 		return false
 	}
-	now := storage.Monotonic()
+	now := law.Monotonic()
 	s.doubted.Store(now)
 	s.outage.Store(now)
 	if !s.breaker.close() {
@@ -81,9 +82,9 @@ func (s *Storage) handBack(ctx context.Context) bool {
 func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) (late []*storage.Part, err error) {
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
-	parts := make([]*storage.Part, r.Parts())
+	parts := make([]*storage.Part, len(r.Parts))
 	for i := range parts {
-		parts[i] = r.At(i)
+		parts[i] = &r.Parts[i]
 	}
 	if s.ledgerFails() {
 		return parts, nil
@@ -108,12 +109,12 @@ func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.
 
 // read returns the ledger's debt of an identifier, and when it was asked. What this process has pending is written
 // first: Redis may have lost that too.
-func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d storage.Debt, asked int64, err error) {
+func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d replica.Debt, asked int64, err error) {
 	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
 		return d, 0, err
 	}
-	asked = storage.Monotonic()
-	d, err = s.ledger.Debt(ctx, storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
+	asked = law.Monotonic()
+	d, err = s.ledger.Debt(ctx, replica.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
 	return d, asked, err
 }
 

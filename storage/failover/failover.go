@@ -53,6 +53,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/postgres"
 	"github.com/go-throttler/throttler/storage/redis"
@@ -118,15 +119,15 @@ func (e *OptionError) Error() string {
 
 // primary is a *redis.Storage. The tests put a simulated one in its place.
 type primary interface {
-	storage.Replica
-	DecideFresh(ctx context.Context, r storage.Request, since int64) (storage.Verdict, error)
+	replica.Storage
+	DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error
 	Watch(timeout time.Duration, report func(error)) error
 }
 
 // ledger is a *postgres.Storage.
 type ledger interface {
-	storage.Replica
-	Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error)
+	replica.Storage
+	Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error)
 }
 
 // Storage is made by New and is safe for concurrent use.
@@ -144,7 +145,7 @@ type Storage struct {
 	breaker breaker
 	journal journal
 	flusher flusher
-	// Rule 7, by storage.Monotonic, zero for never: state that Redis changed last before doubted may lack spending. It is
+	// Rule 7, by the monotonic clock, zero for never: state that Redis changed last before doubted may lack spending. It is
 	// set when an outage ends and when a server has restarted; outage only by the former.
 	doubted, outage atomic.Int64
 

@@ -7,9 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -88,7 +91,7 @@ func (s *Storage) flushIn() time.Duration {
 	case pending > s.options.MaxPending/2:
 		return 0
 	}
-	return max(0, s.options.FlushInterval-time.Duration(storage.Monotonic()-since)*time.Microsecond)
+	return max(0, s.options.FlushInterval-time.Duration(law.Monotonic()-since)*time.Microsecond)
 }
 
 // flush keeps Rules 2 and 3 for one batch. If the ledger rejects the batch, it has charged nothing of it, and each
@@ -123,13 +126,13 @@ func (s *Storage) flush(ctx context.Context) {
 		}
 		f.batch, relayed = f.batch[size:], relayed+raised
 	}
-	s.flushed(rejected, storage.Monotonic()-since, relayed)
+	s.flushed(rejected, law.Monotonic()-since, relayed)
 }
 
 // flushSome writes some entries and raises Redis to the debts in the answer. The debts age from before they were asked
 // for.
 func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, err error) {
-	asked := storage.Monotonic()
+	asked := law.Monotonic()
 	debts, err := s.write(ctx, some)
 	if err != nil {
 		return 0, err
@@ -145,7 +148,7 @@ func (s *Storage) flushFailed(err error) {
 	f.failure, f.since = err, f.batch[0].since
 	f.mu.Unlock()
 	s.journal.failed(err)
-	s.notify(Event{Kind: FlushFailed, Err: err, Lag: micros(storage.Monotonic() - f.batch[0].since)})
+	s.notify(Event{Kind: FlushFailed, Err: err, Lag: micros(law.Monotonic() - f.batch[0].since)})
 }
 
 // flushed counts a batch of which nothing is in flight any more. The error is that of entries which were rejected.
@@ -159,11 +162,11 @@ func (s *Storage) flushed(err error, lag int64, relayed int) {
 }
 
 // write charges the ledger with a batch and returns the debt of each entry afterwards.
-func (s *Storage) write(ctx context.Context, batch []*entry) ([]storage.Debt, error) {
+func (s *Storage) write(ctx context.Context, batch []*entry) ([]replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	now := storage.Monotonic()
+	now := law.Monotonic()
 	if err := s.prepare(ctx, batch, now); err != nil {
 		return nil, err
 	}
@@ -173,7 +176,7 @@ func (s *Storage) write(ctx context.Context, batch []*entry) ([]storage.Debt, er
 		charges = e.charges(charges, now)
 		ends[i] = len(charges)
 	}
-	debts := make([]storage.Debt, len(batch))
+	debts := make([]replica.Debt, len(batch))
 	if len(charges) == 0 { // only resets, of entries without buckets
 		return debts, nil
 	}
@@ -214,16 +217,19 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	if e.clocked { // the amounts have their times by the caller's clock
 		now = e.now
 	}
-	rules, amounts := rulesOf(e.buckets), make([][]storage.Amount, len(e.buckets))
+	amounts := make([][]storage.Amount, len(e.buckets))
 	rounds := 1
 	for i := range e.buckets {
 		amounts[i] = e.buckets[i].left(now)
 		rounds = max(rounds, len(amounts[i]))
 	}
+	var rules []*storage.RuleSet
+	for some := range slices.Chunk(e.buckets, storage.MaxBuckets) {
+		rules = append(rules, e.rulesOf(some))
+	}
 	for k := range rounds {
-		for from := 0; from < len(rules); from += storage.MaxBuckets {
-			to := min(from+storage.MaxBuckets, len(rules))
-			if c, any := e.charge(rules[from:to], amounts[from:to], k); any || k == 0 {
+		for i, some := range slices.Collect(slices.Chunk(amounts, storage.MaxBuckets)) {
+			if c, any := e.charge(rules[i], some, k); any || k == 0 {
 				out = append(out, c)
 			}
 		}
@@ -232,8 +238,8 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 }
 
 // charge charges each bucket with its amount k, and reports whether any bucket has that many.
-func (e *entry) charge(rules []storage.Rule, amounts [][]storage.Amount, k int) (c storage.Charge, any bool) {
-	c = storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(rules))}
+func (e *entry) charge(rules *storage.RuleSet, amounts [][]storage.Amount, k int) (c storage.Charge, any bool) {
+	c = storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(amounts))}
 	for i, all := range amounts {
 		if k < len(all) {
 			c.Amounts[i], any = all[k], true
@@ -243,21 +249,26 @@ func (e *entry) charge(rules []storage.Rule, amounts [][]storage.Amount, k int) 
 }
 
 // debt joins the answers to the first charges of an entry.
-func (e *entry) debt(answers []storage.Debt) storage.Debt {
-	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
-	for from := 0; from < len(d.Rules); from += storage.MaxBuckets {
+func (e *entry) debt(answers []replica.Debt) replica.Debt {
+	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
+	for from := 0; from < len(d.Amounts); from += storage.MaxBuckets {
 		copy(d.Amounts[from:], answers[from/storage.MaxBuckets].Amounts)
 	}
 	return d
 }
 
-// rulesOf copies the rules, as a request has them in a row.
-func rulesOf(buckets []bucket) []storage.Rule {
-	rules := make([]storage.Rule, len(buckets))
+// rulesOf is the rules of buckets of the entry, which nearly always are those of the last call.
+func (e *entry) rulesOf(buckets []bucket) *storage.RuleSet {
+	same := e.rules != nil && len(e.rules.Rules) == len(buckets)
+	rules := make([]law.Rule, len(buckets))
 	for i := range buckets {
 		rules[i] = *buckets[i].rule
+		same = same && buckets[i].rule == &e.rules.Rules[i]
 	}
-	return rules
+	if same {
+		return e.rules
+	}
+	return law.NewRuleSet(rules...)
 }
 
 // raiseLevels handles an entry too old to charge amount by amount: tokens that drained in the meantime would be counted
@@ -265,20 +276,22 @@ func rulesOf(buckets []bucket) []storage.Rule {
 // says how high it is, so the amount may be as large as it can be. A bucket from which a Charge took is charged after
 // all, as Redis reports no level after a Charge.
 func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
-	d := storage.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
+	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
 	var raised []*bucket
+	var rules []law.Rule
 	for i := range e.buckets {
 		b := &e.buckets[i]
-		if b.rule.Kind != storage.Continuous || len(b.taken) == 0 || b.unshown || len(d.Rules) == storage.MaxBuckets {
+		if b.rule.Kind != law.Continuous || len(b.taken) == 0 || b.unshown || len(rules) == storage.MaxBuckets {
 			continue
 		}
 		raised = append(raised, b)
-		d.Rules = append(d.Rules, *b.rule)
+		rules = append(rules, *b.rule)
 		d.Amounts = append(d.Amounts, []storage.Amount{{N: 4 * b.rule.Capacity, In: max(0, b.resetAt-e.time())}})
 	}
 	if len(raised) == 0 {
 		return nil
 	}
+	d.Rules = law.NewRuleSet(rules...)
 	if err := s.ledger.Raise(ctx, d); errors.Is(err, storage.ErrUnavailable) {
 		return err
 	} // another error is that of one row, and must not hold up the batch
@@ -293,19 +306,19 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 // open it does nothing: once Redis is back, all of it is doubted and raised by Rule 7.
 //
 // By an injected clock, debts have no age, and Redis is raised only where that was asked for.
-func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Debt, asked int64) (n int) {
+func (s *Storage) relay(ctx context.Context, batch []*entry, debts []replica.Debt, asked int64) (n int) {
 	if s.breaker.cause() != nil {
 		return 0
 	}
 	_ = s.resetMissed(ctx) // before Redis is raised, or the reset would drop that
-	var higher []storage.Debt
+	var higher []replica.Debt
 	for i, e := range batch {
 		raise := s.journal.mustRaise(e)
 		if (raise || !e.clocked) && e.behind(&debts[i], s.options.FlushInterval, raise) {
 			higher = append(higher, debts[i])
 		}
 	}
-	_ = each(higher, func(d storage.Debt) error {
+	_ = each(higher, func(d replica.Debt) error {
 		_ = s.raise(ctx, d, asked)
 		return s.breaker.cause() // ends the others
 	})
@@ -314,7 +327,7 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []storage.Deb
 
 // raise raises Redis to a debt that was asked for at a time. If refunds are in the way, or Redis fails, the identifier
 // is raised with the next flush.
-func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error {
+func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64) error {
 	id, err := key{d.Name, d.Identifier}, errRefunds
 	if may, own := s.journal.beginRaise(id); may {
 		age(&d, asked)
@@ -331,11 +344,11 @@ func (s *Storage) raise(ctx context.Context, d storage.Debt, asked int64) error 
 }
 
 // age subtracts the time the answer took to arrive; without it every relay would lengthen the debt.
-func age(d *storage.Debt, asked int64) {
+func age(d *replica.Debt, asked int64) {
 	if d.Clocked {
 		return
 	}
-	way := storage.Monotonic() - asked
+	way := law.Monotonic() - asked
 	for _, amounts := range d.Amounts {
 		for i := range amounts {
 			amounts[i].In = max(0, amounts[i].In-way)
@@ -350,18 +363,18 @@ func age(d *storage.Debt, asked int64) {
 // compared by the time until it is empty, with a token and a millisecond of tolerance for rounding and the way; else
 // each flush would raise Redis by a little. Buckets whose period is shorter than an interval are left alone: their debt
 // has come back before Redis could be raised.
-func (e *entry) behind(d *storage.Debt, interval time.Duration, raise bool) bool {
+func (e *entry) behind(d *replica.Debt, interval time.Duration, raise bool) bool {
 	now := e.time()
 	for i, debt := range d.Amounts {
-		if len(debt) == 0 || micros(d.Rules[i].Period) < interval && !raise {
+		if len(debt) == 0 || micros(d.Rules.Rules[i].Period) < interval && !raise {
 			continue
 		}
 		b := &e.buckets[i]
-		n, last := held(&d.Rules[i], debt)
+		n, last := held(&d.Rules.Rules[i], debt)
 		switch {
 		case raise, now >= b.resetAt:
 			return true
-		case b.rule.Kind == storage.Continuous:
+		case b.rule.Kind == law.Continuous:
 			if last > b.resetAt-now+drains(b.rule, 1)+1000 {
 				return true
 			}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -61,10 +63,11 @@ func (k key) copied() key { return key{strings.Clone(k.name), strings.Clone(k.id
 // entry is what is pending of one identifier.
 type entry struct {
 	key
-	since    int64 // by Monotonic, when it was queued
-	clocked  bool  // the caller's clock is injected
-	now      int64 // the latest time by that clock
-	reset    bool  // the ledger is reset before it is charged
+	since    int64            // by Monotonic, when it was queued
+	clocked  bool             // the caller's clock is injected
+	now      int64            // the latest time by that clock
+	reset    bool             // the ledger is reset before it is charged
+	rules    *storage.RuleSet // of the last call
 	buckets  []bucket
 	inline   [2]bucket // room for buckets, as few identifiers have more
 	dequeued bool      // it is not queued any more
@@ -96,7 +99,7 @@ func (j *journal) find(id key, must bool) *entry {
 		j.forgotten++
 		return nil
 	}
-	e = &entry{key: id.copied(), since: storage.Monotonic()}
+	e = &entry{key: id.copied(), since: law.Monotonic()}
 	e.buckets = e.inline[:0]
 	j.queued[e.key] = e
 	j.queue = append(j.queue, e)
@@ -116,28 +119,31 @@ func (j *journal) wake() {
 
 // took makes pending what Redis has admitted (Rule 1). Every admission of the process takes mu for this, so it does
 // little: a look at a map, and an addition for each bucket.
-func (j *journal) took(r *storage.Request, v *storage.Verdict) {
+func (j *journal) took(r *storage.Request, a *storage.Answer) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	n := 0
-	for i := range r.Parts() {
-		p := r.At(i)
-		e := j.find(key{r.Name, p.Identifier}, false)
-		if e == nil {
-			n += len(p.Rules)
+	from := 0
+	for _, p := range r.Parts {
+		to := from + len(p.Rules.Rules)
+		if e := j.find(key{r.Name, p.Identifier}, false); e != nil {
+			e.clock(r.Clocked, r.Now)
+			e.took(p.Rules, r.Costs[from:to], a.Counts[from:to], a.At)
+		}
+		from = to
+	}
+}
+
+// took adds what was taken at a time, of which the counts tell when it comes back.
+func (e *entry) took(rules *storage.RuleSet, costs []int64, counts []storage.Count, at int64) {
+	e.rules = rules
+	for i, cost := range costs {
+		if cost == 0 {
 			continue
 		}
-		e.clock(r.Clocked, r.Now)
-		for k := range p.Rules {
-			rule, c := &p.Rules[k], v.Count(n)
-			n++
-			if p.Cost(k) == 0 {
-				continue
-			}
-			b, at := e.bucket(rule, k), v.At()+c.HeldFor
-			b.spent, b.resetAt = rule.Capacity-c.Remaining, max(b.resetAt, at)
-			b.add(&b.taken, min(p.Cost(k), 4*rule.Capacity), at)
-		}
+		rule, c := &rules.Rules[i], &counts[i]
+		b, back := e.bucket(rule, i), at+c.HeldFor
+		b.spent, b.resetAt = rule.Capacity-c.Remaining, max(b.resetAt, back)
+		b.add(&b.taken, min(cost, 4*rule.Capacity), back)
 	}
 }
 
@@ -151,12 +157,13 @@ func (j *journal) charged(c *storage.Charge) {
 		return
 	}
 	e.clock(c.Clocked, c.Now)
-	for i := range c.Rules {
+	e.rules = c.Rules
+	for i := range c.Amounts {
 		a, at := c.Amounts[i].Clamp(), int64(0)
 		if a.N == 0 {
 			continue
 		}
-		b := e.bucket(&c.Rules[i], i)
+		b := e.bucket(&c.Rules.Rules[i], i)
 		if at = e.time() + a.In; a.N < 0 {
 			b.add(&b.refunded, -a.N, at)
 			continue
@@ -179,9 +186,10 @@ func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int6
 	if e != nil {
 		e.clock(clocked, now)
 		e.raise = true
-		for i := range p.Rules {
-			e.bucket(&p.Rules[i], i)
+		for i := range p.Rules.Rules {
+			e.bucket(&p.Rules.Rules[i], i)
 		}
+		e.rules = p.Rules
 	}
 	return e
 }
@@ -189,11 +197,10 @@ func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int6
 // raiseAgain schedules another raise after one failed, and blocks refunds to Redis until it succeeds; otherwise refunds
 // could put it off forever. An entry in flight passes the lock of the identifier on to the new one. A raise that is in
 // progress keeps it.
-func (j *journal) raiseAgain(d *storage.Debt) {
+func (j *journal) raiseAgain(d *replica.Debt) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	p := storage.NewPart(d.Identifier, d.Rules, 0)
-	e := j.markRaise(d.Name, &p, d.Clocked, d.Now)
+	e := j.markRaise(d.Name, &storage.Part{Identifier: d.Identifier, Rules: d.Rules}, d.Clocked, d.Now)
 	if e == nil || e.blocks {
 		return
 	}
@@ -494,12 +501,12 @@ func (e *entry) time() int64 {
 	if e.clocked {
 		return e.now
 	}
-	return storage.Monotonic()
+	return law.Monotonic()
 }
 
 // bucket returns the bucket of a rule, and adds it if it is new. Nearly always the rules of a call are those of the
 // call before, so the bucket is at the rule's own place.
-func (e *entry) bucket(r *storage.Rule, place int) *bucket {
+func (e *entry) bucket(r *law.Rule, place int) *bucket {
 	if place < len(e.buckets) && e.buckets[place].rule == r {
 		return &e.buckets[place]
 	}

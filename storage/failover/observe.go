@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // Kind is the kind of an Event.
@@ -81,7 +81,7 @@ func (s *Storage) State() (out State) {
 	f.mu.Lock()
 	out.Flushed, out.FlushError, out.Relayed = f.flushedAt, f.failure, f.relayed
 	f.mu.Unlock()
-	now, since := storage.Monotonic(), int64(0)
+	now, since := law.Monotonic(), int64(0)
 	if out.Pending, since = s.journal.pending(); since > 0 {
 		out.Lag = micros(now - since)
 	}

@@ -9,6 +9,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 )
@@ -16,24 +19,24 @@ import (
 // Each of these has failed once.
 
 // giveBack refunds what a verdict took.
-func (w *world) giveBack(p *process, id string, v *storage.Verdict) error {
-	a := storage.Amount{N: -v.Part(0).Cost(0), In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}
-	return p.storage.Charge(bg, storage.Charge{Identifier: id, Rules: w.rules, Amounts: []storage.Amount{a}})
+func (w *world) giveBack(p *process, id string, v *storecheck.Verdict) error {
+	a := storage.Amount{N: -v.Part(0).Costs[0], In: v.Count(0).ResetAfter - (law.Monotonic() - v.At())}
+	return p.storage.Charge(bg, &storage.Charge{Identifier: id, Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{a}})
 }
 
 // strict rejects what a *postgres.Storage rejects.
 type strict struct{ *link }
 
-func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
+func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
 	for i := range batch {
-		if err := batch[i].Validate(); err != nil {
-			return nil, err
+		if n := len(batch[i].Rules.Rules); n > storage.MaxBuckets {
+			return nil, storage.TooManyBuckets(batch[i].Rules, n)
 		}
 	}
 	return l.link.Record(ctx, origin, seq, batch)
 }
 
-func (l strict) Raise(ctx context.Context, d storage.Debt) error {
+func (l strict) Raise(ctx context.Context, d replica.Debt) error {
 	if d.Identifier == "corrupt" {
 		return storage.ErrCorruptState
 	}
@@ -91,7 +94,7 @@ func TestRegressionAForceDoesNotEndTheDoubt(t *testing.T) {
 		w.back()
 		r := w.req("a", 1)
 		r.Mode = storage.Force
-		_, err := p.storage.Decide(bg, r)
+		_, err := storecheck.Decide(bg, p.storage, r)
 		require.NoError(t, err)
 		assert.False(t, w.do(p, "a", 60))
 	})
@@ -106,7 +109,7 @@ func TestRegressionAChargeDoesNotEndTheDoubt(t *testing.T) {
 		require.True(t, w.do(p, "a", 20))
 		w.redis.restore(empty())
 		w.back()
-		require.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
+		require.NoError(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
 		assert.False(t, w.do(p, "a", 60))
 	})
 }
@@ -121,7 +124,7 @@ func TestRegressionRefundsDoNotKeepRedisFromBeingRaised(t *testing.T) {
 			go func() {
 				time.Sleep(time.Duration(i) * 300 * time.Microsecond)
 				for time.Now().Before(stop) {
-					v, err := other.storage.Decide(bg, w.req("a", 1))
+					v, err := storecheck.Decide(bg, other.storage, w.req("a", 1))
 					if err == nil && v.Allowed {
 						time.Sleep(5 * time.Millisecond)
 						_ = w.giveBack(other, "a", &v)
@@ -148,7 +151,7 @@ func TestRegressionDebtIsRecordedAfterPostgresWasAway(t *testing.T) {
 		r := w.req("a", 100)
 		r.Mode = storage.Force
 		for range 3 {
-			_, err := p.storage.Decide(bg, r)
+			_, err := storecheck.Decide(bg, p.storage, r)
 			require.NoError(t, err)
 		}
 		time.Sleep(3 * time.Second)
@@ -165,7 +168,7 @@ func TestRegressionAChargeIsRecordedAfterPostgresWasAway(t *testing.T) {
 		require.True(t, w.do(p, "a", 50))
 		time.Sleep(time.Second)
 		p.pg.set(refuses)
-		require.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 10, In: 100 * time.Hour.Microseconds()}}}))
+		require.NoError(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: 10, In: 100 * time.Hour.Microseconds()}}}))
 		time.Sleep(3 * time.Second)
 		p.pg.set(fine)
 		time.Sleep(time.Second)
@@ -229,7 +232,7 @@ func TestRegressionACallInDoubtTakesNoLonger(t *testing.T) {
 		go func() { time.Sleep(20 * time.Millisecond); p.redis.set(swallows) }()
 		p.redis.slow(30 * time.Millisecond) // slow: 15..45 a way
 		began := time.Now()
-		_, _ = p.storage.Decide(bg, w.req("a", 1))
+		_, _ = storecheck.Decide(bg, p.storage, w.req("a", 1))
 		assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
 	})
 }
@@ -258,7 +261,7 @@ func TestRegressionManyRefundsPushOutNothing(t *testing.T) {
 		p.pg.set(refuses)
 		require.True(t, w.do(p, "a", 60))
 		for range 300 {
-			v, err := p.storage.Decide(bg, w.req("a", 1))
+			v, err := storecheck.Decide(bg, p.storage, w.req("a", 1))
 			require.NoError(t, err)
 			require.NoError(t, w.giveBack(p, "a", &v))
 		}
@@ -273,8 +276,8 @@ func TestRegressionManyBucketsLoseNothingOfOthers(t *testing.T) {
 		p := w.strictProcess(nil)
 		require.True(t, w.do(p, "a", 60))
 		for i := range 17 {
-			rule, _ := storage.NewRule(fmt.Sprint("r", i), w.rules[0].Kind, time.Millisecond, 100, 100)
-			v, err := p.storage.Decide(bg, storage.Request{Part: storage.NewPart("many", []storage.Rule{rule}, 1)})
+			rule, _ := law.NewRule(fmt.Sprint("r", i), w.rules[0].Kind, time.Millisecond, 100, 100)
+			v, err := storecheck.Decide(bg, p.storage, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart("many", []law.Rule{rule}, 1)}})
 			require.NoError(t, err)
 			require.True(t, v.Allowed)
 		}
@@ -335,7 +338,7 @@ func TestRegressionManyIdentifiersAreReadThroughAtOnce(t *testing.T) {
 		for i := range n {
 			go func() {
 				time.Sleep(time.Duration(i) * time.Millisecond)
-				v, err := p.storage.Decide(bg, w.req(fmt.Sprint("i", i), 30))
+				v, err := storecheck.Decide(bg, p.storage, w.req(fmt.Sprint("i", i), 30))
 				done <- err == nil && v.Allowed
 			}()
 		}
@@ -356,6 +359,6 @@ func TestRegressionAChargeSucceedsWhenOnlyRedisIsLeft(t *testing.T) {
 		require.True(t, p.storage.State().Degraded)
 		w.redis.setDown(false)
 		p.pg.set(refuses)
-		assert.NoError(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: 1, In: 1000000}}}))
+		assert.NoError(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: 1, In: 1000000}}}))
 	})
 }

@@ -23,7 +23,7 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 	require.NoError(t, err)
 
 	const users, victim = 100, "victim"
-	request := func(id string) storage.Request { return storecheck.Hourly(t, id, 1000) }
+	request := func(id string) storecheck.Request { return storecheck.Hourly(t, id, 1000) }
 	memory := []byte(victim)
 	ask := func(i int, call func(id string)) {
 		copy(memory, fmt.Sprintf("user%02d", i))
@@ -34,8 +34,8 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 		for i := range users {
 			ask(i, func(id string) {
 				q := request(id)
-				q.Part = storage.NewPart(id, q.Part.Rules, int64(i+1))
-				v, err := s.Decide(t.Context(), q)
+				q.Parts = []storecheck.Part{storecheck.NewPart(id, q.Parts[0].Rules.Rules, int64(i+1))}
+				v, err := storecheck.Decide(t.Context(), s, q)
 				require.NoError(t, err)
 				require.True(t, v.Allowed)
 			})
@@ -43,8 +43,8 @@ func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testin
 	}
 	for i := range users {
 		ask(i, func(id string) {
-			c := storage.Charge{Identifier: id, Rules: request(id).Part.Rules, Amounts: []storage.Amount{{N: int64(-i % 3), In: time.Hour.Microseconds()}}}
-			require.NoError(t, s.Charge(t.Context(), c))
+			c := storage.Charge{Identifier: id, Rules: request(id).Parts[0].Rules, Amounts: []storage.Amount{{N: int64(-i % 3), In: time.Hour.Microseconds()}}}
+			require.NoError(t, s.Charge(t.Context(), &c))
 		})
 	}
 	for i := 0; i < users; i += 10 {

@@ -10,6 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
@@ -26,9 +28,9 @@ func each(t *testing.T, test func(*testing.T, *world)) {
 	for _, kind := range storecheck.Kinds {
 		t.Run(kind.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				rule, faults := storage.NewRule("hourly", kind, time.Hour, 100, 1)
+				rule, faults := law.NewRule("hourly", kind, time.Hour, 100, 1)
 				require.Empty(t, faults)
-				w := &world{t: t, began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), rules: []storage.Rule{rule}}
+				w := &world{t: t, began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), rules: []law.Rule{rule}}
 				w.pg.ahead = (10 * time.Minute).Microseconds() // the clocks of servers differ
 				test(t, w)
 				for _, p := range w.processes {
@@ -51,16 +53,16 @@ func (w *world) process(o *failover.Options) *process {
 	return p
 }
 
-func (w *world) request(n int64) storage.Request { return w.req("a", n) }
+func (w *world) request(n int64) storecheck.Request { return w.req("a", n) }
 
-func (w *world) req(id string, n int64) storage.Request {
-	return storage.Request{Part: storage.NewPart(id, w.rules, n)}
+func (w *world) req(id string, n int64) storecheck.Request {
+	return storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(id, w.rules, n)}}
 }
 
 // do tells whether n tokens of an identifier were admitted.
 func (w *world) do(p *process, id string, n int64) bool {
 	w.t.Helper()
-	v, err := p.storage.Decide(bg, w.req(id, n))
+	v, err := storecheck.Decide(bg, p.storage, w.req(id, n))
 	require.NoError(w.t, err)
 	return v.Allowed
 }
@@ -69,7 +71,7 @@ func (w *world) do(p *process, id string, n int64) bool {
 func (w *world) owes(s *store, identifier string) (n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, a := range s.debt(storage.Debt{Identifier: identifier, Rules: w.rules}).Amounts[0] {
+	for _, a := range s.debt(replica.Debt{Identifier: identifier, Rules: law.NewRuleSet(w.rules...)}).Amounts[0] {
 		n += a.N
 	}
 	return n
@@ -79,7 +81,7 @@ func (w *world) owes(s *store, identifier string) (n int64) {
 func (w *world) takes(p *process, n int) (taken int) {
 	w.t.Helper()
 	for range n {
-		v, err := p.storage.Decide(bg, w.request(1))
+		v, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.NoError(w.t, err)
 		if v.Allowed {
 			taken++
@@ -94,8 +96,8 @@ func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 // settle waits until what was admitted is recorded.
 func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
 
-func empty() map[id]map[storage.BucketID]storage.State {
-	return map[id]map[storage.BucketID]storage.State{}
+func empty() map[id]map[law.BucketID]law.State {
+	return map[id]map[law.BucketID]law.State{}
 }
 
 // back waits until Redis decides for everybody.
@@ -168,7 +170,7 @@ func TestRule4PendingIsChargedBeforePostgresDecides(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
 		w.redis.setDown(true)
-		v, err := p.storage.Decide(bg, w.request(41))
+		v, err := storecheck.Decide(bg, p.storage, w.request(41))
 		require.NoError(t, err)
 		assert.False(t, v.Allowed)
 		assert.Equal(t, 40, w.takes(p, 50))
@@ -180,7 +182,7 @@ func TestRule4ALostCallIsDecidedByPostgres(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 10, w.takes(p, 10))
 		p.redis.set(loses)
-		v, err := p.storage.Decide(bg, w.request(1))
+		v, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.NoError(t, err)
 		assert.True(t, v.Allowed)
 		assert.Equal(t, "postgres", v.Source())
@@ -228,7 +230,7 @@ func TestRule7WhoOnlyLooksIsToldTheTruthAfterARestart(t *testing.T) {
 		require.True(t, w.do(p, "b", 1))
 		w.redis.restore(empty())
 		w.back()
-		v, err := p.storage.Decide(t.Context(), w.request(0))
+		v, err := storecheck.Decide(t.Context(), p.storage, w.request(0))
 		require.NoError(t, err)
 		assert.Zero(t, v.Count(0).Remaining)
 	})
@@ -303,7 +305,7 @@ func TestRule5ADenialByRedisIsFinal(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.Equal(t, 100, w.takes(p, 100))
-		v, err := p.storage.Decide(bg, w.request(1))
+		v, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.NoError(t, err)
 		assert.False(t, v.Allowed)
 		assert.Equal(t, "redis", v.Source())
@@ -314,11 +316,11 @@ func TestRule8RefundsReachTheLedger(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		refund := func(n int64) {
-			v, err := p.storage.Decide(bg, w.request(n))
+			v, err := storecheck.Decide(bg, p.storage, w.request(n))
 			require.NoError(t, err)
 			settle()
-			c := storage.Charge{Identifier: "a", Rules: w.rules, Amounts: []storage.Amount{{N: -n, In: v.Count(0).ResetAfter - (storage.Monotonic() - v.At())}}}
-			require.NoError(t, p.storage.Charge(bg, c))
+			c := storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: -n, In: v.Count(0).ResetAfter - (law.Monotonic() - v.At())}}}
+			require.NoError(t, p.storage.Charge(bg, &c))
 		}
 		require.Equal(t, 10, w.takes(p, 10))
 		refund(20)
@@ -369,14 +371,14 @@ func TestRule9TheErrorHasBothCauses(t *testing.T) {
 			p.pg.set(f)
 			for range 3 {
 				began := time.Now()
-				_, err := p.storage.Decide(bg, w.request(1))
+				_, err := storecheck.Decide(bg, p.storage, w.request(1))
 				require.ErrorIs(t, err, storage.ErrUnavailable)
 				assert.ErrorContains(t, err, "neither Redis")
 				assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
 			}
 		}
 		assert.ErrorIs(t, p.storage.Reset(bg, "", "a"), storage.ErrUnavailable)
-		assert.ErrorIs(t, p.storage.Charge(bg, storage.Charge{Identifier: "a", Rules: w.rules, Amounts: make([]storage.Amount, 1)}), storage.ErrUnavailable)
+		assert.ErrorIs(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: make([]storage.Amount, 1)}), storage.ErrUnavailable)
 	})
 }
 
@@ -387,11 +389,11 @@ func TestRule9AProcessHandsOutItsShare(t *testing.T) {
 		w.redis.setDown(true)
 		p.pg.set(refuses)
 		assert.Equal(t, 25, w.takes(p, 50))
-		v, err := p.storage.Decide(bg, w.request(1))
+		v, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.NoError(t, err)
 		assert.Equal(t, "runtime", v.Source())
 		assert.True(t, v.Degraded())
-		_, err = p.storage.Decide(bg, w.request(26))
+		_, err = storecheck.Decide(bg, p.storage, w.request(26))
 		assert.ErrorIs(t, err, storage.ErrUnavailable, "more than the share ever holds")
 	})
 }
@@ -417,7 +419,7 @@ func TestRule9IsolationEndsAfterItsTime(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 		require.Equal(t, 5, w.takes(p, 5))
 		time.Sleep(time.Second)
-		_, err := p.storage.Decide(bg, w.request(1))
+		_, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		p.pg.set(fine)
 		time.Sleep(500 * time.Millisecond)
@@ -431,7 +433,7 @@ func TestRule6ACallerThatLeavesChangesNothing(t *testing.T) {
 		p.redis.set(swallows)
 		for range 3 {
 			ctx, cancel := context.WithTimeout(bg, 10*time.Millisecond)
-			_, err := p.storage.Decide(ctx, w.request(1))
+			_, err := storecheck.Decide(ctx, p.storage, w.request(1))
 			cancel()
 			assert.ErrorIs(t, err, context.DeadlineExceeded)
 		}
@@ -440,7 +442,7 @@ func TestRule6ACallerThatLeavesChangesNothing(t *testing.T) {
 
 		ctx, cancel := context.WithCancel(bg)
 		cancel()
-		_, err := p.storage.Decide(ctx, w.request(1))
+		_, err := storecheck.Decide(ctx, p.storage, w.request(1))
 		assert.ErrorIs(t, err, context.Canceled)
 		assert.Zero(t, w.owed(w.pg))
 	})
@@ -487,7 +489,7 @@ func TestRule10CloseWritesWhatIsPending(t *testing.T) {
 		require.Equal(t, 60, w.takes(p, 60))
 		require.NoError(t, p.storage.Close(bg))
 		assert.EqualValues(t, 60, w.owed(w.pg))
-		_, err := p.storage.Decide(bg, w.request(1))
+		_, err := storecheck.Decide(bg, p.storage, w.request(1))
 		assert.ErrorIs(t, err, storage.ErrClosed)
 		assert.ErrorIs(t, p.storage.Reset(bg, "", "a"), storage.ErrClosed)
 		assert.NoError(t, p.storage.Close(bg), "twice")
@@ -506,7 +508,7 @@ func TestRule1NoMoreIsPendingThanMaxPending(t *testing.T) {
 		p := w.process(&failover.Options{MaxPending: 10})
 		p.pg.set(refuses)
 		for i := range 30 {
-			v, err := p.storage.Decide(bg, storage.Request{Part: storage.NewPart(string(rune('A'+i)), w.rules, 1)})
+			v, err := storecheck.Decide(bg, p.storage, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(string(rune('A'+i)), w.rules, 1)}})
 			require.NoError(t, err)
 			require.True(t, v.Allowed)
 		}
@@ -556,11 +558,11 @@ func TestWhatHappensIsObserved(t *testing.T) {
 func TestRule1SeveralPartsAreAllOrNothing(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
-		small, _ := storage.NewRule("small", w.rules[0].Kind, time.Hour, 5, 1)
-		r := storage.Request{Part: storage.NewPart("a", w.rules, 1), More: []storage.Part{storage.NewPart("b", []storage.Rule{w.rules[0], small}, 1)}}
+		small, _ := law.NewRule("small", w.rules[0].Kind, time.Hour, 5, 1)
+		r := storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart("a", w.rules, 1), storecheck.NewPart("b", []law.Rule{w.rules[0], small}, 1)}}
 		take := func(n int) (taken int) {
 			for range n {
-				v, err := p.storage.Decide(bg, r)
+				v, err := storecheck.Decide(bg, p.storage, r)
 				require.NoError(t, err)
 				if v.Allowed {
 					taken++
@@ -601,8 +603,8 @@ func TestWrongOptionsAreNamed(t *testing.T) {
 
 func TestRule3AsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
-		rule, _ := storage.NewRule("second", w.rules[0].Kind, time.Second, 50, 50)
-		r := storage.Request{Part: storage.NewPart("busy", []storage.Rule{rule}, 1)}
+		rule, _ := law.NewRule("second", w.rules[0].Kind, time.Second, 50, 50)
+		r := storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart("busy", []law.Rule{rule}, 1)}}
 		alone := newStore("alone")
 		admitted, without := 0, 0
 		for range 4 {
@@ -610,13 +612,13 @@ func TestRule3AsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 		}
 		for range 5000 { // of 4 ms
 			for _, p := range w.processes {
-				v, err := p.storage.Decide(bg, r)
+				v, err := storecheck.Decide(bg, p.storage, r)
 				require.NoError(t, err)
 				require.Equal(t, "redis", v.Source())
 				if v.Allowed {
 					admitted++
 				}
-				if v, _ := alone.decide(nil, &r, false, 0); v.Allowed {
+				if v, _ := alone.decide(nil, r.Of(), false, 0); v.Allowed {
 					without++
 				}
 			}
@@ -628,13 +630,13 @@ func TestRule3AsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 
 func TestRule3ABurstIsBackAsInRedisAlone(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
-		rule, _ := storage.NewRule("limit", w.rules[0].Kind, time.Second, 100, 100)
-		w.rules = []storage.Rule{rule}
+		rule, _ := law.NewRule("limit", w.rules[0].Kind, time.Second, 100, 100)
+		w.rules = []law.Rule{rule}
 		alone, r := newStore("alone"), w.request(1)
 		p := []*process{w.process(nil), w.process(nil)}
 		for i := range 80 {
 			require.Equal(t, 1, w.takes(p[i%2], 1))
-			v, _ := alone.decide(nil, &r, false, 0)
+			v, _ := alone.decide(nil, r.Of(), false, 0)
 			require.True(t, v.Allowed)
 		}
 		settle()

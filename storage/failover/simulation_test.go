@@ -16,7 +16,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
@@ -52,7 +53,7 @@ type world struct {
 	began time.Time
 	redis *store
 	pg    *store
-	rules []storage.Rule
+	rules []law.Rule
 	ids   []string
 
 	processes []*process
@@ -80,13 +81,13 @@ const (
 	trip     = time.Millisecond // one way, on average
 )
 
-func newWorld(t *testing.T, seed uint64, kind storage.Kind) *world {
+func newWorld(t *testing.T, seed uint64, kind law.Kind) *world {
 	w := &world{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 1)), began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), admitted: map[string][]admission{}}
 	period := time.Duration(1+w.rnd.IntN(4)) * time.Second
 	capacity := 10 + w.rnd.Int64N(40)
-	rule, faults := storage.NewRule("limit", kind, period, capacity, capacity)
+	rule, faults := law.NewRule("limit", kind, period, capacity, capacity)
 	require.Empty(t, faults)
-	w.rules = []storage.Rule{rule}
+	w.rules = []law.Rule{rule}
 	w.redis.ahead, w.pg.ahead = w.rnd.Int64N(2*period.Microseconds()), w.rnd.Int64N(2*period.Microseconds())
 	for i := range 1 + w.rnd.IntN(3) {
 		w.ids = append(w.ids, fmt.Sprint("id", i))
@@ -145,7 +146,7 @@ func (w *world) load(p *process, rnd *rand.Rand) {
 
 func (w *world) take(p *process, id string, cost int64) bool {
 	began := time.Now()
-	v, err := p.storage.Decide(context.Background(), storage.Request{Name: "sim", Part: storage.NewPart(id, w.rules, min(cost, w.rules[0].Capacity))})
+	v, err := storecheck.Decide(context.Background(), p.storage, storecheck.Request{Name: "sim", Parts: []storecheck.Part{storecheck.NewPart(id, w.rules, min(cost, w.rules[0].Capacity))}})
 	took := time.Since(began)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -205,7 +206,7 @@ func (w *world) harm() {
 		w.redis.setDown(true)
 		after := w.redis.snapshot()
 		if w.rnd.IntN(2) == 0 {
-			after = map[id]map[storage.BucketID]storage.State{}
+			after = map[id]map[law.BucketID]law.State{}
 		}
 		w.sleep(d)
 		w.redis.restore(after)
@@ -280,7 +281,7 @@ func TestTheBoundHoldsWhateverFails(t *testing.T) {
 	from, to := seeds(t, 200)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, seed, storage.Kind(seed%5))
+			w := newWorld(t, seed, law.Kind(seed%5))
 			for range 4 + w.rnd.IntN(6) {
 				w.sleep(time.Duration(w.rnd.IntN(2500)) * time.Millisecond)
 				w.harm()
@@ -308,9 +309,9 @@ func (w *world) check() {
 		where := fmt.Sprintf("seed %d: %s, %v, %d processes, lag %v, lost %d", w.seed, id, rule.Kind, len(w.processes), w.lag, w.lost)
 		windows := 2 + int64((all[len(all)-1].at-all[0].at)/period) // that it touches
 		switch rule.Kind {
-		case storage.Continuous:
+		case law.Continuous:
 			require.LessOrEqual(w.t, excess(all, rule), e, where)
-		case storage.SlidingLog: // the same may come again in every period
+		case law.SlidingLog: // the same may come again in every period
 			require.LessOrEqual(w.t, burst(all, period), rule.Capacity+2*e, where)
 		default:
 			require.LessOrEqual(w.t, burst(all, time.Hour), windows*(rule.Capacity+e), where)
@@ -332,7 +333,7 @@ func burst(all []admission, d time.Duration) (most int64) {
 }
 
 // excess is the most that was admitted above capacity and refill in any interval.
-func excess(all []admission, r *storage.Rule) int64 {
+func excess(all []admission, r *law.Rule) int64 {
 	level, most, last := 0.0, 0.0, time.Duration(0)
 	for _, a := range all {
 		level = max(0, level-float64(a.at-last)/1000*float64(r.Refill)/float64(r.Period))
@@ -348,7 +349,7 @@ func TestAllIsBackWithinSixSecondsAfterTheLastFault(t *testing.T) {
 	from, to := seeds(t, 200)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, seed, storage.Kind(seed%5))
+			w := newWorld(t, seed, law.Kind(seed%5))
 			for range 2 + w.rnd.IntN(4) {
 				w.sleep(time.Duration(w.rnd.IntN(1500)) * time.Millisecond)
 				w.harm()
@@ -372,7 +373,7 @@ func TestAllIsBackWithinSixSecondsAfterTheLastFault(t *testing.T) {
 
 // fresh requires that Redis decides for everybody, and that a fresh bucket admits exactly its capacity.
 func (w *world) fresh() {
-	rule, _ := storage.NewRule("hourly", w.rules[0].Kind, time.Hour, 50, 50)
+	rule, _ := law.NewRule("hourly", w.rules[0].Kind, time.Hour, 50, 50)
 	before := w.errors
 	var mu sync.Mutex
 	var wait sync.WaitGroup
@@ -387,7 +388,7 @@ func (w *world) fresh() {
 		require.LessOrEqual(w.t, st.Lag, 2*interval, "seed %d", w.seed)
 		for range 40 {
 			wait.Go(func() {
-				v, err := p.storage.Decide(context.Background(), storage.Request{Name: "sim", Part: storage.NewPart("fresh", []storage.Rule{rule}, 1)})
+				v, err := storecheck.Decide(context.Background(), p.storage, storecheck.Request{Name: "sim", Parts: []storecheck.Part{storecheck.NewPart("fresh", []law.Rule{rule}, 1)}})
 				require.NoError(w.t, err, "seed %d", w.seed)
 				require.Equal(w.t, "redis", v.Source(), "seed %d", w.seed)
 				mu.Lock()

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/redis"
 )
@@ -25,42 +27,42 @@ type store struct {
 	ahead   int64      // of the clock, in microseconds
 	down    bool
 	scripts map[*link]bool // whose script it knows
-	states  map[id]map[storage.BucketID]storage.State
+	states  map[id]map[law.BucketID]law.State
 	seqs    map[string]int64 // of origins
 }
 
 type id struct{ name, identifier string }
 
 func newStore(name string) *store {
-	return &store{name: name, scripts: map[*link]bool{}, states: map[id]map[storage.BucketID]storage.State{}, seqs: map[string]int64{}}
+	return &store{name: name, scripts: map[*link]bool{}, states: map[id]map[law.BucketID]law.State{}, seqs: map[string]int64{}}
 }
 
-func (s *store) now() int64 { return storage.Monotonic() + s.ahead }
+func (s *store) now() int64 { return law.Monotonic() + s.ahead }
 
 // of returns the states of an identifier, for changes.
-func (s *store) of(name, identifier string) map[storage.BucketID]storage.State {
+func (s *store) of(name, identifier string) map[law.BucketID]law.State {
 	k := id{name, identifier}
 	if s.states[k] == nil {
-		s.states[k] = map[storage.BucketID]storage.State{}
+		s.states[k] = map[law.BucketID]law.State{}
 	}
 	return s.states[k]
 }
 
 // snapshot is what a restart may bring back.
-func (s *store) snapshot() map[id]map[storage.BucketID]storage.State {
+func (s *store) snapshot() map[id]map[law.BucketID]law.State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := map[id]map[storage.BucketID]storage.State{}
+	out := map[id]map[law.BucketID]law.State{}
 	for k, states := range s.states {
-		out[k] = map[storage.BucketID]storage.State{}
+		out[k] = map[law.BucketID]law.State{}
 		for name, st := range states {
-			out[k][name] = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
+			out[k][name] = law.MakeState(st.Law, st.Seen, append([]law.Hold(nil), st.Holds()...))
 		}
 	}
 	return out
 }
 
-func (s *store) restore(states map[id]map[storage.BucketID]storage.State) {
+func (s *store) restore(states map[id]map[law.BucketID]law.State) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.states, s.scripts, s.down = states, map[*link]bool{}, false
@@ -79,81 +81,71 @@ func (s *store) step(by int64) {
 }
 
 // decide decides, and doubts what was not changed since.
-func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
+func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (*storage.Answer, error) {
 	if fresh && !s.scripts[l] {
-		return v, redis.ErrRestarted
+		return nil, redis.ErrRestarted
 	}
 	s.scripts[l] = true
 	now := s.now()
-	var draws []storage.Draw
+	var draws []law.Draw
+	var states []map[law.BucketID]law.State // of each draw
 	doubtful, unsure, asked := false, false, false
-	for i := range r.Parts() {
-		p := r.At(i)
-		for j := range p.Rules {
-			st := s.of(r.Name, p.Identifier)[p.Rules[j].ID()]
-			st = storage.MakeState(st.Law, st.Seen, append([]storage.Hold(nil), st.Holds()...))
-			doubted := st.Law == nil || st.Seen <= now-(storage.Monotonic()-since)
-			doubtful, unsure, asked = doubtful || doubted && p.Cost(j) > 0, unsure || doubted, asked || p.Cost(j) > 0
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: st})
+	for _, p := range r.Parts {
+		for j := range p.Rules.Rules {
+			rule, cost := &p.Rules.Rules[j], r.Costs[len(draws)]
+			states = append(states, s.of(r.Name, p.Identifier))
+			st := s.of(r.Name, p.Identifier)[rule.ID()]
+			st = law.MakeState(st.Law, st.Seen, append([]law.Hold(nil), st.Holds()...))
+			doubted := st.Law == nil || st.Seen <= now-(law.Monotonic()-since)
+			doubtful, unsure, asked = doubtful || doubted && cost > 0, unsure || doubted, asked || cost > 0
+			draws = append(draws, law.Draw{Rule: rule, Cost: cost, State: st})
 		}
 	}
-	v = storage.NewVerdict(r, s.name, storage.Monotonic())
-	v.Allowed = storage.Decide(r.Mode, now, draws)
-	if v.Allowed && (doubtful || unsure && !asked) && since != 0 {
-		return storage.Verdict{}, redis.ErrStale
+	a := &storage.Answer{Allowed: law.Decide(r.Mode, now, draws), Source: s.name, At: law.Monotonic()}
+	if a.Allowed && (doubtful || unsure && !asked) && since != 0 {
+		return nil, redis.ErrStale
 	}
-	n := 0
-	for i := range r.Parts() {
-		p := r.At(i)
-		for j := range p.Rules {
-			v.Set(n, draws[n].Count)
-			if v.Taken() && p.Cost(j) > 0 {
-				s.of(r.Name, p.Identifier)[p.Rules[j].ID()] = draws[n].State
-			}
-			n++
+	for i, d := range draws {
+		a.Counts = append(a.Counts, d.Count)
+		if a.Allowed && r.Mode != storage.Peek && d.Cost > 0 {
+			states[i][d.Rule.ID()] = d.State
 		}
 	}
-	return v, nil
+	return a, nil
 }
 
 func (s *store) charge(c *storage.Charge) {
 	states := s.of(c.Name, c.Identifier)
-	for i := range c.Rules {
-		rule, a := &c.Rules[i], c.Amounts[i]
-		st := states[rule.ID()]
-		switch {
-		case a.N > 0:
-			st.Charge(rule, a, s.now())
-		case a.N < 0:
-			st.Refund(rule, storage.Amount{N: -a.N, In: a.In}, s.now())
-		default:
-			continue
+	for i, a := range c.Amounts {
+		rule := &c.Rules.Rules[i]
+		if st := states[rule.ID()]; st.Apply(rule, a, s.now()) {
+			states[rule.ID()] = st
 		}
-		states[rule.ID()] = st
 	}
 }
 
-func (s *store) debt(d storage.Debt) storage.Debt {
+func (s *store) debt(d replica.Debt) replica.Debt {
 	d.Amounts = nil
-	for i := range d.Rules {
-		d.Amounts = append(d.Amounts, s.of(d.Name, d.Identifier)[d.Rules[i].ID()].Debt(&d.Rules[i], s.now()))
+	for i := range d.Rules.Rules {
+		rule := &d.Rules.Rules[i]
+		d.Amounts = append(d.Amounts, s.of(d.Name, d.Identifier)[rule.ID()].Debt(rule, s.now()))
 	}
 	return d
 }
 
-func (s *store) raise(d *storage.Debt) {
+func (s *store) raise(d *replica.Debt) {
 	states := s.of(d.Name, d.Identifier)
-	for i := range d.Rules {
-		if len(d.Amounts[i]) > 0 {
-			st := states[d.Rules[i].ID()]
-			st.Raise(&d.Rules[i], d.Amounts[i], s.now())
-			states[d.Rules[i].ID()] = st
+	for i, debt := range d.Amounts {
+		if rule := &d.Rules.Rules[i]; len(debt) > 0 {
+			st := states[rule.ID()]
+			st.Raise(rule, debt, s.now())
+			states[rule.ID()] = st
 		}
 	}
 }
 
 // record is that of a ledger.
-func (s *store) record(origin string, seq int64, batch []storage.Charge) (debts []storage.Debt) {
+func (s *store) record(origin string, seq int64, batch []storage.Charge) (debts []replica.Debt) {
 	zero := true
 	for i := range batch {
 		for _, a := range batch[i].Amounts {
@@ -167,7 +159,7 @@ func (s *store) record(origin string, seq int64, batch []storage.Charge) (debts 
 		}
 	}
 	for i := range batch {
-		debts = append(debts, s.debt(storage.Debt{Name: batch[i].Name, Identifier: batch[i].Identifier, Rules: batch[i].Rules}))
+		debts = append(debts, s.debt(replica.Debt{Name: batch[i].Name, Identifier: batch[i].Identifier, Rules: batch[i].Rules}))
 	}
 	return debts
 }
@@ -236,7 +228,7 @@ func (l *link) hurt() {
 // random is the same for the same call of the same run.
 func (l *link) random(n uint64) uint64 {
 	h := fnv.New64a()
-	_ = binary.Write(h, binary.LittleEndian, []uint64{l.seed, n, uint64(storage.Monotonic())})
+	_ = binary.Write(h, binary.LittleEndian, []uint64{l.seed, n, uint64(law.Monotonic())})
 	return h.Sum64()
 }
 
@@ -315,52 +307,52 @@ func (l *link) Watch(timeout time.Duration, report func(error)) error {
 	return nil
 }
 
-func (l *link) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, false, 0) })
-	return v, err
+func (l *link) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	return l.answer(ctx, a, func() (*storage.Answer, error) { return l.to.decide(l, r, false, 0) })
 }
 
-func (l *link) DecideFresh(ctx context.Context, r storage.Request, since int64) (v storage.Verdict, err error) {
-	err = l.answer(ctx, &v, func() (storage.Verdict, error) { return l.to.decide(l, &r, true, since) })
-	return v, err
+func (l *link) DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error {
+	return l.answer(ctx, a, func() (*storage.Answer, error) { return l.to.decide(l, r, true, since) })
 }
 
-// answer is call for something that answers a verdict, which is the caller's once it returns.
-func (l *link) answer(ctx context.Context, v *storage.Verdict, op func() (storage.Verdict, error)) error {
-	answer := make(chan storage.Verdict, 1)
+// answer is call for something that answers, into a once it returns.
+func (l *link) answer(ctx context.Context, a *storage.Answer, op func() (*storage.Answer, error)) error {
+	answer := make(chan *storage.Answer, 1)
 	err := l.call(ctx, func() error {
-		v, err := op()
-		answer <- v
+		a, err := op()
+		answer <- a
 		return err
 	})
 	if err == nil {
-		*v = <-answer
+		got := <-answer
+		a.Allowed, a.Source, a.Degraded, a.At = got.Allowed, got.Source, false, got.At
+		copy(a.Counts, got.Counts)
 	}
 	return err
 }
 
-func (l *link) Charge(ctx context.Context, c storage.Charge) error {
-	return l.call(ctx, func() error { l.to.charge(&c); return nil })
+func (l *link) Charge(ctx context.Context, c *storage.Charge) error {
+	return l.call(ctx, func() error { l.to.charge(c); return nil })
 }
 
 func (l *link) Reset(ctx context.Context, name, identifier string) error {
 	return l.call(ctx, func() error { delete(l.to.states, id{name, identifier}); return nil })
 }
 
-func (l *link) Raise(ctx context.Context, d storage.Debt) error {
+func (l *link) Raise(ctx context.Context, d replica.Debt) error {
 	return l.call(ctx, func() error { l.to.raise(&d); return nil })
 }
 
-func (l *link) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
-	answer := make(chan storage.Debt, 1)
+func (l *link) Debt(ctx context.Context, d replica.Debt) (replica.Debt, error) {
+	answer := make(chan replica.Debt, 1)
 	if err := l.call(ctx, func() error { answer <- l.to.debt(d); return nil }); err != nil {
 		return d, err
 	}
 	return <-answer, nil
 }
 
-func (l *link) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
-	answer := make(chan []storage.Debt, 1)
+func (l *link) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
+	answer := make(chan []replica.Debt, 1)
 	if err := l.call(ctx, func() error { answer <- l.to.record(origin, seq, batch); return nil }); err != nil {
 		return nil, err
 	}

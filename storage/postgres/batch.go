@@ -10,7 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	combine "github.com/go-throttler/throttler/internal/batch"
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // A batch is what concurrent calls of one identifier each share: it reads their rows, does to them what the calls ask, and
@@ -82,7 +82,7 @@ func split(rows []*row) (write, again []*row) {
 // taken reports whether every call of the row has taken something.
 func (r *row) taken() bool {
 	for _, c := range r.calls {
-		if c.Err != nil || !c.Answer.verdict.Taken() {
+		if c.Err != nil || !c.Query.taken(&c.Answer) {
 			return false
 		}
 	}
@@ -114,7 +114,7 @@ func (p *partition) reread(ctx context.Context, rows []*row) {
 
 // read reads rows, and what the server's clock is.
 func (p *partition) read(ctx context.Context, rows []*row) (now int64, err error) {
-	sent := storage.Monotonic()
+	sent := law.Monotonic()
 	if now, err = p.s.read(ctx, rows); err == nil {
 		p.memory.setClock(sent, now)
 	}

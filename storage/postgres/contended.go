@@ -12,7 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // Contended are the calls of rows that several processes write at the same moment, or that somebody keeps locked. They are
@@ -30,10 +30,10 @@ func (m *marks) of(id []byte) *atomic.Int64 {
 }
 
 func (m *marks) mark(id []byte, d time.Duration) {
-	m.of(id).Store(storage.Monotonic() + d.Microseconds())
+	m.of(id).Store(law.Monotonic() + d.Microseconds())
 }
 
-func (m *marks) marked(id []byte) bool { return m.of(id).Load() > storage.Monotonic() }
+func (m *marks) marked(id []byte) bool { return m.of(id).Load() > law.Monotonic() }
 
 // contend answers calls that they have to be done again under a lock.
 func contend(calls []*call) {

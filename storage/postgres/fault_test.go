@@ -116,9 +116,9 @@ type load struct {
 	took   [50]time.Duration // the longest call
 }
 
-func (w *load) hot(t testing.TB) storage.Request { return storecheck.Hourly(t, "shared", 1<<40) }
+func (w *load) hot(t testing.TB) storecheck.Request { return storecheck.Hourly(t, "shared", 1<<40) }
 
-func (w *load) mine(t testing.TB, i int) storage.Request {
+func (w *load) mine(t testing.TB, i int) storecheck.Request {
 	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
@@ -126,10 +126,10 @@ func (w *load) mine(t testing.TB, i int) storage.Request {
 func (w *load) ask(t testing.TB, s *pgstore.Storage, i, n int) {
 	hot, mine := w.hot(t), w.mine(t, i)
 	both, twoOf := hot, mine
-	both.More, twoOf.More = []storage.Part{mine.Part}, []storage.Part{hot.Part}
-	r := []storage.Request{hot, mine, both, twoOf}[n%4]
+	both.Parts, twoOf.Parts = append(slices.Clone(hot.Parts), mine.Parts...), append(slices.Clone(mine.Parts), hot.Parts...)
+	r := []storecheck.Request{hot, mine, both, twoOf}[n%4]
 	began := time.Now()
-	v, err := s.Decide(context.Background(), r)
+	v, err := storecheck.Decide(context.Background(), s, r)
 	w.took[i] = max(w.took[i], time.Since(began))
 	if n%4 != 1 {
 		w.shared.Count(v, err)
@@ -255,7 +255,7 @@ func TestACrashEmptiesAnUnloggedTable(t *testing.T) {
 	peek := r
 	peek.Mode = storage.Peek
 	storecheck.Until(t, "the crash empties the table", func() bool {
-		v, err := s.Decide(t.Context(), peek)
+		v, err := storecheck.Decide(t.Context(), s, peek)
 		return err == nil && v.Allowed
 	})
 	pool.Reset() // connections from before the crash
@@ -273,14 +273,14 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		began := time.Now()
-		_, err := s.Decide(ctx, r)
+		_, err := storecheck.Decide(ctx, s, r)
 		if time.Since(began) < prompt.Timeout { // else the machine is so busy that both have passed
 			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 			assert.NotErrorIs(t, err, storage.ErrUnavailable)
 		}
 	}))
 	assertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assertUnavailable(t, err)
 	}))
 	require.NoError(t, server.Thaw())
@@ -302,7 +302,7 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	assertBackAfter(t, 100*time.Millisecond, storecheck.Timed(3, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		v, err := s.Decide(ctx, r)
+		v, err := storecheck.Decide(ctx, s, r)
 		count.Count(v, err)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
@@ -331,7 +331,7 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 	took := storecheck.Timed(5, func() {
 		_, err := pgstore.New(t.Context(), pool, nil)
 		refused(err)
-		_, err = s.Decide(t.Context(), r)
+		_, err = storecheck.Decide(t.Context(), s, r)
 		refused(err)
 	})
 	slices.Sort(took)
@@ -367,7 +367,7 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 			require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			cure, before := h.cause(t, server.URL()), connected(t, pool)
 			assertBackAfter(t, h.after, storecheck.Timed(3, func() {
-				_, err := s.Decide(t.Context(), r)
+				_, err := storecheck.Decide(t.Context(), s, r)
 				assertUnavailable(t, err)
 				assert.Equal(t, h.code, code(err), "%v", err)
 			}))
@@ -388,7 +388,7 @@ func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 	took := storecheck.Timed(calls, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		defer cancel()
-		_, err := s.Decide(ctx, r)
+		_, err := storecheck.Decide(ctx, s, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
 	assertBackAfter(t, limit, took)
@@ -446,19 +446,14 @@ func TestNoCallsDeadlock(t *testing.T) {
 		storecheck.Crowd(60, func(worker int) {
 			random := rand.New(rand.NewPCG(uint64(epoch), uint64(worker)))
 			for range 10 {
-				r := storage.Request{}
+				r := storecheck.Request{}
 				for _, i := range random.Perm(40)[:1+worker%4*7] {
-					part := storecheck.Hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Part
-					if r.Part.Rules == nil {
-						r.Part = part
-					} else {
-						r.More = append(r.More, part)
-					}
+					r.Parts = append(r.Parts, storecheck.Hourly(t, fmt.Sprint(epoch, "-", i), 1<<40).Parts...)
 				}
-				_, err := all[worker%2].Decide(context.Background(), r)
+				_, err := storecheck.Decide(context.Background(), all[worker%2], r)
 				assert.NoError(t, err)
 				if worker%8 == 0 {
-					assert.NoError(t, all[worker%2].Reset(context.Background(), "", r.Part.Identifier))
+					assert.NoError(t, all[worker%2].Reset(context.Background(), "", r.Parts[0].Identifier))
 				}
 			}
 		})
@@ -478,7 +473,7 @@ func TestARefusalWaitsForNoLock(t *testing.T) {
 	holdRow(t, server.URL(), "full")
 	holdRow(t, server.URL(), "some")
 	both := some
-	both.More = []storage.Part{full.Part}
+	both.Parts = append(both.Parts, full.Parts...)
 	assert.Equal(t, 0, storecheck.Take(t, s, full, 3))
 	assert.Equal(t, 0, storecheck.Take(t, s, both, 3))
 	assert.Equal(t, int64(5), storecheck.Spent(t, s, full))
@@ -517,9 +512,9 @@ func TestOneConnectionIsEnoughForEverything(t *testing.T) {
 		for n := range 5 {
 			assert.NoError(t, hot.Ask(s, storecheck.Hourly(t, "hot", 200)))
 			pair, other := own, storecheck.Hourly(t, fmt.Sprint("other-", i, "-", n), 1000)
-			pair.More = []storage.Part{other.Part}
+			pair.Parts = append(pair.Parts, other.Parts...)
 			assert.NoError(t, new(storecheck.Told).Ask(s, pair))
-			assert.NoError(t, s.Charge(t.Context(), storage.Charge{Identifier: own.Part.Identifier, Rules: own.Part.Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
+			assert.NoError(t, s.Charge(t.Context(), &storage.Charge{Identifier: own.Parts[0].Identifier, Rules: own.Parts[0].Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}))
 			if i%10 == 0 {
 				_, err := s.Sweep(t.Context())
 				assert.NoError(t, err)
@@ -548,9 +543,9 @@ func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	storecheck.Until(t, "a Peek tells something else", func() bool { return storecheck.Spent(t, s, some) == 2 && storecheck.Spent(t, s, none) == 5 })
 	assert.Equal(t, 0, storecheck.Take(t, s, none, 3), "a call that is denied")
 	both := some
-	both.More = []storage.Part{storecheck.FivePerHour(t, "new").Part}
-	for _, r := range []storage.Request{some, storecheck.FivePerHour(t, "new"), both} {
-		_, err := s.Decide(t.Context(), r)
+	both.Parts = append(both.Parts, storecheck.FivePerHour(t, "new").Parts...)
+	for _, r := range []storecheck.Request{some, storecheck.FivePerHour(t, "new"), both} {
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assertUnavailable(t, err)
 		assert.Equal(t, readOnly, code(err), "%v", err)
 	}
@@ -569,7 +564,7 @@ func TestADatabaseThatOnlyReadsByDefaultRefusesChanges(t *testing.T) {
 	open(t, pool, pgstore.Options{})
 	reads := connect(t, server.URL()+"&default_transaction_read_only=on")
 	s := open(t, reads, pgstore.Options{})
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	assertUnavailable(t, err)
 	assert.Equal(t, readOnly, code(err), "%v", err)
 	assert.Equal(t, int64(0), storecheck.Spent(t, s, storecheck.FivePerHour(t, "a")))
@@ -590,7 +585,7 @@ func TestDecisionsAreExactWhateverIsolationIsTheDefault(t *testing.T) {
 			require.False(t, t.Failed())
 			a, b := storecheck.Hourly(t, "a", 150), storecheck.Hourly(t, "b", 150)
 			ab, ba := a, b
-			ab.More, ba.More = []storage.Part{b.Part}, []storage.Part{a.Part}
+			ab.Parts, ba.Parts = append(slices.Clone(a.Parts), b.Parts...), append(slices.Clone(b.Parts), a.Parts...)
 			var singleA, singleB, joint storecheck.Told
 			storecheck.Crowd(50, func(i int) {
 				for n := range 4 {
@@ -629,7 +624,7 @@ func TestAServerWithoutAFreeConnectionIsAnErrorWithItsCause(t *testing.T) {
 		return len(held) == connections
 	})
 	took := storecheck.Timed(3, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assertUnavailable(t, err)
 		assert.Equal(t, tooMany, code(err), "%v", err)
 	})

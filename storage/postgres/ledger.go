@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 
 	combine "github.com/go-throttler/throttler/internal/batch"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -54,7 +55,7 @@ type entry struct {
 	row  *row
 	none bool // all amounts are zero
 	left bool // it was left out
-	debt storage.Debt
+	debt replica.Debt
 }
 
 // Record charges all entries of a batch once, or gives back where an amount is negative, and returns for each entry
@@ -66,7 +67,7 @@ type entry struct {
 // answered. So a batch that failed, or whose answer was lost, may be sent again with the same seq, until an hour after
 // the origin's last one. A batch of zeros only reads: it locks and writes nothing, and needs no origin and no seq.
 //
-// An entry that is invalid is an error before any I/O. One whose row cannot be read, or would have more than
+// An entry whose row cannot be read, or would have more than
 // storage.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
 // read nothing is charged, and the error is ErrCorruptState.
 //
@@ -75,7 +76,7 @@ type entry struct {
 // have been charged. Record is
 // safe for concurrent use, but a batch that a later one of its origin overtakes counts as charged. Rules must
 // never change.
-func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]storage.Debt, error) {
+func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -104,10 +105,7 @@ func newRecord(origin string, seq int64, batch []storage.Charge) (*record, error
 	charges := false
 	for i := range batch {
 		c, e := &batch[i], &r.entries[i]
-		if err := c.Validate(); err != nil {
-			return nil, err
-		}
-		e.debt = storage.Debt{Name: strings.Clone(c.Name), Clocked: c.Clocked, Now: c.Now, Identifier: strings.Clone(c.Identifier), Rules: c.Rules}
+		e.debt = replica.Debt{Name: strings.Clone(c.Name), Clocked: c.Clocked, Now: c.Now, Identifier: strings.Clone(c.Identifier), Rules: c.Rules}
 		e.change = change{clocked: c.Clocked, now: c.Now, rules: c.Rules, charge: make([]storage.Amount, len(c.Amounts))}
 		e.none = true
 		for j, a := range c.Amounts {
@@ -128,7 +126,7 @@ func newRecord(origin string, seq int64, batch []storage.Charge) (*record, error
 
 func validateOrigin(origin string, seq int64) error {
 	if origin == "" || len(origin) > maxOrigin || strings.Contains(origin, ":") {
-		return fmt.Errorf("%w: the origin %.99q of a batch must have 1 to %d bytes and no colon", storage.ErrInvalidIdentifier, origin, maxOrigin)
+		return fmt.Errorf("throttler: postgres: the origin %.99q of a batch must have 1 to %d bytes and no colon", origin, maxOrigin)
 	}
 	if seq <= 0 {
 		return fmt.Errorf("throttler: postgres: the sequence number of a batch is %d, must be above zero", seq)
@@ -162,7 +160,7 @@ func (r *record) addRows() {
 }
 
 // runRecord executes one batch.
-func (s *Storage) runRecord(ctx context.Context, one []*combine.Call[*record, []storage.Debt]) {
+func (s *Storage) runRecord(ctx context.Context, one []*combine.Call[*record, []replica.Debt]) {
 	c := one[0]
 	r, now, err := c.Query, int64(0), error(nil)
 	switch {
@@ -336,8 +334,8 @@ func (r *record) columns(now int64) []any {
 }
 
 // debts answer the batch.
-func (r *record) debts(now int64) []storage.Debt {
-	out := make([]storage.Debt, len(r.entries))
+func (r *record) debts(now int64) []replica.Debt {
+	out := make([]replica.Debt, len(r.entries))
 	for i := range r.entries {
 		e := &r.entries[i]
 		out[i] = e.debt

@@ -15,6 +15,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -33,14 +35,14 @@ func ledger(t testing.TB) (*pgstore.Storage, *pgxpool.Pool) {
 const noon = 1_700_000_000_000_000
 
 // entryOf is for n tokens an hour of the one bucket that r asks.
-func entryOf(r storage.Request, n int64) storage.Charge {
+func entryOf(r storecheck.Request, n int64) storage.Charge {
 	c := chargeOne(r)
 	c.Clocked, c.Now, c.Amounts[0].N = true, noon, n
 	return c
 }
 
 // record is a Record that has to succeed.
-func record(t testing.TB, s *pgstore.Storage, origin string, seq int64, batch ...storage.Charge) []storage.Debt {
+func record(t testing.TB, s *pgstore.Storage, origin string, seq int64, batch ...storage.Charge) []replica.Debt {
 	t.Helper()
 	debts, err := s.Record(t.Context(), origin, seq, batch)
 	require.NoError(t, err)
@@ -49,7 +51,7 @@ func record(t testing.TB, s *pgstore.Storage, origin string, seq int64, batch ..
 }
 
 // owed is the sum of what the first bucket owes.
-func owed(d storage.Debt) (n int64) {
+func owed(d replica.Debt) (n int64) {
 	for _, a := range d.Amounts[0] {
 		n += a.N
 	}
@@ -57,9 +59,9 @@ func owed(d storage.Debt) (n int64) {
 }
 
 // owes is what the one bucket of r owes at noon.
-func owes(t testing.TB, s *pgstore.Storage, r storage.Request) int64 {
+func owes(t testing.TB, s *pgstore.Storage, r storecheck.Request) int64 {
 	t.Helper()
-	d, err := s.Debt(t.Context(), storage.Debt{Clocked: true, Now: noon, Identifier: r.Part.Identifier, Rules: r.Part.Rules})
+	d, err := s.Debt(t.Context(), replica.Debt{Clocked: true, Now: noon, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules})
 	require.NoError(t, err)
 	return owed(d)
 }
@@ -85,7 +87,7 @@ func TestABatchMayNameAnIdentifierSeveralTimesAndGiveBack(t *testing.T) {
 	t.Parallel()
 	s, _ := ledger(t)
 	a, other := storecheck.Hourly(t, "a", 1000), storecheck.Hourly(t, "a", 1000)
-	other.Part = storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "daily", storage.FixedWindow, 24*time.Hour, 1000)}, 1)
+	other.Parts[0] = storecheck.NewPart("a", []law.Rule{storecheck.Rule(t, "daily", law.FixedWindow, 24*time.Hour, 1000)}, 1)
 	debts := record(t, s, "o", 1, entryOf(a, 5), entryOf(other, 20), entryOf(a, 3), entryOf(a, -2), entryOf(a, 0))
 	for i, want := range []int64{6, 20, 6, 6, 6} {
 		assert.Equal(t, want, owed(debts[i]), "entry %d, after all of them", i)
@@ -109,20 +111,22 @@ func TestRecordIsTheModelsChargesAndThenDebts(t *testing.T) {
 				var batch []storage.Charge
 				for range 1 + random.IntN(12) {
 					c := storage.Charge{Name: "model", Clocked: true, Now: now, Identifier: fmt.Sprint(random.IntN(8))}
-					for kind := range storage.SlidingLog + 1 {
+					var rules []law.Rule
+					for kind := range law.SlidingLog + 1 {
 						if random.IntN(2) == 0 || kind == 0 {
-							c.Rules = append(c.Rules, storecheck.Rule(t, fmt.Sprint(kind), kind, time.Hour, 300))
+							rules = append(rules, storecheck.Rule(t, fmt.Sprint(kind), kind, time.Hour, 300))
 							c.Amounts = append(c.Amounts, storage.Amount{N: random.Int64N(60) - 20, In: random.Int64N(7_200_000_000)})
 						}
 					}
+					c.Rules = law.NewRuleSet(rules...)
 					batch = append(batch, c)
 				}
 				for _, c := range batch {
-					require.NoError(t, model.Charge(t.Context(), c))
+					require.NoError(t, model.Charge(t.Context(), &c))
 				}
-				var want []storage.Debt
+				var want []replica.Debt
 				for _, c := range batch {
-					d, err := model.Debt(t.Context(), storage.Debt{Name: c.Name, Clocked: true, Now: c.Now, Identifier: c.Identifier, Rules: c.Rules})
+					d, err := model.Debt(t.Context(), replica.Debt{Name: c.Name, Clocked: true, Now: c.Now, Identifier: c.Identifier, Rules: c.Rules})
 					require.NoError(t, err)
 					want = append(want, d)
 				}
@@ -145,7 +149,7 @@ func TestTheClockOfAnEntryThatSendsNoneIsTheServers(t *testing.T) {
 	require.Equal(t, int64(4), owed(d))
 	assert.Equal(t, time.Hour.Microseconds(), d.Amounts[0][0].In)
 	assert.Equal(t, 1, storecheck.Take(t, s, r, 3))
-	d, err := s.Debt(t.Context(), storage.Debt{Identifier: "a", Rules: r.Part.Rules})
+	d, err := s.Debt(t.Context(), replica.Debt{Identifier: "a", Rules: r.Parts[0].Rules})
 	require.NoError(t, err)
 	assert.Equal(t, int64(5), owed(d))
 }
@@ -155,10 +159,12 @@ func TestEntriesThatCannotBeChargedAreLeftOutAndTheOthersAreNot(t *testing.T) {
 	s, pool := ledger(t)
 	good, bad, many := storecheck.Hourly(t, "good", 100), storecheck.Hourly(t, "bad", 100), storecheck.Hourly(t, "many", 100)
 	full := storage.Charge{Clocked: true, Now: noon, Identifier: "many"}
+	var rules []law.Rule
 	for i := range storage.MaxBuckets {
-		full.Rules = append(full.Rules, storecheck.Rule(t, fmt.Sprint(i), storage.Replenish, time.Hour, 10))
+		rules = append(rules, storecheck.Rule(t, fmt.Sprint(i), law.Replenish, time.Hour, 10))
 		full.Amounts = append(full.Amounts, storage.Amount{N: 1, In: time.Hour.Microseconds()})
 	}
+	full.Rules = law.NewRuleSet(rules...)
 	record(t, s, "o", 1, entryOf(bad, 1), full)
 	sqlDo(t, pool, "UPDATE throttler_state SET state = 'foreign', version = version + 1 WHERE id = ':bad'")
 	debts := record(t, s, "o", 2, entryOf(bad, 1), entryOf(good, 3), entryOf(many, 1), full)
@@ -169,7 +175,7 @@ func TestEntriesThatCannotBeChargedAreLeftOutAndTheOthersAreNot(t *testing.T) {
 	assert.Equal(t, int64(3), owed(record(t, s, "o", 2, entryOf(bad, 1), entryOf(good, 3))[1]))
 	assert.Nil(t, record(t, s, "", 0, entryOf(bad, 0))[0].Amounts)
 	assert.Equal(t, "foreign", string(sqlGet[[]byte](t, pool, "SELECT state FROM throttler_state WHERE id = ':bad'")))
-	_, err := s.Debt(t.Context(), storage.Debt{Identifier: "bad", Rules: bad.Part.Rules})
+	_, err := s.Debt(t.Context(), replica.Debt{Identifier: "bad", Rules: bad.Parts[0].Rules})
 	assert.ErrorIs(t, err, storage.ErrCorruptState)
 }
 
@@ -180,7 +186,7 @@ func TestARowOfAnOriginIsNoIdentifiersAndNothingIsChargedWhenItCannotBeRead(t *t
 	require.Equal(t, 1, storecheck.Take(t, s, b, 1))
 	record(t, s, "o", 77, entryOf(a, 1))
 	sqlDo(t, pool, "UPDATE throttler_state SET version = version + 1, state = (SELECT state FROM throttler_state WHERE id = 'o') WHERE id = ':b'")
-	_, err := s.Decide(t.Context(), b)
+	_, err := storecheck.Decide(t.Context(), s, b)
 	assert.ErrorIs(t, err, storage.ErrCorruptState, "the state of an origin")
 	for _, state := range [][]byte{{0xff}, {0xff, 1, 0}, {0xff, 0}, {0xff, 0x80}, {1, 1}, []byte("text"), append([]byte{0xff}, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1)} {
 		sqlDo(t, pool, "UPDATE throttler_state SET version = version + 1, state = $1 WHERE id = 'o'", state)
@@ -288,16 +294,16 @@ func TestRacingBatchesOfSeveralOriginsBesideDecisionsAreExact(t *testing.T) {
 	stores := []*pgstore.Storage{open(t, connect(t, server.URL()), pgstore.Options{}), open(t, connect(t, server.URL()), pgstore.Options{})}
 	const identifiers, origins, batches = 50, 6, 30
 	var sum [identifiers]atomic.Int64
-	ask := func(i int) storage.Request { return storecheck.Hourly(t, fmt.Sprint(i), 1<<40) }
+	ask := func(i int) storecheck.Request { return storecheck.Hourly(t, fmt.Sprint(i), 1<<40) }
 	storecheck.Crowd(origins+24, func(worker int) {
 		s, random := stores[worker%2], rand.New(rand.NewPCG(uint64(worker), 2))
 		for seq := range int64(batches) {
 			if worker >= origins {
 				r := ask(random.IntN(identifiers))
-				r.More = []storage.Part{storecheck.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40).Part}[:worker%2]
+				r.Parts = append(r.Parts, storecheck.Hourly(t, fmt.Sprint("new-", seq, "-", random.IntN(3)), 1<<40).Parts[:worker%2]...)
 				if assert.NoError(t, new(storecheck.Told).Ask(s, r)) {
 					n := 0
-					_, _ = fmt.Sscan(r.Part.Identifier, &n)
+					_, _ = fmt.Sscan(r.Parts[0].Identifier, &n)
 					sum[n].Add(1)
 				}
 				continue
@@ -341,7 +347,7 @@ func TestARowThatMovesWhileItIsWaitedForIsCharged(t *testing.T) {
 	record(t, s, "o", 1, entryOf(r, 1))
 	for seq := range int64(5) {
 		held := hold(t, pool, writeIt, []byte(":a"))
-		done := make(chan []storage.Debt, 1)
+		done := make(chan []replica.Debt, 1)
 		go func() {
 			debts, err := s.Record(t.Context(), "o", seq+2, []storage.Charge{entryOf(r, 1)})
 			assert.NoError(t, err)
@@ -489,34 +495,24 @@ func TestRecordRefusesWhatIsInvalidBeforeItDoesAnything(t *testing.T) {
 	good := entryOf(storecheck.FivePerHour(t, "a"), 1)
 	for _, origin := range []string{"", "with:colon", strings.Repeat("o", 65)} {
 		_, err := s.Record(t.Context(), origin, 1, []storage.Charge{good})
-		assert.ErrorIs(t, err, storage.ErrInvalidIdentifier, origin)
+		assert.ErrorContains(t, err, fmt.Sprintf("origin %q", origin))
+		assert.NotErrorIs(t, err, storage.ErrUnavailable)
 	}
 	for _, seq := range []int64{0, -1} {
 		_, err := s.Record(t.Context(), "o", seq, []storage.Charge{good})
 		assert.ErrorContains(t, err, fmt.Sprint("is ", seq))
 		assert.NotErrorIs(t, err, storage.ErrUnavailable)
 	}
-	bad := good
-	bad.Identifier = ""
-	_, err := s.Record(t.Context(), "o", 1, []storage.Charge{good, bad})
-	assert.ErrorIs(t, err, storage.ErrInvalidIdentifier)
-	bad = good
-	bad.Amounts = nil
-	var e *storage.BucketError
-	_, err = s.Record(t.Context(), "o", 1, []storage.Charge{bad})
-	assert.ErrorAs(t, err, &e)
-	_, err = s.Debt(t.Context(), storage.Debt{Identifier: "a"})
-	assert.ErrorAs(t, err, &e)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = s.Record(ctx, "o", 1, []storage.Charge{good})
+	_, err := s.Record(ctx, "o", 1, []storage.Charge{good})
 	assert.ErrorIs(t, err, context.Canceled)
-	_, err = s.Debt(ctx, storage.Debt{Identifier: "a", Rules: good.Rules})
+	_, err = s.Debt(ctx, replica.Debt{Identifier: "a", Rules: good.Rules})
 	assert.ErrorIs(t, err, context.Canceled)
 	require.NoError(t, s.Close(bg))
 	_, err = s.Record(t.Context(), "o", 1, []storage.Charge{good})
 	assert.ErrorIs(t, err, storage.ErrClosed)
-	_, err = s.Debt(t.Context(), storage.Debt{Identifier: "a", Rules: good.Rules})
+	_, err = s.Debt(t.Context(), replica.Debt{Identifier: "a", Rules: good.Rules})
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
 
@@ -554,7 +550,7 @@ func TestASweepRemovesTheRowOfAnOriginAnHourAfterItsLastBatch(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
 	r := storecheck.Hourly(t, "a", 1000)
-	r.Part.Rules[0] = storecheck.Rule(t, "daily", storage.Replenish, 24*time.Hour, 1000)
+	r.Parts[0].Rules.Rules[0] = storecheck.Rule(t, "daily", law.Replenish, 24*time.Hour, 1000)
 	c := chargeOne(r)
 	c.Amounts[0].In *= 24
 	record(t, s, "o", 1, c)
@@ -581,12 +577,12 @@ func TestASweepRemovesTheRowOfAnOriginAnHourAfterItsLastBatch(t *testing.T) {
 func TestRecordSweepsToo(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
-	short := storecheck.Rule(t, "short", storage.Replenish, time.Microsecond, 1)
+	short := storecheck.Rule(t, "short", law.Replenish, time.Microsecond, 1)
 	const batches, each = 20, 100
 	for seq := range int64(batches) {
 		var batch []storage.Charge
 		for i := range each {
-			batch = append(batch, storage.Charge{Identifier: fmt.Sprint(seq, "-", i), Rules: []storage.Rule{short}, Amounts: []storage.Amount{{N: 1, In: 1}}})
+			batch = append(batch, storage.Charge{Identifier: fmt.Sprint(seq, "-", i), Rules: law.NewRuleSet([]law.Rule{short}...), Amounts: []storage.Amount{{N: 1, In: 1}}})
 		}
 		record(t, s, "o", seq+1, batch...)
 	}

@@ -3,6 +3,7 @@ package postgres
 import (
 	"sync"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -52,7 +53,7 @@ const (
 // recall fills the rows from memory and removes them from it, where all calls of a row take tokens. It returns the others and
 // the estimated time of the server. Without a recent offset it recalls nothing.
 func (m *memory) recall(rows []*row) (now int64, unknown []*row) {
-	own := storage.Monotonic()
+	own := law.Monotonic()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.age(own)
@@ -93,7 +94,7 @@ func (m *memory) find(id []byte) (known remembered, ok bool) {
 func (m *memory) remember(rows []*row, shared *marks) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.age(storage.Monotonic())
+	m.age(law.Monotonic())
 	for _, r := range rows {
 		holds := 0
 		for i := range r.buckets {
@@ -121,7 +122,7 @@ func (m *memory) age(own int64) {
 func (m *memory) setClock(sent, now int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if own := storage.Monotonic(); own-sent < offsetTrip {
+	if own := law.Monotonic(); own-sent < offsetTrip {
 		m.offset, m.offsetAt = now-own, own
 	}
 }

@@ -82,20 +82,20 @@ func TestWhatAnotherProcessHasDoneIsSeenInSpiteOfMemory(t *testing.T) {
 	pool := connect(t, servers.PostgresURL(t))
 	s, other := open(t, pool, pgstore.Options{TablePrefix: "memory"}), open(t, pool, pgstore.Options{TablePrefix: "memory"})
 	for what, do := range map[string]struct {
-		do   func(storage.Request) error
+		do   func(storecheck.Request) error
 		left int
 	}{
-		"a Reset": {func(r storage.Request) error { return other.Reset(t.Context(), "", r.Part.Identifier) }, 5},
-		"a DELETE of the row": {func(r storage.Request) error {
-			_, err := pool.Exec(t.Context(), "DELETE FROM memory_state WHERE id = $1", []byte(":"+r.Part.Identifier))
+		"a Reset": {func(r storecheck.Request) error { return other.Reset(t.Context(), "", r.Parts[0].Identifier) }, 5},
+		"a DELETE of the row": {func(r storecheck.Request) error {
+			_, err := pool.Exec(t.Context(), "DELETE FROM memory_state WHERE id = $1", []byte(":"+r.Parts[0].Identifier))
 			return err
 		}, 5},
-		"a Take":   {func(r storage.Request) error { assert.Equal(t, 2, storecheck.Take(t, other, r, 2)); return nil }, 1},
-		"a Charge": {func(r storage.Request) error { return other.Charge(t.Context(), chargeOne(r)) }, 2},
-		"a refund of all that is out": {func(r storage.Request) error {
+		"a Take":   {func(r storecheck.Request) error { assert.Equal(t, 2, storecheck.Take(t, other, r, 2)); return nil }, 1},
+		"a Charge": {func(r storecheck.Request) error { return charge(t.Context(), other, chargeOne(r)) }, 2},
+		"a refund of all that is out": {func(r storecheck.Request) error {
 			c := chargeOne(r)
 			c.Amounts[0].N = -2
-			return other.Charge(t.Context(), c)
+			return other.Charge(t.Context(), &c)
 		}, 5},
 	} {
 		r := storecheck.FivePerHour(t, freshID(t))
@@ -111,7 +111,7 @@ func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	s, other := open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"}), open(t, connect(t, url), pgstore.Options{TablePrefix: "refusal"})
 	r := storecheck.FivePerHour(t, freshID(t))
 	require.Equal(t, 5, storecheck.Take(t, s, r, 5))
-	require.NoError(t, other.Reset(t.Context(), "", r.Part.Identifier))
+	require.NoError(t, other.Reset(t.Context(), "", r.Parts[0].Identifier))
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
@@ -137,7 +137,7 @@ func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
 			case n%7 == 0:
 				r := storecheck.Hourly(t, fmt.Sprint(base, i), limit)
 				r.Mode = storage.Peek
-				_, err := s.Decide(context.Background(), r)
+				_, err := storecheck.Decide(context.Background(), s, r)
 				assert.NoError(t, err)
 			default:
 				ask(s, i)

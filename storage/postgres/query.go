@@ -3,10 +3,9 @@ package postgres
 import (
 	"bytes"
 	"cmp"
-	"slices"
-	"strings"
 
 	combine "github.com/go-throttler/throttler/internal/batch"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -14,10 +13,10 @@ type call = combine.Call[query, answer]
 
 // query is a decision, a change of one identifier, or the question what it owes.
 type query struct {
-	ids     [][]byte // of the parts, or the identifier
-	request storage.Request
-	change  *change // nil for a decision
-	debt    bool    // the caller wants the debt, not the counts of a Peek
+	ids     [][]byte        // of the parts, or the identifier
+	request storage.Request // its identifiers are the caller's memory, and the ids are not
+	change  *change         // nil for a decision
+	debt    bool            // the caller wants the debt, not the counts of a Peek
 
 	rows []*row // of the ids, filled by the batch
 }
@@ -26,26 +25,17 @@ type query struct {
 type change struct {
 	clocked bool
 	now     int64
-	rules   []storage.Rule
+	rules   *storage.RuleSet
 	charge  []storage.Amount   // of each rule, or nil
 	debt    [][]storage.Amount // of each rule, or nil
 }
 
 type answer struct {
-	verdict   storage.Verdict
+	allowed   bool
+	at        int64           // of a decision
+	counts    []storage.Count // of its buckets
 	debt      [][]storage.Amount
 	contended bool // and not done
-}
-
-// keep copies the strings of the request: the caller may leave before the batch
-// is answered, and use their memory for something else.
-func (q *query) keep() {
-	r := &q.request
-	r.Name, r.More = strings.Clone(r.Name), slices.Clone(r.More)
-	for i := range r.Parts() {
-		p := r.At(i)
-		p.Identifier = strings.Clone(p.Identifier)
-	}
 }
 
 // mark is what stands for all ids of the query in marks.
@@ -57,11 +47,11 @@ func (q *query) mark() []byte {
 }
 
 // rules are those of one of the ids.
-func (q *query) rules(i int) []storage.Rule {
+func (q *query) rules(i int) *storage.RuleSet {
 	if q.change != nil {
 		return q.change.rules
 	}
-	return q.request.At(i).Rules
+	return q.request.Parts[i].Rules
 }
 
 // rowID is the key of a row. Names have no colon.
@@ -79,7 +69,7 @@ func act(calls []*call, rows []*row, now int64) (changed []*row) {
 		case q.debt:
 			c.Answer.debt, c.Err = q.owed(now)
 		default:
-			c.Err = q.decide(&c.Answer.verdict, now)
+			c.Err = q.decide(&c.Answer, now)
 		}
 	}
 	for _, r := range rows {
@@ -90,43 +80,46 @@ func act(calls []*call, rows []*row, now int64) (changed []*row) {
 	return changed
 }
 
-func (q *query) decide(v *storage.Verdict, now int64) error {
-	r, at := &q.request, storage.Monotonic()
-	if r.Clocked {
-		at, now = r.Now, r.Now
+func (q *query) decide(a *answer, now int64) error {
+	r := &q.request
+	if a.at = law.Monotonic(); r.Clocked {
+		a.at, now = r.Now, r.Now
 	}
-	var few [4]storage.Draw
+	var few [4]law.Draw
 	draws := few[:0]
 	for i, row := range q.rows {
-		part := r.At(i)
+		part := &r.Parts[i]
 		if err := cmp.Or(row.fault, row.room(part.Rules, now)); err != nil {
 			return err
 		}
-		for j := range part.Rules {
-			rule := &part.Rules[j]
-			draws = append(draws, storage.Draw{Rule: rule, Cost: part.Cost(j), State: row.state(rule)})
+		for j := range part.Rules.Rules {
+			rule := &part.Rules.Rules[j]
+			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], State: row.state(rule)})
 		}
 	}
-	v.Begin(r, Source, at)
-	v.Allowed = storage.Decide(r.Mode, now, draws)
+	a.allowed = law.Decide(r.Mode, now, draws)
+	a.counts = make([]storage.Count, len(draws))
 	for i := range draws {
-		v.Set(i, draws[i].Count)
+		a.counts[i] = draws[i].Count
 	}
-	if !v.Taken() {
+	if !q.taken(a) {
 		return nil
 	}
 	for i, row := range q.rows {
-		rules := r.At(i).Rules
-		for j := range rules {
-			if draws[j].Cost > 0 {
-				row.set(&rules[j], draws[j].State)
+		n := len(r.Parts[i].Rules.Rules)
+		for _, d := range draws[:n] {
+			if d.Cost > 0 {
+				row.set(d.Rule, d.State)
 				row.touch(r.Clocked, now)
 			}
 		}
-		draws = draws[len(rules):]
+		draws = draws[n:]
 	}
 	return nil
 }
+
+// taken reports whether an answer says that costs were taken.
+func (q *query) taken(a *answer) bool { return a.allowed && q.request.Mode != storage.Peek }
 
 func (q *query) owed(now int64) ([][]storage.Amount, error) {
 	if q.request.Clocked {
@@ -146,17 +139,13 @@ func (d *change) apply(row *row, now int64) error {
 	if err := cmp.Or(row.fault, row.room(d.rules, now)); err != nil {
 		return err
 	}
-	for i := range d.rules {
-		rule := &d.rules[i]
+	for i := range d.rules.Rules {
+		rule := &d.rules.Rules[i]
 		state := row.state(rule)
 		switch {
 		case d.debt != nil && len(d.debt[i]) > 0:
 			state.Raise(rule, d.debt[i], now)
-		case d.charge != nil && d.charge[i].N > 0:
-			state.Charge(rule, d.charge[i], now)
-		case d.charge != nil && d.charge[i].N < 0 && state.Law != nil:
-			state.Refund(rule, storage.Amount{N: -d.charge[i].N, In: d.charge[i].In}, now)
-		default:
+		case d.charge == nil || !state.Apply(rule, d.charge[i], now):
 			continue
 		}
 		row.set(rule, state)

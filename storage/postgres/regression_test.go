@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -29,7 +30,7 @@ func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	require.Equal(t, 5, storecheck.Take(t, s, r, 5)) // remembered
 	sqlDo(t, pool, "ALTER TABLE throttler_state RENAME TO away")
 	for i := range 20 { // in both partitions
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, fmt.Sprint("other-", i)))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, fmt.Sprint("other-", i)))
 		assertUnavailable(t, err)
 	}
 	sqlDo(t, pool, "ALTER TABLE away RENAME TO throttler_state")
@@ -41,7 +42,7 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s := open(t, pool, pgstore.Options{Timeout: 5 * time.Second})
-	var old, fresh []storage.Request
+	var old, fresh []storecheck.Request
 	for i := range 16 {
 		old = append(old, storecheck.Hourly(t, fmt.Sprint("old-", i), 100))
 		require.Equal(t, 1, storecheck.Take(t, s, old[i], 1))
@@ -57,12 +58,12 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	admitted := make([]bool, len(fresh))
 	var all sync.WaitGroup
 	for _, r := range old {
-		all.Go(func() { _, _ = s.Decide(context.Background(), r) })
+		all.Go(func() { _, _ = storecheck.Decide(context.Background(), s, r) })
 	}
 	holder{pool, tx}.awaited(t, 2) // a batch of each partition
 	for i, r := range fresh {
 		all.Go(func() {
-			v, err := s.Decide(context.Background(), r)
+			v, err := storecheck.Decide(context.Background(), s, r)
 			admitted[i] = err == nil && v.Allowed
 		})
 	}
@@ -84,7 +85,7 @@ func TestAWriteThatIsNotCommittedIsNotAdmitted(t *testing.T) {
 	s, r := open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")
 	sqlDo(t, pool, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'`)
 	sqlDo(t, pool, `CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON throttler_state DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()`)
-	_, err := s.Decide(t.Context(), r)
+	_, err := storecheck.Decide(t.Context(), s, r)
 	assertUnavailable(t, err)
 }
 
@@ -118,10 +119,10 @@ func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
 	t.Cleanup(pool.Close)
 	s := open(t, pool, pgstore.Options{})
 	const n = 10
-	r := storage.Request{Part: storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "10/150ms", storage.SlidingLog, 150*time.Millisecond, n)}, 1)}
+	r := storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{storecheck.Rule(t, "10/150ms", law.SlidingLog, 150*time.Millisecond, n)}, 1)}}
 	peek := r
 	peek.Mode = storage.Peek
-	_, err = s.Decide(t.Context(), peek)
+	_, err = storecheck.Decide(t.Context(), s, peek)
 	require.NoError(t, err)
 	delay.Store(int64(200 * time.Millisecond)) // a read and a write
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
@@ -140,9 +141,9 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
 	s := open(t, pool, pgstore.Options{Timeout: time.Second})
-	pair := func(a, b string) storage.Request {
+	pair := func(a, b string) storecheck.Request {
 		r := storecheck.Hourly(t, a, 1<<40)
-		r.More = []storage.Part{storecheck.Hourly(t, b, 1<<40).Part}
+		r.Parts = append(r.Parts, storecheck.Hourly(t, b, 1<<40).Parts...)
 		return r
 	}
 	require.Equal(t, 1, storecheck.Take(t, s, pair("locked", "x"), 1))
@@ -179,14 +180,14 @@ func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	pool := connect(t, servers.PostgresURL(t))
 	s, other := open(t, pool, pgstore.Options{TablePrefix: "crashed"}), open(t, pool, pgstore.Options{TablePrefix: "crashed"})
 	r := storecheck.Hourly(t, freshID(t), 100)
-	id := []byte(":" + r.Part.Identifier)
+	id := []byte(":" + r.Parts[0].Identifier)
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	sqlDo(t, pool, "CREATE TABLE IF NOT EXISTS disk AS SELECT * FROM crashed_state WHERE id = $1", id)
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1), "this one is lost")
 	sqlDo(t, pool, "UPDATE crashed_state AS c SET version = d.version, state = d.state FROM disk AS d WHERE c.id = d.id")
 	c := chargeOne(r)
 	c.Amounts[0].N = 50
-	require.NoError(t, other.Charge(t.Context(), c))
+	require.NoError(t, other.Charge(t.Context(), &c))
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	assert.Equal(t, int64(1+50+1), storecheck.Spent(t, s, r), "a charge that was made after the crash")
 }
@@ -283,14 +284,14 @@ func TestAServerThatDoesNotGreetIsNamedAsTheCause(t *testing.T) {
 	t.Cleanup(func() { _ = silent.Close() })
 	pool := connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable")
 	s := open(t, pool, pgstore.Options{NoSchema: true, Timeout: 50 * time.Millisecond})
-	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+	_, err = storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	assertUnavailable(t, err)
 	assert.ErrorContains(t, err, "a connection is still being opened")
 	require.NoError(t, silent.Close())
 	for _, o := range []pgstore.Options{{}, {NoSchema: true}} {
 		s, err := pgstore.New(t.Context(), connect(t, "postgres://u:p%2Fqq%23zz@"+silent.Addr().String()+"/d?sslmode=disable"), &o)
 		if err == nil {
-			_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+			_, err = storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 			require.NoError(t, s.Close(bg))
 		}
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgtype"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -39,21 +40,21 @@ type row struct {
 	now        int64
 	clocked    bool // now is the client's, not the server's
 
-	rules []storage.Rule // those that the buckets probably have
-	calls []*call        // those of this identifier, if none of the batch has several
+	rules *storage.RuleSet // those that the buckets probably have
+	calls []*call          // those of this identifier, if none of the batch has several
 }
 
 // bucket is one that was not full when the row was written.
 type bucket struct {
 	name  string
-	state storage.State
+	state law.State
 }
 
 // is reports whether it is the bucket of a rule.
-func (b *bucket) is(r *storage.Rule) bool { return b.name == r.Name && b.state.Law.Same(&r.Law) }
+func (b *bucket) is(r *law.Rule) bool { return b.name == r.Name && b.state.Law.Same(&r.Law) }
 
 // find returns the bucket of a rule, or nil.
-func (r *row) find(rule *storage.Rule) *bucket {
+func (r *row) find(rule *law.Rule) *bucket {
 	for i := range r.buckets {
 		if r.buckets[i].is(rule) {
 			return &r.buckets[i]
@@ -63,14 +64,14 @@ func (r *row) find(rule *storage.Rule) *bucket {
 }
 
 // state is that of a bucket, the zero State if there is none.
-func (r *row) state(rule *storage.Rule) (s storage.State) {
+func (r *row) state(rule *law.Rule) (s law.State) {
 	if b := r.find(rule); b != nil {
 		s = b.state
 	}
 	return s
 }
 
-func (r *row) set(rule *storage.Rule, s storage.State) {
+func (r *row) set(rule *law.Rule, s law.State) {
 	if b := r.find(rule); b != nil {
 		b.state = s
 		return
@@ -79,14 +80,14 @@ func (r *row) set(rule *storage.Rule, s storage.State) {
 }
 
 // room returns the error of a call by rules which would leave more buckets than may be.
-func (r *row) room(rules []storage.Rule, now int64) error {
-	n := len(rules)
+func (r *row) room(rules *storage.RuleSet, now int64) error {
+	n := len(rules.Rules)
 	if n+len(r.buckets) <= storage.MaxBuckets {
 		return nil
 	}
 	for i := range r.buckets {
 		b := &r.buckets[i]
-		if !slices.ContainsFunc(rules, func(rule storage.Rule) bool { return b.is(&rule) }) && !b.state.Full(now) {
+		if !slices.ContainsFunc(rules.Rules, func(rule law.Rule) bool { return b.is(&rule) }) && !b.state.Full(now) {
 			n++
 		}
 	}
@@ -94,13 +95,14 @@ func (r *row) room(rules []storage.Rule, now int64) error {
 }
 
 // debt is what the buckets of rules owe, nil if the row cannot be read.
-func (r *row) debt(rules []storage.Rule, now int64) [][]storage.Amount {
+func (r *row) debt(rules *storage.RuleSet, now int64) [][]storage.Amount {
 	if r.fault != nil {
 		return nil
 	}
-	out := make([][]storage.Amount, len(rules))
-	for i := range rules {
-		out[i] = r.state(&rules[i]).Debt(&rules[i], now)
+	out := make([][]storage.Amount, len(rules.Rules))
+	for i := range rules.Rules {
+		rule := &rules.Rules[i]
+		out[i] = r.state(rule).Debt(rule, now)
 	}
 	return out
 }
@@ -149,11 +151,11 @@ func (r *row) encode() []byte {
 		out = binary.AppendUvarint(out, uint64(len(b.name)))
 		out = append(out, b.name...)
 		numbers := [...]int64{int64(s.Law.Kind), s.Law.Period, s.Law.Refill, s.Law.Tick, s.Law.One, s.Law.Drain}
-		law := numbers[:]
-		if s.Law.Kind != storage.Continuous {
-			law = law[:2]
+		stored := numbers[:]
+		if s.Law.Kind != law.Continuous {
+			stored = stored[:2]
 		}
-		for _, n := range law {
+		for _, n := range stored {
 			out = binary.AppendUvarint(out, uint64(n))
 		}
 		out = binary.AppendUvarint(out, uint64(s.Seen))
@@ -176,32 +178,36 @@ func (r *row) read(version int64, state []byte) {
 		d.fail("format")
 	}
 	r.version, r.buckets, r.fault, r.changed, r.remembered = version, nil, nil, false, false
+	var expected []law.Rule
+	if r.rules != nil {
+		expected = r.rules.Rules
+	}
 	for i := 0; len(d.rest) > 0; i++ {
 		name := d.bytes(d.number("name", 1<<16))
-		law := storage.Law{
-			Kind:   storage.Kind(d.number("kind", int64(storage.SlidingLog))),
+		l := law.Law{
+			Kind:   law.Kind(d.number("kind", int64(law.SlidingLog))),
 			Period: d.number("period", most), Tick: 1, One: 1, Grain: 1,
 		}
-		if law.Kind == storage.Continuous {
-			law.Refill, law.Tick = d.number("refill", most), d.number("tick", most)
-			law.One, law.Drain = d.number("units", most), d.number("units", most)
+		if l.Kind == law.Continuous {
+			l.Refill, l.Tick = d.number("refill", most), d.number("tick", most)
+			l.One, l.Drain = d.number("units", most), d.number("units", most)
 		}
-		if law.Period == 0 || law.Tick == 0 || law.One == 0 || law.Period%law.Tick != 0 || law.Kind == storage.Continuous && law.Drain == 0 {
+		if l.Period == 0 || l.Tick == 0 || l.One == 0 || l.Period%l.Tick != 0 || l.Kind == law.Continuous && l.Drain == 0 {
 			d.fail("law")
 		}
-		b := bucket{state: storage.State{Seen: d.number("time", most)}}
-		if i < len(r.rules) && string(name) == r.rules[i].Name && law.Same(&r.rules[i].Law) && (law.Kind != storage.Continuous || law == r.rules[i].Law) {
-			b.name, b.state.Law = r.rules[i].Name, &r.rules[i].Law
+		b := bucket{state: law.State{Seen: d.number("time", most)}}
+		if i < len(expected) && string(name) == expected[i].Name && l.Same(&expected[i].Law) && (l.Kind != law.Continuous || l == expected[i].Law) {
+			b.name, b.state.Law = expected[i].Name, &expected[i].Law
 		} else {
-			own := law
+			own := l
 			b.name, b.state.Law = string(name), &own
 		}
 		end := int64(0)
 		for n := d.number("number of holds", int64(len(d.rest))); n > 0; n-- {
 			end = min(most, end+d.number("end", most))
-			b.state.Append(storage.Hold{End: end, N: d.number("tokens", most)})
+			b.state.Append(law.Hold{End: end, N: d.number("tokens", most)})
 		}
-		if law.Kind == storage.Continuous && len(b.state.Holds()) > 1 {
+		if l.Kind == law.Continuous && len(b.state.Holds()) > 1 {
 			d.fail("number of levels")
 		}
 		r.buckets = append(r.buckets, b)

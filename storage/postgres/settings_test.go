@@ -13,6 +13,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -93,40 +95,40 @@ func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	t.Helper()
 	s, model := open(t, pool, pgstore.Options{TablePrefix: name}), storagetest.NewModel()
 	random, now := rand.New(rand.NewPCG(1, 2)), int64(noon)
-	var rules []storage.Rule
+	var rules []law.Rule
 	for _, kind := range storecheck.Kinds {
 		rules = append(rules, storecheck.Rule(t, fmt.Sprint("kind ", kind), kind, time.Minute, 7))
 	}
 	for seq := range int64(12) {
 		now += random.Int64N(10_000_000)
 		id := []string{oddID, "b"}[random.IntN(2)]
-		r := storage.Request{Name: "n", Clocked: true, Now: now, Part: storage.NewPart(id, rules, random.Int64N(3))}
+		r := storecheck.Request{Name: "n", Clocked: true, Now: now, Parts: []storecheck.Part{storecheck.NewPart(id, rules, random.Int64N(3))}}
 		if random.IntN(3) == 0 {
-			r.More = []storage.Part{storage.NewPart("several", rules, 1)}
+			r.Parts = append(r.Parts, storecheck.NewPart("several", rules, 1))
 		}
-		alike(t, func(s storage.Replica) (any, error) {
-			v, err := s.Decide(t.Context(), r)
+		alike(t, func(s replica.Storage) (any, error) {
+			v, err := storecheck.Decide(t.Context(), s, r)
 			return fmt.Sprint(v.Allowed, v.RetryAfter, v.Levels()), err
 		}, s, model)
-		c := storage.Charge{Name: "n", Clocked: true, Now: now, Identifier: id, Rules: rules, Amounts: make([]storage.Amount, len(rules))}
+		c := storage.Charge{Name: "n", Clocked: true, Now: now, Identifier: id, Rules: law.NewRuleSet(rules...), Amounts: make([]storage.Amount, len(rules))}
 		for i := range c.Amounts {
 			c.Amounts[i] = storage.Amount{N: random.Int64N(5) - 2, In: random.Int64N(60_000_000)}
 		}
-		alike(t, func(s storage.Replica) (any, error) { return nil, s.Charge(t.Context(), c) }, s, model)
-		d := storage.Debt{Name: "n", Clocked: true, Now: now, Identifier: id, Rules: rules}
-		debt := func(s storage.Replica) (any, error) { return s.Debt(t.Context(), d) }
+		alike(t, func(s replica.Storage) (any, error) { return nil, s.Charge(t.Context(), &c) }, s, model)
+		d := replica.Debt{Name: "n", Clocked: true, Now: now, Identifier: id, Rules: law.NewRuleSet(rules...)}
+		debt := func(s replica.Storage) (any, error) { return s.Debt(t.Context(), d) }
 		alike(t, debt, s, model)
 		d.Identifier, c.Identifier = "recorded", "recorded"
-		require.NoError(t, model.Charge(t.Context(), c))
+		require.NoError(t, model.Charge(t.Context(), &c))
 		want, err := model.Debt(t.Context(), d)
 		require.NoError(t, err)
-		require.Equal(t, []storage.Debt{want}, record(t, s, "o", seq+1, c))
-		require.Equal(t, []storage.Debt{want}, record(t, s, "o", seq+1, c), "once")
+		require.Equal(t, []replica.Debt{want}, record(t, s, "o", seq+1, c))
+		require.Equal(t, []replica.Debt{want}, record(t, s, "o", seq+1, c), "once")
 		raised := want
 		raised.Identifier = "b"
-		alike(t, func(s storage.Replica) (any, error) { return nil, s.Raise(t.Context(), raised) }, s, model)
+		alike(t, func(s replica.Storage) (any, error) { return nil, s.Raise(t.Context(), raised) }, s, model)
 		if seq%5 == 4 {
-			alike(t, func(s storage.Replica) (any, error) { return nil, s.Reset(t.Context(), "n", id) }, s, model)
+			alike(t, func(s replica.Storage) (any, error) { return nil, s.Reset(t.Context(), "n", id) }, s, model)
 		}
 	}
 	assertCrowdAlike(t, pool, s, name)
@@ -135,7 +137,7 @@ func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 }
 
 // alike does the same to both.
-func alike(t *testing.T, do func(storage.Replica) (any, error), s, model storage.Replica) {
+func alike(t *testing.T, do func(replica.Storage) (any, error), s, model replica.Storage) {
 	t.Helper()
 	want, err := do(model)
 	require.NoError(t, err)
@@ -149,7 +151,7 @@ func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name
 	t.Helper()
 	other := open(t, pool, pgstore.Options{TablePrefix: name})
 	hot, several := storecheck.Hourly(t, oddID, 21), storecheck.Hourly(t, "c", 13)
-	several.More = []storage.Part{storecheck.Hourly(t, oddID+"2", 17).Part}
+	several.Parts = append(several.Parts, storecheck.Hourly(t, oddID+"2", 17).Parts...)
 	var one, two storecheck.Told
 	storecheck.Crowd(10, func(i int) {
 		s := []*pgstore.Storage{s, other}[i%2]
@@ -180,15 +182,15 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 				}
 			})
 			assert.Equal(t, int64(21), one.Admitted.Load())
-			require.NoError(t, s.Charge(t.Context(), chargeOne(few)))
+			require.NoError(t, charge(t.Context(), s, chargeOne(few)))
 			require.NoError(t, s.Raise(t.Context(), owesOne(few)))
 			assert.Equal(t, 4, storecheck.Take(t, s, few, 6))
 			several := other
-			several.More = []storage.Part{hot.Part}
-			_, err := s.Decide(t.Context(), several)
+			several.Parts = append(several.Parts, hot.Parts...)
+			_, err := storecheck.Decide(t.Context(), s, several)
 			assert.NoError(t, err, "a refusal writes nothing")
-			several.More = []storage.Part{storecheck.FivePerHour(t, "third").Part}
-			_, err = s.Decide(t.Context(), several)
+			several.Parts = append(several.Parts[:1], storecheck.FivePerHour(t, "third").Parts...)
+			_, err = storecheck.Decide(t.Context(), s, several)
 			assertRefused(t, err, "08P01")
 			assert.ErrorContains(t, err, "transaction blocks not allowed in statement pooling mode")
 			_, err = s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(other)})

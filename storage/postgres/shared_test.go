@@ -23,6 +23,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -109,19 +111,19 @@ func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
 }
 
 // limits are two, of which the first is the smaller.
-func limits(t testing.TB, kind storage.Kind) []storage.Rule {
+func limits(t testing.TB, kind law.Kind) []law.Rule {
 	t.Helper()
-	return []storage.Rule{storecheck.Rule(t, "600/1h", kind, time.Hour, 600), storecheck.Rule(t, "630/1d", kind, 24*time.Hour, 630)}
+	return []law.Rule{storecheck.Rule(t, "600/1h", kind, time.Hour, 600), storecheck.Rule(t, "630/1d", kind, 24*time.Hour, 630)}
 }
 
-var twoKinds = []storage.Kind{storage.Replenish, storage.SlidingLog}
+var twoKinds = []law.Kind{law.Replenish, law.SlidingLog}
 
 // burst is 50 goroutines that ask four times each, under limits of each of twoKinds.
 func burst(t testing.TB, s *pgstore.Storage, id string) (admitted []int64) {
 	t.Helper()
 	for i, kind := range twoKinds {
 		var all storecheck.Told
-		r := storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), limits(t, kind), 1)}
+		r := storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(id, i), limits(t, kind), 1)}}
 		storecheck.Crowd(50, func(int) {
 			for range 4 {
 				assert.NoError(t, all.Ask(s, r))
@@ -181,7 +183,7 @@ func TestFourProcessesShareTwoLimitsExactly(t *testing.T) {
 		rules := limits(t, kind)
 		slices.Reverse(rules)
 		assert.Equal(t, int64(600), sum[i].Load(), kind)
-		assert.Equal(t, int64(600), storecheck.Spent(t, s, storage.Request{Part: storage.NewPart(fmt.Sprint(id, i), rules, 1)}), kind)
+		assert.Equal(t, int64(600), storecheck.Spent(t, s, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(id, i), rules, 1)}}), kind)
 	}
 }
 
@@ -199,32 +201,35 @@ func TestRacingFirstCallsOfAnIdentifierAreAdmittedUpToTheLimit(t *testing.T) {
 }
 
 // chargeOne is for a token of the one bucket that r asks, and owesOne for the same debt.
-func chargeOne(r storage.Request) storage.Charge {
-	return storage.Charge{Identifier: r.Part.Identifier, Rules: r.Part.Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}
+func chargeOne(r storecheck.Request) storage.Charge {
+	return storage.Charge{Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}
 }
 
-func owesOne(r storage.Request) storage.Debt {
+// charge is s.Charge of a value.
+func charge(ctx context.Context, s storage.Storage, c storage.Charge) error { return s.Charge(ctx, &c) }
+
+func owesOne(r storecheck.Request) replica.Debt {
 	c := chargeOne(r)
-	return storage.Debt{Identifier: c.Identifier, Rules: c.Rules, Amounts: [][]storage.Amount{c.Amounts}}
+	return replica.Debt{Identifier: c.Identifier, Rules: c.Rules, Amounts: [][]storage.Amount{c.Amounts}}
 }
 
 // mixed are calls of all sorts by two Storages, and what they took in all.
 type mixed struct {
 	stores [2]*pgstore.Storage
-	all    map[string]storage.Rule
+	all    map[string]law.Rule
 	sum    map[string]*atomic.Int64
 }
 
-func (m *mixed) part(id string) storage.Part {
-	return storage.NewPart(id, []storage.Rule{m.all[id]}, 1)
+func (m *mixed) part(id string) storecheck.Part {
+	return storecheck.NewPart(id, []law.Rule{m.all[id]}, 1)
 }
 
 func (m *mixed) ask(t testing.TB, s *pgstore.Storage, ids ...string) {
-	r := storage.Request{Part: m.part(ids[0])}
+	r := storecheck.Request{Parts: []storecheck.Part{m.part(ids[0])}}
 	for _, id := range ids[1:] {
-		r.More = append(r.More, m.part(id))
+		r.Parts = append(r.Parts, m.part(id))
 	}
-	if v, err := s.Decide(t.Context(), r); assert.NoError(t, err) && v.Allowed {
+	if v, err := storecheck.Decide(t.Context(), s, r); assert.NoError(t, err) && v.Allowed {
 		for _, id := range ids {
 			m.sum[id].Add(1)
 		}
@@ -232,7 +237,7 @@ func (m *mixed) ask(t testing.TB, s *pgstore.Storage, ids ...string) {
 }
 
 func (m *mixed) charge(t testing.TB, s *pgstore.Storage, id string) {
-	if assert.NoError(t, s.Charge(t.Context(), chargeOne(storage.Request{Part: m.part(id)}))) {
+	if assert.NoError(t, charge(t.Context(), s, chargeOne(storecheck.Request{Parts: []storecheck.Part{m.part(id)}}))) {
 		m.sum[id].Add(1)
 	}
 }
@@ -243,14 +248,14 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	t.Parallel()
 	server := servers.Postgres(t)
 	pool := connect(t, server.URL())
-	m := &mixed{all: map[string]storage.Rule{}, sum: map[string]*atomic.Int64{}}
+	m := &mixed{all: map[string]law.Rule{}, sum: map[string]*atomic.Int64{}}
 	for i := range m.stores {
 		m.stores[i] = open(t, connect(t, server.URL()), pgstore.Options{})
 	}
 	const rounds = 12
 	news := func(round int) string { return fmt.Sprint("m", round) }
 	add := func(id string, n int64) {
-		m.all[id], m.sum[id] = storecheck.Rule(t, "r", storage.Replenish, time.Hour, n), new(atomic.Int64)
+		m.all[id], m.sum[id] = storecheck.Rule(t, "r", law.Replenish, time.Hour, n), new(atomic.Int64)
 	}
 	for _, id := range []string{"a", "b", "forgotten", "y", "z"} {
 		add(id, 1_000_000)
@@ -288,7 +293,7 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	assert.Equal(t, int64(100), m.sum["few"].Load())
 	for id, sum := range m.sum {
 		if id != "forgotten" {
-			assert.Equal(t, sum.Load(), storecheck.Spent(t, m.stores[0], storage.Request{Part: m.part(id)}), id)
+			assert.Equal(t, sum.Load(), storecheck.Spent(t, m.stores[0], storecheck.Request{Parts: []storecheck.Part{m.part(id)}}), id)
 		}
 	}
 	assert.Empty(t, logged(t, pool, "ERROR"), "nobody was a victim of a deadlock, not even unseen")
@@ -302,7 +307,7 @@ func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *t
 	s := open(t, pool, pgstore.Options{})
 	both, b := storecheck.FivePerHour(t, "a"), storecheck.FivePerHour(t, "b")
 	require.Equal(t, 2, storecheck.Take(t, s, both, 1)+storecheck.Take(t, s, b, 1))
-	both.More = []storage.Part{b.Part}
+	both.Parts = append(both.Parts, b.Parts...)
 	ofA := hold(t, pool, lockIt, []byte(":a"))
 	var asked storecheck.Told
 	done := make(chan error, 1)
@@ -334,12 +339,12 @@ func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	for i := range 121 {
 		r := hot
 		r.Mode = []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Take, storage.Force, storage.Take, storage.Peek}[i%7]
-		r.Part = storage.NewPart("hot", hot.Part.Rules, int64(1+i%3))
+		r.Parts = []storecheck.Part{storecheck.NewPart("hot", hot.Parts[0].Rules.Rules, int64(1+i%3))}
 		all.Go(func() {
 			begun.Add(1)
-			v, err := s.Decide(t.Context(), r)
+			v, err := storecheck.Decide(t.Context(), s, r)
 			assert.NoError(t, err)
-			cost, left := r.Part.Cost(0), v.Count(0).Remaining
+			cost, left := r.Parts[0].Costs[0], v.Count(0).Remaining
 			if !v.Allowed {
 				assert.Greater(t, cost, left)
 			}
@@ -457,15 +462,15 @@ func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
 }
 
 // everything calls all that a storage does, and returns the first error.
-func everything(ctx context.Context, s *pgstore.Storage, r storage.Request) error {
+func everything(ctx context.Context, s *pgstore.Storage, r storecheck.Request) error {
 	several := r
-	several.More = []storage.Part{storage.NewPart("other", r.Part.Rules, 1)}
-	for _, ask := range []storage.Request{r, r, several, several} {
-		if _, err := s.Decide(ctx, ask); err != nil {
+	several.Parts = append(several.Parts, storecheck.NewPart("other", r.Parts[0].Rules.Rules, 1))
+	for _, ask := range []storecheck.Request{r, r, several, several} {
+		if _, err := storecheck.Decide(ctx, s, ask); err != nil {
 			return err
 		}
 	}
-	if err := s.Charge(ctx, chargeOne(r)); err != nil {
+	if err := charge(ctx, s, chargeOne(r)); err != nil {
 		return err
 	}
 	if err := s.Raise(ctx, owesOne(r)); err != nil {
@@ -477,7 +482,7 @@ func everything(ctx context.Context, s *pgstore.Storage, r storage.Request) erro
 	if _, err := s.Record(ctx, "origin", time.Now().UnixNano(), []storage.Charge{chargeOne(r), chargeOne(several)}); err != nil {
 		return err
 	}
-	if err := s.Reset(ctx, r.Name, r.Part.Identifier); err != nil {
+	if err := s.Reset(ctx, r.Name, r.Parts[0].Identifier); err != nil {
 		return err
 	}
 	_, err := s.Sweep(ctx)
@@ -572,7 +577,7 @@ func TestASchemaThatIsNamedWorksUnderAnySearchPath(t *testing.T) {
 		assert.Equal(t, 1, storecheck.Take(t, other, r, 1))
 		assert.Equal(t, int64(2+i), storecheck.Spent(t, s, r), path)
 	}
-	_, err := open(t, in("two"), pgstore.Options{NoSchema: true}).Decide(t.Context(), r)
+	_, err := storecheck.Decide(t.Context(), open(t, in("two"), pgstore.Options{NoSchema: true}), r)
 	assertRefused(t, err, "42P01")
 	own := open(t, in("two"), pgstore.Options{})
 	require.Equal(t, 3, storecheck.Take(t, own, r, 3))
@@ -599,7 +604,7 @@ func TestDecisionsThroughAPgBouncerAreExactAndLeaveItsConnectionsAsTheyWere(t *t
 	stores := []*pgstore.Storage{open(t, pool, pgstore.Options{SynchronousCommit: "off"}), open(t, pool, pgstore.Options{})}
 	var one, two storecheck.Told
 	r, several := storecheck.Hourly(t, "hot", 130), storecheck.Hourly(t, "a", 70)
-	several.More = []storage.Part{storecheck.Hourly(t, "b", 90).Part}
+	several.Parts = append(several.Parts, storecheck.Hourly(t, "b", 90).Parts...)
 	storecheck.Crowd(50, func(i int) {
 		for range 4 {
 			assert.NoError(t, one.Ask(stores[i%2], r))
@@ -687,9 +692,10 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 		return sqlGet[string](t, pool, "SELECT string_agg(concat(ctid, xmin, xmax, t), ' ') FROM throttler_state t")
 	}
 	peek, several, free := unknown, unknown, unknown
-	peek.Mode, several.More, free.Part = storage.Peek, []storage.Part{spent.Part}, storage.NewPart("free", unknown.Part.Rules, 0)
+	peek.Mode, several.Parts = storage.Peek, append(slices.Clone(unknown.Parts), spent.Parts...)
+	free.Parts = []storecheck.Part{storecheck.NewPart("free", unknown.Parts[0].Rules.Rules, 0)}
 	before, rowBefore := writers(t, pool), row()
-	for i, r := range []storage.Request{peek, free, spent, several} {
+	for i, r := range []storecheck.Request{peek, free, spent, several} {
 		var all storecheck.Told
 		storecheck.Crowd(50, func(int) {
 			for range 2 {
@@ -739,7 +745,7 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 		for round := range rounds {
 			for i := range each {
 				r := storecheck.Hourly(t, fmt.Sprintf("user-%010d", c+callers*((i*7+round)%each)), 1000)
-				v, err := s.Decide(t.Context(), r)
+				v, err := storecheck.Decide(t.Context(), s, r)
 				assert.NoError(t, err)
 				assert.True(t, v.Allowed)
 			}
@@ -810,35 +816,35 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "fsync=off").URL())
 	s := open(t, pool, pgstore.Options{})
-	calls := map[string]func(storage.Request) error{
-		"Decide": func(r storage.Request) error { _, err := s.Decide(t.Context(), r); return err },
-		"Decide of several": func(r storage.Request) error {
+	calls := map[string]func(storecheck.Request) error{
+		"Decide": func(r storecheck.Request) error { _, err := storecheck.Decide(t.Context(), s, r); return err },
+		"Decide of several": func(r storecheck.Request) error {
 			several := storecheck.FivePerHour(t, "good")
-			several.More = []storage.Part{r.Part}
-			_, err := s.Decide(t.Context(), several)
+			several.Parts = append(several.Parts, r.Parts...)
+			_, err := storecheck.Decide(t.Context(), s, several)
 			return err
 		},
-		"Charge": func(r storage.Request) error { return s.Charge(t.Context(), chargeOne(r)) },
-		"Raise":  func(r storage.Request) error { return s.Raise(t.Context(), owesOne(r)) },
-		"Debt":   func(r storage.Request) error { _, err := s.Debt(t.Context(), owesOne(r)); return err },
+		"Charge": func(r storecheck.Request) error { return charge(t.Context(), s, chargeOne(r)) },
+		"Raise":  func(r storecheck.Request) error { return s.Raise(t.Context(), owesOne(r)) },
+		"Debt":   func(r storecheck.Request) error { _, err := s.Debt(t.Context(), owesOne(r)); return err },
 	}
-	var bad []storage.Request
+	var bad []storecheck.Request
 	for what, state := range foreignStates() {
 		r := storecheck.FivePerHour(t, fmt.Sprint("bad", len(bad)))
 		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
-		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+r.Part.Identifier))
+		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+r.Parts[0].Identifier))
 		for call, do := range calls {
 			assert.ErrorIs(t, do(r), storage.ErrCorruptState, "%s: %s", what, call)
 		}
 		bad = append(bad, r)
 	}
 	storecheck.Crowd(100, func(i int) {
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, fmt.Sprint("good", i)))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, fmt.Sprint("good", i)))
 		assert.NoError(t, err, "an identifier in the batch of those that are corrupt")
 		assert.ErrorIs(t, calls["Decide"](bad[i%len(bad)]), storage.ErrCorruptState)
 	})
 	for _, r := range bad {
-		assert.NoError(t, s.Reset(t.Context(), "", r.Part.Identifier))
+		assert.NoError(t, s.Reset(t.Context(), "", r.Parts[0].Identifier))
 		assert.Equal(t, 5, storecheck.Take(t, s, r, 6))
 	}
 	assert.Empty(t, logged(t, pool, "ERROR"))

@@ -27,6 +27,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	combine "github.com/go-throttler/throttler/internal/batch"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -101,7 +102,7 @@ type Storage struct {
 	partitions [2]*partition                    // of calls of one identifier
 	locked     [8]*combine.Queue[query, answer] // of contended calls, also by identifier
 	several    *combine.Queue[query, answer]    // of calls of several identifiers, each on its own
-	ledger     *combine.Queue[*record, []storage.Debt]
+	ledger     *combine.Queue[*record, []replica.Debt]
 
 	closed    atomic.Bool // by Close, which need not wait for the queues to know it
 	fresh     atomic.Bool // the last Record had to make rows
@@ -110,7 +111,7 @@ type Storage struct {
 	sweeps    sweeps
 }
 
-var _ storage.Replica = (*Storage)(nil)
+var _ replica.Storage = (*Storage)(nil)
 
 // New returns a storage on a pool, which the caller closes after it. It creates the table if
 // it is not there, unless NoSchema says otherwise; any number of processes may do so at once, and when nothing is
@@ -205,27 +206,26 @@ func (s *Storage) closeAll() {
 }
 
 // Decide implements storage.Storage.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	if err := ctx.Err(); err != nil {
-		return v, err
-	}
-	if err := r.Validate(); err != nil {
-		return v, err
-	}
-	q := query{request: r}
-	for i := range r.Parts() {
-		q.ids = append(q.ids, rowID(r.Name, r.At(i).Identifier))
-	}
-	a, err := s.ask(ctx, &q)
-	return a.verdict, err
-}
-
-// Charge implements storage.Storage.
-func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
+func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := c.Validate(); err != nil {
+	q := query{request: *r}
+	for _, p := range r.Parts {
+		q.ids = append(q.ids, rowID(r.Name, p.Identifier))
+	}
+	got, err := s.ask(ctx, &q)
+	if err != nil {
+		return err
+	}
+	a.Allowed, a.Source, a.Degraded, a.At = got.allowed, Source, false, got.at
+	copy(a.Counts, got.counts)
+	return nil
+}
+
+// Charge implements storage.Storage.
+func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	amounts := slices.Clone(c.Amounts)
@@ -235,31 +235,24 @@ func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
 	return s.change(ctx, c.Name, c.Identifier, &change{clocked: c.Clocked, now: c.Now, rules: c.Rules, charge: amounts})
 }
 
-// Debt implements storage.Replica.
-func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+// Debt implements replica.Storage.
+func (s *Storage) Debt(ctx context.Context, d replica.Debt) (replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
-		return storage.Debt{}, err
-	}
-	d.Amounts = nil
-	if err := d.Validate(); err != nil {
-		return storage.Debt{}, err
+		return replica.Debt{}, err
 	}
 	q := query{ids: [][]byte{rowID(d.Name, d.Identifier)}, debt: true}
-	q.request = storage.Request{Name: d.Name, Mode: storage.Peek, Clocked: d.Clocked, Now: d.Now, Part: storage.NewPart(d.Identifier, d.Rules, 0)}
+	q.request = storage.Request{Name: d.Name, Mode: storage.Peek, Clocked: d.Clocked, Now: d.Now, Parts: []storage.Part{{Rules: d.Rules}}, Costs: make([]int64, len(d.Rules.Rules))}
 	a, err := s.ask(ctx, &q)
 	if err != nil {
-		return storage.Debt{}, err
+		return replica.Debt{}, err
 	}
 	d.Amounts = a.debt
 	return d, nil
 }
 
-// Raise implements storage.Replica.
-func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
+// Raise implements replica.Storage.
+func (s *Storage) Raise(ctx context.Context, d replica.Debt) error {
 	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := d.Validate(); err != nil {
 		return err
 	}
 	debts := slices.Clone(d.Amounts)
@@ -277,9 +270,6 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := storage.ValidateIdentifier(identifier); err != nil {
-		return err
-	}
 	return s.change(ctx, name, identifier, &change{})
 }
 
@@ -293,7 +283,6 @@ func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
 	if s.closed.Load() {
 		return a, storage.ErrClosed
 	}
-	q.keep()
 	began, hash := time.Now(), maphash.Bytes(s.seed, q.ids[0])
 	queue, locked := s.partitions[hash%uint64(len(s.partitions))].Queue, s.locked[hash%uint64(len(s.locked))]
 	if len(q.ids) > 1 {

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -24,7 +25,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
 	s := open(t, pool, pgstore.Options{TablePrefix: "churn"})
-	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
+	minute, faults := law.NewRule("1/1m", law.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const each, minutes = 500, 30 // that many new identifiers come in each minute
 	for now := range int64(minutes) {
@@ -32,8 +33,8 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 		for worker := range 50 {
 			wait.Go(func() {
 				for i := range each / 50 {
-					r := storage.Request{Name: "churn", Clocked: true, Now: now * 60_000_000, Part: storage.NewPart(fmt.Sprintf("%06d", int(now)*each+worker*each/50+i), []storage.Rule{minute}, 1)}
-					_, err := s.Decide(context.Background(), r)
+					r := storecheck.Request{Name: "churn", Clocked: true, Now: now * 60_000_000, Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprintf("%06d", int(now)*each+worker*each/50+i), []law.Rule{minute}, 1)}}
+					_, err := storecheck.Decide(context.Background(), s, r)
 					assert.NoError(t, err)
 				}
 			})
@@ -50,19 +51,16 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
 	s := open(t, pool, pgstore.Options{TablePrefix: "joint_churn"})
-	short, faults := storage.NewRule("short", storage.Replenish, time.Microsecond, 1, 0)
+	short, faults := law.NewRule("short", law.Replenish, time.Microsecond, 1, 0)
 	require.Empty(t, faults)
 	const calls, each = 200, 10
 	storecheck.Crowd(20, func(worker int) {
 		for i := range calls / 20 {
-			r := storage.Request{}
+			r := storecheck.Request{}
 			for n := range each {
-				part := storage.NewPart(fmt.Sprint(worker, "-", i, "-", n), []storage.Rule{short}, 1)
-				if r.More = append(r.More, part); n == 0 {
-					r.Part, r.More = part, nil
-				}
+				r.Parts = append(r.Parts, storecheck.NewPart(fmt.Sprint(worker, "-", i, "-", n), []law.Rule{short}, 1))
 			}
-			_, err := s.Decide(context.Background(), r)
+			_, err := storecheck.Decide(context.Background(), s, r)
 			assert.NoError(t, err)
 		}
 	})
@@ -77,11 +75,11 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 	t.Parallel()
 	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{TablePrefix: "back"})
-	minute, faults := storage.NewRule("1/1m", storage.Replenish, time.Minute, 1, 0)
+	minute, faults := law.NewRule("1/1m", law.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
 	const day = 86_400_000_000
 	ask := func(now int64, id string) bool {
-		v, err := s.Decide(t.Context(), storage.Request{Name: "back", Clocked: true, Now: now, Part: storage.NewPart(id, []storage.Rule{minute}, 1)})
+		v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Name: "back", Clocked: true, Now: now, Parts: []storecheck.Part{storecheck.NewPart(id, []law.Rule{minute}, 1)}})
 		require.NoError(t, err)
 		return v.Allowed
 	}
@@ -103,10 +101,10 @@ func TestSweepRemovesFullRowsAndNoOthers(t *testing.T) {
 	pool := connect(t, servers.PostgresURL(t))
 	s := open(t, pool, pgstore.Options{TablePrefix: "sweep"})
 	for i, period := range []time.Duration{time.Microsecond, time.Hour} {
-		rule, faults := storage.NewRule("1", storage.Replenish, period, 1, 0)
+		rule, faults := law.NewRule("1", law.Replenish, period, 1, 0)
 		require.Empty(t, faults)
 		for n := range 40 {
-			_, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint(i, "-", n), []storage.Rule{rule}, 1)})
+			_, err := storecheck.Decide(t.Context(), s, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(i, "-", n), []law.Rule{rule}, 1)}})
 			require.NoError(t, err)
 		}
 	}
@@ -128,7 +126,7 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 			t.Parallel()
 			pool := connect(t, servers.Postgres(t, "-c", "default_transaction_isolation="+level).URL())
 			s := open(t, pool, pgstore.Options{})
-			short, faults := storage.NewRule("short", storage.Replenish, time.Millisecond, 10, 0)
+			short, faults := law.NewRule("short", law.Replenish, time.Millisecond, 10, 0)
 			require.Empty(t, faults)
 			storecheck.Crowd(20, func(i int) {
 				for n := range 50 {
@@ -136,7 +134,7 @@ func TestASweepTakesPlaceAmongCallsWhateverIsolationIsTheDefault(t *testing.T) {
 						_, err := s.Sweep(t.Context())
 						assert.NoError(t, err)
 					}
-					_, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint(n), []storage.Rule{short}, 1)})
+					_, err := storecheck.Decide(t.Context(), s, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(n), []law.Rule{short}, 1)}})
 					assert.NoError(t, err)
 				}
 			})
@@ -167,12 +165,12 @@ func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
 	t.Cleanup(pool.Close)
 	s := open(t, pool, pgstore.Options{})
 	const ids, rounds = 500, 20
-	rule := storecheck.Rule(t, "r", storage.Replenish, time.Hour, 1000)
+	rule := storecheck.Rule(t, "r", law.Replenish, time.Hour, 1000)
 	ask := func(now int64, ids int) {
 		storecheck.Crowd(20, func(worker int) {
 			for i := worker; i < ids; i += 20 {
-				r := storage.Request{Clocked: true, Now: now, Part: storage.NewPart(fmt.Sprint(i), []storage.Rule{rule}, 1)}
-				_, err := s.Decide(context.Background(), r)
+				r := storecheck.Request{Clocked: true, Now: now, Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(i), []law.Rule{rule}, 1)}}
+				_, err := storecheck.Decide(context.Background(), s, r)
 				assert.NoError(t, err)
 			}
 		})

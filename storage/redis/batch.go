@@ -13,6 +13,7 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 
 	"github.com/go-throttler/throttler/internal/batch"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -25,24 +26,12 @@ type (
 // query is a decision, or a change of one identifier.
 type query struct {
 	key     string
-	more    []string        // the keys of further parts
-	request storage.Request // of a decision
-	fresh   bool            // a server that does not know the script is doubted
-	since   int64           // states that were changed last before then (Monotonic) are doubted; 0: none is
-	change  []byte          // what the script for changes is sent; nil for a decision
-	rules   []storage.Rule  // of a change
-}
-
-// keep makes the identifiers of a decision the ends of their keys, so that the query refers to no memory of a caller, who
-// may leave before it was sent.
-func (q *query) keep() {
-	end := func(key, id string) string { return key[len(key)-len(id):] }
-	q.request.Part.Identifier = end(q.key, q.request.Part.Identifier)
-	q.request.More = slices.Clone(q.request.More)
-	for i := range q.request.More {
-		p := &q.request.More[i]
-		p.Identifier = end(q.more[i], p.Identifier)
-	}
+	more    []string         // the keys of further parts
+	request storage.Request  // of a decision; its identifiers are the caller's memory, and the keys are not
+	fresh   bool             // a server that does not know the script is doubted
+	since   int64            // states that were changed last before then (Monotonic) are doubted; 0: none is
+	change  []byte           // what the script for changes is sent; nil for a decision
+	rules   *storage.RuleSet // of a change
 }
 
 // answer is what the script said to a query.
@@ -264,7 +253,7 @@ func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, calls
 			groups = append(groups, split...)
 		}
 	}
-	at := storage.Monotonic()
+	at := law.Monotonic()
 	for _, g := range groups {
 		if err := g.answer(at); err != nil {
 			err = s.unavailable(overdue(ctx, err))
@@ -397,9 +386,7 @@ func (g *group) script(ctx context.Context, byText bool) command {
 	}
 	var parts shapes
 	for _, c := range g.calls {
-		for i := range c.Query.request.Parts() {
-			parts.add(&c.Query, i)
-		}
+		parts.add(&c.Query)
 	}
 	return g.decider.call(ctx, byText, keys, decideArgs(&parts)...)
 }
@@ -444,7 +431,7 @@ func (q *query) answerBytes(text string) int {
 	case q.change != nil:
 		return q.changeBytes(text)
 	case first <= admitted:
-		return 1 + countBytes*q.buckets()
+		return 1 + countBytes*len(q.request.Costs)
 	case first >= refusedValues:
 		return q.valuesBytes(text)
 	case first == tooMany:
@@ -458,8 +445,8 @@ func (q *query) answerBytes(text string) int {
 // valuesBytes is answerBytes of a decision whose answer is the values that were there.
 func (q *query) valuesBytes(text string) int {
 	n := 1
-	for i := range q.request.Parts() {
-		n += plainBytes(text[min(n, len(text)):], q.request.At(i).Rules)
+	for _, p := range q.request.Parts {
+		n += plainBytes(text[min(n, len(text)):], p.Rules)
 	}
 	return n
 }
@@ -476,19 +463,11 @@ func (q *query) changeBytes(text string) int {
 		return 1
 	}
 	n := 1
-	for range q.rules {
+	for range q.rules.Rules {
 		if n+2 > len(text) {
 			return none
 		}
 		n += 2 + amountBytes*amounts(text[n:])
-	}
-	return n
-}
-
-// buckets is how many buckets the request has.
-func (q *query) buckets() (n int) {
-	for i := range q.request.Parts() {
-		n += len(q.request.At(i).Rules)
 	}
 	return n
 }
@@ -503,13 +482,13 @@ func (q *query) err(answer string) error {
 	case tooMany:
 		rules := q.rules
 		if q.change == nil {
-			rules = q.request.At(int(answer[2])).Rules
+			rules = q.request.Parts[answer[2]].Rules
 		}
 		return storage.TooManyBuckets(rules, int(answer[1]))
 	case stale:
 		return ErrStale
 	case tooManyHolds:
-		return &storage.BucketError{Bucket: q.rules[0].Name, Field: "Buckets", Reason: "of the identifier: one would hold amounts of over 65,000 different times"}
+		return &storage.BucketError{Bucket: q.rules.Rules[0].Name, Field: "Buckets", Reason: "of the identifier: one would hold amounts of over 65,000 different times"}
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -18,17 +19,17 @@ import (
 )
 
 // requests are n requests that differ in their identifiers, each of so many parts with buckets of the kinds.
-func requests(t testing.TB, n, parts int, capacity int64, kinds ...storage.Kind) (all []storage.Request) {
+func requests(t testing.TB, n, parts int, capacity int64, kinds ...law.Kind) (all []storecheck.Request) {
 	t.Helper()
-	var rules []storage.Rule
+	var rules []law.Rule
 	for i, k := range kinds {
 		rules = append(rules, storecheck.Rule(t, fmt.Sprintf("bucket %d", i), k, time.Hour/time.Duration(i+1), capacity))
 	}
 	name := fmt.Sprint(parts, capacity, kinds)
 	for i := range n {
-		r := storage.Request{Name: "bench", Part: storage.NewPart(fmt.Sprint(name, i), rules, 1)}
+		r := storecheck.Request{Name: "bench", Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint(name, i), rules, 1)}}
 		for j := 1; j < parts; j++ {
-			r.More = append(r.More, storage.NewPart(fmt.Sprint(name, i, "/", j), rules, 1))
+			r.Parts = append(r.Parts, storecheck.NewPart(fmt.Sprint(name, i, "/", j), rules, 1))
 		}
 		all = append(all, r)
 	}
@@ -39,26 +40,30 @@ func requests(t testing.TB, n, parts int, capacity int64, kinds ...storage.Kind)
 // other things as well, so the least of many short rounds counts.
 func BenchmarkScript(b *testing.B) {
 	const plenty, batch = 1 << 30, 64
-	for name, all := range map[string][]storage.Request{
-		"replenish":   requests(b, batch, 1, plenty, storage.Replenish),
-		"two":         requests(b, batch, 1, plenty, storage.Replenish, storage.Replenish),
-		"alone":       requests(b, 1, 1, plenty, storage.Replenish, storage.Replenish),
-		"four":        requests(b, batch, 1, plenty, storage.Replenish, storage.Replenish, storage.FixedWindow, storage.FixedWindow),
-		"continuous":  requests(b, batch, 1, plenty, storage.Continuous),
-		"mixed":       requests(b, batch, 1, plenty, storage.Replenish, storage.Continuous),
-		"sliding":     requests(b, batch, 1, plenty, storage.SlidingWindow),
-		"denied":      requests(b, batch, 1, 1, storage.Replenish, storage.Replenish),
-		"two parts":   requests(b, batch, 2, plenty, storage.Replenish),
-		"three parts": requests(b, batch, 3, plenty, storage.Replenish),
+	for name, all := range map[string][]storecheck.Request{
+		"replenish":   requests(b, batch, 1, plenty, law.Replenish),
+		"two":         requests(b, batch, 1, plenty, law.Replenish, law.Replenish),
+		"alone":       requests(b, 1, 1, plenty, law.Replenish, law.Replenish),
+		"four":        requests(b, batch, 1, plenty, law.Replenish, law.Replenish, law.FixedWindow, law.FixedWindow),
+		"continuous":  requests(b, batch, 1, plenty, law.Continuous),
+		"mixed":       requests(b, batch, 1, plenty, law.Replenish, law.Continuous),
+		"sliding":     requests(b, batch, 1, plenty, law.SlidingWindow),
+		"denied":      requests(b, batch, 1, 1, law.Replenish, law.Replenish),
+		"two parts":   requests(b, batch, 2, plenty, law.Replenish),
+		"three parts": requests(b, batch, 3, plenty, law.Replenish),
 	} {
 		b.Run(name, func(b *testing.B) { script(b, all) })
 	}
 }
 
-func script(b *testing.B, all []storage.Request) {
+func script(b *testing.B, all []storecheck.Request) {
 	s := open(b, servers.RedisURL(b), redisstore.Options{})
 	storecheck.Take(b, s, all[0], 1) // so that the server knows the script
-	args, least := s.Batch(all), math.Inf(1)
+	var asked []*storage.Request
+	for i := range all {
+		asked = append(asked, all[i].Of())
+	}
+	args, least := s.Batch(asked), math.Inf(1)
 	for b.Loop() {
 		before := spentOnScripts(b, s.Client())
 		for range 20 {

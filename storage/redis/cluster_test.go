@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -173,7 +174,7 @@ type ledger struct {
 	taken map[string]int64
 }
 
-func (l *ledger) add(v storage.Verdict) {
+func (l *ledger) add(v storecheck.Verdict) {
 	if !v.Allowed {
 		return
 	}
@@ -181,14 +182,14 @@ func (l *ledger) add(v storage.Verdict) {
 	defer l.mu.Unlock()
 	for i := range v.Parts() {
 		p := v.Part(i)
-		l.taken[p.Identifier] += p.Cost(0)
+		l.taken[p.Identifier] += p.Costs[0]
 	}
 }
 
 // load is 50 goroutines that ask for random identifiers until the end.
 type load struct {
 	plain, tagged *redisstore.Storage
-	rules         []storage.Rule
+	rules         []law.Rule
 	ledger        ledger
 	calls         atomic.Int64
 	end           atomic.Bool
@@ -198,20 +199,19 @@ const tenants, perTenant = 6, 30
 
 // ask is about one identifier, or about two or three of one tenant at a time.
 func (l *load) ask(ctx context.Context) error {
-	s, r := l.plain, storage.Request{Part: storage.NewPart(fmt.Sprint("plain-", rand.IntN(200)), l.rules, 1)}
+	s, r := l.plain, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint("plain-", rand.IntN(200)), l.rules, 1)}}
 	if rand.IntN(2) == 0 {
 		s = l.tagged
 		tenant, first := rand.IntN(tenants), rand.IntN(perTenant)
 		for i := range []int{1, 1, 2, 3}[rand.IntN(4)] {
-			p := storage.NewPart(fmt.Sprintf("t%d/%d", tenant, (first+i)%perTenant), l.rules, 1)
+			p := storecheck.NewPart(fmt.Sprintf("t%d/%d", tenant, (first+i)%perTenant), l.rules, 1)
 			if i == 0 {
-				r.Part = p
-			} else {
-				r.More = append(r.More, p)
+				r.Parts = nil
 			}
+			r.Parts = append(r.Parts, p)
 		}
 	}
-	v, err := s.Decide(ctx, r)
+	v, err := storecheck.Decide(ctx, s, r)
 	l.ledger.add(v)
 	l.calls.Add(1)
 	return err
@@ -247,7 +247,7 @@ func (l *load) exactly(t *testing.T, limit int64) {
 	require.Len(t, ids, 200+tenants*perTenant)
 	storecheck.Crowd(len(ids), func(i int) {
 		for allowed := true; allowed; {
-			v, err := l.of(ids[i]).Decide(t.Context(), storage.Request{Part: storage.NewPart(ids[i], l.rules, 1)})
+			v, err := storecheck.Decide(t.Context(), l.of(ids[i]), storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(ids[i], l.rules, 1)}})
 			assert.NoError(t, err)
 			l.ledger.add(v)
 			allowed = v.Allowed
@@ -262,7 +262,7 @@ func TestSlotsMoveUnderLoadWithoutAnErrorAndEachLimitIsExact(t *testing.T) {
 	t.Parallel()
 	const limit = 100
 	r := newRing(t)
-	l := &load{rules: []storage.Rule{storecheck.Rule(t, "100/1h", storage.Replenish, time.Hour, limit)}, ledger: ledger{taken: map[string]int64{}}}
+	l := &load{rules: []law.Rule{storecheck.Rule(t, "100/1h", law.Replenish, time.Hour, limit)}, ledger: ledger{taken: map[string]int64{}}}
 	l.plain, l.tagged = r.open(t, 0)
 	keys := 0
 	l.run(t, func() {
@@ -286,10 +286,10 @@ func TestSlotsMoveUnderLoadWithoutAnErrorAndEachLimitIsExact(t *testing.T) {
 }
 
 // halfWay leaves the two keys of one call on two nodes. Finish moves the second one.
-func (r *ring) halfWay(t *testing.T, tagged *redisstore.Storage) (both storage.Request, finish func()) {
+func (r *ring) halfWay(t *testing.T, tagged *redisstore.Storage) (both storecheck.Request, finish func()) {
 	t.Helper()
 	both = storecheck.FivePerHour(t, "t/1")
-	both.More = []storage.Part{storage.NewPart("t/2", both.Part.Rules, 1)}
+	both.Parts = append(both.Parts, storecheck.NewPart("t/2", both.Parts[0].Rules.Rules, 1))
 	require.Equal(t, 1, storecheck.Take(t, tagged, both, 1))
 	slot := r.slot(t, "tagged:{t}")
 	to := (r.owner(slot) + 1) % 3
@@ -308,19 +308,19 @@ func TestACallWhoseKeysAreOnTwoNodesWaitsUntilTheyMeet(t *testing.T) {
 	both, finish := r.halfWay(t, tagged)
 	ended, before := make(chan error, 1), r.told(t, "TRYAGAIN")
 	go func() {
-		v, err := tagged.Decide(t.Context(), both)
+		v, err := storecheck.Decide(t.Context(), tagged, both)
 		assert.True(t, v.Allowed)
 		ended <- err
 	}()
 	storecheck.Until(t, "TRYAGAIN", func() bool { return r.told(t, "TRYAGAIN") >= before+3 })
-	for _, p := range []storage.Part{both.Part, both.More[0]} {
-		assert.Equal(t, 1, storecheck.Take(t, tagged, storage.Request{Part: p}, 1), "one key is always on one node")
+	for _, p := range both.Parts {
+		assert.Equal(t, 1, storecheck.Take(t, tagged, storecheck.Request{Parts: []storecheck.Part{p}}, 1), "one key is always on one node")
 	}
 	assert.Empty(t, ended)
 	finish()
 	assert.NoError(t, <-ended)
-	assert.Equal(t, []int64{2}, left(t, tagged, "", "t/1", both.Part.Rules...))
-	assert.Equal(t, []int64{2}, left(t, tagged, "", "t/2", both.Part.Rules...))
+	assert.Equal(t, []int64{2}, left(t, tagged, "", "t/1", both.Parts[0].Rules.Rules...))
+	assert.Equal(t, []int64{2}, left(t, tagged, "", "t/2", both.Parts[0].Rules.Rules...))
 }
 
 func TestACallWhoseKeysStayOnTwoNodesEndsAndTakesNothing(t *testing.T) {
@@ -329,17 +329,17 @@ func TestACallWhoseKeysStayOnTwoNodesEndsAndTakesNothing(t *testing.T) {
 	_, tagged := r.open(t, time.Second)
 	both, _ := r.halfWay(t, tagged)
 	began := time.Now()
-	_, err := tagged.Decide(t.Context(), both)
+	_, err := storecheck.Decide(t.Context(), tagged, both)
 	assert.InDelta(t, time.Second, time.Since(began), float64(time.Second/2))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.True(t, goredis.IsTryAgainError(err), err)
-	assert.Equal(t, []int64{4}, left(t, tagged, "", "t/1", both.Part.Rules...))
-	assert.Equal(t, []int64{4}, left(t, tagged, "", "t/2", both.Part.Rules...))
+	assert.Equal(t, []int64{4}, left(t, tagged, "", "t/1", both.Parts[0].Rules.Rules...))
+	assert.Equal(t, []int64{4}, left(t, tagged, "", "t/2", both.Parts[0].Rules.Rules...))
 
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	began = time.Now()
-	_, err = tagged.Decide(ctx, both)
+	_, err = storecheck.Decide(ctx, tagged, both)
 	assert.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.Less(t, time.Since(began), time.Second)
 }
@@ -354,7 +354,7 @@ func TestACallThatTriesAgainTakesNoLongerThanTheTimeout(t *testing.T) {
 	from := r.owner(r.slot(t, "tagged:{t}"))
 	began, ended := time.Now(), make(chan error, 1)
 	go func() {
-		_, err := tagged.Decide(t.Context(), both)
+		_, err := storecheck.Decide(t.Context(), tagged, both)
 		ended <- err
 	}()
 	<-time.After(timeout * 3 / 4)
@@ -375,7 +375,7 @@ func TestTheFirstCallOnAClusterTakesNoLongerThanTheTimeout(t *testing.T) {
 	require.NoError(t, r.Nodes[1].Freeze())
 	began, ended := time.Now(), make(chan error, 1)
 	go func() {
-		_, err := s.Decide(t.Context(), ask)
+		_, err := storecheck.Decide(t.Context(), s, ask)
 		ended <- err
 	}()
 	<-time.After(timeout * 3 / 4)
@@ -392,7 +392,7 @@ func median(t *testing.T, s *redisstore.Storage, ids []string, calls int) time.D
 	for i := range calls {
 		r := storecheck.FivePerHour(t, ids[i%len(ids)])
 		began := time.Now()
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		require.NoError(t, err)
 		all = append(all, time.Since(began))
 	}
@@ -417,7 +417,7 @@ func TestAFrozenMasterDisturbsOnlyItsOwnIdentifiers(t *testing.T) {
 		ask := storecheck.FivePerHour(t, frozen[i%10])
 		stuck.Go(func() {
 			began := time.Now()
-			_, err := plain.Decide(t.Context(), ask)
+			_, err := storecheck.Decide(t.Context(), plain, ask)
 			assert.ErrorIs(t, err, storage.ErrUnavailable)
 			assert.InDelta(t, timeout, time.Since(began), float64(timeout/2))
 			failed.Add(1)
@@ -430,7 +430,7 @@ func TestAFrozenMasterDisturbsOnlyItsOwnIdentifiers(t *testing.T) {
 
 	require.NoError(t, r.Nodes[1].Thaw())
 	storecheck.Until(t, "it answers again", func() bool {
-		_, err := plain.Decide(t.Context(), storecheck.FivePerHour(t, frozen[0]))
+		_, err := storecheck.Decide(t.Context(), plain, storecheck.FivePerHour(t, frozen[0]))
 		return err == nil
 	})
 	assert.Equal(t, 5, storecheck.Take(t, plain, storecheck.FivePerHour(t, r.idOn(t, 1)), 7))
@@ -446,14 +446,14 @@ func TestAMasterThatWasKilledAndStartedAgainIsUsedAgain(t *testing.T) {
 	require.Equal(t, 2, storecheck.Take(t, plain, storecheck.FivePerHour(t, kept), 2))
 	require.NoError(t, r.Nodes[1].Kill())
 	for range 5 {
-		_, err := plain.Decide(t.Context(), storecheck.FivePerHour(t, lost))
+		_, err := storecheck.Decide(t.Context(), plain, storecheck.FivePerHour(t, lost))
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, 1, storecheck.Take(t, plain, storecheck.FivePerHour(t, r.idOn(t, 0)), 1), "the other masters go on")
 	}
 	require.NoError(t, r.Nodes[1].Start())
-	rules := storecheck.FivePerHour(t, lost).Part.Rules
+	rules := storecheck.FivePerHour(t, lost).Parts[0].Rules.Rules
 	storecheck.Until(t, "it serves its slots again", func() bool {
-		_, err := plain.Decide(t.Context(), storage.Request{Mode: storage.Peek, Part: storage.NewPart(lost, rules, 0)})
+		_, err := storecheck.Decide(t.Context(), plain, storecheck.Request{Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart(lost, rules, 0)}})
 		if err != nil {
 			assert.ErrorIs(t, err, storage.ErrUnavailable)
 		}
@@ -475,7 +475,7 @@ func TestANodeThatForgetsTheScriptsIsSentThemAgain(t *testing.T) {
 		ask := storecheck.FivePerHour(t, fmt.Sprint("user-", i))
 		all.Go(func() {
 			for n := 0; n < 50 || !end.Load(); n++ {
-				v, err := plain.Decide(t.Context(), ask)
+				v, err := storecheck.Decide(t.Context(), plain, ask)
 				if !assert.NoError(t, err) {
 					return
 				}
@@ -483,7 +483,7 @@ func TestANodeThatForgetsTheScriptsIsSentThemAgain(t *testing.T) {
 					admitted[i].Add(1)
 				}
 				if n%10 == 9 {
-					assert.NoError(t, plain.Reset(t.Context(), "", "nobody-"+ask.Part.Identifier))
+					assert.NoError(t, plain.Reset(t.Context(), "", "nobody-"+ask.Parts[0].Identifier))
 				}
 			}
 		})

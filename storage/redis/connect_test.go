@@ -27,7 +27,7 @@ func assertRefused(t *testing.T, s *redisstore.Storage) {
 	t.Helper()
 	var err error
 	for range 3 {
-		took := storecheck.Timed(1, func() { _, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a")) })
+		took := storecheck.Timed(1, func() { _, err = storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a")) })
 		assert.Less(t, took[0], prompt.Timeout+time.Second)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		if errors.Is(err, syscall.ECONNREFUSED) {

@@ -10,6 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -17,10 +19,10 @@ import (
 )
 
 // debtAs asks the storage and the model, and returns what both say.
-func (w *twin) debtAs(t *testing.T, at time.Duration, rules []storage.Rule) [][]storage.Amount {
+func (w *twin) debtAs(t *testing.T, at time.Duration, rules []law.Rule) [][]storage.Amount {
 	t.Helper()
 	before := w.raw(t)
-	d := storage.Debt{Name: w.name, Clocked: true, Now: noon + at.Microseconds(), Identifier: "a", Rules: rules}
+	d := replica.Debt{Name: w.name, Clocked: true, Now: noon + at.Microseconds(), Identifier: "a", Rules: law.NewRuleSet(rules...)}
 	want, err := w.model.Debt(t.Context(), d)
 	require.NoError(t, err)
 	got, err := w.s.Debt(t.Context(), d)
@@ -37,7 +39,7 @@ func TestADebtIsThatOfTheModelAlsoUnderAChangedRule(t *testing.T) {
 		t.Run(kind.String(), func(t *testing.T) {
 			t.Parallel()
 			w := newTwin(t, url)
-			rules := []storage.Rule{storecheck.Rule(t, "b", kind, time.Hour, 20), storecheck.Rule(t, "of nobody", kind, time.Hour, 20)}
+			rules := []law.Rule{storecheck.Rule(t, "b", kind, time.Hour, 20), storecheck.Rule(t, "of nobody", kind, time.Hour, 20)}
 			assert.Equal(t, [][]storage.Amount{nil, nil}, w.debtAs(t, 0, rules), "without any state")
 			for i, n := range []int64{3, 1, 5} {
 				w.ask(t, time.Duration(i)*10*time.Minute, storage.Take, rules[:1], n)
@@ -46,7 +48,7 @@ func TestADebtIsThatOfTheModelAlsoUnderAChangedRule(t *testing.T) {
 				assert.Nil(t, w.debtAs(t, at, rules)[1])
 				for other := range allKinds {
 					for _, period := range []time.Duration{time.Second, 90 * time.Minute, 366 * 24 * time.Hour} {
-						w.debtAs(t, at, []storage.Rule{storecheck.Rule(t, "b", other, period, 2), rules[1]})
+						w.debtAs(t, at, []law.Rule{storecheck.Rule(t, "b", other, period, 2), rules[1]})
 					}
 				}
 			}
@@ -73,7 +75,7 @@ func TestADebtIsByTheClockOfTheServer(t *testing.T) {
 func TestADebtOfThousandsOfAmountsIsToldInAFlightWithOthers(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", law.FixedWindow, time.Second, 100_000)
 	now, name := int64(1_700_000_000_000_000), freshName()
 	want := debt(r, now, "a", 0, 4096)
 	want.Name = name
@@ -99,26 +101,16 @@ func TestADebtOfThousandsOfAmountsIsToldInAFlightWithOthers(t *testing.T) {
 func TestADebtIsToldWhenAnIdentifierHasAllBucketsItMayHave(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	var rules []storage.Rule
+	var rules []law.Rule
 	for i := range storage.MaxBuckets {
-		rules = append(rules, storecheck.Rule(t, fmt.Sprint("b", i), storage.Kind(i%5), time.Hour, 10))
+		rules = append(rules, storecheck.Rule(t, fmt.Sprint("b", i), law.Kind(i%5), time.Hour, 10))
 	}
 	w.ask(t, 0, storage.Take, rules[:4], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[4:8], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[8:12], 1, 2, 3, 4)
 	w.ask(t, 0, storage.Take, rules[12:], 1, 2, 3, 4)
 	w.debtAs(t, time.Minute, rules)
-	assert.Nil(t, w.debtAs(t, time.Minute, []storage.Rule{storecheck.Rule(t, "one more", storage.Replenish, time.Hour, 10)})[0])
-}
-
-func TestAnInvalidDebtIsRefused(t *testing.T) {
-	t.Parallel()
-	s := open(t, "redis://127.0.0.1:1", redisstore.Options{})
-	_, err := s.Debt(t.Context(), storage.Debt{Identifier: "a"})
-	var fault *storage.BucketError
-	assert.ErrorAs(t, err, &fault)
-	_, err = s.Debt(t.Context(), storage.Debt{Rules: storecheck.FivePerHour(t, "a").Part.Rules})
-	assert.ErrorIs(t, err, storage.ErrInvalidIdentifier)
+	assert.Nil(t, w.debtAs(t, time.Minute, []law.Rule{storecheck.Rule(t, "one more", law.Replenish, time.Hour, 10)})[0])
 }
 
 func TestAnAnswerThatTellsNoDebtIsAFailureOfTheStorage(t *testing.T) {

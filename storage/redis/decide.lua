@@ -23,7 +23,7 @@
 -- each of the buckets and nothing else, before and after. All parts are judged, and then all are written. The full one
 -- is for any request. Its functions are made when the first request needs them, as this costs as much as a decision.
 --
--- The numbers at the ends of lines are the steps of storage/decide.go.
+-- The numbers at the ends of lines are the steps of internal/law/decide.go.
 
 local REPLENISH, CONTINUOUS, FIXED, SLIDING, LOG = 0, 1, 2, 3, 4
 local TAKE, PEEK, FORCE = 0, 1, 2

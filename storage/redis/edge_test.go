@@ -10,6 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -17,8 +19,8 @@ import (
 )
 
 // debt is n amounts of one token, which end a second after each other, from the first on.
-func debt(r storage.Rule, now int64, id string, first, n int) storage.Debt {
-	d := storage.Debt{Name: "debts", Clocked: true, Now: now, Identifier: id, Rules: []storage.Rule{r}, Amounts: make([][]storage.Amount, 1)}
+func debt(r law.Rule, now int64, id string, first, n int) replica.Debt {
+	d := replica.Debt{Name: "debts", Clocked: true, Now: now, Identifier: id, Rules: law.NewRuleSet([]law.Rule{r}...), Amounts: make([][]storage.Amount, 1)}
 	for i := range n {
 		d.Amounts[0] = append(d.Amounts[0], storage.Amount{N: 1, In: int64(first+i+1) * 1_000_000})
 	}
@@ -28,10 +30,10 @@ func debt(r storage.Rule, now int64, id string, first, n int) storage.Debt {
 func TestAnIdentifierWithThousandsOfHoldsIsDecidedOn(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", law.FixedWindow, time.Second, 100_000)
 	now := int64(1_700_000_000_000_000)
 	require.NoError(t, s.Raise(t.Context(), debt(r, now, "a", 0, 4096)))
-	v, err := s.Decide(t.Context(), storage.Request{Name: "debts", Clocked: true, Now: now + 1_500_000, Part: storage.NewPart("a", []storage.Rule{r}, 1)})
+	v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Name: "debts", Clocked: true, Now: now + 1_500_000, Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{r}, 1)}})
 	require.NoError(t, err)
 	assert.Equal(t, int64(100_000-4096+1-1), v.Levels()[0].Remaining, "one is back, one was taken")
 }
@@ -39,7 +41,7 @@ func TestAnIdentifierWithThousandsOfHoldsIsDecidedOn(t *testing.T) {
 func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
-	r := storecheck.Rule(t, "w", storage.FixedWindow, time.Second, 100_000)
+	r := storecheck.Rule(t, "w", law.FixedWindow, time.Second, 100_000)
 	now := int64(1_700_000_000_000_000)
 	var err error
 	for k := 0; err == nil && k < 17; k++ { // each adds to what the later ones hold
@@ -49,7 +51,7 @@ func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 	}
 	var e *storage.BucketError
 	require.ErrorAs(t, err, &e)
-	_, err = s.Decide(t.Context(), storage.Request{Name: "debts", Clocked: true, Now: now, Mode: storage.Peek, Part: storage.NewPart("b", []storage.Rule{r}, 1)})
+	_, err = storecheck.Decide(t.Context(), s, storecheck.Request{Name: "debts", Clocked: true, Now: now, Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart("b", []law.Rule{r}, 1)}})
 	require.NoError(t, err, "what was there before is still there")
 }
 
@@ -84,7 +86,7 @@ func TestAHookThatPanicsIsAFailureOfTheStorage(t *testing.T) {
 	c := client(t, servers.RedisURL(t))
 	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "panic"))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "panic"))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorContains(t, err, "in the hook")
 }
@@ -98,7 +100,7 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 			cmd.(interface{ SetVal(any) }).SetVal(text)
 			return nil
 		}))
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "odd"))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "odd"))
 		require.ErrorIs(t, err, storage.ErrUnavailable, "%q", text)
 	}
 }
@@ -110,7 +112,7 @@ func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testin
 	var ids []string
 	for i := 0; len(ids) < 8; i++ {
 		id := string(rune('a'+i%26)) + string(rune('a'+i/26))
-		if _, err := s.Decide(t.Context(), storecheck.FivePerHour(t, id)); err == nil { // its slot is on this node
+		if _, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, id)); err == nil { // its slot is on this node
 			ids = append(ids, id)
 		}
 	}
@@ -120,7 +122,7 @@ func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testin
 			wait.Go(func() {
 				r := storecheck.FivePerHour(t, id)
 				r.Mode = storage.Peek
-				_, err := s.Decide(context.Background(), r)
+				_, err := storecheck.Decide(context.Background(), s, r)
 				assert.NoError(t, err)
 			})
 		}
@@ -132,12 +134,12 @@ func TestATimeToLiveOutlastsWhatAClockAheadHasWritten(t *testing.T) {
 	t.Parallel()
 	url := servers.RedisURL(t)
 	s := open(t, url, redisstore.Options{})
-	r := storage.Request{Name: "ahead", Part: storage.NewPart("a", []storage.Rule{storecheck.Rule(t, "w", storage.Replenish, 24*time.Hour, 5)}, 1)}
+	r := storecheck.Request{Name: "ahead", Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{storecheck.Rule(t, "w", law.Replenish, 24*time.Hour, 5)}, 1)}}
 	ahead := r
 	ahead.Clocked, ahead.Now = true, time.Now().Add(2*time.Hour).UnixMicro()
 	require.NoError(t, s.Reset(t.Context(), "ahead", "a"))
 	storecheck.Take(t, s, ahead, 1)
-	v, err := s.Decide(t.Context(), r)
+	v, err := storecheck.Decide(t.Context(), s, r)
 	require.NoError(t, err)
 	ttl, err := client(t, url).PTTL(t.Context(), "throttler:ahead:a").Result()
 	require.NoError(t, err)

@@ -12,12 +12,12 @@ import (
 func (s *Storage) Client() goredis.UniversalClient { return s.client }
 
 // Batch is the command that decides the requests together. The server must know the script.
-func (s *Storage) Batch(requests []storage.Request) []any {
+func (s *Storage) Batch(requests []*storage.Request) []any {
 	var calls []*call
 	for _, r := range requests {
-		key := s.key(r.Name, r.Part.Identifier)
-		more, _ := s.moreKeys(&r, key)
-		calls = append(calls, &call{Query: query{key: key, more: more, request: r}})
+		key := s.key(r.Name, r.Parts[0].Identifier)
+		more, _ := s.moreKeys(r, key)
+		calls = append(calls, &call{Query: query{key: key, more: more, request: *r}})
 	}
 	return s.groups(calls)[0].script(context.Background(), false).Args()
 }

@@ -19,6 +19,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -30,17 +32,17 @@ import (
 var prompt = redisstore.Options{Timeout: redisstore.DefaultTimeout}
 
 // chargeOf is for n tokens of each bucket that r asks.
-func chargeOf(r storage.Request, n int64) storage.Charge {
-	c := storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Part.Identifier, Rules: r.Part.Rules}
-	for range c.Rules {
+func chargeOf(r storecheck.Request, n int64) *storage.Charge {
+	c := &storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules}
+	for range c.Rules.Rules {
 		c.Amounts = append(c.Amounts, storage.Amount{N: n, In: time.Hour.Microseconds()})
 	}
 	return c
 }
 
 // debtOf is charge for a debt.
-func debtOf(r storage.Request, n int64) storage.Debt {
-	d := storage.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Part.Identifier, Rules: r.Part.Rules}
+func debtOf(r storecheck.Request, n int64) replica.Debt {
+	d := replica.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules}
 	for _, a := range chargeOf(r, n).Amounts {
 		d.Amounts = append(d.Amounts, []storage.Amount{a})
 	}
@@ -81,13 +83,13 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		began := time.Now()
-		_, err := s.Decide(ctx, r)
+		_, err := storecheck.Decide(ctx, s, r)
 		if time.Since(began) < prompt.Timeout { // else the machine is so busy that both have passed
 			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 		}
 	}))
 	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded, "the context that ended is not the caller's")
 	}))
@@ -107,7 +109,7 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	require.NoError(t, server.Freeze())
 	s, r := open(t, server.URL(), prompt), storecheck.FivePerHour(t, "frozen")
 	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	require.NoError(t, server.Thaw())
@@ -124,7 +126,7 @@ func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	known, unknown, watched := open(t, url, prompt), open(t, url, prompt), open(t, url, redisstore.Options{})
 	seen := watchOf(t, watched, prompt.Timeout)
 	for _, s := range []*redisstore.Storage{known, watched} {
-		_, err := s.Decide(context.Background(), r)
+		_, err := storecheck.Decide(context.Background(), s, r)
 		require.NoError(t, err)
 	}
 	require.NoError(t, seen.next(t))
@@ -132,7 +134,7 @@ func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	for name, s := range map[string]*redisstore.Storage{"with a connection": known, "without one": unknown, "watched": watched} {
 		storecheck.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
 			storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() {
-				_, err := s.Decide(context.Background(), r)
+				_, err := storecheck.Decide(context.Background(), s, r)
 				assert.ErrorIs(t, err, storage.ErrUnavailable, name)
 				assert.NotErrorIs(t, err, context.DeadlineExceeded, name)
 			}))
@@ -158,7 +160,7 @@ func TestCallsWithAndWithoutAContextTakeExactlyTheLimit(t *testing.T) {
 			ctx = t.Context()
 		}
 		for range 8 {
-			v, err := s.Decide(ctx, r)
+			v, err := storecheck.Decide(ctx, s, r)
 			if assert.NoError(t, err) && v.Allowed {
 				admitted.Add(1)
 			}
@@ -177,13 +179,13 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	storecheck.Crowd(20, func(i int) {
-		_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a")) // the flights stay in the air
+		_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a")) // the flights stay in the air
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
 	took := storecheck.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
 	assert.Greater(t, took[0], time.Millisecond, "Close did not wait for what was sent")
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	assert.ErrorIs(t, err, storage.ErrClosed)
 }
 
@@ -195,14 +197,14 @@ func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a"))
+	_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded, "a call is in flight")
 	require.NoError(t, server.Thaw())
 }
 
 // eachNode returns requests for keys of each node in turn, which have been asked for once.
-func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of []storage.Request) {
+func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of []storecheck.Request) {
 	t.Helper()
 	c := client(t, cluster.Nodes[0].URL())
 	for i := 0; len(of) < len(cluster.Nodes); i++ {
@@ -223,7 +225,7 @@ func TestAFrozenClusterNodeDelaysOnlyItsOwnKeys(t *testing.T) {
 	of := eachNode(t, s, cluster)
 	require.NoError(t, cluster.Nodes[1].Freeze())
 	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
-		_, err := s.Decide(t.Context(), of[1])
+		_, err := storecheck.Decide(t.Context(), s, of[1])
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
@@ -244,14 +246,14 @@ func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
 	s := open(t, "redis://"+addr+"?addr="+addr+"&read_timeout=5s&dial_timeout=5s", prompt)
 	r := storecheck.FivePerHour(t, "a")
 	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.NotErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	storecheck.AssertBackAfter(t, 100*time.Millisecond, storecheck.Timed(5, func() {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		_, err := s.Decide(ctx, r)
+		_, err := storecheck.Decide(ctx, s, r)
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	}))
 	require.NoError(t, cluster.Nodes[0].Thaw())
@@ -260,7 +262,7 @@ func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
 
 	require.NoError(t, cluster.Nodes[0].Freeze())
 	storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(5, func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	require.NoError(t, cluster.Nodes[0].Thaw())
@@ -419,7 +421,7 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 }
 
 // assertRefused holds all calls that would change something to the error of the fault.
-func (f *fault) assertRefused(t *testing.T, s *redisstore.Storage, r storage.Request) {
+func (f *fault) assertRefused(t *testing.T, s *redisstore.Storage, r storecheck.Request) {
 	t.Helper()
 	for call, ask := range allCalls {
 		if call == "Peek" || call == "Reset" || call == "Debt" {
@@ -439,7 +441,7 @@ func TestAWrongPasswordIsAnAuthenticationError(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t, "--requirepass", "secret")
 	for _, login := range []string{"", ":wrong@", "nobody:secret@"} {
-		_, err := open(t, "redis://"+login+server.Addr(), redisstore.Options{}).Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+		_, err := storecheck.Decide(t.Context(), open(t, "redis://"+login+server.Addr(), redisstore.Options{}), storecheck.FivePerHour(t, "a"))
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.True(t, goredis.IsAuthError(err), "%q: %v", login, err)
 		assert.NotContains(t, fmt.Sprint(err), "secret")
@@ -462,47 +464,47 @@ func mustStay(t testing.TB, c *goredis.Client, key string) func(after string) {
 }
 
 // anyCall is one of those that can be made for a request. What is no decision returns an empty verdict.
-type anyCall func(context.Context, *redisstore.Storage, storage.Request) (storage.Verdict, error)
+type anyCall func(context.Context, *redisstore.Storage, storecheck.Request) (storecheck.Verdict, error)
 
 var allCalls = map[string]anyCall{
 	"Take":  inMode(storage.Take),
 	"Peek":  inMode(storage.Peek),
 	"Force": inMode(storage.Force),
-	"Charge": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+	"Charge": wordless(func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) error {
 		return s.Charge(ctx, chargeOf(r, 1))
 	}),
-	"Refund": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+	"Refund": wordless(func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) error {
 		return s.Charge(ctx, chargeOf(r, -1))
 	}),
-	"Raise": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+	"Raise": wordless(func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) error {
 		return s.Raise(ctx, debtOf(r, 4))
 	}),
-	"Debt": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
+	"Debt": wordless(func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) error {
 		_, err := s.Debt(ctx, debtOf(r, 4))
 		return err
 	}),
-	"Fresh": func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
-		v, err := s.DecideFresh(ctx, r, ago(-1))
+	"Fresh": func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) (storecheck.Verdict, error) {
+		v, err := storecheck.DecideFresh(ctx, s, r, ago(-1))
 		if errors.Is(err, redisstore.ErrStale) { // the server does not have the script yet
-			return s.Decide(ctx, r)
+			return storecheck.Decide(ctx, s, r)
 		}
 		return v, err
 	},
-	"Reset": wordless(func(ctx context.Context, s *redisstore.Storage, r storage.Request) error {
-		return s.Reset(ctx, r.Name, r.Part.Identifier)
+	"Reset": wordless(func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) error {
+		return s.Reset(ctx, r.Name, r.Parts[0].Identifier)
 	}),
 }
 
 func inMode(mode storage.Mode) anyCall {
-	return func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
+	return func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) (storecheck.Verdict, error) {
 		r.Mode = mode
-		return s.Decide(ctx, r)
+		return storecheck.Decide(ctx, s, r)
 	}
 }
 
-func wordless(call func(context.Context, *redisstore.Storage, storage.Request) error) anyCall {
-	return func(ctx context.Context, s *redisstore.Storage, r storage.Request) (storage.Verdict, error) {
-		return storage.Verdict{}, call(ctx, s, r)
+func wordless(call func(context.Context, *redisstore.Storage, storecheck.Request) error) anyCall {
+	return func(ctx context.Context, s *redisstore.Storage, r storecheck.Request) (storecheck.Verdict, error) {
+		return storecheck.Verdict{}, call(ctx, s, r)
 	}
 }
 
@@ -530,7 +532,7 @@ func TestWhatOthersKeepAtAKeyIsAnErrorAndStays(t *testing.T) {
 		{[]any{"pfadd", "KEY", "element"}, false},
 	} {
 		r := storecheck.FivePerHour(t, fmt.Sprint(i))
-		key := redisstore.DefaultPrefix + ":" + r.Part.Identifier
+		key := redisstore.DefaultPrefix + ":" + r.Parts[0].Identifier
 		other.write[1] = key
 		do(t, c, other.write...)
 		for _, seconds := range []int{0, 1000} {
@@ -564,7 +566,7 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 		}
 		r := storecheck.Hourly(t, id, 300)
 		if i%8 == 0 { // an identifier of ours in one call with a key of theirs
-			r.More = []storage.Part{storage.NewPart("a", r.Part.Rules, 1)}
+			r.Parts = append(r.Parts, storecheck.NewPart("a", r.Parts[0].Rules.Rules, 1))
 		}
 		for range 25 {
 			if err := count.Ask(s, r); i%4 < 2 {
@@ -585,22 +587,22 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 const epoch = 1_700_000_000_000_000
 
 // realValues are what is stored by requests, the last of which is asked again of each corrupt form.
-func realValues(t testing.TB) map[string][]storage.Request {
-	at := func(now time.Duration, cost int64, rules ...storage.Rule) storage.Request {
-		return storage.Request{Clocked: true, Now: epoch + now.Microseconds(), Part: storage.NewPart("corrupt", rules, cost)}
+func realValues(t testing.TB) map[string][]storecheck.Request {
+	at := func(now time.Duration, cost int64, rules ...law.Rule) storecheck.Request {
+		return storecheck.Request{Clocked: true, Now: epoch + now.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart("corrupt", rules, cost)}}
 	}
-	all := map[string][]storage.Request{}
+	all := map[string][]storecheck.Request{}
 	for _, kind := range storecheck.Kinds {
-		all[kind.String()] = []storage.Request{at(0, 2, storecheck.Rule(t, "a", kind, time.Hour, 5))}
+		all[kind.String()] = []storecheck.Request{at(0, 2, storecheck.Rule(t, "a", kind, time.Hour, 5))}
 	}
 	year, huge := 366*24*time.Hour, int64(1)<<40
-	all["wide"] = []storage.Request{at(0, huge/2, storecheck.Rule(t, "a", storage.Replenish, time.Hour, huge))}
-	all["in seconds"] = []storage.Request{at(0, 3, storecheck.Rule(t, "a", storage.Continuous, year, 10_000_000), storecheck.Rule(t, "b", storage.SlidingWindow, year, 10_000_000))}
-	log := storecheck.Rule(t, "a", storage.SlidingLog, time.Minute, 300)
-	all["several holds"] = []storage.Request{at(0, 1, log), at(time.Second, 1, log), at(2*time.Second, 1, log)}
-	all["of others"] = []storage.Request{all["in seconds"][0], at(0, 1, storecheck.Rule(t, "c", storage.Replenish, time.Hour, 7))}
-	b, c := storecheck.Rule(t, "b", storage.Continuous, time.Hour, 7), storecheck.Rule(t, "c", storage.SlidingWindow, time.Hour, 7)
-	all["changed apart"] = []storage.Request{at(0, 1, log, b, c), at(time.Second, 1, c), at(2*time.Second, 1, b)}
+	all["wide"] = []storecheck.Request{at(0, huge/2, storecheck.Rule(t, "a", law.Replenish, time.Hour, huge))}
+	all["in seconds"] = []storecheck.Request{at(0, 3, storecheck.Rule(t, "a", law.Continuous, year, 10_000_000), storecheck.Rule(t, "b", law.SlidingWindow, year, 10_000_000))}
+	log := storecheck.Rule(t, "a", law.SlidingLog, time.Minute, 300)
+	all["several holds"] = []storecheck.Request{at(0, 1, log), at(time.Second, 1, log), at(2*time.Second, 1, log)}
+	all["of others"] = []storecheck.Request{all["in seconds"][0], at(0, 1, storecheck.Rule(t, "c", law.Replenish, time.Hour, 7))}
+	b, c := storecheck.Rule(t, "b", law.Continuous, time.Hour, 7), storecheck.Rule(t, "c", law.SlidingWindow, time.Hour, 7)
+	all["changed apart"] = []storecheck.Request{at(0, 1, log, b, c), at(time.Second, 1, c), at(2*time.Second, 1, b)}
 	return all
 }
 
@@ -624,10 +626,10 @@ func TestACorruptValueIsAnErrorOrAVerdictAndNothingElse(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-			var r storage.Request
+			var r storecheck.Request
 			for _, r = range requests {
 				r.Name = name
-				_, err := s.Decide(t.Context(), r)
+				_, err := storecheck.Decide(t.Context(), s, r)
 				require.NoError(t, err)
 			}
 			key := redisstore.DefaultPrefix + name + ":corrupt"
@@ -641,7 +643,7 @@ func TestACorruptValueIsAnErrorOrAVerdictAndNothingElse(t *testing.T) {
 }
 
 // assertCorruptOrValid makes each call on the value.
-func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client, key, value string, r storage.Request) {
+func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client, key, value string, r storecheck.Request) {
 	t.Helper()
 	for call, ask := range allCalls {
 		do(t, c, "set", key, value)
@@ -659,7 +661,7 @@ func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client
 }
 
 // assertValid holds a verdict to what all verdicts promise.
-func assertValid(t *testing.T, call, value string, v storage.Verdict) {
+func assertValid(t *testing.T, call, value string, v storecheck.Verdict) {
 	t.Helper()
 	assert.GreaterOrEqual(t, v.RetryAfter, time.Duration(0), "%s on %q", call, value)
 	assert.Equal(t, v.Parts() > 0 && !v.Allowed, v.RetryAfter > 0, "%s on %q: RetryAfter is %v", call, value, v.RetryAfter)
@@ -709,7 +711,7 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsBack(t *testing.T) {
 	require.Equal(t, 2, storecheck.Take(t, s, r, 2))
 	require.NoError(t, server.Kill())
 	refused := func() {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the cause")
 	}
@@ -737,7 +739,7 @@ func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
 	slices.Sort(took)
 	assert.Less(t, took[10], 200*time.Millisecond, "that nobody listens is known at once")
 	require.NoError(t, cluster.Nodes[1].Start())
-	t.Log("works after", storecheck.Recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Part.Identifier) }))
+	t.Log("works after", storecheck.Recovery(t, 20*time.Second, func() error { return s.Reset(t.Context(), "", of[1].Parts[0].Identifier) }))
 	assert.Equal(t, 7, storecheck.Take(t, s, of[1], 7))
 }
 
@@ -747,9 +749,9 @@ type storm struct {
 	own    [50]storecheck.Told
 }
 
-func (w *storm) hot(t testing.TB) storage.Request { return storecheck.Hourly(t, "shared", 1000) }
+func (w *storm) hot(t testing.TB) storecheck.Request { return storecheck.Hourly(t, "shared", 1000) }
 
-func (w *storm) mine(t testing.TB, i int) storage.Request {
+func (w *storm) mine(t testing.TB, i int) storecheck.Request {
 	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
@@ -842,7 +844,7 @@ func TestAUserWithTheLeastRightsPassesTheSuite(t *testing.T) {
 }
 
 // useAll makes each call, in an order in which all scripts are sent in all ways.
-func useAll(t testing.TB, s *redisstore.Storage, r storage.Request) (failed []error) {
+func useAll(t testing.TB, s *redisstore.Storage, r storecheck.Request) (failed []error) {
 	for _, call := range []string{"Take", "Peek", "Refund", "Force", "Charge", "Raise", "Debt", "Fresh", "Reset"} {
 		if _, err := allCalls[call](t.Context(), s, r); err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", call, err))
@@ -1032,7 +1034,7 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 }
 
 // closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they were given.
-func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storage.Request) (admitted int64) {
+func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storecheck.Request) (admitted int64) {
 	t.Helper()
 	var count storecheck.Told
 	var calls sync.WaitGroup
@@ -1104,7 +1106,7 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 
 // pacedLoad asks in 10 goroutines, each every two milliseconds, until somebody is denied, and returns the
 // longest that a call took.
-func pacedLoad(c *storecheck.Told, s *redisstore.Storage, r storage.Request) (longest time.Duration) {
+func pacedLoad(c *storecheck.Told, s *redisstore.Storage, r storecheck.Request) (longest time.Duration) {
 	took := make([]time.Duration, 10)
 	storecheck.Crowd(len(took), func(i int) {
 		tick := time.NewTicker(2 * time.Millisecond)

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -25,51 +26,51 @@ type doubter struct {
 	s     *redisstore.Storage
 	c     *goredis.Client
 	name  string
-	rules []storage.Rule
+	rules []law.Rule
 }
 
 // newDoubter returns one whose server has the scripts.
-func newDoubter(t *testing.T, kind storage.Kind) *doubter {
+func newDoubter(t *testing.T, kind law.Kind) *doubter {
 	t.Helper()
 	url := servers.RedisURL(t)
 	d := &doubter{open(t, url, redisstore.Options{}), client(t, url), freshName(), nil}
-	d.rules = []storage.Rule{storecheck.Rule(t, "a", kind, storecheck.Period(), 5), storecheck.Rule(t, "b", kind, 24*storecheck.Period(), 50)}
+	d.rules = []law.Rule{storecheck.Rule(t, "a", kind, storecheck.Period(), 5), storecheck.Rule(t, "b", kind, 24*storecheck.Period(), 50)}
 	storecheck.Take(t, d.s, storecheck.FivePerHour(t, d.name), 1)
 	return d
 }
 
 // request asks for n tokens of each bucket.
-func (d *doubter) request(n int64, ids ...string) storage.Request {
-	r := storage.Request{Name: d.name, Part: storage.NewPart(ids[0], d.rules, n)}
+func (d *doubter) request(n int64, ids ...string) storecheck.Request {
+	r := storecheck.Request{Name: d.name, Parts: []storecheck.Part{storecheck.NewPart(ids[0], d.rules, n)}}
 	for _, id := range ids[1:] {
-		r.More = append(r.More, storage.NewPart(id, d.rules, n))
+		r.Parts = append(r.Parts, storecheck.NewPart(id, d.rules, n))
 	}
 	return r
 }
 
 // old is a request at an earlier time.
-func old(r storage.Request, ago time.Duration) storage.Request {
+func old(r storecheck.Request, ago time.Duration) storecheck.Request {
 	r.Clocked, r.Now = true, time.Now().Add(-ago).UnixMicro()
 	return r
 }
 
 // stale asks, and holds a stale answer to changing nothing.
-func (d *doubter) stale(t *testing.T, r storage.Request, age time.Duration) bool {
+func (d *doubter) stale(t *testing.T, r storecheck.Request, age time.Duration) bool {
 	t.Helper()
 	keys := func() (values []string) {
-		for i := range r.Parts() {
-			values = append(values, raw(t, d.c, "throttler:"+r.Name+":"+r.At(i).Identifier))
+		for i := range r.Parts {
+			values = append(values, raw(t, d.c, "throttler:"+r.Name+":"+r.Parts[i].Identifier))
 		}
 		return values
 	}
 	before := keys()
-	v, err := d.s.DecideFresh(t.Context(), r, ago(age))
+	v, err := storecheck.DecideFresh(t.Context(), d.s, r, ago(age))
 	if !errors.Is(err, redisstore.ErrStale) {
 		require.NoError(t, err)
 		return false
 	}
 	assert.Equal(t, before, keys())
-	assert.Equal(t, storage.Verdict{}, v)
+	assert.Equal(t, storecheck.Verdict{}, v)
 	assert.NotErrorIs(t, err, storage.ErrUnavailable)
 	return true
 }
@@ -112,16 +113,16 @@ func TestAStateThatWasChangedLongAgoIsStale(t *testing.T) {
 
 func TestOneStateThatIsStaleIsEnoughAmongSeveralBucketsAndParts(t *testing.T) {
 	t.Parallel()
-	d := newDoubter(t, storage.Replenish)
+	d := newDoubter(t, law.Replenish)
 	all := d.request(1, "a", "b", "c")
 	for _, id := range []string{"a", "b", "c"} {
 		assert.True(t, d.stale(t, all, time.Hour))
 		one := d.request(1, id)
-		one.Part.SetCost(0, 0)
+		one.Parts[0].Costs[0] = 0
 		require.Equal(t, 1, storecheck.Take(t, d.s, one, 1))
 		assert.True(t, d.stale(t, all, time.Hour), "the other bucket of %s is not there", id)
 		one = d.request(1, id)
-		one.Part.SetCost(1, 0)
+		one.Parts[0].Costs[1] = 0
 		require.Equal(t, 1, storecheck.Take(t, d.s, one, 1))
 	}
 	assert.False(t, d.stale(t, all, time.Hour))
@@ -136,10 +137,10 @@ func TestOneStateThatIsStaleIsEnoughAmongSeveralBucketsAndParts(t *testing.T) {
 
 func TestABucketThatIsAskedForNothingIsNotDoubtedBesideOthers(t *testing.T) {
 	t.Parallel()
-	d := newDoubter(t, storage.SlidingLog)
+	d := newDoubter(t, law.SlidingLog)
 	r := d.request(0, "a", "b")
 	assert.True(t, d.stale(t, r, 0), "who only looks wants to know")
-	r.Part.SetCost(1, 1)
+	r.Parts[0].Costs[1] = 1
 	assert.True(t, d.stale(t, r, time.Hour))
 	require.Equal(t, 1, storecheck.Take(t, d.s, r, 1))
 	assert.False(t, d.stale(t, r, time.Hour), "b has no state, and a none for its first bucket")
@@ -151,11 +152,11 @@ func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 		d := newDoubter(t, kind)
 		full := d.request(5, "a")
 		require.Equal(t, 1, storecheck.Take(t, d.s, old(full, time.Minute), 1))
-		for _, r := range []storage.Request{full, d.request(5, "a", "of nobody"), d.request(5, "of nobody", "a")} {
+		for _, r := range []storecheck.Request{full, d.request(5, "a", "of nobody"), d.request(5, "of nobody", "a")} {
 			for _, age := range ages {
 				for _, mode := range []storage.Mode{storage.Take, storage.Peek} {
 					r.Mode = mode
-					v, err := d.s.DecideFresh(t.Context(), r, ago(age))
+					v, err := storecheck.DecideFresh(t.Context(), d.s, r, ago(age))
 					require.NoError(t, err, "%v of %v", kind, age)
 					assert.False(t, v.Allowed)
 					assert.Positive(t, v.RetryAfter)
@@ -173,7 +174,7 @@ func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 // It is empty, as the arithmetic's first step has it.
 func TestAStateThatIsTooFarAheadOfTheClockIsStale(t *testing.T) {
 	t.Parallel()
-	d := newDoubter(t, storage.Replenish)
+	d := newDoubter(t, law.Replenish)
 	r := d.request(1, "a")
 	require.Equal(t, 1, storecheck.Take(t, d.s, old(r, -30*time.Minute), 1))
 	assert.False(t, d.stale(t, r, 0), "it is younger than any age")
@@ -197,18 +198,18 @@ func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 			allowed := r.Mode == storage.Force
 			if !allowed {
 				peek.Mode = storage.Peek
-				v, err := model.Decide(t.Context(), peek)
+				v, err := storecheck.Decide(t.Context(), model, peek)
 				assert.NoError(t, err)
 				allowed = v.Allowed
 			}
 			if allowed && age >= 0 {
-				_, err := s.DecideFresh(t.Context(), r, ago(age))
+				_, err := storecheck.DecideFresh(t.Context(), s, r, ago(age))
 				assert.ErrorIs(t, err, redisstore.ErrStale, "%d, step %d: %+v", i, step, r)
 				age = -1
 			}
-			want, err := model.Decide(t.Context(), r)
+			want, err := storecheck.Decide(t.Context(), model, r)
 			assert.NoError(t, err)
-			got, err := s.DecideFresh(t.Context(), r, ago(age))
+			got, err := storecheck.DecideFresh(t.Context(), s, r, ago(age))
 			if !assert.NoError(t, err) || !assert.Equal(t, said(&want), said(&got), "%d, step %d: %+v", i, step, r) {
 				return
 			}
@@ -221,25 +222,25 @@ func ago(age time.Duration) int64 {
 	if age < 0 {
 		return 0
 	}
-	return storage.Monotonic() - age.Microseconds()
+	return law.Monotonic() - age.Microseconds()
 }
 
 // assertDoubted has all calls of DecideFresh be stale, and the first Decide end that.
-func assertDoubted(t *testing.T, s *redisstore.Storage, r storage.Request) {
+func assertDoubted(t *testing.T, s *redisstore.Storage, r storecheck.Request) {
 	t.Helper()
 	for _, age := range append(ages, -1) {
 		for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
 			r.Mode = mode
-			v, err := s.DecideFresh(t.Context(), r, ago(age))
+			v, err := storecheck.DecideFresh(t.Context(), s, r, ago(age))
 			assert.ErrorIs(t, err, redisstore.ErrRestarted)
 			assert.ErrorIs(t, err, redisstore.ErrStale)
-			assert.Equal(t, storage.Verdict{}, v)
+			assert.Equal(t, storecheck.Verdict{}, v)
 		}
 	}
 	r.Mode = storage.Take
 	assert.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	for _, age := range []time.Duration{-1, time.Hour} {
-		v, err := s.DecideFresh(t.Context(), r, ago(age))
+		v, err := storecheck.DecideFresh(t.Context(), s, r, ago(age))
 		assert.NoError(t, err)
 		assert.True(t, v.Allowed)
 	}
@@ -262,11 +263,11 @@ func TestAServerThatWasKilledAndStartedAgainIsDoubted(t *testing.T) {
 	s, r := open(t, server.URL(), redisstore.Options{}), storecheck.Hourly(t, "a", 100)
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	require.NoError(t, server.Kill())
-	_, err := s.DecideFresh(t.Context(), r, ago(-1))
+	_, err := storecheck.DecideFresh(t.Context(), s, r, ago(-1))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	require.NoError(t, server.Start())
 	storecheck.Recovery(t, storecheck.Patient, func() error {
-		_, err = s.DecideFresh(t.Context(), r, ago(-1))
+		_, err = storecheck.DecideFresh(t.Context(), s, r, ago(-1))
 		if errors.Is(err, redisstore.ErrStale) {
 			return nil
 		}
@@ -302,7 +303,7 @@ func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
 				assert.NoError(t, others.Ask(s, r), "a call was disturbed that does not doubt")
 				continue
 			}
-			v, err := s.DecideFresh(context.Background(), r, ago(-1))
+			v, err := storecheck.DecideFresh(context.Background(), s, r, ago(-1))
 			if errors.Is(err, redisstore.ErrStale) {
 				doubting.Failed.Add(1)
 			} else if assert.NoError(t, err) && v.Allowed {

@@ -15,6 +15,8 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -124,7 +126,7 @@ func decideArgs(s *shapes) [][]byte {
 
 // arg is a shape as the script for decisions reads it.
 func (s *shape) arg() []byte {
-	rules := s.part.Rules
+	rules := s.rules.Rules
 	hold, flags, now, age := "I7I4", byte(0), int64(-1), int64(0)
 	if wide(rules) {
 		hold = "I7I7"
@@ -149,14 +151,14 @@ func (s *shape) arg() []byte {
 	for i := range rules {
 		r := &rules[i]
 		b = append(b, byte(r.Kind))
-		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.part.Cost(i), 4*r.Capacity))
+		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.costs[i], 4*r.Capacity))
 	}
 	return b
 }
 
 // A plain value has one hold for each bucket of a part, all changed at one time, and nothing else. Its prefix is what is
 // before the times.
-func appendPrefix(b []byte, rules []storage.Rule) []byte {
+func appendPrefix(b []byte, rules []law.Rule) []byte {
 	head := byte(len(rules))
 	if wide(rules) {
 		head |= 32
@@ -168,11 +170,11 @@ func appendPrefix(b []byte, rules []storage.Rule) []byte {
 	return b
 }
 
-func prefixBytes(rules []storage.Rule) int {
+func prefixBytes(rules []law.Rule) int {
 	n := 3
 	for i := range rules {
 		n += 1 + len(rules[i].Name) + 6 + 1
-		if rules[i].Kind == storage.Continuous {
+		if rules[i].Kind == law.Continuous {
 			n += 7 + 6
 		}
 	}
@@ -180,7 +182,7 @@ func prefixBytes(rules []storage.Rule) int {
 }
 
 // valueBytes is the length of a plain value.
-func valueBytes(rules []storage.Rule) int {
+func valueBytes(rules []law.Rule) int {
 	n := prefixBytes(rules) + 7 + 11*len(rules)
 	if wide(rules) {
 		n += 3 * len(rules)
@@ -189,8 +191,8 @@ func valueBytes(rules []storage.Rule) int {
 }
 
 // wide says that the counts of a plain value have 7 bytes, and not 4.
-func wide(rules []storage.Rule) bool {
-	return slices.ContainsFunc(rules, func(r storage.Rule) bool { return most(&r) >= 1<<32 })
+func wide(rules []law.Rule) bool {
+	return slices.ContainsFunc(rules, func(r law.Rule) bool { return most(&r) >= 1<<32 })
 }
 
 // age is how long ago a state has to have been changed that is not doubted. An injected clock may stand still, so by it no
@@ -199,7 +201,7 @@ func (s *shape) age() int64 {
 	if s.clocked {
 		return -ever
 	}
-	return storage.Monotonic() - s.since
+	return law.Monotonic() - s.since
 }
 
 // ever is longer than any state is ahead of a clock.
@@ -214,19 +216,19 @@ func appendNumbers(b []byte, numbers ...int64) []byte {
 }
 
 // most is the largest N of a hold.
-func most(r *storage.Rule) int64 {
-	if r.Kind == storage.Continuous {
+func most(r *law.Rule) int64 {
+	if r.Kind == law.Continuous {
 		return 4 * r.Capacity * r.One
 	}
 	return 4 * r.Capacity
 }
 
 // appendLaw appends the name and law of a rule in the form in which they are stored.
-func appendLaw(b []byte, r *storage.Rule) []byte {
+func appendLaw(b []byte, r *law.Rule) []byte {
 	b = append(b, byte(len(r.Name)))
 	b = append(b, r.Name...)
 	b = appendUint(b, uint64(r.Kind)<<45+uint64(r.Period), 6)
-	if r.Kind == storage.Continuous {
+	if r.Kind == law.Continuous {
 		b = appendUint(appendUint(b, uint64(r.Refill), 7), uint64(r.Tick), 6)
 	}
 	return b
@@ -243,27 +245,27 @@ func appendUint(b []byte, n uint64, size int) []byte {
 // appendCharge appends what the script for changes is sent for a charge. A Lua number holds 2^53, which is
 // more than any bucket does.
 func appendCharge(b []byte, c *storage.Charge) []byte {
-	b = appendChange(b, 0, c.Clocked, c.Now, len(c.Rules))
-	for i := range c.Rules {
-		b = appendAmounts(b, &c.Rules[i], c.Amounts[i:i+1])
+	b = appendChange(b, 0, c.Clocked, c.Now, len(c.Amounts))
+	for i := range c.Amounts {
+		b = appendAmounts(b, &c.Rules.Rules[i], c.Amounts[i:i+1])
 	}
 	return b
 }
 
 // appendDebt is appendCharge for a debt.
-func appendDebt(b []byte, d *storage.Debt) []byte {
-	b = appendChange(b, opRaise, d.Clocked, d.Now, len(d.Rules))
-	for i := range d.Rules {
-		b = appendAmounts(b, &d.Rules[i], d.Amounts[i])
+func appendDebt(b []byte, d *replica.Debt) []byte {
+	b = appendChange(b, opRaise, d.Clocked, d.Now, len(d.Amounts))
+	for i := range d.Amounts {
+		b = appendAmounts(b, &d.Rules.Rules[i], d.Amounts[i])
 	}
 	return b
 }
 
 // appendQuestion appends what the script for changes is sent to tell a debt.
-func appendQuestion(b []byte, d *storage.Debt) []byte {
-	b = appendChange(b, opDebt, d.Clocked, d.Now, len(d.Rules))
-	for i := range d.Rules {
-		b = appendAmounts(b, &d.Rules[i], nil)
+func appendQuestion(b []byte, d *replica.Debt) []byte {
+	b = appendChange(b, opDebt, d.Clocked, d.Now, len(d.Rules.Rules))
+	for i := range d.Rules.Rules {
+		b = appendAmounts(b, &d.Rules.Rules[i], nil)
 	}
 	return b
 }
@@ -275,7 +277,7 @@ func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byt
 	return appendUint(append(b, op|isClocked, byte(buckets)), uint64(now), 7)
 }
 
-func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
+func appendAmounts(b []byte, r *law.Rule, amounts []storage.Amount) []byte {
 	b = appendUint(appendLaw(b, r), uint64(r.Capacity), 7)
 	b = appendUint(b, uint64(max(r.Tick, r.Grain)), 6)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(amounts)))
@@ -288,22 +290,21 @@ func appendAmounts(b []byte, r *storage.Rule, amounts []storage.Amount) []byte {
 }
 
 // fill reads the answer to a decision.
-func (a *answer) fill(v *storage.Verdict, r *storage.Request) error {
+func (a *answer) fill(to *storage.Answer, r *storage.Request) error {
 	if a.text[0] >= refusedValues {
-		return a.compute(v, r)
+		return a.compute(to, r)
 	}
-	v.Allowed = a.text[0] == admitted
+	to.Allowed = a.text[0] == admitted
 	n, s := 0, a.text[1:]
-	for i := range v.Parts() {
-		p := v.Part(i)
-		for j := range p.Rules {
-			c := storage.Count{Remaining: p.Rules[j].Capacity - integer(s), ResetAfter: integer(s[7:]), NextAfter: integer(s[14:])}
-			if v.Allowed {
+	for _, p := range r.Parts {
+		for j := range p.Rules.Rules {
+			c := storage.Count{Remaining: p.Rules.Rules[j].Capacity - integer(s), ResetAfter: integer(s[7:]), NextAfter: integer(s[14:])}
+			if to.Allowed {
 				c.HeldFor = integer(s[21:])
 			} else {
 				c.RetryAfter = integer(s[21:])
 			}
-			v.Set(n, c)
+			to.Counts[n] = c
 			n, s = n+1, s[countBytes:]
 		}
 	}
@@ -311,44 +312,43 @@ func (a *answer) fill(v *storage.Verdict, r *storage.Request) error {
 }
 
 // compute makes the script's decision once more, from the values that the script found. The script therefore need not
-// know what a verdict tells, and storage.Decide stays the one place that does. Both compute with the same integers.
-func (a *answer) compute(v *storage.Verdict, r *storage.Request) error {
+// know what an answer tells, and law.Decide stays the one place that does. Both compute with the same integers.
+func (a *answer) compute(to *storage.Answer, r *storage.Request) error {
 	real := a.real
 	if r.Clocked {
 		real = r.Now
 	}
-	var few [4]storage.Draw
+	var few [4]law.Draw
 	draws, text := few[:0], a.text[1:]
-	for i := range r.Parts() {
-		p := r.At(i)
-		value := text[:plainBytes(text, p.Rules)]
+	for _, p := range r.Parts {
+		value, rules := text[:plainBytes(text, p.Rules)], p.Rules.Rules
 		text = text[len(value):]
-		for j := range p.Rules {
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: plainState(value, p.Rules, j)})
+		for j := range rules {
+			draws = append(draws, law.Draw{Rule: &rules[j], Cost: r.Costs[len(draws)], State: plainState(value, rules, j)})
 		}
 	}
-	v.Allowed = storage.Decide(r.Mode, real, draws)
-	if v.Allowed != (a.text[0] == admittedValues) {
+	to.Allowed = law.Decide(r.Mode, real, draws)
+	if to.Allowed != (a.text[0] == admittedValues) {
 		return errors.New("the script decided otherwise than the value that it found says")
 	}
 	for i := range draws {
-		v.Set(i, draws[i].Count)
+		to.Counts[i] = draws[i].Count
 	}
 	return nil
 }
 
 // plainBytes is the length of a part's value in an answer: a byte if there was none.
-func plainBytes(text string, rules []storage.Rule) int {
+func plainBytes(text string, rules *storage.RuleSet) int {
 	if text != "" && text[0] == 0 {
 		return 1
 	}
-	return valueBytes(rules)
+	return valueBytes(rules.Rules)
 }
 
 // plainState is the state of bucket i in a plain value.
-func plainState(value string, rules []storage.Rule, i int) storage.State {
+func plainState(value string, rules []law.Rule, i int) law.State {
 	if len(value) == 1 {
-		return storage.State{}
+		return law.State{}
 	}
 	times, hold := value[prefixBytes(rules):], (len(value)-prefixBytes(rules)-7)/len(rules)
 	h := times[7+hold*i:]
@@ -356,8 +356,8 @@ func plainState(value string, rules []storage.Rule, i int) storage.State {
 	if hold == 14 {
 		n = integer(h[7:])
 	}
-	s := storage.State{Law: &rules[i].Law, Seen: integer(times)}
-	s.Append(storage.Hold{End: integer(h), N: n})
+	s := law.State{Law: &rules[i].Law, Seen: integer(times)}
+	s.Append(law.Hold{End: integer(h), N: n})
 	return s
 }
 

@@ -1,6 +1,10 @@
 package redis
 
-import "github.com/go-throttler/throttler/storage"
+import (
+	"slices"
+
+	"github.com/go-throttler/throttler/storage"
+)
 
 // shapes are the different parts of the requests in a batch, most of which are usually the same but for
 // their identifiers, and which of them each part has. The zero value is empty.
@@ -14,18 +18,27 @@ type shape struct {
 	mode    storage.Mode
 	clocked bool
 	now     int64
-	more    bool          // the next part belongs to the same request
-	since   int64         // as in a query
-	part    *storage.Part // of which the identifier does not matter
+	more    bool  // the next part belongs to the same request
+	since   int64 // as in a query
+	rules   *storage.RuleSet
+	costs   []int64
 }
 
 // lookBack is how many shapes a new part is compared with: parts that differ are few, or many.
 const lookBack = 8
 
-// add adds part i of a decision.
-func (s *shapes) add(q *query, i int) {
-	r := &q.request
-	w := shape{r.Mode, r.Clocked, r.Now, i+1 < r.Parts(), q.since, r.At(i)}
+// add adds the parts of a decision.
+func (s *shapes) add(q *query) {
+	r, costs := &q.request, q.request.Costs
+	for i := range r.Parts {
+		rules := r.Parts[i].Rules
+		n := len(rules.Rules)
+		s.addOne(shape{r.Mode, r.Clocked, r.Now, i+1 < len(r.Parts), q.since, rules, costs[:n]})
+		costs = costs[n:]
+	}
+}
+
+func (s *shapes) addOne(w shape) {
 	for n := len(s.all) - 1; n >= max(0, len(s.all)-lookBack); n-- {
 		if s.all[n].same(&w) {
 			s.index = append(s.index, n)
@@ -37,15 +50,6 @@ func (s *shapes) add(q *query, i int) {
 }
 
 func (s *shape) same(o *shape) bool {
-	a, b := s.part, o.part
-	if s.mode != o.mode || s.clocked != o.clocked || s.now != o.now || s.more != o.more || s.since != o.since ||
-		len(a.Rules) != len(b.Rules) || &a.Rules[0] != &b.Rules[0] {
-		return false
-	}
-	for i := range a.Rules {
-		if a.Cost(i) != b.Cost(i) {
-			return false
-		}
-	}
-	return true
+	return s.mode == o.mode && s.clocked == o.clocked && s.now == o.now && s.more == o.more && s.since == o.since &&
+		s.rules == o.rules && slices.Equal(s.costs, o.costs)
 }

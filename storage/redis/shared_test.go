@@ -23,6 +23,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -126,9 +128,9 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 }
 
 // left is what remains of each bucket.
-func left(t testing.TB, s storage.Storage, name, id string, rules ...storage.Rule) (out []int64) {
+func left(t testing.TB, s storage.Storage, name, id string, rules ...law.Rule) (out []int64) {
 	t.Helper()
-	v, err := s.Decide(t.Context(), storage.Request{Name: name, Mode: storage.Peek, Part: storage.NewPart(id, rules, 0)})
+	v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Name: name, Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart(id, rules, 0)}})
 	require.NoError(t, err)
 	for _, l := range v.Levels() {
 		out = append(out, l.Remaining)
@@ -138,12 +140,12 @@ func left(t testing.TB, s storage.Storage, name, id string, rules ...storage.Rul
 
 // limits are two for each of the two ways that a script has: a log has many holds. The first of each is
 // the smaller.
-func limits(t testing.TB) [][]storage.Rule {
+func limits(t testing.TB) [][]law.Rule {
 	t.Helper()
-	hour := storecheck.Rule(t, "600/1h", storage.Replenish, time.Hour, 600)
-	return [][]storage.Rule{
-		{hour, storecheck.Rule(t, "630/1d", storage.Replenish, 24*time.Hour, 630)},
-		{hour, storecheck.Rule(t, "630/1d/log", storage.SlidingLog, 24*time.Hour, 630)},
+	hour := storecheck.Rule(t, "600/1h", law.Replenish, time.Hour, 600)
+	return [][]law.Rule{
+		{hour, storecheck.Rule(t, "630/1d", law.Replenish, 24*time.Hour, 630)},
+		{hour, storecheck.Rule(t, "630/1d/log", law.SlidingLog, 24*time.Hour, 630)},
 	}
 }
 
@@ -151,11 +153,11 @@ func limits(t testing.TB) [][]storage.Rule {
 func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
 	t.Helper()
 	for i, rules := range limits(t) {
-		r := storage.Request{Name: name, Part: storage.NewPart(fmt.Sprint("hot-", i), rules, 1)}
+		r := storecheck.Request{Name: name, Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint("hot-", i), rules, 1)}}
 		var n atomic.Int64
 		storecheck.Crowd(50, func(int) {
 			for range 5 {
-				v, err := s.Decide(t.Context(), r)
+				v, err := storecheck.Decide(t.Context(), s, r)
 				if assert.NoError(t, err) && v.Allowed {
 					n.Add(1)
 				}
@@ -299,22 +301,22 @@ func TestProcessesWithOtherClocksShareOneLimitExactly(t *testing.T) {
 // timeless are all calls of a storage, on all kinds of buckets, without an injected clock.
 func timeless(t *testing.T, s *redisstore.Storage, name string) {
 	t.Helper()
-	var rules []storage.Rule
-	for kind := range storage.SlidingLog + 1 {
+	var rules []law.Rule
+	for kind := range law.SlidingLog + 1 {
 		rules = append(rules, storecheck.Rule(t, kind.String(), kind, time.Hour, 1000))
 	}
 	ctx, amounts := t.Context(), []storage.Amount{{N: 1, In: 5}, {N: -1, In: 5}, {N: 1, In: 5}, {}, {}}
 	for _, mode := range []storage.Mode{storage.Take, storage.Peek, storage.Force} {
-		r := storage.Request{Name: name, Mode: mode, Part: storage.NewPart("a", rules, 1)}
-		_, err := s.Decide(ctx, r)
+		r := storecheck.Request{Name: name, Mode: mode, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 1)}}
+		_, err := storecheck.Decide(ctx, s, r)
 		require.NoError(t, err)
-		r.More = []storage.Part{storage.NewPart("b", rules, 2), storage.NewPart("c", rules[:1], 3)}
-		_, err = s.Decide(ctx, r)
+		r.Parts = append(r.Parts, storecheck.NewPart("b", rules, 2), storecheck.NewPart("c", rules[:1], 3))
+		_, err = storecheck.Decide(ctx, s, r)
 		require.NoError(t, err)
 	}
-	require.NoError(t, s.Charge(ctx, storage.Charge{Name: name, Identifier: "a", Rules: rules, Amounts: amounts}))
-	require.NoError(t, s.Raise(ctx, storage.Debt{Name: name, Identifier: "a", Rules: rules, Amounts: make([][]storage.Amount, len(rules))}))
-	_, err := s.Debt(ctx, storage.Debt{Name: name, Identifier: "a", Rules: rules})
+	require.NoError(t, s.Charge(ctx, &storage.Charge{Name: name, Identifier: "a", Rules: law.NewRuleSet(rules...), Amounts: amounts}))
+	require.NoError(t, s.Raise(ctx, replica.Debt{Name: name, Identifier: "a", Rules: law.NewRuleSet(rules...), Amounts: make([][]storage.Amount, len(rules))}))
+	_, err := s.Debt(ctx, replica.Debt{Name: name, Identifier: "a", Rules: law.NewRuleSet(rules...)})
 	require.NoError(t, err)
 	require.NoError(t, s.Reset(ctx, name, "a"))
 }
@@ -348,17 +350,17 @@ func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
 // skewed has two processes' storages, whose injected clocks are five seconds behind and ahead of the time,
 // ask in random turn for five periods, and returns when those calls were that were admitted: by the clock
 // that is ahead, and by the bucket's, which is the latest that it has seen.
-func skewed(t *testing.T, url string, r storage.Rule) (ahead, seen []int64) {
+func skewed(t *testing.T, url string, r law.Rule) (ahead, seen []int64) {
 	t.Helper()
 	name, rnd := freshName(), rand.New(rand.NewPCG(1, 2))
 	stores, model := []*redisstore.Storage{open(t, url, redisstore.Options{}), open(t, url, redisstore.Options{})}, storagetest.NewModel()
 	const skew, began = 10_000_000, 1_700_000_000_000_000
 	for now, bucket := int64(began), int64(0); now < began+5*r.Period; now += rnd.Int64N(r.Period / 25) {
 		who := rnd.IntN(2)
-		ask := storage.Request{Name: name, Clocked: true, Now: now - skew*int64(who), Part: storage.NewPart("a", []storage.Rule{r}, 1)}
-		want, err := model.Decide(t.Context(), ask)
+		ask := storecheck.Request{Name: name, Clocked: true, Now: now - skew*int64(who), Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{r}, 1)}}
+		want, err := storecheck.Decide(t.Context(), model, ask)
 		require.NoError(t, err)
-		got, err := stores[who].Decide(t.Context(), ask)
+		got, err := storecheck.Decide(t.Context(), stores[who], ask)
 		require.NoError(t, err)
 		require.Equal(t, said(&want), said(&got), "%v at %d", r, ask.Now)
 		if got.Allowed {
@@ -370,7 +372,7 @@ func skewed(t *testing.T, url string, r storage.Rule) (ahead, seen []int64) {
 }
 
 // said is all that a verdict says.
-func said(v *storage.Verdict) string { return fmt.Sprint(v.Allowed, v.RetryAfter, v.Levels()) }
+func said(v *storecheck.Verdict) string { return fmt.Sprint(v.Allowed, v.RetryAfter, v.Levels()) }
 
 // most is the largest number of times that lie less than a period apart.
 func most(times []int64, period int64) (n int) {
@@ -392,12 +394,12 @@ func most(times []int64, period int64) (n int) {
 func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 	t.Parallel()
 	url := servers.RedisURL(t)
-	for kind := range storage.SlidingLog + 1 {
+	for kind := range law.SlidingLog + 1 {
 		for _, period := range []time.Duration{2 * time.Second, time.Minute} {
 			r := storecheck.Rule(t, "20", kind, period, 20)
 			ahead, seen := skewed(t, url, r)
 			assert.LessOrEqual(t, len(ahead), 20*(5+2), "%v: the capacity for each period that passed", kind)
-			if kind == storage.SlidingLog {
+			if kind == law.SlidingLog {
 				assert.Equal(t, 20, most(seen, r.Period))
 				assert.LessOrEqual(t, most(ahead, r.Period-10_000_000), 20)
 			}
@@ -407,22 +409,22 @@ func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 
 // hotCalls are 400 calls of 200 goroutines for a hot identifier, half of them together with another one, in both
 // orders. It returns the costs that were admitted, and the least that was refused.
-func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []storage.Rule) (hotSum, otherSum, refused int64) {
+func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []law.Rule) (hotSum, otherSum, refused int64) {
 	t.Helper()
 	var sum, sumOther, least atomic.Int64
 	least.Store(4)
 	storecheck.Crowd(200, func(i int) {
 		for j := range 2 {
 			cost := int64(1 + (i+j)%3)
-			a, b := storage.NewPart("hot", hot, cost), storage.NewPart("other", other, 1)
-			r := []storage.Request{{Part: a}, {Part: a}, {Part: a, More: []storage.Part{b}}, {Part: b, More: []storage.Part{a}}}[i%4]
+			a, b := storecheck.NewPart("hot", hot, cost), storecheck.NewPart("other", other, 1)
+			r := storecheck.Request{Parts: [][]storecheck.Part{{a}, {a}, {a, b}, {b, a}}[i%4]}
 			r.Name = name
-			v, err := s.Decide(t.Context(), r)
+			v, err := storecheck.Decide(t.Context(), s, r)
 			switch {
 			case !assert.NoError(t, err):
 			case v.Allowed:
 				sum.Add(cost)
-				sumOther.Add(int64(len(r.More)))
+				sumOther.Add(int64(len(r.Parts) - 1))
 			default:
 				for n := least.Load(); cost < n && !least.CompareAndSwap(n, cost); n = least.Load() {
 				}
@@ -434,12 +436,12 @@ func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []storage
 
 func TestAHotKeyGivesOutAllItHasAndNoMore(t *testing.T) {
 	t.Parallel()
-	for _, kind := range []storage.Kind{storage.SlidingLog, storage.Continuous} {
+	for _, kind := range []law.Kind{law.SlidingLog, law.Continuous} {
 		t.Run(kind.String(), func(t *testing.T) {
 			t.Parallel()
 			s, ws := openWired(t, servers.RedisURL(t))
 			name, day := freshName(), 24*time.Hour
-			hot, other := []storage.Rule{storecheck.Rule(t, "hot", kind, day, 100)}, []storage.Rule{storecheck.Rule(t, "other", kind, day, 500)}
+			hot, other := []law.Rule{storecheck.Rule(t, "hot", kind, day, 100)}, []law.Rule{storecheck.Rule(t, "other", kind, day, 500)}
 			sum, sumOther, refused := hotCalls(t, s, name, hot, other)
 			assert.LessOrEqual(t, sum, int64(100))
 			assert.Greater(t, sum, 100-refused, "a call was refused that fitted")
@@ -457,37 +459,37 @@ type shapely struct {
 	rnd  *rand.Rand
 	name string
 	ids  [2]string
-	sets [][]storage.Rule
+	sets [][]law.Rule
 }
 
-func (g *shapely) request(now int64) storage.Request {
-	r := storage.Request{Name: g.name, Clocked: true, Now: now, Mode: []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(4)]}
-	r.Part = g.part(g.ids[0])
+func (g *shapely) request(now int64) storecheck.Request {
+	r := storecheck.Request{Name: g.name, Clocked: true, Now: now, Mode: []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(4)]}
+	r.Parts = append(r.Parts, g.part(g.ids[0]))
 	if g.rnd.IntN(4) == 0 {
-		r.More = []storage.Part{g.part(g.ids[1])}
+		r.Parts = append(r.Parts, g.part(g.ids[1]))
 	}
 	return r
 }
 
 // part has one of the rules, in the slice that all share or in one of its own.
-func (g *shapely) part(id string) storage.Part {
+func (g *shapely) part(id string) storecheck.Part {
 	rules := g.sets[g.rnd.IntN(len(g.sets))]
 	if g.rnd.IntN(2) == 0 {
 		rules = slices.Clone(rules)
 	}
-	p := storage.NewPart(id, rules, 1)
+	p := storecheck.NewPart(id, rules, 1)
 	for i := range rules {
-		p.SetCost(i, g.rnd.Int64N(4))
+		p.Costs[i] = g.rnd.Int64N(4)
 	}
 	return p
 }
 
 // ruleSets are all kinds, alone and with another one.
-func ruleSets(t *testing.T) (sets [][]storage.Rule) {
+func ruleSets(t *testing.T) (sets [][]law.Rule) {
 	t.Helper()
-	for kind := range storage.SlidingLog + 1 {
+	for kind := range law.SlidingLog + 1 {
 		a, b := storecheck.Rule(t, "a", kind, 10*time.Second, 5), storecheck.Rule(t, "b", (kind+1)%5, time.Minute, 7)
-		sets = append(sets, []storage.Rule{a}, []storage.Rule{a, b}, []storage.Rule{b, a})
+		sets = append(sets, []law.Rule{a}, []law.Rule{a, b}, []law.Rule{b, a})
 	}
 	return sets
 }
@@ -500,9 +502,9 @@ func TestAFlightOfManyShapesDecidesAsTheModel(t *testing.T) {
 		g := &shapely{rnd: rand.New(rand.NewPCG(7, uint64(i))), name: name, ids: [2]string{fmt.Sprint("one-", i), fmt.Sprint("two-", i)}, sets: sets}
 		for step := range 30 {
 			r := g.request(1_700_000_000_000_000 + int64(step/5)*3_000_000)
-			want, err := model.Decide(t.Context(), r)
+			want, err := storecheck.Decide(t.Context(), model, r)
 			assert.NoError(t, err)
-			got, err := s.Decide(t.Context(), r)
+			got, err := storecheck.Decide(t.Context(), s, r)
 			if !assert.NoError(t, err) || !assert.Equal(t, said(&want), said(&got), "%d, step %d: %+v", i, step, r) {
 				return
 			}

@@ -10,7 +10,6 @@ import (
 
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
-	"github.com/go-throttler/throttler/storage"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
@@ -36,7 +35,7 @@ func TestAKeyAndItsRoutesAreConsumedTogetherOnACluster(t *testing.T) {
 			r := storecheck.FivePerHour(t, key)
 			r.Name = "api"
 			for _, id := range routesOf(key)[1:] {
-				r.More = append(r.More, storage.NewPart(id, r.Part.Rules, 1))
+				r.Parts = append(r.Parts, storecheck.NewPart(id, r.Parts[0].Rules.Rules, 1))
 			}
 			assert.Equal(t, 5, storecheck.Take(t, s, r, 7), "%s: %.20q", name, key)
 		}

@@ -1,4 +1,4 @@
--- What the scripts share: the arithmetic of storage/decide.go, whose steps carry the same numbers, and
+-- What the scripts share: the arithmetic of internal/law/decide.go, whose steps carry the same numbers, and
 -- the stored form of what an identifier has spent.
 --
 -- The value at a key is 't2' (what it is, and the version of its form), the number of buckets with 32

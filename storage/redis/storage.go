@@ -23,6 +23,7 @@ import (
 
 	goredis "github.com/redis/go-redis/v9"
 
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -116,7 +117,7 @@ type Storage struct {
 	closed   bool
 }
 
-var _ storage.Replica = (*Storage)(nil)
+var _ replica.Storage = (*Storage)(nil)
 
 // New returns a storage on a *Client, also one of NewFailoverClient, or on a *ClusterClient. The caller
 // closes the client, after the storage.
@@ -207,90 +208,75 @@ func (s *Storage) Close(ctx context.Context) error {
 }
 
 // Decide implements storage.Storage.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
-	return s.decide(ctx, &r, false, 0)
+func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	return s.decide(ctx, r, a, false, 0)
 }
 
 // DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a bucket that is
 // asked for more than 0 tokens has no state, or one that was changed last at the time since or before, it changes
-// nothing and returns ErrStale; and so for any bucket where all are asked for 0, to be told what remains. Since is a time of storage.Monotonic; 0 doubts no state. By an injected clock, which may
+// nothing and returns ErrStale; and so for any bucket where all are asked for 0, to be told what remains. Since is a time
+// by the monotonic clock of this process, in microseconds; 0 doubts no state. By an injected clock, which may
 // stand still, every state is too old.
 //
 // In any case it returns ErrRestarted when the server does not know the script: it was
 // started again, is a replica that was promoted, or has never decided. The next Decide sends the script.
-func (s *Storage) DecideFresh(ctx context.Context, r storage.Request, since int64) (storage.Verdict, error) {
-	return s.decide(ctx, &r, true, since)
+func (s *Storage) DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error {
+	return s.decide(ctx, r, a, true, since)
 }
 
-func (s *Storage) decide(ctx context.Context, r *storage.Request, fresh bool, since int64) (v storage.Verdict, err error) {
+func (s *Storage) decide(ctx context.Context, r *storage.Request, a *storage.Answer, fresh bool, since int64) error {
 	if err := ctx.Err(); err != nil {
-		return v, err
+		return err
 	}
-	if err := r.Validate(); err != nil {
-		return v, err
-	}
-	key := s.key(r.Name, r.Part.Identifier)
+	key := s.key(r.Name, r.Parts[0].Identifier)
 	more, err := s.moreKeys(r, key)
 	if err != nil {
-		return v, err
+		return err
 	}
-	own := query{key: key, more: more, request: *r, fresh: fresh, since: since}
-	own.keep()
-	q, c, err := s.ask(ctx, own)
+	q, c, err := s.ask(ctx, query{key: key, more: more, request: *r, fresh: fresh, since: since})
 	if c != nil {
 		defer q.Put(c)
 	}
 	if err != nil {
-		return v, err
+		return err
 	}
-	at := c.Answer.at
+	if err := c.Answer.fill(a, r); err != nil {
+		return s.unavailable(err)
+	}
+	a.Source, a.Degraded, a.At = Source, false, c.Answer.at
 	if r.Clocked {
-		at = r.Now
+		a.At = r.Now
 	}
-	v.Begin(&c.Query.request, Source, at)
-	if err := c.Answer.fill(&v, &c.Query.request); err != nil {
-		return storage.Verdict{}, s.unavailable(err)
-	}
-	return v, nil
+	return nil
 }
 
 // Charge implements storage.Storage.
-func (s *Storage) Charge(ctx context.Context, c storage.Charge) error {
+func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := c.Validate(); err != nil {
-		return err
-	}
-	return s.change(ctx, c.Name, c.Identifier, c.Rules, appendCharge(nil, &c))
+	return s.change(ctx, c.Name, c.Identifier, c.Rules, appendCharge(nil, c))
 }
 
-// Debt implements storage.Replica.
-func (s *Storage) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+// Debt implements replica.Storage.
+func (s *Storage) Debt(ctx context.Context, d replica.Debt) (replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
-		return storage.Debt{}, err
-	}
-	d.Amounts = nil
-	if err := d.Validate(); err != nil {
-		return storage.Debt{}, err
+		return replica.Debt{}, err
 	}
 	q, c, err := s.ask(ctx, query{key: s.key(d.Name, d.Identifier), change: appendQuestion(nil, &d), rules: d.Rules})
 	if c != nil {
 		defer q.Put(c)
 	}
 	if err != nil {
-		return storage.Debt{}, err
+		return replica.Debt{}, err
 	}
-	d.Amounts = c.Answer.amounts(len(d.Rules))
+	d.Amounts = c.Answer.amounts(len(d.Rules.Rules))
 	return d, nil
 }
 
-// Raise implements storage.Replica.
-func (s *Storage) Raise(ctx context.Context, d storage.Debt) error {
+// Raise implements replica.Storage.
+func (s *Storage) Raise(ctx context.Context, d replica.Debt) error {
 	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := d.Validate(); err != nil {
 		return err
 	}
 	return s.change(ctx, d.Name, d.Identifier, d.Rules, appendDebt(nil, &d))
@@ -301,13 +287,10 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := storage.ValidateIdentifier(identifier); err != nil {
-		return err
-	}
 	return s.change(ctx, name, identifier, nil, []byte{opReset, 0})
 }
 
-func (s *Storage) change(ctx context.Context, name, identifier string, rules []storage.Rule, args []byte) error {
+func (s *Storage) change(ctx context.Context, name, identifier string, rules *storage.RuleSet, args []byte) error {
 	q, c, err := s.ask(ctx, query{key: s.key(name, identifier), change: args, rules: rules})
 	if c != nil {
 		q.Put(c)
@@ -337,13 +320,13 @@ func (s *Storage) key(name, id string) string {
 func (s *Storage) moreKeys(r *storage.Request, first string) ([]string, error) {
 	var keys []string
 	var here uint16
-	if s.cluster != nil && len(r.More) > 0 {
+	if s.cluster != nil && len(r.Parts) > 1 {
 		here = slot(first)
 	}
-	for i := range r.More {
-		key := s.key(r.Name, r.More[i].Identifier)
+	for _, p := range r.Parts[1:] {
+		key := s.key(r.Name, p.Identifier)
 		if s.cluster != nil && slot(key) != here {
-			return nil, fmt.Errorf("%w: %.64q is in slot %d, %.64q in slot %d: see Options.HashTag", ErrCrossSlot, r.Part.Identifier, here, r.More[i].Identifier, slot(key))
+			return nil, fmt.Errorf("%w: %.64q is in slot %d, %.64q in slot %d: see Options.HashTag", ErrCrossSlot, r.Parts[0].Identifier, here, p.Identifier, slot(key))
 		}
 		keys = append(keys, key)
 	}

@@ -90,8 +90,8 @@ func TestEachIdentifierHasASlotOfItsOwnOnACluster(t *testing.T) {
 	}
 
 	apart := storecheck.FivePerHour(t, "a")
-	apart.More = []storage.Part{storage.NewPart("b", apart.Part.Rules, 1)}
-	_, err := s.Decide(t.Context(), apart)
+	apart.Parts = append(apart.Parts, storecheck.NewPart("b", apart.Parts[0].Rules.Rules, 1))
+	_, err := storecheck.Decide(t.Context(), s, apart)
 	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
 	require.NotErrorIs(t, err, storage.ErrUnavailable)
 	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 7), "nothing was taken")
@@ -102,6 +102,6 @@ func TestTheContextOfTheCallerIsNotThatOfTheFlight(t *testing.T) {
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "done"))
+	_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "done"))
 	require.ErrorIs(t, err, context.Canceled)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
@@ -28,10 +29,10 @@ import (
 // noon is a full hour, of which an injected clock begins to count.
 const noon = int64(1_700_006_400_000_000)
 
-const allKinds = storage.SlidingLog + 1
+const allKinds = law.SlidingLog + 1
 
 // ofKind makes the rules of buckets that have the names which the throttler gives them.
-func ofKind(t testing.TB, kind storage.Kind, buckets ...throttler.Bucket) (rules []storage.Rule) {
+func ofKind(t testing.TB, kind law.Kind, buckets ...throttler.Bucket) (rules []law.Rule) {
 	t.Helper()
 	modify := [...]func(throttler.Bucket) throttler.Bucket{
 		func(b throttler.Bucket) throttler.Bucket { return b },
@@ -66,7 +67,7 @@ func sizeOf(t *testing.T, c *goredis.Client, key string) size {
 
 // fill asks until nothing more is stored, across a full hour, and returns the sizes after the first call and
 // when it was largest.
-func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pause time.Duration, rules []storage.Rule) (first, fullest size) {
+func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pause time.Duration, rules []law.Rule) (first, fullest size) {
 	t.Helper()
 	const id = "user-0000000012"
 	key := redisstore.DefaultPrefix + ":" + id
@@ -74,7 +75,7 @@ func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pau
 	require.NoError(t, s.Reset(t.Context(), "", id))
 	now := noon - time.Minute.Microseconds()
 	for i := range calls {
-		storecheck.Take(t, s, storage.Request{Clocked: true, Now: now + int64(i)*pause.Microseconds(), Part: storage.NewPart(id, rules, 1)}, 1)
+		storecheck.Take(t, s, storecheck.Request{Clocked: true, Now: now + int64(i)*pause.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart(id, rules, 1)}}, 1)
 		is := sizeOf(t, c, key)
 		if i == 0 {
 			first = is
@@ -85,12 +86,12 @@ func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pau
 }
 
 // formSize is the length of a value of one hold a bucket, by the first comment of state.lua.
-func formSize(rules []storage.Rule) (n int64) {
+func formSize(rules []law.Rule) (n int64) {
 	n = 3 + 7
 	wideN := int64(0)
 	for _, r := range rules {
 		n += 1 + int64(len(r.Name)) + 6 + 1
-		if r.Kind == storage.Continuous {
+		if r.Kind == law.Continuous {
 			n += 7 + 6 // refill and tick
 			if 4*r.Capacity*r.One >= 1<<32 {
 				wideN = 3
@@ -107,7 +108,7 @@ func TestWhatAnIdentifierNeedsInRedis(t *testing.T) {
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
 	five, hundred, thousand := throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100), throttler.NewBucket(time.Hour, 1000)
 	table := strings.Builder{}
-	row := func(calls int, pause time.Duration, rules []storage.Rule) (first size) {
+	row := func(calls int, pause time.Duration, rules []law.Rule) (first size) {
 		first, fullest := fill(t, s, c, calls, pause, rules)
 		var names []string
 		for _, r := range rules {
@@ -121,23 +122,23 @@ func TestWhatAnIdentifierNeedsInRedis(t *testing.T) {
 		both := ofKind(t, kind, five, hundred)
 		first := row(105, 2*time.Second, both)
 		assert.Equal(t, formSize(both), first.value, kind)
-		if kind == storage.Replenish {
+		if kind == law.Replenish {
 			assert.LessOrEqual(t, first.memory, int64(140))
 		}
 	}
-	row(1005, 3600*time.Millisecond, ofKind(t, storage.SlidingLog, thousand))
+	row(1005, 3600*time.Millisecond, ofKind(t, law.SlidingLog, thousand))
 	t.Logf("bytes with a key of 26\n%-42s %13s %15s\n%-42s %6s %6s %8s %6s\n%s", "", "after a call", "fullest", "buckets", "STRLEN", "MEMORY", "STRLEN", "MEMORY", table.String())
 }
 
 // traffic is bytes of questions and their answers.
 type traffic struct{ sent, read int }
 
-func about(user int, rules []storage.Rule) storage.Request {
-	return storage.Request{Part: storage.NewPart(fmt.Sprintf("user-%010d", user), rules, 1)}
+func about(user int, rules []law.Rule) storecheck.Request {
+	return storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprintf("user-%010d", user), rules, 1)}}
 }
 
 // alone is the traffic of one decision.
-func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []storage.Rule) traffic {
+func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []law.Rule) traffic {
 	t.Helper()
 	ws.take()
 	require.Equal(t, 1, storecheck.Take(t, s, about(1, rules), 1))
@@ -148,7 +149,7 @@ func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []storage.Rule)
 
 // inBatch is the traffic of 64 decisions in one flight, if they were in one. It freezes the server, so that two
 // calls fly and never land; those that come then wait in line.
-func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wires, rules []storage.Rule) (sum traffic, ok bool) {
+func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wires, rules []law.Rule) (sum traffic, ok bool) {
 	t.Helper()
 	single := alone(t, s, ws, rules)
 	require.NoError(t, server.Freeze())
@@ -156,7 +157,7 @@ func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wi
 	var admitted, begun atomic.Int64
 	ask := func(user int) {
 		begun.Add(1)
-		v, err := s.Decide(t.Context(), about(user, rules))
+		v, err := storecheck.Decide(t.Context(), s, about(user, rules))
 		if assert.NoError(t, err) && v.Allowed {
 			admitted.Add(1)
 		}
@@ -189,21 +190,21 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 	five, hundred := throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100)
 	server := servers.Redis(t)
 	s, ws := openWired(t, server.URL())
-	first := ofKind(t, storage.Replenish, hundred)
+	first := ofKind(t, law.Replenish, hundred)
 	storecheck.Crowd(50, func(i int) { // so that there are connections and the script
-		_, err := s.Decide(t.Context(), about(i, first))
+		_, err := storecheck.Decide(t.Context(), s, about(i, first))
 		assert.NoError(t, err)
 	})
 	table := strings.Builder{}
 	for kind := range allKinds {
-		for _, rules := range [][]storage.Rule{ofKind(t, kind, hundred), ofKind(t, kind, five, hundred)} {
+		for _, rules := range [][]law.Rule{ofKind(t, kind, hundred), ofKind(t, kind, five, hundred)} {
 			var single, batch traffic
 			storecheck.Until(t, "64 in a flight", func() (ok bool) {
 				require.NoError(t, client(t, server.URL()).FlushDB(t.Context()).Err())
 				batch, ok = inBatch(t, server, s, ws, rules)
 				return ok
 			})
-			require.NoError(t, s.Reset(t.Context(), "", about(1, rules).Part.Identifier))
+			require.NoError(t, s.Reset(t.Context(), "", about(1, rules).Parts[0].Identifier))
 			single = alone(t, s, ws, rules)
 			fmt.Fprintf(&table, "%-10v %d %8d %8d %10.1f %8.1f\n", kind, len(rules), single.sent, single.read, float64(batch.sent)/64, float64(batch.read)/64)
 			assert.LessOrEqual(t, single.sent, 430, kind)
@@ -216,9 +217,9 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 }
 
 // twoLimits are a short and a long one.
-func twoLimits(t testing.TB, kind storage.Kind) []storage.Rule {
+func twoLimits(t testing.TB, kind law.Kind) []law.Rule {
 	t.Helper()
-	return []storage.Rule{storecheck.Rule(t, "5/2s", kind, 2*time.Second, 5), storecheck.Rule(t, "50/1h", kind, time.Hour, 50)}
+	return []law.Rule{storecheck.Rule(t, "5/2s", kind, 2*time.Second, 5), storecheck.Rule(t, "50/1h", kind, time.Hour, 50)}
 }
 
 // watch sees what a call does to a key: what it holds, and until when.
@@ -250,13 +251,13 @@ func (w *watch) clock(t *testing.T) time.Duration {
 
 // ask makes a call, and asserts what it did to the key: an admitted one that took something has it live until
 // all buckets are full and longer, and others change nothing. It returns whether something was taken.
-func (w *watch) ask(t *testing.T, r storage.Request, longer time.Duration) (taken bool) {
+func (w *watch) ask(t *testing.T, r storecheck.Request, longer time.Duration) (taken bool) {
 	t.Helper()
 	before, began := w.look(t), w.clock(t)
-	v, err := w.s.Decide(t.Context(), r)
+	v, err := storecheck.Decide(t.Context(), w.s, r)
 	require.NoError(t, err)
 	ended, after := w.clock(t), w.look(t)
-	if !v.Taken() || r.Part.Cost(0)+r.Part.Cost(1) == 0 {
+	if !v.Taken() || r.Parts[0].Costs[0]+r.Parts[0].Costs[1] == 0 {
 		if before.expires > ended {
 			assert.Equal(t, before, after, "%+v", r)
 		}
@@ -264,10 +265,10 @@ func (w *watch) ask(t *testing.T, r storage.Request, longer time.Duration) (take
 	}
 	var gone int64
 	fading := false // a bucket that was asked for nothing: it is full before the last of it is gone
-	for i := range r.Part.Rules {
+	for i := range r.Parts[0].Rules.Rules {
 		c := v.Count(i)
 		gone = max(gone, c.ResetAfter, c.HeldFor)
-		fading = fading || r.Part.Rules[i].Kind == storage.SlidingWindow && c.HeldFor == 0 && c.ResetAfter > 0
+		fading = fading || r.Parts[0].Rules.Rules[i].Kind == law.SlidingWindow && c.HeldFor == 0 && c.ResetAfter > 0
 	}
 	reset := time.Duration(gone) * time.Microsecond
 	const rounding = 2 * time.Millisecond
@@ -279,11 +280,11 @@ func (w *watch) ask(t *testing.T, r storage.Request, longer time.Duration) (take
 }
 
 // someRequest is a random one, for the identifier of which the key is.
-func someRequest(rnd *rand.Rand, name string, rules []storage.Rule) storage.Request {
-	r := storage.Request{Name: name, Part: storage.NewPart("a", rules, 0)}
+func someRequest(rnd *rand.Rand, name string, rules []law.Rule) storecheck.Request {
+	r := storecheck.Request{Name: name, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}}
 	r.Mode = []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[rnd.IntN(5)]
 	for i := range rules {
-		r.Part.SetCost(i, rnd.Int64N(3))
+		r.Parts[0].Costs[i] = rnd.Int64N(3)
 	}
 	return r
 }
@@ -293,7 +294,7 @@ type watched struct {
 	watch
 	name  string
 	rnd   *rand.Rand
-	rules []storage.Rule
+	rules []law.Rule
 	count map[bool]int
 }
 
@@ -344,10 +345,10 @@ func TestACallThatTakesNothingMakesNoKey(t *testing.T) {
 	s, c, name := open(t, url, redisstore.Options{}), client(t, url), freshName()
 	for kind := range allKinds {
 		rules := twoLimits(t, kind)
-		for _, r := range []storage.Request{
-			{Name: name, Mode: storage.Peek, Part: storage.NewPart("a", rules, 1)},
-			{Name: name, Part: storage.NewPart("a", rules, 0)},
-			{Name: name, Mode: storage.Force, Part: storage.NewPart("a", rules, 0)},
+		for _, r := range []storecheck.Request{
+			{Name: name, Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 1)}},
+			{Name: name, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}},
+			{Name: name, Mode: storage.Force, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}},
 		} {
 			assert.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			assert.Empty(t, raw(t, c, "throttler:"+name+":a"))
@@ -356,17 +357,17 @@ func TestACallThatTakesNothingMakesNoKey(t *testing.T) {
 }
 
 // giveBack refunds what a verdict took, as a throttler does.
-func giveBack(t *testing.T, s *redisstore.Storage, r storage.Request, v storage.Verdict) {
+func giveBack(t *testing.T, s *redisstore.Storage, r storecheck.Request, v storecheck.Verdict) {
 	t.Helper()
-	elapsed := storage.Monotonic() - v.At()
+	elapsed := law.Monotonic() - v.At()
 	if r.Clocked {
 		elapsed = 0
 	}
-	c := storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Part.Identifier, Rules: r.Part.Rules}
-	for i := range c.Rules {
-		c.Amounts = append(c.Amounts, storage.Amount{N: -r.Part.Cost(i), In: v.Count(i).HeldFor - elapsed})
+	c := storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules}
+	for i := range c.Rules.Rules {
+		c.Amounts = append(c.Amounts, storage.Amount{N: -r.Parts[0].Costs[i], In: v.Count(i).HeldFor - elapsed})
 	}
-	require.NoError(t, s.Charge(t.Context(), c))
+	require.NoError(t, s.Charge(t.Context(), &c))
 }
 
 func TestARefundOfAllAndAResetLeaveNothing(t *testing.T) {
@@ -376,23 +377,23 @@ func TestARefundOfAllAndAResetLeaveNothing(t *testing.T) {
 	key := "throttler:" + name + ":a"
 	for kind := range allKinds {
 		for _, clocked := range []bool{true, false} {
-			r := storage.Request{Name: name, Clocked: clocked, Part: storage.NewPart("a", twoLimits(t, kind), 3)}
+			r := storecheck.Request{Name: name, Clocked: clocked, Parts: []storecheck.Part{storecheck.NewPart("a", twoLimits(t, kind), 3)}}
 			if clocked {
 				r.Now = noon
 			}
 			storecheck.Until(t, "a refund that is quick: in a log of 2 s one finds its hold to 8 ms", func() bool {
-				v, err := s.Decide(t.Context(), r)
+				v, err := storecheck.Decide(t.Context(), s, r)
 				require.NoError(t, err)
 				require.True(t, v.Allowed)
 				require.NotEmpty(t, raw(t, c, key))
 				giveBack(t, s, r, v)
-				if clocked || storage.Monotonic()-v.At() < 5000 {
+				if clocked || law.Monotonic()-v.At() < 5000 {
 					return true
 				}
 				require.NoError(t, s.Reset(t.Context(), name, "a"))
 				return false
 			})
-			if clocked || kind != storage.Continuous {
+			if clocked || kind != law.Continuous {
 				assert.Empty(t, raw(t, c, key), kind)
 			} else {
 				assert.Less(t, c.PTTL(t.Context(), key).Val(), 3*time.Second, "what has drained since the decision may be left")
@@ -416,12 +417,12 @@ func TestIdentifiersExpireToZeroKeys(t *testing.T) {
 	}
 	server := servers.Redis(t)
 	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
-	rules := []storage.Rule{storecheck.Rule(t, "3/500ms", storage.Replenish, 500*time.Millisecond, 3)}
+	rules := []law.Rule{storecheck.Rule(t, "3/500ms", law.Replenish, 500*time.Millisecond, 3)}
 	var next, admitted, largest atomic.Int64
 	began := time.Now()
 	storecheck.Crowd(256, func(int) {
 		for i := next.Add(1); i <= n; i = next.Add(1) {
-			v, err := s.Decide(t.Context(), storage.Request{Part: storage.NewPart(fmt.Sprint("user-", i), rules, 1)})
+			v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint("user-", i), rules, 1)}})
 			if assert.NoError(t, err) && v.Allowed {
 				admitted.Add(1)
 			}
@@ -454,15 +455,15 @@ func newTwin(t *testing.T, url string) *twin {
 }
 
 // ask compares the verdicts.
-func (w *twin) ask(t *testing.T, at time.Duration, mode storage.Mode, rules []storage.Rule, costs ...int64) (allowed bool) {
+func (w *twin) ask(t *testing.T, at time.Duration, mode storage.Mode, rules []law.Rule, costs ...int64) (allowed bool) {
 	t.Helper()
-	r := storage.Request{Name: w.name, Mode: mode, Clocked: true, Now: noon + at.Microseconds(), Part: storage.NewPart("a", rules, 0)}
+	r := storecheck.Request{Name: w.name, Mode: mode, Clocked: true, Now: noon + at.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}}
 	for i, n := range costs {
-		r.Part.SetCost(i, n)
+		r.Parts[0].Costs[i] = n
 	}
-	want, err := w.model.Decide(t.Context(), r)
+	want, err := storecheck.Decide(t.Context(), w.model, r)
 	require.NoError(t, err)
-	got, err := w.s.Decide(t.Context(), r)
+	got, err := storecheck.Decide(t.Context(), w.s, r)
 	require.NoError(t, err)
 	require.Equal(t, said(&want), said(&got), "at %v: %+v", at, r)
 	if v := w.raw(t); v != "" {
@@ -483,7 +484,7 @@ const (
 )
 
 // took asserts that the costs are taken, and the third byte of the value then.
-func (w *twin) took(t *testing.T, at time.Duration, flags byte, rules []storage.Rule, costs ...int64) {
+func (w *twin) took(t *testing.T, at time.Duration, flags byte, rules []law.Rule, costs ...int64) {
 	t.Helper()
 	require.True(t, w.ask(t, at, storage.Take, rules, costs...))
 	v := w.raw(t)
@@ -492,7 +493,7 @@ func (w *twin) took(t *testing.T, at time.Duration, flags byte, rules []storage.
 }
 
 // peeks asks for what is at several times, and for too much.
-func (w *twin) peeks(t *testing.T, at time.Duration, rules []storage.Rule) {
+func (w *twin) peeks(t *testing.T, at time.Duration, rules []law.Rule) {
 	t.Helper()
 	before := w.raw(t)
 	for _, later := range []time.Duration{0, time.Second, time.Minute, 10 * time.Minute, time.Hour, 2 * time.Hour} {
@@ -504,7 +505,7 @@ func (w *twin) peeks(t *testing.T, at time.Duration, rules []storage.Rule) {
 }
 
 // lawOf is the name and the law with which a value begins.
-func lawOf(v string, r *storage.Rule) bool {
+func lawOf(v string, r *law.Rule) bool {
 	head := string(rune(len(r.Name))) + r.Name
 	n, bits := len(head), uint64(r.Kind)<<45+uint64(r.Period)
 	for range 6 {
@@ -522,7 +523,7 @@ func TestAnotherKindOrPeriodIsAnotherBucketOfTheSameKey(t *testing.T) {
 			t.Run(fmt.Sprintf("%v to %v", from, to), func(t *testing.T) {
 				t.Parallel()
 				w := newTwin(t, url)
-				old, changed := []storage.Rule{storecheck.Rule(t, "b", from, time.Hour, 10)}, []storage.Rule{storecheck.Rule(t, "b", to, 7*time.Minute, 12)}
+				old, changed := []law.Rule{storecheck.Rule(t, "b", from, time.Hour, 10)}, []law.Rule{storecheck.Rule(t, "b", to, 7*time.Minute, 12)}
 				w.ask(t, 0, storage.Take, old, 3)
 				w.ask(t, time.Minute, storage.Take, old, 6)
 				w.peeks(t, time.Minute, changed)
@@ -543,10 +544,10 @@ func TestAnotherKindOrPeriodIsAnotherBucketOfTheSameKey(t *testing.T) {
 func TestALevelIsConvertedByTheNextAdmittedCall(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	of := func(refill int64) []storage.Rule {
-		r, faults := storage.NewRule("b", storage.Continuous, time.Hour, 10, refill)
+	of := func(refill int64) []law.Rule {
+		r, faults := law.NewRule("b", law.Continuous, time.Hour, 10, refill)
 		require.Empty(t, faults)
-		return []storage.Rule{r}
+		return []law.Rule{r}
 	}
 	w.ask(t, 0, storage.Take, of(3), 10)
 	old := w.raw(t)
@@ -564,8 +565,8 @@ func TestALevelIsConvertedByTheNextAdmittedCall(t *testing.T) {
 func TestAValueBecomesWideAndNarrowAgain(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	of := func(capacity int64) []storage.Rule {
-		return []storage.Rule{storecheck.Rule(t, "b", storage.Replenish, time.Hour, capacity)}
+	of := func(capacity int64) []law.Rule {
+		return []law.Rule{storecheck.Rule(t, "b", law.Replenish, time.Hour, capacity)}
 	}
 	w.took(t, 0, 1, of(1<<30-1), 5)
 	w.took(t, 0, 1|wide, of(1<<30), 5)
@@ -588,8 +589,8 @@ func TestAValueBecomesWideAndNarrowAgain(t *testing.T) {
 func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	of := func(period time.Duration, capacity int64) []storage.Rule {
-		return []storage.Rule{storecheck.Rule(t, "b", storage.Continuous, period, capacity)}
+	of := func(period time.Duration, capacity int64) []law.Rule {
+		return []law.Rule{storecheck.Rule(t, "b", law.Continuous, period, capacity)}
 	}
 	w.took(t, 0, 1, of(time.Second, 1073), 7)
 	w.took(t, 0, 1|wide, of(time.Second, 1077), 7)
@@ -605,33 +606,33 @@ func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	a, b, c := storecheck.Rule(t, "a", storage.Replenish, time.Hour, 10), storecheck.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 10), storecheck.Rule(t, "ccc", storage.Continuous, time.Second, 1000)
-	w.took(t, 0, 2, []storage.Rule{a, b}, 1, 1)
-	w.took(t, time.Second, 2|apart, []storage.Rule{a, b}, 1, 0)
-	w.took(t, 2*time.Second, 2|apart, []storage.Rule{a, b}, 0, 2)
-	w.peeks(t, 2*time.Second, []storage.Rule{b, a})
-	w.took(t, 3*time.Second, 2, []storage.Rule{a, b}, 1, 1)
-	w.took(t, 3*time.Second, 2, []storage.Rule{b, a}, 1, 1)
+	a, b, c := storecheck.Rule(t, "a", law.Replenish, time.Hour, 10), storecheck.Rule(t, "bb", law.SlidingLog, 2*time.Hour, 10), storecheck.Rule(t, "ccc", law.Continuous, time.Second, 1000)
+	w.took(t, 0, 2, []law.Rule{a, b}, 1, 1)
+	w.took(t, time.Second, 2|apart, []law.Rule{a, b}, 1, 0)
+	w.took(t, 2*time.Second, 2|apart, []law.Rule{a, b}, 0, 2)
+	w.peeks(t, 2*time.Second, []law.Rule{b, a})
+	w.took(t, 3*time.Second, 2, []law.Rule{a, b}, 1, 1)
+	w.took(t, 3*time.Second, 2, []law.Rule{b, a}, 1, 1)
 	assert.True(t, lawOf(w.raw(t), &b), "in the order of the last admitted call")
-	w.peeks(t, 3*time.Second, []storage.Rule{a, b})
-	w.took(t, 3*time.Second, 2, []storage.Rule{a}, 1)
+	w.peeks(t, 3*time.Second, []law.Rule{a, b})
+	w.took(t, 3*time.Second, 2, []law.Rule{a}, 1)
 	assert.True(t, lawOf(w.raw(t), &a))
-	w.peeks(t, 3*time.Second, []storage.Rule{b})
-	w.took(t, 4*time.Second, 3|apart, []storage.Rule{c}, 900)
-	w.peeks(t, 4*time.Second, []storage.Rule{a, b, c})
-	w.took(t, 4*time.Second, 3|apart, []storage.Rule{b, c}, 1, 100)
-	w.took(t, 4*time.Second, 3, []storage.Rule{c, b, a}, 0, 1, 1)
-	w.took(t, 4*time.Second+500*time.Millisecond, 3|apart|wide, []storage.Rule{a, storecheck.Rule(t, "bb", storage.SlidingLog, 2*time.Hour, 1<<33)}, 1, 1<<33-10)
-	w.peeks(t, 5*time.Second, []storage.Rule{c, b, a})
-	w.took(t, 3*time.Hour, 1, []storage.Rule{a}, 1)
-	w.peeks(t, 3*time.Hour, []storage.Rule{c, b, a})
+	w.peeks(t, 3*time.Second, []law.Rule{b})
+	w.took(t, 4*time.Second, 3|apart, []law.Rule{c}, 900)
+	w.peeks(t, 4*time.Second, []law.Rule{a, b, c})
+	w.took(t, 4*time.Second, 3|apart, []law.Rule{b, c}, 1, 100)
+	w.took(t, 4*time.Second, 3, []law.Rule{c, b, a}, 0, 1, 1)
+	w.took(t, 4*time.Second+500*time.Millisecond, 3|apart|wide, []law.Rule{a, storecheck.Rule(t, "bb", law.SlidingLog, 2*time.Hour, 1<<33)}, 1, 1<<33-10)
+	w.peeks(t, 5*time.Second, []law.Rule{c, b, a})
+	w.took(t, 3*time.Hour, 1, []law.Rule{a}, 1)
+	w.peeks(t, 3*time.Hour, []law.Rule{c, b, a})
 }
 
 // From 255 holds on their number needs two bytes more.
 func TestALogOf256Holds(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
-	rules := []storage.Rule{storecheck.Rule(t, "log", storage.SlidingLog, time.Hour, 256)}
+	rules := []law.Rule{storecheck.Rule(t, "log", law.SlidingLog, time.Hour, 256)}
 	for i := range 256 {
 		w.took(t, time.Duration(i)*time.Second, 1, rules, 1)
 		n := 3 + (1 + 3 + 6) + 1 + 7 + 11*(i+1)
@@ -647,12 +648,12 @@ func TestALogOf256Holds(t *testing.T) {
 }
 
 // formRules are three buckets at random, of laws and capacities among which all forms of a value are.
-func formRules(t *testing.T, rnd *rand.Rand) (rules []storage.Rule) {
+func formRules(t *testing.T, rnd *rand.Rand) (rules []law.Rule) {
 	t.Helper()
 	for i := range 3 {
-		kind, period := storage.Kind(rnd.IntN(int(allKinds))), []time.Duration{time.Second, time.Minute, time.Hour}[rnd.IntN(3)]
+		kind, period := law.Kind(rnd.IntN(int(allKinds))), []time.Duration{time.Second, time.Minute, time.Hour}[rnd.IntN(3)]
 		n := rnd.IntN(5)
-		if kind == storage.Continuous { // of other refills other buckets: Redis forgets a level that is full by its own
+		if kind == law.Continuous { // of other refills other buckets: Redis forgets a level that is full by its own
 			period += time.Duration(n) * time.Second
 		}
 		rules = append(rules, storecheck.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[n]))
@@ -688,7 +689,7 @@ func TestAllFormsOfAValueAreReadAsTheyWereWritten(t *testing.T) {
 }
 
 // randomly asks some of the rules, in any order, for some of what they hold.
-func (w *twin) randomly(t *testing.T, rnd *rand.Rand, at time.Duration, rules []storage.Rule) {
+func (w *twin) randomly(t *testing.T, rnd *rand.Rand, at time.Duration, rules []law.Rule) {
 	t.Helper()
 	some := slices.Clone(rules)
 	rnd.Shuffle(len(some), func(i, j int) { some[i], some[j] = some[j], some[i] })

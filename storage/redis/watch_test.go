@@ -69,26 +69,24 @@ func TestAWatchIsToldOnceOfEachFlightThatTheServerAnswers(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, []error{nil}, seen.take(), call)
 	}
-	_, err := s.DecideFresh(t.Context(), storecheck.FivePerHour(t, "a"), ago(0))
+	_, err := storecheck.DecideFresh(t.Context(), s, storecheck.FivePerHour(t, "a"), ago(0))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 	require.NoError(t, c.ScriptFlush(t.Context()).Err())
-	_, err = s.DecideFresh(t.Context(), storecheck.FivePerHour(t, "a"), ago(-1))
+	_, err = storecheck.DecideFresh(t.Context(), s, storecheck.FivePerHour(t, "a"), ago(-1))
 	require.ErrorIs(t, err, redisstore.ErrStale)
 	assert.Equal(t, []error{nil}, seen.take())
 
 	do(t, c, "set", redisstore.DefaultPrefix+":foreign", "value")
 	do(t, c, "hset", redisstore.DefaultPrefix+":hash", "field", "value")
 	for _, id := range []string{"foreign", "hash"} {
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, id))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, id))
 		require.ErrorIs(t, err, storage.ErrCorruptState)
 		assert.Equal(t, []error{nil}, seen.take(), "the fault of a key is none of the server")
 	}
 
-	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, ""))
-	require.ErrorIs(t, err, storage.ErrInvalidIdentifier)
 	require.NoError(t, s.Close(context.Background()))
-	_, err = s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+	_, err = storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take(), "nothing was sent")
 }
@@ -102,7 +100,7 @@ func TestAWatchIsToldThatAServerIsDownAndThatItIsBack(t *testing.T) {
 	assert.Equal(t, []error{nil}, seen.take())
 	require.NoError(t, server.Kill())
 	for range 3 {
-		_, err := s.Decide(t.Context(), r)
+		_, err := storecheck.Decide(t.Context(), s, r)
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, []error{err}, seen.take(), "as the caller sees it")
 		assert.ErrorIs(t, err, syscall.ECONNREFUSED)
@@ -119,7 +117,7 @@ func TestAWatchIsToldOfWhatAServerRefuses(t *testing.T) {
 	s := open(t, server.URL(), redisstore.Options{})
 	seen, r := watchOf(t, s, storecheck.Patient), storecheck.FivePerHour(t, "a")
 	sendWords(t, client(t, server.URL()), "replicaof 127.0.0.1 1")
-	_, err := s.Decide(t.Context(), r)
+	_, err := storecheck.Decide(t.Context(), s, r)
 	assert.True(t, goredis.IsReadOnlyError(err), err)
 	assert.Equal(t, []error{err}, seen.take())
 }
@@ -136,7 +134,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err := s.Decide(ctx, r)
+	_, err := storecheck.Decide(ctx, s, r)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	err = seen.next(t)
 	assert.ErrorIs(t, err, storage.ErrUnavailable)
@@ -144,7 +142,7 @@ func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	assert.ErrorContains(t, err, fmt.Sprint(short))
 
 	storecheck.AssertBackAfter(t, short, storecheck.Timed(1, func() {
-		_, err = s.Decide(t.Context(), r)
+		_, err = storecheck.Decide(t.Context(), s, r)
 		assert.ErrorIs(t, err, storage.ErrUnavailable)
 	}))
 	assert.Equal(t, err, seen.next(t), "as the caller sees it")
@@ -164,7 +162,7 @@ func TestAWatchIsToldOfAPanic(t *testing.T) {
 	s := on(t, c, redisstore.Options{Timeout: storecheck.Patient})
 	seen := watchOf(t, s, storecheck.Patient)
 	c.AddHook(hook(func(context.Context, goredis.Cmder, goredis.ProcessHook) error { panic("in the hook") }))
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "panic"))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "panic"))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 }
@@ -174,12 +172,12 @@ func TestAWatchIsToldOfAClusterThatIsNotThere(t *testing.T) {
 	s := open(t, "redis://127.0.0.1:1?addr=127.0.0.1:2", redisstore.Options{})
 	seen := watchOf(t, s, storecheck.Patient)
 	for range 3 {
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		assert.Equal(t, []error{err}, seen.take())
 	}
 	require.NoError(t, s.Close(context.Background()))
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, storage.ErrClosed)
 	assert.Empty(t, seen.take())
 }
@@ -193,7 +191,7 @@ func TestAWatchIsToldOfAClusterThatIsFrozenAtFirst(t *testing.T) {
 	require.NoError(t, cluster.Nodes[0].Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err := s.Decide(ctx, storecheck.FivePerHour(t, "a"))
+	_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a"))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 	require.NoError(t, cluster.Nodes[0].Thaw())
@@ -215,7 +213,7 @@ func TestAWatchOnAClusterIsToldOfTheNodeThatIsDown(t *testing.T) {
 	require.NoError(t, r.Nodes[1].Kill())
 	storecheck.Take(t, s, storecheck.FivePerHour(t, ids[0]), 1)
 	assert.Equal(t, []error{nil}, seen.take())
-	_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, ids[1]))
+	_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, ids[1]))
 	require.ErrorIs(t, err, storage.ErrUnavailable)
 	assert.ErrorIs(t, seen.next(t), storage.ErrUnavailable)
 }
@@ -226,8 +224,8 @@ func TestIdentifiersOfDifferentSlotsAreNoFailureOfTheServer(t *testing.T) {
 	s := open(t, r.Nodes[0].URL(), redisstore.Options{}) // a client that does not know that there are slots
 	seen := watchOf(t, s, storecheck.Patient)
 	both := storecheck.FivePerHour(t, r.idOn(t, 0))
-	both.More = []storage.Part{storage.NewPart(r.idOn(t, 0), both.Part.Rules, 1)}
-	_, err := s.Decide(t.Context(), both)
+	both.Parts = append(both.Parts, storecheck.NewPart(r.idOn(t, 0), both.Parts[0].Rules.Rules, 1))
+	_, err := storecheck.Decide(t.Context(), s, both)
 	require.ErrorIs(t, err, redisstore.ErrCrossSlot)
 	assert.Equal(t, []error{nil}, seen.take())
 }
@@ -243,7 +241,7 @@ func TestAWatchBeginsBeforeTheFirstCallAndOnce(t *testing.T) {
 	}
 	for _, url := range []string{"redis://127.0.0.1:1", "redis://127.0.0.1:1?addr=127.0.0.1:2"} {
 		s := open(t, url, redisstore.Options{})
-		_, err := s.Decide(t.Context(), storecheck.FivePerHour(t, "a"))
+		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, "a"))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		refused(s.Watch(short, report), "Watch")
 
@@ -264,7 +262,7 @@ func TestEachWatchedProcessFindsOutThatAServerHasRestarted(t *testing.T) {
 	for range 10 { // of which two may have the same variant
 		s := open(t, url, redisstore.Options{})
 		require.NoError(t, s.Watch(storecheck.Patient, func(error) {}))
-		if _, err := s.DecideFresh(t.Context(), storecheck.Hourly(t, freshName(), 5), ago(-1)); err == nil {
+		if _, err := storecheck.DecideFresh(t.Context(), s, storecheck.Hourly(t, freshName(), 5), ago(-1)); err == nil {
 			missed++
 		} else {
 			assert.ErrorIs(t, err, redisstore.ErrRestarted)

@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -16,7 +18,7 @@ type call struct {
 	clocked bool
 	keep    bool // false: nothing will be written
 	now     int64
-	draws   []storage.Draw
+	draws   []law.Draw
 	places  []place // of each identifier
 }
 
@@ -60,8 +62,8 @@ func ordered(all []*shard) []*shard {
 type place struct {
 	shard *shard
 	tag   uint32
-	id    string         // that of the entry, once there is one: a copy
-	rules []storage.Rule // as many of the draws are this identifier's
+	id    string           // that of the entry, once there is one: a copy
+	rules *storage.RuleSet // as many of the draws are this identifier's
 
 	entry   *entry // nil when there is none
 	counted bool   // there was none, and one more is counted as live
@@ -69,7 +71,7 @@ type place struct {
 }
 
 // place sets where the identifier is, in place of a zero one.
-func (s *Storage) place(p *place, name, id string, rules []storage.Rule) {
+func (s *Storage) place(p *place, name, id string, rules *storage.RuleSet) {
 	h := hash(s.seed, name, id)
 	p.shard, p.tag, p.id, p.rules = &s.shards[h>>56], uint32(h), id, rules
 }
@@ -84,7 +86,7 @@ func (s *Storage) begin(c *call) error {
 		}
 		c.unlock()
 		if searched || !s.findRoom(c, need) {
-			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, c.places[0].id, s.max)
+			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, strings.Clone(c.places[0].id), s.max)
 		}
 	}
 	n := 0
@@ -94,7 +96,7 @@ func (s *Storage) begin(c *call) error {
 			s.leave(c)
 			return err
 		}
-		n += len(p.rules)
+		n += len(p.rules.Rules)
 	}
 	return nil
 }
@@ -105,7 +107,7 @@ func (s *Storage) end(c *call, taken bool) {
 		n := 0
 		for i := range c.places {
 			c.places[i].store(c, n)
-			n += len(c.places[i].rules)
+			n += len(c.places[i].rules.Rules)
 		}
 	}
 	s.leave(c)
@@ -134,11 +136,11 @@ func (s *Storage) locate(c *call) (need int64) {
 		p.counted = false
 		if p.entry = p.shard.find(p.tag, c.name, p.id); p.entry != nil {
 			p.id = p.entry.id
-		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules)], func(d storage.Draw) bool { return d.Cost > 0 }) {
+		} else if c.keep && slices.ContainsFunc(c.draws[n:n+len(p.rules.Rules)], func(d law.Draw) bool { return d.Cost > 0 }) {
 			p.counted = true
 			missing++
 		}
-		n += len(p.rules)
+		n += len(p.rules.Rules)
 	}
 	if missing == 0 {
 		return 0
@@ -164,7 +166,7 @@ func (p *place) load(c *call, from int) error {
 		return nil
 	}
 	e, extra := p.entry, 0
-	for j := range p.rules {
+	for j := range p.rules.Rules {
 		d := &c.draws[from+j]
 		if i := e.layout.find(d.Rule, j); i >= 0 {
 			e.state(i, &d.State)
@@ -172,8 +174,8 @@ func (p *place) load(c *call, from int) error {
 			extra++
 		}
 	}
-	if extra > 0 && extra+len(e.layout.rules) > storage.MaxBuckets {
-		return storage.TooManyBuckets(p.rules, len(p.rules)+len(p.leftovers(c, from)))
+	if extra > 0 && extra+len(e.layout.rules.Rules) > storage.MaxBuckets {
+		return storage.TooManyBuckets(p.rules, len(p.rules.Rules)+len(p.leftovers(c, from)))
 	}
 	return nil
 }
@@ -181,7 +183,7 @@ func (p *place) load(c *call, from int) error {
 // store writes the states of the draws that took something. Where the entry has no cell for one,
 // or one of another law, the entry gets the cells it needs.
 func (p *place) store(c *call, from int) {
-	for j := range p.rules {
+	for j := range p.rules.Rules {
 		d := &c.draws[from+j]
 		if d.Cost == 0 || d.State.Law == nil {
 			continue
@@ -191,7 +193,7 @@ func (p *place) store(c *call, from int) {
 			return
 		}
 		i := p.entry.layout.find(d.Rule, j)
-		if i < 0 || &p.entry.layout.rules[i].Law != d.State.Law && p.entry.layout.rules[i].Law != *d.State.Law {
+		if i < 0 || &p.entry.layout.rules.Rules[i].Law != d.State.Law && p.entry.layout.rules.Rules[i].Law != *d.State.Law {
 			p.relay(c, from)
 			return
 		}
@@ -201,8 +203,8 @@ func (p *place) store(c *call, from int) {
 
 // leftover is a bucket that the call does not name and that is not full.
 type leftover struct {
-	rule  storage.Rule
-	state storage.State
+	rule  law.Rule
+	state law.State
 }
 
 func (p *place) leftovers(c *call, from int) (out []leftover) {
@@ -210,14 +212,14 @@ func (p *place) leftovers(c *call, from int) (out []leftover) {
 		return nil
 	}
 next:
-	for i := range p.entry.layout.rules {
-		rule := p.entry.layout.rules[i]
-		for j := range p.rules {
+	for i := range p.entry.layout.rules.Rules {
+		rule := p.entry.layout.rules.Rules[i]
+		for j := range p.rules.Rules {
 			if c.draws[from+j].Rule.SameBucket(&rule) {
 				continue next
 			}
 		}
-		var s storage.State
+		var s law.State
 		if p.entry.state(i, &s); !s.Full(c.now) {
 			out = append(out, leftover{rule, s})
 		}
@@ -226,21 +228,22 @@ next:
 }
 
 // oldLaw says that a bucket which is asked for nothing keeps what it has as it was spent.
-func oldLaw(d storage.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
+func oldLaw(d law.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
 
 // relay lays the entry out anew, or makes it: the call's buckets, then the leftovers.
 func (p *place) relay(c *call, from int) {
 	rules, rest := p.rules, p.leftovers(c, from)
-	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules)], oldLaw) {
-		rules = slices.Clone(p.rules)
-		for j := range rules {
+	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules.Rules)], oldLaw) {
+		mixed := slices.Clone(p.rules.Rules)
+		for j := range mixed {
 			if d := &c.draws[from+j]; oldLaw(*d) {
-				rules[j].Law = *d.State.Law
+				mixed[j].Law = *d.State.Law
 			}
 		}
 		for _, l := range rest {
-			rules = append(rules, l.rule)
+			mixed = append(mixed, l.rule)
 		}
+		rules = law.NewRuleSet(mixed...)
 	}
 	l := p.shard.use(c.name, c.clocked, rules)
 	if p.entry == nil {
@@ -249,14 +252,14 @@ func (p *place) relay(c *call, from int) {
 	} else {
 		p.shard.release(p.entry.layout)
 		p.entry.layout = l
-		p.entry.resize(len(l.rules))
+		p.entry.resize(len(l.rules.Rules))
 	}
-	for j := range p.rules {
+	for j := range p.rules.Rules {
 		if d := &c.draws[from+j]; d.State.Law != nil {
 			p.entry.set(j, &d.State)
 		}
 	}
 	for k := range rest {
-		p.entry.set(len(p.rules)+k, &rest[k].state)
+		p.entry.set(len(p.rules.Rules)+k, &rest[k].state)
 	}
 }

@@ -1,9 +1,9 @@
 package runtime
 
-import "github.com/go-throttler/throttler/storage"
+import "github.com/go-throttler/throttler/internal/law"
 
 // all are the cells of the entry's n buckets.
-func (e *entry) all(n int) []storage.Cell {
+func (e *entry) all(n int) []law.Cell {
 	if n <= len(e.cells) {
 		return e.cells[:n]
 	}
@@ -14,26 +14,26 @@ func (e *entry) all(n int) []storage.Cell {
 func (e *entry) resize(n int) {
 	e.more = nil
 	if n > len(e.cells) {
-		e.more = &more{cells: make([]storage.Cell, n)}
+		e.more = &more{cells: make([]law.Cell, n)}
 	}
 	for i := range e.all(n) {
-		e.all(n)[i] = storage.NewCell()
+		e.all(n)[i] = law.NewCell()
 	}
 }
 
-func (e *entry) cell(i int) *storage.Cell { return &e.all(len(e.layout.rules))[i] }
+func (e *entry) cell(i int) *law.Cell { return &e.all(len(e.layout.rules.Rules))[i] }
 
 // state reads cell i, into a zero State.
-func (e *entry) state(i int, s *storage.State) {
-	c, law := e.cell(i), &e.layout.rules[i].Law
+func (e *entry) state(i int, s *law.State) {
+	c, l := e.cell(i), &e.layout.rules.Rules[i].Law
 	var ok bool
-	if *s, ok = c.State(law); !ok {
-		*s = storage.MakeState(law, c.Seen, e.more.holds[i])
+	if *s, ok = c.State(l); !ok {
+		*s = law.MakeState(l, c.Seen, e.more.holds[i])
 	}
 }
 
 // set makes s the state of cell i, by the law of the layout.
-func (e *entry) set(i int, s *storage.State) {
+func (e *entry) set(i int, s *law.State) {
 	if !e.cell(i).Set(s) {
 		e.spill(i, s.Holds())
 	}
@@ -41,7 +41,7 @@ func (e *entry) set(i int, s *storage.State) {
 
 // spill keeps the holds of cell i outside of it. There is room for one more, so that a log seldom
 // allocates.
-func (e *entry) spill(i int, holds []storage.Hold) {
+func (e *entry) spill(i int, holds []law.Hold) {
 	if e.more == nil {
 		e.more = &more{}
 	}
@@ -50,17 +50,17 @@ func (e *entry) spill(i int, holds []storage.Hold) {
 	}
 	kept := append(e.more.holds[i][:0], holds...)
 	if len(kept) == cap(kept) {
-		kept = append(kept, storage.Hold{})[:len(kept)]
+		kept = append(kept, law.Hold{})[:len(kept)]
 	}
 	e.more.holds[i] = kept
 }
 
 // full reports whether all buckets of the entry are full, so that it may be forgotten.
 func (e *entry) full(now int64) bool {
-	for i := range e.layout.rules {
-		full, known := e.cell(i).Full(&e.layout.rules[i].Law, now)
+	for i := range e.layout.rules.Rules {
+		full, known := e.cell(i).Full(&e.layout.rules.Rules[i].Law, now)
 		if !known {
-			var s storage.State
+			var s law.State
 			e.state(i, &s)
 			full = s.Full(now)
 		}
@@ -72,12 +72,13 @@ func (e *entry) full(now int64) bool {
 }
 
 // find is the cell of the rule's bucket, or -1. The guess is nearly always right.
-func (l *layout) find(r *storage.Rule, guess int) int {
-	if guess < len(l.rules) && (&l.rules[guess] == r || l.rules[guess].SameBucket(r)) {
+func (l *layout) find(r *law.Rule, guess int) int {
+	own := l.rules.Rules
+	if guess < len(own) && own[guess].SameBucket(r) {
 		return guess
 	}
-	for i := range l.rules {
-		if l.rules[i].SameBucket(r) {
+	for i := range own {
+		if own[i].SameBucket(r) {
 			return i
 		}
 	}
@@ -85,15 +86,12 @@ func (l *layout) find(r *storage.Rule, guess int) int {
 }
 
 // is reports whether the cells are those of the rules, by the same laws and in their order.
-func (l *layout) is(rules []storage.Rule) bool {
-	if sameRules(l.rules, rules) {
-		return true
-	}
-	if len(l.rules) != len(rules) {
+func (l *layout) is(rules *law.RuleSet) bool {
+	if len(l.rules.Rules) != len(rules.Rules) {
 		return false
 	}
-	for i := range rules {
-		if own, r := &l.rules[i], &rules[i]; own != r && (own.Name != r.Name || own.Law != r.Law) {
+	for i := range rules.Rules {
+		if own, r := &l.rules.Rules[i], &rules.Rules[i]; own.Name != r.Name || own.Law != r.Law {
 			return false
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -66,165 +67,150 @@ func (s *Storage) Close(context.Context) error { return nil }
 // Len is the number of identifiers held, full ones not yet removed among them.
 func (s *Storage) Len() int { return int(s.live.Load()) }
 
-// Decide implements storage.Storage.
-func (s *Storage) Decide(ctx context.Context, r storage.Request) (v storage.Verdict, err error) {
-	if !r.Clocked {
-		r.Now = storage.Monotonic()
+// Decide implements storage.Storage. It puts copies in place of the identifiers, so that the caller need not make any. Asked
+// nothing, it only takes its share in removing full identifiers, as every call does.
+func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	now := r.Now
+	if !r.Clocked && now == 0 {
+		now = law.Monotonic()
 	}
-	if err = ctx.Err(); err == nil {
-		err = r.Validate()
-	}
-	if err != nil {
-		s.sweepSome(r.Name, r.Clocked, r.Now)
-		return v, err
-	}
-	v.Begin(&r, Source, r.Now)
-	err = s.DecideInto(ctx, &v, r.Name, r.Mode, r.Clocked, r.Now)
-	return v, err
-}
-
-// DecideInto is Decide without copies: it answers the parts that v was asked (Verdict.Ask), at a time that is Monotonic
-// unless it is clocked. Copies of a Request and a Verdict would be most of what a decision in memory costs. Asked nothing,
-// it only takes its share in removing full identifiers, as every call does. After an error v is zero.
-func (s *Storage) DecideInto(ctx context.Context, v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) error {
-	if ctx.Err() == nil && s.again(v, name, mode, clocked, now) {
+	a.Source, a.Degraded, a.At = Source, false, now
+	if ctx.Err() == nil && s.again(now, r, a) {
 		return nil
 	}
-	return s.decide(ctx, v, v.Request(name, mode, clocked, now))
+	return s.decide(ctx, now, r, a)
 }
 
 // again is the short way for nearly all calls: one identifier that is there, or a few, with the buckets of the request and
 // states that fit into cells. It reports false, and has done nothing, when that is not so.
-func (s *Storage) again(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) bool {
-	p := v.Part(0)
-	if n := v.Parts(); n > 1 {
-		return n <= inline && s.together(v, name, mode, clocked, now)
+func (s *Storage) again(now int64, r *storage.Request, a *storage.Answer) (done bool) {
+	if n := len(r.Parts); n != 1 {
+		return n > 1 && n <= inline && s.together(now, r, a)
 	}
-	h := hash(s.seed, name, p.Identifier)
+	p := &r.Parts[0]
+	h := hash(s.seed, r.Name, p.Identifier)
 	sh := &s.shards[h>>56]
 	sh.mu.Lock()
-	i := sh.number(uint32(h), name, p.Identifier)
+	i := sh.number(uint32(h), r.Name, p.Identifier)
 	if i < 0 {
 		sh.mu.Unlock()
 		return false
 	}
 	e := sh.entry(i)
-	if !e.layout.is(p.Rules) || !v.Decide(Source, mode, now, e.all(len(p.Rules))) {
+	if e.layout.rules == p.Rules || e.layout.is(p.Rules) {
+		cells := e.all(len(r.Costs))
+		if len(cells) <= law.OneBuckets {
+			a.Allowed, done = law.DecideOne(r.Mode, now, a.Counts, p.Rules, r.Costs, cells)
+		} else {
+			a.Allowed, done = law.DecideCells(r.Mode, now, a.Counts, []law.Asked{{Rules: p.Rules, Costs: r.Costs, Cells: cells}})
+		}
+	}
+	if !done {
 		sh.mu.Unlock()
 		return false
 	}
-	p.Identifier = e.id // a copy: the caller's may be in memory that it uses again
-	due := sh.due(clocked, 1)
+	p.Identifier = e.id
+	due := sh.due(r.Clocked, 1)
 	sh.mu.Unlock()
 	if due {
-		s.tidy(name, clocked, now, s.most)
+		s.tidy(r.Name, r.Clocked, now, s.most)
 	}
 	return true
 }
 
 // together is again for a few identifiers.
-func (s *Storage) together(v *storage.Verdict, name string, mode storage.Mode, clocked bool, now int64) (done bool) {
+func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (done bool) {
 	var places [inline]place
 	var few [inline]*shard
-	n := v.Parts()
+	n := len(r.Parts)
 	for i := range n {
-		s.place(&places[i], name, v.Part(i).Identifier, v.Part(i).Rules)
+		s.place(&places[i], r.Name, r.Parts[i].Identifier, r.Parts[i].Rules)
 		few[i] = places[i].shard
 	}
 	locked := ordered(few[:n])
 	for _, sh := range locked {
 		sh.mu.Lock()
 	}
-	done = decideAt(places[:n], v, name, mode, now)
-	due := done && locked[0].due(clocked, n)
+	done = decideAt(places[:n], now, r, a)
+	due := done && locked[0].due(r.Clocked, n)
 	for _, sh := range locked {
 		sh.mu.Unlock()
 	}
 	if due {
-		s.tidy(name, clocked, now, s.most)
+		s.tidy(r.Name, r.Clocked, now, s.most)
 	}
 	return done
 }
 
 // decideAt decides in the cells of all places, whose shards are locked.
-func decideAt(places []place, v *storage.Verdict, name string, mode storage.Mode, now int64) bool {
-	var few [inline][]storage.Cell
+func decideAt(places []place, now int64, r *storage.Request, a *storage.Answer) (done bool) {
+	var few [inline]law.Asked
+	n := 0
 	for i := range places {
 		p := &places[i]
-		p.entry = p.shard.find(p.tag, name, p.id)
-		if p.entry == nil || !p.entry.layout.is(p.rules) {
+		p.entry = p.shard.find(p.tag, r.Name, p.id)
+		if p.entry == nil || p.entry.layout.rules != p.rules && !p.entry.layout.is(p.rules) {
 			return false
 		}
-		for j := range i {
-			if places[j].entry == p.entry { // an identifier stands in two parts
-				return false
-			}
-		}
-		few[i] = p.entry.all(len(p.rules))
+		from := n
+		n += len(p.rules.Rules)
+		few[i] = law.Asked{Rules: p.rules, Costs: r.Costs[from:n], Cells: p.entry.all(n - from)}
 	}
-	if !v.Decide(Source, mode, now, few[:len(places)]...) {
+	if a.Allowed, done = law.DecideCells(r.Mode, now, a.Counts, few[:len(places)]); !done {
 		return false
 	}
 	for i := range places {
-		v.Part(i).Identifier = places[i].entry.id
+		r.Parts[i].Identifier = places[i].entry.id
 	}
 	return true
 }
 
-// decide is the long way. Only a call that asks nothing has no rules.
-func (s *Storage) decide(ctx context.Context, v *storage.Verdict, r storage.Request) error {
-	err := ctx.Err()
-	if err == nil && r.Part.Rules != nil {
-		err = r.Validate()
-	}
-	if err != nil || r.Part.Rules == nil {
-		*v = storage.Verdict{}
-		s.sweepSome(r.Name, r.Clocked, r.Now)
+// decide is the long way.
+func (s *Storage) decide(ctx context.Context, now int64, r *storage.Request, a *storage.Answer) error {
+	if err := ctx.Err(); err != nil || len(r.Parts) == 0 {
+		s.sweepSome(r.Name, r.Clocked, now)
 		return err
 	}
-	c := call{name: r.Name, clocked: r.Clocked, now: r.Now, keep: r.Mode != storage.Peek}
-	if n := len(r.Part.Rules); len(r.More) == 0 && n <= inline {
-		var few [inline]storage.Draw
+	c := &call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
+	if p, n := &r.Parts[0], len(r.Costs); len(r.Parts) == 1 && n <= inline {
+		var few [inline]law.Draw
 		var one [1]place
-		for i := range n {
-			few[i].Rule, few[i].Cost = &r.Part.Rules[i], r.Part.Cost(i)
+		for i, cost := range r.Costs {
+			few[i].Rule, few[i].Cost = &p.Rules.Rules[i], cost
 		}
-		s.place(&one[0], r.Name, r.Part.Identifier, r.Part.Rules)
+		s.place(&one[0], c.name, p.Identifier, p.Rules)
 		c.draws, c.places = few[:n], one[:]
-		return s.answer(&c, &r, v)
+		return s.answer(c, r, a)
 	}
-	c.draws, c.places = s.spread(&r)
-	return s.answer(&c, &r, v)
+	c.draws, c.places = s.spread(r)
+	return s.answer(c, r, a)
 }
 
-func (s *Storage) answer(c *call, r *storage.Request, v *storage.Verdict) error {
+func (s *Storage) answer(c *call, r *storage.Request, a *storage.Answer) error {
 	if err := s.begin(c); err != nil {
-		*v = storage.Verdict{}
 		return err
 	}
-	v.Begin(r, Source, c.now)
-	v.Allowed = storage.Decide(r.Mode, c.now, c.draws)
-	s.end(c, v.Allowed)
+	a.Allowed = law.Decide(r.Mode, c.now, c.draws)
+	s.end(c, a.Allowed)
 	for i := range c.places {
 		p := &c.places[i]
 		if p.entry == nil { // nobody keeps it but the caller, whose memory may be used again
 			p.id = strings.Clone(p.id)
 		}
-		v.Part(i).Identifier = p.id
+		r.Parts[i].Identifier = p.id
 	}
 	for i := range c.draws {
-		v.Set(i, c.draws[i].Count)
+		a.Counts[i] = c.draws[i].Count
 	}
 	return nil
 }
 
 // spread lays out a request of many buckets or parts.
-func (s *Storage) spread(r *storage.Request) (draws []storage.Draw, places []place) {
-	places = make([]place, r.Parts())
-	for i := range r.Parts() {
-		p := r.At(i)
-		for j := range p.Rules {
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j)})
+func (s *Storage) spread(r *storage.Request) (draws []law.Draw, places []place) {
+	places = make([]place, len(r.Parts))
+	for i, p := range r.Parts {
+		for j := range p.Rules.Rules {
+			draws = append(draws, law.Draw{Rule: &p.Rules.Rules[j], Cost: r.Costs[len(draws)]})
 		}
 		s.place(&places[i], r.Name, p.Identifier, p.Rules)
 	}
@@ -232,35 +218,27 @@ func (s *Storage) spread(r *storage.Request) (draws []storage.Draw, places []pla
 }
 
 // Charge implements storage.Storage.
-func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
-	if !ch.Clocked {
-		ch.Now = storage.Monotonic()
+func (s *Storage) Charge(ctx context.Context, ch *storage.Charge) error {
+	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true}
+	if !c.clocked {
+		c.now = law.Monotonic()
 	}
-	err := ctx.Err()
-	if err == nil {
-		err = ch.Validate()
-	}
-	if err != nil {
-		s.sweepSome(ch.Name, ch.Clocked, ch.Now)
+	if err := ctx.Err(); err != nil {
+		s.sweepSome(c.name, c.clocked, c.now)
 		return err
 	}
-	n := len(ch.Rules)
-	c := call{name: ch.Name, clocked: ch.Clocked, now: ch.Now, keep: true, draws: make([]storage.Draw, n), places: make([]place, 1)}
+	c.draws, c.places = make([]law.Draw, len(ch.Amounts)), make([]place, 1)
 	s.place(&c.places[0], ch.Name, ch.Identifier, ch.Rules)
 	for i := range c.draws {
-		c.draws[i].Rule = &ch.Rules[i]
+		c.draws[i].Rule = &ch.Rules.Rules[i]
 		c.draws[i].Cost = max(0, ch.Amounts[i].N)
 	}
 	if err := s.begin(&c); err != nil {
 		return err
 	}
 	for i, a := range ch.Amounts {
-		d := &c.draws[i]
-		if a.N > 0 {
-			d.State.Charge(d.Rule, a, c.now)
-		} else if a.N < 0 {
+		if d := &c.draws[i]; d.State.Apply(d.Rule, a, c.now) {
 			d.Cost = 1 // to be stored
-			d.State.Refund(d.Rule, storage.Amount{N: -max(a.N, -1<<62), In: a.In}, c.now)
 		}
 	}
 	s.end(&c, true)
@@ -269,11 +247,8 @@ func (s *Storage) Charge(ctx context.Context, ch storage.Charge) error {
 
 // Reset implements storage.Storage.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
-	defer s.sweepSome("", false, storage.Monotonic())
+	defer s.sweepSome("", false, law.Monotonic())
 	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := storage.ValidateIdentifier(identifier); err != nil {
 		return err
 	}
 	var p place

@@ -13,6 +13,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/storage/storagetest"
@@ -142,12 +144,12 @@ func TestACallThatNeedsNoRoomOrTwoRoomsGetsThemAtMaxIdentifiers(t *testing.T) {
 func TestNoNameOfARequestMeetsAnother(t *testing.T) {
 	t.Parallel()
 	s := memstore.New(nil)
-	hour, faults := storage.NewRule("b", storage.Replenish, time.Hour, 1, 0)
+	hour, faults := law.NewRule("b", law.Replenish, time.Hour, 1, 0)
 	require.Empty(t, faults)
 	for i := range 3 {
-		for _, r := range []storage.Request{{Name: "x", Clocked: true}, {Name: "!x"}, {Name: "\x01x"}, {Name: ""}} {
-			r.Part = storage.NewPart("a", []storage.Rule{hour}, 1)
-			v, err := s.Decide(t.Context(), r)
+		for _, r := range []storecheck.Request{{Name: "x", Clocked: true}, {Name: "!x"}, {Name: "\x01x"}, {Name: ""}} {
+			r.Parts = []storecheck.Part{storecheck.NewPart("a", []law.Rule{hour}, 1)}
+			v, err := storecheck.Decide(t.Context(), s, r)
 			require.NoError(t, err)
 			require.Equal(t, i == 0, v.Allowed, "%q", r.Name)
 		}

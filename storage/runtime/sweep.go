@@ -6,9 +6,8 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"sync"
-	"time"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // Calls remove identifiers whose buckets are all full, whatever they ask and are answered. About every eighth call looks
@@ -41,9 +40,8 @@ type sweep struct {
 func (s *Storage) sweep(name string, clocked bool, now int64, first, most int) sweep {
 	w := sweep{name: name, clocked: clocked, now: now, real: now, first: first, most: most}
 	if clocked {
-		w.real = storage.Monotonic()
-		_, err := storage.Micros(time.UnixMicro(now))
-		w.clocked = err == nil
+		w.real = law.Monotonic()
+		w.clocked = law.Clocked(now)
 	}
 	return w
 }
@@ -161,7 +159,7 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 				return removed, err
 			}
 			sh.mu.Lock()
-			w := s.sweep("", false, storage.Monotonic(), sweepMost, sweepMost)
+			w := s.sweep("", false, law.Monotonic(), sweepMost, sweepMost)
 			at = min(at, sh.n)
 			at = w.shard(sh, at, at)
 			sh.mu.Unlock()

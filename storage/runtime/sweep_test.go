@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -15,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
@@ -91,7 +91,7 @@ func TestAFloodIsForgottenWhileOneIdentifierGoesOn(t *testing.T) {
 func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 	t.Parallel()
 	large, log := throttler.Using(throttler.NewBucket(time.Minute, 1<<40)), throttler.Using(throttler.NewBucket(time.Minute, 20).SlidingLog())
-	rules := []storage.Rule{rule(t, time.Minute)}
+	rules := []law.Rule{rule(t, time.Minute)}
 	for _, test := range []struct {
 		name string
 		call func(t *testing.T, w world, i int) error
@@ -112,11 +112,11 @@ func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 		}, nil},
 		{"charge", func(t *testing.T, w world, _ int) error { return w.Charge(t.Context(), "hot", large) }, nil},
 		{"refund", func(t *testing.T, w world, _ int) error {
-			c := storage.Charge{Identifier: "hot", Rules: rules, Amounts: []storage.Amount{{N: -1}}}
+			c := storage.Charge{Identifier: "hot", Rules: law.NewRuleSet(rules...), Amounts: []storage.Amount{{N: -1}}}
 			if w.now != nil {
 				c.Clocked, c.Now = true, w.now()
 			}
-			return w.s.Charge(t.Context(), c)
+			return w.s.Charge(t.Context(), &c)
 		}, nil},
 		{"reset", func(t *testing.T, w world, i int) error { return w.Reset(t.Context(), fmt.Sprint(i)) }, nil},
 		{"unknown", func(_ *testing.T, w world, _ int) error { _, err := w.Consume("hot", throttler.Using()); return err }, throttler.ErrUnknownIdentifier},
@@ -158,8 +158,8 @@ func cancelled(t *testing.T) context.Context {
 	return ctx
 }
 
-func rule(t *testing.T, period time.Duration) storage.Rule {
-	r, faults := storage.NewRule("1/"+period.String(), storage.Replenish, period, 1, 0)
+func rule(t *testing.T, period time.Duration) law.Rule {
+	r, faults := law.NewRule("1/"+period.String(), law.Replenish, period, 1, 0)
 	require.Empty(t, faults)
 	return r
 }
@@ -249,23 +249,6 @@ func TestCallsByAnInjectedClockSweepThoseByNoneToo(t *testing.T) {
 		}
 		assert.LessOrEqual(t, s.Len(), n/20)
 	})
-}
-
-func TestATimeThatIsNoneRemovesNothing(t *testing.T) {
-	t.Parallel()
-	s := memstore.New(nil)
-	rules := []storage.Rule{rule(t, time.Minute)}
-	for i := range 1000 {
-		_, err := s.Decide(t.Context(), storage.Request{Clocked: true, Part: storage.NewPart(fmt.Sprint(i), rules, 1)})
-		require.NoError(t, err)
-	}
-	for _, now := range []int64{-1, math.MinInt64, math.MaxInt64, 1 << 53} {
-		for range 1000 {
-			_, err := s.Decide(t.Context(), storage.Request{Clocked: true, Now: now, Part: storage.NewPart("hot", rules, 1)})
-			require.ErrorIs(t, err, storage.ErrInvalidClock)
-		}
-	}
-	assert.Equal(t, 1000, s.Len())
 }
 
 func TestAFloodAtMaxIdentifiersIsForgottenToo(t *testing.T) {

@@ -1,14 +1,13 @@
 package runtime
 
 import (
-	"encoding/binary"
 	"hash/maphash"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 const (
@@ -31,7 +30,7 @@ type shard struct {
 	wait    int    // identifiers of calls until one sweeps
 	chance  uint64 // of which wait is set: a random number, cheaper than those of math/rand
 	visited int    // by sweeps; for tests
-	layouts map[string]*layout
+	layouts map[layoutKey]*layout
 	recent  *layout // the last one used, so that making entries seldom asks the map
 }
 
@@ -39,24 +38,27 @@ type shard struct {
 type entry struct {
 	id     string
 	layout *layout
-	cells  [2]storage.Cell
+	cells  [2]law.Cell
 	more   *more
 }
 
 // more is what few entries have: all cells where they are more than two, and the holds of
 // cells into which they do not fit.
 type more struct {
-	cells []storage.Cell
-	holds [][]storage.Hold
+	cells []law.Cell
+	holds [][]law.Hold
 }
 
-// layout is what entries have in common: whose they are, and the rule of each cell, by whose law
-// it was spent.
-type layout struct {
-	key     string
+// layoutKey is whose entries of a layout are, and the rule of each cell, by whose law it was spent.
+type layoutKey struct {
 	name    string
 	clocked bool
-	rules   []storage.Rule
+	rules   *law.RuleSet
+}
+
+// layout is what entries have in common.
+type layout struct {
+	layoutKey
 	entries int
 }
 
@@ -117,7 +119,7 @@ func (sh *shard) add(tag uint32, id string, l *layout) *entry {
 	sh.put(uint64(tag)<<32 | uint64(sh.n))
 	e := sh.entry(sh.n - 1)
 	*e = entry{id: strings.Clone(id), layout: l}
-	e.resize(len(l.rules))
+	e.resize(len(l.rules.Rules))
 	return e
 }
 
@@ -169,7 +171,7 @@ func (sh *shard) shrink() {
 	sh.resize(len(sh.slots) / 2)
 	sh.chunks = slices.Clone(sh.chunks)
 	old := sh.layouts
-	sh.layouts = make(map[string]*layout, len(old))
+	sh.layouts = make(map[layoutKey]*layout, len(old))
 	maps.Copy(sh.layouts, old)
 }
 
@@ -187,14 +189,14 @@ func (sh *shard) free(at uint32) {
 }
 
 // use returns the layout of the given content, and counts one more entry of it.
-func (sh *shard) use(name string, clocked bool, rules []storage.Rule) *layout {
+func (sh *shard) use(name string, clocked bool, rules *law.RuleSet) *layout {
 	l := sh.recent
-	if l == nil || l.name != name || l.clocked != clocked || !sameRules(l.rules, rules) {
-		key := layoutKey(name, clocked, rules)
-		if l = sh.layouts[key]; l == nil {
-			l = &layout{key: key, name: strings.Clone(name), clocked: clocked, rules: rules}
+	if l == nil || l.name != name || l.clocked != clocked || l.rules != rules {
+		if l = sh.layouts[layoutKey{name, clocked, rules}]; l == nil {
+			key := layoutKey{strings.Clone(name), clocked, rules}
+			l = &layout{layoutKey: key}
 			if sh.layouts == nil {
-				sh.layouts = make(map[string]*layout)
+				sh.layouts = make(map[layoutKey]*layout)
 			}
 			sh.layouts[key] = l
 		}
@@ -206,28 +208,9 @@ func (sh *shard) use(name string, clocked bool, rules []storage.Rule) *layout {
 
 func (sh *shard) release(l *layout) {
 	if l.entries--; l.entries == 0 {
-		delete(sh.layouts, l.key)
+		delete(sh.layouts, l.layoutKey)
 		if sh.recent == l {
 			sh.recent = nil
 		}
 	}
-}
-
-func sameRules(a, b []storage.Rule) bool {
-	return len(a) == len(b) && len(a) > 0 && &a[0] == &b[0]
-}
-
-func layoutKey(name string, clocked bool, rules []storage.Rule) string {
-	key := append(make([]byte, 0, 64), 0)
-	if clocked {
-		key[0] = 1
-	}
-	key = append(binary.AppendUvarint(key, uint64(len(name))), name...)
-	for _, r := range rules {
-		key = append(binary.AppendUvarint(key, uint64(len(r.Name))), r.Name...)
-		for _, n := range [...]int64{int64(r.Kind), r.Period, r.Refill, r.Tick, r.Grain} {
-			key = binary.AppendVarint(key, n)
-		}
-	}
-	return string(key)
 }

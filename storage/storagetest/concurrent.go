@@ -13,6 +13,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -36,11 +38,11 @@ func together(n int, f func(i int)) {
 }
 
 func exactlyTheLimit(t *testing.T, s storage.Storage) {
-	for _, kind := range []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog} {
-		name, fifty := newName(), []storage.Rule{rule(t, "fifty", kind, time.Hour, 50, 50)}
+	for _, kind := range []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog} {
+		name, fifty := newName(), []law.Rule{rule(t, "fifty", kind, time.Hour, 50, 50)}
 		var admitted atomic.Int64
 		together(goroutines, func(int) {
-			v, err := s.Decide(t.Context(), request(name, time.Hour, storage.Take, storage.NewPart("hot", fifty, 1)))
+			v, err := storecheck.Decide(t.Context(), s, request(name, time.Hour, storage.Take, storecheck.NewPart("hot", fifty, 1)))
 			if assert.NoError(t, err) && v.Allowed {
 				admitted.Add(1)
 			}
@@ -51,10 +53,10 @@ func exactlyTheLimit(t *testing.T, s storage.Storage) {
 
 func bothOrNeither(t *testing.T, s storage.Storage) {
 	name := newName()
-	small, large := rule(t, "small", storage.Replenish, 10*time.Second, 30, 0), rule(t, "large", storage.Continuous, time.Hour, 100, 100)
+	small, large := rule(t, "small", law.Replenish, 10*time.Second, 30, 0), rule(t, "large", law.Continuous, time.Hour, 100, 100)
 	var admitted atomic.Int64
 	together(goroutines, func(int) {
-		v, err := s.Decide(t.Context(), request(name, 0, storage.Take, storage.NewPart("hot", []storage.Rule{small, large}, 1)))
+		v, err := storecheck.Decide(t.Context(), s, request(name, 0, storage.Take, storecheck.NewPart("hot", []law.Rule{small, large}, 1)))
 		if assert.NoError(t, err) && v.Allowed {
 			admitted.Add(1)
 		}
@@ -66,16 +68,16 @@ func bothOrNeither(t *testing.T, s storage.Storage) {
 // transfers takes from two and three identifiers at a time, in all orders. Some refuse: then the
 // others must not have been charged.
 func transfers(t *testing.T, s storage.Storage) {
-	name, rules := newName(), []storage.Rule{rule(t, "forty", storage.Replenish, time.Hour, 40, 0)}
+	name, rules := newName(), []law.Rule{rule(t, "forty", law.Replenish, time.Hour, 40, 0)}
 	orders := [][]string{{"a", "b"}, {"b", "a"}, {"a", "b", "c"}, {"c", "b", "a"}, {"b", "c"}, {"c", "a"}}
 	var spent [3]atomic.Int64
 	together(goroutines, func(i int) {
 		order := orders[i%len(orders)]
-		r := request(name, 0, storage.Take, storage.NewPart(order[0], rules, 1))
+		r := request(name, 0, storage.Take, storecheck.NewPart(order[0], rules, 1))
 		for _, id := range order[1:] {
-			r.More = append(r.More, storage.NewPart(id, rules, 1))
+			r.Parts = append(r.Parts, storecheck.NewPart(id, rules, 1))
 		}
-		v, err := s.Decide(t.Context(), r)
+		v, err := storecheck.Decide(t.Context(), s, r)
 		if assert.NoError(t, err) && v.Allowed {
 			for _, id := range order {
 				spent[id[0]-'a'].Add(1)
@@ -92,7 +94,7 @@ func transfers(t *testing.T, s storage.Storage) {
 // the calls, within what was observed of their order, in which Decide would have told them the same.
 func linearizable(t *testing.T, s storage.Storage) {
 	const callers, calls = 8, 40
-	rules := []storage.Rule{rule(t, "few", storage.Replenish, 50*time.Microsecond, 20, 0), rule(t, "many", storage.Continuous, 100*time.Microsecond, 60, 60)}
+	rules := []law.Rule{rule(t, "few", law.Replenish, 50*time.Microsecond, 20, 0), rule(t, "many", law.Continuous, 100*time.Microsecond, 60, 60)}
 	for seed := range uint64(10) {
 		name := newName()
 		var mu sync.Mutex
@@ -102,9 +104,9 @@ func linearizable(t *testing.T, s storage.Storage) {
 			rnd := rand.New(rand.NewPCG(seed, uint64(i)))
 			for n := range calls {
 				r := request(name, time.Duration(n+rnd.IntN(3))*time.Microsecond, []storage.Mode{storage.Take, storage.Take, storage.Peek, storage.Force}[rnd.IntN(4)],
-					storage.NewPart(fmt.Sprint("id-", rnd.IntN(2)), rules, rnd.Int64N(4)))
+					storecheck.NewPart(fmt.Sprint("id-", rnd.IntN(2)), rules, rnd.Int64N(4)))
 				call := time.Since(began)
-				v, err := s.Decide(t.Context(), r)
+				v, err := storecheck.Decide(t.Context(), s, r)
 				back := time.Since(began)
 				if !assert.NoError(t, err) {
 					return
@@ -125,7 +127,7 @@ var consumption = porcupine.Model{
 	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
 		byID := map[string][]porcupine.Operation{}
 		for _, op := range history {
-			id := op.Input.(storage.Request).Part.Identifier
+			id := op.Input.(storecheck.Request).Parts[0].Identifier
 			byID[id] = append(byID[id], op)
 		}
 		var out [][]porcupine.Operation
@@ -134,21 +136,21 @@ var consumption = porcupine.Model{
 		}
 		return out
 	},
-	Init: func() any { return [2]storage.State{} },
+	Init: func() any { return [2]law.State{} },
 	Step: func(state, input, output any) (bool, any) {
-		states, r := state.([2]storage.State), input.(storage.Request)
-		var draws [2]storage.Draw
+		states, r := state.([2]law.State), input.(storecheck.Request)
+		var draws [2]law.Draw
 		for i := range draws {
-			draws[i] = storage.Draw{Rule: &r.Part.Rules[i], Cost: r.Part.Cost(i), State: states[i]}
+			draws[i] = law.Draw{Rule: &r.Parts[0].Rules.Rules[i], Cost: r.Parts[0].Costs[i], State: states[i]}
 		}
-		v := storage.NewVerdict(&r, "model", r.Now)
-		v.Allowed = storage.Decide(r.Mode, r.Now, draws[:])
+		a := storage.Answer{Allowed: law.Decide(r.Mode, r.Now, draws[:])}
 		for i, d := range draws {
-			v.Set(i, d.Count)
-			if v.Allowed && r.Mode != storage.Peek && d.Cost > 0 {
+			a.Counts = append(a.Counts, d.Count)
+			if a.Allowed && r.Mode != storage.Peek && d.Cost > 0 {
 				states[i] = d.State
 			}
 		}
+		v := storecheck.Answered(r, &a)
 		return format(&v) == output.(string), states
 	},
 	Equal: reflect.DeepEqual,

@@ -5,143 +5,114 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Model is the simplest storage there is: a map, a mutex and Decide. It is what others are compared
-// with, and an example of the contract; it never forgets an identifier.
+// Model is the simplest storage there is: a map, a mutex and law.Decide. It is what others are compared
+// with; it never forgets an identifier.
 type Model struct {
 	mu     sync.Mutex
-	states map[[2]string]map[storage.BucketID]storage.State // by name and identifier
+	states map[[2]string]states // by name and identifier
 }
 
+type states map[law.BucketID]law.State
+
 // NewModel returns an empty Model.
-func NewModel() *Model { return &Model{states: make(map[[2]string]map[storage.BucketID]storage.State)} }
+func NewModel() *Model { return &Model{states: make(map[[2]string]states)} }
 
 // Decide implements storage.Storage.
-func (m *Model) Decide(ctx context.Context, r storage.Request) (storage.Verdict, error) {
+func (m *Model) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if err := ctx.Err(); err != nil {
-		return storage.Verdict{}, err
+		return err
 	}
-	if err := r.Validate(); err != nil {
-		return storage.Verdict{}, err
-	}
-	now := r.Now
-	if !r.Clocked {
-		now = storage.Monotonic()
-	}
+	now := timeOf(r.Clocked, r.Now)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var draws []storage.Draw
-	for i := range r.Parts() {
-		p := r.At(i)
-		states := m.states[[2]string{r.Name, p.Identifier}]
-		if err := fits(states, p.Rules, now); err != nil {
-			return storage.Verdict{}, err
+	var draws []law.Draw
+	for _, p := range r.Parts {
+		s := m.of(r.Name, p.Identifier)
+		if err := s.fit(p.Rules, now); err != nil {
+			return err
 		}
-		for j := range p.Rules {
-			draws = append(draws, storage.Draw{Rule: &p.Rules[j], Cost: p.Cost(j), State: states[p.Rules[j].ID()]})
+		for i := range p.Rules.Rules {
+			rule := &p.Rules.Rules[i]
+			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], State: s[rule.ID()]})
 		}
 	}
-	v := storage.NewVerdict(&r, "model", now)
-	v.Allowed = storage.Decide(r.Mode, now, draws)
+	a.Allowed, a.Source, a.Degraded, a.At = law.Decide(r.Mode, now, draws), "model", false, now
 	for i := range draws {
-		v.Set(i, draws[i].Count)
+		a.Counts[i] = draws[i].Count
 	}
-	if !v.Allowed || r.Mode == storage.Peek {
-		return v, nil
+	if !a.Allowed || r.Mode == storage.Peek {
+		return nil
 	}
-	for i := range r.Parts() {
-		p := r.At(i)
-		for j := range p.Rules {
-			if d := draws[j]; d.Cost > 0 {
-				m.keep(r.Name, p.Identifier, d.Rule.ID(), d.State)
+	for _, p := range r.Parts {
+		s := m.of(r.Name, p.Identifier)
+		for _, d := range draws[:len(p.Rules.Rules)] {
+			if d.Cost > 0 {
+				s[d.Rule.ID()] = d.State
 			}
 		}
-		draws = draws[len(p.Rules):]
+		draws = draws[len(p.Rules.Rules):]
 	}
-	return v, nil
+	return nil
 }
 
 // Charge implements storage.Storage.
-func (m *Model) Charge(ctx context.Context, c storage.Charge) error {
+func (m *Model) Charge(ctx context.Context, c *storage.Charge) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := c.Validate(); err != nil {
-		return err
-	}
-	now := c.Now
-	if !c.Clocked {
-		now = storage.Monotonic()
-	}
+	now := timeOf(c.Clocked, c.Now)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	states := m.states[[2]string{c.Name, c.Identifier}]
-	if err := fits(states, c.Rules, now); err != nil {
+	s := m.of(c.Name, c.Identifier)
+	if err := s.fit(c.Rules, now); err != nil {
 		return err
 	}
 	for i, a := range c.Amounts {
-		s := states[c.Rules[i].ID()]
-		switch {
-		case a.N > 0:
-			s.Charge(&c.Rules[i], a, now)
-		case a.N < 0:
-			s.Refund(&c.Rules[i], storage.Amount{N: -max(a.N, -1<<62), In: a.In}, now)
-		}
-		if a.N != 0 && s.Law != nil {
-			m.keep(c.Name, c.Identifier, c.Rules[i].ID(), s)
+		rule := &c.Rules.Rules[i]
+		if state := s[rule.ID()]; state.Apply(rule, a, now) {
+			s[rule.ID()] = state
 		}
 	}
 	return nil
 }
 
-// Debt implements storage.Replica.
-func (m *Model) Debt(ctx context.Context, d storage.Debt) (storage.Debt, error) {
+// Debt implements replica.Storage.
+func (m *Model) Debt(ctx context.Context, d replica.Debt) (replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
-		return storage.Debt{}, err
-	}
-	d.Amounts = nil
-	if err := d.Validate(); err != nil {
-		return storage.Debt{}, err
-	}
-	now := d.Now
-	if !d.Clocked {
-		now = storage.Monotonic()
+		return replica.Debt{}, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	d.Amounts = make([][]storage.Amount, len(d.Rules))
-	for i := range d.Rules {
-		s := m.states[[2]string{d.Name, d.Identifier}][d.Rules[i].ID()]
-		d.Amounts[i] = s.Debt(&d.Rules[i], now)
+	d.Amounts = make([][]storage.Amount, len(d.Rules.Rules))
+	for i := range d.Amounts {
+		rule := &d.Rules.Rules[i]
+		d.Amounts[i] = m.of(d.Name, d.Identifier)[rule.ID()].Debt(rule, timeOf(d.Clocked, d.Now))
 	}
 	return d, nil
 }
 
-// Raise implements storage.Replica.
-func (m *Model) Raise(ctx context.Context, d storage.Debt) error {
+// Raise implements replica.Storage.
+func (m *Model) Raise(ctx context.Context, d replica.Debt) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := d.Validate(); err != nil {
-		return err
-	}
-	now := d.Now
-	if !d.Clocked {
-		now = storage.Monotonic()
-	}
+	now := timeOf(d.Clocked, d.Now)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	states := m.states[[2]string{d.Name, d.Identifier}]
-	if err := fits(states, d.Rules, now); err != nil {
+	s := m.of(d.Name, d.Identifier)
+	if err := s.fit(d.Rules, now); err != nil {
 		return err
 	}
 	for i, debt := range d.Amounts {
-		if len(debt) > 0 {
-			s := states[d.Rules[i].ID()]
-			s.Raise(&d.Rules[i], debt, now)
-			m.keep(d.Name, d.Identifier, d.Rules[i].ID(), s)
+		if rule := &d.Rules.Rules[i]; len(debt) > 0 {
+			state := s[rule.ID()]
+			state.Raise(rule, debt, now)
+			s[rule.ID()] = state
 		}
 	}
 	return nil
@@ -152,35 +123,39 @@ func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := storage.ValidateIdentifier(identifier); err != nil {
-		return err
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.states, [2]string{name, identifier})
 	return nil
 }
 
-func (m *Model) keep(name, id string, b storage.BucketID, s storage.State) {
-	key := [2]string{name, strings.Clone(id)} // as the caller may use its memory again
-	if m.states[key] == nil {
-		m.states[key] = make(map[storage.BucketID]storage.State)
+func timeOf(clocked bool, now int64) int64 {
+	if clocked {
+		return now
 	}
-	m.states[key][b] = s
+	return law.Monotonic()
 }
 
-// fits fails when rules and the other buckets that are not full are too many.
-func fits(states map[storage.BucketID]storage.State, rules []storage.Rule, now int64) error {
-	n := len(rules)
-next:
-	for b, s := range states {
-		for i := range rules {
-			if rules[i].ID() == b {
-				continue next
-			}
-		}
-		if !s.Full(now) {
+// of is the states of an identifier, under a copy of it: the caller may use its memory again.
+func (m *Model) of(name, id string) states {
+	key := [2]string{name, strings.Clone(id)}
+	if m.states[key] == nil {
+		m.states[key] = make(states)
+	}
+	return m.states[key]
+}
+
+// fit fails when rules and the other buckets that are not full are too many.
+func (s states) fit(rules *storage.RuleSet, now int64) error {
+	n := len(rules.Rules)
+	for id, state := range s {
+		if !state.Full(now) {
 			n++
+		}
+		for i := range rules.Rules {
+			if rules.Rules[i].ID() == id && !state.Full(now) {
+				n--
+			}
 		}
 	}
 	return storage.TooManyBuckets(rules, n)

@@ -8,12 +8,14 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 )
 
 // What a client gets who keeps to a limit, and one whose limits change.
 
-var everyKind = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+var everyKind = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
 // evenClient takes one token each period/capacity for two and a half periods, from the start of a window on, a
 // microsecond later and somewhere in it.
@@ -22,7 +24,7 @@ func evenClient(t *testing.T, s storage.Storage) {
 	name := newName()
 	for _, kind := range everyKind {
 		capacities := []int64{1, 2, 3, 10}
-		if kind == storage.SlidingLog {
+		if kind == law.SlidingLog {
 			capacities = append(capacities, 257) // from which on it has a grain
 		}
 		for _, capacity := range capacities {
@@ -31,7 +33,7 @@ func evenClient(t *testing.T, s storage.Storage) {
 				id := fmt.Sprint(kind, capacity, phase)
 				for i := range capacity*5/2 + 2 {
 					at := time.Duration(phase+(i*r.Period+capacity-1)/capacity) * time.Microsecond
-					v, err := s.Decide(t.Context(), request(name, at, storage.Take, storage.NewPart(id, []storage.Rule{r}, 1)))
+					v, err := storecheck.Decide(t.Context(), s, request(name, at, storage.Take, storecheck.NewPart(id, []law.Rule{r}, 1)))
 					require.NoError(t, err)
 					require.True(t, v.Allowed, "%v of %d: call %d at %v is denied for %v", kind, capacity, i, at, v.RetryAfter)
 				}
@@ -47,22 +49,22 @@ func toggledPlans(t *testing.T, s storage.Storage) {
 	for _, kind := range everyKind {
 		for seed := range uint64(2) {
 			rnd, id := rand.New(rand.NewPCG(seed, 7)), fmt.Sprint(kind, seed)
-			var plans []storage.Rule
+			var plans []law.Rule
 			for _, capacity := range []int64{20, 10, 3, 1} {
 				plans = append(plans, rule(t, "plan", kind, 10*time.Second, capacity, capacity))
 			}
-			alone, at := make([]storage.Draw, 1), time.Duration(0)
-			alone[0] = storage.Draw{Rule: &plans[0], Cost: 1}
+			alone, at := make([]law.Draw, 1), time.Duration(0)
+			alone[0] = law.Draw{Rule: &plans[0], Cost: 1}
 			admitted, most := 0, 0
 			for range 150 {
 				at += time.Duration(rnd.IntN(900)) * time.Millisecond
 				plan := plans[rnd.IntN(len(plans))]
-				v, err := s.Decide(t.Context(), request(name, at, storage.Take, storage.NewPart(id, []storage.Rule{plan}, 1)))
+				v, err := storecheck.Decide(t.Context(), s, request(name, at, storage.Take, storecheck.NewPart(id, []law.Rule{plan}, 1)))
 				require.NoError(t, err)
 				if v.Allowed {
 					admitted++
 				}
-				if storage.Decide(storage.Take, at.Microseconds(), alone) {
+				if law.Decide(storage.Take, at.Microseconds(), alone) {
 					most++
 				}
 				require.LessOrEqual(t, admitted, most, "%v seed %d at %v", kind, seed, at)
@@ -76,8 +78,8 @@ func otherBuckets(t *testing.T, s storage.Storage) {
 	name := newName()
 	for _, kind := range everyKind {
 		id, old := fmt.Sprint(kind), rule(t, "b", kind, time.Hour, 3, 3)
-		take := func(at time.Duration, r storage.Rule, n int64) storage.Verdict {
-			v, err := s.Decide(t.Context(), request(name, at, storage.Take, storage.NewPart(id, []storage.Rule{r}, n)))
+		take := func(at time.Duration, r law.Rule, n int64) storecheck.Verdict {
+			v, err := storecheck.Decide(t.Context(), s, request(name, at, storage.Take, storecheck.NewPart(id, []law.Rule{r}, n)))
 			require.NoError(t, err)
 			return v
 		}

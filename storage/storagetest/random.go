@@ -9,6 +9,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/replica"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -68,10 +71,10 @@ type game struct {
 	ids     []string
 	named   bool // every call charges every bucket, so that none is ever full after one
 	changes bool // half of the steps are charges, refunds and debts
-	rules   []storage.Rule
+	rules   []law.Rule
 	now     int64
 	soon    []int64 // when something of the last answers comes back
-	taken   []storage.Verdict
+	taken   []storecheck.Verdict
 	tested  storage.Storage
 	model   *Model
 }
@@ -85,16 +88,16 @@ func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
 	return g
 }
 
-func (g *game) rule(i int) storage.Rule {
+func (g *game) rule(i int) law.Rule {
 	periods := []time.Duration{time.Microsecond, 7 * time.Microsecond, 1500 * time.Microsecond, time.Second, 10 * time.Second, 7 * time.Second, time.Hour, 31 * 24 * time.Hour}
-	kind := storage.Kind(g.rnd.IntN(5))
+	kind := law.Kind(g.rnd.IntN(5))
 	most := []int64{1, 3, 10, 300, 100_000}[g.rnd.IntN(5)]
 	period := periods[g.rnd.IntN(len(periods))]
 	if i < len(g.rules) && g.rnd.IntN(2) == 0 {
 		kind, period = g.rules[i].Kind, time.Duration(g.rules[i].Period)*time.Microsecond
 	}
 	for {
-		r, faults := storage.NewRule(fmt.Sprint("bucket-", i), kind, period, 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
+		r, faults := law.NewRule(fmt.Sprint("bucket-", i), kind, period, 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
 		if faults == nil {
 			return r
 		}
@@ -141,24 +144,24 @@ func (g *game) step(i int) {
 		require.NoError(g.t, g.model.Reset(ctx, g.name, id), where)
 	case 2, 3:
 		c := g.charge()
-		require.NoError(g.t, g.model.Charge(ctx, c), where)
-		require.NoError(g.t, g.tested.Charge(ctx, c), where)
+		require.NoError(g.t, g.model.Charge(ctx, &c), where)
+		require.NoError(g.t, g.tested.Charge(ctx, &c), where)
 	case 4:
-		if replica, ok := g.tested.(storage.Replica); ok {
+		if tested, ok := g.tested.(replica.Storage); ok {
 			d := g.debt()
 			require.NoError(g.t, g.model.Raise(ctx, d), where)
-			require.NoError(g.t, replica.Raise(ctx, d), where)
+			require.NoError(g.t, tested.Raise(ctx, d), where)
 			want, err := g.model.Debt(ctx, d)
 			require.NoError(g.t, err, where)
-			got, err := replica.Debt(ctx, d)
+			got, err := tested.Debt(ctx, d)
 			require.NoError(g.t, err, where)
 			require.Equal(g.t, want, got, where)
 		}
 	default:
 		r := g.request()
-		want, err := g.model.Decide(ctx, r)
+		want, err := storecheck.Decide(ctx, g.model, r)
 		require.NoError(g.t, err, where)
-		got, err := g.tested.Decide(ctx, r)
+		got, err := storecheck.Decide(ctx, g.tested, r)
 		require.NoError(g.t, err, where)
 		require.Equal(g.t, format(&want), format(&got), "%s: %+v", where, r)
 		require.Equal(g.t, want.RetryAfter, got.RetryAfter, where)
@@ -171,39 +174,39 @@ func (g *game) step(i int) {
 }
 
 // counts is how many buckets a request has.
-func counts(r *storage.Request) (n int) {
-	for i := range r.Parts() {
-		n += len(r.At(i).Rules)
+func counts(r *storecheck.Request) (n int) {
+	for i := range r.Parts {
+		n += len(r.Parts[i].Costs)
 	}
 	return n
 }
 
 func (g *game) id() string { return g.ids[g.rnd.IntN(len(g.ids))] }
 
-func (g *game) request() storage.Request {
-	r := storage.Request{Name: g.name, Mode: []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(5)], Clocked: true, Now: g.now}
+func (g *game) request() storecheck.Request {
+	r := storecheck.Request{Name: g.name, Mode: []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(5)], Clocked: true, Now: g.now}
 	if g.named && r.Mode == storage.Peek { // at which a full identifier may be forgotten
 		r.Mode = storage.Take
 	}
-	r.Part = g.part(g.id(), r.Mode)
+	r.Parts = []storecheck.Part{g.part(g.id(), r.Mode)}
 	if g.rnd.IntN(4) == 0 {
 		for _, id := range g.ids {
-			if id != r.Part.Identifier && g.rnd.IntN(3) == 0 {
-				r.More = append(r.More, g.part(id, r.Mode))
+			if id != r.Parts[0].Identifier && g.rnd.IntN(3) == 0 {
+				r.Parts = append(r.Parts, g.part(id, r.Mode))
 			}
 		}
 	}
 	return r
 }
 
-func (g *game) part(id string, mode storage.Mode) storage.Part {
+func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 	rules := g.rules
 	if !g.named && g.rnd.IntN(3) == 0 {
 		rules = slices.Clone(rules)
 		g.rnd.Shuffle(len(rules), func(i, j int) { rules[i], rules[j] = rules[j], rules[i] })
 		rules = rules[:1+g.rnd.IntN(len(rules))]
 	}
-	p := storage.NewPart(id, rules, 1)
+	p := storecheck.NewPart(id, rules, 1)
 	for i, r := range rules {
 		n := []int64{0, 1, 1, 1, r.Capacity, 1 + g.rnd.Int64N(r.Capacity)}[g.rnd.IntN(6)]
 		if mode == storage.Force {
@@ -212,19 +215,19 @@ func (g *game) part(id string, mode storage.Mode) storage.Part {
 		if g.named {
 			n = max(1, n)
 		}
-		p.SetCost(i, n)
+		p.Costs[i] = n
 	}
 	return p
 }
 
 // charge is of small amounts, or gives back what an earlier decision took.
 func (g *game) charge() storage.Charge {
-	c := storage.Charge{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules}
-	for _, r := range c.Rules {
+	c := storage.Charge{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: law.NewRuleSet(g.rules...)}
+	for _, r := range g.rules {
 		c.Amounts = append(c.Amounts, storage.Amount{N: g.rnd.Int64N(2*r.Capacity+1) - r.Capacity/2, In: g.rnd.Int64N(2 * r.Period)})
 	}
 	if g.named {
-		for i, r := range c.Rules {
+		for i, r := range g.rules {
 			c.Amounts[i] = storage.Amount{N: 1, In: 2 * r.Period}
 		}
 	}
@@ -234,8 +237,8 @@ func (g *game) charge() storage.Charge {
 	v := g.taken[g.rnd.IntN(len(g.taken))]
 	p := v.Part(0)
 	c.Identifier, c.Rules, c.Amounts = p.Identifier, p.Rules, nil
-	for i, r := range p.Rules {
-		a := storage.Amount{N: -p.Cost(i), In: v.Count(i).HeldFor - (g.now - v.At())}
+	for i, r := range p.Rules.Rules {
+		a := storage.Amount{N: -p.Costs[i], In: v.Count(i).HeldFor - (g.now - v.At())}
 		if g.changes {
 			a.N *= []int64{1, 1, 2, 1 << 40}[g.rnd.IntN(4)]
 			a.In += (g.rnd.Int64N(3) - 1) * []int64{0, 1, r.Period / 512, r.Period / 256, r.Period / 2, 2 * r.Period}[g.rnd.IntN(6)]
@@ -243,9 +246,9 @@ func (g *game) charge() storage.Charge {
 		c.Amounts = append(c.Amounts, a)
 	}
 	if g.changes && g.rnd.IntN(2) == 0 {
-		c.Identifier, c.Rules = g.id(), g.rules
-		c.Amounts = c.Amounts[:min(len(c.Amounts), len(c.Rules))]
-		for len(c.Amounts) < len(c.Rules) {
+		c.Identifier, c.Rules = g.id(), law.NewRuleSet(g.rules...)
+		c.Amounts = c.Amounts[:min(len(c.Amounts), len(g.rules))]
+		for len(c.Amounts) < len(g.rules) {
 			c.Amounts = append(c.Amounts, storage.Amount{})
 		}
 	}
@@ -253,9 +256,9 @@ func (g *game) charge() storage.Charge {
 }
 
 // debt has up to three amounts a bucket.
-func (g *game) debt() storage.Debt {
-	d := storage.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: g.rules, Amounts: make([][]storage.Amount, len(g.rules))}
-	for i, r := range d.Rules {
+func (g *game) debt() replica.Debt {
+	d := replica.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: law.NewRuleSet(g.rules...), Amounts: make([][]storage.Amount, len(g.rules))}
+	for i, r := range g.rules {
 		for range g.rnd.IntN(4) {
 			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2*r.Capacity) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
 		}
@@ -266,7 +269,7 @@ func (g *game) debt() storage.Debt {
 	return d
 }
 
-func (g *game) remember(v *storage.Verdict, mode storage.Mode) {
+func (g *game) remember(v *storecheck.Verdict, mode storage.Mode) {
 	g.soon = g.soon[:0]
 	for _, l := range v.Levels() {
 		g.soon = append(g.soon, g.now+l.ResetAfter.Microseconds(), g.now+l.RetryAfter.Microseconds())

@@ -11,6 +11,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -36,20 +38,20 @@ func user(i int) string { return fmt.Sprintf("user%02d", i) }
 // the same memory.
 func reusedMemory(t *testing.T, s storage.Storage) {
 	for _, clocked := range []bool{false, true} {
-		name, rules := newName(), []storage.Rule{rule(t, "hour", storage.Replenish, time.Hour, 100, 0)}
+		name, rules := newName(), []law.Rule{rule(t, "hour", law.Replenish, time.Hour, 100, 0)}
 		a, b := newMemory(), newMemory()
-		ask := func(id string, mode storage.Mode, cost int64) storage.Request {
-			return storage.Request{Name: name, Clocked: clocked, Mode: mode, Part: storage.NewPart(id, rules, cost)}
+		ask := func(id string, mode storage.Mode, cost int64) storecheck.Request {
+			return storecheck.Request{Name: name, Clocked: clocked, Mode: mode, Parts: []storecheck.Part{storecheck.NewPart(id, rules, cost)}}
 		}
 		spent := func(identifier string) int64 {
-			v, err := s.Decide(t.Context(), ask(identifier, storage.Peek, 0))
+			v, err := storecheck.Decide(t.Context(), s, ask(identifier, storage.Peek, 0))
 			require.NoError(t, err)
 			return 100 - v.Count(0).Remaining
 		}
 		charge := func(identifier string, n int64) {
 			a.use(identifier, func(id string) {
-				c := storage.Charge{Name: name, Clocked: clocked, Identifier: id, Rules: rules, Amounts: []storage.Amount{{N: n, In: time.Hour.Microseconds()}}}
-				require.NoError(t, s.Charge(t.Context(), c))
+				c := storage.Charge{Name: name, Clocked: clocked, Identifier: id, Rules: law.NewRuleSet(rules...), Amounts: []storage.Amount{{N: n, In: time.Hour.Microseconds()}}}
+				require.NoError(t, s.Charge(t.Context(), &c))
 			})
 		}
 		reset := func(identifier string) {
@@ -58,7 +60,7 @@ func reusedMemory(t *testing.T, s storage.Storage) {
 		const users = 20
 		for i := range users {
 			a.use(user(i), func(id string) {
-				_, err := s.Decide(t.Context(), ask(id, storage.Take, int64(i)))
+				_, err := storecheck.Decide(t.Context(), s, ask(id, storage.Take, int64(i)))
 				require.NoError(t, err)
 			})
 		}
@@ -66,8 +68,8 @@ func reusedMemory(t *testing.T, s storage.Storage) {
 			a.use(user(i), func(id string) {
 				b.use(user((i+1)%users), func(other string) {
 					r := ask(id, storage.Force, 1)
-					r.More = []storage.Part{storage.NewPart(other, rules, 1)}
-					_, err := s.Decide(t.Context(), r)
+					r.Parts = append(r.Parts, storecheck.NewPart(other, rules, 1))
+					_, err := storecheck.Decide(t.Context(), s, r)
 					require.NoError(t, err)
 				})
 			})
@@ -94,13 +96,13 @@ func reusedMemory(t *testing.T, s storage.Storage) {
 // reusedMemoryEarly has callers leave, whose memory is used again while their calls may still be on their way.
 func reusedMemoryEarly(t *testing.T, s storage.Storage) {
 	const callers, calls = 8, 60
-	name, rules := newName(), []storage.Rule{rule(t, "hour", storage.Replenish, time.Hour, 1<<20, 0)}
-	ask := func(id string, mode storage.Mode, cost int64) storage.Request {
-		return storage.Request{Name: name, Mode: mode, Part: storage.NewPart(id, rules, cost)}
+	name, rules := newName(), []law.Rule{rule(t, "hour", law.Replenish, time.Hour, 1<<20, 0)}
+	ask := func(id string, mode storage.Mode, cost int64) storecheck.Request {
+		return storecheck.Request{Name: name, Mode: mode, Parts: []storecheck.Part{storecheck.NewPart(id, rules, cost)}}
 	}
 	tokens := func(n int64) []storage.Amount { return []storage.Amount{{N: n, In: time.Hour.Microseconds()}} }
 	spent := func(identifier string) int64 {
-		v, err := s.Decide(t.Context(), ask(identifier, storage.Peek, 0))
+		v, err := storecheck.Decide(t.Context(), s, ask(identifier, storage.Peek, 0))
 		require.NoError(t, err)
 		return 1<<20 - v.Count(0).Remaining
 	}
@@ -122,7 +124,7 @@ func reusedMemoryEarly(t *testing.T, s storage.Storage) {
 		for n := range calls {
 			m.use(user(i), func(id string) {
 				leave(n, func(ctx context.Context) error {
-					_, err := s.Decide(ctx, ask(id, storage.Take, 1))
+					_, err := storecheck.Decide(ctx, s, ask(id, storage.Take, 1))
 					return err
 				})
 			})
@@ -130,21 +132,21 @@ func reusedMemoryEarly(t *testing.T, s storage.Storage) {
 				other.use("others", func(others string) {
 					leave(n, func(ctx context.Context) error {
 						r := ask(id, storage.Take, 1)
-						r.More = []storage.Part{storage.NewPart(others, rules, 1)}
-						_, err := s.Decide(ctx, r)
+						r.Parts = append(r.Parts, storecheck.NewPart(others, rules, 1))
+						_, err := storecheck.Decide(ctx, s, r)
 						return err
 					})
 				})
 			})
 			m.use(user(i), func(id string) {
 				leave(n, func(ctx context.Context) error {
-					return s.Charge(ctx, storage.Charge{Name: name, Identifier: id, Rules: rules, Amounts: tokens(1)})
+					return s.Charge(ctx, &storage.Charge{Name: name, Identifier: id, Rules: law.NewRuleSet(rules...), Amounts: tokens(1)})
 				})
 			})
 			m.use("shared", func(id string) { // by two at a time
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n%12)*50*time.Microsecond)
 				defer cancel()
-				_ = s.Charge(ctx, storage.Charge{Name: name, Identifier: id, Rules: rules, Amounts: tokens(-1)})
+				_ = s.Charge(ctx, &storage.Charge{Name: name, Identifier: id, Rules: law.NewRuleSet(rules...), Amounts: tokens(-1)})
 			})
 			m.use("resets", func(id string) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n%12)*50*time.Microsecond)

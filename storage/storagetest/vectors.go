@@ -2,7 +2,6 @@ package storagetest
 
 import (
 	"embed"
-	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -14,7 +13,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/period"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -23,23 +24,16 @@ import (
 //	# a comment
 //	bucket NAME CAPACITY/PERIOD [continuous|fixed|sliding|log] [burst N]
 //	TIME take|peek|force PART [+ PART]… -> ok|no NAME=REMAINING/RESET[/RETRY]…
-//	TIME take|peek|force PART [+ PART]… -> an error, by its word
 //	TIME charge ID NAME=N@IN…
 //	TIME reset ID
 //
 // TIME is since the epoch, by an injected clock. A PART is ID [xCOST] [NAME[=COST]]…: the buckets
 // it names, or all in the order of their definition. A bucket that is defined again has a new
 // rule. In the expectation each bucket has what remains, the time until it is full, and if it
-// refused, the time until it would not. The error words are those of errorWords.
+// refused, the time until it would not.
 
 //go:embed testdata/*.txt
 var files embed.FS
-
-var errorWords = map[string]error{
-	"invalid-identifier": storage.ErrInvalidIdentifier,
-	"invalid-cost":       storage.ErrInvalidCost,
-	"exceeds-capacity":   storage.ErrCostExceedsCapacity,
-}
 
 // vectors plays every file.
 func vectors(t *testing.T, s storage.Storage) {
@@ -66,7 +60,7 @@ type player struct {
 	t       *testing.T
 	storage storage.Storage
 	name    string
-	rules   []storage.Rule
+	rules   []law.Rule
 	where   string
 }
 
@@ -98,7 +92,7 @@ func (p *player) bucket(fields []string) {
 	m := limit.FindStringSubmatch(fields[1])
 	require.NotNil(p.t, m, p.where)
 	capacity := p.number(m[1])
-	kind, refill := storage.Replenish, capacity
+	kind, refill := law.Replenish, capacity
 	for i := 2; i < len(fields); i++ {
 		switch word := fields[i]; word {
 		case "burst":
@@ -107,14 +101,14 @@ func (p *player) bucket(fields []string) {
 		default:
 			for kind.String() != word {
 				kind++
-				require.LessOrEqual(p.t, kind, storage.SlidingLog, p.where)
+				require.LessOrEqual(p.t, kind, law.SlidingLog, p.where)
 			}
 		}
 	}
 	period := time.Duration(p.time(m[2])) * time.Microsecond
-	made, faults := storage.NewRule(fields[0], kind, period, capacity, refill)
-	require.NoError(p.t, errors.Join(faults...), p.where)
-	p.rules = append([]storage.Rule(nil), p.rules...)
+	made, faults := law.NewRule(fields[0], kind, period, capacity, refill)
+	require.Empty(p.t, faults, p.where)
+	p.rules = append([]law.Rule(nil), p.rules...)
 	for i := range p.rules {
 		if p.rules[i].Name == made.Name {
 			p.rules[i] = made
@@ -125,28 +119,17 @@ func (p *player) bucket(fields []string) {
 }
 
 func (p *player) decide(at int64, mode storage.Mode, asked string) string {
-	r := storage.Request{Name: p.name, Mode: mode, Clocked: true, Now: at}
-	for i, words := range strings.Split(asked, " + ") {
-		if part := p.part(strings.Fields(words)); i == 0 {
-			r.Part = part
-		} else {
-			r.More = append(r.More, part)
-		}
+	r := storecheck.Request{Name: p.name, Mode: mode, Clocked: true, Now: at}
+	for _, words := range strings.Split(asked, " + ") {
+		r.Parts = append(r.Parts, p.part(strings.Fields(words)))
 	}
-	v, err := p.storage.Decide(p.t.Context(), r)
-	if err != nil {
-		for word, is := range errorWords {
-			if errors.Is(err, is) {
-				return word
-			}
-		}
-		return err.Error()
-	}
+	v, err := storecheck.Decide(p.t.Context(), p.storage, r)
+	require.NoError(p.t, err, p.where)
 	return format(&v)
 }
 
 // format is a verdict as the vectors write it.
-func format(v *storage.Verdict) string {
+func format(v *storecheck.Verdict) string {
 	out := map[bool]string{true: "ok", false: "no"}[v.Allowed]
 	for _, l := range v.Levels() {
 		out += fmt.Sprintf(" %s=%d/%s", l.Bucket, l.Remaining, period.Format(l.ResetAfter))
@@ -157,23 +140,23 @@ func format(v *storage.Verdict) string {
 	return out
 }
 
-func (p *player) part(fields []string) storage.Part {
+func (p *player) part(fields []string) storecheck.Part {
 	cost, names := int64(1), fields[1:]
 	if len(names) > 0 && regexp.MustCompile(`^x-?\d+$`).MatchString(names[0]) {
 		cost, names = p.number(names[0][1:]), names[1:]
 	}
 	if len(names) == 0 {
-		return storage.NewPart(p.id(fields[0]), p.rules, cost)
+		return storecheck.NewPart(p.id(fields[0]), p.rules, cost)
 	}
-	var rules []storage.Rule
+	var rules []law.Rule
 	for _, word := range names {
 		name, _, _ := strings.Cut(word, "=")
 		rules = append(rules, p.rule(name))
 	}
-	part := storage.NewPart(p.id(fields[0]), rules, cost)
+	part := storecheck.NewPart(p.id(fields[0]), rules, cost)
 	for i, word := range names {
 		if _, n, found := strings.Cut(word, "="); found {
-			part.SetCost(i, p.number(n))
+			part.Costs[i] = p.number(n)
 		}
 	}
 	return part
@@ -181,24 +164,26 @@ func (p *player) part(fields []string) storage.Part {
 
 func (p *player) charge(at int64, id string, words []string) {
 	c := storage.Charge{Name: p.name, Clocked: true, Now: at, Identifier: id}
+	var rules []law.Rule
 	for _, word := range words {
 		name, amount, _ := strings.Cut(word, "=")
 		n, in, found := strings.Cut(amount, "@")
 		require.True(p.t, found, p.where)
-		c.Rules = append(c.Rules, p.rule(name))
+		rules = append(rules, p.rule(name))
 		c.Amounts = append(c.Amounts, storage.Amount{N: p.number(n), In: p.time(in)})
 	}
-	require.NoError(p.t, p.storage.Charge(p.t.Context(), c), p.where)
+	c.Rules = law.NewRuleSet(rules...)
+	require.NoError(p.t, p.storage.Charge(p.t.Context(), &c), p.where)
 }
 
-func (p *player) rule(name string) storage.Rule {
+func (p *player) rule(name string) law.Rule {
 	for _, r := range p.rules {
 		if r.Name == name {
 			return r
 		}
 	}
 	require.Fail(p.t, "unknown bucket "+name, p.where)
-	return storage.Rule{}
+	return law.Rule{}
 }
 
 // id reads an identifier; in quotes it may be empty, and "x*N" is N times x.

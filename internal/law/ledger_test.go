@@ -1,7 +1,6 @@
-package storage_test
+package law_test
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -11,25 +10,25 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // The arithmetic between two stores: what one took is charged to the other (Charge), which tells what
 // it holds (Debt), to which the first is lifted (Raise).
 
-var everyKind = []storage.Kind{storage.Replenish, storage.Continuous, storage.FixedWindow, storage.SlidingWindow, storage.SlidingLog}
+var everyKind = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
-func rule(t *testing.T, kind storage.Kind, period time.Duration, capacity, refill int64) storage.Rule {
+func rule(t *testing.T, kind law.Kind, period time.Duration, capacity, refill int64) law.Rule {
 	t.Helper()
-	r, faults := storage.NewRule("b", kind, period, capacity, refill)
-	require.NoError(t, errors.Join(faults...))
+	r, faults := law.NewRule("b", kind, period, capacity, refill)
+	require.Empty(t, faults)
 	return r
 }
 
 // take asks the state for n tokens.
-func take(s *storage.State, r *storage.Rule, n, now int64) (bool, storage.Count) {
-	d := []storage.Draw{{Rule: r, Cost: n, State: *s}}
-	ok := storage.Decide(storage.Take, now, d)
+func take(s *law.State, r *law.Rule, n, now int64) (bool, law.Count) {
+	d := []law.Draw{{Rule: r, Cost: n, State: *s}}
+	ok := law.Decide(law.Take, now, d)
 	if ok {
 		*s = d[0].State
 	}
@@ -37,18 +36,18 @@ func take(s *storage.State, r *storage.Rule, n, now int64) (bool, storage.Count)
 }
 
 // left is what may be taken at a time.
-func left(s storage.State, r *storage.Rule, now int64) int64 {
+func left(s law.State, r *law.Rule, now int64) int64 {
 	_, c := take(&s, r, 0, now)
 	return c.Remaining
 }
 
-func copied(s storage.State) storage.State {
-	return storage.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
+func copied(s law.State) law.State {
+	return law.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
 }
 
 // spend makes a state by greedy random takes, and returns it with the time.
-func spend(rnd *rand.Rand, r *storage.Rule, now int64) (storage.State, int64) {
-	var s storage.State
+func spend(rnd *rand.Rand, r *law.Rule, now int64) (law.State, int64) {
+	var s law.State
 	for range 30 {
 		now += rnd.Int64N(r.Period / 4)
 		take(&s, r, 1+rnd.Int64N(max(1, r.Capacity/5)), now)
@@ -62,7 +61,7 @@ func TestAmountsChargedWithTheTimeTheyHaveLeftMakeTheSameState(t *testing.T) {
 		for seed := range uint64(50) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
 			r := rule(t, kind, 10*time.Second, 20, 20)
-			var first, second storage.State
+			var first, second law.State
 			type amount struct{ n, back int64 }
 			var pending []amount
 			now := int64(1_700_000_000_000_000)
@@ -76,7 +75,7 @@ func TestAmountsChargedWithTheTimeTheyHaveLeftMakeTheSameState(t *testing.T) {
 					continue
 				}
 				for _, a := range pending {
-					second.Charge(&r, storage.Amount{N: a.n, In: a.back - now}, now)
+					second.Charge(&r, law.Amount{N: a.n, In: a.back - now}, now)
 				}
 				pending = nil
 				for _, later := range []int64{0, 1, 999_999, 3_000_000, 5_000_001, 12_000_000} {
@@ -123,7 +122,7 @@ func TestRaiseIsThePointwiseMaximumOfTheTwoCurves(t *testing.T) {
 			for at := now; at < now+3*r.Period; at += 123_457 {
 				most := min(left(own, &r, at), left(theirs, &r, at))
 				got := left(raised, &r, at)
-				if kind == storage.Replenish { // ends within half a period of the own last hold join it
+				if kind == law.Replenish { // ends within half a period of the own last hold join it
 					require.LessOrEqual(t, got, left(own, &r, at), "%v seed %d", kind, seed)
 					continue
 				}
@@ -137,11 +136,11 @@ func TestRaiseOfNothingOrOfThePastChangesNothing(t *testing.T) {
 	t.Parallel()
 	for _, kind := range everyKind {
 		r := rule(t, kind, 10*time.Second, 10, 10)
-		var s storage.State
+		var s law.State
 		s.Raise(&r, nil, 5)
-		s.Raise(&r, []storage.Amount{{N: 5, In: 0}, {N: 0, In: 5}, {N: -5, In: 5}}, 5)
+		s.Raise(&r, []law.Amount{{N: 5, In: 0}, {N: 0, In: 5}, {N: -5, In: 5}}, 5)
 		assert.Empty(t, s.Debt(&r, 5), kind)
-		s.Raise(&r, []storage.Amount{{N: 1 << 62, In: 1 << 62}}, 5)
+		s.Raise(&r, []law.Amount{{N: 1 << 62, In: 1 << 62}}, 5)
 		assert.Equal(t, -3*r.Capacity, left(s, &r, 5), kind)
 		total := int64(0)
 		for _, a := range s.Debt(&r, 5) {
@@ -162,7 +161,7 @@ func TestARelayBetweenHealthyStoresCostsNothing(t *testing.T) {
 			t.Run(fmt.Sprint(kind, " with clocks apart by ", time.Duration(offset)*time.Microsecond), func(t *testing.T) {
 				t.Parallel()
 				r := rule(t, kind, 10*time.Second, 100, 100)
-				var alone, first, ledger storage.State
+				var alone, first, ledger law.State
 				type amount struct{ n, back int64 }
 				var pending []amount
 				var admitted, reference int
@@ -178,7 +177,7 @@ func TestARelayBetweenHealthyStoresCostsNothing(t *testing.T) {
 						continue
 					}
 					for _, a := range pending {
-						ledger.Charge(&r, storage.Amount{N: a.n, In: a.back - now}, now+offset)
+						ledger.Charge(&r, law.Amount{N: a.n, In: a.back - now}, now+offset)
 					}
 					pending = nil
 					first.Raise(&r, ledger.Debt(&r, now+offset), now)
@@ -211,12 +210,12 @@ func TestARefundNeverGivesBackMoreThanWasTakenOrWhatCameBack(t *testing.T) {
 				}
 			}
 			had := left(s, &r, at)
-			s.Refund(&r, storage.Amount{N: n, In: c.ResetAfter - (at - now)}, at)
+			s.Refund(&r, law.Amount{N: n, In: c.ResetAfter - (at - now)}, at)
 			got := left(s, &r, at)
 			require.GreaterOrEqual(t, got, had, "%v seed %d", kind, seed)
 			require.LessOrEqual(t, got-had, n, "%v seed %d", kind, seed)
 			most := left(before, &r, at)
-			if kind == storage.Continuous {
+			if kind == law.Continuous {
 				most = left(before, &r, at+r.Tick)
 			}
 			require.LessOrEqual(t, got, max(had, most), "%v seed %d: as if it had not been taken, at most", kind, seed)
@@ -231,7 +230,7 @@ func TestARefundThatArrivesLateTakesNothingFromTheNextPeriod(t *testing.T) {
 	t.Parallel()
 	for _, kind := range everyKind {
 		r := rule(t, kind, 200*time.Millisecond, 5, 5)
-		var s storage.State
+		var s law.State
 		start := int64(1_700_000_000_000_000)
 		_, c := take(&s, &r, 5, start)
 		sent := start + c.ResetAfter - 1_000
@@ -239,8 +238,8 @@ func TestARefundThatArrivesLateTakesNothingFromTheNextPeriod(t *testing.T) {
 		before := left(s, &r, arrived)
 		ok, _ := take(&s, &r, before, arrived)
 		require.True(t, ok)
-		s.Refund(&r, storage.Amount{N: 5, In: c.ResetAfter - (sent - start)}, arrived)
-		if kind == storage.Continuous { // what had drained when it was sent, to a tick
+		s.Refund(&r, law.Amount{N: 5, In: c.ResetAfter - (sent - start)}, arrived)
+		if kind == law.Continuous { // what had drained when it was sent, to a tick
 			require.LessOrEqual(t, left(s, &r, arrived), int64(1))
 		} else {
 			require.Zero(t, left(s, &r, arrived), kind)
@@ -250,28 +249,28 @@ func TestARefundThatArrivesLateTakesNothingFromTheNextPeriod(t *testing.T) {
 
 func TestARefundFindsItsTokensInABusyLogThoughTimePassedOnTheWay(t *testing.T) {
 	t.Parallel()
-	r := rule(t, storage.SlidingLog, time.Hour, 100, 0)
-	var s storage.State
+	r := rule(t, law.SlidingLog, time.Hour, 100, 0)
+	var s law.State
 	_, c := take(&s, &r, 50, 0)
 	take(&s, &r, 1, 1)
-	s.Refund(&r, storage.Amount{N: 50, In: c.ResetAfter}, 1)
+	s.Refund(&r, law.Amount{N: 50, In: c.ResetAfter}, 1)
 	assert.Equal(t, int64(99), left(s, &r, 1))
 }
 
 func TestARefundAfterTheLawChangedTakesFromTheNewestHold(t *testing.T) {
 	t.Parallel()
-	old, changed := rule(t, storage.Replenish, 10*time.Second, 10, 0), rule(t, storage.Replenish, time.Minute, 10, 0)
-	var s storage.State
+	old, changed := rule(t, law.Replenish, 10*time.Second, 10, 0), rule(t, law.Replenish, time.Minute, 10, 0)
+	var s law.State
 	_, c := take(&s, &old, 4, 0)
 	take(&s, &changed, 1, 0)
-	s.Refund(&old, storage.Amount{N: 4, In: c.ResetAfter}, 0)
+	s.Refund(&old, law.Amount{N: 4, In: c.ResetAfter}, 0)
 	assert.Equal(t, int64(9), left(s, &changed, 0))
 }
 
 func TestAStateTooFarAheadOfTheClockMayBeForgotten(t *testing.T) {
 	t.Parallel()
-	r := rule(t, storage.Replenish, 10*time.Second, 5, 0)
-	var s storage.State
+	r := rule(t, law.Replenish, 10*time.Second, 5, 0)
+	var s law.State
 	take(&s, &r, 5, 1_000_000_000)
 	assert.False(t, s.Full(930_000_000))
 	assert.True(t, s.Full(929_999_999))
@@ -279,17 +278,17 @@ func TestAStateTooFarAheadOfTheClockMayBeForgotten(t *testing.T) {
 
 func TestAStateSurvivesItsHolds(t *testing.T) {
 	t.Parallel()
-	law := rule(t, storage.SlidingLog, time.Second, 5, 0).Law
+	l := rule(t, law.SlidingLog, time.Second, 5, 0).Law
 	for n := range 6 {
-		var holds []storage.Hold
+		var holds []law.Hold
 		for i := range n {
-			holds = append(holds, storage.Hold{End: int64(i + 1), N: 1})
+			holds = append(holds, law.Hold{End: int64(i + 1), N: 1})
 		}
-		made, appended := storage.MakeState(&law, 7, holds), storage.State{Law: &law, Seen: 7}
+		made, appended := law.MakeState(&l, 7, holds), law.State{Law: &l, Seen: 7}
 		for _, h := range holds {
 			appended.Append(h)
 		}
-		assert.Equal(t, holds, append([]storage.Hold(nil), made.Holds()...))
+		assert.Equal(t, holds, append([]law.Hold(nil), made.Holds()...))
 		assert.Equal(t, made.Holds(), appended.Holds())
 	}
 }

@@ -1,6 +1,37 @@
-package storage
+// Package law is the arithmetic of all buckets: how tokens come back, what a decision takes and what it tells. It is the
+// only definition of it in Go; the Lua scripts of storage/redis carry the same steps, and package storagetest compares them.
+//
+// Start with decide.go, the steps of a decision, and law.go, the table of the kinds. A Rule has the numbers of a bucket
+// (rule.go), a State what was spent from it (state.go), a Cell the same in three numbers (cell.go), and an Amount is what
+// crosses from one store to another (amount.go).
+package law
 
 import "slices"
+
+// MaxBuckets is the most buckets of one identifier.
+const MaxBuckets = 16
+
+// Mode says what a decision may do.
+type Mode uint8
+
+// The modes.
+const (
+	Take  Mode = iota // take when every bucket admits
+	Peek              // answer exactly as Take would, and take nothing
+	Force             // take whatever the answer is; consumption saturates at 4 capacities
+)
+
+// Count is what a decision says of one bucket: tokens, and microseconds from the decision.
+type Count struct {
+	// Remaining is what may still be taken. Below zero it is a debt. By Force it is what would remain if nothing were
+	// forgotten: what is less than 3 capacities below zero was not recorded.
+	Remaining int64
+
+	ResetAfter int64 // until the bucket is full
+	NextAfter  int64 // until one token more than Remaining may be taken, or the first one; 0 if it is full
+	RetryAfter int64 // until the bucket admits the denied cost; 0 if it did
+	HeldFor    int64 // until all that an admitted call took has come back by itself; 0 if it took nothing
+}
 
 // The steps of a decision are numbered; other implementations (the Lua scripts, and cell.go for states in
 // three numbers) carry the same numbers:

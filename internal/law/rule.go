@@ -1,4 +1,6 @@
-package storage
+package law
+
+// The numbers of a bucket, and how they are found for a period and a capacity.
 
 import (
 	"fmt"
@@ -26,6 +28,7 @@ type Rule struct {
 	Name string
 	Law
 	Capacity int64 // tokens of a full bucket
+	Window   int64 // microseconds in which an empty bucket becomes full: the Period, but for a Burst
 }
 
 // BucketID is what finds the state of a bucket among those of an identifier. Capacity and refill are not part of it.
@@ -41,24 +44,16 @@ func (r *Rule) ID() BucketID { return BucketID{r.Name, r.Kind, r.Period} }
 // SameBucket reports whether both have one ID.
 func (r *Rule) SameBucket(o *Rule) bool { return r.Name == o.Name && r.Same(&o.Law) }
 
-// BucketError is a fault in the definition of a bucket, or in the way a call uses one.
-type BucketError struct {
-	Bucket string // its name
-	Field  string // Period, Capacity, Refill, Burst, Kind, Name, CostOf or Buckets
-	Reason string // what was given and what is allowed
-}
-
-func (e *BucketError) Error() string {
-	return fmt.Sprintf("throttler: bucket %q: %s %s", e.Bucket, e.Field, e.Reason)
-}
+// Fault is what is wrong with the definition of a bucket. Package storage makes an error of it.
+type Fault struct{ Bucket, Field, Reason string }
 
 // NewRule makes the rule of a bucket that holds capacity tokens. Of them, refill come back each
 // period if it is Continuous; the other kinds ignore refill. A period that is not a whole number
-// of microseconds is rounded up. All faults are returned, each as a *BucketError.
-func NewRule(name string, kind Kind, period time.Duration, capacity, refill int64) (Rule, []error) {
-	var faults []error
+// of microseconds is rounded up. All faults are returned.
+func NewRule(name string, kind Kind, period time.Duration, capacity, refill int64) (Rule, []Fault) {
+	var faults []Fault
 	fault := func(field, format string, args ...any) {
-		faults = append(faults, &BucketError{Bucket: name, Field: field, Reason: fmt.Sprintf(format, args...)})
+		faults = append(faults, Fault{name, field, fmt.Sprintf(format, args...)})
 	}
 	if !validName(name) {
 		fault("Name", "must be 1 to %d printable ASCII characters", maxName)
@@ -97,7 +92,7 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 		fault(field, "of %d is too large for a period of %v%s", given, period, law.advice(capacity))
 		return Rule{Name: name}, faults
 	}
-	return Rule{Name: name, Law: law, Capacity: capacity}, nil
+	return Rule{name, law, capacity, law.window(capacity)}, nil
 }
 
 // measureFor measures the law of a bucket of a capacity. A small burst at a large refill is measured by the burst, if else
@@ -193,6 +188,18 @@ func (l *Law) divide(steps, largest int64) bool {
 	}
 	l.Tick, l.One, l.Drain = l.Period/steps, one, drain
 	return true
+}
+
+// window is the time in which a whole capacity comes back, rounded up. NewRule holds it below 2^50.
+func (l *Law) window(capacity int64) int64 {
+	if l.Kind != Continuous {
+		return l.Period
+	}
+	whole, more := scale(capacity, l.Period, l.Refill)
+	if more {
+		whole++
+	}
+	return whole
 }
 
 func gcd(a, b int64) int64 {

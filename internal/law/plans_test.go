@@ -1,7 +1,6 @@
-package storage_test
+package law_test
 
 import (
-	"errors"
 	"math/rand/v2"
 	"regexp"
 	"strconv"
@@ -11,7 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // The suite plays a few even clients on every storage; here are many on the arithmetic alone.
@@ -24,10 +23,10 @@ func TestTheEvenClientIsNeverDenied(t *testing.T) {
 				for phase := range int64(3) {
 					for _, up := range []int64{0, capacity - 1} { // whether times are rounded down or up
 						start := phase * (r.Period/4 + phase)
-						draws := []storage.Draw{{Rule: &r, Cost: 1}}
+						draws := []law.Draw{{Rule: &r, Cost: 1}}
 						for i := range capacity*2 + capacity/3 + 2 {
 							at := start + (i*r.Period+up)/capacity
-							require.True(t, storage.Decide(storage.Take, at, draws), "%v of %d per %v: call %d, %d µs after %d", kind, capacity, period, i, at-start, start)
+							require.True(t, law.Decide(law.Take, at, draws), "%v of %d per %v: call %d, %d µs after %d", kind, capacity, period, i, at-start, start)
 						}
 					}
 				}
@@ -57,23 +56,23 @@ func TestByteQuotasOfTheRealWorldFit(t *testing.T) {
 // A small burst needs ticks in which no more than it comes back, however large the refill is.
 func TestASmallBurstGetsItsLargeRefill(t *testing.T) {
 	t.Parallel()
-	r := rule(t, storage.Continuous, 30*24*time.Hour, 100, 999_999_937)
-	draws := []storage.Draw{{Rule: &r, Cost: 1}}
+	r := rule(t, law.Continuous, 30*24*time.Hour, 100, 999_999_937)
+	draws := []law.Draw{{Rule: &r, Cost: 1}}
 	for i := range int64(20_000) {
-		require.True(t, storage.Decide(storage.Take, 1_700_000_000_000_000+i*2593, draws), i)
+		require.True(t, law.Decide(law.Take, 1_700_000_000_000_000+i*2593, draws), i)
 	}
 }
 
 // Up to 256 a log is exact, above it has a grain. What was taken under the one is not early under the other.
 func TestALogThatGrowsBeyondItsGrainAdmitsNoMoreThanTheLargerAlone(t *testing.T) {
 	t.Parallel()
-	small, large := rule(t, storage.SlidingLog, 256*time.Second, 256, 0), rule(t, storage.SlidingLog, 256*time.Second, 257, 0)
+	small, large := rule(t, law.SlidingLog, 256*time.Second, 256, 0), rule(t, law.SlidingLog, 256*time.Second, 257, 0)
 	const start, second = 256_000_000 * 6_000_000, 1_000_000
-	draws, admitted := []storage.Draw{{Cost: 1}}, 0
-	take := func(r *storage.Rule, from int64) {
+	draws, admitted := []law.Draw{{Cost: 1}}, 0
+	take := func(r *law.Rule, from int64) {
 		draws[0].Rule = r
 		for i := range int64(300) {
-			if storage.Decide(storage.Take, from+i, draws) {
+			if law.Decide(law.Take, from+i, draws) {
 				admitted++
 			}
 		}
@@ -86,27 +85,27 @@ func TestALogThatGrowsBeyondItsGrainAdmitsNoMoreThanTheLargerAlone(t *testing.T)
 func TestAChargeUnderFinerTicksForgetsNothing(t *testing.T) {
 	t.Parallel()
 	const day = 24 * 3600 * 1_000_000
-	many, few := rule(t, storage.SlidingWindow, 24*time.Hour, 1_000_000_000, 0), rule(t, storage.SlidingWindow, 24*time.Hour, 100, 0)
-	draws := []storage.Draw{{Rule: &many, Cost: 1_000_000_000}}
-	require.True(t, storage.Decide(storage.Take, 19_700*day, draws))
+	many, few := rule(t, law.SlidingWindow, 24*time.Hour, 1_000_000_000, 0), rule(t, law.SlidingWindow, 24*time.Hour, 100, 0)
+	draws := []law.Draw{{Rule: &many, Cost: 1_000_000_000}}
+	require.True(t, law.Decide(law.Take, 19_700*day, draws))
 	late := int64(19_702*day - 500_000)
 	before := left(draws[0].State, &few, late)
-	draws[0].State.Charge(&few, storage.Amount{N: 1, In: day}, late)
+	draws[0].State.Charge(&few, law.Amount{N: 1, In: day}, late)
 	assert.Equal(t, before, left(draws[0].State, &few, late))
 	assert.Negative(t, before)
 }
 
 func TestARefundAfterARaisedRefillGivesNothingOfOthers(t *testing.T) {
 	t.Parallel()
-	slow, fast := rule(t, storage.Continuous, time.Hour, 10, 10), rule(t, storage.Continuous, time.Hour, 10, 3600)
-	var s storage.State
+	slow, fast := rule(t, law.Continuous, time.Hour, 10, 10), rule(t, law.Continuous, time.Hour, 10, 3600)
+	var s law.State
 	_, first := take(&s, &slow, 9, 0)
 	ok, _ := take(&s, &fast, 1, 0)
 	require.True(t, ok)
 	const minute = 60_000_000
 	ok, _ = take(&s, &fast, 10, minute)
 	require.True(t, ok)
-	s.Refund(&slow, storage.Amount{N: 9, In: first.HeldFor - minute}, minute)
+	s.Refund(&slow, law.Amount{N: 9, In: first.HeldFor - minute}, minute)
 	assert.Zero(t, left(s, &fast, minute))
 }
 
@@ -117,18 +116,18 @@ func TestAFaultNamesANumberThatFits(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(8, 8))
 	found := 0
 	for range 20_000 {
-		kind := []storage.Kind{storage.Continuous, storage.SlidingWindow}[rnd.IntN(2)]
+		kind := []law.Kind{law.Continuous, law.SlidingWindow}[rnd.IntN(2)]
 		period := time.Duration(1+rnd.Int64N(366*24*3600*1_000_000)) * time.Microsecond
 		capacity := int64(1) << rnd.IntN(50)
 		refill := capacity
 		if rnd.IntN(2) == 0 {
 			refill = 1 + rnd.Int64N(1<<rnd.IntN(50))
 		}
-		_, faults := storage.NewRule("b", kind, period, capacity, refill)
-		var fault *storage.BucketError
-		if !errors.As(errors.Join(faults...), &fault) {
+		_, faults := law.NewRule("b", kind, period, capacity, refill)
+		if len(faults) == 0 {
 			continue
 		}
+		fault := faults[0]
 		said := named.FindStringSubmatch(fault.Reason)
 		if said == nil {
 			continue
@@ -146,7 +145,7 @@ func TestAFaultNamesANumberThatFits(t *testing.T) {
 			capacity = n
 		}
 		require.Less(t, n, given, fault)
-		_, faults = storage.NewRule("b", kind, period, capacity, refill)
+		_, faults = law.NewRule("b", kind, period, capacity, refill)
 		require.Empty(t, faults, fault)
 	}
 	assert.Positive(t, found)

@@ -1,11 +1,11 @@
-package storage_test
+package law_test
 
 import (
 	"math"
 	"math/big"
 	"slices"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // The twin is the law a second time, slow and dumb: rational numbers, a plain list of what was
@@ -22,24 +22,24 @@ type twin struct {
 	known bool
 	seen  int64
 	lots  []lot
-	level *big.Rat      // Continuous: the tokens that were out at seen
-	last  *storage.Rule // Continuous: by which that was
+	level *big.Rat  // Continuous: the tokens that were out at seen
+	last  *law.Rule // Continuous: by which that was
 }
 
 // ask is one bucket in a decision of the twin.
 type ask struct {
-	rule *storage.Rule
+	rule *law.Rule
 	cost int64
 	twin twin
 }
 
 // decideDumbly is Decide.
-func decideDumbly(mode storage.Mode, real int64, asks []ask) (bool, []storage.Count) {
+func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	allowed := true
 	for _, a := range asks {
-		allowed = allowed && (mode == storage.Force || a.fits(real))
+		allowed = allowed && (mode == law.Force || a.fits(real))
 	}
-	counts := make([]storage.Count, len(asks))
+	counts := make([]law.Count, len(asks))
 	for i := range asks {
 		a := &asks[i]
 		switch {
@@ -54,7 +54,7 @@ func decideDumbly(mode storage.Mode, real int64, asks []ask) (bool, []storage.Co
 			counts[i] = w.count(a.rule, now, real)
 			counts[i].HeldFor = w.gone(a.rule, now) - real
 			counts[i].Remaining -= forgotten
-			if mode != storage.Peek {
+			if mode != law.Peek {
 				a.twin = w
 			}
 		}
@@ -69,7 +69,7 @@ func (a *ask) fits(real int64) bool {
 }
 
 // refused is the count of a call that some bucket refused, perhaps not this one.
-func (a *ask) refused(real int64) storage.Count {
+func (a *ask) refused(real int64) law.Count {
 	w, now := a.twin.believed(a.rule, real)
 	c := w.count(a.rule, now, real)
 	if !a.fits(real) {
@@ -79,10 +79,10 @@ func (a *ask) refused(real int64) storage.Count {
 }
 
 // count: what is left of the capacity, when everything is back, and when one token more may be taken than now.
-func (w twin) count(r *storage.Rule, now, real int64) storage.Count {
+func (w twin) count(r *law.Rule, now, real int64) law.Count {
 	left := r.Capacity - w.spent(r, now)
 	more := max(0, left) + 1
-	return storage.Count{
+	return law.Count{
 		Remaining:  left,
 		ResetAfter: w.first(r, now, 0) - real,
 		NextAfter:  w.first(r, now, max(0, r.Capacity-more)) - real,
@@ -90,7 +90,7 @@ func (w twin) count(r *storage.Rule, now, real int64) storage.Count {
 }
 
 // believed is the bucket and its own time.
-func (w twin) believed(r *storage.Rule, real int64) (twin, int64) {
+func (w twin) believed(r *law.Rule, real int64) (twin, int64) {
 	if !w.believable(r, real) {
 		return twin{known: true, seen: real, level: rat(0)}, real // It is a full one, never used.
 	}
@@ -102,19 +102,19 @@ func (w twin) believed(r *storage.Rule, real int64) (twin, int64) {
 }
 
 // believable: seen before, and not later than one period and a minute from now.
-func (w twin) believable(r *storage.Rule, real int64) bool {
+func (w twin) believable(r *law.Rule, real int64) bool {
 	return w.known && w.seen <= real+r.Period+60_000_000
 }
 
 // changed: the level is by another rule than this.
-func (w twin) changed(r *storage.Rule) bool { return w.last != nil && w.last.Law != r.Law }
+func (w twin) changed(r *law.Rule) bool { return w.last != nil && w.last.Law != r.Law }
 
 // spent is what is out, in tokens.
-func (w twin) spent(r *storage.Rule, t int64) int64 {
+func (w twin) spent(r *law.Rule, t int64) int64 {
 	switch r.Kind {
-	case storage.Continuous: // A started token is a whole one.
+	case law.Continuous: // A started token is a whole one.
 		return whole(ceiling(w.undrained(r, t)))
-	case storage.SlidingWindow: // What has faded of a token has freed it.
+	case law.SlidingWindow: // What has faded of a token has freed it.
 		return whole(floor(w.sum(func(l lot) *big.Rat { return unfaded(r, l, t) })))
 	}
 	out := rat(0)
@@ -128,7 +128,7 @@ func (w twin) spent(r *storage.Rule, t int64) int64 {
 
 // returned is when each lot comes back: at its end, or of a large log a grain before, if all that has this end is no more
 // than one gets in a grain who takes evenly. Nothing comes back before what has an earlier end.
-func (w twin) returned(r *storage.Rule) (at []int64) {
+func (w twin) returned(r *law.Rule) (at []int64) {
 	even := plus(ceiling(quotient(rat(r.Capacity), rat(256))), ceiling(quotient(rat(r.Capacity), rat(r.Period))))
 	before := int64(0)
 	for _, l := range w.lots {
@@ -151,48 +151,48 @@ func (w twin) sum(of func(lot) *big.Rat) *big.Rat {
 }
 
 // undrained: each tick since the last change returns its part of the refill, until nothing is out.
-func (w twin) undrained(r *storage.Rule, t int64) *big.Rat {
+func (w twin) undrained(r *law.Rule, t int64) *big.Rat {
 	passed := rat(ticks(r, t) - ticks(r, w.seen))
 	perTick := quotient(rat(r.Refill), ticksOfPeriod(r))
 	return atLeast(minus(w.counted(r), product(perTick, passed)), rat(0))
 }
 
 // counted is the level in the units of a rule, which are the parts of a token that one tick returns a whole number of.
-func (w twin) counted(r *storage.Rule) *big.Rat {
+func (w twin) counted(r *law.Rule) *big.Rat {
 	unit := rat(1).Quo(rat(1), rat(r.One))
 	return atMost(product(ceiling(quotient(w.level, unit)), unit), product(rat(exact-1), unit))
 }
 
 // unfaded is what is out of a lot: from its end on the same part of it less in every tick of one period, of which the
 // present one is over.
-func unfaded(r *storage.Rule, l lot, t int64) *big.Rat {
+func unfaded(r *law.Rule, l lot, t int64) *big.Rat {
 	left := ticks(r, l.end+r.Period) - ticks(r, t) - 1
 	share := quotient(rat(left), ticksOfPeriod(r))
 	return product(l.tokens, atMost(atLeast(share, rat(0)), rat(1)))
 }
 
 // ticks is how many ticks of the clock are over at t.
-func ticks(r *storage.Rule, t int64) int64 {
+func ticks(r *law.Rule, t int64) int64 {
 	return new(big.Int).Div(big.NewInt(t), big.NewInt(r.Tick)).Int64()
 }
 
-func ticksOfPeriod(r *storage.Rule) *big.Rat { return quotient(rat(r.Period), rat(r.Tick)) }
+func ticksOfPeriod(r *law.Rule) *big.Rat { return quotient(rat(r.Period), rat(r.Tick)) }
 
 // first is the first microsecond from now on when no more than room is out. As nobody takes, what
 // is out only falls.
-func (w twin) first(r *storage.Rule, now, room int64) int64 {
+func (w twin) first(r *law.Rule, now, room int64) int64 {
 	return w.inTime(r, bisected(now, func(t int64) bool { return w.spent(r, t) <= room }))
 }
 
 // gone is the first microsecond from now on when nothing is out, nor any part of it.
-func (w twin) gone(r *storage.Rule, now int64) int64 {
-	if r.Kind == storage.Continuous {
+func (w twin) gone(r *law.Rule, now int64) int64 {
+	if r.Kind == law.Continuous {
 		return w.inTime(r, bisected(now, func(t int64) bool { return w.undrained(r, t).Sign() == 0 }))
 	}
 	last := now
 	for _, l := range w.lots {
 		last = l.end
-		if r.Kind == storage.SlidingWindow {
+		if r.Kind == law.SlidingWindow {
 			last += r.Period - r.Tick // As the present tick counts as over.
 		}
 	}
@@ -200,8 +200,8 @@ func (w twin) gone(r *storage.Rule, now int64) int64 {
 }
 
 // inTime is a time, or 35 years after the last change if that is earlier.
-func (w twin) inTime(r *storage.Rule, t int64) int64 {
-	if r.Kind != storage.Continuous {
+func (w twin) inTime(r *law.Rule, t int64) int64 {
+	if r.Kind != law.Continuous {
 		return t
 	}
 	return min(t, (ticks(r, w.seen)+exact/8/r.Tick)*r.Tick)
@@ -230,12 +230,12 @@ func bisected(now int64, is func(t int64) bool) int64 {
 }
 
 // take is an admission, and how much of it is not recorded: no more than 4 capacities are ever taken.
-func (w twin) take(r *storage.Rule, asked, now int64) (out twin, forgotten int64) {
+func (w twin) take(r *law.Rule, asked, now int64) (out twin, forgotten int64) {
 	cost := min(asked, max(0, 4*r.Capacity-w.spent(r, now)))
 	w = w.under(r, now)
 	switch {
 	case cost == 0:
-	case r.Kind == storage.Continuous:
+	case r.Kind == law.Continuous:
 		w.level = plus(w.level, rat(cost))
 	default:
 		w.lots = append(slices.Clone(w.lots), lot{w.joined(r, now), rat(cost)})
@@ -244,10 +244,10 @@ func (w twin) take(r *storage.Rule, asked, now int64) (out twin, forgotten int64
 }
 
 // joined is when the hold ends that a token taken now joins.
-func (w twin) joined(r *storage.Rule, now int64) int64 {
+func (w twin) joined(r *law.Rule, now int64) int64 {
 	end := tokenEnd(r.Law, now)
 	for _, l := range w.lots {
-		if r.Kind == storage.Replenish {
+		if r.Kind == law.Replenish {
 			return l.end // The one that lives: all its tokens come back at once.
 		}
 		end = max(end, l.end) // Ends never run backwards: one of another grain, or by an earlier clock, may be later.
@@ -256,11 +256,11 @@ func (w twin) joined(r *storage.Rule, now int64) int64 {
 }
 
 // tokenEnd is when a token ends that is taken from a full bucket.
-func tokenEnd(l storage.Law, now int64) int64 {
+func tokenEnd(l law.Law, now int64) int64 {
 	switch l.Kind {
-	case storage.FixedWindow, storage.SlidingWindow: // At the next multiple of the period.
+	case law.FixedWindow, law.SlidingWindow: // At the next multiple of the period.
 		return multiple(floor, now, l.Period) + l.Period
-	case storage.SlidingLog: // One period from now, or at the next multiple of the grain.
+	case law.SlidingLog: // One period from now, or at the next multiple of the grain.
 		return multiple(ceiling, now+l.Period, l.Grain)
 	}
 	return now + l.Period // One period from now.
@@ -272,14 +272,14 @@ func multiple(round func(*big.Rat) *big.Rat, t, n int64) int64 {
 }
 
 // under is the bucket now, as the rule counts.
-func (w twin) under(r *storage.Rule, now int64) twin {
+func (w twin) under(r *law.Rule, now int64) twin {
 	out := twin{known: true, seen: now, level: rat(0)}
-	if r.Kind == storage.Continuous { // Drained up to now.
+	if r.Kind == law.Continuous { // Drained up to now.
 		out.level, out.last = w.undrained(r, now), r
 		return out
 	}
 	for _, l := range w.lots { // Those that are not all back yet.
-		if back := l.end; back > now || r.Kind == storage.SlidingWindow && back+r.Period-r.Tick > now {
+		if back := l.end; back > now || r.Kind == law.SlidingWindow && back+r.Period-r.Tick > now {
 			out.lots = append(out.lots, l)
 		}
 	}

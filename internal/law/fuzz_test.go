@@ -1,4 +1,4 @@
-package storage_test
+package law_test
 
 import (
 	"errors"
@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 const (
@@ -83,7 +83,7 @@ func agree(t *testing.T, story []byte) {
 type play struct {
 	feed
 	real  int64
-	draws []storage.Draw
+	draws []law.Draw
 	asks  []ask
 	left  map[bucket]kept // buckets whose place has another kind or period now
 }
@@ -92,11 +92,11 @@ type play struct {
 type (
 	bucket struct {
 		place  int
-		kind   storage.Kind
+		kind   law.Kind
 		period int64
 	}
 	kept struct {
-		state storage.State
+		state law.State
 		twin  twin
 	}
 )
@@ -105,7 +105,7 @@ func newPlay(story []byte) *play {
 	p := &play{feed: story, left: map[bucket]kept{}}
 	for range p.among(1, 1, 1, 2, 2, 3, 4) {
 		r := p.rule()
-		p.draws = append(p.draws, storage.Draw{Rule: r})
+		p.draws = append(p.draws, law.Draw{Rule: r})
 		p.asks = append(p.asks, ask{rule: r})
 	}
 	p.real = p.among(0, 1, 1_700_000_000_123_456, 1_799_999_999_999_999, lastClock, -1)
@@ -116,8 +116,8 @@ func newPlay(story []byte) *play {
 }
 
 // step is one call, and what must be true of it. The buckets before it are kept.
-func (p *play) step(mode storage.Mode, kept []storage.Draw) error {
-	got := storage.Decide(mode, p.real, p.draws)
+func (p *play) step(mode law.Mode, kept []law.Draw) error {
+	got := law.Decide(mode, p.real, p.draws)
 	want, counts := decideDumbly(mode, p.real, p.asks)
 	if got != want {
 		return fmt.Errorf("Decide allows: %v, the twin: %v", got, want)
@@ -126,7 +126,7 @@ func (p *play) step(mode storage.Mode, kept []storage.Draw) error {
 		if p.draws[i].Count != counts[i] {
 			return fmt.Errorf("bucket %d: Decide counts %+v, the twin %+v", i, p.draws[i].Count, counts[i])
 		}
-		if (!got || mode == storage.Peek) && !same(p.draws[i].State, kept[i].State) {
+		if (!got || mode == law.Peek) && !same(p.draws[i].State, kept[i].State) {
 			return fmt.Errorf("bucket %d was changed:\n%s", i, describe(mode, p.real, p.draws))
 		}
 		if err := sound(p.draws[i].State); err != nil {
@@ -140,12 +140,12 @@ func (p *play) step(mode storage.Mode, kept []storage.Draw) error {
 }
 
 // same: whatever can be seen of two states is equal.
-func same(a, b storage.State) bool {
+func same(a, b law.State) bool {
 	return reflect.DeepEqual(a.Law, b.Law) && a.Seen == b.Seen && slices.Equal(a.Holds(), b.Holds())
 }
 
 // sound: the numbers of a state are below 2^53, and its holds stand in order.
-func sound(s storage.State) error {
+func sound(s law.State) error {
 	holds := s.Holds()
 	for i, h := range holds {
 		if h.N < 0 || h.N >= exact || h.End < 0 || h.End >= exact || i > 0 && h.End <= holds[i-1].End {
@@ -169,10 +169,10 @@ func (p *play) retryIsExact() error {
 			return nil
 		}
 	}
-	if storage.Decide(storage.Peek, p.real+retry-1, cloned(p.draws)) {
+	if law.Decide(law.Peek, p.real+retry-1, cloned(p.draws)) {
 		return fmt.Errorf("admitted 1µs before RetryAfter %d", retry)
 	}
-	if p.believed() && retry < exact/8 && !storage.Decide(storage.Peek, p.real+retry, cloned(p.draws)) {
+	if p.believed() && retry < exact/8 && !law.Decide(law.Peek, p.real+retry, cloned(p.draws)) {
 		return fmt.Errorf("refused at RetryAfter %d", retry)
 	}
 	return nil
@@ -189,11 +189,11 @@ func (p *play) believed() bool {
 	return true
 }
 
-func cloned(draws []storage.Draw) []storage.Draw {
+func cloned(draws []law.Draw) []law.Draw {
 	out := slices.Clone(draws)
 	for i := range out {
 		s := &out[i].State
-		*s = storage.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
+		*s = law.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
 	}
 	return out
 }
@@ -230,7 +230,7 @@ func (p *play) moveClock() {
 	p.real = min(max(0, p.real), lastClock)
 }
 
-func (p *play) anyDraw() *storage.Draw {
+func (p *play) anyDraw() *law.Draw {
 	if len(p.draws) == 1 {
 		return &p.draws[0]
 	}
@@ -238,7 +238,7 @@ func (p *play) anyDraw() *storage.Draw {
 }
 
 // nearest is the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
-func nearest(draws []storage.Draw) int64 {
+func nearest(draws []law.Draw) int64 {
 	retry, reset := int64(0), int64(math.MaxInt64)
 	for i := range draws {
 		retry = max(retry, draws[i].Count.RetryAfter)
@@ -251,12 +251,12 @@ func nearest(draws []storage.Draw) int64 {
 }
 
 // chooseMode also gives one bucket another rule, in one step of eight.
-func (p *play) chooseMode() storage.Mode {
+func (p *play) chooseMode() law.Mode {
 	b := p.byte()
 	if b%8 == 7 {
 		p.swapRule()
 	}
-	return [...]storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[b/8%5]
+	return [...]law.Mode{law.Take, law.Take, law.Take, law.Peek, law.Force}[b/8%5]
 }
 
 func (p *play) swapRule() {
@@ -270,7 +270,7 @@ func (p *play) swapRule() {
 	case 1: // Another capacity may change the tick or the grain.
 		p.draws[i].Rule = p.makeRule(kind, period, p.capacity(), refill)
 	case 2: // Another kind, or the same one again.
-		p.draws[i].Rule = p.makeRule(storage.Kind(p.below(5)), period, capacity, refill)
+		p.draws[i].Rule = p.makeRule(law.Kind(p.below(5)), period, capacity, refill)
 	case 3:
 		p.draws[i].Rule = p.makeRule(kind, period, capacity, p.capacity())
 	}
@@ -279,17 +279,17 @@ func (p *play) swapRule() {
 	p.asks[i].rule, p.draws[i].State, p.asks[i].twin = r, now.state, now.twin
 }
 
-func (p *play) chooseCosts(mode storage.Mode) {
+func (p *play) chooseCosts(mode law.Mode) {
 	for i := range p.draws {
 		c := p.cost(&p.draws[i])
-		if mode != storage.Force {
+		if mode != law.Force {
 			c = min(c, p.draws[i].Rule.Capacity)
 		}
 		p.draws[i].Cost, p.asks[i].cost = c, c
 	}
 }
 
-func (p *play) cost(d *storage.Draw) int64 {
+func (p *play) cost(d *law.Draw) int64 {
 	most, left := d.Rule.Capacity, max(0, d.Count.Remaining)
 	switch p.below(16) {
 	case 0:
@@ -315,8 +315,8 @@ func (p *play) cost(d *storage.Draw) int64 {
 }
 
 // rule is one that NewRule accepts.
-func (p *play) rule() *storage.Rule {
-	kind := storage.Kind(p.below(5))
+func (p *play) rule() *law.Rule {
+	kind := law.Kind(p.below(5))
 	period := p.period()
 	capacity := p.capacity()
 	refill := capacity
@@ -332,9 +332,9 @@ func (p *play) rule() *storage.Rule {
 }
 
 // makeRule halves what is too much until NewRule accepts it.
-func (p *play) makeRule(kind storage.Kind, period time.Duration, capacity, refill int64) *storage.Rule {
+func (p *play) makeRule(kind law.Kind, period time.Duration, capacity, refill int64) *law.Rule {
 	for {
-		r, faults := storage.NewRule("bucket", kind, period, capacity, refill)
+		r, faults := law.NewRule("bucket", kind, period, capacity, refill)
 		if len(faults) == 0 {
 			return &r
 		}
@@ -365,7 +365,7 @@ func (p *play) capacity() int64 {
 }
 
 // describe is for a failure: the call, and the states before it.
-func describe(mode storage.Mode, real int64, draws []storage.Draw) string {
+func describe(mode law.Mode, real int64, draws []law.Draw) string {
 	out := fmt.Sprintf("mode %d at %d\n", mode, real)
 	for _, d := range draws {
 		out += fmt.Sprintf("  %+v cost %d, seen %d, holds %v", *d.Rule, d.Cost, d.State.Seen, d.State.Holds())
@@ -412,12 +412,11 @@ func FuzzRule(f *testing.F) {
 	f.Add("most", uint8(1), int64(math.MaxInt64), int64(math.MaxInt64), int64(math.MaxInt64))
 	f.Add("least", uint8(255), int64(math.MinInt64), int64(math.MinInt64), int64(math.MinInt64))
 	f.Fuzz(func(t *testing.T, name string, kind uint8, period, capacity, refill int64) {
-		w := wanted{name, storage.Kind(kind), time.Duration(period), capacity, refill}
-		r, faults := storage.NewRule(name, w.kind, w.period, capacity, refill)
-		for _, err := range faults {
-			var fault *storage.BucketError
-			if !errors.As(err, &fault) || fault.Bucket != name || fault.Field == "" || fault.Reason == "" {
-				t.Errorf("%+v: a fault that does not say what is wrong: %#v", w, err)
+		w := wanted{name, law.Kind(kind), time.Duration(period), capacity, refill}
+		r, faults := law.NewRule(name, w.kind, w.period, capacity, refill)
+		for _, fault := range faults {
+			if fault.Bucket != name || fault.Field == "" || fault.Reason == "" {
+				t.Errorf("%+v: a fault that does not say what is wrong: %#v", w, fault)
 			}
 		}
 		if possible := w.possible(); possible != (len(faults) == 0) {
@@ -432,16 +431,16 @@ func FuzzRule(f *testing.F) {
 // wanted is what NewRule is asked for. Its bounds are checked here with numbers of any size.
 type wanted struct {
 	name             string
-	kind             storage.Kind
+	kind             law.Kind
 	period           time.Duration
 	capacity, refill int64
 }
 
 // possible: every bound is kept.
 func (w wanted) possible() bool {
-	return w.named() && w.kind <= storage.SlidingLog &&
+	return w.named() && w.kind <= law.SlidingLog &&
 		w.period >= time.Microsecond && w.period <= 366*24*time.Hour &&
-		small(w.capacity) && (w.kind != storage.Continuous || small(w.refill) && w.comesBack()) &&
+		small(w.capacity) && (w.kind != law.Continuous || small(w.refill) && w.comesBack()) &&
 		w.tick() > 0
 }
 
@@ -467,7 +466,7 @@ func (w wanted) micros() int64 { return whole(ceiling(quotient(rat(int64(w.perio
 
 // largest is what bounds the units.
 func (w wanted) largest() int64 {
-	if w.kind == storage.Continuous {
+	if w.kind == law.Continuous {
 		return max(w.capacity, w.refill)
 	}
 	return w.capacity
@@ -476,11 +475,11 @@ func (w wanted) largest() int64 {
 // tick is that by the larger of capacity and refill; by the capacity, if there is none or more than the capacity comes back
 // in it.
 func (w wanted) tick() int64 {
-	if w.kind != storage.Continuous && w.kind != storage.SlidingWindow {
+	if w.kind != law.Continuous && w.kind != law.SlidingWindow {
 		return 1
 	}
 	tick := w.tickBy(w.largest())
-	if w.kind == storage.Continuous && (tick == 0 || product(rat(w.refill), quotient(rat(tick), rat(w.micros()))).Cmp(rat(w.capacity)) > 0) {
+	if w.kind == law.Continuous && (tick == 0 || product(rat(w.refill), quotient(rat(tick), rat(w.micros()))).Cmp(rat(w.capacity)) > 0) {
 		if other := w.tickBy(w.capacity); other > 0 {
 			return other
 		}
@@ -523,24 +522,28 @@ func (w wanted) fits(largest, steps int64) bool {
 // one is the number of units of a token, if a period has so many steps: the smallest of which a whole number comes
 // back each step.
 func (w wanted) one(steps int64) int64 {
-	if w.kind != storage.Continuous {
+	if w.kind != law.Continuous {
 		return steps
 	}
 	return quotient(rat(w.refill), rat(steps)).Denom().Int64()
 }
 
 // rule is the one rule that keeps the bounds.
-func (w wanted) rule() storage.Rule {
-	l := storage.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), One: 1, Grain: 1}
-	if w.kind == storage.SlidingWindow {
+func (w wanted) rule() law.Rule {
+	l := law.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), One: 1, Grain: 1}
+	if w.kind == law.SlidingWindow {
 		l.One = l.Period / l.Tick
 	}
-	if w.kind == storage.Continuous {
+	if w.kind == law.Continuous {
 		l.Refill, l.One = w.refill, w.one(l.Period/l.Tick)
 		l.Drain = whole(quotient(product(rat(l.Refill), rat(l.One)), rat(l.Period/l.Tick)))
 	}
-	if w.kind == storage.SlidingLog && w.capacity > 256 { // at most about 256 holds
+	if w.kind == law.SlidingLog && w.capacity > 256 { // at most about 256 holds
 		l.Grain = whole(ceiling(quotient(rat(l.Period), rat(256))))
 	}
-	return storage.Rule{Name: w.name, Law: l, Capacity: w.capacity}
+	window := l.Period
+	if w.kind == law.Continuous {
+		window = whole(ceiling(quotient(product(rat(w.capacity), rat(l.Period)), rat(l.Refill))))
+	}
+	return law.Rule{Name: w.name, Law: l, Capacity: w.capacity, Window: window}
 }

@@ -1,10 +1,33 @@
-package storage
+package law
 
 import (
 	"cmp"
 	"math"
 	"slices"
 )
+
+// Amount is N tokens of one bucket, all of which are back In microseconds from now by themselves.
+// It is how consumption crosses stores: durations do, timestamps never. A negative N gives back.
+type Amount struct{ N, In int64 }
+
+// Clamp returns a in the bounds that all storages compute with, 2^53 tokens and 2^50 µs, which are
+// more than any bucket holds and any token is out.
+func (a Amount) Clamp() Amount {
+	return Amount{max(-exact, min(a.N, exact)), max(0, min(a.In, farFuture))}
+}
+
+// Apply charges or refunds an amount, and reports whether the state is to be kept: not if there was nothing to do.
+func (s *State) Apply(r *Rule, a Amount, real int64) bool {
+	switch {
+	case a.N > 0:
+		s.Charge(r, a, real)
+		return true
+	case a.N < 0 && s.Law != nil:
+		s.Refund(r, Amount{-a.Clamp().N, a.In}, real)
+		return true
+	}
+	return false
+}
 
 // Charge adds a.N tokens that come back in a.In by themselves, whatever the state is; both are 0
 // or more. Nothing is left of an amount whose time has passed, and consumption saturates at 4

@@ -1,4 +1,4 @@
-package storage
+package law
 
 // The fast way: Decide for a storage that keeps states in memory. Nearly every bucket has at most one hold or level, or
 // two holds in a SlidingWindow, and these fit into three numbers, which need no State around them. All that is here is the
@@ -78,44 +78,85 @@ func (c *Cell) setWindows(law *Law, holds []Hold) (ok bool) {
 	return true
 }
 
-// Decide is the function Decide for the request that v holds, on the cells of the rules of each part, whose laws are those
-// of the rules. It fills v. It reports false where the cells cannot tell, the request is not valid, or the clock has stepped
-// back; then it has changed no cell and nothing of v that Begin and Set do not set again.
+// Asked is one identifier in a decision on cells: its rules, what each is asked for, and the cell of each, whose law is
+// that of the rule.
+type Asked struct {
+	Rules *RuleSet
+	Costs []int64
+	Cells []Cell
+}
+
+// DecideCells is Decide on the cells of all parts, whose counts it sets. It is not known where the cells cannot tell, a cost
+// is not valid or the clock has stepped back. Then it has changed no cell.
 //
 // Nearly all calls are admitted, so each bucket takes at once, as if all others admitted too, and what was before is put
 // back if one does not.
-func (v *Verdict) Decide(source string, mode Mode, now int64, cells ...[]Cell) bool {
-	if now < 0 || now >= maxClock {
-		return false
+func DecideCells(mode Mode, now int64, counts []Count, parts []Asked) (allowed, known bool) {
+	if !Clocked(now) {
+		return false, false
 	}
-	var few [inline]Cell
-	before, n, did := few[:], 0, taken
-	if all := v.room(); all > inline {
-		before = make([]Cell, all)
+	var room [MaxBuckets]Cell
+	before := room[:]
+	if len(counts) > len(room) {
+		before = make([]Cell, len(counts))
 	}
-	for i := range cells {
-		p := v.Part(i)
-		for j := 0; j < len(p.Rules) && did == taken; j++ {
-			c := &cells[i][j]
-			before[n] = *c
-			did = c.take(v.count(n), &p.Rules[j], p.Cost(j), mode, now)
-			n++
-		}
+	n, did := 0, taken
+	for i := 0; i < len(parts) && did == taken; i++ {
+		took := 0
+		did, took = parts[i].take(mode, now, counts[n:], before[n:])
+		n += took
 	}
 	if did != taken || mode == Peek {
-		putBack(before[:n], cells)
+		putBack(before[:n], parts)
 	}
-	if did == unknown || did == denied && !v.look(n-1, cells, now) {
-		return false
-	}
-	v.Allowed = did == taken
-	v.stamp(source, mode, now)
-	return true
+	return did.of(counts, n-1, parts, now)
 }
 
-func putBack(before []Cell, cells [][]Cell) {
-	for i := range cells {
-		before = before[copy(cells[i], before):]
+// DecideOne is DecideCells for nearly all decisions: one part of up to OneBuckets buckets.
+func DecideOne(mode Mode, now int64, counts []Count, set *RuleSet, costs []int64, cells []Cell) (allowed, known bool) {
+	var before [OneBuckets]Cell
+	if !Clocked(now) || len(costs) > len(before) {
+		return false, false
+	}
+	did, n, rules := taken, 0, set.Rules
+	for did == taken && n < len(costs) {
+		before[n] = cells[n]
+		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now)
+		n++
+	}
+	if did == taken && mode != Peek {
+		return true, true
+	}
+	copy(cells, before[:n])
+	return did.of(counts, n-1, []Asked{{set, costs, cells}}, now)
+}
+
+// OneBuckets is how many buckets DecideOne decides on.
+const OneBuckets = 4
+
+// take takes from the cells of a part until one does not admit, and returns what that one said and how many it has asked.
+// It remembers what they were before.
+func (p *Asked) take(mode Mode, now int64, counts []Count, before []Cell) (did outcome, n int) {
+	rules, costs, cells := p.Rules.Rules, p.Costs, p.Cells
+	for did == taken && n < len(costs) {
+		before[n] = cells[n]
+		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now)
+		n++
+	}
+	return did, n
+}
+
+// of is what all buckets say together, where the last one that was asked said did.
+func (did outcome) of(counts []Count, last int, parts []Asked, now int64) (allowed, known bool) {
+	if did == unknown || did == denied && !look(counts, last, parts, now) {
+		return false, false
+	}
+	return did == taken, true
+}
+
+func putBack(before []Cell, parts []Asked) {
+	for i := range parts {
+		before = before[copy(parts[i].Cells, before):]
 	}
 }
 
@@ -190,12 +231,12 @@ func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
 
 // look counts what is, in all buckets but the one that denied first, whose count is there. It is false where a cell cannot
 // tell.
-func (v *Verdict) look(first int, cells [][]Cell, now int64) bool {
-	n, longest := 0, int64(0)
-	for i := range cells {
-		p := v.Part(i)
-		for j := range p.Rules {
-			c, r, cost, count := &cells[i][j], &p.Rules[j], p.Cost(j), v.count(n)
+func look(counts []Count, first int, parts []Asked, now int64) bool {
+	n := 0
+	for i := range parts {
+		p := &parts[i]
+		for j := range p.Rules.Rules {
+			c, r, cost, count := &p.Cells[j], &p.Rules.Rules[j], p.Costs[j], &counts[n]
 			if n++; n-1 != first {
 				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now) != taken {
 					return false
@@ -204,10 +245,8 @@ func (v *Verdict) look(first int, cells [][]Cell, now int64) bool {
 					c.deny(count, r, r.Capacity-count.Remaining, cost, now)
 				}
 			}
-			longest = max(longest, count.RetryAfter)
 		}
 	}
-	v.RetryAfter = duration(longest)
 	return true
 }
 

@@ -1,0 +1,125 @@
+package storecheck
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/storage"
+)
+
+// Request is a storage.Request whose costs are with their parts.
+type Request struct {
+	Name    string
+	Mode    storage.Mode
+	Clocked bool
+	Now     int64
+	Parts   []Part
+}
+
+// Part is one identifier in a Request.
+type Part struct {
+	Identifier string
+	Rules      *storage.RuleSet
+	Costs      []int64
+}
+
+// NewPart asks every rule for the same cost.
+func NewPart(id string, rules []law.Rule, cost int64) Part {
+	return Part{id, law.NewRuleSet(rules...), slices.Repeat([]int64{cost}, len(rules))}
+}
+
+// Of is the request that a storage is asked, which shares nothing with r.
+func (r *Request) Of() *storage.Request {
+	out := &storage.Request{Name: r.Name, Mode: r.Mode, Clocked: r.Clocked, Now: r.Now}
+	for _, p := range r.Parts {
+		out.Parts = append(out.Parts, storage.Part{Identifier: p.Identifier, Rules: p.Rules})
+		out.Costs = append(out.Costs, p.Costs...)
+	}
+	return out
+}
+
+// Verdict is the answer of a storage to a request, which it refers to.
+type Verdict struct {
+	Allowed    bool
+	RetryAfter time.Duration
+
+	request Request
+	answer  *storage.Answer
+}
+
+// Decide asks a storage.
+func Decide(ctx context.Context, s storage.Storage, r Request) (Verdict, error) {
+	return decide(r, func(r *storage.Request, a *storage.Answer) error { return s.Decide(ctx, r, a) })
+}
+
+// Fresh is a storage that can be asked with a doubt.
+type Fresh interface {
+	DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error
+}
+
+// DecideFresh asks one.
+func DecideFresh(ctx context.Context, s Fresh, r Request, since int64) (Verdict, error) {
+	return decide(r, func(r *storage.Request, a *storage.Answer) error { return s.DecideFresh(ctx, r, a, since) })
+}
+
+func decide(r Request, by func(*storage.Request, *storage.Answer) error) (Verdict, error) {
+	asked := r.Of()
+	a := &storage.Answer{Counts: make([]storage.Count, len(asked.Costs))}
+	if err := by(asked, a); err != nil {
+		return Verdict{}, err
+	}
+	return Answered(r, a), nil
+}
+
+// Answered is an answer to a request as a Verdict.
+func Answered(r Request, a *storage.Answer) Verdict {
+	v := Verdict{Allowed: a.Allowed, request: r, answer: a}
+	for i := range a.Counts {
+		v.RetryAfter = max(v.RetryAfter, micros(a.Counts[i].RetryAfter))
+	}
+	return v
+}
+
+func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
+
+// Taken says that the costs were taken.
+func (v *Verdict) Taken() bool { return v.Allowed && v.request.Mode != storage.Peek }
+
+// Source, Degraded, At and Count are what the storage answered.
+func (v *Verdict) Source() string            { return v.answer.Source }
+func (v *Verdict) Degraded() bool            { return v.answer.Degraded }
+func (v *Verdict) At() int64                 { return v.answer.At }
+func (v *Verdict) Count(i int) storage.Count { return v.answer.Counts[i] }
+
+// Parts is how many parts the request had, 0 if none was answered, and Part is one of them.
+func (v *Verdict) Parts() int       { return len(v.request.Parts) }
+func (v *Verdict) Part(i int) *Part { return &v.request.Parts[i] }
+
+// Level is what the answer says of one bucket.
+type Level struct {
+	Identifier, Bucket                        string
+	Limit, Remaining, Debt                    int64
+	Period, ResetAfter, NextAfter, RetryAfter time.Duration
+}
+
+// Levels are those of all buckets.
+func (v *Verdict) Levels() (out []Level) {
+	if v.answer == nil {
+		return nil
+	}
+	if v.answer == nil {
+		return nil
+	}
+	counts := v.answer.Counts
+	for _, p := range v.request.Parts {
+		for i := range p.Rules.Rules {
+			r, c := &p.Rules.Rules[i], &counts[i]
+			out = append(out, Level{p.Identifier, r.Name, r.Capacity, max(0, c.Remaining), max(0, -c.Remaining),
+				micros(r.Period), micros(c.ResetAfter), micros(c.NextAfter), micros(c.RetryAfter)})
+		}
+		counts = counts[len(p.Costs):]
+	}
+	return out
+}
