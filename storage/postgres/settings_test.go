@@ -190,11 +190,14 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 			_, err := storecheck.Decide(t.Context(), s, several)
 			assert.NoError(t, err, "a refusal writes nothing")
 			several.Parts = append(several.Parts[:1], storecheck.FivePerHour(t, "third").Parts...)
-			_, err = storecheck.Decide(t.Context(), s, several)
-			assertRefused(t, err, "08P01")
-			assert.ErrorContains(t, err, "transaction blocks not allowed in statement pooling mode")
-			_, err = s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(other)})
-			assertRefused(t, err, "08P01")
+			assertPoolerRefuses(t, func() error {
+				_, err := storecheck.Decide(t.Context(), s, several)
+				return err
+			})
+			assertPoolerRefuses(t, func() error {
+				_, err := s.Record(t.Context(), "o", 1, []storage.Charge{chargeOne(other)})
+				return err
+			})
 			assert.Zero(t, storecheck.Spent(t, s, other), "and nothing has happened")
 			require.NoError(t, s.Reset(t.Context(), "", "few"))
 			assert.Equal(t, 5, storecheck.Take(t, s, few, 6))
