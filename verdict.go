@@ -4,9 +4,11 @@ package throttler
 
 import (
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -66,20 +68,34 @@ type Level struct {
 func (v *Verdict) Levels() []Level { return v.levels(make([]Level, 0, inline)) }
 
 func (v *Verdict) levels(out []Level) []Level {
-	n := 0
-	for _, p := range v.parts() {
-		for j := range p.Rules.Rules {
-			c, r := v.count(n), &p.Rules.Rules[j]
-			n++
-			out = append(out, Level{
-				Identifier: p.Identifier, Bucket: r.Name,
-				Limit: r.Capacity, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
-				Period: duration(r.Period), Window: duration(r.Window),
-				ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
-			})
-		}
+	for l := range v.All() {
+		out = append(out, l)
 	}
 	return out
+}
+
+// All yields the level of each bucket and its cost, in tokens, in the order of the request. It allocates nothing.
+func (v *Verdict) All() iter.Seq2[Level, int64] {
+	return func(yield func(Level, int64) bool) {
+		n, costs := 0, v.asked()
+		for _, p := range v.parts() {
+			for j := range p.Rules.Rules {
+				if !yield(level(p.Identifier, &p.Rules.Rules[j], v.count(n)), costs[n]) {
+					return
+				}
+				n++
+			}
+		}
+	}
+}
+
+func level(id string, r *law.Rule, c storage.Count) Level {
+	return Level{
+		Identifier: id, Bucket: r.Name,
+		Limit: r.Capacity, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
+		Period: duration(r.Period), Window: duration(r.Window),
+		ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
+	}
 }
 
 func (v *Verdict) count(i int) storage.Count {
