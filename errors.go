@@ -36,7 +36,7 @@ type LimitedError struct{ Verdict Verdict }
 
 // Error says who was limited, by which bucket and for how long.
 func (e *LimitedError) Error() string {
-	id, bucket := refusedBy(&e.Verdict)
+	id, bucket := deniedBy(&e.Verdict)
 	return fmt.Sprintf("%v: %.64q by bucket %q, retry after %v", ErrLimited, id, bucket, e.Verdict.RetryAfter)
 }
 

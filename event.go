@@ -4,6 +4,9 @@ package throttler
 
 import (
 	"context"
+	"iter"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/go-throttler/throttler/storage"
@@ -12,10 +15,12 @@ import (
 // Op names what an Event is about.
 type Op string
 
-// The values of Op. Each try of a Wait is an OpConsume, after an OpPeek when it has to queue.
+// The values of Op. A Wait is one OpWait at its end; each of its attempts is an OpConsume before, or an OpPeek when it has
+// to queue, with an Attempt above 0.
 const (
 	OpConsume Op = "consume"
 	OpPeek    Op = "peek"
+	OpWait    Op = "wait"
 	OpCharge  Op = "charge"
 	OpRefund  Op = "refund"
 	OpReset   Op = "reset"
@@ -25,24 +30,78 @@ func opOf(m storage.Mode) Op {
 	return [...]Op{storage.Take: OpConsume, storage.Peek: OpPeek, storage.Force: OpCharge}[m]
 }
 
-// Event is what Observe is told of a call. The identifiers in it may be the caller's strings: where callers use their
-// memory again, as on fasthttp, an Observe that keeps one clones it.
+// Event is what Observe is told of a call. It is used again when Observe has returned: an Observe that keeps one copies
+// *e. The identifiers in it may be the caller's strings: where callers use their memory again, as on fasthttp, an
+// Observe that keeps one clones it.
 type Event struct {
-	Op         Op
-	Identifier string        // of several parts the first, or the one that refused; Levels names all
-	Cost       int64         // the largest cost asked of a bucket, or given back to one
-	Bucket     string        // refused: the bucket with the longest RetryAfter
-	Verdict    Verdict       // as the caller got it: Allowed, Levels, Source, Degraded; of OpRefund the refunded one
+	Name       string        // Config.Name of the Throttler
+	Op         Op            // of the call
+	Attempt    int           // 1, 2, … for the attempts of a Wait, which are no calls of their own; else 0, also for OpWait
+	Identifier string        // of several parts the first, or the one that denied; Buckets names all
+	Cost       int64         // the largest cost asked of a bucket, or given back to one, in tokens; Buckets has all
+	Bucket     string        // denied: the bucket with the longest RetryAfter; Buckets has all that denied
+	Verdict    Verdict       // as the caller got it; empty after an error; of OpRefund the refunded one
 	Err        error         // also when a policy allowed the call
-	Duration   time.Duration // of the call, storage included
+	Duration   time.Duration // of the call, storage included; of OpWait from its beginning
+
+	refund *storage.Charge // of OpRefund
 }
 
-// first is the identifier of the first part, if there is one.
-func first(v *Verdict) string {
-	if parts := v.parts(); len(parts) > 0 {
-		return parts[0].Identifier
+// Buckets yields each bucket that answered, and what it was asked for, in tokens. A bucket that denied has a RetryAfter
+// above 0. After an error there are none, but for a *DebtError. For OpRefund they are those of Identifier, with their
+// levels before the refund and what was given back. It allocates nothing.
+func (e *Event) Buckets() iter.Seq2[Level, int64] {
+	return func(yield func(Level, int64) bool) {
+		for l, cost := range e.Verdict.All() {
+			if e.refund != nil {
+				if l.Identifier != e.Identifier {
+					continue
+				}
+				cost = e.givenBack(l.Bucket)
+			}
+			if !yield(l, cost) {
+				return
+			}
+		}
 	}
-	return ""
+}
+
+func (e *Event) givenBack(bucket string) int64 {
+	for j := range e.refund.Amounts {
+		if e.refund.Rules.Rules[j].Name == bucket {
+			return -e.refund.Amounts[j].N
+		}
+	}
+	return 0
+}
+
+// Bypassed says that the call was allowed and no bucket asked, as Config.OnUnknownIdentifier or Config.OnStorageError has
+// it. Of OnStorageError Err is the failure, but for OpWait, whose attempts have it.
+func (e *Event) Bypassed() bool { return e.Verdict.Allowed && len(e.Verdict.parts()) == 0 }
+
+// Observers returns a function for Config.Observe that calls each of o, in order. Those that are nil are left out; it is
+// nil if all are.
+func Observers(o ...func(context.Context, *Event)) func(context.Context, *Event) {
+	o = slices.DeleteFunc(slices.Clone(o), func(f func(context.Context, *Event)) bool { return f == nil })
+	switch len(o) {
+	case 0:
+		return nil
+	case 1:
+		return o[0]
+	}
+	return func(ctx context.Context, e *Event) {
+		for _, f := range o {
+			f(ctx, e)
+		}
+	}
+}
+
+// first is the identifier of the first part. Of a request without parts it is one that is unknown and allowed.
+func first(v *Verdict) string {
+	if v.more != nil {
+		return v.more.parts[0].Identifier
+	}
+	return v.one[0].Identifier
 }
 
 // largestCost is the most that v was asked of one bucket.
@@ -53,9 +112,9 @@ func largestCost(v *Verdict) (cost int64) {
 	return cost
 }
 
-// refusedBy is the identifier and the bucket with the longest RetryAfter, if any has one.
-func refusedBy(v *Verdict) (id, bucket string) {
-	for _, l := range v.Levels() {
+// deniedBy is the identifier and the bucket with the longest RetryAfter, if any has one.
+func deniedBy(v *Verdict) (id, bucket string) {
+	for l := range v.All() {
 		if l.RetryAfter > 0 && l.RetryAfter == v.RetryAfter {
 			id, bucket = l.Identifier, l.Bucket
 		}
@@ -63,16 +122,38 @@ func refusedBy(v *Verdict) (id, bucket string) {
 	return id, bucket
 }
 
+// events are used again, as each that is handed to a function of the user would be allocated.
+var events = sync.Pool{New: func() any { return new(Event) }}
+
+// event is one to tell. It is set field by field, as tell sets the rest: to clear it takes longer.
+func (t *Throttler) event(op Op, attempt int, id string, cost int64) *Event {
+	e := events.Get().(*Event)
+	e.Name, e.Op, e.Attempt, e.Identifier, e.Cost, e.Bucket, e.refund = t.name, op, attempt, id, cost, "", nil
+	return e
+}
+
+// tell hands an event with its answer to Observe.
+func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, took time.Duration) {
+	e.Verdict, e.Err, e.Duration = *v, err, took
+	if v.RetryAfter > 0 {
+		if id, bucket := deniedBy(v); bucket != "" {
+			e.Identifier, e.Bucket = id, bucket
+		}
+	}
+	t.observe(ctx, e)
+	events.Put(e)
+}
+
 // Report tells Observe of a call that was denied before the Throttler was asked, and why: for middleware that does not know
 // whom a request counts for. The Event is an OpConsume with this Err.
 func (t *Throttler) Report(ctx context.Context, id string, err error) {
-	t.rejected(ctx, OpConsume, id, err)
+	t.rejected(ctx, OpConsume, 0, id, err)
 }
 
 // rejected observes a call that was wrong.
-func (t *Throttler) rejected(ctx context.Context, op Op, id string, err error) {
+func (t *Throttler) rejected(ctx context.Context, op Op, attempt int, id string, err error) {
 	t.tidy()
 	if t.observe != nil {
-		t.observe(ctx, Event{Op: op, Identifier: id, Err: err})
+		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, 0)
 	}
 }

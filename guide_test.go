@@ -469,7 +469,7 @@ func Example_guideStorageError() {
 			Storage:        store,
 			Buckets:        []throttler.Bucket{tenPerMinute},
 			OnStorageError: throttler.Allow,
-			Observe: func(_ context.Context, e throttler.Event) {
+			Observe: func(_ context.Context, e *throttler.Event) {
 				if errors.Is(e.Err, throttler.ErrUnavailable) {
 					fmt.Println("not limited:", e.Identifier) // count it, and wake somebody
 				}

