@@ -48,8 +48,8 @@ type Event struct {
 }
 
 // Buckets yields each bucket that answered, and what it was asked for, in tokens. A bucket that denied has a RetryAfter
-// above 0. After an error there are none, but for a *DebtError. For OpRefund they are those of Identifier, with their
-// levels before the refund and what was given back. It allocates nothing.
+// above 0. After an error there are none, but for a *DebtError and a Wait that gave up. For OpRefund they are those of
+// Identifier, with their levels before the refund and what was to be given back. It allocates nothing.
 func (e *Event) Buckets() iter.Seq2[Level, int64] {
 	return func(yield func(Level, int64) bool) {
 		for l, cost := range e.Verdict.All() {
