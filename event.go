@@ -4,6 +4,7 @@ package throttler
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"slices"
 	"sync"
@@ -78,6 +79,57 @@ func (e *Event) givenBack(bucket string) int64 {
 // Bypassed says that the call was allowed and no bucket asked, as Config.OnUnknownIdentifier or Config.OnStorageError has
 // it. Of OnStorageError Err is the failure, but for OpWait, whose attempts have it.
 func (e *Event) Bypassed() bool { return e.Verdict.Allowed && len(e.Verdict.parts()) == 0 }
+
+// Result is "allowed", "denied", "bypassed" or "error", for the labels of metrics. A Wait that gave up, as its context
+// ended or would have, is denied. A Charge, a Refund and a Reset that did not fail are allowed.
+func (e *Event) Result() string {
+	switch {
+	case e.Bypassed():
+		return "bypassed"
+	case e.Op == OpWait && endOfContext(e.Err):
+		return "denied"
+	case e.Err != nil:
+		return "error"
+	case e.Verdict.Allowed || e.Op == OpCharge || e.Op == OpRefund || e.Op == OpReset:
+		return "allowed"
+	}
+	return "denied"
+}
+
+// ErrorType is the kind of Err, for the labels of metrics: "unavailable", "corrupt", "closed", "cancelled",
+// "unknown_identifier", "debt_limit", "invalid" for all other errors of a call that was wrong, or "other". It is empty
+// without an Err.
+func (e *Event) ErrorType() string {
+	if e.Err == nil {
+		return ""
+	}
+	for _, t := range errorTypes {
+		if errors.Is(e.Err, t.err) {
+			return t.name
+		}
+	}
+	var faulty *BucketError
+	switch {
+	case endOfContext(e.Err):
+		return "cancelled"
+	case errors.As(e.Err, &faulty):
+		return "invalid"
+	}
+	return "other"
+}
+
+var errorTypes = [...]struct {
+	err  error
+	name string
+}{
+	{ErrUnavailable, "unavailable"}, // before the end of a context, which may be its cause
+	{ErrCorruptState, "corrupt"}, {ErrClosed, "closed"}, {ErrUnknownIdentifier, "unknown_identifier"}, {ErrDebtLimit, "debt_limit"},
+	{ErrInvalidIdentifier, "invalid"}, {ErrInvalidCost, "invalid"}, {ErrCostExceedsCapacity, "invalid"}, {ErrInvalidClock, "invalid"},
+}
+
+func endOfContext(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
 
 // Observers returns a function for Config.Observe that calls each of o, in order. Those that are nil are left out; it is
 // nil if all are.

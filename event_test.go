@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -208,6 +209,39 @@ func TestWhatAPolicyLetsPassIsBypassed(t *testing.T) {
 		assert.Equal(t, c.failed, (*seen)[0].Err != nil, name)
 		_, _ = th.Wait(t.Context(), "a")
 		assert.Equal(t, c.bypassed, (*seen)[2].Bypassed(), name)
+	}
+}
+
+func TestTheResultAndTheErrorTypeOfAnEvent(t *testing.T) {
+	t.Parallel()
+	unanswered := throttler.Config{Storage: failing{err: fmt.Errorf("%w: %w", throttler.ErrUnavailable, context.DeadlineExceeded)}}
+	allowing := throttler.Config{OnUnknownIdentifier: throttler.Allow}
+	one := throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}, Clock: clock.NewMock()}
+	unanswered.Buckets = one.Buckets
+	over, charged := &throttler.DebtError{}, throttler.Cost(9)
+	for want, c := range map[string]struct {
+		config throttler.Config
+		call   func(*throttler.Throttler)
+	}{
+		"allowed ":                 {one, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"denied ":                  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a"); _, _ = l.Consume("a") }},
+		"bypassed ":                {allowing, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"allowed  of a reset":      {one, func(l *throttler.Throttler) { _ = l.Reset(t.Context(), "a") }},
+		"allowed  of a charge":     {one, func(l *throttler.Throttler) { _ = l.Charge(t.Context(), "a", throttler.Cost(2)) }},
+		"denied cancelled":         {one, func(l *throttler.Throttler) { _, _ = l.Wait(canceled(t), "a") }},
+		"error cancelled":          {one, func(l *throttler.Throttler) { _, _ = l.ConsumeContext(canceled(t), "a") }},
+		"error unavailable":        {unanswered, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"error unknown_identifier": {throttler.Config{}, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"error debt_limit":         {one, func(l *throttler.Throttler) { assert.ErrorAs(t, l.Charge(t.Context(), "a", charged), &over) }},
+		"error invalid":            {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(2)) }},
+		"error invalid of CostOf":  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.CostOf("none", 1)) }},
+		"error other":              {one, func(l *throttler.Throttler) { l.Report(t.Context(), "a", errors.New("nobody")) }},
+	} {
+		th, seen := watched(t, c.config)
+		c.call(th)
+		e := (*seen)[len(*seen)-1]
+		want, _, _ = strings.Cut(want, " of ")
+		assert.Equal(t, want, e.Result()+" "+e.ErrorType())
 	}
 }
 
