@@ -3,7 +3,9 @@ package failover
 // What operators see: events and the state.
 
 import (
+	"encoding/json"
 	"fmt"
+	"iter"
 	"time"
 
 	"github.com/go-throttler/throttler/internal/law"
@@ -63,6 +65,51 @@ type State struct {
 	FlushError  error         // why the last flush failed; nil if it succeeded
 	Relayed     int64         // how often an identifier was raised in Redis
 	Forgotten   int64         // admissions that Postgres never records, beyond MaxPending or rejected by it
+}
+
+// MarshalJSON writes errors by their text, Lag in seconds, and nothing for what is zero but Degraded, Pending and Lag.
+func (s State) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		Degraded    bool      `json:"degraded"`
+		Cause       string    `json:"cause,omitempty"`
+		Since       time.Time `json:"since,omitzero"`
+		Transitions int64     `json:"transitions,omitempty"`
+		Doubted     time.Time `json:"doubted,omitzero"`
+		Pending     int       `json:"pending"`
+		Lag         float64   `json:"lag_seconds"`
+		Flushed     time.Time `json:"flushed,omitzero"`
+		FlushError  string    `json:"flush_error,omitempty"`
+		Relayed     int64     `json:"relayed,omitempty"`
+		Forgotten   int64     `json:"forgotten,omitempty"`
+	}{s.Degraded, text(s.Cause), s.Since, s.Transitions, s.Doubted, s.Pending, s.Lag.Seconds(), s.Flushed, text(s.FlushError), s.Relayed, s.Forgotten})
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// Stats yields the present State in numbers, by the names that metrics have for them. What is true is 1.
+func (s *Storage) Stats() iter.Seq2[string, float64] {
+	return func(yield func(string, float64) bool) {
+		state := s.State()
+		_ = yield("failover_degraded", truth(state.Degraded)) &&
+			yield("failover_flush_failing", truth(state.FlushError != nil)) &&
+			yield("failover_lag_seconds", state.Lag.Seconds()) &&
+			yield("failover_pending", float64(state.Pending)) &&
+			yield("failover_transitions_total", float64(state.Transitions)) &&
+			yield("failover_relayed_total", float64(state.Relayed)) &&
+			yield("failover_forgotten_total", float64(state.Forgotten))
+	}
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // State returns the present state, without I/O.

@@ -2,6 +2,7 @@ package failover_test
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -543,6 +544,9 @@ func TestWhatHappensIsObserved(t *testing.T) {
 		assert.True(t, st.Degraded)
 		assert.Error(t, st.Cause)
 		assert.EqualValues(t, 1, st.Transitions)
+		stats := maps.Collect(p.storage.Stats())
+		assert.InDelta(t, 1, stats["failover_degraded"], 0)
+		assert.InDelta(t, 1, stats["failover_transitions_total"], 0)
 		w.redis.setDown(false)
 		w.back()
 		assert.NoError(t, last(failover.PrimaryBack).Err)

@@ -1,0 +1,45 @@
+package failover_test
+
+import (
+	"encoding/json"
+	"errors"
+	"maps"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/storage/failover"
+)
+
+func TestAStateIsJSONWithItsCauses(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
+	for want, s := range map[string]failover.State{
+		`{"degraded":false,"pending":0,"lag_seconds":0}`: {},
+		`{"degraded":true,"cause":"connection refused","since":"2026-11-30T12:00:00Z","transitions":3,"doubted":"2026-11-30T12:00:00Z","pending":2,` +
+			`"lag_seconds":1.5,"flushed":"2026-11-30T12:00:00Z","flush_error":"too slow","relayed":4,"forgotten":5}`: {
+			Degraded: true, Cause: errors.New("connection refused"), Since: at, Transitions: 3, Doubted: at, Pending: 2,
+			Lag: 1500 * time.Millisecond, Flushed: at, FlushError: errors.New("too slow"), Relayed: 4, Forgotten: 5,
+		},
+	} {
+		got, err := json.Marshal(s)
+		require.NoError(t, err)
+		assert.Equal(t, want, string(got))
+	}
+}
+
+func TestTheStatsHaveTheNamesOfMetrics(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		assert.Equal(t, []string{
+			"failover_degraded", "failover_flush_failing", "failover_forgotten_total", "failover_lag_seconds",
+			"failover_pending", "failover_relayed_total", "failover_transitions_total",
+		}, slices.Sorted(maps.Keys(maps.Collect(p.storage.Stats()))))
+		for range p.storage.Stats() {
+			break
+		}
+	})
+}

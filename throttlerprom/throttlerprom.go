@@ -1,0 +1,182 @@
+// Package throttlerprom tells Prometheus what Throttlers decide.
+//
+//	m, err := throttlerprom.New(prometheus.DefaultRegisterer, nil)
+//	t, err := throttler.New(throttler.Config{Name: "api", Observe: m.Observe})
+//	m.Storage("main", store)
+//
+// No label has an identifier: there are as many as anybody likes to invent. The names of Throttlers, operations and
+// storages are of code, and so are nearly always those of buckets, of which no more than Options.MaxBuckets are labels.
+//
+// The folder has a dashboard for Grafana, grafana.json, and rules for alerts, alerts.yaml.
+package throttlerprom
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// DefaultMaxBuckets is Options.MaxBuckets if that is 0.
+const DefaultMaxBuckets = 100
+
+// Options of New. A nil *Options is the defaults.
+type Options struct {
+	// MaxBuckets is how many buckets have labels of their own, over all Throttlers. The first ones have; all others count
+	// as bucket "other" of their Throttler. 0 is DefaultMaxBuckets; below 0 is an error of New.
+	MaxBuckets int
+}
+
+// Metrics counts what it observes. It is safe for concurrent use, a prometheus.Collector, and made by New only.
+type Metrics struct {
+	maxBuckets int
+
+	decisions, denials, tokens, refunded, near, errors *prometheus.CounterVec
+	waiting, limit, period                             *prometheus.GaugeVec
+	duration, wait                                     *prometheus.HistogramVec
+
+	// The series are found once, and then in maps that are never changed: to find them by their labels takes longer than to
+	// count.
+	decided  atomic.Pointer[map[decidedBy]*decided]
+	full     atomic.Bool // whether further buckets are "other"
+	mu       sync.Mutex  // held to replace the maps, and for what follows
+	names    map[string]*named
+	labelled int // buckets that are not "other"
+	storages map[string]any
+}
+
+// New registers the metrics. Where they already are, it returns those, with the Options of the first New.
+func New(r prometheus.Registerer, o *Options) (*Metrics, error) {
+	m := &Metrics{maxBuckets: DefaultMaxBuckets, names: map[string]*named{}, storages: map[string]any{}}
+	if o != nil && o.MaxBuckets != 0 {
+		m.maxBuckets = o.MaxBuckets
+	}
+	if m.maxBuckets < 0 {
+		return nil, fmt.Errorf("throttlerprom: Options.MaxBuckets is %d, must be 0 or more", m.maxBuckets)
+	}
+	m.decided.Store(&map[decidedBy]*decided{})
+	m.make()
+	err := r.Register(m)
+	if there := (prometheus.AlreadyRegisteredError{}); errors.As(err, &there) {
+		if m, ok := there.ExistingCollector.(*Metrics); ok {
+			return m, nil
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("throttlerprom: %w", err)
+	}
+	return m, nil
+}
+
+func (m *Metrics) make() {
+	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "throttler_" + name, Help: help}, labels)
+	}
+	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
+		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "throttler_" + name, Help: help}, labels)
+	}
+	histogram := func(name, help string, from float64, labels ...string) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "throttler_" + name, Help: help, Buckets: prometheus.ExponentialBuckets(from, 4, 11),
+		}, labels)
+	}
+	m.decisions = counter("decisions_total", "Calls by their result. The attempts of a wait are not counted, and the source is the store that answered.", "name", "op", "result", "source")
+	m.denials = counter("denials_total", "Denials by each bucket that denied, which may be several of one call.", "name", "bucket")
+	m.tokens = counter("tokens_total", "Tokens that were taken, also by charges.", "name", "bucket")
+	m.refunded = counter("refunded_tokens_total", "Tokens that refunds gave back.", "name", "bucket")
+	m.near = counter("near_limit_total", "Admissions that left less than a fifth of the bucket.", "name", "bucket")
+	m.errors = counter("errors_total", "Calls that failed by type, also those that a policy allowed.", "name", "type")
+	m.limit = gauge("limit_tokens", "Capacity of the bucket as last seen.", "name", "bucket")
+	m.period = gauge("limit_period_seconds", "Period of the bucket as last seen.", "name", "bucket")
+	m.waiting = gauge("waiting", "Calls of Wait that have not returned.", "name")
+	m.duration = histogram("decision_duration_seconds", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6, "source")
+	m.wait = histogram("wait_duration_seconds", "Time from the beginning of a wait to its result.", 1e-4, "name", "result")
+}
+
+func (m *Metrics) collectors() []prometheus.Collector {
+	return []prometheus.Collector{m.decisions, m.denials, m.tokens, m.refunded, m.near, m.errors, m.limit, m.period, m.waiting, m.duration, m.wait}
+}
+
+// Describe implements prometheus.Collector.
+func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
+	for _, c := range m.collectors() {
+		c.Describe(to)
+	}
+	for _, s := range stats {
+		to <- s.desc
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *Metrics) Collect(to chan<- prometheus.Metric) {
+	for _, c := range m.collectors() {
+		c.Collect(to)
+	}
+	m.mu.Lock()
+	storages := maps.Clone(m.storages)
+	m.mu.Unlock()
+	for name, s := range storages {
+		collect(to, name, s)
+	}
+}
+
+// Storage adds what a storage tells of itself, under the label storage, each time that Prometheus asks: how many
+// identifiers the one in the process holds, and the state of failover. Others tell nothing yet. A storage of the same
+// name is replaced, and nil is none.
+func (m *Metrics) Storage(name string, storage any) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.storages[name] = storage; storage == nil {
+		delete(m.storages, name)
+	}
+}
+
+// stat is a figure that storages tell of themselves.
+type stat struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+}
+
+// stats are those that are known, by the names that storages have for them.
+var stats = func() map[string]stat {
+	all := map[string]stat{}
+	for _, s := range []struct {
+		name, help string
+		kind       prometheus.ValueType
+	}{
+		{"identifiers", "Identifiers that the storage in the process holds.", prometheus.GaugeValue},
+		{"failover_degraded", "1 while Postgres decides, as Redis does not.", prometheus.GaugeValue},
+		{"failover_flush_failing", "1 while Postgres does not record what Redis admitted.", prometheus.GaugeValue},
+		{"failover_lag_seconds", "Age of the oldest admission that Postgres has not recorded.", prometheus.GaugeValue},
+		{"failover_pending", "Identifiers with admissions that Postgres has not recorded.", prometheus.GaugeValue},
+		{"failover_transitions_total", "Changes of who decides.", prometheus.CounterValue},
+		{"failover_relayed_total", "Identifiers that were raised in Redis, as Postgres knew of more.", prometheus.CounterValue},
+		{"failover_forgotten_total", "Admissions that Postgres never records.", prometheus.CounterValue},
+	} {
+		all[s.name] = stat{prometheus.NewDesc("throttler_"+s.name, s.help, []string{"storage"}, nil), s.kind}
+	}
+	return all
+}()
+
+func collect(to chan<- prometheus.Metric, name string, storage any) {
+	send := func(stat string, value float64) {
+		if s, known := stats[stat]; known {
+			to <- prometheus.MustNewConstMetric(s.desc, s.kind, value, strings.ToValidUTF8(name, "?"))
+		}
+	}
+	if s, ok := storage.(interface{ Len() int }); ok {
+		send("identifiers", float64(s.Len()))
+	}
+	if s, ok := storage.(interface {
+		Stats() iter.Seq2[string, float64]
+	}); ok {
+		for stat, value := range s.Stats() {
+			send(stat, value)
+		}
+	}
+}
