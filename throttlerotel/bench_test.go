@@ -1,0 +1,36 @@
+package throttlerotel_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/sdk/metric"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/throttlerotel"
+)
+
+// BenchmarkObserve is a decision on two limits that nobody observes, that an empty function does, and that is counted.
+func BenchmarkObserve(b *testing.B) {
+	m, err := throttlerotel.New(&throttlerotel.Options{MeterProvider: metric.NewMeterProvider(metric.WithReader(metric.NewManualReader()))})
+	require.NoError(b, err)
+	for _, c := range []struct {
+		name    string
+		observe func(context.Context, *throttler.Event)
+	}{{"nobody", nil}, {"empty", func(context.Context, *throttler.Event) {}}, {"otel", m.Observe}} {
+		b.Run(c.name, func(b *testing.B) {
+			t, err := throttler.New(throttler.Config{Name: "api", Observe: c.observe, Buckets: []throttler.Bucket{
+				throttler.NewBucket(10*time.Second, 1<<40), throttler.NewBucket(time.Hour, 1<<40),
+			}})
+			require.NoError(b, err)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := t.Consume("user:42"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

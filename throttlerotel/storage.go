@@ -1,0 +1,80 @@
+package throttlerotel
+
+// What storages tell of themselves.
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"maps"
+
+	"go.opentelemetry.io/otel/metric"
+)
+
+// Storage adds what a storage tells of itself, with the attribute throttler.storage, each time that metrics are read: how
+// many identifiers the one in the process holds, and the state of failover. Others tell nothing yet. A storage of the same
+// name is replaced, and nil is none.
+func (m *Metrics) Storage(name string, storage any) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.storages[name] = storage; storage == nil {
+		delete(m.storages, name)
+	}
+}
+
+// observables makes an instrument for each figure that is known, by the name that storages have for it.
+func (m *Metrics) observables(meter metric.Meter) error {
+	var faults []error
+	known, all := map[string]metric.Float64Observable{}, []metric.Observable(nil)
+	keep := func(stat string, o metric.Float64Observable, err error) {
+		known[stat] = o
+		all, faults = append(all, o), append(faults, err)
+	}
+	gauge := func(stat, name, unit, what string) {
+		g, err := meter.Float64ObservableGauge("throttler."+name, metric.WithUnit(unit), metric.WithDescription(what))
+		keep(stat, g, err)
+	}
+	counter := func(stat, name, unit, what string) {
+		c, err := meter.Float64ObservableCounter("throttler."+name, metric.WithUnit(unit), metric.WithDescription(what))
+		keep(stat, c, err)
+	}
+	gauge("identifiers", "identifiers", "{identifier}", "Identifiers that the storage in the process holds.")
+	gauge("failover_degraded", "failover.degraded", "1", "1 while Postgres decides, as Redis does not.")
+	gauge("failover_flush_failing", "failover.flush_failing", "1", "1 while Postgres does not record what Redis admitted.")
+	gauge("failover_lag_seconds", "failover.lag", "s", "Age of the oldest admission that Postgres has not recorded.")
+	gauge("failover_pending", "failover.pending", "{identifier}", "Identifiers with admissions that Postgres has not recorded.")
+	counter("failover_transitions_total", "failover.transitions", "{transition}", "Changes of who decides.")
+	counter("failover_relayed_total", "failover.relayed", "{identifier}", "Identifiers that were raised in Redis, as Postgres knew of more.")
+	counter("failover_forgotten_total", "failover.forgotten", "{admission}", "Admissions that Postgres never records.")
+	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		m.observeStorages(o, known)
+		return nil
+	}, all...)
+	return errors.Join(append(faults, err)...)
+}
+
+func (m *Metrics) observeStorages(o metric.Observer, known map[string]metric.Float64Observable) {
+	m.mu.Lock()
+	storages := maps.Clone(m.storages)
+	m.mu.Unlock()
+	for name, s := range storages {
+		of := metric.WithAttributes(storageKey.String(name))
+		for stat, value := range statsOf(s) {
+			if instrument := known[stat]; instrument != nil {
+				o.ObserveFloat64(instrument, value, of)
+			}
+		}
+	}
+}
+
+func statsOf(storage any) iter.Seq2[string, float64] {
+	switch s := storage.(type) {
+	case interface {
+		Stats() iter.Seq2[string, float64]
+	}:
+		return s.Stats()
+	case interface{ Len() int }:
+		return func(yield func(string, float64) bool) { yield("identifiers", float64(s.Len())) }
+	}
+	return func(func(string, float64) bool) {}
+}

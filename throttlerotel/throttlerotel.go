@@ -1,0 +1,109 @@
+// Package throttlerotel tells OpenTelemetry what Throttlers decide: in metrics, and in an event on the caller's span when
+// a call is denied. It uses the API only; the SDK and its exporters are the program's.
+//
+//	m, err := throttlerotel.New(nil)
+//	t, err := throttler.New(throttler.Config{Name: "api", Observe: m.Observe})
+//	m.Storage("main", store)
+//
+// No attribute has an identifier: there are as many as anybody likes to invent. The names of Throttlers, operations and
+// storages are of code, and so are nearly always those of buckets, of which no more than Options.MaxBuckets are attributes.
+package throttlerotel
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+)
+
+// The attributes. What fails has error.type too.
+const (
+	nameKey    = attribute.Key("throttler.name")
+	opKey      = attribute.Key("throttler.op")
+	resultKey  = attribute.Key("throttler.result")
+	sourceKey  = attribute.Key("throttler.source")
+	bucketKey  = attribute.Key("throttler.bucket")
+	storageKey = attribute.Key("throttler.storage")
+	retryKey   = attribute.Key("throttler.retry_after") // seconds
+	errorKey   = attribute.Key("error.type")
+)
+
+// DefaultMaxBuckets is Options.MaxBuckets if that is 0.
+const DefaultMaxBuckets = 100
+
+// Options of New. A nil *Options is the defaults.
+type Options struct {
+	// MeterProvider makes the instruments. Nil is the global one.
+	MeterProvider metric.MeterProvider
+
+	// MaxBuckets is how many buckets have attributes of their own, over all Throttlers. The first ones have; all others
+	// count as bucket "other" of their Throttler. 0 is DefaultMaxBuckets; below 0 is an error of New.
+	MaxBuckets int
+}
+
+// Metrics counts what it observes. It is safe for concurrent use, and made by New only.
+type Metrics struct {
+	maxBuckets int
+
+	decisions, denials, tokens, refunded, near, errors metric.Int64Counter
+	waiting                                            metric.Int64UpDownCounter
+	duration, wait                                     metric.Float64Histogram
+
+	calls   kept[call, callOptions]
+	buckets kept[bucket, []metric.AddOption]
+
+	mu       sync.Mutex // held for what follows
+	storages map[string]any
+}
+
+// New makes the instruments.
+func New(o *Options) (*Metrics, error) {
+	m := &Metrics{maxBuckets: DefaultMaxBuckets, storages: map[string]any{}}
+	provider := otel.GetMeterProvider()
+	if o != nil && o.MeterProvider != nil {
+		provider = o.MeterProvider
+	}
+	if o != nil && o.MaxBuckets != 0 {
+		m.maxBuckets = o.MaxBuckets
+	}
+	if m.maxBuckets < 0 {
+		return nil, fmt.Errorf("throttlerotel: Options.MaxBuckets is %d, must be 0 or more", m.maxBuckets)
+	}
+	meter := provider.Meter("github.com/go-throttler/throttler/throttlerotel")
+	if err := errors.Join(m.instruments(meter), m.observables(meter)); err != nil {
+		return nil, fmt.Errorf("throttlerotel: %w", err)
+	}
+	return m, nil
+}
+
+func (m *Metrics) instruments(meter metric.Meter) error {
+	var faults []error
+	counter := func(name, unit, what string) metric.Int64Counter {
+		c, err := meter.Int64Counter("throttler."+name, metric.WithUnit(unit), metric.WithDescription(what))
+		faults = append(faults, err)
+		return c
+	}
+	histogram := func(name, what string, from float64) metric.Float64Histogram {
+		var bounds []float64
+		for range 11 {
+			bounds, from = append(bounds, from), 4*from
+		}
+		h, err := meter.Float64Histogram("throttler."+name, metric.WithUnit("s"), metric.WithDescription(what), metric.WithExplicitBucketBoundaries(bounds...))
+		faults = append(faults, err)
+		return h
+	}
+	m.decisions = counter("decisions", "{decision}", "Calls by their result. The attempts of a wait are not counted, and the source is the store that answered.")
+	m.denials = counter("denials", "{denial}", "Denials by each bucket that denied, which may be several of one call.")
+	m.tokens = counter("tokens", "{token}", "Tokens that were taken, also by charges.")
+	m.refunded = counter("refunded_tokens", "{token}", "Tokens that refunds gave back.")
+	m.near = counter("near_limit", "{decision}", "Admissions that left less than a fifth of the bucket.")
+	m.errors = counter("errors", "{error}", "Calls that failed by type, also those that a policy allowed.")
+	m.duration = histogram("decision.duration", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6)
+	m.wait = histogram("wait.duration", "Time from the beginning of a wait to its result.", 1e-4)
+	waiting, err := meter.Int64UpDownCounter("throttler.waiting", metric.WithUnit("{call}"), metric.WithDescription("Calls of Wait that have not returned."))
+	m.waiting = waiting
+	return errors.Join(append(faults, err)...)
+}
