@@ -80,34 +80,11 @@ func openFailover(ctx context.Context, redisURL, postgresURL string, log *slog.L
 	if err != nil {
 		return nil, nil, errors.Join(err, primary.Close(ctx))
 	}
-	s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
+	s, err := failover.New(primary, ledger, &failover.Options{Observe: failover.Log(log)})
 	if err != nil {
 		return nil, nil, errors.Join(err, primary.Close(ctx), closeLedger(ctx))
 	}
 	return s, func(ctx context.Context) error {
 		return errors.Join(s.Close(ctx), primary.Close(ctx), closeLedger(ctx))
 	}, nil
-}
-
-// changes logs what changes, and not that it lasts.
-func changes(log *slog.Logger) func(failover.Event) {
-	failing := false // Postgres could not be charged
-	return func(e failover.Event) {
-		switch e.Kind {
-		case failover.PrimaryLost:
-			log.Warn("Redis is lost, Postgres decides", "error", e.Err.Error())
-		case failover.PrimaryBack:
-			log.Info("Redis is back and decides")
-		case failover.FlushFailed:
-			if !failing {
-				log.Warn("Postgres cannot be charged", "error", e.Err.Error(), "pending", e.Pending)
-			}
-			failing = true
-		case failover.Flushed:
-			if failing {
-				log.Info("Postgres is charged again", "lag", e.Lag.String())
-			}
-			failing = false
-		}
-	}
 }

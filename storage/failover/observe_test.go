@@ -1,11 +1,15 @@
 package failover_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -41,5 +45,38 @@ func TestTheStatsHaveTheNamesOfMetrics(t *testing.T) {
 		for range p.storage.Stats() {
 			break
 		}
+	})
+}
+
+func TestTheLogOfADoubleOutageIsOneLineASecond(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var b bytes.Buffer
+		observe := failover.Log(slog.New(slog.NewTextHandler(&b, nil)))
+		down := errors.New("connection refused")
+		observe(failover.Event{Kind: failover.Flushed})
+		observe(failover.Event{Kind: failover.PrimaryLost, Err: down})
+		for range 25 {
+			observe(failover.Event{Kind: failover.FlushFailed, Err: down, Lag: time.Second, Pending: 3})
+			<-time.After(100 * time.Millisecond)
+		}
+		observe(failover.Event{Kind: failover.Flushed, Err: down})
+		observe(failover.Event{Kind: failover.Flushed})
+		observe(failover.Event{Kind: failover.Flushed})
+		observe(failover.Event{Kind: failover.PrimaryBack})
+		var got []string
+		for line := range strings.Lines(b.String()) {
+			_, line, _ = strings.Cut(strings.TrimSpace(line), "level=")
+			got = append(got, line)
+		}
+		assert.Equal(t, []string{
+			`WARN msg="failover: Redis is lost, Postgres decides" error="connection refused" lag=0s pending=0`,
+			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=0`,
+			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
+			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
+			`WARN msg="failover: Postgres rejected admissions, which are forgotten" error="connection refused" lag=0s pending=0 left_out=0`,
+			`INFO msg="failover: Postgres records again" lag=0s pending=0`,
+			`INFO msg="failover: Redis is back and decides"`,
+		}, got)
 	})
 }
