@@ -21,7 +21,7 @@ BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-check demo-failover lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -107,6 +107,11 @@ bench-go: ## Run the Go benchmarks that match BENCH=. for BENCHTIME=1s each
 	packages=$$($(call find,Benchmark) | sed 's/:[^:]*$$//' | sort -u); \
 	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
 	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
+
+bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function, metrics
+	@set -euo pipefail; for module in throttlerprom throttlerotel; do \
+		(set -x; cd $$module && $(GO) test -run '^$$' -bench Observe -benchtime $(BENCHTIME) -cpu 1 .); \
+	done
 
 bench-check: ## Fail if the hot path got slower since BASE, by default the last tag: in turns, by benchstat
 	@set -euo pipefail; \
