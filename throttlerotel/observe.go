@@ -20,14 +20,15 @@ import (
 // "throttler.denied" on the span of the context, if there is one that records; the status of the span stays as it is.
 func (m *Metrics) Observe(ctx context.Context, e *throttler.Event) {
 	result := e.Result()
+	c := m.calls.get(call{e.Name, e.Op, result, e.Verdict.Source()}, newCalls)
 	if e.Op == throttler.OpWait {
 		m.observeWait(ctx, e, result)
 	} else {
-		m.observeAsked(ctx, e, result)
+		m.observeAsked(ctx, e, c)
 	}
 	switch e.Attempt {
 	case 0:
-		m.decisions.Add(ctx, 1, m.optionsOf(e, result).decision...)
+		c.decided.Add(1)
 		m.observeBuckets(ctx, e, result)
 	case 1:
 		m.waiting.Add(ctx, 1, metric.WithAttributes(nameKey.String(e.Name)))
@@ -35,12 +36,12 @@ func (m *Metrics) Observe(ctx context.Context, e *throttler.Event) {
 }
 
 // observeAsked counts what is no wait, and so asked a storage once at most.
-func (m *Metrics) observeAsked(ctx context.Context, e *throttler.Event, result string) {
+func (m *Metrics) observeAsked(ctx context.Context, e *throttler.Event, c *calls) {
 	if e.Duration > 0 {
-		m.duration.Record(ctx, e.Duration.Seconds(), m.optionsOf(e, result).duration...)
+		m.duration.Record(ctx, e.Duration.Seconds(), c.duration...)
 	}
 	if e.Err != nil {
-		m.errors.Add(ctx, 1, metric.WithAttributes(nameKey.String(e.Name), errorKey.String(e.ErrorType())))
+		m.failed.get(failure{e.Name, e.ErrorType()}, func(failure) *atomic.Int64 { return new(atomic.Int64) }).Add(1)
 	}
 }
 
@@ -67,17 +68,14 @@ func (m *Metrics) observeBuckets(ctx context.Context, e *throttler.Event, result
 		denied(ctx, e)
 	}
 	for l, cost := range e.Buckets() {
-		of := m.bucket(e.Name, l.Bucket)
+		b := m.bucket(e.Name, l.Bucket)
 		switch {
 		case takes:
-			m.tokens.Add(ctx, cost, of...)
-			if 5*l.Remaining < l.Limit {
-				m.near.Add(ctx, 1, of...)
-			}
+			b.took(&l, cost)
 		case allowed && e.Op == throttler.OpRefund:
-			m.refunded.Add(ctx, cost, of...)
+			b.refunded.Add(cost)
 		case asks && l.RetryAfter > 0:
-			m.denials.Add(ctx, 1, of...)
+			b.denials.Add(1)
 		}
 	}
 }
@@ -96,66 +94,70 @@ type call struct {
 	source string
 }
 
-type callOptions struct {
-	decision []metric.AddOption
+func (c call) attributes() attribute.Set {
+	return attribute.NewSet(nameKey.String(c.name), opKey.String(string(c.op)), resultKey.String(c.result), sourceKey.String(c.source))
+}
+
+// calls is how many there were, and the options with which their time is recorded.
+type calls struct {
+	decided  atomic.Int64
 	duration []metric.RecordOption
 }
 
-func (m *Metrics) optionsOf(e *throttler.Event, result string) callOptions {
-	return m.calls.get(call{e.Name, e.Op, result, e.Verdict.Source()}, func(c call) callOptions {
-		source := sourceKey.String(c.source)
-		all := attribute.NewSet(nameKey.String(c.name), opKey.String(string(c.op)), resultKey.String(c.result), source)
-		return callOptions{
-			[]metric.AddOption{metric.WithAttributeSet(all)},
-			[]metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(source))},
-		}
-	})
+func newCalls(c call) *calls {
+	return &calls{duration: []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(sourceKey.String(c.source)))}}
 }
+
+type failure struct{ name, kind string }
 
 type bucket struct{ name, bucket string }
 
-// bucket is the options of a bucket, or of "other" where MaxBuckets have options of their own.
-func (m *Metrics) bucket(name, of string) []metric.AddOption {
-	k := bucket{name, of}
-	if m.buckets.full(k, m.maxBuckets) {
-		k.bucket = "other"
+// tokens is what happened to a bucket.
+type tokens struct{ denials, taken, refunded, near atomic.Int64 }
+
+func (t *tokens) took(l *throttler.Level, cost int64) {
+	t.taken.Add(cost)
+	if 5*l.Remaining < l.Limit {
+		t.near.Add(1)
 	}
-	return m.buckets.get(k, func(k bucket) []metric.AddOption {
-		return []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(nameKey.String(k.name), bucketKey.String(k.bucket)))}
-	})
 }
 
-// kept is what is made once for each key, in a map that is never changed: to make options for each call allocates.
+// bucket is that of the name, or "other" where MaxBuckets have attributes of their own.
+func (m *Metrics) bucket(name, of string) *tokens {
+	k := bucket{name, of}
+	if b := m.buckets.known()[k]; b != nil {
+		return b
+	}
+	if len(m.buckets.known()) >= m.maxBuckets {
+		k.bucket = "other"
+	}
+	return m.buckets.get(k, func(bucket) *tokens { return new(tokens) })
+}
+
+// kept is what is made once for each key, in a map that is never changed, so that nobody waits to read it.
 type kept[K comparable, V any] struct {
 	all atomic.Pointer[map[K]V]
 	mu  sync.Mutex // held to replace the map
 }
 
-func (k *kept[K, V]) get(key K, made func(K) V) V {
+func (k *kept[K, V]) known() map[K]V {
 	if all := k.all.Load(); all != nil {
-		if v, ok := (*all)[key]; ok {
-			return v
-		}
+		return *all
+	}
+	return nil
+}
+
+func (k *kept[K, V]) get(key K, made func(K) V) V {
+	if v, ok := k.known()[key]; ok {
+		return v
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	all := map[K]V{}
-	if known := k.all.Load(); known != nil {
-		all = maps.Clone(*known)
-	}
+	maps.Copy(all, k.known())
 	if _, ok := all[key]; !ok {
 		all[key] = made(key)
 		k.all.Store(&all)
 	}
 	return all[key]
-}
-
-// full says that there is no room for a new key beside most others.
-func (k *kept[K, V]) full(key K, most int) bool {
-	all := k.all.Load()
-	if all == nil {
-		return false
-	}
-	_, ok := (*all)[key]
-	return !ok && len(*all) >= most
 }

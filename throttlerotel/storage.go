@@ -22,8 +22,8 @@ func (m *Metrics) Storage(name string, storage any) {
 	}
 }
 
-// observables makes an instrument for each figure that is known, by the name that storages have for it.
-func (m *Metrics) observables(meter metric.Meter) error {
+// figures makes an instrument for each figure that is known, by the name that storages have for it.
+func (m *Metrics) figures(meter metric.Meter) error {
 	var faults []error
 	known, all := map[string]metric.Float64Observable{}, []metric.Observable(nil)
 	keep := func(stat string, o metric.Float64Observable, err error) {

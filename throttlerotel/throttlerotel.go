@@ -10,9 +10,11 @@
 package throttlerotel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
@@ -48,12 +50,13 @@ type Options struct {
 type Metrics struct {
 	maxBuckets int
 
-	decisions, denials, tokens, refunded, near, errors metric.Int64Counter
-	waiting                                            metric.Int64UpDownCounter
-	duration, wait                                     metric.Float64Histogram
+	// What is counted is told when metrics are read: to add to an instrument takes far longer than to an integer.
+	calls   kept[call, *calls]
+	failed  kept[failure, *atomic.Int64]
+	buckets kept[bucket, *tokens]
 
-	calls   kept[call, callOptions]
-	buckets kept[bucket, []metric.AddOption]
+	waiting        metric.Int64UpDownCounter
+	duration, wait metric.Float64Histogram
 
 	mu       sync.Mutex // held for what follows
 	storages map[string]any
@@ -73,7 +76,7 @@ func New(o *Options) (*Metrics, error) {
 		return nil, fmt.Errorf("throttlerotel: Options.MaxBuckets is %d, must be 0 or more", m.maxBuckets)
 	}
 	meter := provider.Meter("github.com/go-throttler/throttler/throttlerotel")
-	if err := errors.Join(m.instruments(meter), m.observables(meter)); err != nil {
+	if err := errors.Join(m.instruments(meter), m.counters(meter), m.figures(meter)); err != nil {
 		return nil, fmt.Errorf("throttlerotel: %w", err)
 	}
 	return m, nil
@@ -81,11 +84,6 @@ func New(o *Options) (*Metrics, error) {
 
 func (m *Metrics) instruments(meter metric.Meter) error {
 	var faults []error
-	counter := func(name, unit, what string) metric.Int64Counter {
-		c, err := meter.Int64Counter("throttler."+name, metric.WithUnit(unit), metric.WithDescription(what))
-		faults = append(faults, err)
-		return c
-	}
 	histogram := func(name, what string, from float64) metric.Float64Histogram {
 		var bounds []float64
 		for range 11 {
@@ -95,15 +93,45 @@ func (m *Metrics) instruments(meter metric.Meter) error {
 		faults = append(faults, err)
 		return h
 	}
-	m.decisions = counter("decisions", "{decision}", "Calls by their result. The attempts of a wait are not counted, and the source is the store that answered.")
-	m.denials = counter("denials", "{denial}", "Denials by each bucket that denied, which may be several of one call.")
-	m.tokens = counter("tokens", "{token}", "Tokens that were taken, also by charges.")
-	m.refunded = counter("refunded_tokens", "{token}", "Tokens that refunds gave back.")
-	m.near = counter("near_limit", "{decision}", "Admissions that left less than a fifth of the bucket.")
-	m.errors = counter("errors", "{error}", "Calls that failed by type, also those that a policy allowed.")
 	m.duration = histogram("decision.duration", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6)
 	m.wait = histogram("wait.duration", "Time from the beginning of a wait to its result.", 1e-4)
 	waiting, err := meter.Int64UpDownCounter("throttler.waiting", metric.WithUnit("{call}"), metric.WithDescription("Calls of Wait that have not returned."))
 	m.waiting = waiting
+	return errors.Join(append(faults, err)...)
+}
+
+// counters are those that are told when metrics are read.
+func (m *Metrics) counters(meter metric.Meter) error {
+	var faults []error
+	var all []metric.Observable
+	counter := func(name, unit, what string) metric.Int64ObservableCounter {
+		c, err := meter.Int64ObservableCounter("throttler."+name, metric.WithUnit(unit), metric.WithDescription(what))
+		all, faults = append(all, c), append(faults, err)
+		return c
+	}
+	decisions := counter("decisions", "{decision}", "Calls by their result. The attempts of a wait are not counted, and the source is the store that answered.")
+	denials := counter("denials", "{denial}", "Denials by each bucket that denied, which may be several of one call.")
+	taken := counter("tokens", "{token}", "Tokens that were taken, also by charges.")
+	refunded := counter("refunded_tokens", "{token}", "Tokens that refunds gave back.")
+	near := counter("near_limit", "{decision}", "Admissions that left less than a fifth of the bucket.")
+	failed := counter("errors", "{error}", "Calls that failed by type, also those that a policy allowed.")
+	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		for c, n := range m.calls.known() {
+			if decided := n.decided.Load(); decided > 0 { // not so where there were attempts only
+				o.ObserveInt64(decisions, decided, metric.WithAttributeSet(c.attributes()))
+			}
+		}
+		for f, n := range m.failed.known() {
+			o.ObserveInt64(failed, n.Load(), metric.WithAttributes(nameKey.String(f.name), errorKey.String(f.kind)))
+		}
+		for b, n := range m.buckets.known() {
+			of := metric.WithAttributes(nameKey.String(b.name), bucketKey.String(b.bucket))
+			o.ObserveInt64(denials, n.denials.Load(), of)
+			o.ObserveInt64(taken, n.taken.Load(), of)
+			o.ObserveInt64(refunded, n.refunded.Load(), of)
+			o.ObserveInt64(near, n.near.Load(), of)
+		}
+		return nil
+	}, all...)
 	return errors.Join(append(faults, err)...)
 }
