@@ -22,9 +22,9 @@ func Log(log *slog.Logger) func(Event) {
 			log.Info("failover: Redis is back and decides")
 		case e.Kind == FlushFailed:
 			failing = true
-			seldomly(&failed, log, "failover: Postgres does not record what Redis admitted", e)
+			warn(&failed, log, "failover: Postgres does not record what Redis admitted", e)
 		case e.Err != nil:
-			seldomly(&rejected, log, "failover: Postgres rejected admissions, which are forgotten", e)
+			warn(&rejected, log, "failover: Postgres rejected admissions, which are forgotten", e)
 		case failing:
 			failing = false
 			log.Info("failover: Postgres records again", "lag", e.Lag, "pending", e.Pending)
@@ -32,7 +32,7 @@ func Log(log *slog.Logger) func(Event) {
 	}
 }
 
-func seldomly(line *seldom.Line, log *slog.Logger, what string, e Event) {
+func warn(line *seldom.Line, log *slog.Logger, what string, e Event) {
 	if left, due := line.Due(); due {
 		log.Log(context.Background(), slog.LevelWarn, what, append(failure(e), "left_out", left)...)
 	}
