@@ -2,6 +2,7 @@ package throttler
 
 import (
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -20,6 +21,7 @@ type Bucket struct {
 	kind     law.Kind
 	name     string
 	named    bool
+	free     bool // of Unlimited
 
 	rule   law.Rule // made of all above
 	faults []error
@@ -30,11 +32,16 @@ type Bucket struct {
 // worst window of one period, around that moment, it admits nearly twice the capacity.
 //
 // The period is from 1 µs to 366 days; a part of a microsecond counts as a whole one. The capacity
-// is at least 1, and below 2^51. Continuous and SlidingWindow count in steps of the period: up to 10^13 tokens fit if the
+// is from 0 to below 2^51. A bucket of capacity 0 admits nothing: each cost exceeds it (ErrCostExceedsCapacity). Continuous and SlidingWindow count in steps of the period: up to 10^13 tokens fit if the
 // period is a whole number of milliseconds. An error names a number that does.
 func NewBucket(period time.Duration, capacity int64) Bucket {
 	return Bucket{period: period, tokens: capacity}.made()
 }
+
+// Unlimited returns a bucket that admits everything and has no Level: for plans and identifiers without a limit, where
+// others have one. A call whose buckets are all Unlimited does not ask the storage. Its name is "unlimited", unless Named
+// gives it another; no other modifier changes it.
+func Unlimited() Bucket { return Bucket{free: true}.made() }
 
 // Continuous makes tokens come back evenly, NewBucket's capacity of them each period: the token
 // bucket. In the worst window of one period it admits the burst and a period's refill.
@@ -73,9 +80,9 @@ func (b Bucket) Named(name string) Bucket {
 // Name is the name that was given, or the default.
 func (b Bucket) Name() string { return b.rule.Name }
 
-// Period is the period, in whole microseconds.
+// Period is the period, in whole microseconds. That of Unlimited is 0.
 func (b Bucket) Period() time.Duration {
-	if b.rule.Period == 0 {
+	if b.rule.Period == 0 || b.free {
 		return b.period
 	}
 	return time.Duration(b.rule.Period) * time.Microsecond
@@ -84,8 +91,14 @@ func (b Bucket) Period() time.Duration {
 // Kind is the word for how its tokens come back: "replenish", "continuous", "fixed", "sliding" or "log".
 func (b Bucket) Kind() string { return b.kind.String() }
 
-// Capacity is how many tokens a full bucket holds: those of Burst, if there is one.
+// Unlimited reports whether the bucket was made by Unlimited.
+func (b Bucket) Unlimited() bool { return b.free }
+
+// Capacity is how many tokens a full bucket holds: those of Burst, if there is one. That of Unlimited is math.MaxInt64.
 func (b Bucket) Capacity() int64 {
+	if b.free {
+		return math.MaxInt64
+	}
 	if b.hasBurst {
 		return b.burst
 	}
@@ -93,6 +106,9 @@ func (b Bucket) Capacity() int64 {
 }
 
 func (b Bucket) made() Bucket {
+	if b.free {
+		return b.freed()
+	}
 	name := b.name
 	if !b.named {
 		name = fmt.Sprintf("%d/%s", b.tokens, period.Format(b.period))
@@ -106,8 +122,26 @@ func (b Bucket) made() Bucket {
 	for _, fault := range faults {
 		b.faults = append(b.faults, b.inUserWords(fault))
 	}
+	if b.hasBurst && b.burst == 0 {
+		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: "is 0, must be at least 1; a bucket that admits nothing is NewBucket(period, 0)"})
+	}
 	if b.hasBurst && b.kind != law.Continuous {
 		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: fmt.Sprintf("of %d is for a Continuous bucket only", b.burst)})
+	}
+	return b
+}
+
+// freed is made for Unlimited. Its rule, of which only the name counts, is one that cannot be faulty otherwise.
+func (b Bucket) freed() Bucket {
+	name := b.name
+	if !b.named {
+		name = unlimited
+	}
+	var faults []law.Fault
+	b.rule, faults = law.NewRule(name, law.Replenish, time.Hour, 1, 1)
+	b.faults = nil
+	for i := range faults {
+		b.faults = append(b.faults, (*BucketError)(&faults[i]))
 	}
 	return b
 }

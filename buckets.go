@@ -94,16 +94,16 @@ func (t *Throttler) set(id string) *set {
 // set is the buckets of an identifier or of a call, ready for requests. It never changes.
 type set struct {
 	buckets []Bucket
-	rules   *storage.RuleSet
+	rules   *storage.RuleSet // of those that are not Unlimited; nil if all are, or with an err
 	err     error
 }
 
 // newSet compiles buckets and joins all their faults.
 func newSet(buckets []Bucket) *set {
-	s, rules := &set{buckets: buckets}, make([]law.Rule, len(buckets))
+	s, rules := &set{buckets: buckets}, make([]law.Rule, 0, len(buckets))
 	var faults []error
 	seen := make(map[string]bool, len(buckets))
-	for i, b := range buckets {
+	for _, b := range buckets {
 		if b.rule.Name == "" && b.faults == nil {
 			b = b.made()
 		}
@@ -112,12 +112,14 @@ func newSet(buckets []Bucket) *set {
 			faults = append(faults, &BucketError{Bucket: b.rule.Name, Field: "Name", Reason: "is given to two buckets of one identifier; Named tells them apart"})
 		}
 		seen[b.rule.Name] = true
-		rules[i] = b.rule
+		if !b.free {
+			rules = append(rules, b.rule)
+		}
 	}
 	if len(buckets) > storage.MaxBuckets {
 		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
 	}
-	if s.err = errors.Join(faults...); s.err == nil {
+	if s.err = errors.Join(faults...); s.err == nil && len(rules) > 0 {
 		s.rules = law.NewRuleSet(rules...)
 	}
 	return s
@@ -138,4 +140,9 @@ func (s *set) with(more []Bucket) *set {
 		}
 	}
 	return newSet(buckets)
+}
+
+// frees reports whether an Unlimited bucket has this name.
+func (s *set) frees(name string) bool {
+	return slices.ContainsFunc(s.buckets, func(b Bucket) bool { return b.free && b.rule.Name == name })
 }

@@ -202,7 +202,7 @@ func (t *Throttler) tooCostly(ctx context.Context, err error, parts ...Part) (v 
 		return v
 	}
 	for i := range parts {
-		if s, _ := t.setOf(parts[i].id, parts[i].options); s != nil && len(s.buckets) > 0 && s.err == nil {
+		if s, _ := t.setOf(parts[i].id, parts[i].options); s != nil && s.rules != nil {
 			if _, err := v.add(parts[i].id, s.rules); err != nil {
 				return Verdict{}
 			}
@@ -248,6 +248,9 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 	if s.err != nil {
 		return s.err
 	}
+	if s.rules == nil {
+		return s.costsOf(nil, id, cost, options)
+	}
 	costs, err := v.add(id, s.rules)
 	if err != nil {
 		return err
@@ -256,7 +259,7 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 		costs[i] = cost
 	}
 	if len(options) > 0 {
-		if err := costsOf(costs, s.rules, id, options); err != nil {
+		if err := s.costsOf(costs, id, cost, options); err != nil {
 			return err
 		}
 	}
@@ -266,15 +269,27 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 	return nil
 }
 
-// costsOf sets the costs of the buckets that options name.
-func costsOf(costs []int64, rules *storage.RuleSet, id string, options []Option) error {
+// costsOf sets the costs of the buckets that options name. Those of Unlimited buckets only must not be below 0.
+func (s *set) costsOf(costs []int64, id string, cost int64, options []Option) error {
+	if s.rules == nil && cost < 0 {
+		return fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
+	}
 	for i := range options {
-		if o := &options[i]; o.kind == costOfOption {
-			j := rules.Find(o.bucket)
-			if j < 0 {
-				return noSuchBucket(o.bucket, id)
-			}
+		o := &options[i]
+		if o.kind != costOfOption {
+			continue
+		}
+		j := -1
+		if s.rules != nil {
+			j = s.rules.Find(o.bucket)
+		}
+		switch {
+		case j >= 0:
 			costs[j] = o.n
+		case !s.frees(o.bucket):
+			return noSuchBucket(o.bucket, id)
+		case o.n < 0:
+			return fmt.Errorf("%w: %d asked of bucket %q, must be 0 or more", ErrInvalidCost, o.n, o.bucket)
 		}
 	}
 	return nil

@@ -187,10 +187,10 @@ func TestABucketAddedAgainKeepsWhatWasSpent(t *testing.T) {
 func TestAFaultyBucketReportsAllFaultsAndAddsNothing(t *testing.T) {
 	t.Parallel()
 	th, _ := throttled(t)
-	err := th.AddBucket("a", throttler.NewBucket(time.Minute, 5), throttler.NewBucket(0, 0), throttler.NewBucket(time.Second, 1).Burst(3), throttler.Bucket{})
+	err := th.AddBucket("a", throttler.NewBucket(time.Minute, 5), throttler.NewBucket(0, -1), throttler.NewBucket(time.Second, 1).Burst(3), throttler.Bucket{})
 	var fault *throttler.BucketError
 	require.ErrorAs(t, err, &fault)
-	for _, want := range []string{"Period is 0s, must be from 1µs to 8784h0m0s", "Capacity is 0, must be from 1 to", "Burst of 3 is for a Continuous bucket only"} {
+	for _, want := range []string{"Period is 0s, must be from 1µs to 8784h0m0s", "Capacity is -1, must be from 0 to", "Burst of 3 is for a Continuous bucket only"} {
 		assert.ErrorContains(t, err, want)
 	}
 	assert.Empty(t, th.Buckets("a"))
@@ -206,7 +206,6 @@ func TestEveryFaultOfABucketNamesItsField(t *testing.T) {
 		{throttler.NewBucket(-time.Second, 5), "Period"},
 		{throttler.NewBucket(999*time.Nanosecond, 5), "Period"},
 		{throttler.NewBucket(367*24*time.Hour, 5), "Period"},
-		{throttler.NewBucket(time.Second, 0), "Capacity"},
 		{throttler.NewBucket(time.Second, -1), "Capacity"},
 		{throttler.NewBucket(time.Second, math.MinInt64), "Capacity"},
 		{throttler.NewBucket(time.Second, math.MaxInt64), "Capacity"},
@@ -707,7 +706,7 @@ func TestArrowsPointDownOnly(t *testing.T) {
 	t.Parallel()
 	const module = "github.com/go-throttler/throttler"
 	allowed := map[string][]string{
-		"":                     {"/storage", "/storage/runtime", "/internal/law", "/internal/period"},
+		"":                     {"/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest"},
 		"/internal/law":        {},
 		"/storage":             {"/internal/law"},
 		"/storage/runtime":     {"/storage", "/internal/law"},
@@ -715,7 +714,7 @@ func TestArrowsPointDownOnly(t *testing.T) {
 		"/storage/postgres":    {"/storage", "/internal/replica", "/internal/law", "/internal/batch", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
 		"/storage/failover":    {"/internal/seldom", "/storage", "/internal/replica", "/internal/law", "/storage/redis", "/storage/postgres", "/storage/runtime", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/", "github.com/jackc/"},
 		"/throttlerslog":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/seldom"},
-		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv"},
+		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv", "/internal/nearest"},
 		"/internal/storecheck": {"/storage", "/internal/law", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 		"/storage/storagetest": {"/storage", "/internal/replica", "/internal/law", "/internal/period", "/internal/storecheck", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 	}

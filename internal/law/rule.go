@@ -47,7 +47,7 @@ func (r *Rule) SameBucket(o *Rule) bool { return r.Name == o.Name && r.Same(&o.L
 // Fault is what is wrong with the definition of a bucket. Package storage makes an error of it.
 type Fault struct{ Bucket, Field, Reason string }
 
-// NewRule makes the rule of a bucket that holds capacity tokens. Of them, refill come back each
+// NewRule makes the rule of a bucket that holds capacity tokens, 0 for one that admits nothing. Of them, refill come back each
 // period if it is Continuous; the other kinds ignore refill. A period that is not a whole number
 // of microseconds is rounded up. All faults are returned.
 func NewRule(name string, kind Kind, period time.Duration, capacity, refill int64) (Rule, []Fault) {
@@ -64,20 +64,20 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	if period < time.Microsecond || period > maxPeriod {
 		fault("Period", "is %v, must be from 1µs to %v", period, maxPeriod)
 	}
-	if capacity <= 0 || capacity >= exact/4 {
-		fault("Capacity", "is %d, must be from 1 to %d", capacity, exact/4-1)
+	if capacity < 0 || capacity >= exact/4 {
+		fault("Capacity", "is %d, must be from 0 to %d", capacity, exact/4-1)
 	}
 	law := Law{Kind: kind, Period: int64((period + time.Microsecond - 1) / time.Microsecond), Tick: 1, One: 1, Grain: 1}
 	if kind == Continuous {
 		if refill != capacity && (refill <= 0 || refill >= exact/4) {
 			fault("Refill", "is %d, must be from 1 to %d", refill, exact/4-1)
 		}
-		law.Refill = refill
+		law.Refill = max(1, refill) // of capacity 0 nothing is taken that could come back
 	}
 	if len(faults) > 0 {
 		return Rule{Name: name}, faults
 	}
-	if kind == Continuous && ceil(4*capacity, refill) > farFuture/law.Period {
+	if kind == Continuous && ceil(4*capacity, law.Refill) > farFuture/law.Period {
 		fault("Burst", "of %d at %d a period of %v takes over 8 years to come back", capacity, refill, period)
 		return Rule{Name: name}, faults
 	}

@@ -31,7 +31,7 @@ func NewRuleSet(rules ...Rule) *RuleSet {
 	}
 	s := &RuleSet{Rules: slices.Clone(rules)}
 	for i := range rules {
-		if s.Least == 0 || rules[i].Capacity < s.Least {
+		if i == 0 || rules[i].Capacity < s.Least {
 			s.Least = rules[i].Capacity
 		}
 	}
