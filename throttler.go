@@ -168,14 +168,30 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
 // only, and there are at most 256 parts.
-func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
+func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (Verdict, error) {
+	return t.decideAll(ctx, storage.Take, parts)
+}
+
+// PeekAll answers what ConsumeAll with the same parts would answer now, and takes nothing.
+func (t *Throttler) PeekAll(ctx context.Context, parts ...Part) (Verdict, error) {
+	return t.decideAll(ctx, storage.Peek, parts)
+}
+
+// ChargeAll is Charge for several identifiers, in one change.
+func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
+	_, err := t.decideAll(ctx, storage.Force, parts)
+	return err
+}
+
+func (t *Throttler) decideAll(ctx context.Context, mode storage.Mode, parts []Part) (v Verdict, err error) {
 	for i := range parts {
-		if err := t.add(&v, parts[i].id, parts[i].options); err != nil {
-			t.rejected(ctx, OpConsume, 0, parts[i].id, err)
+		err := t.add(&v, parts[i].id, parts[i].options)
+		if err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
+			t.rejected(ctx, opOf(mode), 0, parts[i].id, err)
 			return t.tooCostly(ctx, err, parts...), err
 		}
 	}
-	err = t.ask(ctx, &v, storage.Take, 0)
+	err = t.ask(ctx, &v, mode, 0)
 	return v, err
 }
 

@@ -50,6 +50,9 @@ func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 		if outer.l != l || outer.id == "" {
 			continue
 		}
+		if l.m.Decide != nil {
+			return true
+		}
 		if key := l.key(r); key != "" && outer.id == l.identifier(key) {
 			return true
 		}

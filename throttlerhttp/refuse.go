@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net/http"
 	"reflect"
+	"slices"
 	"strconv"
 
 	"github.com/go-throttler/throttler"
@@ -16,7 +17,7 @@ import (
 // Refusal is why a request did not reach the handler: it was denied, or could not be decided.
 type Refusal struct {
 	// Status is 429 for a denied request, 413 if its cost exceeds a capacity, so that waiting does not help, 400 if
-	// the cost is below zero, 403 if the key has no buckets, 503 if the storage could not decide, else 500.
+	// the cost is below zero, 403 if the key has no buckets, or one of capacity 0, 503 if the storage could not decide, else 500.
 	Status int
 
 	// Err is a *throttler.LimitedError with the Verdict of a 429, else what the Throttler returned, or ErrNoKey.
@@ -70,12 +71,20 @@ func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdi
 		new(said).say(l, h, &v, levels)
 	}
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
+	if refusal.Status == http.StatusRequestEntityTooLarge && admitsNothing(&v) {
+		refusal.Status = http.StatusForbidden
+	}
 	if err == nil {
 		refusal.Err = &throttler.LimitedError{Verdict: v}
 		refusal.RetryAfter = RetryAfterSeconds(v)
 		h.Set("Retry-After", strconv.FormatInt(refusal.RetryAfter, 10))
 	}
 	l.refuse(w, r, refusal)
+}
+
+// admitsNothing reports whether a bucket has a capacity of 0: no smaller request would be admitted.
+func admitsNothing(v *throttler.Verdict) bool {
+	return slices.ContainsFunc(v.Levels(), func(l throttler.Level) bool { return l.Limit == 0 })
 }
 
 // ofBody are the fields that describe a body, or say how long it may be kept.

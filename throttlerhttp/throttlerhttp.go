@@ -65,6 +65,11 @@ type Options struct {
 	// Cost of a request in tokens, 0 or more. Nil is the Throttler's Config.Cost.
 	Cost func(*http.Request) int64
 
+	// Decide, if not nil, decides in place of the Throttler: for limits of several identifiers, or that are looked up
+	// for each request. Key, Buckets, Tiers, Cost and Routes with Buckets do not count then. RefundIf gives back to the
+	// Throttler, on which Decide has to have decided.
+	Decide func(*http.Request) (throttler.Verdict, error)
+
 	// If RefundIf is set, the cost is refunded when it returns true for the status of the answer: to limit failed
 	// logins only, refund those below 400. The tokens stay taken until the handler writes a status or a body. The
 	// refund comes before anything is sent, and Fields tell what is left after it.
@@ -233,6 +238,9 @@ func (m *middleware) unasked(r *http.Request, id string, err error) error {
 
 // ask has the Throttler decide.
 func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
+	if l.m.Decide != nil {
+		return l.m.Decide(r)
+	}
 	key := l.key(r)
 	if key == "" {
 		return v, l.m.unasked(r, "", fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr))
@@ -256,15 +264,18 @@ func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 // look is what the buckets of a verdict say now.
 func (l *limit) look(r *http.Request, v *throttler.Verdict) (throttler.Verdict, error) {
 	ctx, set := context.WithoutCancel(r.Context()), l.set
+	if l.m.Decide != nil {
+		return throttler.Verdict{}, nil
+	}
 	if l.tiers != nil {
 		set, _ = l.tier(r) // no error, as it was found for v
 	}
 	set = with(set, throttler.Cost(0))
-	levels := v.Levels()
 	if l.added != nil {
-		return l.m.t.ConsumeAll(ctx, throttler.For(levels[0].Identifier, set...), throttler.For(levels[len(levels)-1].Identifier, with(l.added, throttler.Cost(0))...))
+		key := l.key(r) // v may not have both parts: those of Unlimited are left out
+		return l.m.t.PeekAll(ctx, throttler.For(l.identifier(key), set...), throttler.For(RouteIdentifier(key, l.route), with(l.added, throttler.Cost(0))...))
 	}
-	return l.m.t.Peek(ctx, levels[0].Identifier, set...)
+	return l.m.t.Peek(ctx, v.Levels()[0].Identifier, set...)
 }
 
 // with copies the options, which requests share, and adds one.

@@ -1,0 +1,184 @@
+// From files to a Set.
+
+package rules
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+
+	"go.yaml.in/yaml/v4"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/nearest"
+)
+
+// Parse compiles the rules of one file. The error is Faults, all that is wrong with it.
+func Parse(name string, data []byte) (*Set, error) { return Compile(File{name, data}) }
+
+// Compile makes one Set of files, in their order. Files may share a domain; names are unique in one. The error is
+// Faults, all that is wrong with any of the files; a file without content is a fault, since that is what a file looks
+// like while it is written.
+func Compile(files ...File) (*Set, error) { return compile(files, &Set{}) }
+
+// compile takes what is equal from the set before: a storage knows the buckets of its rules again.
+func compile(files []File, before *Set) (*Set, error) {
+	c := &compiler{
+		before: before,
+		set:    &Set{domains: map[string]*domain{}, etag: etag(files), options: map[string]throttler.Option{}},
+	}
+	for _, f := range files {
+		c.file(f)
+	}
+	c.resolve()
+	if len(c.faults) > 0 {
+		return nil, c.faults.sorted()
+	}
+	for _, d := range c.set.domains {
+		d.matcher = newMatcher(d.rules)
+	}
+	return c.set, nil
+}
+
+func etag(files []File) string {
+	h := sha256.New()
+	for _, f := range files {
+		for _, part := range [][]byte{[]byte(f.Name), f.Data} {
+			h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(part))))
+			h.Write(part)
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+type compiler struct {
+	before, set *Set
+	faults      Faults
+	names       []named // in replaces of native files, which have to be known
+}
+
+// named is a name that stands for a rule of a domain.
+type named struct {
+	rule *Rule
+	name string
+	node *yaml.Node
+}
+
+func (c *compiler) file(f File) {
+	r := &reader{file: f.Name}
+	roots := r.documents(f)
+	if len(roots) == 0 && len(r.faults) == 0 {
+		r.fault(&yaml.Node{}, "", "has no rules: it is empty")
+	}
+	for _, root := range roots {
+		if hasKey(root, "descriptors") && !hasKey(root, "rules") {
+			(&envoyFile{reader: r, compiler: c}).read(root)
+		} else {
+			(&nativeFile{reader: r, compiler: c}).read(root)
+		}
+	}
+	c.faults = append(c.faults, r.faults...)
+}
+
+func hasKey(n *yaml.Node, key string) bool {
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == key {
+			return n.Kind == yaml.MappingNode
+		}
+	}
+	return false
+}
+
+const maxDomain = 255 // bytes of its name
+
+// domain is the one of this name.
+func (c *compiler) domain(r *reader, n *yaml.Node, name string) *domain {
+	if name == "" || len(name) > maxDomain {
+		r.fault(n, "", "the domain has %d bytes, must have 1 to %d", len(name), maxDomain)
+	}
+	if c.set.domains[name] == nil {
+		c.set.domains[name] = &domain{name: name, names: map[string]*Rule{}}
+	}
+	return c.set.domains[name]
+}
+
+// add makes a rule one of its domain.
+func (c *compiler) add(r *reader, n *yaml.Node, rule *Rule) {
+	d := rule.domain
+	rule.Domain, rule.File, rule.Line, rule.Column = d.name, r.file, n.Line, n.Column
+	if other := d.names[rule.Name]; other != nil && rule.Name != "" {
+		r.fault(n, "", "the name %q is that of a rule in %s:%d, must be unique in the domain %q", rule.Name, other.File, other.Line, d.name)
+	}
+	d.names[rule.Name] = rule
+	c.bind(r, n, rule)
+	c.set.rules = append(c.set.rules, rule)
+}
+
+// bind gives the rule its buckets, by names under which a storage finds what was spent when limits change.
+func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
+	words, scope := make([]string, len(rule.Limits)), rule.Name
+	if rule.path != nil {
+		scope = "" // what was spent is found by the entries, as with envoyproxy/ratelimit
+	}
+	names := map[string]bool{}
+	for i := range rule.Limits {
+		b := limitNamed(scope, rule.Limits[i])
+		if names[b.Name()] {
+			r.fault(n, "", "two limits have one period and kind: keep the smaller one, or tell them apart by \"named\" (they are called %q)", b.Name())
+		}
+		names[b.Name()] = true
+		rule.Limits[i], words[i] = b, b.String()
+	}
+	if len(rule.Limits) > maxLimits {
+		r.fault(n, "", "a rule has at most %d limits, this one has %d", maxLimits, len(rule.Limits))
+	}
+	rule.using = c.using(strings.Join(words, "\n"), rule.Limits)
+}
+
+// using is the Option of the buckets, which are those of these words: where a rule had them before, the same one.
+func (c *compiler) using(words string, buckets []throttler.Bucket) throttler.Option {
+	for _, s := range []*Set{c.set, c.before} {
+		if o, known := s.options[words]; known {
+			c.set.options[words] = o
+			return o
+		}
+	}
+	c.set.options[words] = throttler.Using(buckets...)
+	return c.set.options[words]
+}
+
+const maxLimits = 16 // as an identifier has buckets
+
+// limitNamed gives a bucket that has no name one that does not change with its capacity: "rule/period/kind".
+func limitNamed(rule string, b throttler.Bucket) throttler.Bucket {
+	if b.Unlimited() || isNamed(b) {
+		return b
+	}
+	_, name, _ := strings.Cut(b.Name(), "/")
+	if rule != "" && len(rule)+1+len(name) <= maxBucketName {
+		name = rule + "/" + name
+	}
+	return b.Named(name)
+}
+
+const maxBucketName = 64
+
+func isNamed(b throttler.Bucket) bool { return strings.Contains(b.String(), " named ") }
+
+// resolve looks for what native rules replace, when all names are known.
+func (c *compiler) resolve() {
+	for _, n := range c.names {
+		d := n.rule.domain
+		if d.names[n.name] == nil && n.name != everything {
+			var names []string
+			for name := range d.names {
+				names = append(names, name)
+			}
+			slices.Sort(names)
+			c.faults = append(c.faults, &Fault{n.rule.File, n.node.Line, n.node.Column, fmt.Sprintf("replaces %q, which is no rule of the domain %q", n.name, d.name), nearest.Word(n.name, names)})
+		}
+	}
+}

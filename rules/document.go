@@ -1,0 +1,343 @@
+// YAML and JSON as one tree whose nodes know their places, and reading what is in it: unknown words are faults.
+
+package rules
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"go.yaml.in/yaml/v4"
+
+	"github.com/go-throttler/throttler/internal/nearest"
+)
+
+// Bounds of what a file may ask of the reader, which aliases could make endless.
+const (
+	maxNodes = 2_000_000
+	maxDepth = 200
+)
+
+// reader reads one file, and collects its faults.
+type reader struct {
+	file   string
+	faults Faults
+	nodes  int // visited
+	depth  int // of the node that is read
+}
+
+// deeper reports whether the node may be read, and has to be followed by a call of up.
+func (r *reader) deeper(n *yaml.Node) bool {
+	if r.depth++; r.depth == maxDepth {
+		r.fault(n, "", "the file has over %d levels", maxDepth)
+	}
+	return r.depth < maxDepth
+}
+
+func (r *reader) up() { r.depth-- }
+
+func (r *reader) fault(n *yaml.Node, meant, format string, args ...any) {
+	r.faults = append(r.faults, &Fault{r.file, n.Line, n.Column, fmt.Sprintf(format, args...), meant})
+}
+
+// documents are the roots of what is in a file.
+func (r *reader) documents(f File) (roots []*yaml.Node) {
+	if isJSON(f) {
+		return r.json(f.Data)
+	}
+	l, err := yaml.NewLoader(bytes.NewReader(f.Data))
+	for err == nil {
+		var n yaml.Node
+		if err = l.Load(&n); err == nil && len(n.Content) > 0 {
+			roots = append(roots, n.Content[0])
+		}
+	}
+	var fault *yaml.LoadError
+	switch {
+	case errors.Is(err, io.EOF):
+	case errors.As(err, &fault):
+		r.fault(&yaml.Node{Line: fault.Mark.Line, Column: fault.Mark.Column}, "", "%s", strings.Trim(fault.ContextMsg+": "+fault.Message, ": "))
+	default:
+		r.fault(&yaml.Node{}, "", "is not YAML: %v", err)
+	}
+	return roots
+}
+
+func isJSON(f File) bool {
+	if strings.EqualFold(filepath.Ext(f.Name), ".json") {
+		return true
+	}
+	start := bytes.TrimSpace(f.Data)
+	return len(start) > 0 && start[0] == '{' && json.Valid(f.Data)
+}
+
+// json reads the one value of a JSON file.
+func (r *reader) json(data []byte) []*yaml.Node {
+	d := &jsonDecoder{d: json.NewDecoder(bytes.NewReader(data)), data: data, line: 1}
+	d.d.UseNumber()
+	root, err := d.value()
+	if err == nil {
+		if _, more := d.d.Token(); !errors.Is(more, io.EOF) {
+			err = errors.New("more follows the value")
+		}
+	}
+	if err != nil {
+		at := d.d.InputOffset()
+		var syntax *json.SyntaxError
+		if errors.As(err, &syntax) {
+			at = max(at, syntax.Offset-1)
+		}
+		n := &yaml.Node{}
+		d.place(n, at)
+		r.fault(n, "", "is not JSON: %v", err)
+		return nil
+	}
+	return []*yaml.Node{root}
+}
+
+// jsonDecoder makes nodes of JSON. Places are found as it goes on, so that a file is looked through once.
+type jsonDecoder struct {
+	d    *json.Decoder
+	data []byte
+
+	depth       int
+	line        int
+	start, seen int64 // of the line, and how far lines have been counted
+}
+
+// place sets where the offset is.
+func (d *jsonDecoder) place(n *yaml.Node, at int64) {
+	at = min(at, int64(len(d.data)))
+	for ; d.seen < at; d.seen++ {
+		if d.data[d.seen] == '\n' {
+			d.line, d.start = d.line+1, d.seen+1
+		}
+	}
+	n.Line, n.Column = d.line, utf8.RuneCount(d.data[min(d.start, at):at])+1
+}
+
+func (d *jsonDecoder) value() (*yaml.Node, error) {
+	at := d.d.InputOffset()
+	for at < int64(len(d.data)) && strings.IndexByte(" \t\r\n,:", d.data[at]) >= 0 {
+		at++
+	}
+	n := &yaml.Node{Kind: yaml.ScalarNode}
+	d.place(n, at)
+	t, err := d.d.Token()
+	if err != nil {
+		if errors.Is(err, io.EOF) {
+			err = errors.New("it ends too early")
+		}
+		return nil, err
+	}
+	switch t := t.(type) {
+	case json.Delim:
+		n.Kind = yaml.SequenceNode
+		if t == '{' {
+			n.Kind = yaml.MappingNode
+		}
+		return n, d.content(n)
+	case string:
+		n.Tag, n.Value = "!!str", t
+	case json.Number:
+		n.Tag, n.Value = "!!float", t.String()
+		if _, err := strconv.ParseInt(n.Value, 10, 64); err == nil {
+			n.Tag = "!!int"
+		}
+	case bool:
+		n.Tag, n.Value = "!!bool", strconv.FormatBool(t)
+	default:
+		n.Tag = "!!null"
+	}
+	return n, nil
+}
+
+func (d *jsonDecoder) content(n *yaml.Node) error {
+	if d.depth++; d.depth > maxDepth {
+		return fmt.Errorf("it has over %d levels", maxDepth)
+	}
+	defer func() { d.depth-- }()
+	for d.d.More() {
+		child, err := d.value()
+		if err != nil {
+			return err
+		}
+		n.Content = append(n.Content, child)
+	}
+	_, err := d.d.Token()
+	return err
+}
+
+// resolved is what a node stands for. It counts the nodes, so that a file in which aliases repeat aliases, or contain
+// themselves, ends: the caller then reads a null.
+func (r *reader) resolved(n *yaml.Node) *yaml.Node {
+	for n.Kind == yaml.AliasNode && n.Alias != nil && r.nodes <= maxNodes {
+		n = n.Alias
+		r.nodes++
+	}
+	if r.nodes++; r.nodes > maxNodes {
+		if r.nodes == maxNodes+1 {
+			r.fault(n, "", "the file has over %d values, aliases counted as often as they are used", maxNodes)
+		}
+		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!null", Line: n.Line, Column: n.Column}
+	}
+	return n
+}
+
+// field is a word that a mapping may have, and what reads it.
+type field struct {
+	name string
+	read func(*yaml.Node)
+}
+
+// mapping reads the fields of n. It returns the keys that are there, or nil if n is no mapping.
+func (r *reader) mapping(n *yaml.Node, what string, fields []field) map[string]*yaml.Node {
+	pairs, ok := r.pairs(n, what)
+	if !ok {
+		return nil
+	}
+	seen := map[string]*yaml.Node{}
+	for _, p := range pairs {
+		seen[p.key.Value] = p.key
+		i := slices.IndexFunc(fields, func(f field) bool { return f.name == p.key.Value })
+		if i < 0 {
+			names := make([]string, len(fields))
+			for i := range fields {
+				names[i] = fields[i].name
+			}
+			r.fault(p.key, nearest.Word(p.key.Value, names), "%q is no word of %s, which are %s", p.key.Value, what, strings.Join(names, ", "))
+			continue
+		}
+		fields[i].read(p.value)
+	}
+	return seen
+}
+
+type pair struct{ key, value *yaml.Node }
+
+// pairs are the keys and values of a mapping. Those that it merges ("<<") come last, unless it has the key itself.
+func (r *reader) pairs(n *yaml.Node, what string) (pairs []pair, ok bool) {
+	defer r.up()
+	if !r.deeper(n) {
+		return nil, false
+	}
+	n = r.resolved(n)
+	if n.Kind != yaml.MappingNode {
+		r.fault(n, "", "%s is %s, must be a mapping", what, described(n))
+		return nil, false
+	}
+	seen, merged := map[string]*yaml.Node{}, []*yaml.Node(nil)
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := r.resolved(n.Content[i]), r.resolved(n.Content[i+1])
+		switch {
+		case key.Kind != yaml.ScalarNode:
+			r.fault(key, "", "a key is %s, must be a word", described(key))
+		case key.ShortTag() == "!!merge":
+			merged = append(merged, value)
+		case seen[key.Value] != nil:
+			r.fault(key, "", "%q stands here twice, before in line %d", key.Value, seen[key.Value].Line)
+		default:
+			seen[key.Value] = key
+			pairs = append(pairs, pair{key, value})
+		}
+	}
+	for _, m := range merged {
+		pairs = r.merge(pairs, seen, m)
+	}
+	return pairs, true
+}
+
+func (r *reader) merge(pairs []pair, seen map[string]*yaml.Node, from *yaml.Node) []pair {
+	sources := []*yaml.Node{from}
+	if from.Kind == yaml.SequenceNode {
+		sources = from.Content
+	}
+	for _, s := range sources {
+		more, _ := r.pairs(s, "what << merges")
+		for _, p := range more {
+			if seen[p.key.Value] == nil {
+				seen[p.key.Value] = p.key
+				pairs = append(pairs, p)
+			}
+		}
+	}
+	return pairs
+}
+
+// list reads each element of a sequence.
+func (r *reader) list(n *yaml.Node, what string, read func(*yaml.Node)) {
+	defer r.up()
+	if !r.deeper(n) {
+		return
+	}
+	n = r.resolved(n)
+	if n.Kind != yaml.SequenceNode {
+		r.fault(n, "", "%s is %s, must be a list", what, described(n))
+		return
+	}
+	for _, e := range n.Content {
+		read(r.resolved(e))
+	}
+}
+
+// listOrOne is list that takes an element alone.
+func (r *reader) listOrOne(n *yaml.Node, what string, read func(*yaml.Node)) {
+	if n = r.resolved(n); n.Kind == yaml.SequenceNode {
+		r.list(n, what, read)
+		return
+	}
+	read(n)
+}
+
+// text reads a scalar that is not null as it is written.
+func (r *reader) text(n *yaml.Node, what string) (string, bool) {
+	if n = r.resolved(n); n.Kind != yaml.ScalarNode || n.ShortTag() == "!!null" {
+		r.fault(n, "", "%s is %s, must be text", what, described(n))
+		return "", false
+	}
+	return n.Value, true
+}
+
+func (r *reader) boolean(n *yaml.Node, what string) bool {
+	n = r.resolved(n)
+	word := strings.ToLower(n.Value)
+	if n.Kind == yaml.ScalarNode && slices.Contains([]string{"true", "yes", "on"}, word) {
+		return true
+	}
+	if n.Kind != yaml.ScalarNode || !slices.Contains([]string{"false", "no", "off"}, word) {
+		r.fault(n, nearest.Word(word, []string{"true", "false"}), "%s is %s, must be true or false", what, described(n))
+	}
+	return false
+}
+
+func (r *reader) integer(n *yaml.Node, what string, least, most int64) (int64, bool) {
+	n = r.resolved(n)
+	i, err := strconv.ParseInt(strings.ReplaceAll(n.Value, "_", ""), 0, 64)
+	if n.Kind != yaml.ScalarNode || err != nil || i < least || i > most {
+		r.fault(n, "", "%s is %s, must be a whole number from %d to %d", what, described(n), least, most)
+		return 0, false
+	}
+	return i, true
+}
+
+// described is what a fault says that a node is.
+func described(n *yaml.Node) string {
+	switch {
+	case n.Kind == yaml.MappingNode:
+		return "a mapping"
+	case n.Kind == yaml.SequenceNode:
+		return "a list"
+	case n.ShortTag() == "!!null":
+		return "empty"
+	case len(n.Value) > 64:
+		return strconv.Quote(n.Value[:64]) + "…"
+	}
+	return strconv.Quote(n.Value)
+}
