@@ -68,7 +68,7 @@ type named struct {
 }
 
 func (c *compiler) file(f File) {
-	r := &reader{file: f.Name}
+	r := &reader{file: f.Name, nodes: maxNodes + 10*len(f.Data)}
 	roots := r.documents(f)
 	if len(roots) == 0 && len(r.faults) == 0 {
 		r.fault(&yaml.Node{}, "", "has no rules: it is empty")
@@ -133,7 +133,7 @@ func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
 		rule.Limits[i], words[i] = b, b.String()
 	}
 	if len(rule.Limits) > maxLimits {
-		r.fault(n, "", "a rule has at most %d limits, this one has %d", maxLimits, len(rule.Limits))
+		r.fault(n, "", "a rule has %d limits, must have at most %d", len(rule.Limits), maxLimits)
 	}
 	rule.using = c.using(strings.Join(words, "\n"), rule.Limits)
 }
@@ -158,13 +158,17 @@ func limitNamed(rule string, b throttler.Bucket) throttler.Bucket {
 		return b
 	}
 	_, name, _ := strings.Cut(b.Name(), "/")
-	if rule != "" && len(rule)+1+len(name) <= maxBucketName {
+	if rule != "" && isPrintable(rule) && len(rule)+1+len(name) <= maxBucketName {
 		name = rule + "/" + name
 	}
 	return b.Named(name)
 }
 
 const maxBucketName = 64
+
+func isPrintable(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}
 
 func isNamed(b throttler.Bucket) bool { return strings.Contains(b.String(), " named ") }
 

@@ -21,15 +21,15 @@ import (
 
 // Bounds of what a file may ask of the reader, which aliases could make endless.
 const (
-	maxNodes = 2_000_000
-	maxDepth = 200
+	maxNodes = 100_000 // and 10 for each byte of the file
+	maxDepth = 64
 )
 
 // reader reads one file, and collects its faults.
 type reader struct {
 	file   string
 	faults Faults
-	nodes  int // visited
+	nodes  int // that may still be visited
 	depth  int // of the node that is read
 }
 
@@ -44,6 +44,9 @@ func (r *reader) deeper(n *yaml.Node) bool {
 func (r *reader) up() { r.depth-- }
 
 func (r *reader) fault(n *yaml.Node, meant, format string, args ...any) {
+	if r.nodes < 0 {
+		return
+	}
 	r.faults = append(r.faults, &Fault{r.file, n.Line, n.Column, fmt.Sprintf(format, args...), meant})
 }
 
@@ -94,6 +97,9 @@ func (r *reader) json(data []byte) []*yaml.Node {
 		if errors.As(err, &syntax) {
 			at = max(at, syntax.Offset-1)
 		}
+		if errors.Is(err, io.EOF) {
+			err = errors.New("it ends too early")
+		}
 		n := &yaml.Node{}
 		d.place(n, at)
 		r.fault(n, "", "is not JSON: %v", err)
@@ -132,9 +138,6 @@ func (d *jsonDecoder) value() (*yaml.Node, error) {
 	d.place(n, at)
 	t, err := d.d.Token()
 	if err != nil {
-		if errors.Is(err, io.EOF) {
-			err = errors.New("it ends too early")
-		}
 		return nil, err
 	}
 	switch t := t.(type) {
@@ -176,15 +179,15 @@ func (d *jsonDecoder) content(n *yaml.Node) error {
 }
 
 // resolved is what a node stands for. It counts the nodes, so that a file in which aliases repeat aliases, or contain
-// themselves, ends: the caller then reads a null.
+// themselves, ends: the caller then reads a null, and faults that follow from it are not told.
 func (r *reader) resolved(n *yaml.Node) *yaml.Node {
-	for n.Kind == yaml.AliasNode && n.Alias != nil && r.nodes <= maxNodes {
+	for n.Kind == yaml.AliasNode && n.Alias != nil && r.nodes > 0 {
 		n = n.Alias
-		r.nodes++
+		r.nodes--
 	}
-	if r.nodes++; r.nodes > maxNodes {
-		if r.nodes == maxNodes+1 {
-			r.fault(n, "", "the file has over %d values, aliases counted as often as they are used", maxNodes)
+	if r.nodes--; r.nodes <= 0 {
+		if r.nodes == 0 {
+			r.fault(n, "", "the file has too many values, since its aliases repeat each other")
 		}
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!null", Line: n.Line, Column: n.Column}
 	}
@@ -294,6 +297,14 @@ func (r *reader) listOrOne(n *yaml.Node, what string, read func(*yaml.Node)) {
 		return
 	}
 	read(n)
+}
+
+// domainName reads a domain. One that is no text has been told then, and gets a name that has no fault of its own.
+func (r *reader) domainName(n *yaml.Node) string {
+	if name, ok := r.text(n, "domain"); ok {
+		return name
+	}
+	return DefaultDomain
 }
 
 // text reads a scalar that is not null as it is written.

@@ -84,7 +84,7 @@ type envoyFile struct {
 func (f *envoyFile) read(root *yaml.Node) {
 	name, at, list := "", root, []*yaml.Node(nil)
 	f.mapping(root, "a file of envoyproxy/ratelimit", []field{
-		{"domain", func(n *yaml.Node) { name, _ = f.text(n, "domain"); at = n }},
+		{"domain", func(n *yaml.Node) { name, at = f.domainName(n), n }},
 		{"descriptors", func(n *yaml.Node) { list = f.children(n) }},
 	})
 	f.domain = f.compiler.domain(f.reader, at, name)
@@ -106,6 +106,10 @@ func (f *envoyFile) children(n *yaml.Node) (list []*yaml.Node) {
 
 // descriptor reads a descriptor below a node.
 func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path) {
+	defer f.up()
+	if !f.deeper(n) {
+		return
+	}
 	var (
 		r        = &Rule{domain: f.domain, cost: cost{factor: 1}}
 		key, val string
@@ -157,11 +161,11 @@ func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path
 }
 
 // optional is text that may be empty.
-func (f *envoyFile) optional(n *yaml.Node, what string) string {
-	if n = f.resolved(n); n.ShortTag() == "!!null" {
+func (r *reader) optional(n *yaml.Node, what string) string {
+	if n = r.resolved(n); n.ShortTag() == "!!null" {
 		return ""
 	}
-	text, _ := f.text(n, what)
+	text, _ := r.text(n, what)
 	return text
 }
 
@@ -226,13 +230,13 @@ func (f *envoyFile) limit(r *Rule, n *yaml.Node) {
 	var l envoyLimit
 	var unitAt, algorithmAt = n, n
 	has := f.mapping(n, "a rate_limit", []field{
-		{"requests_per_unit", func(n *yaml.Node) { l.requests, _ = f.integer(n, "requests_per_unit", 0, 1<<51-1) }},
+		{"requests_per_unit", func(n *yaml.Node) { l.requests, _ = f.integer(n, "requests_per_unit", 0, maxRequests) }},
 		{"unit", func(n *yaml.Node) { l.unit, unitAt = f.optional(n, "unit"), n }},
 		{"unlimited", func(n *yaml.Node) { l.unlimited = f.boolean(n, "unlimited") }},
 		{"name", func(n *yaml.Node) { l.name = f.optional(n, "name") }},
 		{"replaces", func(n *yaml.Node) { f.list(n, "replaces", func(n *yaml.Node) { f.replaces(r, n) }) }},
 		{"algorithm", func(n *yaml.Node) { l.algorithm, algorithmAt = f.optional(n, "algorithm"), n }},
-		{"burst", func(n *yaml.Node) { l.burst, _ = f.integer(n, "burst", 1, 1<<51-1) }},
+		{"burst", func(n *yaml.Node) { l.burst, _ = f.integer(n, "burst", 1, maxRequests) }},
 	})
 	if has == nil {
 		return
@@ -278,17 +282,20 @@ func (f *envoyFile) replaces(r *Rule, n *yaml.Node) {
 	r.replaces = append(r.replaces, name)
 }
 
+const maxRequests = 1<<51 - 1 // of a unit
+
 const day = 24 * time.Hour
 
 var envoyUnits = map[string]time.Duration{
 	"second": time.Second, "minute": time.Minute, "hour": time.Hour, "day": day, "week": 7 * day, "month": 30 * day, "year": 365 * day,
 }
 
-func (f *envoyFile) unit(n *yaml.Node, given string) (time.Duration, bool) {
+// unit is the period of a unit.
+func (r *reader) unit(n *yaml.Node, given string) (time.Duration, bool) {
 	period, known := envoyUnits[strings.ToLower(given)]
 	if !known {
 		words := []string{"second", "minute", "hour", "day", "week", "month", "year"}
-		f.fault(n, nearest.Word(given, words), "unit is %q, must be %s", given, strings.Join(words, ", "))
+		r.fault(n, nearest.Word(given, words), "unit is %q, must be %s", given, strings.Join(words, ", "))
 	}
 	return period, known
 }

@@ -26,7 +26,7 @@ type nativeFile struct {
 func (f *nativeFile) read(root *yaml.Node) {
 	name, at, list := DefaultDomain, root, []*yaml.Node(nil)
 	has := f.mapping(root, "a file", []field{
-		{"domain", func(n *yaml.Node) { name, _ = f.text(n, "domain"); at = n }},
+		{"domain", func(n *yaml.Node) { name, at = f.domainName(n), n }},
 		{"addresses", func(n *yaml.Node) { f.addresses = f.keys(n, "addresses") }},
 		{"rules", func(n *yaml.Node) { f.list(n, "rules", func(n *yaml.Node) { list = append(list, n) }) }},
 	})
@@ -62,15 +62,24 @@ func (f *nativeFile) rule(n *yaml.Node) {
 		{"name", func(n *yaml.Node) { r.Name = f.name(n) }},
 		{"when", func(n *yaml.Node) { f.when(r, n) }},
 		{"per", func(n *yaml.Node) { r.per = f.keys(n, "per") }},
-		{"limits", func(n *yaml.Node) { f.listOrOne(n, "limits", func(n *yaml.Node) { f.limit(r, n) }) }},
+		{"limits", func(n *yaml.Node) { f.limits(r, n) }},
 		{"unlimited", func(n *yaml.Node) { r.Unlimited = f.boolean(n, "unlimited") }},
 		{"replaces", func(n *yaml.Node) { f.listOrOne(n, "replaces", func(n *yaml.Node) { replaces = append(replaces, n) }) }},
 		{"cost", func(n *yaml.Node) { r.cost = f.cost(n) }},
 		{"shadow", func(n *yaml.Node) { r.Shadow = f.boolean(n, "shadow") }},
 		{"metadata", func(n *yaml.Node) { r.Metadata = f.metadata(n) }},
+		{"path", func(*yaml.Node) {}},
+		{"descriptors", func(*yaml.Node) {}},
 	})
 	if has == nil {
 		return
+	}
+	if has["descriptors"] != nil {
+		f.pathRule(n)
+		return
+	}
+	if has["path"] != nil {
+		f.fault(has["path"], "when", "\"path\" alone is no word of a rule")
 	}
 	if has["name"] == nil {
 		f.fault(n, "", "the rule has no name")
@@ -93,8 +102,7 @@ const maxRuleName = 40 // so that names of limits have room for the period
 
 func (f *nativeFile) name(n *yaml.Node) string {
 	name, ok := f.text(n, "name")
-	printable := !strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r > '~' })
-	if ok && (name == "" || len(name) > maxRuleName || !printable || name == everything) {
+	if ok && (name == "" || len(name) > maxRuleName || !isPrintable(name) || name == everything) {
 		f.fault(n, "", "name is %.64q, must be 1 to %d printable ASCII characters, and not %q", name, maxRuleName, everything)
 	}
 	return name
@@ -116,24 +124,29 @@ func (f *nativeFile) complete(r *Rule, n *yaml.Node, has map[string]*yaml.Node) 
 func (f *nativeFile) when(r *Rule, n *yaml.Node) {
 	pairs, _ := f.pairs(n, "when")
 	for _, p := range pairs {
-		c := condition{key: p.key.Value, exact: map[string]bool{}}
-		anything, values := false, 0
-		f.listOrOne(p.value, fmt.Sprintf("%q of when", c.key), func(n *yaml.Node) {
-			value, ok := f.text(n, fmt.Sprintf("a value of %q", c.key))
-			if values++; ok && value == "*" {
-				anything = true
-			} else if ok {
-				f.value(&c, n, value)
-			}
-		})
-		if values == 0 {
-			f.fault(p.key, "", "%q of when has no values, so that the rule would match nothing; \"*\" is anything", c.key)
-		}
-		if anything {
-			c = condition{key: c.key}
-		}
-		r.conditions = append(r.conditions, c)
+		f.condition(r, p.key.Value, p.value)
 	}
+}
+
+// condition reads the values that the entry of a key may have.
+func (f *nativeFile) condition(r *Rule, key string, n *yaml.Node) {
+	c := condition{key: key, exact: map[string]bool{}}
+	anything, values := false, 0
+	f.listOrOne(n, fmt.Sprintf("%q of when", key), func(n *yaml.Node) {
+		value, ok := f.text(n, fmt.Sprintf("a value of %q", key))
+		if values++; ok && value == "*" {
+			anything = true
+		} else if ok {
+			f.value(&c, n, value)
+		}
+	})
+	if values == 0 {
+		f.fault(n, "", "%q of when has no values, so that the rule would match nothing; \"*\" is anything", key)
+	}
+	if anything {
+		c = condition{key: key}
+	}
+	r.conditions = append(r.conditions, c)
 }
 
 // value adds a value to a condition.
@@ -163,6 +176,13 @@ func parseNetwork(s string) (netip.Prefix, error) {
 		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
 	}
 	return p.Masked(), err
+}
+
+func (f *nativeFile) limits(r *Rule, n *yaml.Node) {
+	if n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+		f.fault(n, "", "limits is an empty list: a rule without limits has \"unlimited: true\"")
+	}
+	f.listOrOne(n, "limits", func(n *yaml.Node) { f.limit(r, n) })
 }
 
 func (f *nativeFile) limit(r *Rule, n *yaml.Node) {

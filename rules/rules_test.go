@@ -3,6 +3,7 @@ package rules_test
 import (
 	"testing"
 
+	"github.com/benbjohnson/clock"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -35,7 +36,7 @@ rules:
 
 func engine(t *testing.T, text string) *rules.Engine {
 	t.Helper()
-	l, err := throttler.New(throttler.Config{})
+	l, err := throttler.New(throttler.Config{Clock: clock.NewMock()})
 	require.NoError(t, err)
 	e, err := rules.NewEngine(l, rules.NewMemory(rules.File{Name: "rules.yaml", Data: []byte(text)}), nil)
 	require.NoError(t, err)
