@@ -717,6 +717,7 @@ func TestArrowsPointDownOnly(t *testing.T) {
 		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv", "/internal/nearest"},
 		"/internal/storecheck": {"/storage", "/internal/law", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 		"/rules":               {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4"},
+		"/rules/postgres":      {"", "/rules", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
 		"/storage/storagetest": {"/storage", "/internal/replica", "/internal/law", "/internal/period", "/internal/storecheck", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 	}
 	for pkg, may := range allowed {

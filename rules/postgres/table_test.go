@@ -1,0 +1,188 @@
+package postgres_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
+	"github.com/go-throttler/throttler/rules"
+	pgrules "github.com/go-throttler/throttler/rules/postgres"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var tables atomic.Int64
+
+// open returns a table of its own, of tests that share a server, and the pool that it uses.
+func open(t *testing.T, url string, o pgrules.Options) (*pgrules.Table, *pgxpool.Pool) {
+	t.Helper()
+	pool, err := pgxpool.New(t.Context(), url)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	if o.Table == "" {
+		o.Table = fmt.Sprintf("throttler_rules_%d_%d_state", time.Now().UnixNano(), tables.Add(1))
+	}
+	o.Timeout = storecheck.Patient
+	table, err := pgrules.New(t.Context(), pool, &o)
+	require.NoError(t, err)
+	return table, pool
+}
+
+func engine(t *testing.T, s rules.Source, interval time.Duration) *rules.Engine {
+	t.Helper()
+	l, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	e, err := rules.NewEngine(l, s, &rules.Options{Interval: interval})
+	require.NoError(t, err)
+	t.Cleanup(e.Close)
+	return e
+}
+
+func file(name string, capacity int) rules.File {
+	return rules.File{Name: name, Data: fmt.Appendf(nil, "domain: %s\nrules: [{name: %[1]s, limits: [%d/1h]}]", name, capacity)}
+}
+
+// agreed waits until the engine has a rule of this capacity.
+func agreed(t *testing.T, e *rules.Engine, name string, capacity int64) {
+	t.Helper()
+	storecheck.Until(t, "the engine has not the newest rules", func() bool {
+		found := e.Rules().Match(name, nil)
+		return len(found) == 1 && found[0].Limits[0].Capacity() == capacity
+	})
+}
+
+func TestAChangeIsToldToEveryEngine(t *testing.T) {
+	t.Parallel()
+	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_state", time.Now().UnixNano())}
+	url := servers.PostgresURL(t)
+	one, _ := open(t, url, o)
+	other, _ := open(t, url, o)
+	engines := []*rules.Engine{engine(t, one, time.Hour), engine(t, other, time.Hour)} // which do not look by themselves
+	for i := range int64(3) {
+		require.NoError(t, one.Put(t.Context(), file("a", int(i)), ""))
+		for _, e := range engines {
+			agreed(t, e, "a", i)
+		}
+	}
+	require.NoError(t, other.Delete(t.Context(), "a", ""))
+	for _, e := range engines {
+		storecheck.Until(t, "it is still there", func() bool { return len(e.Rules().Rules()) == 0 })
+	}
+}
+
+func TestAChangeMadeByHandIsFound(t *testing.T) {
+	t.Parallel()
+	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_state", time.Now().UnixNano())}
+	table, pool := open(t, servers.PostgresURL(t), o)
+	require.NoError(t, table.Put(t.Context(), file("a", 1), ""))
+	e := engine(t, table, 10*time.Millisecond)
+	agreed(t, e, "a", 1)
+	_, err := pool.Exec(t.Context(), "UPDATE "+o.Table+" SET data = replace(data, '1/1h', '2/1h')")
+	require.NoError(t, err)
+	agreed(t, e, "a", 2)
+
+	_, err = pool.Exec(t.Context(), "UPDATE "+o.Table+" SET data = 'rules: [{nam: x}]'")
+	require.NoError(t, err)
+	storecheck.Until(t, "the fault is not told", func() bool { return e.Err() != nil })
+	agreed(t, e, "a", 2)
+	assert.ErrorContains(t, e.Err(), `a:1:10: "nam" is no word of a rule`)
+}
+
+func TestEnginesAgreeAfterPostgresWasRestarted(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	o := pgrules.Options{Table: "rules_of_all"}
+	one, _ := open(t, server.URL(), o)
+	other, _ := open(t, server.URL(), o)
+	require.NoError(t, one.Put(t.Context(), file("a", 1), ""))
+	engines := []*rules.Engine{engine(t, one, 100*time.Millisecond), engine(t, other, time.Hour)}
+	for _, e := range engines {
+		agreed(t, e, "a", 1)
+	}
+	require.NoError(t, server.Kill())
+	storecheck.Until(t, "nobody notices", func() bool { return engines[0].Err() != nil })
+	agreed(t, engines[0], "a", 1) // while it is down as well
+	require.NoError(t, server.Start())
+	storecheck.Recovery(t, storecheck.Patient, func() error { return one.Put(t.Context(), file("a", 2), "") })
+	for _, e := range engines {
+		agreed(t, e, "a", 2)
+		storecheck.Until(t, "the error stays", func() bool { return e.Err() == nil })
+	}
+}
+
+func TestOfTwoWritersWhoKnowOneVersionOneWins(t *testing.T) {
+	t.Parallel()
+	table, _ := open(t, servers.PostgresURL(t), pgrules.Options{})
+	ctx := t.Context()
+	require.NoError(t, table.Put(ctx, file("a", 1), rules.Absent))
+	require.ErrorIs(t, table.Put(ctx, file("a", 2), rules.Absent), rules.ErrConflict)
+	have := file("a", 1)
+	var won atomic.Int64
+	var writers sync.WaitGroup
+	for i := range 8 {
+		writers.Go(func() {
+			if err := table.Put(ctx, file("a", 2+i), have.ETag()); err == nil {
+				won.Add(1)
+			} else {
+				assert.ErrorIs(t, err, rules.ErrConflict)
+			}
+		})
+	}
+	writers.Wait()
+	assert.Equal(t, int64(1), won.Load())
+	require.ErrorIs(t, table.Delete(ctx, "a", have.ETag()), rules.ErrConflict)
+	require.ErrorIs(t, table.Delete(ctx, "b", ""), rules.ErrNotFound)
+	require.NoError(t, table.Delete(ctx, "a", ""))
+	files, err := table.Files(ctx)
+	require.NoError(t, err)
+	assert.Empty(t, files)
+}
+
+func TestEveryExecModeReadsAndWrites(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+		config, err := pgxpool.ParseConfig(servers.PostgresURL(t))
+		require.NoError(t, err)
+		config.ConnConfig.DefaultQueryExecMode = mode
+		pool, err := pgxpool.NewWithConfig(t.Context(), config)
+		require.NoError(t, err)
+		t.Cleanup(pool.Close)
+		table, err := pgrules.New(t.Context(), pool, &pgrules.Options{Schema: "public", Table: fmt.Sprintf(`odd "name" %d_state`, time.Now().UnixNano()), Timeout: storecheck.Patient})
+		require.NoError(t, err, mode)
+		require.NoError(t, table.Put(t.Context(), rules.File{Name: "é", Data: []byte("rules: [] # 'ü'\n")}, ""), mode)
+		require.NoError(t, table.Put(t.Context(), file("a", 1), ""), mode)
+		for range 2 {
+			files, err := table.Files(t.Context())
+			require.NoError(t, err, mode)
+			assert.Equal(t, []rules.File{file("a", 1), {Name: "é", Data: []byte("rules: [] # 'ü'\n")}}, files)
+		}
+	}
+}
+
+func TestACallEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	table, _ := open(t, servers.PostgresURL(t), pgrules.Options{})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := table.Files(ctx)
+	require.ErrorIs(t, err, context.Canceled)
+	require.ErrorIs(t, table.Put(ctx, file("a", 1), ""), context.Canceled)
+	done := make(chan struct{})
+	go func() { table.Watch(ctx, func() {}); close(done) }()
+	<-done
+
+	_, err = pgrules.New(t.Context(), nil, nil)
+	require.ErrorContains(t, err, "must not be nil")
+}
