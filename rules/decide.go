@@ -247,7 +247,7 @@ func (o *overrides) rule(d *domain, of *Descriptor) *Rule {
 		o.known = map[override]*Rule{}
 	}
 	r := &Rule{
-		Domain: d.name, ID: "override", domain: d, cost: cost{factor: 1},
+		Domain: d.name, ID: "override", cost: cost{factor: 1},
 		path: make(path, len(of.Entries)), prefix: envoyPrefix(d.name),
 	}
 	if r.Unlimited = of.Limit.Unlimited(); !r.Unlimited {

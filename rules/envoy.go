@@ -265,7 +265,7 @@ func (f *envoyFile) bucketOf(r *Rule, n *yaml.Node, b throttler.Bucket, burst in
 	if burst > 0 {
 		b = b.Burst(burst)
 	}
-	if _, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}}); err != nil {
+	if _, err := throttler.ParseBucket(b.String()); err != nil {
 		f.bucketFaults(n, err)
 		return
 	}

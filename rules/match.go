@@ -4,7 +4,6 @@
 package rules
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
 )
@@ -32,7 +31,7 @@ func (c *condition) holds(entries []Entry) bool {
 }
 
 func (c *condition) fits(value string) bool {
-	if c.exact[value] || c.anyValue() {
+	if c.anyValue() || c.exact[value] {
 		return true
 	}
 	for _, p := range c.patterns {
@@ -79,10 +78,25 @@ func newMatcher(rules []*Rule) matcher {
 			m.always = append(m.always, r)
 			continue
 		}
-		best := slices.MinFunc(r.conditions, func(a, b condition) int { return cmp.Compare(a.share(shared, 0), b.share(shared, 0)) })
-		m.index(best.key).add(r, &best)
+		m.add(r, shared)
 	}
 	return m
+}
+
+// add makes the rule one that is found by its best condition.
+func (m *matcher) add(r *Rule, shared map[Entry]int) {
+	best := 0
+	for i := range r.conditions {
+		if r.conditions[i].share(shared, 0) < r.conditions[best].share(shared, 0) {
+			best = i
+		}
+	}
+	for i := range r.conditions {
+		if i != best {
+			r.rest = append(r.rest, &r.conditions[i])
+		}
+	}
+	m.index(r.conditions[best].key).add(r, &r.conditions[best])
 }
 
 // share adds n to the number of rules that ask for each value of the condition, and returns the largest such number.
@@ -198,12 +212,10 @@ func appendHolding(dst, rules []*Rule, entries []Entry) []*Rule {
 	return dst
 }
 
+// holds reports whether all conditions hold, besides the one by which the rule was found.
 func (r *Rule) holds(entries []Entry) bool {
-	if len(r.conditions) == 1 {
-		return true // it was found by this one
-	}
-	for i := range r.conditions {
-		if !r.conditions[i].holds(entries) {
+	for _, c := range r.rest {
+		if !c.holds(entries) {
 			return false
 		}
 	}

@@ -78,6 +78,7 @@ type Rule struct {
 	domain     *domain
 	order      int // in its domain
 	conditions []condition
+	rest       []*condition // without the one by which the rule is found
 	per        []string
 	cost       cost
 	replaces   []string
