@@ -22,9 +22,10 @@ type Options struct {
 	// earlier when it says so.
 	Interval time.Duration
 
-	// OnLoad, if not nil, is called after each change of the rules, and when a source begins to fail, or fails with
-	// another error: err is why the rules stayed as they are, and set then nil. It is not called for the first load,
-	// whose error NewEngine returns. It is called by one goroutine at a time, and delays reloads until it returns.
+	// OnLoad, if not nil, is called with the rules after each change, and after a source that failed is right again; and
+	// with an error, and no set, when a source begins to fail, or fails with another error: the rules then stay as they
+	// are. It is not called for the first load, whose error NewEngine returns. It is called by one goroutine at a time,
+	// and delays reloads until it returns.
 	OnLoad func(set *Set, err error)
 }
 
@@ -146,7 +147,7 @@ func (e *Engine) load(ctx context.Context, tell bool) error {
 	switch {
 	case err != nil && tell && (before == nil || before.Error() != err.Error()):
 		e.tell(nil, err)
-	case err == nil && set != e.set.Load():
+	case err == nil && (set != e.set.Load() || before != nil):
 		e.set.Store(set)
 		if tell {
 			e.tell(set, nil)
