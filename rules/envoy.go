@@ -86,6 +86,7 @@ func (f *envoyFile) read(root *yaml.Node) {
 	f.mapping(root, "a file of envoyproxy/ratelimit", []field{
 		{"domain", func(n *yaml.Node) { name, at = f.domainName(n), n }},
 		{"descriptors", func(n *yaml.Node) { list = f.children(n) }},
+		{"$schema", func(*yaml.Node) {}}, // for editors
 	})
 	f.domain = f.compiler.domain(f.reader, at, name)
 	if f.domain.tree == nil {

@@ -29,6 +29,7 @@ func (f *nativeFile) read(root *yaml.Node) {
 		{"domain", func(n *yaml.Node) { name, at = f.domainName(n), n }},
 		{"addresses", func(n *yaml.Node) { f.addresses = f.keys(n, "addresses") }},
 		{"rules", func(n *yaml.Node) { f.list(n, "rules", func(n *yaml.Node) { list = append(list, n) }) }},
+		{"$schema", func(*yaml.Node) {}}, // for editors
 	})
 	if has != nil && has["rules"] == nil {
 		f.fault(root, "", "the file has no \"rules\", nor \"descriptors\" as a file of envoyproxy/ratelimit has")
