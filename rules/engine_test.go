@@ -222,13 +222,23 @@ func TestRulesThatDidNotChangeKeepTheirBuckets(t *testing.T) {
 // spy is a storage that remembers the rule that it was asked about.
 type spy struct {
 	storage.Storage
-	rule atomic.Pointer[storage.Rule]
+	rule    atomic.Pointer[storage.Rule]
+	request atomic.Pointer[storage.Request]
+}
+
+func (s *spy) identifiers() (ids []string) {
+	r := s.request.Load()
+	for i := range r.Parts() {
+		ids = append(ids, r.At(i).Identifier)
+	}
+	return ids
 }
 
 var errSpy = errors.New("spy")
 
 func (s *spy) Decide(_ context.Context, r storage.Request) (storage.Verdict, error) {
 	s.rule.Store(&r.Part.Rules[0])
+	s.request.Store(&r)
 	return storage.Verdict{}, errSpy
 }
 

@@ -97,3 +97,15 @@ func (c cost) of(r *Rule, base int64, entries []Entry) (int64, error) {
 	}
 	return base * c.factor, nil
 }
+
+// HashTag is the domain in an identifier of the engine, for redis.Options.HashTag: on a Redis cluster all that one request
+// asks has to be in one slot, and so is then all of a domain. Other identifiers are their own tag.
+func HashTag(identifier string) string {
+	key, rest, _ := strings.Cut(identifier, "=")
+	length, rest, ok := strings.Cut(rest, ":")
+	n, err := strconv.Atoi(length)
+	if !ok || err != nil || n < 0 || n > len(rest) || key != "domain" && key != "envoy" {
+		return identifier
+	}
+	return rest[:n]
+}

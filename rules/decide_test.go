@@ -1,0 +1,120 @@
+package rules_test
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
+)
+
+const modes = `
+rules:
+- {name: all, limits: [10/1h], cost: 2}
+- {name: user, per: user, limits: [10/1h], cost: bytes}
+- {name: try, per: user, limits: [3/1h], shadow: true}
+`
+
+func TestModesTakePeekAndCharge(t *testing.T) {
+	t.Parallel()
+	e := engine(t, modes)
+	ask := func(mode rules.Mode, cost int64) (bool, []int64) {
+		v, applied, err := e.Decide(t.Context(), rules.Request{Mode: mode, Cost: &cost, Entries: entries("user", "42")})
+		require.NoError(t, err)
+		var remaining []int64
+		for _, a := range applied {
+			for _, l := range a.Levels {
+				remaining = append(remaining, l.Remaining-l.Debt)
+			}
+		}
+		return v.Allowed, remaining
+	}
+	for i, test := range []struct {
+		mode    rules.Mode
+		cost    int64
+		allowed bool
+		want    []int64
+	}{
+		{rules.Peek, 1, true, []int64{8, 9, 2}},
+		{rules.Consume, 1, true, []int64{8, 9, 2}},
+		{rules.Consume, 3, true, []int64{2, 6, 2}}, // the shadow denies, and so has nothing taken
+		{rules.Peek, 2, false, []int64{2, 6}},
+		{rules.Consume, 2, false, []int64{2, 6}},
+		{rules.Charge, 4, true, nil},
+		{rules.Peek, 0, true, []int64{-6, 2, -2}},
+	} {
+		allowed, remaining := ask(test.mode, test.cost)
+		assert.Equal(t, test.allowed, allowed, i)
+		assert.Equal(t, test.want, remaining, i)
+	}
+	require.NoError(t, e.Reset(t.Context(), rules.Request{Entries: entries("user", "42")}))
+	_, remaining := ask(rules.Peek, 0)
+	assert.Equal(t, []int64{10, 10, 3}, remaining)
+	_, _, err := e.Decide(t.Context(), rules.Request{Mode: 7})
+	require.ErrorContains(t, err, "Request.Mode is 7")
+}
+
+func TestACostIsAnEntryOrAFactor(t *testing.T) {
+	t.Parallel()
+	e := engine(t, modes)
+	costs := func(cost int64, s ...string) (out []int64) {
+		_, applied, err := e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Cost: &cost, Entries: entries(s...)})
+		require.NoError(t, err)
+		for _, a := range applied {
+			out = append(out, a.Cost)
+		}
+		return out
+	}
+	assert.Equal(t, []int64{2, 7, 1}, costs(1, "user", "42", "bytes", "7"))
+	assert.Equal(t, []int64{6, 0, 3}, costs(3, "user", "42", "bytes", "0"))
+	assert.Equal(t, []int64{6, 3, 3}, costs(3, "user", "42"), "without the entry it is the cost of the request")
+	assert.Equal(t, []int64{1<<63 - 1}, costs(1<<62+1), "too large to multiply")
+	for _, bytes := range []string{"x", "-1", "1.5", "9223372036854775808"} {
+		_, _, err := e.Decide(t.Context(), rules.Request{Entries: entries("user", "42", "bytes", bytes)})
+		require.ErrorIs(t, err, throttler.ErrInvalidCost, bytes)
+	}
+}
+
+func TestExplainSaysWhyEachRuleAppliesOrNot(t *testing.T) {
+	t.Parallel()
+	set, err := rules.Compile(rules.File{Data: []byte(native)}, rules.File{Data: []byte("domain: api\ndescriptors: [{key: path, descriptors: [{key: user, value: x*, rate_limit: {unit: day, requests_per_unit: 1}}]}]")})
+	require.NoError(t, err)
+	why := map[string]string{}
+	for _, x := range set.Explain("api", entries("path", "/api/x", "plan", "gold", "user", "42", "agent", "me", "address", "192.0.2.1")) {
+		assert.Equal(t, x.Applies, x.Why == "")
+		why[x.Rule.ID] = x.Why
+	}
+	assert.Equal(t, map[string]string{
+		"api":          `the rule "gold" replaces it`,
+		"login":        `the entry "path" is "/api/x", must be /login`,
+		"gold":         "",
+		"health":       `the entry "path" is "/api/x", must be /health`,
+		"scrapers":     `the entry "agent" is "me", must be curl* or *bot*`,
+		"inside":       `the entry "address" is "192.0.2.1", must be 10.0.0.0/8 or 2001:db8::/32 or 192.0.2.7/32`,
+		"next-year":    `there is no entry "org"`,
+		"path.user_x*": `the entries lead to no descriptor: there is none of key "plan" here`,
+	}, why)
+	for _, test := range []struct {
+		entries []string
+		want    string
+	}{
+		{[]string{"path", "/", "user", "y"}, `the entries lead to no descriptor: there is none of key "user" and value "y" here`},
+		{[]string{"path", "/"}, "the entries, all and in their order, lead elsewhere"},
+		{[]string{"path", "/", "user", "xy"}, ""},
+	} {
+		all := set.Explain("api", entries(test.entries...))
+		assert.Equal(t, test.want, all[len(all)-1].Why)
+	}
+	assert.Empty(t, set.Explain("other", nil))
+}
+
+func TestOneRuleMayReplaceAllOthers(t *testing.T) {
+	t.Parallel()
+	set, err := rules.Parse("", []byte("rules: [{name: a, limits: 1/1s}, {name: b, limits: 1/1s}, {name: office, when: {x: y}, unlimited: true, replaces: \"*\"}]"))
+	require.NoError(t, err)
+	assert.Equal(t, []string{"a", "b"}, ids(set.Match("", nil)))
+	assert.Equal(t, []string{"office"}, ids(set.Match("", entries("x", "y"))))
+	assert.Equal(t, []string{rules.DefaultDomain}, set.Domains())
+}
