@@ -22,14 +22,8 @@ func Parse(name string, data []byte) (*Set, error) { return Compile(File{name, d
 // Compile makes one Set of files, in their order. Files may share a domain; names are unique in one. The error is
 // Faults, all that is wrong with any of the files; a file without content is a fault, since that is what a file looks
 // like while it is written.
-func Compile(files ...File) (*Set, error) { return compile(files, &Set{}) }
-
-// compile takes what is equal from the set before: a storage knows the buckets of its rules again.
-func compile(files []File, before *Set) (*Set, error) {
-	c := &compiler{
-		before: before,
-		set:    &Set{domains: map[string]*domain{}, etag: etag(files), options: map[string]throttler.Option{}},
-	}
+func Compile(files ...File) (*Set, error) {
+	c := &compiler{set: &Set{domains: map[string]*domain{}, etag: etag(files)}}
 	for _, f := range files {
 		c.file(f)
 	}
@@ -55,9 +49,9 @@ func etag(files []File) string {
 }
 
 type compiler struct {
-	before, set *Set
-	faults      Faults
-	names       []named // in replaces of native files, which have to be known
+	set    *Set
+	faults Faults
+	names  []named // in replaces of native files, which have to be known
 }
 
 // named is a name that stands for a rule of a domain.
@@ -119,35 +113,22 @@ func (c *compiler) add(r *reader, n *yaml.Node, rule *Rule) {
 
 // bind gives the rule its buckets, by names under which a storage finds what was spent when limits change.
 func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
-	words, scope := make([]string, len(rule.Limits)), rule.Name
+	scope, names := rule.Name, map[string]bool{}
 	if rule.path != nil {
 		scope = "" // what was spent is found by the entries, as with envoyproxy/ratelimit
 	}
-	names := map[string]bool{}
 	for i := range rule.Limits {
 		b := limitNamed(scope, rule.Limits[i])
 		if names[b.Name()] {
 			r.fault(n, "", "two limits have one period and kind: keep the smaller one, or tell them apart by \"named\" (they are called %q)", b.Name())
 		}
 		names[b.Name()] = true
-		rule.Limits[i], words[i] = b, b.String()
+		rule.Limits[i] = b
 	}
 	if len(rule.Limits) > maxLimits {
 		r.fault(n, "", "a rule has %d limits, must have at most %d", len(rule.Limits), maxLimits)
 	}
-	rule.using = c.using(strings.Join(words, "\n"), rule.Limits)
-}
-
-// using is the Option of the buckets, which are those of these words: where a rule had them before, the same one.
-func (c *compiler) using(words string, buckets []throttler.Bucket) throttler.Option {
-	for _, s := range []*Set{c.set, c.before} {
-		if o, known := s.options[words]; known {
-			c.set.options[words] = o
-			return o
-		}
-	}
-	c.set.options[words] = throttler.Using(buckets...)
-	return c.set.options[words]
+	rule.using = throttler.Using(rule.Limits...)
 }
 
 const maxLimits = 16 // as an identifier has buckets

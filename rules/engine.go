@@ -175,7 +175,7 @@ func (e *Engine) newest(ctx context.Context) (*Set, error) {
 	if tag == e.bad.etag {
 		return nil, e.bad.err
 	}
-	set, err := compile(files, now)
+	set, err := Compile(files...)
 	if err != nil {
 		e.bad.etag, e.bad.err = tag, err
 	}

@@ -207,10 +207,10 @@ func TestRulesThatDidNotChangeKeepTheirBuckets(t *testing.T) {
 	e, err := rules.NewEngine(l, source, nil)
 	require.NoError(t, err)
 	defer e.Close()
-	ask := func() *storage.Rule {
+	ask := func() *storage.RuleSet {
 		_, _, err := e.Decide(t.Context(), rules.Request{})
 		require.ErrorIs(t, err, errSpy)
-		return spy.rule.Load()
+		return spy.request.Load().Parts[0].Rules
 	}
 	before := ask()
 	require.NoError(t, source.Put(t.Context(), rules.File{Name: "b", Data: []byte("domain: b\nrules: []")}, ""))
@@ -219,27 +219,25 @@ func TestRulesThatDidNotChangeKeepTheirBuckets(t *testing.T) {
 	assert.Same(t, before, ask(), "a storage knows them by their address")
 }
 
-// spy is a storage that remembers the rule that it was asked about.
+// spy is a storage that remembers what it was asked.
 type spy struct {
 	storage.Storage
-	rule    atomic.Pointer[storage.Rule]
 	request atomic.Pointer[storage.Request]
 }
 
 func (s *spy) identifiers() (ids []string) {
-	r := s.request.Load()
-	for i := range r.Parts() {
-		ids = append(ids, r.At(i).Identifier)
+	for _, p := range s.request.Load().Parts {
+		ids = append(ids, p.Identifier)
 	}
 	return ids
 }
 
 var errSpy = errors.New("spy")
 
-func (s *spy) Decide(_ context.Context, r storage.Request) (storage.Verdict, error) {
-	s.rule.Store(&r.Part.Rules[0])
-	s.request.Store(&r)
-	return storage.Verdict{}, errSpy
+func (s *spy) Decide(_ context.Context, r *storage.Request, _ *storage.Answer) error {
+	asked := *r
+	s.request.Store(&asked)
+	return errSpy
 }
 
 func TestMemoryTellsItsEnginesAtOnce(t *testing.T) {

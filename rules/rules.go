@@ -142,7 +142,6 @@ type Set struct {
 	rules   []*Rule
 	domains map[string]*domain
 	etag    string
-	options map[string]throttler.Option // by the words of their buckets
 }
 
 // domain has the rules of one name space.
