@@ -28,6 +28,7 @@ type Rule struct {
 	Name string
 	Law
 	Capacity int64 // tokens of a full bucket
+	Full     int64 // tokens of it when it is not Shrunk: else the Capacity
 	Window   int64 // microseconds in which an empty bucket becomes full: the Period, but for a Burst
 }
 
@@ -92,7 +93,7 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 		fault(field, "of %d is too large for a period of %v%s", given, period, law.advice(capacity))
 		return Rule{Name: name}, faults
 	}
-	return Rule{name, law, capacity, law.window(capacity)}, nil
+	return Rule{Name: name, Law: law, Capacity: capacity, Full: capacity, Window: law.window(capacity)}, nil
 }
 
 // measureFor measures the law of a bucket of a capacity. A small burst at a large refill is measured by the burst, if else

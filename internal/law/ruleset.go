@@ -13,6 +13,8 @@ import (
 type RuleSet struct {
 	Rules []Rule // of different names; read only
 	Least int64  // the smallest capacity: a cost up to it is valid for all
+
+	like *RuleSet // of a set that is Shrunk: the full one, if both have the same laws
 }
 
 // interned is the sets in use, by key.
@@ -22,14 +24,16 @@ var interned struct {
 }
 
 // NewRuleSet returns the set of these rules. It keeps a copy of the slice.
-func NewRuleSet(rules ...Rule) *RuleSet {
+func NewRuleSet(rules ...Rule) *RuleSet { return intern(rules, nil) }
+
+func intern(rules []Rule, like *RuleSet) *RuleSet {
 	key := keyOf(rules)
 	interned.Lock()
 	defer interned.Unlock()
 	if s := interned.sets[key].Value(); s != nil {
 		return s
 	}
-	s := &RuleSet{Rules: slices.Clone(rules)}
+	s := &RuleSet{Rules: slices.Clone(rules), like: like}
 	for i := range rules {
 		if i == 0 || rules[i].Capacity < s.Least {
 			s.Least = rules[i].Capacity
@@ -58,7 +62,7 @@ func keyOf(rules []Rule) string {
 	for i := range rules {
 		r := &rules[i]
 		key = append(binary.AppendUvarint(key, uint64(len(r.Name))), r.Name...)
-		for _, n := range [...]int64{int64(r.Kind), r.Period, r.Refill, r.Tick, r.One, r.Drain, r.Grain, r.Capacity} {
+		for _, n := range [...]int64{int64(r.Kind), r.Period, r.Refill, r.Tick, r.One, r.Drain, r.Grain, r.Capacity, r.Full, r.Window} {
 			key = binary.AppendVarint(key, n)
 		}
 	}
