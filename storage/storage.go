@@ -128,7 +128,7 @@ type Charge struct {
 // BucketError is a fault in the definition of a bucket, or in the way a call uses one.
 type BucketError struct {
 	Bucket string // its name
-	Field  string // Period, Capacity, Refill, Burst, Kind, Name, CostOf or Buckets
+	Field  string // Period, Capacity, Refill, Burst, Elastic, Kind, Name, CostOf or Buckets
 	Reason string // what was given and what is allowed
 }
 

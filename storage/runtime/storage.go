@@ -97,7 +97,7 @@ func (s *Storage) again(now int64, r *storage.Request, a *storage.Answer) (done 
 		return false
 	}
 	e := sh.entry(i)
-	if e.layout.rules == p.Rules || e.layout.is(p.Rules) {
+	if e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules) {
 		cells := e.all(len(r.Costs))
 		if len(cells) <= law.OneBuckets {
 			a.Allowed, done = law.DecideOne(r.Mode, now, a.Counts, p.Rules, r.Costs, cells)
@@ -149,7 +149,7 @@ func decideAt(places []place, now int64, r *storage.Request, a *storage.Answer) 
 	for i := range places {
 		p := &places[i]
 		p.entry = p.shard.find(p.tag, r.Name, p.id)
-		if p.entry == nil || p.entry.layout.rules != p.rules && !p.entry.layout.is(p.rules) {
+		if p.entry == nil || !p.entry.layout.rules.SameLaws(p.rules) && !p.entry.layout.is(p.rules) {
 			return false
 		}
 		from := n
@@ -171,7 +171,7 @@ func (s *Storage) decide(ctx context.Context, now int64, r *storage.Request, a *
 		s.sweepSome(r.Name, r.Clocked, now)
 		return err
 	}
-	c := &call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek}
+	c := call{name: r.Name, clocked: r.Clocked, now: now, keep: r.Mode != storage.Peek} // no pointer: what it refers to stays on the stack
 	if p, n := &r.Parts[0], len(r.Costs); len(r.Parts) == 1 && n <= inline {
 		var few [inline]law.Draw
 		var one [1]place
@@ -180,10 +180,10 @@ func (s *Storage) decide(ctx context.Context, now int64, r *storage.Request, a *
 		}
 		s.place(&one[0], c.name, p.Identifier, p.Rules)
 		c.draws, c.places = few[:n], one[:]
-		return s.answer(c, r, a)
+		return s.answer(&c, r, a)
 	}
 	c.draws, c.places = s.spread(r)
-	return s.answer(c, r, a)
+	return s.answer(&c, r, a)
 }
 
 func (s *Storage) answer(c *call, r *storage.Request, a *storage.Answer) error {

@@ -40,6 +40,7 @@ func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 		{"agrees with Decide over random charges and refunds", randomChanges},
 		{"never denies the even client", evenClient},
 		{"admits to who toggles plans what the largest admits", toggledPlans},
+		{"agrees with Decide while rules shrink and grow", shrunkRules},
 		{"keeps a bucket while the identifier uses another of its name", otherBuckets},
 		{"admits exactly the limit to 200 goroutines", exactlyTheLimit},
 		{"charges the second limit as often as the first admits", bothOrNeither},
