@@ -18,6 +18,8 @@ type Bucket struct {
 	tokens   int64 // as given to NewBucket
 	burst    int64
 	hasBurst bool
+	least    int64
+	elastic  bool
 	kind     law.Kind
 	name     string
 	named    bool
@@ -67,6 +69,14 @@ func (b Bucket) SlidingLog() Bucket { b.kind = law.SlidingLog; return b.made() }
 // refill of a period. It is at least 1, and at most what comes back in 8.9 years. With 1 calls are
 // spaced evenly.
 func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.made() }
+
+// Elastic lets the bucket shrink to at least so many tokens when Config.Load says that the process is loaded. They are those
+// of NewBucket, 1 to its capacity: the capacity, or with Continuous what comes back each period. A Burst shrinks in
+// proportion, to at least one token. What is spent stays spent, and RetryAfter is exact as long as the share stays the
+// same. Without a Config.Load nothing changes.
+//
+// It is for limits that protect this process. Quotas that were promised to somebody are not elastic.
+func (b Bucket) Elastic(least int64) Bucket { b.least, b.elastic = least, true; return b.made() }
 
 // Named gives the bucket a name of 1 to 64 printable ASCII characters. What an identifier has
 // spent is found by the bucket's name, kind and period: name the buckets of plans and tiers, so that the
@@ -127,6 +137,9 @@ func (b Bucket) made() Bucket {
 	}
 	if b.hasBurst && b.kind != law.Continuous {
 		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Burst", Reason: fmt.Sprintf("of %d is for a Continuous bucket only", b.burst)})
+	}
+	if b.elastic && (b.least < 1 || b.least > b.tokens) {
+		b.faults = append(b.faults, &BucketError{Bucket: name, Field: "Elastic", Reason: fmt.Sprintf("of %d must be from 1 to %d, the capacity of NewBucket", b.least, b.tokens)})
 	}
 	return b
 }

@@ -95,6 +95,7 @@ func (t *Throttler) set(id string) *set {
 type set struct {
 	buckets []Bucket
 	rules   *storage.RuleSet // of those that are not Unlimited; nil if all are, or with an err
+	elastic *elastic // nil: no bucket is
 	err     error
 }
 
@@ -121,6 +122,7 @@ func newSet(buckets []Bucket) *set {
 	}
 	if s.err = errors.Join(faults...); s.err == nil && len(rules) > 0 {
 		s.rules = law.NewRuleSet(rules...)
+		s.elastic = newElastic(s)
 	}
 	return s
 }

@@ -70,6 +70,12 @@ type Config struct {
 	// made in the bubble.
 	Clock Clock
 
+	// Load, if not nil, tells what share of their limits elastic buckets have now (Bucket.Elastic): 1 all, 0 the least of
+	// each, in steps of a 64th, rounded down. NaN is 1. It is called in each decision, once for an identifier with such
+	// buckets, and must be quick and safe for concurrent use: package load has one. A call that costs more than a shrunk
+	// bucket holds is decided by the full limits, and so is a Charge.
+	Load func() float64
+
 	// Observe, if not nil, is called once after each decision and change of what is spent, also one that failed (a
 	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
 	// concurrent use. It gets the context of the call, and an Event that is valid until it returns. Observers joins several.
@@ -87,6 +93,7 @@ type Throttler struct {
 	unknown  Policy
 	failed   Policy
 	clock    Clock // nil: the storage's own
+	load     func() float64
 	observe  func(context.Context, *Event)
 
 	lines lines
@@ -101,7 +108,7 @@ var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 // New returns a Throttler, or all faults of the configuration joined.
 func New(c Config) (*Throttler, error) {
 	t := &Throttler{
-		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, observe: c.Observe,
+		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, load: c.Load, observe: c.Observe,
 		unknown: c.OnUnknownIdentifier, failed: c.OnStorageError,
 	}
 	if t.storage == nil {
@@ -185,7 +192,7 @@ func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
 
 func (t *Throttler) decideAll(ctx context.Context, mode storage.Mode, parts []Part) (v Verdict, err error) {
 	for i := range parts {
-		err := t.add(&v, parts[i].id, parts[i].options)
+		err := t.add(&v, mode, parts[i].id, parts[i].options)
 		if err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
 			t.rejected(ctx, opOf(mode), 0, parts[i].id, err)
 			return t.tooCostly(ctx, err, parts...), err
@@ -198,7 +205,7 @@ func (t *Throttler) decideAll(ctx context.Context, mode storage.Mode, parts []Pa
 // decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
 // into its caller. The attempt is that of a Wait, else 0.
 func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option) error {
-	if err := t.add(v, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
+	if err := t.add(v, mode, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
 		return t.wrong(ctx, v, mode, attempt, id, o, err)
 	}
 	return t.ask(ctx, v, mode, attempt)
@@ -247,7 +254,7 @@ func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
 }
 
 // add makes an identifier a part of the request that v is. One without buckets that is allowed makes none.
-func (t *Throttler) add(v *Verdict, id string, options []Option) error {
+func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Option) error {
 	if id == "" || len(id) > storage.MaxIdentifier {
 		return validIdentifier(id)
 	}
@@ -267,7 +274,11 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 	if s.rules == nil {
 		return s.costsOf(nil, id, cost, options)
 	}
-	costs, err := v.add(id, s.rules)
+	rules := s.rules
+	if s.elastic != nil && t.load != nil && mode != storage.Force {
+		rules = s.elastic.at(t.load())
+	}
+	costs, err := v.add(id, rules)
 	if err != nil {
 		return err
 	}
@@ -279,8 +290,8 @@ func (t *Throttler) add(v *Verdict, id string, options []Option) error {
 			return err
 		}
 	}
-	if len(options) > 0 || cost < 0 || cost > s.rules.Least {
-		return validCosts(costs, s.rules, id)
+	if len(options) > 0 || cost < 0 || cost > rules.Least {
+		return s.validCosts(v, costs, id)
 	}
 	return nil
 }

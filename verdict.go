@@ -55,6 +55,7 @@ type more struct {
 type Level struct {
 	Identifier, Bucket string
 	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
+	Full               int64         // the capacity that the bucket was given: Limit, unless it has shrunk (Bucket.Elastic)
 	Debt               int64         // tokens that have to come back before Remaining rises from 0: a Charge may leave some
 	Period             time.Duration // the bucket's period
 	Window             time.Duration // in which an empty bucket becomes full: the Period, but for a Burst
@@ -92,7 +93,7 @@ func (v *Verdict) All() iter.Seq2[Level, int64] {
 func level(id string, r *law.Rule, c storage.Count) Level {
 	return Level{
 		Identifier: id, Bucket: r.Name,
-		Limit: r.Capacity, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
+		Limit: r.Capacity, Full: r.Full, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
 		Period: duration(r.Period), Window: duration(r.Window),
 		ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
 	}
