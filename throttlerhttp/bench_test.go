@@ -1,6 +1,7 @@
 package throttlerhttp_test
 
 import (
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -42,6 +43,21 @@ func BenchmarkMiddleware(b *testing.B) {
 			}
 		})
 	}
+}
+
+func TestRequestsOfManySharesAddNoMoreAllocations(t *testing.T) {
+	share := 0.0
+	h := serve(t, throttler.Config{Load: func() float64 { return share }},
+		throttlerhttp.Options{Buckets: buckets(throttler.NewBucket(time.Minute, 1<<40).Elastic(1))}, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	w, r := &blank{http.Header{}}, httptest.NewRequest(http.MethodGet, "/", nil)
+	next := func() {
+		share = math.Mod(share, 1) + 1.0/64
+		h.ServeHTTP(w, r)
+	}
+	for range 64 { // in which the rules are made
+		next()
+	}
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, next), 3.0)
 }
 
 func TestTheMiddlewareAddsThreeAllocationsToARequestAndFourOnARoute(t *testing.T) {

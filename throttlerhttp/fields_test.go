@@ -245,3 +245,19 @@ func TestWhatAHandlerRemovesStaysRemoved(t *testing.T) {
 		http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { clear(w.Header()) }))
 	assert.Empty(t, ask(h, "GET /").Header)
 }
+
+func TestThePolicyIsTheFullLimitWhileTheLoadShrinksIt(t *testing.T) {
+	t.Parallel()
+	share := 1.0
+	h := serve(t, throttler.Config{Load: func() float64 { return share }, Clock: clock.NewMock()},
+		throttlerhttp.Options{
+			Key:     func(r *http.Request) string { return r.URL.Path },
+			Buckets: buckets(perHour(1000).Named("rigid"), perHour(64).Named("elastic").Continuous().Elastic(1)),
+		}, ok)
+	for n := 64; n > 1; n-- {
+		share = float64(n) / 64
+		header := ask(h, fmt.Sprint("GET /", n)).Header
+		assert.Equal(t, `"rigid";q=1000;w=3600, "elastic";q=64;w=3600`, header.Get("RateLimit-Policy"))
+		assert.Contains(t, header.Get("RateLimit"), fmt.Sprintf(`"elastic";r=%d`, n-1))
+	}
+}

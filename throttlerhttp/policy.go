@@ -15,7 +15,7 @@ import (
 
 // policy is the part of the fields that depends on the limits alone.
 type policy struct {
-	of    []throttler.Level // of which Bucket, Limit and Window count
+	of    []throttler.Level // of which Bucket, Full and Window count: a policy does not change with the load
 	field string            // RateLimit-Policy
 	items []string          // of RateLimit, up to their numbers
 	twice bool              // two parts have a bucket of one name
@@ -32,7 +32,7 @@ func newPolicy(levels []throttler.Level) *policy {
 		p.twice = p.twice || slices.ContainsFunc(p.items, func(own string) bool { return strings.TrimPrefix(own, separator) == name+";r=" })
 		item += name
 		p.items = append(p.items, item+";r=")
-		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(l.Limit, largest), seconds(l.Window))
+		p.field += fmt.Sprintf("%s;q=%d;w=%d", item, min(l.Full, largest), seconds(l.Window))
 	}
 	return p
 }
@@ -44,7 +44,7 @@ func (p *policy) is(levels []throttler.Level) bool {
 	}
 	for i := range levels {
 		own, l := &p.of[i], &levels[i]
-		if own.Bucket != l.Bucket || own.Limit != l.Limit || own.Window != l.Window {
+		if own.Bucket != l.Bucket || own.Full != l.Full || own.Window != l.Window {
 			return false
 		}
 	}

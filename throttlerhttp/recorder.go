@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"time"
 
 	"github.com/go-throttler/throttler"
 )
@@ -22,8 +23,9 @@ type recorder struct {
 	id       string             // that the request has counted for
 	v        *throttler.Verdict // to refund, or nil without a RefundIf
 	said     said
-	status   int  // of the answer, 0 until it begins
-	told     bool // an informational answer was sent, after which a ReverseProxy removes all fields
+	admitted time.Time // set if the middleware has a Took
+	status   int       // of the answer, 0 until it begins
+	told     bool      // an informational answer was sent, after which a ReverseProxy removes all fields
 	refunded bool
 	returned bool // the handler has, without a panic
 }
@@ -138,6 +140,9 @@ func (r *recorder) begin(status int) {
 		return
 	}
 	r.status = status
+	if took := r.l.m.Took; took != nil {
+		took(time.Since(r.admitted))
+	}
 	now := &r.said
 	v := r.refund(status)
 	if levels := v.Levels(); len(levels) > 0 {

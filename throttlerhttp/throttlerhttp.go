@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"time"
 
 	"github.com/go-throttler/throttler"
 )
@@ -85,6 +86,11 @@ type Options struct {
 	// Refuse answers a request in place of the handler. Nil is Problem. Retry-After, Fields and a Cache-Control of
 	// no-store are set already, and fields of another body, such as its Content-Length, removed.
 	Refuse func(http.ResponseWriter, *http.Request, Refusal)
+
+	// Took, if not nil, is told how long the handler took to begin its answer to each request that was admitted, but for
+	// those of Free routes. It must be quick and safe for concurrent use: Took of a load.Latency is a signal for limits
+	// that follow the load.
+	Took func(time.Duration)
 
 	// OnError, if not nil, is called with the reason of each answer that is neither the handler's nor a 429, before
 	// Refuse writes it: ErrNoKey, a tier that Tiers does not have, a path of two routes, a cost above a capacity, a
@@ -206,6 +212,9 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 // admit has the handler serve the request.
 func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler, v *throttler.Verdict) {
 	rec := &recorder{ResponseWriter: w, l: l, r: r}
+	if l.m.Took != nil {
+		rec.admitted = time.Now()
+	}
 	if levels := v.Levels(); len(levels) > 0 {
 		rec.id = levels[0].Identifier
 		rec.said.say(l, w.Header(), v, levels)
