@@ -21,7 +21,7 @@ BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover demo-load lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -124,6 +124,9 @@ bench-check: ## Fail if the hot path got slower since BASE, by default the last 
 # A program of its own and not "go run", which would pass no SIGTERM on.
 demo-failover: servers ## Kill Redis under load and start it again, for 16 s: a line each second says who decides
 	@$(GO) build -o bin/demo-failover ./examples/failover && exec bin/demo-failover
+
+demo-load: ## Overload the example without and with -elastic, for a minute: a line each second says who is answered
+	@$(GO) build -o bin/ ./examples/fastapi-like ./examples/load && exec bin/load -server bin/fastapi-like $(FLAGS)
 
 lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
 	@set -euo pipefail; \

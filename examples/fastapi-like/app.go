@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"strconv"
 	"time"
@@ -46,6 +47,8 @@ func routers() []router {
 				Input: &input{In: "query", Name: "weight", Choices: []string{"1", "2", "3", "4", "5", "6", "heavy"}}, Handler: say("Computed.")},
 			{Path: "/api/window", About: "60 calls in 60 seconds, by a sliding window, and an answer of its own beyond.",
 				Limits: limits{throttler.NewBucket(time.Minute, 60).SlidingWindow()}, Refuse: refuseWindow, Handler: say("Within the window.")},
+			{Path: "/api/work", About: "Computes for some milliseconds. 100 calls a second, 10 at once; with -elastic fewer while the process is loaded, but at least 2.",
+				Limits: limits{throttler.NewBucket(time.Second, 100).Continuous().Burst(10).Elastic(2)}, Handler: work},
 		},
 	}, {
 		Name: "Plans", About: "Who upgrades keeps what was spent, because the buckets of both plans have one name.",
@@ -67,6 +70,15 @@ func refuseWindow(w http.ResponseWriter, f throttlerhttp.Refusal) {
 		Window int64  `json:"window"`
 		Limit  int64  `json:"limit"`
 	}{fmt.Sprintf("Try again in %d s.", f.RetryAfter), int64(l.Period / time.Second), l.Limit})
+}
+
+// work keeps a processor busy.
+func work(w http.ResponseWriter, _ *http.Request) {
+	x := 1.0
+	for range 500_000 {
+		x = math.Sqrt(x + 1)
+	}
+	answer(w, http.StatusOK, message{fmt.Sprintf("The golden ratio is %.3f.", x)})
 }
 
 // weight is the cost of a request. A cost below zero is refused as an error.

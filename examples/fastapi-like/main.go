@@ -7,6 +7,7 @@
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
 //	go run ./examples/fastapi-like -storage failover    # both of these; Redis may come and go, Postgres has to be there at the start
+//	go run ./examples/fastapi-like -elastic             # the limit of /api/work shrinks while the process is loaded
 //	open http://localhost:8000/docs                     # all routes, to be called, and what is left of each limit
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
 //	for i in $(seq 20); do curl -s -o /dev/null -w '%{http_code}\n' localhost:8000/api/data; done
@@ -30,6 +31,7 @@ import (
 	"time"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/load"
 )
 
 func main() {
@@ -48,6 +50,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	kind := flags.String("storage", "runtime", "keep the counts in this `place`: runtime (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
 	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis or failover: the `URL` of a server, a cluster or sentinels")
 	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres or failover: the `URL` of a database")
+	elastic := flags.Bool("elastic", false, "let the limit of /api/work shrink while this process is loaded")
 	_ = flags.Parse(args)
 
 	log := slog.New(slog.NewJSONHandler(stdout, nil))
@@ -56,11 +59,22 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeStore(context.WithoutCancel(ctx))) }() // it takes a second at most
-	t, err := throttler.New(throttler.Config{Storage: store})
+	config := throttler.Config{Storage: store}
+	latency := &load.Latency{}
+	if *elastic {
+		follows, err := load.New(load.Most(load.Scheduler(10*time.Millisecond), latency.Signal(100*time.Millisecond)),
+			&load.Options{Interval: 50 * time.Millisecond, Up: 0.005})
+		if err != nil {
+			return err
+		}
+		defer follows.Close()
+		config.Load = follows.Share
+	}
+	t, err := throttler.New(config)
 	if err != nil {
 		return err
 	}
-	handler, err := newHandler(t, log)
+	handler, err := newHandler(t, log, latency.Took)
 	if err != nil {
 		return err
 	}

@@ -254,7 +254,7 @@ func (c *fakeClock) forward(d time.Duration)              { c.now = c.now.Add(d)
 func service(t *testing.T, c throttler.Config, log io.Writer) func(header ...string) response {
 	limiter, err := throttler.New(c)
 	require.NoError(t, err)
-	h, err := newHandler(limiter, slog.New(slog.NewJSONHandler(log, nil)))
+	h, err := newHandler(limiter, slog.New(slog.NewJSONHandler(log, nil)), nil)
 	require.NoError(t, err)
 	return func(header ...string) response {
 		w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", "/", nil)
@@ -425,7 +425,7 @@ func TestAStorageThatIsNotThereIsSaidAtTheStart(t *testing.T) {
 func site(t *testing.T, clock throttler.Clock) func(path string, header ...string) response {
 	limiter, err := throttler.New(throttler.Config{Clock: clock})
 	require.NoError(t, err)
-	h, err := newHandler(limiter, slog.New(slog.DiscardHandler))
+	h, err := newHandler(limiter, slog.New(slog.DiscardHandler), nil)
 	require.NoError(t, err)
 	return func(path string, header ...string) response {
 		w, r := httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", path, nil)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"time"
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/throttlerhttp"
@@ -47,8 +48,8 @@ func (r *route) Pattern() string {
 }
 
 // options are those of the middleware. One without pay costs nothing: it tells the levels, and takes nothing.
-func (g *router) options(pay bool) *throttlerhttp.Options {
-	o := &throttlerhttp.Options{Key: client, Buckets: g.Limits, Tier: g.Tier, Tiers: g.Tiers, Refuse: g.refuse}
+func (g *router) options(pay bool, took func(time.Duration)) *throttlerhttp.Options {
+	o := &throttlerhttp.Options{Key: client, Buckets: g.Limits, Tier: g.Tier, Tiers: g.Tiers, Refuse: g.refuse, Took: took}
 	if !pay {
 		o.Cost = func(*http.Request) int64 { return 0 }
 	}
@@ -83,8 +84,9 @@ func (g *router) refuse(w http.ResponseWriter, r *http.Request, f throttlerhttp.
 	}
 }
 
-// newHandler makes the service of its table. A second middleware, which takes nothing, is for /docs.
-func newHandler(t *throttler.Throttler, log *slog.Logger) (http.Handler, error) {
+// newHandler makes the service of its table, which tells how long its handlers took. A second middleware, which takes
+// nothing, is for /docs.
+func newHandler(t *throttler.Throttler, log *slog.Logger, took func(time.Duration)) (http.Handler, error) {
 	table := routers()
 	served, levels := http.NewServeMux(), http.NewServeMux()
 	served.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
@@ -92,11 +94,11 @@ func newHandler(t *throttler.Throttler, log *slog.Logger) (http.Handler, error) 
 	})
 	for i := range table {
 		group := &table[i]
-		limit, err := throttlerhttp.New(t, group.options(true))
+		limit, err := throttlerhttp.New(t, group.options(true, took))
 		if err != nil {
 			return nil, err
 		}
-		peek, err := throttlerhttp.New(t, group.options(false))
+		peek, err := throttlerhttp.New(t, group.options(false, nil))
 		if err != nil {
 			return nil, err
 		}
