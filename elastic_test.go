@@ -259,3 +259,13 @@ func TestALoadedProcessLeavesASharedLimitToTheOthers(t *testing.T) {
 		assert.InDelta(t, c.loaded, admitted[1], 5, name)
 	}
 }
+
+func TestAnUnlimitedBucketBesideAnElasticOneStaysOutOfIt(t *testing.T) {
+	t.Parallel()
+	th, s, _ := elastic(t, throttler.Unlimited(), throttler.NewBucket(time.Minute, 100).Elastic(10), throttler.NewBucket(time.Hour, 7).Named("fixed"))
+	s.set(0.5)
+	got := levels(t, th, "a")
+	require.Len(t, got, 2)
+	assert.Equal(t, int64(50), got[0].Limit)
+	assert.Equal(t, int64(7), got[1].Limit)
+}

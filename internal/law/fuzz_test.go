@@ -545,5 +545,5 @@ func (w wanted) rule() law.Rule {
 	if w.kind == law.Continuous {
 		window = whole(ceiling(quotient(product(rat(w.capacity), rat(l.Period)), rat(l.Refill))))
 	}
-	return law.Rule{Name: w.name, Law: l, Capacity: w.capacity, Window: window}
+	return law.Rule{Name: w.name, Law: l, Capacity: w.capacity, Full: w.capacity, Window: window}
 }
