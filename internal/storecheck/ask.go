@@ -46,7 +46,7 @@ type Verdict struct {
 	RetryAfter time.Duration
 
 	request Request
-	answer  *storage.Answer
+	answer  storage.Answer // empty after an error
 }
 
 // Decide asks a storage.
@@ -75,7 +75,7 @@ func decide(r Request, by func(*storage.Request, *storage.Answer) error) (Verdic
 
 // Answered is an answer to a request as a Verdict.
 func Answered(r Request, a *storage.Answer) Verdict {
-	v := Verdict{Allowed: a.Allowed, request: r, answer: a}
+	v := Verdict{Allowed: a.Allowed, request: r, answer: *a}
 	for i := range a.Counts {
 		v.RetryAfter = max(v.RetryAfter, micros(a.Counts[i].RetryAfter))
 	}
@@ -106,12 +106,6 @@ type Level struct {
 
 // Levels are those of all buckets.
 func (v *Verdict) Levels() (out []Level) {
-	if v.answer == nil {
-		return nil
-	}
-	if v.answer == nil {
-		return nil
-	}
 	counts := v.answer.Counts
 	for _, p := range v.request.Parts {
 		for i := range p.Rules.Rules {
