@@ -82,7 +82,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet(t)
+		quiet(t, n)
 		require.NoError(t, redis.Kill())
 		assert.Equal(t, five(40), n.times(60, targets))
 		r.assertTotals(t, 100, targets)
@@ -98,7 +98,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 		all := fleet(t, &r, 4, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 		do(all, order{Do: "take", Targets: targets, Calls: 15})
 		r.assertTotals(t, 60, targets)
-		quiet(t)
+		quiet(t, all...)
 		require.NoError(t, redis.Kill())
 		do(all, order{Do: "take", Targets: targets, Calls: 30})
 		r.assertTotals(t, 100, targets)
@@ -126,7 +126,7 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 		storecheck.Until(t, "something was left", func() bool {
 			return !slices.ContainsFunc(slowly, func(g target) bool { return r.admitted(g.ID) < 300 })
 		})
-		quiet(t)
+		quiet(t, n)
 		n.end()
 		r.assertTotals(t, 300, slowly)
 		all := admissions(r.all(), flowing.ID)
@@ -168,7 +168,7 @@ func TestT3ARestartThatNobodySawHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet(t)
+		quiet(t, n)
 		require.NoError(t, redis.Kill())
 		require.NoError(t, redis.Start())
 		n.times(60, targets)
@@ -186,7 +186,7 @@ func TestT3ARestartAfterAnOutageHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet(t)
+		quiet(t, n)
 		require.NoError(t, redis.Kill())
 		require.Equal(t, five(10), n.times(10, targets))
 		require.NoError(t, redis.Start())
@@ -212,7 +212,7 @@ func TestT4AFrozenRedisHandsOutExactlyWhatIsLeft(t *testing.T) {
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
 		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
-		quiet(t)
+		quiet(t, n)
 		require.NoError(t, redis.Freeze())
 		assert.Equal(t, five(20), n.times(20, targets))
 		require.NoError(t, redis.Thaw())
@@ -240,7 +240,7 @@ func TestT5AReplicaThatTakesOverHandsOutExactlyWhatIsLeft(t *testing.T) {
 	url := fmt.Sprintf("redis://%s?master_name=%s", sentinel.Addr(), sentinel.MasterName)
 	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 	require.Equal(t, five(60), n.times(60, targets))
-	quiet(t)
+	quiet(t, n)
 	require.NoError(t, sentinel.Primary.Kill())
 	require.Equal(t, five(10), n.times(10, targets))
 	t.Log("back after", n.back(t))
@@ -270,12 +270,13 @@ func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 	all := fleet(t, &r, 2, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 	whole, cut := all[:1], all[1:]
 	do(all, order{Do: "take", Targets: targets, Calls: 10})
-	quiet(t)
+	quiet(t, all...)
 	heal := cut[0].redis.hole(t)
 	do(cut, order{Do: "take", Targets: targets, Calls: 60})
 	do(whole, order{Do: "take", Targets: targets, Calls: 1}) // Postgres tells it
-	quiet(t)
+	quiet(t, all...)
 	do(whole, order{Do: "take", Targets: targets, Calls: 60})
+	quiet(t, whole...)
 	do(cut, order{Do: "take", Targets: targets, Calls: 10})
 	heal()
 	r.assertTotals(t, 100, targets)
@@ -321,7 +322,7 @@ func TestT8AProcessThatIsKilledCostsAtMostWhatItHadNotTold(t *testing.T) {
 	do(killed, order{Do: "take", Targets: targets, Calls: 12})
 	killed[0].kill()
 	require.NoError(t, redis.Kill())
-	quiet(t) // what was on its way arrives
+	quiet[*node](t) // what was on its way arrives
 	for i := range targets {
 		g := &targets[i]
 		known := owed(t, told, g)[0]
@@ -419,7 +420,7 @@ func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 
 	require.Equal(t, five(5), n.times(5, slowly))
 	n.settled(t)
-	quiet(t)
+	quiet(t, n)
 	require.NoError(t, redis.Kill())
 	assert.Equal(t, five(25), n.times(40, slowly))
 	r.assertTotals(t, 100, slowly)
@@ -433,7 +434,7 @@ func TestT10WhenBothAreDownCallsFailInTime(t *testing.T) {
 			n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
 			t.Cleanup(func() { assert.NoError(t, pg.Close()) }) // or the pool waits for it
 			require.Equal(t, five(10), n.times(10, targets))
-			quiet(t)
+			quiet(t, n)
 			require.NoError(t, harm(redis))
 			require.NoError(t, harm(pg))
 			var took []int64

@@ -78,14 +78,14 @@ func TestABadLinkCostsACallAtMostOnceInEachStore(t *testing.T) {
 			n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 1000)
 			n.times(10, targets)
-			quiet(t)
+			quiet(t, n)
 			heal := harm(p, t)
 			n.times(20, targets)
 			heal()
 			n.back(t)
 			n.times(10, targets)
 			n.settled(t)
-			quiet(t)
+			quiet(t, n)
 			r.assertNoErrors(t)
 			r.assertTotals(t, 40, targets)
 			r.assertPrompt(t, callLimit)
@@ -131,7 +131,7 @@ func TestAContextThatEndsCostsACallAtMostOnce(t *testing.T) {
 	assert.LessOrEqual(t, micros(quantile(late, 0.5)), 50*time.Millisecond)
 	require.Equal(t, five(5), n.times(5, targets))
 	n.settled(t)
-	quiet(t)
+	quiet(t, n)
 	assert.Zero(t, n.State().Transitions)
 	direct := open(t, server.URL(), storecheck.Patient)
 	for i := range targets {
@@ -230,7 +230,7 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			n := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
-			quiet(t)
+			quiet(t, n)
 			cure := f.harm(t, client(t, server))
 			assert.Equal(t, five(20), n.times(20, targets))
 			assert.True(t, n.State().Degraded)
@@ -288,7 +288,7 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 			assert.Equal(t, []int{90}, n.times(100, others[:1]))
 			// And goes away again.
 			at("del %s", &targets[0])
-			quiet(t)
+			quiet(t, n)
 			t.Logf("after the foreign data was gone: %d more", n.times(1, targets[:1])[0])
 		})
 	}
@@ -388,7 +388,7 @@ func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // in some slots of both
 	require.Equal(t, append(five(60), five(60)...), n.times(60, targets))
 	n.settled(t)
-	quiet(t)
+	quiet(t, n)
 	require.NoError(t, cluster.Nodes[1].Kill())
 	require.Equal(t, append(five(10), five(10)...), n.times(10, targets))
 	require.NoError(t, cluster.Nodes[1].Start())
@@ -441,7 +441,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	}
 	require.Equal(t, five(20), n.times(20, targets), "Redis has not forgotten")
 	n.settled(t)
-	quiet(t)
+	quiet(t, n)
 	require.NoError(t, redis.Kill())
 	for i := range targets {
 		n.times(100, targets[i:i+1])
@@ -518,7 +518,7 @@ func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 		heal()
 		n.settled(t)
 	}
-	quiet(t)
+	quiet(t, n)
 	t.Logf("%d flushes failed, %d commits had no answer", failures(), committed)
 	assert.Positive(t, committed)
 	for i := range targets {

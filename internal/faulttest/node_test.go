@@ -525,8 +525,21 @@ func (n *node) settled(t testing.TB) {
 	pass(t, 50*time.Millisecond)
 }
 
-// quiet is two flush intervals, after which Postgres must know everything.
-func quiet(t testing.TB) { pass(t, 2*failover.DefaultFlushInterval) }
+// settled waits until Postgres knows everything that the process has admitted.
+func (p *process) settled(t testing.TB) {
+	t.Helper()
+	storecheck.Until(t, "something is pending", func() bool { st := p.state(); return st.Pending == 0 && st.Lag == 0 })
+}
+
+// quiet is two flush intervals, after which Postgres must know everything that nodes or processes have admitted. A busy
+// machine may take longer.
+func quiet[T interface{ settled(testing.TB) }](t testing.TB, all ...T) {
+	t.Helper()
+	pass(t, 2*failover.DefaultFlushInterval)
+	for _, n := range all {
+		n.settled(t)
+	}
+}
 
 // pass lets a fault or a load go on, as how long it lasts is what the bound is about. For all that can be seen there is
 // storecheck.Until.
