@@ -80,7 +80,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t, n)
 		require.NoError(t, redis.Kill())
@@ -95,7 +95,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		all := fleet(t, &r, 4, stores{PostgresTimeout: storecheck.Patient}, redis, postgres(t))
+		all := fleet(t, &r, 4, stores{RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}, redis, postgres(t))
 		do(all, order{Do: "take", Targets: targets, Calls: 15})
 		r.assertTotals(t, 60, targets)
 		quiet(t, all...)
@@ -119,7 +119,7 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 		var r record
 		redis := servers.Redis(t)
 		slowly, flowing := ofEachKind(t, 300), steady(t)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 		n.begin(order{Targets: append(slices.Clone(slowly), flowing), Workers: 12, Pause: 5 * time.Millisecond})
 		storecheck.Until(t, "there is no load", func() bool { return r.admitted(slowly[0].ID) >= 150 })
 		require.NoError(t, redis.Kill())
@@ -166,7 +166,7 @@ func TestT3ARestartThatNobodySawHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t, n)
 		require.NoError(t, redis.Kill())
@@ -184,7 +184,7 @@ func TestT3ARestartAfterAnOutageHandsOutExactlyWhatIsLeft(t *testing.T) {
 	for range runs(t) {
 		var r record
 		redis, targets := servers.Redis(t), ofEachKind(t, 100)
-		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
+		n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 		require.Equal(t, five(60), n.times(60, targets))
 		quiet(t, n)
 		require.NoError(t, redis.Kill())
@@ -502,8 +502,8 @@ func TestT12HealthyProcessesAdmitWhatRedisAloneDoes(t *testing.T) {
 func TestT12WhatTwoProcessesTakeInTurnsIsBackAsSoonAsInRedisAlone(t *testing.T) {
 	var r record
 	redis := servers.Redis(t)
-	a := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
-	b := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: postgres(t).URL()})
+	a := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
+	b := local(t, &r, stores{Number: 1, Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 	g := target{id(t), []law.Rule{rule(t, "fast", law.Continuous, time.Second, 100, 100)}}
 	for round := range 4 {
 		storecheck.Until(t, "the bucket is not full", func() bool { return owed(t, a.redis, &g)[0] == 0 && owed(t, a.alone, &g)[0] == 0 })

@@ -258,7 +258,7 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 			t.Parallel()
 			var r record
 			server := servers.Redis(t)
-			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient}), client(t, server)
+			n, c := local(t, &r, stores{Redis: server.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient}), client(t, server)
 			targets, others := ofEachKind(t, 100), ofEachKind(t, 100)
 			key := func(g *target) string { return redisstore.DefaultPrefix + "fault:" + g.ID }
 			at := func(command string, g *target) any {
@@ -352,7 +352,7 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 			t.Parallel()
 			var r record
 			redis := servers.Redis(t)
-			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
+			n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 			targets := ofEachKind(t, 100)
 			require.Equal(t, five(60), n.times(60, targets))
 			limited := func(capacity int64) (all []target) {

@@ -107,7 +107,7 @@ func openNode(where stores, emit func(event)) (*node, error) {
 	if n.redis, err = redisstore.Open(where.Redis, &redisstore.Options{Timeout: where.RedisTimeout}); err != nil {
 		return nil, err
 	}
-	if n.alone, err = redisstore.Open(where.Redis, &redisstore.Options{Prefix: "alone:"}); err != nil {
+	if n.alone, err = redisstore.Open(where.Redis, &redisstore.Options{Prefix: "alone:", Timeout: where.RedisTimeout}); err != nil {
 		return nil, err
 	}
 	if n.pool, err = pgxpool.New(ctx, where.Postgres+"&pool_max_conns=8"); err != nil {
