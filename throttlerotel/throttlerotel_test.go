@@ -153,7 +153,7 @@ func TestCallsAreCountedByResultAndBucket(t *testing.T) {
 	m.Storage("memory", nil)
 	assert.Equal(t, []string{
 		"decision.duration{runtime} 5",
-		"decision.duration{} 2",
+		"decision.duration{} 1",
 		"decisions{api charge allowed runtime} 1",
 		"decisions{api consume allowed runtime} 1",
 		"decisions{api consume denied runtime} 1",
