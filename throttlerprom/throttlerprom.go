@@ -43,6 +43,7 @@ type Metrics struct {
 	// The series are found once, and then in maps that are never changed: to find them by their labels takes longer than to
 	// count.
 	decided  atomic.Pointer[map[decidedBy]*decided]
+	last     atomic.Pointer[decided]
 	full     atomic.Bool // whether further buckets are "other"
 	mu       sync.Mutex  // held to replace the maps, and for what follows
 	names    map[string]*named
