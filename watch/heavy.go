@@ -1,0 +1,99 @@
+package watch
+
+// Who asks most.
+
+import (
+	"maps"
+	"strings"
+
+	"github.com/apache/datasketches-go/frequencies"
+)
+
+const (
+	counters = 1 << 10 // of a sketch
+	heavyOf  = 1000    // who asked for one in so many of all tokens is heavy
+	maxNames = 4096    // more than all sketches of a shard track: each three quarters of its counters
+	longest  = 128     // bytes of an identifier that are kept
+	mostCost = 1 << 40 // tokens that a call counts for at most, so that no sum overflows
+)
+
+// minute has what identifiers did in one minute, by their hashes, and how long decisions took.
+type minute struct {
+	number        int64
+	asked, denied *frequencies.LongsSketch
+	latency       [maxSources + 1]histogram // by the index of the source
+}
+
+func newMinute(number int64) *minute {
+	asked, _ := frequencies.NewLongsSketchWithMaxMapSize(counters) // fails only if that is no power of two
+	denied, _ := frequencies.NewLongsSketchWithMaxMapSize(counters)
+	return &minute{number: number, asked: asked, denied: denied}
+}
+
+// turnMinute begins a minute, if it is not the present one.
+func (s *shard) turnMinute(number int64) {
+	if number == s.this.number {
+		return
+	}
+	s.last, s.this = s.this, newMinute(number)
+	if s.last.number < number-1 {
+		s.last = newMinute(number - 1)
+	}
+	s.forgetNames()
+}
+
+// asked counts what an identifier asked for. Its name is kept only once it is heavy: so a flood of identifiers, each of
+// which asks for little, takes no memory.
+func (s *shard) asked(hash int64, a *asking) {
+	if a.cost <= 0 {
+		return
+	}
+	heavy := update(s.this.asked, hash, min(a.cost, mostCost))
+	if a.denied {
+		heavy = update(s.this.denied, hash, 1) || heavy
+	}
+	if heavy {
+		s.keepName(hash, a.identifier)
+	}
+}
+
+// update counts n, and says whether the identifier is heavy with it.
+func update(s *frequencies.LongsSketch, hash, n int64) bool {
+	_ = s.UpdateMany(hash, n)         // fails only below zero
+	least, _ := s.GetLowerBound(hash) // never fails
+	return least > s.GetStreamLength()/heavyOf
+}
+
+func (s *shard) keepName(hash int64, id string) {
+	if _, ok := s.names[hash]; ok {
+		return
+	}
+	if len(s.names) >= maxNames {
+		s.forgetNames()
+	}
+	if mask := s.watch.options.Mask; mask != nil {
+		id = mask(id)
+	}
+	s.names[hash] = strings.Clone(id[:min(len(id), longest)])
+}
+
+// forgetNames forgets those that no sketch tracks any more.
+func (s *shard) forgetNames() {
+	maps.DeleteFunc(s.names, func(hash int64, _ string) bool {
+		h := s.heavy(hash)
+		return h.AskedLeast == 0 && h.DeniedLeast == 0
+	})
+}
+
+// heavy is what an identifier did in this minute and in the last one.
+func (s *shard) heavy(hash int64) (h Heavy) {
+	for _, m := range [...]*minute{s.this, s.last} {
+		asked, _ := m.asked.GetUpperBound(hash)
+		askedLeast, _ := m.asked.GetLowerBound(hash)
+		denied, _ := m.denied.GetUpperBound(hash)
+		deniedLeast, _ := m.denied.GetLowerBound(hash)
+		h.Asked, h.AskedLeast = h.Asked+asked, h.AskedLeast+askedLeast
+		h.Denied, h.DeniedLeast = h.Denied+denied, h.DeniedLeast+deniedLeast
+	}
+	return h
+}

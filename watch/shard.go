@@ -1,0 +1,194 @@
+package watch
+
+// What a call counts for. All that is under the lock of a shard is here, so that a call locks once.
+
+import (
+	"sync"
+	"time"
+
+	"github.com/go-throttler/throttler"
+)
+
+// shard counts the calls of some identifiers.
+type shard struct {
+	watch *Watch
+
+	mu      sync.Mutex // held for what follows
+	second  int64      // that the tallies are of
+	all     tally
+	sources []sourceTally
+	buckets []bucketTally
+	find    map[name]int // the index in buckets
+
+	this, last *minute
+	names      map[int64]string // of who is heavy, by the hash of the identifier
+}
+
+// tally has the counts of one second, and to which series they belong.
+type tally struct {
+	counts
+	series *series
+}
+
+type sourceTally struct {
+	tally
+	name string
+}
+
+type bucketTally struct {
+	tally
+	name   name
+	limit  int64 // as last seen
+	period time.Duration
+}
+
+func (s *shard) begin(w *Watch) {
+	s.watch, s.all.series, s.find, s.names = w, w.all, make(map[name]int), make(map[int64]string)
+	s.last, s.this = newMinute(-1), newMinute(0)
+}
+
+// turn moves on to a second, if that is later.
+func (s *shard) turn(second int64) {
+	if second <= s.second {
+		return
+	}
+	s.flush()
+	s.second = second
+	s.turnMinute(second / 60)
+}
+
+// flush adds the counts to the history.
+func (s *shard) flush() {
+	s.watch.mu.Lock()
+	defer s.watch.mu.Unlock()
+	s.all.flush(s.second)
+	for i := range s.sources {
+		s.sources[i].flush(s.second)
+	}
+	for i := range s.buckets {
+		b := &s.buckets[i]
+		if b.flush(s.second) {
+			b.series.limit, b.series.period = b.limit, b.period
+		}
+	}
+}
+
+func (t *tally) flush(second int64) bool {
+	if t.counts == (counts{}) {
+		return false
+	}
+	t.series.add(second, &t.counts)
+	t.counts = counts{}
+	return true
+}
+
+// asking is what one identifier asked for in a call: the most tokens of one bucket.
+type asking struct {
+	identifier string
+	cost       int64
+	denied     bool
+}
+
+func (a *asking) add(l *throttler.Level, cost int64) {
+	a.cost = max(a.cost, cost)
+	a.denied = a.denied || l.RetryAfter > 0
+}
+
+// count counts a call, and says whether it was about further identifiers, which count elsewhere.
+func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
+	of := outcomeOf(e)
+	switch e.Op {
+	case throttler.OpConsume, throttler.OpPeek, throttler.OpCharge: // what a storage decided
+		s.countSource(e, of)
+	}
+	if e.Attempt > 0 || e.Op == throttler.OpPeek || e.Op == throttler.OpReset {
+		return false
+	}
+	if e.Op == throttler.OpConsume || e.Op == throttler.OpWait {
+		s.all.calls[of]++
+	}
+	a, i := asking{identifier: e.Identifier}, 0
+	for l, cost := range e.Buckets() {
+		s.bucket(i, e.Name, l.Bucket).count(e, &l, cost)
+		i++
+		if l.Identifier == e.Identifier {
+			a.add(&l, cost)
+		} else {
+			others = true
+		}
+	}
+	if e.Op == throttler.OpRefund {
+		return false
+	}
+	if i == 0 { // no bucket was asked
+		a.cost = e.Cost
+	}
+	s.asked(hash, &a)
+	return others
+}
+
+func (s *shard) countSource(e *throttler.Event, of outcome) {
+	source := e.Verdict.Source()
+	if source == "" {
+		return
+	}
+	i := 0
+	for i < len(s.sources) && i < maxSources && s.sources[i].name != source {
+		i++
+	}
+	if i == len(s.sources) {
+		s.watch.mu.Lock()
+		s.sources = append(s.sources, sourceTally{tally{series: s.watch.source(source)}, source}) // the last one is the others'
+		s.watch.mu.Unlock()
+	}
+	s.sources[i].calls[of]++
+	if e.Verdict.Degraded() {
+		s.sources[i].degraded++
+	}
+	s.this.latency[i][bin(e.Duration)]++
+}
+
+// bucket finds the tally of a bucket that is number i of its call: most often it has that number here.
+func (s *shard) bucket(i int, of, bucket string) *bucketTally {
+	if i < len(s.buckets) {
+		if b := &s.buckets[i]; b.name.bucket == bucket && b.name.throttler == of {
+			return b
+		}
+	}
+	return s.findBucket(name{of, bucket})
+}
+
+func (s *shard) findBucket(n name) *bucketTally {
+	i, ok := s.find[n]
+	if !ok && len(s.buckets) >= maxBuckets {
+		n = name{bucket: other}
+		i, ok = s.find[n]
+	}
+	if !ok {
+		i = len(s.buckets)
+		s.find[n] = i
+		s.watch.mu.Lock()
+		s.buckets = append(s.buckets, bucketTally{tally: tally{series: s.watch.bucket(n)}, name: n})
+		s.watch.mu.Unlock()
+	}
+	return &s.buckets[i]
+}
+
+// count counts what the bucket answered in a call.
+func (b *bucketTally) count(e *throttler.Event, l *throttler.Level, cost int64) {
+	b.limit, b.period = l.Limit, l.Period
+	switch {
+	case l.RetryAfter > 0:
+		b.calls[denied]++
+	case e.Op == throttler.OpRefund:
+		b.tokens -= cost
+	case e.Op == throttler.OpCharge:
+		b.tokens += cost
+	case e.Verdict.Allowed:
+		b.calls[allowed]++
+		b.tokens += cost
+		if l.Remaining < l.Limit/nearOf {
+			b.near++
+		}
+	}
+}

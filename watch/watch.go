@@ -1,0 +1,133 @@
+// Package watch shows what Throttlers decide while they do: decisions a second and their peak, each bucket, the heaviest
+// identifiers, how long it takes, who decides, and sudden spikes. It is about one process, and keeps all in its memory.
+//
+//	w := watch.New(nil)
+//	t, err := throttler.New(throttler.Config{Observe: w.Observe, …})
+//	mux.Handle("/debug/throttler/", staffOnly(w)) // the page, behind your own login, and what it shows as JSON at json
+//	expvar.Publish("throttler", expvar.Func(func() any { return w.Snapshot() }))
+//
+// Memory is bounded, whoever calls: identifiers are counted by sketches, and only those of the heaviest are kept.
+package watch
+
+import (
+	"context"
+	"hash/maphash"
+	"sync"
+	"time"
+
+	"github.com/go-throttler/throttler"
+)
+
+// Options of a Watch. The zero value changes nothing.
+type Options struct {
+	// Mask, if not nil, returns what is kept and shown of an identifier, such as a hash. It is called once an identifier is
+	// found to be heavy. It must be quick and safe for concurrent use, and not call the Watch.
+	Mask func(identifier string) string
+
+	// State, if not nil, returns what else is shown, such as the state of a storage: something that encoding/json makes an
+	// object of. It is called for each Snapshot.
+	State func() any
+}
+
+// Watch watches any number of Throttlers. It is made by New only, and safe for concurrent use. It has no goroutine, and needs
+// no Close.
+type Watch struct {
+	options Options
+	seed    maphash.Seed // random, so that nobody can choose identifiers of one hash
+	start   time.Time    // time is counted from here, by the monotonic clock
+	shards  [shards]shard
+
+	mu      sync.Mutex // held for what follows; a shard is locked first
+	all     *series
+	sources map[string]*series
+	buckets map[name]*series
+}
+
+const (
+	shards     = 8  // by identifier, so that a call seldom waits for another
+	maxSources = 8  // those beyond count as other
+	maxBuckets = 64 // the same
+	other      = "other"
+)
+
+// name is that of a bucket, with that of the Throttler.
+type name struct{ throttler, bucket string }
+
+// New returns a Watch. Nil options change nothing.
+func New(o *Options) *Watch {
+	w := &Watch{seed: maphash.MakeSeed(), start: time.Now(), all: newSeries(), sources: make(map[string]*series), buckets: make(map[name]*series)}
+	if o != nil {
+		w.options = *o
+	}
+	for i := range w.shards {
+		w.shards[i].begin(w)
+	}
+	return w
+}
+
+// Observe is for Config.Observe. It allocates nothing, but once in a while.
+func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
+	hash := w.hash(e.Identifier)
+	s := w.shard(hash)
+	s.mu.Lock()
+	s.turn(w.second())
+	others := s.count(e, hash)
+	s.mu.Unlock()
+	if others {
+		w.countOthers(e)
+	}
+}
+
+// countOthers counts what other identifiers than that of the event asked for: their shards are others too.
+func (w *Watch) countOthers(e *throttler.Event) {
+	a := asking{identifier: e.Identifier}
+	for l, cost := range e.Buckets() {
+		if l.Identifier != a.identifier {
+			w.countOther(e, &a)
+			a = asking{identifier: l.Identifier}
+		}
+		a.add(&l, cost)
+	}
+	w.countOther(e, &a)
+}
+
+func (w *Watch) countOther(e *throttler.Event, a *asking) {
+	if a.identifier == e.Identifier {
+		return
+	}
+	hash := w.hash(a.identifier)
+	s := w.shard(hash)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.turn(w.second())
+	s.asked(hash, a)
+}
+
+func (w *Watch) hash(id string) int64 { return int64(maphash.String(w.seed, id)) }
+
+func (w *Watch) shard(hash int64) *shard { return &w.shards[uint64(hash)>>32%shards] }
+
+// second is the number of the present second.
+func (w *Watch) second() int64 { return int64(time.Since(w.start) / time.Second) }
+
+// time is when a second began.
+func (w *Watch) time(second int64) time.Time { return w.start.Add(time.Duration(second) * time.Second) }
+
+// source is the series of a source, and bucket that of a bucket: or of all beyond the first.
+func (w *Watch) source(of string) *series {
+	return seriesOf(w.sources, of, other, maxSources)
+}
+
+func (w *Watch) bucket(of name) *series {
+	return seriesOf(w.buckets, of, name{bucket: other}, maxBuckets)
+}
+
+func seriesOf[K comparable](all map[K]*series, k, other K, most int) *series {
+	if all[k] == nil && len(all) >= most {
+		k = other
+	}
+	if all[k] == nil {
+		all[k] = newSeries()
+	}
+	return all[k]
+}
