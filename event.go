@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -44,6 +45,7 @@ type Event struct {
 	Verdict    Verdict       // as the caller got it; empty after an error; of OpRefund the refunded one
 	Err        error         // also when a policy allowed the call
 	Duration   time.Duration // of the call, storage included; of OpWait from its beginning
+	Time       time.Time     // when the call ended, by the clock that measures Duration: it is never set, so compare it with others of the process
 
 	refund *storage.Charge // of OpRefund
 }
@@ -184,9 +186,10 @@ func (t *Throttler) event(op Op, attempt int, id string, cost int64) *Event {
 	return e
 }
 
-// tell hands an event with its answer to Observe.
-func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, took time.Duration) {
-	e.Verdict, e.Err, e.Duration = *v, err, took
+// tell hands an event with its answer to Observe. The call began at start, by law.Elapsed.
+func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, start time.Duration) {
+	end := law.Elapsed()
+	e.Verdict, e.Err, e.Duration, e.Time = *v, err, end-start, law.TimeAt(end)
 	if v.RetryAfter > 0 {
 		if id, bucket := deniedBy(v); bucket != "" {
 			e.Identifier, e.Bucket = id, bucket
@@ -206,6 +209,6 @@ func (t *Throttler) Report(ctx context.Context, id string, err error) {
 func (t *Throttler) rejected(ctx context.Context, op Op, attempt int, id string, err error) {
 	t.tidy()
 	if t.observe != nil {
-		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, 0)
+		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, law.Elapsed())
 	}
 }

@@ -265,7 +265,7 @@ func TestAnEventHasNothingOfTheOneBefore(t *testing.T) {
 	}
 	require.NotEmpty(t, *seen)
 	for i, e := range *of {
-		e.Duration = 0
+		e.Duration, e.Time = 0, time.Time{}
 		want := []throttler.Event{
 			{Name: "other", Op: throttler.OpReset, Identifier: "b"},
 			{Name: "other", Op: throttler.OpConsume, Identifier: "b", Verdict: throttler.Verdict{Allowed: true}},
@@ -318,4 +318,29 @@ func TestAnObservedDecisionAllocatesNothing(t *testing.T) {
 	assert.Zero(t, testing.AllocsPerRun(1000, func() { _, _ = th.Consume("user:42", throttler.CostOf("b", 500)) }))
 	assert.Positive(t, denials)
 	assert.Positive(t, tokens)
+}
+
+func TestAnEventHasTheTimeAtItsEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ended []time.Time
+		one, err := throttler.New(throttler.Config{
+			Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)},
+			Observe: func(_ context.Context, e *throttler.Event) { ended = append(ended, e.Time.Add(-e.Duration), e.Time) },
+		})
+		require.NoError(t, err)
+		start := time.Now()
+		for range 2 {
+			_, err = one.Wait(t.Context(), "a")
+			require.NoError(t, err)
+		}
+		_, err = one.Consume("") // rejected before it is asked
+		require.Error(t, err)
+		var after []time.Duration
+		for _, at := range ended {
+			after = append(after, at.Sub(start))
+		}
+		minute := time.Minute
+		require.Equal(t, []time.Duration{0, 0, 0, 0, 0, 0, minute, minute, 0, minute, minute, minute}, after)
+	})
 }

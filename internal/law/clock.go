@@ -12,6 +12,9 @@ var (
 // Elapsed is how long the process has been running, and MonotonicAt what Monotonic was then.
 func Elapsed() time.Duration { return time.Since(started) }
 
+// TimeAt is the time when Elapsed was elapsed, with a monotonic reading.
+func TimeAt(elapsed time.Duration) time.Time { return started.Add(elapsed) }
+
 // MonotonicAt is Monotonic at a time of Elapsed.
 func MonotonicAt(elapsed time.Duration) int64 { return startedMicros + int64(elapsed/time.Microsecond) }
 
