@@ -48,23 +48,22 @@ func (s *shard) asked(hash int64, a *asking) {
 	if a.cost <= 0 {
 		return
 	}
-	heavy := update(s.this.asked, hash, min(a.cost, mostCost))
+	_ = s.this.asked.UpdateMany(hash, min(a.cost, mostCost)) // fails only below zero
 	if a.denied {
-		heavy = update(s.this.denied, hash, 1) || heavy
+		_ = s.this.denied.UpdateMany(hash, 1)
 	}
-	if heavy {
+	if s.known[uint64(hash)%uint64(len(s.known))] != hash && (heavyIn(s.this.asked, hash) || a.denied && heavyIn(s.this.denied, hash)) {
 		s.keepName(hash, a.identifier)
 	}
 }
 
-// update counts n, and says whether the identifier is heavy with it.
-func update(s *frequencies.LongsSketch, hash, n int64) bool {
-	_ = s.UpdateMany(hash, n)         // fails only below zero
+func heavyIn(s *frequencies.LongsSketch, hash int64) bool {
 	least, _ := s.GetLowerBound(hash) // never fails
 	return least > s.GetStreamLength()/heavyOf
 }
 
 func (s *shard) keepName(hash int64, id string) {
+	s.known[uint64(hash)%uint64(len(s.known))] = hash
 	if _, ok := s.names[hash]; ok {
 		return
 	}
@@ -79,6 +78,7 @@ func (s *shard) keepName(hash int64, id string) {
 
 // forgetNames forgets those that no sketch tracks any more.
 func (s *shard) forgetNames() {
+	clear(s.known[:])
 	maps.DeleteFunc(s.names, func(hash int64, _ string) bool {
 		h := s.heavy(hash)
 		return h.AskedLeast == 0 && h.DeniedLeast == 0

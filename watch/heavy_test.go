@@ -19,7 +19,7 @@ import (
 
 // ask observes a call for tokens of an identifier, of whatever came.
 func ask(w *watch.Watch, id string, cost int64) {
-	w.Observe(ctx, &throttler.Event{Op: throttler.OpConsume, Identifier: id, Cost: cost})
+	w.Observe(ctx, &throttler.Event{Op: throttler.OpConsume, Identifier: id, Cost: cost, Time: time.Now()})
 }
 
 // truth counts what identifiers ask, one by one.

@@ -13,8 +13,9 @@ import (
 type shard struct {
 	watch *Watch
 
-	mu      sync.Mutex // held for what follows
-	second  int64      // that the tallies are of
+	mu      sync.Mutex    // held for what follows
+	second  int64         // that the tallies are of
+	until   time.Duration // its end, since the start of the watch
 	all     tally
 	sources []sourceTally
 	buckets []bucketTally
@@ -22,6 +23,7 @@ type shard struct {
 
 	this, last *minute
 	names      map[int64]string // of who is heavy, by the hash of the identifier
+	known      [64]int64        // some hashes that have a name, by their last bits: most calls are of few identifiers
 }
 
 // tally has the counts of one second, and to which series they belong.
@@ -44,17 +46,18 @@ type bucketTally struct {
 
 func (s *shard) begin(w *Watch) {
 	s.watch, s.all.series, s.find, s.names = w, w.all, make(map[name]int), make(map[int64]string)
-	s.last, s.this = newMinute(-1), newMinute(0)
+	s.last, s.this, s.until = newMinute(-1), newMinute(0), time.Second
 }
 
-// turn moves on to a second, if that is later.
-func (s *shard) turn(second int64) {
-	if second <= s.second {
+// turn moves on to the second of a time since the start of the watch, if that is later.
+func (s *shard) turn(since time.Duration) {
+	if since < s.until {
 		return
 	}
 	s.flush()
-	s.second = second
-	s.turnMinute(second / 60)
+	s.second = int64(since / time.Second)
+	s.until = time.Duration(s.second+1) * time.Second
+	s.turnMinute(s.second / 60)
 }
 
 // flush adds the counts to the history.
@@ -101,24 +104,27 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 	case throttler.OpConsume, throttler.OpPeek, throttler.OpCharge: // what a storage decided
 		s.countSource(e, of)
 	}
-	if e.Attempt > 0 || e.Op == throttler.OpPeek || e.Op == throttler.OpReset {
+	if e.Attempt > 0 {
 		return false
 	}
-	if e.Op == throttler.OpConsume || e.Op == throttler.OpWait {
+	switch e.Op {
+	case throttler.OpConsume, throttler.OpWait:
 		s.all.calls[of]++
+	case throttler.OpCharge:
+	case throttler.OpRefund:
+		s.refund(e)
+		return false
+	default:
+		return false
 	}
 	a, i := asking{identifier: e.Identifier}, 0
-	for l, cost := range e.Buckets() {
+	for l, cost := range e.Verdict.All() {
 		s.bucket(i, e.Name, l.Bucket).count(e, &l, cost)
-		i++
-		if l.Identifier == e.Identifier {
+		if i++; l.Identifier == e.Identifier {
 			a.add(&l, cost)
 		} else {
 			others = true
 		}
-	}
-	if e.Op == throttler.OpRefund {
-		return false
 	}
 	if i == 0 { // no bucket was asked
 		a.cost = e.Cost
@@ -174,14 +180,18 @@ func (s *shard) findBucket(n name) *bucketTally {
 	return &s.buckets[i]
 }
 
+func (s *shard) refund(e *throttler.Event) {
+	for l, cost := range e.Buckets() {
+		s.bucket(0, e.Name, l.Bucket).tokens -= cost
+	}
+}
+
 // count counts what the bucket answered in a call.
 func (b *bucketTally) count(e *throttler.Event, l *throttler.Level, cost int64) {
 	b.limit, b.period = l.Limit, l.Period
 	switch {
 	case l.RetryAfter > 0:
 		b.calls[denied]++
-	case e.Op == throttler.OpRefund:
-		b.tokens -= cost
 	case e.Op == throttler.OpCharge:
 		b.tokens += cost
 	case e.Verdict.Allowed:

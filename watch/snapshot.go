@@ -78,9 +78,10 @@ type Heavy struct {
 
 // Snapshot returns what the Watch has seen until now.
 func (w *Watch) Snapshot() Snapshot {
-	now := w.second()
-	s := Snapshot{At: w.time(0).Add(time.Since(w.start)), Since: w.start, HeavySince: w.time(max(0, now/60-1) * 60)}
-	latency := w.collect(now, &s)
+	since := time.Since(w.start)
+	now := int64(since / time.Second)
+	s := Snapshot{At: w.start.Add(since), Since: w.start, HeavySince: w.time(max(0, now/60-1) * 60)}
+	latency := w.collect(since, &s)
 	w.mu.Lock()
 	minute := w.all.fine.sum(now-60, now)
 	s.Rate, s.Minute = w.all.rate(now), callsOf(&minute)
@@ -95,13 +96,13 @@ func (w *Watch) Snapshot() Snapshot {
 }
 
 // collect asks the shards who is heavy, and how long decisions took.
-func (w *Watch) collect(now int64, s *Snapshot) map[string]*histogram {
+func (w *Watch) collect(since time.Duration, s *Snapshot) map[string]*histogram {
 	latency, found := make(map[string]*histogram), []Heavy(nil)
 	var asked, denied int64
 	for i := range w.shards {
 		h := &w.shards[i]
 		h.mu.Lock()
-		h.turn(now)
+		h.turn(since)
 		h.flush()
 		found = h.collect(found, latency)
 		asked += h.this.asked.GetStreamLength() + h.last.asked.GetStreamLength()

@@ -70,7 +70,9 @@ func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 	hash := w.hash(e.Identifier)
 	s := w.shard(hash)
 	s.mu.Lock()
-	s.turn(w.second())
+	if since := e.Time.Sub(w.start); since >= s.until {
+		s.turn(since)
+	}
 	others := s.count(e, hash)
 	s.mu.Unlock()
 	if others {
@@ -81,7 +83,7 @@ func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 // countOthers counts what other identifiers than that of the event asked for: their shards are others too.
 func (w *Watch) countOthers(e *throttler.Event) {
 	a := asking{identifier: e.Identifier}
-	for l, cost := range e.Buckets() {
+	for l, cost := range e.Verdict.All() {
 		if l.Identifier != a.identifier {
 			w.countOther(e, &a)
 			a = asking{identifier: l.Identifier}
@@ -99,16 +101,15 @@ func (w *Watch) countOther(e *throttler.Event, a *asking) {
 	s := w.shard(hash)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.turn(w.second())
+	if since := e.Time.Sub(w.start); since >= s.until {
+		s.turn(since)
+	}
 	s.asked(hash, a)
 }
 
 func (w *Watch) hash(id string) int64 { return int64(maphash.String(w.seed, id)) }
 
 func (w *Watch) shard(hash int64) *shard { return &w.shards[uint64(hash)>>32%shards] }
-
-// second is the number of the present second.
-func (w *Watch) second() int64 { return int64(time.Since(w.start) / time.Second) }
 
 // time is when a second began.
 func (w *Watch) time(second int64) time.Time { return w.start.Add(time.Duration(second) * time.Second) }
