@@ -14,14 +14,14 @@ BENCH     ?= .
 BENCHTIME ?= 1s
 
 # Modules of their own, whose dependencies are not the root module's.
-NESTED := throttlerprom throttlerotel internal/faulttest internal/adapters internal/browsertest benchmarks
+NESTED := throttlerprom throttlerotel watch examples/observed internal/faulttest internal/adapters internal/browsertest benchmarks
 
 GOLANGCI_LINT_VERSION := v2.12.0
 BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover demo-load lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover demo-load demo-observe lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -61,6 +61,8 @@ test: servers ## Vet, test with the race detector and on 32 bits, fuzz each targ
 	cd throttlerotel && $(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
 	cd internal/adapters && $(GO) test -race ./...
+	cd watch && $(GO) test -race ./...
+	cd examples/observed && $(GO) test -race ./...
 	cd internal/browsertest && $(GO) test ./...
 	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
@@ -72,6 +74,8 @@ test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, tes
 	cd throttlerotel && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd internal/adapters && $(GO) test -race -count=$(COUNT) ./...
+	cd watch && $(GO) test -race -count=$(COUNT) ./...
+	cd examples/observed && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/browsertest && $(GO) test -count=$(COUNT) -timeout=1h ./...
 	$(fuzz)
 	GO='$(GO)' internal/servers/others.sh
@@ -127,6 +131,10 @@ demo-failover: servers ## Kill Redis under load and start it again, for 16 s: a 
 
 demo-load: ## Overload the example without and with -elastic, for a minute: a line each second says who is answered
 	@$(GO) build -o bin/ ./examples/fastapi-like ./examples/load && exec bin/load -server bin/fastapi-like $(FLAGS)
+
+# The same of a program with a go.mod of its own.
+demo-observe: ## Run examples/observed under a load with one attacker for 30 s, and say which page to open
+	@cd examples/observed && $(GO) build -o ../../bin/demo-observe . && exec ../../bin/demo-observe -load 30s
 
 lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bin/ if need be
 	@set -euo pipefail; \

@@ -29,13 +29,16 @@ const (
 )
 
 func outcomeOf(e *throttler.Event) outcome {
-	switch v := &e.Verdict; {
-	case e.Bypassed():
-		return bypassed
-	case v.Allowed:
+	if e.Verdict.Allowed && !e.Bypassed() && e.Err == nil {
+		return allowed // as Result says, which takes longer
+	}
+	switch e.Result() {
+	case "allowed":
 		return allowed
-	case v.RetryAfter > 0:
+	case "denied":
 		return denied
+	case "bypassed":
+		return bypassed
 	}
 	return failed
 }

@@ -1,10 +1,11 @@
-// Package browsertest_test opens the page /docs of examples/fastapi-like in a real browser. It is a module of its
-// own because of chromedp, which drives Chromium: the root module must not need it. It does not import the root
-// module either, but builds the example and starts it.
+// Package browsertest_test opens the pages of the examples in a real browser: /docs of examples/fastapi-like, and that of
+// package watch in examples/observed. It is a module of its own because of chromedp, which drives Chromium: the root
+// module must not need it. It does not import the root module either, but builds the examples and starts them.
 package browsertest_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"os"
@@ -30,14 +31,23 @@ const patience = 2 * time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// start runs the example in a process of its own and returns the address of its page.
+// start runs fastapi-like and returns the address of its page.
 func start(t *testing.T) string {
-	program := filepath.Join(t.TempDir(), "fastapi-like")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./examples/fastapi-like")
-	build.Dir = "../.."
+	first := run(t, "fastapi-like")
+	var line struct{ Msg, Address string }
+	require.NoError(t, json.Unmarshal(first, &line))
+	require.Equal(t, "listening", line.Msg)
+	return "http://" + line.Address + "/docs"
+}
+
+// run runs an example in a process of its own until the test ends, and returns the first line that it prints.
+func run(t *testing.T, example string, args ...string) []byte {
+	program := filepath.Join(t.TempDir(), example)
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".")
+	build.Dir = "../../examples/" + example
 	out, err := build.CombinedOutput()
 	require.NoError(t, err, "%s", out)
-	run := exec.CommandContext(t.Context(), program, "-addr", "127.0.0.1:0")
+	run := exec.CommandContext(t.Context(), program, append(args, "-addr", "127.0.0.1:0")...)
 	stdout, err := run.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, run.Start())
@@ -49,14 +59,12 @@ func start(t *testing.T) string {
 	})
 	lines := bufio.NewScanner(stdout)
 	require.True(t, lines.Scan(), "the program has ended")
-	var line struct{ Msg, Address string }
-	require.NoError(t, json.Unmarshal(lines.Bytes(), &line))
-	require.Equal(t, "listening", line.Msg)
+	first := bytes.Clone(lines.Bytes())
 	rest.Go(func() {
 		for lines.Scan() { // so that the log never blocks the program
 		}
 	})
-	return "http://" + line.Address + "/docs"
+	return first
 }
 
 // chromium is the program of $CHROMIUM, or the one that is installed.

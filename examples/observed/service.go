@@ -1,0 +1,56 @@
+package main
+
+import (
+	"encoding/json"
+	"expvar"
+	"net/http"
+	"time"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/throttlerhttp"
+	"github.com/go-throttler/throttler/watch"
+)
+
+// user is whom a request counts for. It stands in for a login: a real service believes no such header.
+func user(r *http.Request) string {
+	if name := r.Header.Get("X-User"); name != "" {
+		return "user:" + name
+	}
+	return ""
+}
+
+// newHandler is the service, its limits, and what shows them.
+func newHandler(w *watch.Watch) (http.Handler, error) {
+	t, err := throttler.New(throttler.Config{Observe: w.Observe})
+	if err != nil {
+		return nil, err
+	}
+	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
+		Key:     throttlerhttp.First(user, throttlerhttp.Address(nil)),
+		Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 100).Named("app")},
+		Routes: []throttlerhttp.Route{
+			{Pattern: "GET /{$}", Name: "/", Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 5)}},
+			{Pattern: "GET /api/search", Adds: true, Name: "/api/search", Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 20).Continuous()}},
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	limited := http.NewServeMux()
+	limited.Handle("GET /{$}", say("Hello User, you have access!"))
+	limited.Handle("GET /api/items", say("Items."))
+	limited.Handle("GET /api/search", say("Found."))
+	mux := http.NewServeMux()
+	mux.Handle("/", limit(limited))
+	mux.Handle("/debug/throttler/", w) // a real service puts a login before it
+	mux.Handle("GET /debug/vars", expvar.Handler())
+	return mux, nil
+}
+
+func say(text string) http.Handler {
+	out, _ := json.Marshal(map[string]string{"message": text}) // cannot fail
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(out) // fails when the client has gone: there is nobody to tell
+	})
+}
