@@ -31,7 +31,7 @@ func callFor(ctx context.Context, base string, d time.Duration) {
 	for i := range users {
 		callers.Go(func() {
 			for pause(ctx, time.Duration(500+rand.IntN(1000))*time.Millisecond) {
-				get(ctx, client, base+paths[rand.IntN(len(paths))], fmt.Sprintf("guest-%d", i+1))
+				call(ctx, client, base+paths[rand.IntN(len(paths))], fmt.Sprintf("guest-%d", i+1))
 			}
 		})
 	}
@@ -41,7 +41,7 @@ func callFor(ctx context.Context, base string, d time.Duration) {
 				return
 			}
 			for pause(ctx, 10*time.Millisecond) {
-				get(ctx, client, base+"/api/search", attacker)
+				call(ctx, client, base+"/api/search", attacker)
 			}
 		})
 	}
@@ -58,8 +58,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// get makes a call. Whatever becomes of it is seen on the page.
-func get(ctx context.Context, client *http.Client, url, user string) {
+// call makes a call. Whatever becomes of it is seen on the page.
+func call(ctx context.Context, client *http.Client, url, user string) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return
