@@ -293,20 +293,25 @@ func TestObservingAllocatesNothing(t *testing.T) {
 	require.Equal(t, allocs(before), allocs(some), "half of them denied")
 }
 
-// bound is ten times what a call may cost, as the machine may be busy.
-const bound = 600 * time.Nanosecond
-
-func TestObservingIsQuick(t *testing.T) {
-	w, e := watch.New(nil), event(t, "user:42", 2)
-	var took []time.Duration
+// TestObservingIsAPartOfADecision measures in turns, as the machine may be busy. It is about 0.4 of one.
+func TestObservingIsAPartOfADecision(t *testing.T) {
+	c := throttler.Config{Buckets: []throttler.Bucket{plenty, throttler.NewBucket(time.Minute, 1_000_000)}}
+	some := observed(t, watch.New(nil), c)
+	c.Observe = func(context.Context, *throttler.Event) {}
+	none, err := throttler.New(c)
+	require.NoError(t, err)
+	var took, least []time.Duration
 	for range 20 {
-		start := time.Now()
-		for range 1000 {
-			w.Observe(ctx, e)
-		}
-		took = append(took, time.Since(start)/1000)
+		took, least = append(took, decisions(t, some)), append(least, decisions(t, none))
 	}
-	require.Less(t, median(took), bound)
+	require.Less(t, median(took), 3*median(least))
+}
+
+// decisions is how long a thousand take.
+func decisions(t *testing.T, of *throttler.Throttler) time.Duration {
+	start := time.Now()
+	consume(t, of, 1000, "user:42")
+	return time.Since(start)
 }
 
 func median(all []time.Duration) time.Duration {
