@@ -118,6 +118,7 @@ func TestTheLastMinuteCountsAndTheOneBeforeDoesNot(t *testing.T) {
 		time.Sleep(time.Minute)
 		require.Empty(t, w.Snapshot().MostAsked)
 		consume(t, few, 1, "a")
+		require.Len(t, w.Snapshot().MostAsked, 1)
 		time.Sleep(5 * time.Minute)
 		require.Empty(t, w.Snapshot().MostAsked)
 	})
@@ -190,6 +191,38 @@ func TestAFloodOfIdentifiersTakesNoMemory(t *testing.T) {
 		require.Less(t, heap()-before, int64(4<<20), "bytes")
 	}
 	runtime.KeepAlive(w)
+}
+
+func TestAFloodOfBucketNamesTakesNoMemory(t *testing.T) {
+	w := watch.New(nil)
+	all := observed(t, w, throttler.Config{})
+	flood := func(n int) {
+		for i := range n {
+			name := fmt.Sprintf("%d of %d", i, n)
+			consume(t, all, 1, name, throttler.Using(plenty.Named(name)), throttler.Cost(0))
+		}
+	}
+	flood(1000)
+	before := heap()
+	flood(50_000)
+	require.Less(t, heap()-before, int64(1<<20), "bytes")
+	runtime.KeepAlive(w)
+}
+
+func TestAFloodOfIdentifiersAllocatesNothing(t *testing.T) {
+	w := watch.New(nil)
+	flood(w, 0, 50_000)
+	const n = 50_000
+	ids := make([]string, n+1)
+	for i := range ids {
+		ids[i] = fmt.Sprint("user:", i)
+	}
+	i, e := 0, &throttler.Event{Op: throttler.OpConsume, Cost: 1, Time: time.Now()}
+	require.Zero(t, testing.AllocsPerRun(n, func() {
+		e.Identifier = ids[i]
+		w.Observe(ctx, e)
+		i++
+	}))
 }
 
 // flood asks for n different identifiers of 500 bytes.
