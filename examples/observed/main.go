@@ -6,6 +6,7 @@
 //	open http://localhost:8000/debug/throttler/      # the page; a real service puts a login before it
 //	curl localhost:8000/debug/throttler/json         # the same as JSON
 //	curl localhost:8000/debug/vars                   # the same by expvar
+//	curl localhost:8000/metrics                      # for Prometheus; throttlerprom has a dashboard and alerts
 //	curl -i -H 'X-User: alice' localhost:8000        # 200 {"message":"Hello User, you have access!"}
 //
 // It is a module of its own, as are the packages that it shows. From the root of the repository "make demo-observe" is

@@ -25,11 +25,14 @@ func TestTheDemonstrationNamesTheAttacker(t *testing.T) {
 }
 
 // serve runs the service until the test ends, which also looks that it ends at once, and returns its address.
-func serve(t *testing.T) string {
+func serve(t *testing.T, args ...string) string {
 	ctx, end := context.WithCancel(t.Context())
 	in, out := io.Pipe()
 	ended := make(chan error, 1)
-	go func() { ended <- run(ctx, watch.New(nil), []string{"-addr", "127.0.0.1:0"}, out) }()
+	go func() {
+		defer func() { _ = out.Close() }()
+		ended <- run(ctx, watch.New(nil), append(args, "-addr", "127.0.0.1:0"), out)
+	}()
 	t.Cleanup(func() {
 		end()
 		select {
@@ -39,8 +42,10 @@ func serve(t *testing.T) string {
 			require.Fail(t, "it waits for who looks at the page")
 		}
 	})
-	line, err := bufio.NewReader(in).ReadString('\n')
+	lines := bufio.NewReader(in)
+	line, err := lines.ReadString('\n')
 	require.NoError(t, err)
+	go func() { _, _ = io.Copy(io.Discard, lines) }() // until out is closed
 	return regexp.MustCompile(`http://[^/]+`).FindString(line)
 }
 

@@ -6,8 +6,13 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
 	"github.com/go-throttler/throttler"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerhttp"
+	"github.com/go-throttler/throttler/throttlerprom"
 	"github.com/go-throttler/throttler/watch"
 )
 
@@ -21,7 +26,13 @@ func user(r *http.Request) string {
 
 // newHandler is the service, its limits, and what shows them.
 func newHandler(w *watch.Watch) (http.Handler, error) {
-	t, err := throttler.New(throttler.Config{Observe: w.Observe})
+	m, err := throttlerprom.New(prometheus.DefaultRegisterer, nil)
+	if err != nil {
+		return nil, err
+	}
+	store := memstore.New(nil)
+	m.Storage("main", store)
+	t, err := throttler.New(throttler.Config{Name: "observed", Storage: store, Observe: throttler.Observers(w.Observe, m.Observe)})
 	if err != nil {
 		return nil, err
 	}
@@ -44,6 +55,7 @@ func newHandler(w *watch.Watch) (http.Handler, error) {
 	mux.Handle("/", limit(limited))
 	mux.Handle("/debug/throttler/", w) // a real service puts a login before it
 	mux.Handle("GET /debug/vars", expvar.Handler())
+	mux.Handle("GET /metrics", promhttp.Handler())
 	return mux, nil
 }
 
