@@ -97,36 +97,44 @@ func (a *asking) add(l *throttler.Level, cost int64) {
 	a.denied = a.denied || l.RetryAfter > 0
 }
 
-// count counts a call, and says whether it was about further identifiers, which count elsewhere.
+// count counts an event, and says whether it was about further identifiers, which count elsewhere.
 func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 	of := outcomeOf(e)
 	switch e.Op {
-	case throttler.OpConsume, throttler.OpPeek, throttler.OpCharge: // what a storage decided
+	case throttler.OpConsume:
 		s.countSource(e, of)
-	}
-	if e.Attempt > 0 {
-		return false
-	}
-	switch e.Op {
-	case throttler.OpConsume, throttler.OpWait:
+		if e.Attempt > 0 {
+			return false // the Wait counts
+		}
+		s.all.calls[of]++
+	case throttler.OpWait:
 		s.all.calls[of]++
 	case throttler.OpCharge:
+		s.countSource(e, of)
+	case throttler.OpPeek:
+		s.countSource(e, of)
+		return false
 	case throttler.OpRefund:
 		s.refund(e)
 		return false
 	default:
 		return false
 	}
+	return s.countBuckets(e, of, hash)
+}
+
+// countBuckets counts for the buckets of a call, and for its identifier.
+func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
 	a, i := asking{identifier: e.Identifier}, 0
 	for l, cost := range e.Verdict.All() {
-		s.bucket(i, e.Name, l.Bucket).count(e, &l, cost)
+		s.bucket(i, e.Name, l.Bucket).count(e.Op, of, &l, cost)
 		if i++; l.Identifier == e.Identifier {
 			a.add(&l, cost)
 		} else {
 			others = true
 		}
 	}
-	if i == 0 { // no bucket was asked
+	if i == 0 { // none was asked
 		a.cost = e.Cost
 	}
 	s.asked(hash, &a)
@@ -187,17 +195,17 @@ func (s *shard) refund(e *throttler.Event) {
 }
 
 // count counts what the bucket answered in a call.
-func (b *bucketTally) count(e *throttler.Event, l *throttler.Level, cost int64) {
+func (b *bucketTally) count(op throttler.Op, of outcome, l *throttler.Level, cost int64) {
 	b.limit, b.period = l.Limit, l.Period
 	switch {
 	case l.RetryAfter > 0:
 		b.calls[denied]++
-	case e.Op == throttler.OpCharge:
+	case op == throttler.OpCharge:
 		b.tokens += cost
-	case e.Verdict.Allowed:
+	case of == allowed:
 		b.calls[allowed]++
 		b.tokens += cost
-		if l.Remaining < l.Limit/nearOf {
+		if l.Remaining*nearOf < l.Limit {
 			b.near++
 		}
 	}

@@ -170,7 +170,7 @@ func TestASpikeIsOverThreeTimesTheHour(t *testing.T) {
 				each(c.before, c.after)
 				each(c.then, 10*time.Second)
 				s := w.Snapshot()
-				require.EqualValues(t, c.then, s.Rate.Now)
+				require.InDelta(t, c.then, s.Rate.Now, 0.001)
 				require.Equal(t, c.want, s.Rate.Spike)
 				require.Equal(t, s.Rate, s.Buckets[0].Rate)
 			})
@@ -283,17 +283,16 @@ func TestConcurrentCallsAreAllCounted(t *testing.T) {
 
 func TestObservingAllocatesNothing(t *testing.T) {
 	w := watch.New(nil)
-	const calls = 1000
 	some := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, calls/2), plenty}})
 	before, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, calls/2), plenty}})
 	require.NoError(t, err)
 	allocs := func(one *throttler.Throttler) float64 {
 		return testing.AllocsPerRun(calls, func() { _, _ = one.Consume("user:42") })
 	}
-	require.Equal(t, allocs(before), allocs(some), "half of them denied")
+	require.LessOrEqual(t, allocs(some), allocs(before), "half of them denied")
 }
 
-// TestObservingIsAPartOfADecision measures in turns, as the machine may be busy. It is about 0.4 of one.
+// TestObservingIsAPartOfADecision measures in turns, as the machine may be busy. It is about 0.4 of one, of two buckets.
 func TestObservingIsAPartOfADecision(t *testing.T) {
 	c := throttler.Config{Buckets: []throttler.Bucket{plenty, throttler.NewBucket(time.Minute, 1_000_000)}}
 	some := observed(t, watch.New(nil), c)
@@ -307,10 +306,16 @@ func TestObservingIsAPartOfADecision(t *testing.T) {
 	require.Less(t, median(took), 3*median(least))
 }
 
-// decisions is how long a thousand take.
-func decisions(t *testing.T, of *throttler.Throttler) time.Duration {
+const calls = 1000
+
+// decisions is how long so many calls take.
+func decisions(t testing.TB, of *throttler.Throttler) time.Duration {
 	start := time.Now()
-	consume(t, of, 1000, "user:42")
+	for range calls {
+		if _, err := of.Consume("user:42"); err != nil {
+			require.NoError(t, err)
+		}
+	}
 	return time.Since(start)
 }
 

@@ -75,10 +75,10 @@ func call(ctx context.Context, client *http.Client, url, user string) {
 
 // report says in a line what the page shows.
 func report(out io.Writer, seen watch.Snapshot) {
-	fmt.Fprintf(out, "At most %d calls came in one second.\n", seen.Rate.Peak)
+	_, _ = fmt.Fprintf(out, "At most %d calls came in one second.\n", seen.Rate.Peak)
 	if len(seen.MostDenied) > 0 {
 		h := seen.MostDenied[0]
 		key, route, _ := strings.Cut(h.Identifier, "\x00") // as throttlerhttp.RouteIdentifier has it
-		fmt.Fprintf(out, "Denied most: %s on %s, %d calls.\n", key, route, h.Denied)
+		_, _ = fmt.Fprintf(out, "Denied most: %s on %s, %d calls.\n", key, route, h.Denied)
 	}
 }

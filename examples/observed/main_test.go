@@ -49,13 +49,14 @@ func serve(t *testing.T, args ...string) string {
 	return regexp.MustCompile(`http://[^/]+`).FindString(line)
 }
 
-func get(t *testing.T, url string) *http.Response {
+// get returns the body of an answer.
+func get(t *testing.T, url string) io.Reader {
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	require.NoError(t, err)
 	answer, err := http.DefaultClient.Do(r)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = answer.Body.Close() })
-	return answer
+	return answer.Body
 }
 
 func TestTheServiceEndsWhileSomebodyLooks(t *testing.T) {
@@ -65,10 +66,10 @@ func TestTheServiceEndsWhileSomebodyLooks(t *testing.T) {
 		get(t, base+"/")
 	}
 	looking := get(t, base+"/debug/throttler/events")
-	_, err := bufio.NewReader(looking.Body).ReadString('\n')
+	_, err := bufio.NewReader(looking).ReadString('\n')
 	require.NoError(t, err)
 
 	var seen watch.Snapshot
-	require.NoError(t, json.NewDecoder(get(t, base+"/debug/throttler/json").Body).Decode(&seen))
+	require.NoError(t, json.NewDecoder(get(t, base+"/debug/throttler/json")).Decode(&seen))
 	require.Equal(t, int64(2), seen.MostDenied[0].Denied)
 }
