@@ -112,8 +112,8 @@ bench-go: ## Run the Go benchmarks that match BENCH=. for BENCHTIME=1s each
 	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
 	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
 
-bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function, metrics
-	@set -euo pipefail; for module in throttlerprom throttlerotel; do \
+bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function, metrics, watch
+	@set -euo pipefail; for module in throttlerprom throttlerotel watch; do \
 		(set -x; cd $$module && $(GO) test -run '^$$' -bench Observe -benchtime $(BENCHTIME) -cpu 1 .); \
 	done
 
