@@ -167,6 +167,13 @@ func TestAMaskedIdentifierIsNowhere(t *testing.T) {
 	require.NotContains(t, get(t, w, "/").Body.String(), "jane")
 }
 
+func TestAMaskThatPanicsHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	w := watch.New(&watch.Options{Mask: func(string) string { panic("a fault of the mask") }})
+	require.Panics(t, func() { ask(w, "a", 1) })
+	require.Empty(t, w.Snapshot().MostAsked)
+}
+
 func TestALongIdentifierIsCut(t *testing.T) {
 	t.Parallel()
 	w := watch.New(nil)

@@ -151,15 +151,22 @@ func (s *shard) countSource(e *throttler.Event, of outcome) {
 		i++
 	}
 	if i == len(s.sources) {
-		s.watch.mu.Lock()
-		s.sources = append(s.sources, sourceTally{tally{series: s.watch.source(source)}, source}) // the last one is the others'
-		s.watch.mu.Unlock()
+		s.addSource(source)
 	}
 	s.sources[i].calls[of]++
 	if e.Verdict.Degraded() {
 		s.sources[i].degraded++
 	}
 	s.this.latency[i][bin(e.Duration)]++
+}
+
+func (s *shard) addSource(source string) {
+	if len(s.sources) == maxSources {
+		source = other
+	}
+	s.watch.mu.Lock()
+	defer s.watch.mu.Unlock()
+	s.sources = append(s.sources, sourceTally{tally{series: s.watch.source(source)}, source})
 }
 
 // bucket finds the tally of a bucket that is number i of its call: most often it has that number here.

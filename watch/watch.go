@@ -4,7 +4,7 @@
 //	w := watch.New(nil)
 //	t, err := throttler.New(throttler.Config{Observe: w.Observe, …})
 //	mux.Handle("/debug/throttler/", staffOnly(w)) // the page, behind your own login, and what it shows as JSON at json
-//	expvar.Publish("throttler", expvar.Func(func() any { return w.Snapshot() }))
+//	expvar.Publish("throttler", expvar.Func(func() any { return w.Snapshot() })) // with identifiers, for anybody at /debug/vars
 //
 // Memory is bounded, whoever calls: identifiers are counted by sketches, and only those of the heaviest are kept.
 package watch
@@ -65,7 +65,7 @@ func New(o *Options) *Watch {
 	return w
 }
 
-// Observe is for Config.Observe. It allocates nothing, but once in a while.
+// Observe is for Config.Observe. It allocates only when a minute begins, and for a new bucket or who becomes heavy.
 func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 	hash := w.hash(e.Identifier)
 	s := w.shard(hash)
@@ -100,11 +100,11 @@ func (w *Watch) countOther(e *throttler.Event, a *asking) {
 	hash := w.hash(a.identifier)
 	s := w.shard(hash)
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if since := e.Time.Sub(w.start); since >= s.until {
 		s.turn(since)
 	}
 	s.asked(hash, a)
+	s.mu.Unlock()
 }
 
 func (w *Watch) hash(id string) int64 { return int64(maphash.String(w.seed, id)) }

@@ -68,7 +68,7 @@ func run(ctx context.Context, w *watch.Watch, args []string, stdout io.Writer) e
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	base := "http://" + listener.Addr().String()
-	_, _ = fmt.Fprintf(stdout, "Open %s/debug/throttler/ to see who asks and what is denied.\n", base)
+	_, _ = fmt.Fprintf(stdout, "Open %s/debug/throttler/ to see who asks and what is denied. %[1]s/metrics is for Prometheus.\n", base)
 	if *load > 0 {
 		_, _ = fmt.Fprintf(stdout, "For %v 40 users call, and after ten seconds the attacker %s.\n", *load, attacker)
 		callFor(serving, base, *load)
