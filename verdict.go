@@ -78,10 +78,10 @@ func (v *Verdict) levels(out []Level) []Level {
 // All yields the level of each bucket and its cost, in tokens, in the order of the request. It allocates nothing.
 func (v *Verdict) All() iter.Seq2[Level, int64] {
 	return func(yield func(Level, int64) bool) {
-		n, costs := 0, v.asked()
+		n, costs, counts := 0, v.asked(), v.all()
 		for _, p := range v.parts() {
 			for j := range p.Rules.Rules {
-				if !yield(level(p.Identifier, &p.Rules.Rules[j], v.count(n)), costs[n]) {
+				if !yield(level(p.Identifier, &p.Rules.Rules[j], &counts[n]), costs[n]) {
 					return
 				}
 				n++
@@ -90,20 +90,13 @@ func (v *Verdict) All() iter.Seq2[Level, int64] {
 	}
 }
 
-func level(id string, r *law.Rule, c storage.Count) Level {
+func level(id string, r *law.Rule, c *storage.Count) Level {
 	return Level{
 		Identifier: id, Bucket: r.Name,
 		Limit: r.Capacity, Full: r.Full, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
 		Period: duration(r.Period), Window: duration(r.Window),
 		ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
 	}
-}
-
-func (v *Verdict) count(i int) storage.Count {
-	if v.more != nil {
-		return v.more.counts[i]
-	}
-	return v.counts[i]
 }
 
 func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
