@@ -328,14 +328,14 @@ func (r *reader) boolean(n *yaml.Node, what string) bool {
 	return false
 }
 
-func (r *reader) integer(n *yaml.Node, what string, least, most int64) (int64, bool) {
+func (r *reader) integer(n *yaml.Node, what string, least, most int64) int64 {
 	n = r.resolved(n)
 	i, err := strconv.ParseInt(strings.ReplaceAll(n.Value, "_", ""), 0, 64)
 	if n.Kind != yaml.ScalarNode || err != nil || i < least || i > most {
 		r.fault(n, "", "%s is %s, must be a whole number from %d to %d", what, described(n), least, most)
-		return 0, false
+		return 0
 	}
-	return i, true
+	return i
 }
 
 // described is what a fault says that a node is.

@@ -19,7 +19,7 @@ const DefaultInterval = time.Second
 // Options of NewEngine. The zero value is the default.
 type Options struct {
 	// Interval is how long after a look at the source the next one is, 0 for DefaultInterval. A Watcher is looked at
-	// earlier when it says so.
+	// earlier when it says so, and a source that failed after DefaultInterval at the latest.
 	Interval time.Duration
 
 	// OnLoad, if not nil, is called with the rules after each change, and after a source that failed is right again; and
@@ -94,7 +94,7 @@ func (e *Engine) watch(ctx context.Context) {
 	}
 	e.tasks.Go(func() {
 		for {
-			wait := time.NewTimer(e.options.Interval)
+			wait := time.NewTimer(e.pause())
 			select {
 			case <-changed:
 			case <-wait.C:
@@ -107,6 +107,15 @@ func (e *Engine) watch(ctx context.Context) {
 			_ = e.load(ctx, true) // told by Err and OnLoad
 		}
 	})
+}
+
+// pause is until the next look: a source that failed is not left alone for long, as its word of a change may be lost.
+func (e *Engine) pause() time.Duration {
+	var faults Faults
+	if err := e.Err(); err != nil && !errors.As(err, &faults) {
+		return min(e.options.Interval, DefaultInterval)
+	}
+	return e.options.Interval
 }
 
 // Close ends looking for newer rules, and waits for it. Decisions go on with the rules that there are. The Throttler and

@@ -266,6 +266,20 @@ func TestMemoryTellsItsEnginesAtOnce(t *testing.T) {
 	})
 }
 
+func TestASourceThatFailedIsAskedAgainSoon(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		e, file := folder(t, &rules.Options{Interval: time.Hour})
+		require.NoError(t, os.Rename(file, file+".away"))
+		require.Error(t, e.Reload(t.Context()))
+		time.Sleep(time.Hour) // the engine looks itself, and fails
+		write(t, file, limit("9/1h"))
+		time.Sleep(2 * time.Second)
+		require.NoError(t, e.Err())
+		assert.Equal(t, int64(8), remaining(t, e, 1))
+	})
+}
+
 func TestAnEngineNeedsRulesThatAreRight(t *testing.T) {
 	t.Parallel()
 	l, err := throttler.New(throttler.Config{})

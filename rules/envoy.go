@@ -231,13 +231,13 @@ func (f *envoyFile) limit(r *Rule, n *yaml.Node) {
 	var l envoyLimit
 	var unitAt, algorithmAt = n, n
 	has := f.mapping(n, "a rate_limit", []field{
-		{"requests_per_unit", func(n *yaml.Node) { l.requests, _ = f.integer(n, "requests_per_unit", 0, maxRequests) }},
+		{"requests_per_unit", func(n *yaml.Node) { l.requests = f.integer(n, "requests_per_unit", 0, maxRequests) }},
 		{"unit", func(n *yaml.Node) { l.unit, unitAt = f.optional(n, "unit"), n }},
 		{"unlimited", func(n *yaml.Node) { l.unlimited = f.boolean(n, "unlimited") }},
 		{"name", func(n *yaml.Node) { l.name = f.optional(n, "name") }},
 		{"replaces", func(n *yaml.Node) { f.list(n, "replaces", func(n *yaml.Node) { f.replaces(r, n) }) }},
 		{"algorithm", func(n *yaml.Node) { l.algorithm, algorithmAt = f.optional(n, "algorithm"), n }},
-		{"burst", func(n *yaml.Node) { l.burst, _ = f.integer(n, "burst", 1, maxRequests) }},
+		{"burst", func(n *yaml.Node) { l.burst = f.integer(n, "burst", 1, maxRequests) }},
 	})
 	if has == nil {
 		return

@@ -60,7 +60,7 @@ type keyIndex struct {
 	ofPattern [][]*Rule // by the index of the pattern
 	indexes   map[string]int
 	networks  map[netip.Prefix][]*Rule
-	bits      []netip.Prefix // one network of each length and family that there is
+	bits      []int // how long networks are
 	anyValue  []*Rule
 }
 
@@ -136,9 +136,8 @@ func (k *keyIndex) add(r *Rule, c *condition) {
 		k.addPattern(r, p)
 	}
 	for _, n := range c.networks {
-		same := func(b netip.Prefix) bool { return b.Bits() == n.Bits() && b.Addr().Is4() == n.Addr().Is4() }
-		if !slices.ContainsFunc(k.bits, same) {
-			k.bits = append(k.bits, n)
+		if !slices.Contains(k.bits, n.Bits()) {
+			k.bits = append(k.bits, n.Bits())
 		}
 		k.networks[n] = append(k.networks[n], r)
 	}
@@ -193,9 +192,8 @@ func (k *keyIndex) matchNetworks(dst []*Rule, value string, entries []Entry) []*
 		return dst
 	}
 	a = a.Unmap().WithZone("")
-	for _, b := range k.bits {
-		if a.Is4() == b.Addr().Is4() {
-			n, _ := a.Prefix(b.Bits()) // no error: it is of this family
+	for _, bits := range k.bits {
+		if n, err := a.Prefix(bits); err == nil { // or the address is too short
 			dst = appendHolding(dst, k.networks[n], entries)
 		}
 	}

@@ -241,8 +241,7 @@ func (f *nativeFile) replaces(r *Rule, n *yaml.Node) {
 // cost reads a factor, or the key of an entry.
 func (f *nativeFile) cost(n *yaml.Node) cost {
 	if n = f.resolved(n); n.ShortTag() == "!!int" {
-		factor, _ := f.integer(n, "cost", 0, maxCost)
-		return cost{factor: factor}
+		return cost{factor: f.integer(n, "cost", 0, maxCost)}
 	}
 	key, _ := f.text(n, "cost")
 	return cost{factor: 1, key: key}

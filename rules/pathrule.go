@@ -44,7 +44,7 @@ func (f *nativeFile) pathDescriptor(n *yaml.Node, name string, path *yaml.Node) 
 		{"key", func(n *yaml.Node) { key, _ = f.text(n, "key") }},
 		{"value", func(n *yaml.Node) { value = f.optional(n, "value") }},
 		{"unit", func(n *yaml.Node) { unit, at = f.optional(n, "unit"), n }},
-		{"requests_per_unit", func(n *yaml.Node) { requests, _ = f.integer(n, "requests_per_unit", 0, maxRequests) }},
+		{"requests_per_unit", func(n *yaml.Node) { requests = f.integer(n, "requests_per_unit", 0, maxRequests) }},
 	})
 	if has == nil {
 		return

@@ -50,15 +50,15 @@ func engine(t *testing.T, s rules.Source, interval time.Duration) *rules.Engine 
 	return e
 }
 
-func file(name string, capacity int) rules.File {
-	return rules.File{Name: name, Data: fmt.Appendf(nil, "domain: %s\nrules: [{name: %[1]s, limits: [%d/1h]}]", name, capacity)}
+func file(capacity int) rules.File {
+	return rules.File{Name: "a", Data: fmt.Appendf(nil, "domain: a\nrules: [{name: a, limits: [%d/1h]}]", capacity)}
 }
 
 // agreed waits until the engine has a rule of this capacity.
-func agreed(t *testing.T, e *rules.Engine, name string, capacity int64) {
+func agreed(t *testing.T, e *rules.Engine, capacity int64) {
 	t.Helper()
 	storecheck.Until(t, "the engine has not the newest rules", func() bool {
-		found := e.Rules().Match(name, nil)
+		found := e.Rules().Match("a", nil)
 		return len(found) == 1 && found[0].Limits[0].Capacity() == capacity
 	})
 }
@@ -71,9 +71,9 @@ func TestAChangeIsToldToEveryEngine(t *testing.T) {
 	other, _ := open(t, url, o)
 	engines := []*rules.Engine{engine(t, one, time.Hour), engine(t, other, time.Hour)} // which do not look by themselves
 	for i := range int64(3) {
-		require.NoError(t, one.Put(t.Context(), file("a", int(i)), ""))
+		require.NoError(t, one.Put(t.Context(), file(int(i)), ""))
 		for _, e := range engines {
-			agreed(t, e, "a", i)
+			agreed(t, e, i)
 		}
 	}
 	require.NoError(t, other.Delete(t.Context(), "a", ""))
@@ -86,17 +86,17 @@ func TestAChangeMadeByHandIsFound(t *testing.T) {
 	t.Parallel()
 	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_state", time.Now().UnixNano())}
 	table, pool := open(t, servers.PostgresURL(t), o)
-	require.NoError(t, table.Put(t.Context(), file("a", 1), ""))
+	require.NoError(t, table.Put(t.Context(), file(1), ""))
 	e := engine(t, table, 10*time.Millisecond)
-	agreed(t, e, "a", 1)
+	agreed(t, e, 1)
 	_, err := pool.Exec(t.Context(), "UPDATE "+o.Table+" SET data = replace(data, '1/1h', '2/1h')")
 	require.NoError(t, err)
-	agreed(t, e, "a", 2)
+	agreed(t, e, 2)
 
 	_, err = pool.Exec(t.Context(), "UPDATE "+o.Table+" SET data = 'rules: [{nam: x}]'")
 	require.NoError(t, err)
 	storecheck.Until(t, "the fault is not told", func() bool { return e.Err() != nil })
-	agreed(t, e, "a", 2)
+	agreed(t, e, 2)
 	assert.ErrorContains(t, e.Err(), `a:1:10: "nam" is no word of a rule`)
 }
 
@@ -106,18 +106,18 @@ func TestEnginesAgreeAfterPostgresWasRestarted(t *testing.T) {
 	o := pgrules.Options{Table: "rules_of_all"}
 	one, _ := open(t, server.URL(), o)
 	other, _ := open(t, server.URL(), o)
-	require.NoError(t, one.Put(t.Context(), file("a", 1), ""))
+	require.NoError(t, one.Put(t.Context(), file(1), ""))
 	engines := []*rules.Engine{engine(t, one, 100*time.Millisecond), engine(t, other, time.Hour)}
 	for _, e := range engines {
-		agreed(t, e, "a", 1)
+		agreed(t, e, 1)
 	}
 	require.NoError(t, server.Kill())
 	storecheck.Until(t, "nobody notices", func() bool { return engines[0].Err() != nil })
-	agreed(t, engines[0], "a", 1) // while it is down as well
+	agreed(t, engines[0], 1) // while it is down as well
 	require.NoError(t, server.Start())
-	storecheck.Recovery(t, storecheck.Patient, func() error { return one.Put(t.Context(), file("a", 2), "") })
+	storecheck.Recovery(t, storecheck.Patient, func() error { return one.Put(t.Context(), file(2), "") })
 	for _, e := range engines {
-		agreed(t, e, "a", 2)
+		agreed(t, e, 2)
 		storecheck.Until(t, "the error stays", func() bool { return e.Err() == nil })
 	}
 }
@@ -126,14 +126,14 @@ func TestOfTwoWritersWhoKnowOneVersionOneWins(t *testing.T) {
 	t.Parallel()
 	table, _ := open(t, servers.PostgresURL(t), pgrules.Options{})
 	ctx := t.Context()
-	require.NoError(t, table.Put(ctx, file("a", 1), rules.Absent))
-	require.ErrorIs(t, table.Put(ctx, file("a", 2), rules.Absent), rules.ErrConflict)
-	have := file("a", 1)
+	require.NoError(t, table.Put(ctx, file(1), rules.Absent))
+	require.ErrorIs(t, table.Put(ctx, file(2), rules.Absent), rules.ErrConflict)
+	have := file(1)
 	var won atomic.Int64
 	var writers sync.WaitGroup
 	for i := range 8 {
 		writers.Go(func() {
-			if err := table.Put(ctx, file("a", 2+i), have.ETag()); err == nil {
+			if err := table.Put(ctx, file(2+i), have.ETag()); err == nil {
 				won.Add(1)
 			} else {
 				assert.ErrorIs(t, err, rules.ErrConflict)
@@ -162,11 +162,11 @@ func TestEveryExecModeReadsAndWrites(t *testing.T) {
 		table, err := pgrules.New(t.Context(), pool, &pgrules.Options{Schema: "public", Table: fmt.Sprintf(`odd "name" %d_state`, time.Now().UnixNano()), Timeout: storecheck.Patient})
 		require.NoError(t, err, mode)
 		require.NoError(t, table.Put(t.Context(), rules.File{Name: "é", Data: []byte("rules: [] # 'ü'\n")}, ""), mode)
-		require.NoError(t, table.Put(t.Context(), file("a", 1), ""), mode)
+		require.NoError(t, table.Put(t.Context(), file(1), ""), mode)
 		for range 2 {
 			files, err := table.Files(t.Context())
 			require.NoError(t, err, mode)
-			assert.Equal(t, []rules.File{file("a", 1), {Name: "é", Data: []byte("rules: [] # 'ü'\n")}}, files)
+			assert.Equal(t, []rules.File{file(1), {Name: "é", Data: []byte("rules: [] # 'ü'\n")}}, files)
 		}
 	}
 }
@@ -178,7 +178,7 @@ func TestACallEndsWithItsContext(t *testing.T) {
 	cancel()
 	_, err := table.Files(ctx)
 	require.ErrorIs(t, err, context.Canceled)
-	require.ErrorIs(t, table.Put(ctx, file("a", 1), ""), context.Canceled)
+	require.ErrorIs(t, table.Put(ctx, file(1), ""), context.Canceled)
 	done := make(chan struct{})
 	go func() { table.Watch(ctx, func() {}); close(done) }()
 	<-done
