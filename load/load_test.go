@@ -62,7 +62,7 @@ func TestTheShareIsBackInTimeAfterAnOverloadForEver(t *testing.T) {
 	var s settable
 	s.set(math.Inf(1))
 	controlled(t, s.now, nil, func(c *load.Controller, wait func(int)) {
-		wait(1_000_000)
+		wait(10_000)
 		assert.InDelta(t, 0, c.Share(), 1e-9)
 		assert.GreaterOrEqual(t, c.Share(), 0.0)
 		s.set(0)

@@ -47,7 +47,8 @@ func Most(signals ...Signal) Signal {
 // the target, which is above 0. It sees a processor that does not suffice, whoever else uses it, and needs no right or
 // library. It does not see goroutines that wait for a lock, a pool or a server: Latency does.
 //
-// Measured with two processors, 95 % of the work that they can do is 10 ms, and 110 % is 170 ms: 20 ms is a good target.
+// Goroutines wait for some milliseconds where a processor is busy, and for hundreds where it does not suffice: 20 ms is a
+// good target.
 func Scheduler(target time.Duration) Signal {
 	waited := []metrics.Sample{{Name: "/sched/latencies:seconds"}}
 	var w window

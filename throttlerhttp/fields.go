@@ -20,7 +20,7 @@ type Fields uint8
 // The sets of fields.
 const (
 	// Draft10 is RateLimit-Policy and RateLimit of draft-ietf-httpapi-ratelimit-headers-10, with an item for
-	// each bucket: "5/10s";q=5;w=10 is its capacity and its period, or with a Burst the time in which it is refilled;
+	// each bucket: "5/10s";q=5;w=10 is its full capacity and its period, or with a Burst the time in which it is refilled;
 	// "5/10s";r=0;t=8 is what remains, and the seconds until there is one more token. A full bucket has no t. The
 	// names may change until there is an RFC; a later draft will be another constant.
 	//

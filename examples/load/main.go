@@ -107,11 +107,10 @@ func start(ctx context.Context, server, arg string) (address string, end func() 
 	}
 	end = func() error {
 		_ = c.Cancel()
-		err := c.Wait()
-		if ctx.Err() != nil {
-			return nil // it ended, or was killed, with this program
+		if err := c.Wait(); ctx.Err() == nil { // else it ended with this program
+			return err
 		}
-		return err
+		return nil
 	}
 	lines := bufio.NewReader(stdout)
 	first, _ := lines.ReadBytes('\n') // without one the next line fails

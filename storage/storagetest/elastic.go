@@ -27,7 +27,7 @@ func shrunkRules(t *testing.T, s storage.Storage) {
 			}
 			alone, at := []law.Draw{{}}, time.Hour
 			for n := range 60 {
-				at += time.Duration(rnd.Int64N(int64(period)/10)) / time.Microsecond * time.Microsecond
+				at += time.Duration(rnd.Int64N(int64(period) / 10)).Truncate(time.Microsecond)
 				alone[0].Rule = &rules[rnd.IntN(len(rules))]
 				alone[0].Cost = rnd.Int64N(1 + min(alone[0].Rule.Capacity, capacity/5))
 				v, err := storecheck.Decide(t.Context(), s, request(name, at, storage.Take, storecheck.NewPart(id, []law.Rule{*alone[0].Rule}, alone[0].Cost)))
