@@ -272,3 +272,16 @@ func TestAnUnlimitedBucketBesideAnElasticOneStaysOutOfIt(t *testing.T) {
 	assert.Equal(t, int64(50), got[0].Limit)
 	assert.Equal(t, int64(7), got[1].Limit)
 }
+
+func TestABucketOfNothingStaysThatBesideAnElasticOne(t *testing.T) {
+	t.Parallel()
+	second := throttler.NewBucket(time.Second, 64)
+	none := throttler.NewBucket(time.Hour, 0)
+	for _, b := range []throttler.Bucket{none, none.Continuous(), none.SlidingLog(), none.FixedWindow(), none.SlidingWindow()} {
+		th, s, _ := elastic(t, second.Elastic(1), b)
+		s.set(0.5)
+		got := levels(t, th, "user:42")
+		assert.EqualValues(t, 32, got[0].Limit)
+		assert.EqualValues(t, 0, got[1].Limit, b.Name())
+	}
+}

@@ -38,7 +38,7 @@ func (r *Rule) Shrunk(n int64) Rule {
 	grain := r.refillGrain()
 	small.Refill = max(grain, n/grain*grain)
 	capacity, _ := scale(r.Capacity, small.Refill, r.Refill)
-	small.Capacity = max(1, capacity)
+	small.Capacity = max(min(1, r.Capacity), capacity) // one of 0 admits nothing
 	steps := r.Period / r.Tick
 	common := gcd(steps, small.Refill)
 	small.One, small.Drain = steps/common, small.Refill/common
