@@ -17,17 +17,17 @@ func Log(log *slog.Logger) func(Event) {
 	return func(e Event) {
 		switch {
 		case e.Kind == PrimaryLost:
-			log.Warn("failover: Redis is lost, Postgres decides", failure(e)...)
+			log.Warn("Redis is lost, Postgres decides", failure(e)...)
 		case e.Kind == PrimaryBack:
-			log.Info("failover: Redis is back and decides")
+			log.Info("Redis is back and decides")
 		case e.Kind == FlushFailed:
 			failing = true
-			warn(&failed, log, "failover: Postgres does not record what Redis admitted", e)
+			warn(&failed, log, "Postgres does not record what Redis admitted", e)
 		case e.Err != nil:
-			warn(&rejected, log, "failover: Postgres rejected admissions, which are forgotten", e)
+			warn(&rejected, log, "Postgres rejected admissions, which are forgotten", e)
 		case failing:
 			failing = false
-			log.Info("failover: Postgres records again", "lag", e.Lag, "pending", e.Pending)
+			log.Info("Postgres records again", "lag", e.Lag, "pending", e.Pending)
 		}
 	}
 }

@@ -70,13 +70,13 @@ func TestTheLogOfADoubleOutageIsOneLineASecond(t *testing.T) {
 			got = append(got, line)
 		}
 		assert.Equal(t, []string{
-			`WARN msg="failover: Redis is lost, Postgres decides" error="connection refused" lag=0s pending=0`,
-			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=0`,
-			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
-			`WARN msg="failover: Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
-			`WARN msg="failover: Postgres rejected admissions, which are forgotten" error="connection refused" lag=0s pending=0 left_out=0`,
-			`INFO msg="failover: Postgres records again" lag=0s pending=0`,
-			`INFO msg="failover: Redis is back and decides"`,
+			`WARN msg="Redis is lost, Postgres decides" error="connection refused" lag=0s pending=0`,
+			`WARN msg="Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=0`,
+			`WARN msg="Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
+			`WARN msg="Postgres does not record what Redis admitted" error="connection refused" lag=1s pending=3 left_out=9`,
+			`WARN msg="Postgres rejected admissions, which are forgotten" error="connection refused" lag=0s pending=0 left_out=0`,
+			`INFO msg="Postgres records again" lag=0s pending=0`,
+			`INFO msg="Redis is back and decides"`,
 		}, got)
 	})
 }
