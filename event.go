@@ -186,9 +186,8 @@ func (t *Throttler) event(op Op, attempt int, id string, cost int64) *Event {
 	return e
 }
 
-// tell hands an event with its answer to Observe. The call began at start, by law.Elapsed.
-func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, start time.Duration) {
-	end := law.Elapsed()
+// tell hands an event with its answer to Observe. The call began at start and ended at end, by law.Elapsed.
+func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, start, end time.Duration) {
 	e.Verdict, e.Err, e.Duration, e.Time = *v, err, end-start, law.TimeAt(end)
 	if v.RetryAfter > 0 {
 		if id, bucket := deniedBy(v); bucket != "" {
@@ -209,6 +208,7 @@ func (t *Throttler) Report(ctx context.Context, id string, err error) {
 func (t *Throttler) rejected(ctx context.Context, op Op, attempt int, id string, err error) {
 	t.tidy()
 	if t.observe != nil {
-		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, law.Elapsed())
+		now := law.Elapsed() // it took no time that is worth to be counted
+		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, now, now)
 	}
 }

@@ -45,7 +45,7 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 			for _, a := range c.Amounts {
 				e.Cost = max(e.Cost, -a.N)
 			}
-			t.tell(ctx, e, &v, err, start)
+			t.tell(ctx, e, &v, err, start, law.Elapsed())
 		}
 		failed = append(failed, err)
 	}
@@ -121,7 +121,7 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 	}
 	t.tidy()
 	if t.observe != nil {
-		t.tell(ctx, t.event(OpReset, 0, id, 0), &Verdict{}, err, start)
+		t.tell(ctx, t.event(OpReset, 0, id, 0), &Verdict{}, err, start, law.Elapsed())
 	}
 	return err
 }

@@ -378,7 +378,7 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 	id, cost, start := first(v), largestCost(v), law.Elapsed()
 	cause := t.answer(ctx, v, mode, law.MonotonicAt(start))
 	err := t.orAllow(ctx, v, mode, cause)
-	t.tell(ctx, t.event(opOf(mode), attempt, id, cost), v, cause, start)
+	t.tell(ctx, t.event(opOf(mode), attempt, id, cost), v, cause, start, law.Elapsed())
 	return err
 }
 

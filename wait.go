@@ -26,7 +26,7 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (Verdict, 
 	start := law.Elapsed()
 	v, err := t.wait(ctx, id, o)
 	if t.observe != nil {
-		t.tell(ctx, t.event(OpWait, 0, id, largestCost(&v)), &v, err, start)
+		t.tell(ctx, t.event(OpWait, 0, id, largestCost(&v)), &v, err, start, law.Elapsed())
 	}
 	return v, err
 }
