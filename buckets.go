@@ -95,7 +95,7 @@ func (t *Throttler) set(id string) *set {
 type set struct {
 	buckets []Bucket
 	rules   *storage.RuleSet // of those that are not Unlimited; nil if all are, or with an err
-	elastic *elastic // nil: no bucket is
+	elastic *elastic         // nil: no bucket is
 	err     error
 }
 
