@@ -25,10 +25,11 @@ func Decide(r *Request, a *Answer, now int64, spent ...*Spent) error {
 		}
 		for j := range p.Rules.Rules {
 			rule := &p.Rules.Rules[j]
-			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], State: spent[i].state(rule)})
+			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], Within: r.Within, AtMost: p.AtMost, State: spent[i].state(rule)})
 		}
 	}
 	a.Allowed = law.Decide(r.Mode, now, draws)
+	a.Tokens = law.Taken(draws)
 	for i := range draws {
 		a.Counts[i] = draws[i].Count
 	}

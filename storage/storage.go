@@ -50,6 +50,7 @@ type Storage interface {
 const (
 	MaxIdentifier = 1024           // bytes of an identifier
 	MaxBuckets    = law.MaxBuckets // 16: buckets of one identifier
+	MaxWithin     = law.MaxWithin  // 366 days in microseconds: of a reservation
 )
 
 // Mode says what a decision may do.
@@ -59,7 +60,7 @@ type Mode = law.Mode
 const (
 	Take  = law.Take  // take if every bucket admits
 	Peek  = law.Peek  // answer exactly as Take would, and take nothing
-	Force = law.Force // take whatever the answer is; no more than 4 capacities of a bucket are ever out
+	Force = law.Force // take whatever the answer is; no more than the law allows is ever out
 )
 
 // Request asks for one decision.
@@ -73,6 +74,10 @@ type Request struct {
 	Clocked bool
 	Now     int64
 
+	// Within makes a Take or a Peek a reservation: a Continuous bucket also gives what comes back in
+	// so many microseconds, up to MaxWithin. Its Count tells when that is there.
+	Within int64
+
 	Parts []Part
 	Costs []int64 // tokens: one for each bucket, through all parts in order
 }
@@ -81,6 +86,10 @@ type Request struct {
 type Part struct {
 	Identifier string
 	Rules      *RuleSet
+
+	// AtMost lets a Take or a Peek take less than the costs, which may be above a capacity: as many
+	// tokens as all buckets have of the parts that are AtMost, and at least one.
+	AtMost bool
 }
 
 // RuleSet is the rules of an identifier's buckets. It never changes, and equal sets are one pointer.
@@ -98,15 +107,17 @@ type Answer struct {
 	// since then off what it gives back.
 	At int64
 
+	Tokens int64 // of the parts that are AtMost: what each bucket gave, if its cost is not less
+
 	Counts []Count
 }
 
 // Count is what a decision says of one bucket, in tokens and microseconds from the decision:
 // Remaining may still be taken, and is a debt below zero; ResetAfter is until the bucket is full,
 // NextAfter until one token more may be taken than now, RetryAfter until the bucket admits the cost
-// that it denied, and HeldFor until all has come back by itself that an admitted call took. Each is
+// that it denied, or has what was reserved, and HeldFor until all has come back by itself that an admitted call took. Each is
 // 0 where there is nothing to wait for. By Force Remaining is what would remain if nothing were
-// forgotten: what is less than 3 capacities below zero was not recorded.
+// forgotten: what exceeds 4 capacities or 4 periods' refill was not recorded.
 type Count = law.Count
 
 // Amount is N tokens of one bucket, all of which come back In microseconds from now by themselves.

@@ -30,13 +30,13 @@ func (s *State) Apply(r *Rule, a Amount, real int64) bool {
 }
 
 // Charge adds a.N tokens that come back in a.In by themselves, whatever the state is; both are 0
-// or more. Nothing is left of an amount whose time has passed, and consumption saturates at 4
-// capacities. An end snaps to the nearest multiple of the period (FixedWindow, SlidingWindow),
+// or more. Nothing is left of an amount whose time has passed, and consumption saturates at
+// Rule.Ceiling. An end snaps to the nearest multiple of the period (FixedWindow, SlidingWindow),
 // rounds up to the grain (SlidingLog), and within half a period of the last hold joins it
 // (Replenish, which therefore may hold a few for a while).
 func (s *State) Charge(r *Rule, a Amount, real int64) {
 	now := s.open(r, real)
-	n := min(a.N, 4*r.Capacity-s.spent(r, now))
+	n := min(a.N, r.Ceiling()-s.spent(r, now))
 	if n <= 0 || a.In <= 0 {
 		return
 	}
@@ -80,6 +80,10 @@ func (s *State) received(now int64, a Amount) Hold {
 // off than the way between two clocks can explain is another's and stays: half a period, in a
 // SlidingLog a 256th. A Continuous bucket gets back what has not drained since, to within a tick's refill; and
 // nothing if its refill was raised meanwhile, as it is not known how long that was so.
+//
+// A reservation that is given back before its time gives less by what was taken after it. Those behind it keep their time,
+// so another one in its place could come at the same moment as they. Once such a part was given back, it is not known who is
+// behind whom until the last of them has had its turn: until then nothing more is.
 func (s *State) Refund(r *Rule, a Amount, real int64) {
 	if a.N <= 0 || a.In <= 0 || s.Law == nil || !s.Law.Same(&r.Law) {
 		return
@@ -89,9 +93,7 @@ func (s *State) Refund(r *Rule, a Amount, real int64) {
 		if s.Law.Refill > r.Refill {
 			return
 		}
-		n = min(n, (exact-1)/r.One)
-		s.few[0].N = s.units(&r.Law) - min(s.drained(&r.Law, now), r.leftOf(n, a.In))
-		s.Law = &r.Law
+		s.giveBack(r, min(n, (exact-1)/r.One), a.In, now)
 		return
 	}
 	s.dropDead(&r.Law, now)
@@ -116,6 +118,24 @@ func (s *State) Refund(r *Rule, a Amount, real int64) {
 		n -= holds[made].N
 		s.drop(made, made+1)
 	}
+}
+
+// giveBack gives a level n tokens back that are all gone in a given time.
+func (s *State) giveBack(r *Rule, n, in, now int64) {
+	units, level := s.units(&r.Law), s.drained(&r.Law, now)
+	s.Law = &r.Law
+	left, ticks := r.leftOf(n, in), ceil(min(in, farFuture), r.Tick)
+	if ticks >= ceil(r.Capacity*r.One, r.Drain) { // its time has not come
+		switch after := r.drained(level, 0, ticks*r.Tick); { // what was taken later, or up to a tick's refill less
+		case s.few[0].End > now:
+			left = 0
+		case after > 0:
+			if left = max(0, left-after-2*r.Drain); left > 0 {
+				s.few[0].End = r.falls(units, s.Seen, r.Capacity*r.One)
+			}
+		}
+	}
+	s.few[0].N = units - min(level, left)
 }
 
 // Debt is everything spent and not yet returned, as the curve of what is still held over the time
@@ -144,7 +164,7 @@ func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 	now := s.open(r, real)
 	var theirs []Hold
 	for _, a := range debt {
-		a.N = min(a.N, 4*r.Capacity)
+		a.N = min(a.N, r.Ceiling())
 		switch {
 		case a.N <= 0 || a.In <= 0:
 		case r.Kind == Continuous:
@@ -156,7 +176,7 @@ func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 		}
 	}
 	if len(theirs) > 0 {
-		*s = MakeState(s.Law, s.Seen, highest(s.Holds(), theirs, 4*r.Capacity))
+		*s = MakeState(s.Law, s.Seen, highest(s.Holds(), theirs, r.Ceiling()))
 	}
 }
 

@@ -8,7 +8,7 @@ package law
 // Cell is the state of one bucket in three numbers, by the kind of its law:
 //
 //	Replenish, FixedWindow, SlidingLog  the one hold: A is its End and B its N; B is 0 if there is none
-//	Continuous                          B is the level, in units
+//	Continuous                          B is the level, in units, and A the End of its hold
 //	SlidingWindow                       B tokens are held to the end of the window of Seen, A to the end of the one before
 type Cell struct {
 	Seen int64 // when the bucket was changed last; -1: never
@@ -87,11 +87,11 @@ type Asked struct {
 }
 
 // DecideCells is Decide on the cells of all parts, whose counts it sets. It is not known where the cells cannot tell, a cost
-// is not valid or the clock has stepped back. Then it has changed no cell.
+// is not valid, a reservation is denied or the clock has stepped back. Then it has changed no cell.
 //
 // Nearly all calls are admitted, so each bucket takes at once, as if all others admitted too, and what was before is put
 // back if one does not.
-func DecideCells(mode Mode, now int64, counts []Count, parts []Asked) (allowed, known bool) {
+func DecideCells(mode Mode, now, within int64, counts []Count, parts []Asked) (allowed, known bool) {
 	if !Clocked(now) {
 		return false, false
 	}
@@ -103,7 +103,7 @@ func DecideCells(mode Mode, now int64, counts []Count, parts []Asked) (allowed, 
 	n, did := 0, taken
 	for i := 0; i < len(parts) && did == taken; i++ {
 		took := 0
-		did, took = parts[i].take(mode, now, counts[n:], before[n:])
+		did, took = parts[i].take(mode, now, within, counts[n:], before[n:])
 		n += took
 	}
 	if did != taken || mode == Peek {
@@ -113,7 +113,7 @@ func DecideCells(mode Mode, now int64, counts []Count, parts []Asked) (allowed, 
 }
 
 // DecideOne is DecideCells for nearly all decisions: one part of up to OneBuckets buckets.
-func DecideOne(mode Mode, now int64, counts []Count, set *RuleSet, costs []int64, cells []Cell) (allowed, known bool) {
+func DecideOne(mode Mode, now, within int64, counts []Count, set *RuleSet, costs []int64, cells []Cell) (allowed, known bool) {
 	var before [OneBuckets]Cell
 	if !Clocked(now) || len(costs) > len(before) {
 		return false, false
@@ -121,7 +121,7 @@ func DecideOne(mode Mode, now int64, counts []Count, set *RuleSet, costs []int64
 	did, n, rules := taken, 0, set.Rules
 	for did == taken && n < len(costs) {
 		before[n] = cells[n]
-		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now)
+		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now, within)
 		n++
 	}
 	if did == taken && mode != Peek {
@@ -136,11 +136,11 @@ const OneBuckets = 4
 
 // take takes from the cells of a part until one does not admit, and returns what that one said and how many it has asked.
 // It remembers what they were before.
-func (p *Asked) take(mode Mode, now int64, counts []Count, before []Cell) (did outcome, n int) {
+func (p *Asked) take(mode Mode, now, within int64, counts []Count, before []Cell) (did outcome, n int) {
 	rules, costs, cells := p.Rules.Rules, p.Costs, p.Cells
 	for did == taken && n < len(costs) {
 		before[n] = cells[n]
-		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now)
+		did = cells[n].take(&counts[n], &rules[n], costs[n], mode, now, within)
 		n++
 	}
 	return did, n
@@ -170,7 +170,7 @@ const (
 )
 
 // take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed.
-func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) outcome {
+func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
 	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
 		return unknown
 	}
@@ -193,13 +193,18 @@ func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) out
 		return taken
 	}
 	if cost > r.Capacity-spent && mode != Force { // 4
+		if within > 0 {
+			return c.reserve(count, r, spent, cost, now, within)
+		}
 		c.deny(count, r, spent, cost, now)
 		return denied
 	}
 	recorded := r.recorded(cost, spent)
 	switch r.Kind { // 5
 	case Continuous:
-		c.A, c.B = 0, level+recorded*r.One
+		if c.B = level + recorded*r.One; c.A <= now || level == 0 {
+			c.A = 0
+		}
 	case SlidingWindow:
 		c.A, c.B = c.turned(r.end(now)-r.end(c.Seen), r.Period)
 		c.B += recorded
@@ -217,7 +222,17 @@ func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now int64) out
 		c.count(count, r, spent+recorded, now)
 		count.HeldFor = c.goneAt(&r.Law) - now
 	}
-	count.Remaining = r.Capacity - spent - min(cost, 4*r.Capacity)
+	count.Remaining = r.Capacity - spent - min(cost, r.Ceiling())
+	return taken
+}
+
+// reserve takes what a level does not have yet. What denies a reservation tells another time, which is left to Decide.
+func (c *Cell) reserve(count *Count, r *Rule, spent, cost, now, within int64) outcome {
+	if r.Kind != Continuous || cost > r.Capacity-ceil(r.drained(c.B, c.Seen, now+within), r.One) || cost > r.Ceiling()-spent {
+		return unknown
+	}
+	c.take(count, r, cost, Force, now, 0)
+	count.RetryAfter = c.back(r, r.Capacity) - now
 	return taken
 }
 
@@ -238,7 +253,7 @@ func look(counts []Count, first int, parts []Asked, now int64) bool {
 		for j := range p.Rules.Rules {
 			c, r, cost, count := &p.Cells[j], &p.Rules.Rules[j], p.Costs[j], &counts[n]
 			if n++; n-1 != first {
-				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now) != taken {
+				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now, 0) != taken {
 					return false
 				}
 				if cost > count.Remaining && cost > 0 {

@@ -27,12 +27,13 @@ func TestDecideAgreesWithADumbTwinAtRefillInstants(t *testing.T) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()
 			random := rand.New(rand.NewPCG(seed, 0))
-			for range 500 {
+			for range 300 {
 				story := make([]byte, 10+random.IntN(80))
 				for i := range story {
 					story[i] = byte(random.Uint32())
 				}
-				agree(t, story)
+				agree(t, story, false)
+				agree(t, story, true)
 			}
 		})
 	}
@@ -62,12 +63,15 @@ func FuzzDecide(f *testing.F) {
 		0, 7, 0, 1, 11, 15, // 1000 in 10 s, which has a grain: one hold
 		5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15, 5, 1, 0, 15,
 	})
-	f.Fuzz(func(t *testing.T, story []byte) { agree(t, story) })
+	f.Fuzz(func(t *testing.T, story []byte) {
+		agree(t, story, false)
+		agree(t, story, true)
+	})
 }
 
 // agree lets Decide and the twin live through the same story and compares all their answers.
-func agree(t *testing.T, story []byte) {
-	p := newPlay(story)
+func agree(t *testing.T, story []byte, reserves bool) {
+	p := newPlay(story, reserves)
 	for n := 0; n < steps && len(p.feed) > 0; n++ {
 		p.moveClock()
 		mode := p.chooseMode()
@@ -82,10 +86,11 @@ func agree(t *testing.T, story []byte) {
 // play is a story being played: the bytes that are left of it, the time, and the same buckets twice.
 type play struct {
 	feed
-	real  int64
-	draws []law.Draw
-	asks  []ask
-	left  map[bucket]kept // buckets whose place has another kind or period now
+	real     int64
+	draws    []law.Draw
+	asks     []ask
+	reserves bool            // calls may be reservations and AtMost
+	left     map[bucket]kept // buckets whose place has another kind or period now
 }
 
 // bucket is what finds a state, and kept is both forms of one.
@@ -101,8 +106,8 @@ type (
 	}
 )
 
-func newPlay(story []byte) *play {
-	p := &play{feed: story, left: map[bucket]kept{}}
+func newPlay(story []byte, reserves bool) *play {
+	p := &play{feed: story, reserves: reserves, left: map[bucket]kept{}}
 	for range p.among(1, 1, 1, 2, 2, 3, 4) {
 		r := p.rule()
 		p.draws = append(p.draws, law.Draw{Rule: r})
@@ -123,6 +128,12 @@ func (p *play) step(mode law.Mode, kept []law.Draw) error {
 		return fmt.Errorf("Decide allows: %v, the twin: %v", got, want)
 	}
 	for i := range p.draws {
+		if p.draws[i].Cost != p.asks[i].cost {
+			return fmt.Errorf("bucket %d: Decide takes %d, the twin %d", i, p.draws[i].Cost, p.asks[i].cost)
+		}
+		if got && counts[i].RetryAfter > max(0, p.draws[i].Within) {
+			return fmt.Errorf("bucket %d: reserved for %d, within %d", i, counts[i].RetryAfter, p.draws[i].Within)
+		}
 		if p.draws[i].Count != counts[i] {
 			return fmt.Errorf("bucket %d: Decide counts %+v, the twin %+v", i, p.draws[i].Count, counts[i])
 		}
@@ -281,12 +292,36 @@ func (p *play) swapRule() {
 
 func (p *play) chooseCosts(mode law.Mode) {
 	for i := range p.draws {
-		c := p.cost(&p.draws[i])
-		if mode != law.Force {
-			c = min(c, p.draws[i].Rule.Capacity)
+		d, a := &p.draws[i], &p.asks[i]
+		d.Within, d.AtMost = 0, false
+		c := p.cost(d)
+		if p.reserves {
+			p.chooseTerms(d)
 		}
-		p.draws[i].Cost, p.asks[i].cost = c, c
+		if mode != law.Force && !d.AtMost {
+			c = min(c, d.Rule.Capacity)
+		}
+		d.Cost, a.cost, a.within, a.atMost = c, c, d.Within, d.AtMost
 	}
+}
+
+// chooseTerms makes a draw a reservation, or content with less, or both.
+func (p *play) chooseTerms(d *law.Draw) {
+	b := p.byte()
+	d.AtMost = b%4 == 3
+	switch b / 4 % 8 {
+	case 0:
+		d.Within = 1 + p.number()%law.MaxWithin
+	case 1, 2:
+		d.Within = d.Rule.Period
+	case 3:
+		d.Within = max(0, d.Count.ResetAfter+p.among(-1, 0, 1))
+	case 4:
+		d.Within = max(0, d.Count.RetryAfter+p.among(-1, 0, 1))
+	case 5:
+		d.Within = law.MaxWithin
+	}
+	d.Within = min(d.Within, law.MaxWithin)
 }
 
 func (p *play) cost(d *law.Draw) int64 {
@@ -368,7 +403,7 @@ func (p *play) capacity() int64 {
 func describe(mode law.Mode, real int64, draws []law.Draw) string {
 	out := fmt.Sprintf("mode %d at %d\n", mode, real)
 	for _, d := range draws {
-		out += fmt.Sprintf("  %+v cost %d, seen %d, holds %v", *d.Rule, d.Cost, d.State.Seen, d.State.Holds())
+		out += fmt.Sprintf("  %+v cost %d within %d at most %v, seen %d, holds %v", *d.Rule, d.Cost, d.Within, d.AtMost, d.State.Seen, d.State.Holds())
 		if d.State.Law != nil {
 			out += fmt.Sprintf(" by %+v", *d.State.Law)
 		}

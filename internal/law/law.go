@@ -133,10 +133,11 @@ func (l *Law) fades(h Hold, room int64) int64 {
 	return h.End + l.Period - ceil((room+1)*l.One, h.N)*l.Tick
 }
 
-// drained is what is left now of a level that had so many units at seen.
+// drained is what is left now of a level that had so many units at seen: nothing after 35 years, as falls says.
 func (l *Law) drained(units, seen, now int64) int64 {
-	hi, out := bits.Mul64(uint64(l.Drain), uint64(l.ticks(now)-l.ticks(seen)))
-	if hi > 0 || out >= uint64(units) {
+	passed := l.ticks(now) - l.ticks(seen)
+	hi, out := bits.Mul64(uint64(l.Drain), uint64(passed))
+	if hi > 0 || out >= uint64(units) || (passed+1)*l.Tick > farFuture {
 		return 0
 	}
 	return units - int64(out)
@@ -158,8 +159,17 @@ func (l *Law) leftOf(n, in int64) int64 {
 	return ceil(in, l.Tick) * l.Drain
 }
 
-// recorded is how much of a cost is recorded beside what is spent: no more than 4 capacities are ever out.
-func (r *Rule) recorded(cost, spent int64) int64 { return min(cost, max(0, 4*r.Capacity-spent)) }
+// Ceiling is how many tokens of the bucket are ever out: 4 capacities, or what comes back in 4 periods if that is more. So a
+// small burst can be reserved for some periods ahead.
+func (r *Rule) Ceiling() int64 {
+	if r.Refill <= r.Capacity {
+		return 4 * r.Capacity
+	}
+	return max(4*r.Capacity, min(4*r.Refill, (exact-1)/r.One))
+}
+
+// recorded is how much of a cost is recorded beside what is spent.
+func (r *Rule) recorded(cost, spent int64) int64 { return min(cost, max(0, r.Ceiling()-spent)) }
 
 // scale is n·a/b rounded down, and whether that left something, for n and a from 0 on and n·a/b below 2^63.
 func scale(n, a, b int64) (quotient int64, more bool) {

@@ -10,7 +10,8 @@ type State struct {
 	Law  *Law  // by which it was changed last: of the kind and period of every rule that it is used with; nil: never seen
 	Seen int64 // when it was changed last
 
-	// By End. Continuous: at most one, with N units of Law at Seen. The first two are
+	// By End. Continuous: at most one, with N units of Law at Seen; its End is 0, or when the last turn comes of those who were
+	// behind a reservation that was given back in part. The first two are
 	// in the state itself, which so can be copied; more are all in many.
 	n    int
 	few  [2]Hold
@@ -82,6 +83,9 @@ func (s *State) open(r *Rule, real int64) (now int64) {
 	if r.Kind == Continuous {
 		if s.few[0].N = s.drained(&r.Law, now); s.few[0].N == 0 {
 			s.n = 0
+		}
+		if s.few[0].End <= now || s.n == 0 {
+			s.few[0].End = 0
 		}
 	} else {
 		s.dropDead(&r.Law, now)

@@ -28,16 +28,24 @@ type twin struct {
 
 // ask is one bucket in a decision of the twin.
 type ask struct {
-	rule *law.Rule
-	cost int64
-	twin twin
+	rule   *law.Rule
+	cost   int64
+	within int64
+	atMost bool
+	twin   twin
 }
 
 // decideDumbly is Decide.
 func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	allowed := true
-	for _, a := range asks {
-		allowed = allowed && (mode == law.Force || a.fits(real))
+	for i := range asks {
+		if mode == law.Force {
+			asks[i].within = 0
+		}
+		allowed = allowed && (mode == law.Force || asks[i].fits(real))
+	}
+	if allowed && mode != law.Force {
+		lower(asks, real)
 	}
 	counts := make([]law.Count, len(asks))
 	for i := range asks {
@@ -54,6 +62,12 @@ func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 			counts[i] = w.count(a.rule, now, real)
 			counts[i].HeldFor = w.gone(a.rule, now) - real
 			counts[i].Remaining -= forgotten
+			if a.within > 0 { // until it no longer owes
+				counts[i].RetryAfter = w.first(a.rule, now, a.rule.Capacity) - now
+			}
+			if counts[i].RetryAfter > 0 {
+				counts[i].RetryAfter += now - real
+			}
 			if mode != law.Peek {
 				a.twin = w
 			}
@@ -62,10 +76,67 @@ func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	return allowed, counts
 }
 
-// fits: a cost of 0 always, any other if with it no more than the capacity is out.
+// least is what the call is content with.
+func (a *ask) least() int64 {
+	if a.atMost {
+		return min(a.cost, 1)
+	}
+	return a.cost
+}
+
+// fits: a cost of 0 always, any other if with it no more than the capacity is out; of a level, when the time to reserve
+// within is over, and never more than the ceiling.
 func (a *ask) fits(real int64) bool {
 	w, now := a.twin.believed(a.rule, real)
-	return a.cost == 0 || w.spent(a.rule, now)+a.cost <= a.rule.Capacity
+	return a.cost == 0 || w.room(a, now, real) >= 0
+}
+
+// room is how much more than the least could be taken at a time, or below 0 how much is in the way.
+func (w twin) room(a *ask, now, real int64) int64 {
+	r, spent := a.rule, w.spent(a.rule, now)
+	if until := real + a.within; r.Kind == law.Continuous && until > now {
+		return min(r.Capacity-w.spent(r, until), most(r)-spent) - a.least()
+	}
+	return r.Capacity - spent - a.least()
+}
+
+// most is 4 capacities or 4 refills, in units below 2^53.
+func most(r *law.Rule) int64 {
+	out := 4 * r.Capacity
+	if r.Kind == law.Continuous {
+		out = max(out, whole(atMost(rat(4*r.Refill), floor(quotient(rat(exact-1), rat(r.One))))))
+	}
+	return out
+}
+
+// lower makes the costs of those that are content with less the largest that all of them have now.
+func lower(asks []ask, real int64) {
+	have := func(n int64) bool {
+		for i := range asks {
+			a := &asks[i]
+			w, now := a.twin.believed(a.rule, real)
+			if a.atMost && a.cost > 0 && w.spent(a.rule, now)+min(a.cost, n) > a.rule.Capacity {
+				return false
+			}
+		}
+		return true
+	}
+	low, high := int64(1), exact // at least one, which a reservation may get later
+	for high-low > 1 {
+		if middle := low + (high-low)/2; have(middle) {
+			low = middle
+		} else {
+			high = middle
+		}
+	}
+	if have(math.MaxInt64 / 4) {
+		return
+	}
+	for i := range asks {
+		if a := &asks[i]; a.atMost {
+			a.cost = min(a.cost, low)
+		}
+	}
 }
 
 // refused is the count of a call that some bucket refused, perhaps not this one.
@@ -73,9 +144,22 @@ func (a *ask) refused(real int64) law.Count {
 	w, now := a.twin.believed(a.rule, real)
 	c := w.count(a.rule, now, real)
 	if !a.fits(real) {
-		c.RetryAfter = w.first(a.rule, now, a.rule.Capacity-a.cost) - real
+		c.RetryAfter = w.retry(a, now) - real
 	}
 	return c
+}
+
+// retry is when the bucket admits what it refused: when there is room for it, or the time to reserve within earlier, and
+// no longer too much is out.
+func (w twin) retry(a *ask, now int64) int64 {
+	r, at := a.rule, w.first(a.rule, now, a.rule.Capacity-a.least())
+	if r.Kind == law.Continuous {
+		at -= a.within
+	}
+	if room := most(r) - a.least(); w.spent(r, now) > room {
+		at = max(at, w.first(r, now, room))
+	}
+	return at
 }
 
 // count: what is left of the capacity, when everything is back, and when one token more may be taken than now.
@@ -150,9 +234,12 @@ func (w twin) sum(of func(lot) *big.Rat) *big.Rat {
 	return out
 }
 
-// undrained: each tick since the last change returns its part of the refill, until nothing is out.
+// undrained: each tick since the last change returns its part of the refill, until nothing is out, or 35 years have passed.
 func (w twin) undrained(r *law.Rule, t int64) *big.Rat {
 	passed := rat(ticks(r, t) - ticks(r, w.seen))
+	if passed.Cmp(floor(quotient(rat(exact/8), rat(r.Tick)))) >= 0 {
+		return rat(0)
+	}
 	perTick := quotient(rat(r.Refill), ticksOfPeriod(r))
 	return atLeast(minus(w.counted(r), product(perTick, passed)), rat(0))
 }
@@ -229,9 +316,9 @@ func bisected(now int64, is func(t int64) bool) int64 {
 	return high
 }
 
-// take is an admission, and how much of it is not recorded: no more than 4 capacities are ever taken.
+// take is an admission, and how much of it is not recorded: no more than the ceiling is ever taken.
 func (w twin) take(r *law.Rule, asked, now int64) (out twin, forgotten int64) {
-	cost := min(asked, max(0, 4*r.Capacity-w.spent(r, now)))
+	cost := min(asked, max(0, most(r)-w.spent(r, now)))
 	w = w.under(r, now)
 	switch {
 	case cost == 0:
@@ -240,7 +327,7 @@ func (w twin) take(r *law.Rule, asked, now int64) (out twin, forgotten int64) {
 	default:
 		w.lots = append(slices.Clone(w.lots), lot{w.joined(r, now), rat(cost)})
 	}
-	return w, min(asked, 4*r.Capacity) - cost
+	return w, min(asked, most(r)) - cost
 }
 
 // joined is when the hold ends that a token taken now joins.

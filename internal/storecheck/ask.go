@@ -15,6 +15,7 @@ type Request struct {
 	Mode    storage.Mode
 	Clocked bool
 	Now     int64
+	Within  int64
 	Parts   []Part
 }
 
@@ -23,18 +24,19 @@ type Part struct {
 	Identifier string
 	Rules      *storage.RuleSet
 	Costs      []int64
+	AtMost     bool
 }
 
 // NewPart asks every rule for the same cost.
 func NewPart(id string, rules []law.Rule, cost int64) Part {
-	return Part{id, law.NewRuleSet(rules...), slices.Repeat([]int64{cost}, len(rules))}
+	return Part{Identifier: id, Rules: law.NewRuleSet(rules...), Costs: slices.Repeat([]int64{cost}, len(rules))}
 }
 
 // Of is the request that a storage is asked, which shares nothing with r.
 func (r *Request) Of() *storage.Request {
-	out := &storage.Request{Name: r.Name, Mode: r.Mode, Clocked: r.Clocked, Now: r.Now}
+	out := &storage.Request{Name: r.Name, Mode: r.Mode, Clocked: r.Clocked, Now: r.Now, Within: r.Within}
 	for _, p := range r.Parts {
-		out.Parts = append(out.Parts, storage.Part{Identifier: p.Identifier, Rules: p.Rules})
+		out.Parts = append(out.Parts, storage.Part{Identifier: p.Identifier, Rules: p.Rules, AtMost: p.AtMost})
 		out.Costs = append(out.Costs, p.Costs...)
 	}
 	return out
@@ -43,7 +45,8 @@ func (r *Request) Of() *storage.Request {
 // Verdict is the answer of a storage to a request, which it refers to.
 type Verdict struct {
 	Allowed    bool
-	RetryAfter time.Duration
+	RetryAfter time.Duration // of a denial
+	Delay      time.Duration // of a reservation
 
 	request Request
 	answer  storage.Answer // empty after an error
@@ -77,7 +80,11 @@ func decide(r Request, by func(*storage.Request, *storage.Answer) error) (Verdic
 func Answered(r Request, a *storage.Answer) Verdict {
 	v := Verdict{Allowed: a.Allowed, request: r, answer: *a}
 	for i := range a.Counts {
-		v.RetryAfter = max(v.RetryAfter, micros(a.Counts[i].RetryAfter))
+		if wait := micros(a.Counts[i].RetryAfter); a.Allowed {
+			v.Delay = max(v.Delay, wait)
+		} else {
+			v.RetryAfter = max(v.RetryAfter, wait)
+		}
 	}
 	return v
 }
@@ -97,6 +104,27 @@ func (v *Verdict) Count(i int) storage.Count { return v.answer.Counts[i] }
 func (v *Verdict) Parts() int       { return len(v.request.Parts) }
 func (v *Verdict) Part(i int) *Part { return &v.request.Parts[i] }
 
+// Cost is what was taken from bucket j of part i, and Tokens the most that was.
+func (v *Verdict) Cost(i, j int) int64 {
+	p := &v.request.Parts[i]
+	if p.AtMost {
+		return min(p.Costs[j], v.answer.Tokens)
+	}
+	return p.Costs[j]
+}
+
+func (v *Verdict) Tokens() (most int64) {
+	if !v.Allowed {
+		return 0
+	}
+	for i := range v.request.Parts {
+		for j := range v.request.Parts[i].Costs {
+			most = max(most, v.Cost(i, j))
+		}
+	}
+	return most
+}
+
 // Level is what the answer says of one bucket.
 type Level struct {
 	Identifier, Bucket                        string
@@ -112,6 +140,9 @@ func (v *Verdict) Levels() (out []Level) {
 			r, c := &p.Rules.Rules[i], &counts[i]
 			out = append(out, Level{p.Identifier, r.Name, r.Capacity, max(0, c.Remaining), max(0, -c.Remaining),
 				micros(r.Period), micros(c.ResetAfter), micros(c.NextAfter), micros(c.RetryAfter)})
+			if v.Allowed {
+				out[len(out)-1].RetryAfter = 0
+			}
 		}
 		counts = counts[len(p.Costs):]
 	}

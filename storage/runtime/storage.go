@@ -97,12 +97,12 @@ func (s *Storage) again(now int64, r *storage.Request, a *storage.Answer) (done 
 		return false
 	}
 	e := sh.entry(i)
-	if e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules) {
+	if !p.AtMost && (e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules)) {
 		cells := e.all(len(r.Costs))
 		if len(cells) <= law.OneBuckets {
-			a.Allowed, done = law.DecideOne(r.Mode, now, a.Counts, p.Rules, r.Costs, cells)
+			a.Allowed, done = law.DecideOne(r.Mode, now, r.Within, a.Counts, p.Rules, r.Costs, cells)
 		} else {
-			a.Allowed, done = law.DecideCells(r.Mode, now, a.Counts, []law.Asked{{Rules: p.Rules, Costs: r.Costs, Cells: cells}})
+			a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, []law.Asked{{Rules: p.Rules, Costs: r.Costs, Cells: cells}})
 		}
 	}
 	if !done {
@@ -149,14 +149,14 @@ func decideAt(places []place, now int64, r *storage.Request, a *storage.Answer) 
 	for i := range places {
 		p := &places[i]
 		p.entry = p.shard.find(p.tag, r.Name, p.id)
-		if p.entry == nil || !p.entry.layout.rules.SameLaws(p.rules) && !p.entry.layout.is(p.rules) {
+		if p.entry == nil || r.Parts[i].AtMost || !p.entry.layout.rules.SameLaws(p.rules) && !p.entry.layout.is(p.rules) {
 			return false
 		}
 		from := n
 		n += len(p.rules.Rules)
 		few[i] = law.Asked{Rules: p.rules, Costs: r.Costs[from:n], Cells: p.entry.all(n - from)}
 	}
-	if a.Allowed, done = law.DecideCells(r.Mode, now, a.Counts, few[:len(places)]); !done {
+	if a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, few[:len(places)]); !done {
 		return false
 	}
 	for i := range places {
@@ -176,7 +176,7 @@ func (s *Storage) decide(ctx context.Context, now int64, r *storage.Request, a *
 		var few [inline]law.Draw
 		var one [1]place
 		for i, cost := range r.Costs {
-			few[i].Rule, few[i].Cost = &p.Rules.Rules[i], cost
+			few[i].Rule, few[i].Cost, few[i].Within, few[i].AtMost = &p.Rules.Rules[i], cost, r.Within, p.AtMost
 		}
 		s.place(&one[0], c.name, p.Identifier, p.Rules)
 		c.draws, c.places = few[:n], one[:]
@@ -191,6 +191,7 @@ func (s *Storage) answer(c *call, r *storage.Request, a *storage.Answer) error {
 		return err
 	}
 	a.Allowed = law.Decide(r.Mode, c.now, c.draws)
+	a.Tokens = law.Taken(c.draws)
 	s.end(c, a.Allowed)
 	for i := range c.places {
 		p := &c.places[i]
@@ -210,7 +211,7 @@ func (s *Storage) spread(r *storage.Request) (draws []law.Draw, places []place) 
 	places = make([]place, len(r.Parts))
 	for i, p := range r.Parts {
 		for j := range p.Rules.Rules {
-			draws = append(draws, law.Draw{Rule: &p.Rules.Rules[j], Cost: r.Costs[len(draws)]})
+			draws = append(draws, law.Draw{Rule: &p.Rules.Rules[j], Cost: r.Costs[len(draws)], Within: r.Within, AtMost: p.AtMost})
 		}
 		s.place(&places[i], r.Name, p.Identifier, p.Rules)
 	}

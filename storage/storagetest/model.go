@@ -38,10 +38,11 @@ func (m *Model) Decide(ctx context.Context, r *storage.Request, a *storage.Answe
 		}
 		for i := range p.Rules.Rules {
 			rule := &p.Rules.Rules[i]
-			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], State: s[rule.ID()]})
+			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], Within: r.Within, AtMost: p.AtMost, State: s[rule.ID()]})
 		}
 	}
 	a.Allowed, a.Source, a.Degraded, a.At = law.Decide(r.Mode, now, draws), "model", false, now
+	a.Tokens = law.Taken(draws)
 	for i := range draws {
 		a.Counts[i] = draws[i].Count
 	}

@@ -165,6 +165,8 @@ func (g *game) step(i int) {
 		require.NoError(g.t, err, where)
 		require.Equal(g.t, format(&want), format(&got), "%s: %+v", where, r)
 		require.Equal(g.t, want.RetryAfter, got.RetryAfter, where)
+		require.Equal(g.t, want.Delay, got.Delay, where)
+		require.Equal(g.t, want.Tokens(), got.Tokens(), where)
 		for i := range counts(&r) {
 			require.Equal(g.t, want.Count(i), got.Count(i), "%s: bucket %d of %+v", where, i, r)
 		}
@@ -188,6 +190,9 @@ func (g *game) request() storecheck.Request {
 	if g.named && r.Mode == storage.Peek { // at which a full identifier may be forgotten
 		r.Mode = storage.Take
 	}
+	if g.rnd.IntN(3) == 0 {
+		r.Within = g.within()
+	}
 	r.Parts = []storecheck.Part{g.part(g.id(), r.Mode)}
 	if g.rnd.IntN(4) == 0 {
 		for _, id := range g.ids {
@@ -207,6 +212,7 @@ func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 		rules = rules[:1+g.rnd.IntN(len(rules))]
 	}
 	p := storecheck.NewPart(id, rules, 1)
+	p.AtMost = g.rnd.IntN(5) == 0
 	for i, r := range rules {
 		n := []int64{0, 1, 1, 1, r.Capacity, 1 + g.rnd.Int64N(r.Capacity)}[g.rnd.IntN(6)]
 		if mode == storage.Force {
@@ -218,6 +224,20 @@ func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 		p.Costs[i] = n
 	}
 	return p
+}
+
+// within is a time to reserve within: any, or one at which the last answer says that something comes back.
+func (g *game) within() int64 {
+	switch g.rnd.IntN(4) {
+	case 0:
+		return storage.MaxWithin
+	case 1:
+		return g.rnd.Int64N(4 * g.rules[g.rnd.IntN(len(g.rules))].Period)
+	}
+	if len(g.soon) == 0 {
+		return 1
+	}
+	return min(storage.MaxWithin, max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1))
 }
 
 // charge is of small amounts, or gives back what an earlier decision took.
@@ -238,7 +258,7 @@ func (g *game) charge() storage.Charge {
 	p := v.Part(0)
 	c.Identifier, c.Rules, c.Amounts = p.Identifier, p.Rules, nil
 	for i, r := range p.Rules.Rules {
-		a := storage.Amount{N: -p.Costs[i], In: v.Count(i).HeldFor - (g.now - v.At())}
+		a := storage.Amount{N: -v.Cost(0, i), In: v.Count(i).HeldFor - (g.now - v.At())}
 		if g.changes {
 			a.N *= []int64{1, 1, 2, 1 << 40}[g.rnd.IntN(4)]
 			a.In += (g.rnd.Int64N(3) - 1) * []int64{0, 1, r.Period / 512, r.Period / 256, r.Period / 2, 2 * r.Period}[g.rnd.IntN(6)]

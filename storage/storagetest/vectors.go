@@ -23,14 +23,16 @@ import (
 //
 //	# a comment
 //	bucket NAME CAPACITY/PERIOD [continuous|fixed|sliding|log] [burst N]
-//	TIME take|peek|force PART [+ PART]… -> ok|no NAME=REMAINING/RESET[/RETRY]…
+//	TIME take|peek|force PART [+ PART]… -> ok|no [TOOK] NAME=REMAINING/RESET[/RETRY]… [after DELAY]
+//	TIME reserve WITHIN PART [+ PART]… -> the same
 //	TIME charge ID NAME=N@IN…
 //	TIME reset ID
 //
-// TIME is since the epoch, by an injected clock. A PART is ID [xCOST] [NAME[=COST]]…: the buckets
-// it names, or all in the order of their definition. A bucket that is defined again has a new
-// rule. In the expectation each bucket has what remains, the time until it is full, and if it
-// refused, the time until it would not.
+// TIME is since the epoch, by an injected clock. A PART is ID [xCOST|<=COST] [NAME[=COST]]…: the
+// buckets it names, or all in the order of their definition; with <= it is content with less. A bucket
+// that is defined again has a new rule. In the expectation each bucket has what remains, the time until
+// it is full, and if it refused, the time until it would not. TOOK is how many tokens were taken, if a
+// part was content with less, and DELAY is until what was reserved may be used.
 
 //go:embed testdata/*.txt
 var files embed.FS
@@ -80,13 +82,20 @@ func (p *player) step(fields []string) {
 		asked, want, found := strings.Cut(strings.Join(fields[2:], " "), " -> ")
 		require.True(p.t, found, "%s: no ->", p.where)
 		mode := map[string]storage.Mode{"take": storage.Take, "peek": storage.Peek, "force": storage.Force}[verb]
-		require.Equal(p.t, want, p.decide(at, mode, asked), p.where)
+		require.Equal(p.t, want, p.decide(at, mode, 0, asked), p.where)
+	case "reserve":
+		asked, want, found := strings.Cut(strings.Join(fields[3:], " "), " -> ")
+		require.True(p.t, found, "%s: no ->", p.where)
+		require.Equal(p.t, want, p.decide(at, storage.Take, p.time(fields[2]), asked), p.where)
 	default:
 		require.Fail(p.t, "unknown verb", p.where)
 	}
 }
 
-var limit = regexp.MustCompile(`^(\d+)/(.+)$`)
+var (
+	limit = regexp.MustCompile(`^(\d+)/(.+)$`)
+	asks  = regexp.MustCompile(`^(x|<=)(-?\d+)$`)
+)
 
 func (p *player) bucket(fields []string) {
 	m := limit.FindStringSubmatch(fields[1])
@@ -118,8 +127,8 @@ func (p *player) bucket(fields []string) {
 	p.rules = append(p.rules, made)
 }
 
-func (p *player) decide(at int64, mode storage.Mode, asked string) string {
-	r := storecheck.Request{Name: p.name, Mode: mode, Clocked: true, Now: at}
+func (p *player) decide(at int64, mode storage.Mode, within int64, asked string) string {
+	r := storecheck.Request{Name: p.name, Mode: mode, Clocked: true, Now: at, Within: within}
 	for _, words := range strings.Split(asked, " + ") {
 		r.Parts = append(r.Parts, p.part(strings.Fields(words)))
 	}
@@ -131,22 +140,35 @@ func (p *player) decide(at int64, mode storage.Mode, asked string) string {
 // format is a verdict as the vectors write it.
 func format(v *storecheck.Verdict) string {
 	out := map[bool]string{true: "ok", false: "no"}[v.Allowed]
+	for i := range v.Parts() {
+		if v.Part(i).AtMost && v.Allowed {
+			out += fmt.Sprint(" ", v.Tokens())
+			break
+		}
+	}
 	for _, l := range v.Levels() {
 		out += fmt.Sprintf(" %s=%d/%s", l.Bucket, l.Remaining, period.Format(l.ResetAfter))
 		if l.RetryAfter != 0 {
 			out += "/" + period.Format(l.RetryAfter)
 		}
 	}
+	if v.Delay > 0 {
+		out += " after " + period.Format(v.Delay)
+	}
 	return out
 }
 
 func (p *player) part(fields []string) storecheck.Part {
-	cost, names := int64(1), fields[1:]
-	if len(names) > 0 && regexp.MustCompile(`^x-?\d+$`).MatchString(names[0]) {
-		cost, names = p.number(names[0][1:]), names[1:]
+	cost, names, atMost := int64(1), fields[1:], false
+	if len(names) > 0 {
+		if m := asks.FindStringSubmatch(names[0]); m != nil {
+			cost, names, atMost = p.number(m[2]), names[1:], m[1] == "<="
+		}
 	}
 	if len(names) == 0 {
-		return storecheck.NewPart(p.id(fields[0]), p.rules, cost)
+		part := storecheck.NewPart(p.id(fields[0]), p.rules, cost)
+		part.AtMost = atMost
+		return part
 	}
 	var rules []law.Rule
 	for _, word := range names {
@@ -154,6 +176,7 @@ func (p *player) part(fields []string) storecheck.Part {
 		rules = append(rules, p.rule(name))
 	}
 	part := storecheck.NewPart(p.id(fields[0]), rules, cost)
+	part.AtMost = atMost
 	for i, word := range names {
 		if _, n, found := strings.Cut(word, "="); found {
 			part.Costs[i] = p.number(n)
