@@ -34,6 +34,7 @@ type answer struct {
 	allowed   bool
 	at        int64           // of a decision
 	counts    []storage.Count // of its buckets
+	tokens    int64           // that AtMost took
 	debt      [][]storage.Amount
 	contended bool // and not done
 }
@@ -94,10 +95,11 @@ func (q *query) decide(a *answer, now int64) error {
 		}
 		for j := range part.Rules.Rules {
 			rule := &part.Rules.Rules[j]
-			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], State: row.state(rule)})
+			draws = append(draws, law.Draw{Rule: rule, Cost: r.Costs[len(draws)], Within: r.Within, AtMost: part.AtMost, State: row.state(rule)})
 		}
 	}
 	a.allowed = law.Decide(r.Mode, now, draws)
+	a.tokens = law.Taken(draws)
 	a.counts = make([]storage.Count, len(draws))
 	for i := range draws {
 		a.counts[i] = draws[i].Count

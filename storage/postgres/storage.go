@@ -219,6 +219,7 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 		return err
 	}
 	a.Allowed, a.Source, a.Degraded, a.At = got.allowed, Source, false, got.at
+	a.Tokens = got.tokens
 	copy(a.Counts, got.counts)
 	return nil
 }
