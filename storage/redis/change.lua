@@ -28,12 +28,12 @@ local function received(s, now, time)
   return e
 end
 
-local function level(s, n) s[3], s[4] = 0, (s[4] or 0) + n end
+local function level(s, n) s[3], s[4] = s[3] or 0, (s[4] or 0) + n end
 
 local function charge(s, r, n, time, real)
   local now
   s, now = open(s, r, real)
-  n = min(n, 4 * r.C - out(s, now))
+  n = min(n, r.M - out(s, now))
   if n <= 0 or time <= 0 then return s end
   if r.k == 1 then
     level(s, leftOf(r, n, time))
@@ -51,14 +51,28 @@ local function charge(s, r, n, time, real)
   return s
 end
 
+-- Gives a level n tokens back that are all gone in a given time.
+local function giveBack(s, r, n, time, now)
+  local u, back, ticks = drained(s, now), leftOf(r, n, time), ceil(time / r.Q)
+  if ticks >= ceil(r.C * r.one / r.R) then -- its time has not come
+    local after = max(0, u - r.R * ticks) -- what was taken later, or up to a tick's refill less
+    if s[3] > now then
+      back = 0
+    elseif after > 0 then
+      back = max(0, back - after - 2 * r.R)
+      if back > 0 then s[3] = falls(s, r.C * r.one) end
+    end
+  end
+  s[4] = s[4] - min(u, back)
+end
+
 local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
   local now = max(real, s[2])
   if r.k == 1 then
     if s[1].refill > r.refill then return s end
     s = under(s, r)
-    n = min(n, floor((exact - 1) / r.one))
-    if s[4] then s[4] = s[4] - min(drained(s, now), leftOf(r, n, time)) end
+    if s[4] then giveBack(s, r, min(n, floor((exact - 1) / r.one)), time, now) end
     return s
   end
   s = living(s, now)
@@ -114,7 +128,7 @@ local function raise(s, r, debt, real)
   s, now = open(s, r, real)
   local theirs = {}
   for i = 1, #debt, 2 do
-    local n, time = min(debt[i], 4 * r.C), debt[i + 1]
+    local n, time = min(debt[i], r.M), debt[i + 1]
     if n > 0 and time > 0 then
       if r.k == 1 then
         level(s, max(0, leftOf(r, n, time) - (s[4] or 0)))
@@ -124,7 +138,7 @@ local function raise(s, r, debt, real)
       end
     end
   end
-  if #theirs > 0 then return highest(s, theirs, 4 * r.C) end
+  if #theirs > 0 then return highest(s, theirs, r.M) end
   return s
 end
 

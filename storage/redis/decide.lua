@@ -5,15 +5,16 @@
 --
 --   prefix   the beginning of a value in which these buckets have one hold each, changed at one time
 --   form     all of such a value, for struct.unpack, and its size
---   mode     and flags: 1 if the next part belongs to the same request, 2 if states are doubted
+--   mode     and flags: 1 if the next part belongs to the same request, 2 if states are doubted, 4 if less may be taken
 --   time     in µs, or -1 for the server's
+--   within   in µs, of a reservation
 --   young    if states are doubted, how long ago in µs one was changed that is not
 --   buckets  how many, and of each kind, period, units that drain a tick, tick, grain, units a token, capacity and cost
 --
 -- The answer begins with the server's time (7), 0 if no shape asks for it. Of each request the first byte is
 --
 --   0 denied, 1 admitted: then of each bucket what is spent, also what Force did not record, when it is full, when one
---     token more is there, and when all of it is gone if admitted, else when it admits the cost (7 each)
+--     token more is there, when it has the cost, when all of it is gone if admitted, and what was taken (7 each)
 --   7 denied, 8 admitted: then of each part the value that was there, or a zero byte. The client computes the rest
 --   2 a value is none of ours, 3 it is no string
 --   4 there are too many buckets: their number and that of the part after it (1 each)
@@ -29,7 +30,7 @@ local REPLENISH, CONTINUOUS, FIXED, SLIDING, LOG = 0, 1, 2, 3, 4
 local TAKE, PEEK, FORCE = 0, 1, 2
 
 local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
-local ceil, call, try = math.ceil, redis.call, redis.pcall
+local ceil, floor, max, min, call, try = math.ceil, math.floor, math.max, math.min, redis.call, redis.pcall
 
 local time
 local function server()
@@ -66,6 +67,7 @@ local function fast(key, s)
     end
     if b[$drain] > 0 then -- 3
       local seen = held[2]
+      if now - seen > 2 ^ 49 then return end
       m = m - b[$drain] * (b[$ticks] - (seen - seen % b[$tick]) / b[$tick])
       if m < 0 then m = 0 end
       gone = (b[$ticks] + ceil((m + b[$take]) / b[$drain])) * b[$tick]
@@ -135,29 +137,33 @@ end
 
 -- Shapes and their buckets are lists, which are made faster than tables with names. So $form is a place in them,
 -- which is put in where comments are left out:
---#slots prefix form size mode now grace served more doubted rules buckets way
+--#slots prefix form size mode now grace served more doubted rules buckets way within less
 --#slots kind tick grain capacity cost take most room finish join latest fade drain ticks
 
 -- A bucket of a shape, with what the fast way needs to know. It counts in units: of take more of them at most room may be
--- out before, and at most most ever. A new hold ends at finish; one is joined that ends at join or later, and none ends
--- after latest.
-local function bucket(mode, now, kind, period, drain, tick, grain, one, capacity, cost)
-  local unit, finish, join, latest, fade, ticks = 1, 0, 0, now + period, 0, 0
+-- out before, and at most most ever. A reservation has the room that there will be when its time within is over. A new
+-- hold ends at finish; one is joined that ends at join or later, and none ends after latest.
+local function bucket(mode, now, within, kind, period, drain, tick, grain, one, capacity, cost)
+  local unit, finish, join, latest, fade, ticks, most, ahead = 1, 0, 0, now + period, 0, 0, 4 * capacity, 0
   if kind == CONTINUOUS then
     unit, latest, ticks = one, 0, (now - now % tick) / tick
+    most = max(most, min(4 * drain * (period / tick) / one, floor((2 ^ 53 - 1) / one)))
+    ahead = drain * (floor((now + within) / tick) - ticks)
   elseif kind == REPLENISH then
     finish = latest
   else
     finish = kind == LOG and latest or now - now % period + period
     join, fade = finish, kind == SLIDING and period - tick or 0
   end
-  local most, room = 4 * capacity * unit, (capacity - cost) * unit
+  most = most * unit
+  local room = min((capacity - cost) * unit + ahead, most - cost * unit)
   if mode == FORCE or cost == 0 then room = most end
   return { kind, tick, grain, capacity, cost, cost * unit, most, room, finish, join, latest, fade, drain, ticks }
 end
 
 -- How a part of a shape is decided.
-local function wayOf(mode, plain, buckets)
+local function wayOf(mode, less, plain, buckets)
+  if less then return nil end
   for _, b in ipairs(buckets) do
     if b[$cost] == 0 and mode ~= PEEK or b[$grain] > 1 then return nil end
     if b[$kind] == CONTINUOUS or b[$kind] == SLIDING then plain = false end
@@ -168,16 +174,17 @@ local function wayOf(mode, plain, buckets)
 end
 
 local function shapeOf(arg)
-  local prefix, form, size, mode, flags, now, young, n, p = unpack('<I2c0Bc0I2BBddB', arg)
+  local prefix, form, size, mode, flags, now, within, young, n, p = unpack('<I2c0Bc0I2BBdddB', arg)
   local served, grace = now < 0, 3601000
   if served then now, grace = server(), 1000 end
   local buckets = {}
   for j = 1, n do
     local kind, period, drain, tick, grain, unit, capacity, cost, after = unpack('<Bddddddd', arg, p)
-    buckets[j], p = bucket(mode, now, kind, period, drain, tick, grain, unit, capacity, cost), after
+    buckets[j], p = bucket(mode, now, within, kind, period, drain, tick, grain, unit, capacity, cost), after
   end
-  local way = wayOf(mode, served and flags < 2, buckets)
-  return { prefix, form, size, mode, now, grace, served, flags % 2 == 1, flags > 1 and now - young, false, buckets, way }
+  local doubted, less = flags % 4 > 1, flags > 3
+  local way = wayOf(mode, less, served and not doubted, buckets)
+  return { prefix, form, size, mode, now, grace, served, flags % 2 == 1, doubted and now - young, false, buckets, way, within, less }
 end
 
 local index, shapes = ARGV[1], {}
@@ -193,10 +200,10 @@ end
 local function fullWay()
   --#include state.lua
 
-  local function take(s, r, now, spent)
-    local cost = min(r.cost, max(0, 4 * r.C - spent))
+  local function take(s, r, asked, now, spent)
+    local cost = min(asked, max(0, r.M - spent))
     if r.k == 1 then
-      s[3], s[4] = 0, (s[4] or 0) + cost * r.one
+      s[3], s[4] = s[3] or 0, (s[4] or 0) + cost * r.one
     elseif cost > 0 then
       local e, n = finish(r, now), #s
       if n > 2 and (r.k == 0 or s[n - 1] >= e) then
@@ -222,6 +229,34 @@ local function fullWay()
     return s[$rules]
   end
 
+  -- How many tokens a call may take of a bucket of which so many are spent. A reservation looks ahead.
+  local function roomOf(r, state, spent, real, within)
+    local now = state and max(real, state[2]) or real
+    if not state or r.k ~= 1 or real + within <= now then return r.C - spent end
+    local u = spent > 0 and left(state, real + within) or 0
+    return min(r.C - ceil(u / r.one), r.M - spent)
+  end
+
+  -- When a bucket admits what it denies.
+  local function retry(r, state, now, least, spent, within)
+    local at = back(state, now, r.C - least, spent)
+    if r.k == 1 then at = at - within end
+    if spent > r.M - least then at = max(at, back(state, now, r.M - least, spent)) end
+    return at
+  end
+
+  -- What all buckets have of the parts that are content with less, and at least one.
+  local function share(parts)
+    local most = 2 ^ 53
+    for _, part in ipairs(parts) do
+      for j, r in ipairs(part.rules) do
+        local has = r.C - part.spent[j]
+        if part.less and has < r.cost then most = min(most, max(1, has)) end
+      end
+    end
+    return most
+  end
+
   return function(key)
     local failed, allowed, stale, asked, parts, s = nil, true, false, false, {}, nil
     local unsure -- whether a state is doubted of which nothing is asked: it counts if all are only looked at
@@ -233,7 +268,7 @@ local function fullWay()
         if sub(others, 1, 1) == char(4) then others = others .. char(#parts) end
         failed, states = failed or others, {}
       end
-      local spent = {}
+      local spent, least, room = {}, {}, {}
       for j = 1, #of do
         local state, r = under(states[j], of[j]), of[j]
         spent[j] = 0
@@ -241,33 +276,40 @@ local function fullWay()
         if state then spent[j] = out(state, max(real, state[2])) end -- 2, 3
         if r.cost > 0 then asked = true end
         if s[$doubted] and (not state or state[2] <= s[$doubted]) then stale, unsure = stale or r.cost > 0, true end
-        if r.cost > r.C - spent[j] and r.cost > 0 and s[$mode] ~= FORCE then allowed = false end -- 4
+        least[j] = s[$less] and min(r.cost, 1) or r.cost
+        room[j] = roomOf(r, state, spent[j], real, s[$within])
+        if least[j] > room[j] and r.cost > 0 and s[$mode] ~= FORCE then allowed = false end -- 4
       end
-      parts[#parts + 1] = { key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served] }
+      parts[#parts + 1] = {
+        key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served],
+        least = least, room = room, less = s[$less], within = s[$within],
+      }
       key = key + 1
     until not s[$more]
     if failed then return failed, key end
     if allowed and (stale or unsure and not asked) then return char(6), key end
 
-    local answer = { allowed and '\1' or '\0' }
+    local answer, most = { allowed and '\1' or '\0' }, share(parts)
     for _, part in ipairs(parts) do
       local changed, real = false, part.real
       for j, r in ipairs(part.rules) do
-        local state, n, now, last = part.states[j], part.spent[j], nil, 0
+        local state, n, now, wait, held, cost = part.states[j], part.spent[j], nil, 0, 0, r.cost
         local told = n
-        if allowed and r.cost > 0 then -- 5
+        if allowed and part.less then cost = min(cost, most) end
+        if allowed and cost > 0 then -- 5
           state, now = open(state, r, real)
-          told = n + r.cost
-          n = take(state, r, now, n)
-          part.states[j], changed, last = state, true, gone(state) - real
+          told = n + cost
+          n = take(state, r, cost, now, n)
+          part.states[j], changed, held = state, true, gone(state) - real
+          if part.within > 0 and n > r.C then wait = back(state, now, r.C, n) - real end
         else
           state = under(state, r)
           if not state or not believable(state, real) then state = { r, real } end
           now = max(real, state[2])
-          if r.cost > r.C - n and r.cost > 0 then last = back(state, now, r.C - r.cost, n) - real end
+          if part.least[j] > part.room[j] and cost > 0 then wait = retry(r, state, now, part.least[j], n, part.within) - real end
         end
         local next = back(state, now, max(0, min(n, r.C) - 1), n)
-        answer[#answer + 1] = pack('<I7I7I7I7', told, back(state, now, 0, n) - real, next - real, last)
+        answer[#answer + 1] = pack('<I7I7I7I7I7I7', told, back(state, now, 0, n) - real, next - real, wait, held, cost)
       end
       if changed and s[$mode] ~= PEEK then store(part.key, part.states, part.rules, part.others, real, not part.served) end
     end

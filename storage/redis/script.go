@@ -107,7 +107,7 @@ const (
 )
 
 // countBytes is the length of a bucket's answer.
-const countBytes = 28
+const countBytes = 42
 
 // decideArgs are the arguments of the script for decisions.
 func decideArgs(s *shapes) [][]byte {
@@ -127,7 +127,7 @@ func decideArgs(s *shapes) [][]byte {
 // arg is a shape as the script for decisions reads it.
 func (s *shape) arg() []byte {
 	rules := s.rules.Rules
-	hold, flags, now, age := "I7I4", byte(0), int64(-1), int64(0)
+	hold, flags, now, within, age := "I7I4", byte(0), int64(-1), int64(0), int64(0)
 	if wide(rules) {
 		hold = "I7I7"
 	}
@@ -141,17 +141,22 @@ func (s *shape) arg() []byte {
 		flags |= 2
 		age = s.age()
 	}
+	if s.mode != storage.Force {
+		if within = s.within; s.atMost {
+			flags |= 4
+		}
+	}
 	prefix := appendPrefix(make([]byte, 0, prefixBytes(rules)), rules)
 	form := fmt.Sprintf("<c%dI7%s", len(prefix), strings.Repeat(hold, len(rules)))
-	b := make([]byte, 0, 26+len(prefix)+len(form)+57*len(rules))
+	b := make([]byte, 0, 34+len(prefix)+len(form)+57*len(rules))
 	b = append(appendUint(b, uint64(len(prefix)), 2), prefix...)
 	b = append(append(b, byte(len(form))), form...)
 	b = append(appendUint(b, uint64(valueBytes(rules)), 2), byte(s.mode), flags)
-	b = append(appendNumbers(b, now, age), byte(len(rules)))
+	b = append(appendNumbers(b, now, within, age), byte(len(rules)))
 	for i := range rules {
 		r := &rules[i]
 		b = append(b, byte(r.Kind))
-		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.costs[i], 4*r.Capacity))
+		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.costs[i], r.Ceiling()))
 	}
 	return b
 }
@@ -218,9 +223,9 @@ func appendNumbers(b []byte, numbers ...int64) []byte {
 // most is the largest N of a hold.
 func most(r *law.Rule) int64 {
 	if r.Kind == law.Continuous {
-		return 4 * r.Capacity * r.One
+		return r.Ceiling() * r.One
 	}
-	return 4 * r.Capacity
+	return r.Ceiling()
 }
 
 // appendLaw appends the name and law of a rule in the form in which they are stored.
@@ -295,16 +300,20 @@ func (a *answer) fill(to *storage.Answer, r *storage.Request) error {
 		return a.compute(to, r)
 	}
 	to.Allowed = a.text[0] == admitted
+	to.Tokens = 0
 	n, s := 0, a.text[1:]
 	for _, p := range r.Parts {
 		for j := range p.Rules.Rules {
-			c := storage.Count{Remaining: p.Rules.Rules[j].Capacity - integer(s), ResetAfter: integer(s[7:]), NextAfter: integer(s[14:])}
-			if to.Allowed {
-				c.HeldFor = integer(s[21:])
-			} else {
-				c.RetryAfter = integer(s[21:])
+			to.Counts[n] = storage.Count{
+				Remaining: p.Rules.Rules[j].Capacity - integer(s), ResetAfter: integer(s[7:]), NextAfter: integer(s[14:]),
+				RetryAfter: integer(s[21:]), HeldFor: integer(s[28:]),
 			}
-			to.Counts[n] = c
+			switch {
+			case p.AtMost && r.Mode == storage.Force:
+				to.Tokens = max(to.Tokens, r.Costs[n])
+			case p.AtMost:
+				to.Tokens = max(to.Tokens, integer(s[35:]))
+			}
 			n, s = n+1, s[countBytes:]
 		}
 	}
@@ -324,10 +333,11 @@ func (a *answer) compute(to *storage.Answer, r *storage.Request) error {
 		value, rules := text[:plainBytes(text, p.Rules)], p.Rules.Rules
 		text = text[len(value):]
 		for j := range rules {
-			draws = append(draws, law.Draw{Rule: &rules[j], Cost: r.Costs[len(draws)], State: plainState(value, rules, j)})
+			draws = append(draws, law.Draw{Rule: &rules[j], Cost: r.Costs[len(draws)], Within: r.Within, AtMost: p.AtMost, State: plainState(value, rules, j)})
 		}
 	}
 	to.Allowed = law.Decide(r.Mode, real, draws)
+	to.Tokens = law.Taken(draws)
 	if to.Allowed != (a.text[0] == admittedValues) {
 		return errors.New("the script decided otherwise than the value that it found says")
 	}

@@ -18,6 +18,8 @@ type shape struct {
 	mode    storage.Mode
 	clocked bool
 	now     int64
+	within  int64
+	atMost  bool
 	more    bool  // the next part belongs to the same request
 	since   int64 // as in a query
 	rules   *storage.RuleSet
@@ -31,9 +33,10 @@ const lookBack = 8
 func (s *shapes) add(q *query) {
 	r, costs := &q.request, q.request.Costs
 	for i := range r.Parts {
-		rules := r.Parts[i].Rules
+		p := &r.Parts[i]
+		rules := p.Rules
 		n := len(rules.Rules)
-		s.addOne(shape{r.Mode, r.Clocked, r.Now, i+1 < len(r.Parts), q.since, rules, costs[:n]})
+		s.addOne(shape{r.Mode, r.Clocked, r.Now, r.Within, p.AtMost, i+1 < len(r.Parts), q.since, rules, costs[:n]})
 		costs = costs[n:]
 	}
 }
@@ -50,6 +53,6 @@ func (s *shapes) addOne(w shape) {
 }
 
 func (s *shape) same(o *shape) bool {
-	return s.mode == o.mode && s.clocked == o.clocked && s.now == o.now && s.more == o.more && s.since == o.since &&
+	return s.mode == o.mode && s.clocked == o.clocked && s.now == o.now && s.within == o.within && s.atMost == o.atMost && s.more == o.more && s.since == o.since &&
 		s.rules == o.rules && slices.Equal(s.costs, o.costs)
 }

@@ -38,9 +38,10 @@ local function law(v, p)
   return l, q
 end
 
--- Makes a law the rule of a bucket. Step is the tick of a Continuous bucket and of a SlidingWindow, and the grain of a log.
+-- Makes a law the rule of a bucket, of which M tokens are ever out. Step is the tick of a Continuous bucket and of a SlidingWindow, and the grain of a log.
 local function rule(l, C, step)
-  l.C = C
+  l.C, l.M = C, 4 * C
+  if l.k == 1 then l.M = max(4 * C, min(4 * l.refill, floor((exact - 1) / l.one))) end
   if l.k == 3 then l.Q, l.one, l.fade = step, l.P / step, l.P - step end
   if l.k == 4 then l.G = step end
   l.thin = ceil(C / 256) + ceil(C / l.P)
@@ -103,13 +104,17 @@ end
 -- Step 1.
 local function believable(s, real) return s[2] <= real + s[1].P + 60000000 end
 
--- What is left of a level at now.
-local function drained(s, now)
+-- What is left of a level at a time by its rule, and at now by its own law too. After 35 years it is nothing.
+local function left(s, t)
   local l, n = s[1], s[4] or 0
-  if s.full and s.full <= now then return 0 end
-  local dt = floor(now / l.Q) - floor(s[2] / l.Q)
-  if dt < ceil(n / l.R) then return n - l.R * dt end
+  local dt = floor(t / l.Q) - floor(s[2] / l.Q)
+  if dt < ceil(n / l.R) and dt < floor(far / l.Q) then return n - l.R * dt end
   return 0
+end
+
+local function drained(s, now)
+  if s.full and s.full <= now then return 0 end
+  return left(s, now)
 end
 
 -- When a level will have fallen to so many units.
@@ -128,7 +133,7 @@ local function under(s, r)
     local whole = floor(n / one)
     if whole > floor((exact - 1 - part) / r.one) then n = exact - 1 else n = whole * r.one + part end
   end
-  return { r, s[2], n and 0, n, full = falls(s, 0) }
+  return { r, s[2], s[3], n, full = falls(s, 0) }
 end
 
 -- When the tokens of a hold come back, not before those of the hold before.
@@ -209,7 +214,7 @@ local function open(s, r, real)
   if r.k == 1 then
     local u = drained(under(s, r), now)
     if u == 0 then return { r, now }, now end
-    return { r, now, 0, u }, now
+    return { r, now, s[3] > now and s[3] or 0, u }, now
   end
   s = living(s, now)
   s[2] = now
@@ -236,7 +241,7 @@ local function store(key, states, rules, others, real, clocked)
     if not s or full(s, real) then return end
     local l = s[1]
     kept[#kept + 1] = s
-    if (l.C or 0) * (l.k == 1 and l.one or 1) >= 2 ^ 30 then flags = 32 end
+    if (l.M or 0) * (l.k == 1 and l.one or 1) >= 2 ^ 32 then flags = 32 end
     for i = 4, #s, 2 do
       if s[i] >= 2 ^ 32 then flags = 32 end
     end

@@ -93,7 +93,7 @@ func formSize(rules []law.Rule) (n int64) {
 		n += 1 + int64(len(r.Name)) + 6 + 1
 		if r.Kind == law.Continuous {
 			n += 7 + 6 // refill and tick
-			if 4*r.Capacity*r.One >= 1<<32 {
+			if r.Ceiling()*r.One >= 1<<32 {
 				wideN = 3
 			}
 		}
