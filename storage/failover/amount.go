@@ -69,11 +69,11 @@ func (a amount) and(o amount) amount {
 	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
 }
 
-// drains is how long n tokens of a Continuous bucket take to come back, of at most 4 capacities. It is what
+// drains is how long n tokens of a Continuous bucket take to come back, of at most the ceiling. It is what
 // law.State.FullAt says of a state that was charged with them, without the state: it runs for each admission, under
 // the journal's lock. A test compares the two.
 func drains(r *law.Rule, n int64) int64 {
-	return (min(n, 4*r.Capacity)*r.One + r.Drain - 1) / r.Drain * r.Tick
+	return (min(n, r.Ceiling())*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
 // left returns what has not come back of what the bucket owes, refunds as negative amounts.
@@ -110,7 +110,7 @@ func (a amount) left(now int64) storage.Amount {
 // law.Decide does: a test compares the two.
 func held(r *law.Rule, debt []storage.Amount) (n, last int64) {
 	for _, a := range debt {
-		tokens := min(a.N, 4*r.Capacity) // or the product may be too large
+		tokens := min(a.N, r.Ceiling()) // or the product may be too large
 		if r.Kind == law.SlidingWindow {
 			tokens = tokens * min((a.In+r.Tick-1)/r.Tick, r.One) / r.One
 		}

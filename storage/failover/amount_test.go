@@ -34,11 +34,11 @@ func anyRules(t *testing.T, kind law.Kind, test func(rnd *rand.Rand, r *law.Rule
 func TestALevelDrainsAsTheLawSays(t *testing.T) {
 	t.Parallel()
 	anyRules(t, law.Continuous, func(rnd *rand.Rand, r *law.Rule) {
-		n := 1 + rnd.Int64N(4*r.Capacity)
+		n := 1 + rnd.Int64N(r.Ceiling())
 		var s law.State
 		s.Charge(r, storage.Amount{N: n, In: law.FarFuture}, 0)
 		require.Equal(t, s.FullAt(0), failover.Drains(r, n), "%d of %+v", n, r)
-		require.Equal(t, failover.Drains(r, 4*r.Capacity), failover.Drains(r, 1<<53), "no bucket owes more than 4 capacities")
+		require.Equal(t, failover.Drains(r, r.Ceiling()), failover.Drains(r, 1<<53), "no bucket owes more than the ceiling")
 	})
 }
 
@@ -66,7 +66,7 @@ func TestNothingTakesLongerThanTheLongest(t *testing.T) {
 	t.Parallel()
 	for _, kind := range storecheck.Kinds {
 		anyRules(t, kind, func(rnd *rand.Rand, r *law.Rule) {
-			all := []law.Draw{{Rule: r, Cost: 4 * r.Capacity}}
+			all := []law.Draw{{Rule: r, Cost: r.Ceiling()}}
 			law.Decide(storage.Force, rnd.Int64N(1<<40), all)
 			assert.LessOrEqual(t, all[0].Count.HeldFor, failover.Longest(r), "%+v", r)
 		})

@@ -209,7 +209,7 @@ func (s *Storage) decideLocally(ctx context.Context, r *storage.Request, a *stor
 			return err
 		}
 		for j := range p.Rules.Rules {
-			if rule := &p.Rules.Rules[j]; r.Costs[n] > rule.Capacity && r.Mode != storage.Force {
+			if rule := &p.Rules.Rules[j]; r.Costs[n] > rule.Capacity && r.Mode != storage.Force && !p.AtMost {
 				return fmt.Errorf("%d tokens of bucket %q are more than the share of this process, %d", r.Costs[n], rule.Name, rule.Capacity)
 			}
 			n++

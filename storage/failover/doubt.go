@@ -49,12 +49,11 @@ func (s *Storage) doubt(r *storage.Request) (since int64) {
 	return 0
 }
 
-// longest is at least how long what decisions took needs to come back: for a level the 4 capacities that are recorded
-// at most; else the two periods of a SlidingWindow, and one more for a server's clock that has stepped back. A test
+// longest is at least how long what decisions took needs to come back: for a level all that is recorded at most; else the two periods of a SlidingWindow, and one more for a server's clock that has stepped back. A test
 // compares it with law.Decide.
 func longest(r *law.Rule) int64 {
 	if r.Kind == law.Continuous {
-		return drains(r, 4*r.Capacity)
+		return drains(r, r.Ceiling())
 	}
 	return 3 * r.Period
 }

@@ -286,7 +286,7 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 		}
 		raised = append(raised, b)
 		rules = append(rules, *b.rule)
-		d.Amounts = append(d.Amounts, []storage.Amount{{N: 4 * b.rule.Capacity, In: max(0, b.resetAt-e.time())}})
+		d.Amounts = append(d.Amounts, []storage.Amount{{N: b.rule.Ceiling(), In: max(0, b.resetAt-e.time())}})
 	}
 	if len(raised) == 0 {
 		return nil

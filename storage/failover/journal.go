@@ -2,6 +2,7 @@ package failover
 
 import (
 	"context"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -127,14 +128,18 @@ func (j *journal) took(r *storage.Request, a *storage.Answer) {
 		to := from + len(p.Rules.Rules)
 		if e := j.find(key{r.Name, p.Identifier}, false); e != nil {
 			e.clock(r.Clocked, r.Now)
-			e.took(p.Rules, r.Costs[from:to], a.Counts[from:to], a.At)
+			most := int64(math.MaxInt64)
+			if p.AtMost {
+				most = a.Tokens
+			}
+			e.took(p.Rules, r.Costs[from:to], most, a.Counts[from:to], a.At)
 		}
 		from = to
 	}
 }
 
-// took adds what was taken at a time, of which the counts tell when it comes back.
-func (e *entry) took(rules *storage.RuleSet, costs []int64, counts []storage.Count, at int64) {
+// took adds what was taken at a time, of each bucket at most so many, of which the counts tell when it comes back.
+func (e *entry) took(rules *storage.RuleSet, costs []int64, most int64, counts []storage.Count, at int64) {
 	e.rules = rules
 	for i, cost := range costs {
 		if cost == 0 {
@@ -143,7 +148,7 @@ func (e *entry) took(rules *storage.RuleSet, costs []int64, counts []storage.Cou
 		rule, c := &rules.Rules[i], &counts[i]
 		b, back := e.bucket(rule, i), at+c.HeldFor
 		b.spent, b.resetAt = rule.Capacity-c.Remaining, max(b.resetAt, back)
-		b.add(&b.taken, min(cost, 4*rule.Capacity), back)
+		b.add(&b.taken, min(cost, most, rule.Ceiling()), back)
 	}
 }
 

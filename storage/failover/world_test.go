@@ -98,10 +98,11 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (*s
 			st = law.MakeState(st.Law, st.Seen, append([]law.Hold(nil), st.Holds()...))
 			doubted := st.Law == nil || st.Seen <= now-(law.Monotonic()-since)
 			doubtful, unsure, asked = doubtful || doubted && cost > 0, unsure || doubted, asked || cost > 0
-			draws = append(draws, law.Draw{Rule: rule, Cost: cost, State: st})
+			draws = append(draws, law.Draw{Rule: rule, Cost: cost, Within: r.Within, AtMost: p.AtMost, State: st})
 		}
 	}
 	a := &storage.Answer{Allowed: law.Decide(r.Mode, now, draws), Source: s.name, At: law.Monotonic()}
+	a.Tokens = law.Taken(draws)
 	if a.Allowed && (doubtful || unsure && !asked) && since != 0 {
 		return nil, redis.ErrStale
 	}
@@ -325,7 +326,7 @@ func (l *link) answer(ctx context.Context, a *storage.Answer, op func() (*storag
 	})
 	if err == nil {
 		got := <-answer
-		a.Allowed, a.Source, a.Degraded, a.At = got.Allowed, got.Source, false, got.At
+		a.Allowed, a.Source, a.Degraded, a.At, a.Tokens = got.Allowed, got.Source, false, got.At, got.Tokens
 		copy(a.Counts, got.Counts)
 	}
 	return err
