@@ -31,6 +31,7 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 	if len(s.buckets) > 0 {
 		t.own.Store(strings.Clone(id), s)
 		t.owned.Store(true)
+		t.waiters.tell(id, changed)
 	}
 	return nil
 }
@@ -64,6 +65,7 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	} else {
 		t.own.Store(strings.Clone(id), newSet(rest))
 	}
+	t.waiters.tell(id, changed)
 	return len(rest) < len(had.buckets)
 }
 
@@ -72,6 +74,7 @@ func (t *Throttler) RemoveBuckets(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.own.Delete(id)
+	t.waiters.tell(id, changed)
 }
 
 func (t *Throttler) ownSet(id string) *set {

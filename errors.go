@@ -21,6 +21,8 @@ var (
 	ErrInvalidCost         = errors.New("throttler: invalid cost")                                         // below zero, or a refund above what was taken
 	ErrCostExceedsCapacity = errors.New("throttler: cost exceeds capacity")                                // waiting never helps; the Verdict beside it has the Levels
 	ErrDebtLimit           = errors.New("throttler: debt limit")                                           // a Charge that was recorded in part: a *DebtError
+	ErrInvalidReserve      = errors.New("throttler: invalid time to reserve within")                       // below 0, or over 366 days
+	ErrTooManyWaiters      = errors.New("throttler: too many waiters")                                     // of a Wait: Config.MaxWaiters wait for the identifier
 	ErrInvalidClock        = errors.New("throttler: the injected clock is outside the years 1970 to 2184") // Config.Clock reads a time outside 1970 to 2184
 	ErrUnavailable         = storage.ErrUnavailable                                                        // the storage could not decide
 	ErrCorruptState        = storage.ErrCorruptState                                                       // the storage holds a value that is not ours; never the runtime storage
@@ -43,11 +45,12 @@ func (e *LimitedError) Error() string {
 // Unwrap returns ErrLimited.
 func (e *LimitedError) Unwrap() error { return ErrLimited }
 
-// DebtError is what a Charge returns for a bucket that owes too much: at most 4 capacities are ever out of one.
+// DebtError is what a Charge returns for a bucket that owes too much: at most 4 capacities are ever out of one, or what
+// comes back in 4 periods if that is more.
 type DebtError struct {
 	Identifier, Bucket string
 	Asked, Recorded    int64 // tokens
-	Limit              int64 // tokens that may be out: 4 capacities
+	Limit              int64 // tokens that may be out
 }
 
 // Error says how much of the charge was recorded.
@@ -65,14 +68,15 @@ func unrecorded(v *Verdict) error {
 	for _, p := range v.parts() {
 		for j := range p.Rules.Rules {
 			r, c, asked := &p.Rules.Rules[j], &v.all()[n], v.asked()[n]
+			limit := r.Ceiling()
 			n++
-			if over := -c.Remaining - 3*r.Capacity; over > 0 && asked > 0 {
-				most := min(asked, 4*r.Capacity)
+			if over := r.Capacity - c.Remaining - limit; over > 0 && asked > 0 {
+				most := min(asked, limit)
 				recorded := max(0, most-over)
 				c.Remaining += most - recorded
-				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, recorded, 4 * r.Capacity})
-			} else if asked > 4*r.Capacity {
-				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, 4 * r.Capacity, 4 * r.Capacity})
+				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, recorded, limit})
+			} else if asked > limit {
+				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, limit, limit})
 			}
 		}
 	}

@@ -129,8 +129,10 @@ func TestTheLookOfAWaitThatQueuesIsItsFirstAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		th, seen := watched(t, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 1).Named("b")}})
 		require.True(t, allowed(t, th, "a"))
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second) // without a deadline there is no look
+		defer cancel()
 		for range 2 {
-			go func() { _, _ = th.Wait(t.Context(), "a") }()
+			go func() { _, _ = th.Wait(ctx, "a") }()
 			synctest.Wait()
 		}
 		<-time.After(2 * time.Second)
@@ -325,7 +327,7 @@ func TestAnEventHasTheTimeAtItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var ended []time.Time
 		one, err := throttler.New(throttler.Config{
-			Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)},
+			Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 1)},
 			Observe: func(_ context.Context, e *throttler.Event) { ended = append(ended, e.Time.Add(-e.Duration), e.Time) },
 		})
 		require.NoError(t, err)
@@ -340,7 +342,7 @@ func TestAnEventHasTheTimeAtItsEnd(t *testing.T) {
 		for _, at := range ended {
 			after = append(after, at.Sub(start))
 		}
-		minute := time.Minute
-		require.Equal(t, []time.Duration{0, 0, 0, 0, 0, 0, minute, minute, 0, minute, minute, minute}, after)
+		second := time.Second
+		require.Equal(t, []time.Duration{0, 0, 0, 0, 0, 0, second, second, 0, second, second, second}, after)
 	})
 }

@@ -18,10 +18,17 @@ const (
 	costOption optionKind = iota + 1 // the zero Option does nothing
 	costOfOption
 	usingOption
+	atMostOption
 )
 
 // Cost asks every bucket for n tokens, 0 or more, in place of Config.Cost.
 func Cost(n int64) Option { return Option{kind: costOption, n: n} }
+
+// AtMost asks every bucket for n tokens in place of Config.Cost, and is content with less: as many are taken as every bucket
+// has, which Verdict.Tokens tells. None is a denial. N may be above a capacity. A cost that CostOf names is also one at most.
+// A Reserve takes what is there, or else one token that comes back in time. In a ConsumeAll the parts with AtMost take what
+// all of them have, and the others their whole cost. Charge and Refund take it as Cost.
+func AtMost(n int64) Option { return Option{kind: atMostOption, n: n} }
 
 // CostOf asks the bucket of this name for n tokens, whatever Cost says of the others.
 func CostOf(bucket string, n int64) Option { return Option{kind: costOfOption, bucket: bucket, n: n} }

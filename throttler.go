@@ -24,6 +24,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
@@ -76,6 +77,10 @@ type Config struct {
 	// bucket holds is decided by the full limits, and so is a Charge.
 	Load func() float64
 
+	// MaxWaiters is how many calls of Wait and WaitAll may wait for one identifier; 0 sets no limit. One more gets
+	// ErrTooManyWaiters unless it is admitted at once.
+	MaxWaiters int
+
 	// Observe, if not nil, is called once after each decision and change of what is spent, also one that failed (a
 	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
 	// concurrent use. It gets the context of the call, and an Event that is valid until it returns. Observers joins several.
@@ -96,7 +101,7 @@ type Throttler struct {
 	load     func() float64
 	observe  func(context.Context, *Event)
 
-	lines lines
+	waiters waiters
 
 	owned atomic.Bool // whether own has ever held a set: most throttlers never ask it
 	own   sync.Map    // identifier -> *set, of AddBucket
@@ -111,6 +116,7 @@ func New(c Config) (*Throttler, error) {
 		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, load: c.Load, observe: c.Observe,
 		unknown: c.OnUnknownIdentifier, failed: c.OnStorageError,
 	}
+	t.waiters.most = c.MaxWaiters
 	if t.storage == nil {
 		t.storage = runtime.New(nil)
 	}
@@ -125,6 +131,9 @@ func New(c Config) (*Throttler, error) {
 	}
 	if c.Cost < 0 {
 		faults = append(faults, fmt.Errorf("%w: Config.Cost is %d, must be 0 or more", ErrInvalidCost, c.Cost))
+	}
+	if c.MaxWaiters < 0 {
+		faults = append(faults, fmt.Errorf("throttler: Config.MaxWaiters is %d, must be 0 or more", c.MaxWaiters))
 	}
 	for _, p := range [...]Policy{t.unknown, t.failed} {
 		if p != Deny && p != Allow {
@@ -165,40 +174,78 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict
 
 // Charge takes the cost, 0 or more, from all buckets, even where too little is left: for costs that are
 // known only afterwards. That may leave a debt (Level.Debt), and calls are denied until it is paid. No more than 4
-// capacities of a bucket are ever out: what exceeds them is not recorded, and the error joins a *DebtError for each bucket
-// of which that is so. In a bucket that is
-// not Continuous the debt is forgiven after one period, SlidingWindow two.
+// capacities of a bucket are ever out, or 4 periods' refill where that is more: what exceeds them is not recorded, and
+// the error joins a *DebtError for each bucket of which that is so. In a bucket that is not Continuous the debt is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	var v Verdict
-	return t.decide(ctx, &v, storage.Force, 0, id, o)
+	err := t.decide(ctx, &v, storage.Force, 0, id, o)
+	t.waiters.tell(id, freed)
+	return err
 }
 
 // ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
 // only, and there are at most 256 parts.
-func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (Verdict, error) {
-	return t.decideAll(ctx, storage.Take, parts)
+func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, _ error) {
+	err := t.decideAll(ctx, &v, storage.Take, 0, 0, parts)
+	return v, err
 }
 
 // PeekAll answers what ConsumeAll with the same parts would answer now, and takes nothing.
-func (t *Throttler) PeekAll(ctx context.Context, parts ...Part) (Verdict, error) {
-	return t.decideAll(ctx, storage.Peek, parts)
+func (t *Throttler) PeekAll(ctx context.Context, parts ...Part) (v Verdict, _ error) {
+	err := t.decideAll(ctx, &v, storage.Peek, 0, 0, parts)
+	return v, err
 }
 
 // ChargeAll is Charge for several identifiers, in one change.
 func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
-	_, err := t.decideAll(ctx, storage.Force, parts)
+	var v Verdict
+	err := t.decideAll(ctx, &v, storage.Force, 0, 0, parts)
+	for i := range parts {
+		t.waiters.tell(parts[i].id, freed)
+	}
 	return err
 }
 
-func (t *Throttler) decideAll(ctx context.Context, mode storage.Mode, parts []Part) (v Verdict, err error) {
+// decideAll is decide for several parts. Only where a level is all that there is, it is a reservation within the time.
+func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode, within int64, attempt int, parts []Part) error {
 	for i := range parts {
-		err := t.add(&v, mode, parts[i].id, parts[i].options)
+		err := t.add(v, mode, parts[i].id, parts[i].options)
 		if err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
-			t.rejected(ctx, opOf(mode), 0, parts[i].id, err)
-			return t.tooCostly(ctx, err, parts...), err
+			t.rejected(ctx, opOf(mode), attempt, parts[i].id, err)
+			*v = t.tooCostly(ctx, err, parts...)
+			return err
 		}
 	}
-	err = t.ask(ctx, &v, mode, 0)
+	if reservable(v) {
+		v.within = within
+	}
+	return t.ask(ctx, v, mode, attempt)
+}
+
+// reservable says that all buckets are Continuous, and have to give whole costs.
+func reservable(v *Verdict) bool {
+	for _, p := range v.parts() {
+		if p.AtMost || slices.ContainsFunc(p.Rules.Rules, func(r law.Rule) bool { return r.Kind != law.Continuous }) {
+			return false
+		}
+	}
+	return true
+}
+
+// Reserve takes the cost now, all or none, if it may be used within most: that is Verdict.Delay after the decision. Only a
+// Continuous bucket is reserved ahead, at most 4 periods' refill or 4 capacities of it; one of another kind has to have the
+// cost now. What is reserved is spent for all others. A denial changes nothing, and after RetryAfter the same Reserve is
+// admitted, if nobody else takes. Most is from 0, which is Consume, to 366 days, in whole microseconds; another is
+// ErrInvalidReserve. Refund cancels.
+func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, o ...Option) (v Verdict, err error) {
+	within := most.Microseconds()
+	if most < 0 || within > storage.MaxWithin {
+		err = fmt.Errorf("%w: %v, must be 0 to %v", ErrInvalidReserve, most, duration(storage.MaxWithin))
+		t.rejected(ctx, OpConsume, 0, id, err)
+		return v, err
+	}
+	v.within = within
+	err = t.decide(ctx, &v, storage.Take, 0, id, o)
 	return v, err
 }
 
@@ -242,6 +289,8 @@ func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
 	for i := range options {
 		switch o := &options[i]; o.kind {
 		case costOption:
+			cost = o.n
+		case atMostOption:
 			cost = o.n
 		case usingOption:
 			s = o.set
@@ -289,11 +338,34 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		if err := s.costsOf(costs, id, cost, options); err != nil {
 			return err
 		}
+		if contentWithLess(options) {
+			all := v.parts()
+			all[len(all)-1].AtMost = true
+			return lawful(s.validCosts(v, costs, id))
+		}
 	}
 	if len(options) > 0 || cost < 0 || cost > rules.Least {
 		return s.validCosts(v, costs, id)
 	}
 	return nil
+}
+
+// contentWithLess says that AtMost is the last word on the cost.
+func contentWithLess(options []Option) (atMost bool) {
+	for i := range options {
+		if k := options[i].kind; k == costOption || k == atMostOption {
+			atMost = k == atMostOption
+		}
+	}
+	return atMost
+}
+
+// lawful is the error of costs that may be above a capacity.
+func lawful(err error) error {
+	if errors.Is(err, ErrCostExceedsCapacity) {
+		return nil
+	}
+	return err
 }
 
 // costsOf sets the costs of the buckets that options name. Those of Unlimited buckets only must not be below 0.
@@ -413,7 +485,7 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, r
 func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
 	var r storage.Request // field by field, as a literal would be made elsewhere and copied
 	var a storage.Answer
-	r.Name, r.Mode, r.Clocked, r.Now = t.name, mode, clocked, now
+	r.Name, r.Mode, r.Clocked, r.Now, r.Within = t.name, mode, clocked, now, v.within
 	if v.more == nil {
 		n := len(v.one[0].Rules.Rules)
 		r.Parts, r.Costs, a.Counts = v.one[:], v.costs[:n], v.counts[:n]
@@ -435,7 +507,7 @@ func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode
 	for i := range parts {
 		parts[i].Identifier = strings.Clone(parts[i].Identifier)
 	}
-	r := storage.Request{Name: t.name, Mode: mode, Clocked: clocked, Now: now, Parts: parts, Costs: own.asked()}
+	r := storage.Request{Name: t.name, Mode: mode, Clocked: clocked, Now: now, Within: v.within, Parts: parts, Costs: own.asked()}
 	a := storage.Answer{Counts: own.all()}
 	if err := t.storage.Decide(ctx, &r, &a); err != nil {
 		*v = Verdict{}

@@ -27,10 +27,15 @@ type Verdict struct {
 	// exact to the microsecond, zero when allowed.
 	RetryAfter time.Duration
 
+	// Delay is how long after the decision what a Reserve took may be used. It is zero for other calls, and when denied.
+	Delay time.Duration
+
 	degraded bool
 	peeked   bool
 	source   string
 	at       int64 // when the storage decided: storage.Answer.At
+	within   int64 // storage.Request.Within
+	tokens   int64 // storage.Answer.Tokens
 
 	// The request and what the storage counted, bucket by bucket. Of a call with several parts or
 	// more than four buckets all of that is in more, and the fields here are not used.
@@ -81,7 +86,11 @@ func (v *Verdict) All() iter.Seq2[Level, int64] {
 		n, costs, counts := 0, v.asked(), v.all()
 		for _, p := range v.parts() {
 			for j := range p.Rules.Rules {
-				if !yield(level(p.Identifier, &p.Rules.Rules[j], &counts[n]), costs[n]) {
+				l := level(p.Identifier, &p.Rules.Rules[j], &counts[n])
+				if v.Allowed {
+					l.RetryAfter = 0
+				}
+				if !yield(l, costs[n]) {
 					return
 				}
 				n++
@@ -97,6 +106,31 @@ func level(id string, r *law.Rule, c *storage.Count) Level {
 		Period: duration(r.Period), Window: duration(r.Window),
 		ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
 	}
+}
+
+// Tokens is how many tokens were taken, from the bucket that gave most: the cost, or less by AtMost. It is 0 if v is not
+// Allowed, and of a Peek what would have been taken.
+func (v *Verdict) Tokens() (most int64) {
+	if !v.Allowed {
+		return 0
+	}
+	n := 0
+	for i, p := range v.parts() {
+		for range p.Rules.Rules {
+			most = max(most, v.took(i, n))
+			n++
+		}
+	}
+	return most
+}
+
+// took is what was taken from bucket n, through all parts, which is one of part i.
+func (v *Verdict) took(i, n int) int64 {
+	cost := v.asked()[n]
+	if v.parts()[i].AtMost {
+		return min(cost, v.tokens)
+	}
+	return cost
 }
 
 func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
@@ -126,6 +160,7 @@ func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 		m.parts, m.costs, m.counts = m.someParts[:0], m.someCosts[:0], m.someCounts[:0]
 		if one := &v.one[0]; one.Rules != nil {
 			copy(m.add(one.Identifier, one.Rules), v.costs[:])
+			m.parts[0].AtMost = one.AtMost
 		}
 		v.more = m
 	}
@@ -193,9 +228,15 @@ func (v *Verdict) all() []storage.Count {
 // or the compiler would take it for something that refers to the counts, and keep v on the heap.
 func (v *Verdict) answered(a *storage.Answer, source string, mode storage.Mode) {
 	v.Allowed, v.source, v.degraded, v.at, v.peeked = a.Allowed, source, a.Degraded, a.At, mode == storage.Peek
-	if !a.Allowed {
-		for i := range a.Counts {
-			v.RetryAfter = max(v.RetryAfter, duration(a.Counts[i].RetryAfter))
-		}
+	v.tokens = a.Tokens
+	if a.Allowed && v.within == 0 {
+		return
+	}
+	wait := &v.RetryAfter
+	if a.Allowed {
+		wait = &v.Delay
+	}
+	for i := range a.Counts {
+		*wait = max(*wait, duration(a.Counts[i].RetryAfter))
 	}
 }

@@ -3,6 +3,7 @@ package throttler_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -13,6 +14,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
 // leaky is one call each 100 ms.
@@ -142,4 +145,292 @@ func TestWaitWaitsByTheInjectedClock(t *testing.T) {
 			mock.Add(time.Minute)
 		}
 	}
+}
+
+func TestWhoWaitsAcrossThrottlersIsAdmittedInTheOrderOfArrival(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memstore.New(nil)
+		var all []*throttler.Throttler
+		for range 3 {
+			th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1)}})
+			require.NoError(t, err)
+			all = append(all, th)
+		}
+		w := &waits{start: time.Now()}
+		for i := range 9 {
+			w.begin(t.Context(), all[i*i%3], "a", i)
+		}
+		<-time.After(time.Second)
+		assert.Equal(t, []string{
+			"0 ok at 0s", "1 ok at 100ms", "2 ok at 200ms", "3 ok at 300ms", "4 ok at 400ms", "5 ok at 500ms", "6 ok at 600ms", "7 ok at 700ms", "8 ok at 800ms",
+		}, w.said())
+	})
+}
+
+func TestWhoLeavesLetsThoseBehindMoveUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, w := leaky(t), &waits{start: time.Now()}
+		ctx, leave := context.WithCancel(t.Context())
+		w.begin(t.Context(), th, "a", "first")
+		w.begin(ctx, th, "a", "left")
+		w.begin(t.Context(), th, "a", "second")
+		w.begin(ctx, th, "a", "left")
+		w.begin(t.Context(), th, "a", "third")
+		<-time.After(50 * time.Millisecond)
+		leave()
+		synctest.Wait()
+		w.begin(t.Context(), th, "a", "fourth")
+		<-time.After(time.Second)
+		assert.Equal(t, []string{"first ok at 0s", "left left at 50ms", "left left at 50ms", "second ok at 100ms", "third ok at 200ms", "fourth ok at 300ms"}, w.said())
+	})
+}
+
+func TestAResetAndARaisedLimitCountAtOnceForThoseWhoWait(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		bucket throttler.Bucket
+		change func(t *testing.T, th *throttler.Throttler)
+	}{
+		"continuous, reset": {throttler.NewBucket(time.Hour, 1).Continuous().Named("b"), func(t *testing.T, th *throttler.Throttler) {
+			require.NoError(t, th.Reset(t.Context(), "a"))
+		}},
+		"continuous, raised": {throttler.NewBucket(time.Hour, 1).Continuous().Named("b"), func(t *testing.T, th *throttler.Throttler) {
+			require.NoError(t, th.AddBucket("a", throttler.NewBucket(time.Hour, 3600_000).Continuous().Burst(10).Named("b")))
+		}},
+		"replenish, reset": {throttler.NewBucket(time.Hour, 1).Named("b"), func(t *testing.T, th *throttler.Throttler) {
+			require.NoError(t, th.Reset(t.Context(), "a"))
+		}},
+		"replenish, raised": {throttler.NewBucket(time.Hour, 1).Named("b"), func(t *testing.T, th *throttler.Throttler) {
+			require.NoError(t, th.AddBucket("a", throttler.NewBucket(time.Hour, 10).Named("b")))
+		}},
+		"replenish, none left": {throttler.NewBucket(time.Hour, 1).Named("b"), func(t *testing.T, th *throttler.Throttler) {
+			require.NoError(t, th.AddBucket("a", throttler.NewBucket(time.Hour, 10).Named("c")))
+			require.True(t, th.RemoveBucket("a", "c"))
+			require.NoError(t, th.Reset(t.Context(), "a"))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{test.bucket}})
+				require.NoError(t, err)
+				w := &waits{start: time.Now()}
+				w.begin(t.Context(), th, "a", 0)
+				w.begin(t.Context(), th, "a", 1)
+				<-time.After(10 * time.Second)
+				require.Len(t, w.said(), 1)
+				test.change(t, th)
+				<-time.After(5 * time.Millisecond)
+				require.Len(t, w.said(), 2)
+			})
+		})
+	}
+}
+
+func TestALoweredLimitDoesNotMakeThoseWhoWaitPayTwice(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1).Named("b")}})
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		for i := range 4 {
+			w.begin(t.Context(), th, "a", i)
+		}
+		require.NoError(t, th.AddBucket("a", throttler.NewBucket(time.Second, 1).Continuous().Named("b")))
+		<-time.After(time.Minute)
+		require.Len(t, w.said(), 4)
+		assert.Contains(t, w.last(), "3s", w.said())
+	})
+}
+
+func TestARefundAndAChargeOfAnotherAreHeardByALine(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memstore.New(nil)
+		c := throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 2)}}
+		th, err := throttler.New(c)
+		require.NoError(t, err)
+		other, err := throttler.New(c)
+		require.NoError(t, err)
+		own, err := th.Consume("a")
+		require.NoError(t, err)
+		theirs, err := other.Consume("a")
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		w.begin(t.Context(), th, "a", "first")
+		w.begin(t.Context(), th, "a", "second")
+		<-time.After(100 * time.Millisecond)
+		require.NoError(t, th.Refund(t.Context(), own))
+		synctest.Wait()
+		require.Equal(t, []string{"first ok at 100ms"}, w.said())
+		require.NoError(t, other.Refund(t.Context(), theirs))
+		<-time.After(time.Second)
+		require.Len(t, w.said(), 2, "within a second")
+	})
+}
+
+func TestAsManyAsThereAreTokensAskTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{Storage: memstore.New(nil), takes: time.Millisecond}
+		th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1000)}})
+		require.NoError(t, err)
+		_, err = th.Consume("a", throttler.Cost(1000))
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		for i := range 1000 {
+			go func() {
+				_, err := th.Wait(t.Context(), "a")
+				w.note(i, err)
+			}()
+		}
+		<-time.After(time.Minute + 10*time.Millisecond)
+		synctest.Wait()
+		assert.Len(t, w.said(), 1000)
+	})
+}
+
+func TestALineThatCannotBeOverInTimeIsNotJoined(t *testing.T) {
+	t.Parallel()
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 2), throttler.NewBucket(time.Minute, 2).FixedWindow(), throttler.NewBucket(time.Minute, 2).Continuous()} {
+		t.Run(b.Name(), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}})
+				require.NoError(t, err)
+				_, err = th.Consume("a", throttler.Cost(2))
+				require.NoError(t, err)
+				w := &waits{start: time.Now()}
+				ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+				defer cancel()
+				for i := range 20 {
+					w.begin(ctx, th, "a", i)
+				}
+				joined := 0
+				for _, l := range w.said() {
+					require.Contains(t, l, "left at 0s")
+				}
+				joined = 20 - len(w.said())
+				<-time.After(90 * time.Second)
+				synctest.Wait()
+				require.Len(t, w.said(), 20)
+				in := 0
+				for _, l := range w.said() {
+					if strings.Contains(l, "ok") {
+						in++
+					}
+				}
+				assert.Equal(t, in, joined, "who cannot be admitted in time leaves at once: %v", w.said())
+			})
+		})
+	}
+}
+
+func TestMoreThanMaxWaitersAreAnError(t *testing.T) {
+	t.Parallel()
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 1), throttler.NewBucket(time.Minute, 1).Continuous()} {
+		t.Run(b.Name(), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				th, err := throttler.New(throttler.Config{MaxWaiters: 2, Buckets: []throttler.Bucket{b}})
+				require.NoError(t, err)
+				w := &waits{start: time.Now()}
+				ctx, cancel := context.WithCancel(t.Context())
+				for i := range 3 {
+					w.begin(ctx, th, "a", i)
+				}
+				_, err = th.Wait(t.Context(), "a")
+				require.ErrorIs(t, err, throttler.ErrTooManyWaiters)
+				_, err = th.WaitAll(t.Context(), throttler.For("b"), throttler.For("a"))
+				require.ErrorIs(t, err, throttler.ErrTooManyWaiters)
+				_, err = th.Wait(t.Context(), "b")
+				require.NoError(t, err)
+				cancel()
+				synctest.Wait()
+				w.begin(t.Context(), th, "a", "next")
+				<-time.After(time.Minute)
+				assert.Equal(t, "next ok at 1m0s", w.last())
+			})
+		})
+	}
+	_, err := throttler.New(throttler.Config{MaxWaiters: -1})
+	require.ErrorContains(t, err, "MaxWaiters")
+}
+
+func TestWaitAllTakesFromAllOrNone(t *testing.T) {
+	t.Parallel()
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 1), throttler.NewBucket(time.Minute, 1).Continuous()} {
+		t.Run(b.Name(), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}})
+				require.NoError(t, err)
+				require.True(t, allowed(t, th, "org"))
+				w := &waits{start: time.Now()}
+				go func() {
+					v, err := th.WaitAll(t.Context(), throttler.For("user"), throttler.For("org"))
+					assert.Len(t, v.Levels(), 2)
+					w.note("both", err)
+				}()
+				<-time.After(2 * time.Minute)
+				require.Equal(t, []string{"both ok at 1m0s"}, w.said())
+				_, err = th.WaitAll(t.Context())
+				require.NoError(t, err)
+			})
+		})
+	}
+}
+
+func TestAWaitThatIsContentWithLessTakesWhatIsThere(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous()}})
+		require.NoError(t, err)
+		v, err := th.Wait(t.Context(), "a", throttler.AtMost(100))
+		require.NoError(t, err)
+		assert.EqualValues(t, 10, v.Tokens())
+		start := time.Now()
+		v, err = th.Wait(t.Context(), "a", throttler.AtMost(100))
+		require.NoError(t, err)
+		assert.EqualValues(t, 1, v.Tokens())
+		assert.Equal(t, 100*time.Millisecond, time.Since(start))
+	})
+}
+
+// jumpy is a clock that is moved after it was read and before a timer is made.
+type jumpy struct {
+	*clock.Mock
+	by time.Duration
+}
+
+func (c *jumpy) After(d time.Duration) <-chan time.Time {
+	c.Add(c.by)
+	return c.Mock.After(d)
+}
+
+func TestAClockThatMovesBeforeTheTimerIsMadeIsNotMissed(t *testing.T) {
+	t.Parallel()
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 1), throttler.NewBucket(time.Minute, 1).Continuous()} {
+		for _, by := range []time.Duration{time.Minute, 10 * time.Second, time.Hour} {
+			th, err := throttler.New(throttler.Config{Clock: &jumpy{clock.NewMock(), by}, Buckets: []throttler.Bucket{b}})
+			require.NoError(t, err)
+			for range 3 {
+				_, err = th.Wait(t.Context(), "a")
+				require.NoError(t, err)
+			}
+		}
+	}
+}
+
+// slow is a storage that takes its time, and answers any number of calls at once.
+type slow struct {
+	*memstore.Storage
+	takes time.Duration
+}
+
+func (s *slow) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	<-time.After(s.takes)
+	return s.Storage.Decide(ctx, r, a)
 }
