@@ -4,6 +4,7 @@ package throttlerhttp
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/go-throttler/throttler"
 )
 
 // Transport is an http.RoundTripper for clients of servers that limit rates. It waits and sends again when a server
@@ -49,11 +52,19 @@ import (
 // counts, and a later answer replaces what an earlier one said. This is a forecast and no denial: a request that cannot
 // wait so long is sent, and the server decides; if nothing remains, one at a time.
 //
+// # A limit of one's own
+//
+// With TransportOptions.Limit a request, each time before it is sent, also waits until a Throttler admits it: so several
+// processes that share a storage keep to a limit that the server does not tell, or tells too late. It waits for that first
+// and then for the server. What it took is given back if it is not sent. The rules 9 and 10 hold for this wait as well.
+//
 // Fields that cannot be parsed or have more than 16 KiB are ignored, and so are those of an answer with an Age above 0,
 // which a cache gave. Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end
 // first are forgotten. Of more than 1,000 routes whose policies are known, the first is.
 type Transport struct {
 	base     http.RoundTripper
+	limit    *throttler.Throttler
+	key      func(*http.Request) string
 	maxWait  time.Duration
 	attempts int
 	budget   retryBudget
@@ -75,6 +86,14 @@ type TransportOptions struct {
 	// most 1,000,000. Without a burst nothing is sent again.
 	RetryPercent int
 	RetryBurst   int
+
+	// Limit is a limit of one's own, in which Wait takes the cost of each send. An error of it, such as that of a storage
+	// that fails, is the error of the request. Nil is none.
+	Limit *throttler.Throttler
+
+	// Key returns for which identifier of Limit a request counts; "" counts for none. Nil is the scheme, name and port of
+	// the host, "https://api.example.com". It must be safe for concurrent use.
+	Key func(*http.Request) string
 }
 
 // NewTransport returns a Transport that sends by base, of which nil is http.DefaultTransport. Nil options are
@@ -87,9 +106,12 @@ func NewTransport(base http.RoundTripper, o *TransportOptions) *Transport {
 		o = &TransportOptions{}
 	}
 	percent, burst := min(orDefault(o.RetryPercent, 10), 1e6), min(orDefault(o.RetryBurst, 10), 1e6)
-	maxWait := orDefault(o.MaxWait, time.Minute)
+	maxWait, key := orDefault(o.MaxWait, time.Minute), o.Key
+	if key == nil {
+		key = func(r *http.Request) string { return hostOf(r.URL) }
+	}
 	return &Transport{
-		base: base, maxWait: maxWait, attempts: orDefault(o.Attempts, 3),
+		base: base, limit: o.Limit, key: key, maxWait: maxWait, attempts: orDefault(o.Attempts, 3),
 		budget: retryBudget{percent: percent, full: 100 * burst, left: 100 * burst},
 		gates:  gates{longest: max(maxWait, time.Minute), known: map[string]*gate{}, routes: map[string][]string{}},
 	}
@@ -114,7 +136,7 @@ func (t *Transport) CloseIdleConnections() {
 // deadline, or within MaxWait. It wraps context.DeadlineExceeded.
 type NotSentError struct {
 	Host  string    // scheme, name and port
-	At    time.Time // when the server may be asked again; if that is not after Until, others were asking
+	At    time.Time // when the server, or Limit, may be asked again; if that is not after Until, others were asking
 	Until time.Time // until when the request could wait
 }
 
@@ -187,8 +209,41 @@ func newCall(t *Transport, req *http.Request) *call {
 	return &call{Transport: t, req: req, host: host, route: route, other: host + "\r", left: t.maxWait}
 }
 
-// hold waits until the request may be sent.
+// hold waits until the request may be sent: first for a limit of one's own, then for the server.
 func (c *call) hold() error {
+	v, err := c.admitted()
+	if err != nil {
+		return err
+	}
+	if err = c.heed(); err != nil && c.limit != nil {
+		_ = c.limit.Refund(context.WithoutCancel(c.req.Context()), v)
+	}
+	return err
+}
+
+// admitted waits for a limit of one's own.
+func (c *call) admitted() (v throttler.Verdict, err error) {
+	if c.limit == nil {
+		return v, nil
+	}
+	id := c.key(c.req)
+	if id == "" {
+		return v, nil
+	}
+	start := time.Now()
+	until := start.Add(c.room(start))
+	ctx, cancel := context.WithDeadline(c.req.Context(), until)
+	defer cancel()
+	v, err = c.limit.Wait(ctx, id)
+	c.left -= time.Since(start)
+	if err != nil && errors.Is(err, context.DeadlineExceeded) && c.req.Context().Err() == nil {
+		err = &NotSentError{Host: c.host, At: start.Add(v.RetryAfter), Until: until}
+	}
+	return v, err
+}
+
+// heed waits for the server.
+func (c *call) heed() error {
 	for {
 		s, err := c.gates.enter(c)
 		if err == nil && s.wait == 0 {
