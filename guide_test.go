@@ -220,6 +220,22 @@ func Example_guideReserve() {
 	// 59 9400
 }
 
+func Example_guideAtMost() {
+	guided(throttler.Config{Buckets: []throttler.Bucket{
+		throttler.NewBucket(time.Minute, 300),
+		throttler.NewBucket(time.Hour, 200),
+	}}, func(_ context.Context, t *throttler.Throttler, _ *clock.Mock) error {
+		v, err := t.Consume("user:42", throttler.AtMost(500)) // as many of 500 as may be sent now
+		if err != nil || !v.Allowed {
+			return err // not one
+		}
+		n := v.Tokens()
+		fmt.Println(n)
+		return nil
+	})
+	// Output: 200
+}
+
 func Example_guideCharge() {
 	guided(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10_000).Continuous()}}, func(ctx context.Context, t *throttler.Throttler, _ *clock.Mock) error {
 		err := t.Charge(ctx, "user:42", throttler.Cost(25_000)) // of 10,000 a minute
@@ -459,6 +475,95 @@ func Example_guideWrap() {
 	// not sent, try again in 1m0s
 	// 0
 	// 5
+}
+
+func TestTheClientOfTheGuideKeepsALimitOfItsOwn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store, start := memstore.New(nil), time.Now()
+		var sent []time.Duration
+		base := roundTripper(func(*http.Request) (*http.Response, error) {
+			sent = append(sent, time.Since(start))
+			return &http.Response{StatusCode: http.StatusOK, Body: http.NoBody}, nil
+		})
+		require.NoError(t, func() error {
+			limit, err := throttler.New(throttler.Config{
+				Storage: store, // redisstore.Open(url, nil), in each of the processes
+				Buckets: []throttler.Bucket{
+					throttler.NewBucket(time.Second, 2).Continuous().Burst(1),
+					throttler.NewBucket(time.Minute, 100).Continuous().Burst(1),
+				},
+			})
+			if err != nil {
+				return err
+			}
+			client := &http.Client{Transport: throttlerhttp.NewTransport(base, &throttlerhttp.TransportOptions{Limit: limit})}
+			for range 3 {
+				response, err := client.Get("http://api.example/")
+				if err != nil {
+					return err
+				}
+				_ = response.Body.Close()
+			}
+			return nil
+		}())
+		assert.Equal(t, []time.Duration{0, 600 * time.Millisecond, 1200 * time.Millisecond}, sent)
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func TestTheLeakyBucketOfTheGuideLetsCallsLeaveEvenly(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(test *testing.T) {
+		t, err := throttler.New(throttler.Config{
+			Buckets:    []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1)}, // one each 100 ms
+			MaxWaiters: 1000,                                                                           // more get ErrTooManyWaiters
+		})
+		require.NoError(test, err)
+		w := &waits{start: time.Now()}
+		for i := range 3 {
+			w.begin(test.Context(), t, "printer", i)
+		}
+		<-time.After(time.Second)
+		assert.Equal(test, []string{"0 ok at 0s", "1 ok at 100ms", "2 ok at 200ms"}, w.said())
+	})
+}
+
+func Example_guideReservation() {
+	guided(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 2).Continuous().Burst(1)}}, func(ctx context.Context, t *throttler.Throttler, _ *clock.Mock) error {
+		stillWanted := func(d time.Duration) bool { fmt.Println("in", d); return d < 700*time.Millisecond }
+		reserve := func() error {
+			v, err := t.Reserve(ctx, "printer", time.Second) // within a second
+			if err != nil {
+				return err
+			}
+			if !v.Allowed {
+				return fmt.Errorf("busy, come again in %v", v.RetryAfter)
+			}
+			if !stillWanted(v.Delay) {
+				return t.Refund(ctx, v)
+			}
+			return nil
+		}
+		for range 4 {
+			if err := reserve(); err != nil {
+				return err
+			}
+		}
+		if _, err := t.Reserve(ctx, "printer", time.Second); err != nil { // keeps the place
+			return err
+		}
+		return reserve()
+	})
+	// Output:
+	// in 0s
+	// in 500ms
+	// in 1s
+	// in 1s
+	// busy, come again in 500ms
 }
 
 func Example_guideStorageError() {
