@@ -1,0 +1,170 @@
+// Workers shows five processes that call somebody else's API and together keep to 2 calls a second and 100 a minute, by
+// one Redis. None is refused: each waits for its turn, and all get about as many.
+//
+//	go run ./examples/workers                       # takes 15 seconds; starts a redis-server and the API itself
+//	go run ./examples/workers -for 1m -workers 3
+//
+// It prints what each worker sent, and the most that the API got in any second and in any minute. The exit status is 1 if
+// that is more than the limits allow.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/servers"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+func main() {
+	var err error
+	if len(os.Args) == 5 && os.Args[1] == "worker" {
+		err = work(os.Args[2], os.Args[3], os.Args[4])
+	} else {
+		err = run(os.Args[1:], os.Stdout)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "workers:", err)
+		os.Exit(1)
+	}
+}
+
+// work is one worker: it calls the API as often as its limit lets it.
+func work(redis, api, duration string) error {
+	d, err := time.ParseDuration(duration)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	store, err := redisstore.Open(redis, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = store.Close(context.Background()) }()
+	limit, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{
+		throttler.NewBucket(time.Second, 2).Continuous().Burst(1),
+		throttler.NewBucket(time.Minute, 100).Continuous().Burst(1),
+	}})
+	if err != nil {
+		return err
+	}
+	client := &http.Client{Transport: throttlerhttp.NewTransport(nil, &throttlerhttp.TransportOptions{Limit: limit})}
+	for {
+		if err := call(ctx, client, api+"/"+strconv.Itoa(os.Getpid())); ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+}
+
+func call(ctx context.Context, client *http.Client, url string) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	return response.Body.Close()
+}
+
+// run starts the servers and the workers, and tells what the API got.
+func run(args []string, out io.Writer) (err error) {
+	flags := flag.NewFlagSet("workers", flag.ExitOnError)
+	workers := flags.Int("workers", 5, "start so many processes")
+	d := flags.Duration("for", 15*time.Second, "end after this `time`")
+	_ = flags.Parse(args)
+	redis, err := servers.StartRedis()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, redis.Close()) }()
+	var calls log
+	api := httptest.NewServer(&calls)
+	defer api.Close()
+	if err := start(*workers, redis.URL(), api.URL, d.String()); err != nil {
+		return err
+	}
+	return calls.tell(out)
+}
+
+// start runs copies of this program until all have ended.
+func start(workers int, args ...string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	failed := make([]error, workers)
+	var wait sync.WaitGroup
+	for i := range workers {
+		wait.Go(func() {
+			c := exec.Command(self, append([]string{"worker"}, args...)...)
+			c.Stderr = os.Stderr
+			failed[i] = c.Run()
+		})
+	}
+	wait.Wait()
+	return errors.Join(failed...)
+}
+
+// log is the API, which notes who called when.
+type log struct {
+	mu sync.Mutex
+	at []time.Time
+	by map[string]int
+}
+
+func (l *log) ServeHTTP(_ http.ResponseWriter, r *http.Request) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.by == nil {
+		l.by = make(map[string]int)
+	}
+	l.at = append(l.at, time.Now())
+	l.by[strings.TrimPrefix(r.URL.Path, "/")]++
+}
+
+func (l *log) tell(out io.Writer) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var sent []int
+	for _, n := range l.by {
+		sent = append(sent, n)
+	}
+	slices.Sort(sent)
+	second, minute := l.most(time.Second), l.most(time.Minute)
+	fmt.Fprintf(out, "%d calls, by the workers: %v; at most %d in a second and %d in a minute\n", len(l.at), sent, second, minute)
+	if second > 3 || minute > 101 { // the burst of 1 and what comes back
+		return errors.New("this is more than 2 a second and 100 a minute")
+	}
+	return nil
+}
+
+// most is the largest number of calls in any window of a length.
+func (l *log) most(window time.Duration) (most int) {
+	from := 0
+	for i := range l.at {
+		for l.at[i].Sub(l.at[from]) >= window {
+			from++
+		}
+		most = max(most, i-from+1)
+	}
+	return most
+}
