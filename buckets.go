@@ -120,8 +120,8 @@ func newSet(buckets []Bucket) *set {
 			rules = append(rules, b.rule)
 		}
 	}
-	if len(buckets) > storage.MaxBuckets {
-		faults = append(faults, &BucketError{Bucket: buckets[storage.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), storage.MaxBuckets)})
+	if len(buckets) > law.MaxBuckets {
+		faults = append(faults, &BucketError{Bucket: buckets[law.MaxBuckets].rule.Name, Field: "Buckets", Reason: fmt.Sprintf("of one identifier are %d with it, must be at most %d", len(buckets), law.MaxBuckets)})
 	}
 	if s.err = errors.Join(faults...); s.err == nil && len(rules) > 0 {
 		s.rules = law.NewRuleSet(rules...)

@@ -239,8 +239,8 @@ func reservable(v *Verdict) bool {
 // ErrInvalidReserve. Refund cancels.
 func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, o ...Option) (v Verdict, err error) {
 	within := most.Microseconds()
-	if most < 0 || within > storage.MaxWithin {
-		err = fmt.Errorf("%w: %v, must be 0 to %v", ErrInvalidReserve, most, duration(storage.MaxWithin))
+	if most < 0 || within > law.MaxWithin {
+		err = fmt.Errorf("%w: %v, must be 0 to %v", ErrInvalidReserve, most, duration(law.MaxWithin))
 		t.rejected(ctx, OpConsume, 0, id, err)
 		return v, err
 	}
@@ -304,7 +304,7 @@ func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
 
 // add makes an identifier a part of the request that v is. One without buckets that is allowed makes none.
 func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Option) error {
-	if id == "" || len(id) > storage.MaxIdentifier {
+	if id == "" || len(id) > law.MaxIdentifier {
 		return validIdentifier(id)
 	}
 	s, cost := t.set(id), t.cost
@@ -409,8 +409,8 @@ func (t *Throttler) unknownIdentifier(id string, cost int64) error {
 }
 
 func validIdentifier(id string) error {
-	if id == "" || len(id) > storage.MaxIdentifier {
-		return fmt.Errorf("%w: it has %d bytes, must have 1 to %d", ErrInvalidIdentifier, len(id), storage.MaxIdentifier)
+	if id == "" || len(id) > law.MaxIdentifier {
+		return fmt.Errorf("%w: it has %d bytes, must have 1 to %d", ErrInvalidIdentifier, len(id), law.MaxIdentifier)
 	}
 	return nil
 }

@@ -181,8 +181,8 @@ func (m *more) add(id string, rules *storage.RuleSet) []int64 {
 	m.parts = append(m.parts, storage.Part{Identifier: id, Rules: rules})
 	if from == 0 && n > len(m.someCosts) {
 		room := &struct {
-			costs  [storage.MaxBuckets]int64
-			counts [storage.MaxBuckets]storage.Count
+			costs  [law.MaxBuckets]int64
+			counts [law.MaxBuckets]storage.Count
 		}{}
 		m.costs, m.counts = room.costs[:0], room.counts[:0]
 	}

@@ -119,9 +119,9 @@ func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 // within is the time until the deadline, as far as it may be reserved ahead.
 func (t *Throttler) within(ctx context.Context) int64 {
 	if left, ok := t.left(ctx); ok {
-		return max(0, min(left.Microseconds(), storage.MaxWithin))
+		return max(0, min(left.Microseconds(), law.MaxWithin))
 	}
-	return storage.MaxWithin
+	return law.MaxWithin
 }
 
 // admit asks until the call is admitted: at once, if nobody is in line before it. If it was asked v is the answer.
@@ -188,7 +188,7 @@ const notice = time.Second
 // tokens. V is the answer to the call, if it was asked; then it tells how long it would have to wait.
 func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []Part, ahead int64, asked bool) error {
 	left, ok := t.left(ctx)
-	if !ok {
+	if !ok && (asked || t.observe == nil) { // Observe is told of each call that waits
 		return ctx.Err()
 	}
 	if !asked || reservable(v) {
@@ -199,7 +199,7 @@ func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []P
 		now.Allowed = false
 		*v = now
 	}
-	if wait := max(v.RetryAfter, earliest(v, ahead)); wait > left {
+	if wait := max(v.RetryAfter, earliest(v, ahead)); ok && wait > left {
 		return fmt.Errorf("throttler: %.64q has to wait for %v: %w", parts[0].id, wait, context.DeadlineExceeded)
 	}
 	return nil

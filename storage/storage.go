@@ -9,8 +9,8 @@
 // storagetest proves an implementation: every storage of this module passes its Run.
 //
 // The throttler checks what users give before it asks a storage, so a storage may trust it:
-// identifiers of 1 to MaxIdentifier bytes, of any values; 1 to 256 parts of different
-// identifiers; 1 to MaxBuckets rules a part, of different names; costs of 0 or more, at most the
+// identifiers of 1 to 1024 bytes, of any values; 1 to 256 parts of different
+// identifiers; 1 to 16 rules a part, of different names; costs of 0 or more, at most the
 // capacity unless the Mode is Force; a time between the years 1970 and 2184.
 package storage
 
@@ -33,7 +33,7 @@ import (
 // an identifier into the request. Nobody else changes a request, so the rest of it may be kept.
 //
 // An identifier keeps the states of all its buckets until they are full, also of those that a call
-// does not name, up to MaxBuckets. One more is refused with TooManyBuckets.
+// does not name, up to 16. One more is refused with TooManyBuckets.
 type Storage interface {
 	// Decide takes the costs of a request from all buckets of all its parts, or from none, and
 	// fills the answer. A denied request changes nothing. After an error the answer means nothing.
@@ -45,13 +45,6 @@ type Storage interface {
 	// Reset forgets what the identifier has spent under the given Request.Name.
 	Reset(ctx context.Context, name, identifier string) error
 }
-
-// Limits of a call.
-const (
-	MaxIdentifier = 1024           // bytes of an identifier
-	MaxBuckets    = law.MaxBuckets // 16: buckets of one identifier
-	MaxWithin     = law.MaxWithin  // 366 days in microseconds: of a reservation
-)
 
 // Mode says what a decision may do.
 type Mode = law.Mode
@@ -75,7 +68,7 @@ type Request struct {
 	Now     int64
 
 	// Within makes a Take or a Peek a reservation: a Continuous bucket also gives what comes back in
-	// so many microseconds, up to MaxWithin. Its Count tells when that is there.
+	// so many microseconds, up to 366 days. Its Count tells when that is there.
 	Within int64
 
 	Parts []Part
@@ -148,12 +141,12 @@ func (e *BucketError) Error() string {
 }
 
 // TooManyBuckets returns the BucketError of a call after which n buckets of an identifier would not
-// be full, or nil if n is at most MaxBuckets.
+// be full, or nil if n is at most 16.
 func TooManyBuckets(rules *RuleSet, n int) error {
-	if n <= MaxBuckets {
+	if n <= law.MaxBuckets {
 		return nil
 	}
-	return &BucketError{Bucket: rules.Rules[0].Name, Field: "Buckets", Reason: fmt.Sprintf("of the identifier that are not full would be %d with this call, must be at most %d", n, MaxBuckets)}
+	return &BucketError{Bucket: rules.Rules[0].Name, Field: "Buckets", Reason: fmt.Sprintf("of the identifier that are not full would be %d with this call, must be at most %d", n, law.MaxBuckets)}
 }
 
 // The errors of a storage, always wrapped with the particulars: test with errors.Is.

@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/go-throttler/throttler"
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // compile makes the limits, so that nothing is left to do for a request but to choose.
@@ -78,8 +78,8 @@ func (c *compiler) using(owner string, buckets []throttler.Bucket) ([]throttler.
 func (c *compiler) tooMany() error {
 	var faults []error
 	for _, owner := range slices.Sorted(maps.Keys(c.owners)) {
-		if n := len(c.owners[owner]); n > storage.MaxBuckets {
-			faults = append(faults, fmt.Errorf("throttlerhttp: %s have %d different buckets, by name, kind and period, must be at most %d", owner, n, storage.MaxBuckets))
+		if n := len(c.owners[owner]); n > law.MaxBuckets {
+			faults = append(faults, fmt.Errorf("throttlerhttp: %s have %d different buckets, by name, kind and period, must be at most %d", owner, n, law.MaxBuckets))
 		}
 	}
 	return errors.Join(faults...)

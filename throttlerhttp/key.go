@@ -13,7 +13,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/internal/law"
 )
 
 // Key names the client that a request counts for, such as "user:42". It returns "" if it knows none; First then tries its
@@ -316,7 +316,7 @@ func RouteIdentifier(key, route string) string {
 	if route == "" && hashed == "" {
 		return key
 	}
-	if len(key)+2+len(route) > storage.MaxIdentifier || strings.IndexByte(route, 0) >= 0 || strings.HasPrefix(route, "\x01") {
+	if len(key)+2+len(route) > law.MaxIdentifier || strings.IndexByte(route, 0) >= 0 || strings.HasPrefix(route, "\x01") {
 		route = "\x01" + hexSum(route)
 	}
 	return key + "\x00" + hashed + route

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerhttp"
@@ -115,7 +116,7 @@ func TestNoKeyAndRouteHaveTheIdentifierOfAnother(t *testing.T) {
 		slot, _, _ := strings.Cut(throttlerhttp.RouteIdentifier(key, ""), "\x00")
 		for _, route := range routes {
 			id := throttlerhttp.RouteIdentifier(key, route)
-			require.LessOrEqual(t, len(id), storage.MaxIdentifier)
+			require.LessOrEqual(t, len(id), law.MaxIdentifier)
 			require.NotContains(t, made, id, "%.40q, %.40q", key, route)
 			made[id] = fmt.Sprintf("%.40q, %.40q", key, route)
 			before, _, _ := strings.Cut(id, "\x00")

@@ -12,8 +12,11 @@ import (
 	"time"
 )
 
-// MaxBuckets is the most buckets of one identifier.
-const MaxBuckets = 16
+// Limits of a call.
+const (
+	MaxIdentifier = 1024 // bytes of an identifier
+	MaxBuckets    = 16   // buckets of one identifier
+)
 
 // Mode says what a decision may do.
 type Mode uint8

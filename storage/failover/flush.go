@@ -224,11 +224,11 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 		rounds = max(rounds, len(amounts[i]))
 	}
 	var rules []*storage.RuleSet
-	for some := range slices.Chunk(e.buckets, storage.MaxBuckets) {
+	for some := range slices.Chunk(e.buckets, law.MaxBuckets) {
 		rules = append(rules, e.rulesOf(some))
 	}
 	for k := range rounds {
-		for i, some := range slices.Collect(slices.Chunk(amounts, storage.MaxBuckets)) {
+		for i, some := range slices.Collect(slices.Chunk(amounts, law.MaxBuckets)) {
 			if c, any := e.charge(rules[i], some, k); any || k == 0 {
 				out = append(out, c)
 			}
@@ -251,8 +251,8 @@ func (e *entry) charge(rules *storage.RuleSet, amounts [][]storage.Amount, k int
 // debt joins the answers to the first charges of an entry.
 func (e *entry) debt(answers []replica.Debt) replica.Debt {
 	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
-	for from := 0; from < len(d.Amounts); from += storage.MaxBuckets {
-		copy(d.Amounts[from:], answers[from/storage.MaxBuckets].Amounts)
+	for from := 0; from < len(d.Amounts); from += law.MaxBuckets {
+		copy(d.Amounts[from:], answers[from/law.MaxBuckets].Amounts)
 	}
 	return d
 }
@@ -281,7 +281,7 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	var rules []law.Rule
 	for i := range e.buckets {
 		b := &e.buckets[i]
-		if b.rule.Kind != law.Continuous || len(b.taken) == 0 || b.unshown || len(rules) == storage.MaxBuckets {
+		if b.rule.Kind != law.Continuous || len(b.taken) == 0 || b.unshown || len(rules) == law.MaxBuckets {
 			continue
 		}
 		raised = append(raised, b)

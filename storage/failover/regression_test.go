@@ -29,7 +29,7 @@ type strict struct{ *link }
 
 func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
 	for i := range batch {
-		if n := len(batch[i].Rules.Rules); n > storage.MaxBuckets {
+		if n := len(batch[i].Rules.Rules); n > law.MaxBuckets {
 			return nil, storage.TooManyBuckets(batch[i].Rules, n)
 		}
 	}

@@ -33,7 +33,7 @@ func line(t *testing.T, test func(*testing.T, *world)) {
 func (w *world) reserves(p *process, source string) (storecheck.Verdict, time.Duration) {
 	w.t.Helper()
 	r := w.request(1)
-	r.Within = storage.MaxWithin
+	r.Within = law.MaxWithin
 	v, err := storecheck.Decide(bg, p.storage, r)
 	require.NoError(w.t, err)
 	require.True(w.t, v.Allowed)

@@ -68,7 +68,7 @@ type entry struct {
 // the origin's last one. A batch of zeros only reads: it locks and writes nothing, and needs no origin and no seq.
 //
 // An entry whose row cannot be read, or would have more than
-// storage.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
+// law.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
 // read nothing is charged, and the error is ErrCorruptState.
 //
 // A Record takes no longer than ctx and Options.Timeout allow. If a lock is not granted in time

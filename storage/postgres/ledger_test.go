@@ -160,7 +160,7 @@ func TestEntriesThatCannotBeChargedAreLeftOutAndTheOthersAreNot(t *testing.T) {
 	good, bad, many := storecheck.Hourly(t, "good", 100), storecheck.Hourly(t, "bad", 100), storecheck.Hourly(t, "many", 100)
 	full := storage.Charge{Clocked: true, Now: noon, Identifier: "many"}
 	var rules []law.Rule
-	for i := range storage.MaxBuckets {
+	for i := range law.MaxBuckets {
 		rules = append(rules, storecheck.Rule(t, fmt.Sprint(i), law.Replenish, time.Hour, 10))
 		full.Amounts = append(full.Amounts, storage.Amount{N: 1, In: time.Hour.Microseconds()})
 	}

@@ -82,7 +82,7 @@ func (r *row) set(rule *law.Rule, s law.State) {
 // room returns the error of a call by rules which would leave more buckets than may be.
 func (r *row) room(rules *storage.RuleSet, now int64) error {
 	n := len(rules.Rules)
-	if n+len(r.buckets) <= storage.MaxBuckets {
+	if n+len(r.buckets) <= law.MaxBuckets {
 		return nil
 	}
 	for i := range r.buckets {

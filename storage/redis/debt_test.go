@@ -102,7 +102,7 @@ func TestADebtIsToldWhenAnIdentifierHasAllBucketsItMayHave(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
 	var rules []law.Rule
-	for i := range storage.MaxBuckets {
+	for i := range law.MaxBuckets {
 		rules = append(rules, storecheck.Rule(t, fmt.Sprint("b", i), law.Kind(i%5), time.Hour, 10))
 	}
 	w.ask(t, 0, storage.Take, rules[:4], 1, 2, 3, 4)

@@ -174,7 +174,7 @@ func (p *place) load(c *call, from int) error {
 			extra++
 		}
 	}
-	if extra > 0 && extra+len(e.layout.rules.Rules) > storage.MaxBuckets {
+	if extra > 0 && extra+len(e.layout.rules.Rules) > law.MaxBuckets {
 		return storage.TooManyBuckets(p.rules, len(p.rules.Rules)+len(p.leftovers(c, from)))
 	}
 	return nil

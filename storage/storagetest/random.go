@@ -230,14 +230,14 @@ func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 func (g *game) within() int64 {
 	switch g.rnd.IntN(4) {
 	case 0:
-		return storage.MaxWithin
+		return law.MaxWithin
 	case 1:
 		return g.rnd.Int64N(4 * g.rules[g.rnd.IntN(len(g.rules))].Period)
 	}
 	if len(g.soon) == 0 {
 		return 1
 	}
-	return min(storage.MaxWithin, max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1))
+	return min(law.MaxWithin, max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1))
 }
 
 // charge is of small amounts, or gives back what an earlier decision took.

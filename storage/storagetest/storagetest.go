@@ -98,7 +98,7 @@ func identifierZoo(t *testing.T, s storage.Storage) {
 	name, five := newName(), rule(t, "five", law.Replenish, 10*time.Second, 5, 0)
 	ids := []string{
 		"\x00", "a\x00", "a\x00b", "\xff\xfe", "\xc3\x28", "{}:*", "{a}b", "{a}c", "a:b", "a", "b:a", ":", " ", "\n", "a\nb", "a\r\n",
-		"%s", "'; DROP TABLE x; --", "日本", "\u00e9", "e\u0301", "A", strings.Repeat("x", storage.MaxIdentifier), strings.Repeat("x", storage.MaxIdentifier-1),
+		"%s", "'; DROP TABLE x; --", "日本", "\u00e9", "e\u0301", "A", strings.Repeat("x", law.MaxIdentifier), strings.Repeat("x", law.MaxIdentifier-1),
 	}
 	for i, id := range ids {
 		_, err := storecheck.Decide(t.Context(), s, request(name, 0, storage.Take, storecheck.NewPart(id, []law.Rule{five}, int64(i%5+1))))
