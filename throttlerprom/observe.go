@@ -189,7 +189,7 @@ func (n *named) add(name string) *bucket {
 // bucket is the series of one bucket. That of many has no limit and period.
 type bucket struct {
 	denials, tokens, refunded, near prometheus.Counter
-	limit, period                   prometheus.Gauge
+	limit, full, period             prometheus.Gauge
 	lastLimit, lastPeriod           atomic.Int64 // as they were set, which they seldom are again
 }
 
@@ -199,7 +199,7 @@ func (m *Metrics) newBucket(name, of string) *bucket {
 		refunded: m.refunded.WithLabelValues(name, of), near: m.near.WithLabelValues(name, of),
 	}
 	if of != other {
-		b.limit, b.period = m.limit.WithLabelValues(name, of), m.period.WithLabelValues(name, of)
+		b.limit, b.full, b.period = m.limit.WithLabelValues(name, of), m.fullLimit.WithLabelValues(name, of), m.period.WithLabelValues(name, of)
 	}
 	return b
 }
@@ -211,6 +211,7 @@ func (b *bucket) limited(l *throttler.Level) {
 	b.lastLimit.Store(l.Limit)
 	b.lastPeriod.Store(int64(l.Period))
 	b.limit.Set(float64(l.Limit))
+	b.full.Set(float64(l.Full))
 	b.period.Set(l.Period.Seconds())
 }
 

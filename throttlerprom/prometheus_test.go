@@ -72,7 +72,7 @@ func TestPrometheusHasDataForEachPanelAndEachAlert(t *testing.T) {
 	for _, s := range query(t, api, `count by (__name__) ({__name__=~"throttler_.*"})`) {
 		names = append(names, s.Metric["__name__"])
 	}
-	assert.Len(t, names, 17+2*3, "each name, and of the two histograms three")
+	assert.Len(t, names, 18+2*3, "each name, and of the two histograms three")
 }
 
 // load makes each kind of call, until the context ends.

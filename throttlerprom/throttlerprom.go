@@ -37,7 +37,7 @@ type Metrics struct {
 	maxBuckets int
 
 	decisions, denials, tokens, refunded, near, errors *prometheus.CounterVec
-	waiting, limit, period                             *prometheus.GaugeVec
+	waiting, limit, fullLimit, period                  *prometheus.GaugeVec
 	duration, wait                                     *prometheus.HistogramVec
 
 	// The series are found once, and then in maps that are never changed: to find them by their labels takes longer than to
@@ -93,6 +93,7 @@ func (m *Metrics) make() {
 	m.near = counter("near_limit_total", "Admissions that left less than a fifth of the bucket.", "name", "bucket")
 	m.errors = counter("errors_total", "Calls that failed by type, also those that a policy allowed.", "name", "type")
 	m.limit = gauge("limit_tokens", "Capacity of the bucket as last seen.", "name", "bucket")
+	m.fullLimit = gauge("limit_full_tokens", "Capacity of the bucket without load, as last seen: limit_tokens, but for elastic buckets.", "name", "bucket")
 	m.period = gauge("limit_period_seconds", "Period of the bucket as last seen.", "name", "bucket")
 	m.waiting = gauge("waiting", "Calls of Wait that have not returned.", "name")
 	m.duration = histogram("decision_duration_seconds", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6, "source")
@@ -100,7 +101,7 @@ func (m *Metrics) make() {
 }
 
 func (m *Metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.decisions, m.denials, m.tokens, m.refunded, m.near, m.errors, m.limit, m.period, m.waiting, m.duration, m.wait}
+	return []prometheus.Collector{m.decisions, m.denials, m.tokens, m.refunded, m.near, m.errors, m.limit, m.fullLimit, m.period, m.waiting, m.duration, m.wait}
 }
 
 // Describe implements prometheus.Collector.

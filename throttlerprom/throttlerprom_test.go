@@ -95,6 +95,7 @@ func TestTheNamesOfMetricsAndLabelsAreThese(t *testing.T) {
 		"throttler_failover_relayed_total counter storage",
 		"throttler_failover_transitions_total counter storage",
 		"throttler_identifiers gauge storage",
+		"throttler_limit_full_tokens gauge bucket,name",
 		"throttler_limit_period_seconds gauge bucket,name",
 		"throttler_limit_tokens gauge bucket,name",
 		"throttler_near_limit_total counter bucket,name",
@@ -137,6 +138,8 @@ func TestCallsAreCountedByResultAndBucket(t *testing.T) {
 		"denials_total{h api} 1",
 		"denials_total{m api} 2",
 		"errors_total{api invalid} 1",
+		"limit_full_tokens{h api} 12",
+		"limit_full_tokens{m api} 10",
 		"limit_period_seconds{h api} 3600",
 		"limit_period_seconds{m api} 60",
 		"limit_tokens{h api} 12",
@@ -147,6 +150,16 @@ func TestCallsAreCountedByResultAndBucket(t *testing.T) {
 		"tokens_total{h api} 11",
 		"tokens_total{m api} 10",
 	}, figures(t, r))
+}
+
+func TestTheShareOfAnElasticBucketIsTold(t *testing.T) {
+	t.Parallel()
+	r, _, th := measured(t, throttler.Config{
+		Name: "api", Load: func() float64 { return 0.5 }, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 100).Named("b").Elastic(10)},
+	}, nil)
+	_, err := th.Consume("a")
+	require.NoError(t, err)
+	assert.Subset(t, figures(t, r), []string{"limit_tokens{b api} 50", "limit_full_tokens{b api} 100"})
 }
 
 func TestAWaitIsOneCall(t *testing.T) {
@@ -177,6 +190,7 @@ func TestAWaitIsOneCall(t *testing.T) {
 			"decisions_total{api wait error } 1",
 			"denials_total{b api} 2",
 			"errors_total{api invalid} 1",
+			"limit_full_tokens{b api} 1",
 			"limit_period_seconds{b api} 1",
 			"limit_tokens{b api} 1",
 			"near_limit_total{b api} 3",
