@@ -1,0 +1,276 @@
+// The daemon: its parts, its listeners, its beginning and its end.
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
+)
+
+// daemon is what serves. newDaemon makes one, and serve ends it.
+type daemon struct {
+	config  *config
+	log     *slog.Logger
+	closing closing // storages and sources
+
+	engine    *rules.Engine
+	throttler *throttler.Throttler
+	service   *service
+	admin     *admin // nil without a token
+
+	readiness readiness
+	grpcReady *health.Server
+
+	grpc      *grpc.Server
+	servers   []*http.Server
+	listeners []listener
+}
+
+// listener is an address that is served.
+type listener struct {
+	name  string
+	l     net.Listener
+	serve func(net.Listener) error
+}
+
+// newDaemon opens everything and listens, but answers nobody yet.
+func newDaemon(ctx context.Context, c *config, log *slog.Logger) (d *daemon, err error) {
+	d = &daemon{config: c, log: log, grpcReady: health.NewServer()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.close(ctx))
+		}
+	}()
+	if err := d.open(ctx); err != nil {
+		return nil, err
+	}
+	if err := d.listen(ctx); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// open opens the storage and the rules.
+func (d *daemon) open(ctx context.Context) error {
+	store, err := openStorage(ctx, d.config, d.log, &d.closing)
+	if err != nil {
+		return err
+	}
+	policy := throttler.Deny
+	if d.config.onStorageError == "allow" {
+		policy = throttler.Allow
+	}
+	if d.throttler, err = throttler.New(throttler.Config{Name: "rules", Storage: store, OnStorageError: policy, Observe: d.observe()}); err != nil {
+		return err
+	}
+	source, err := openSource(ctx, d.config, &d.closing)
+	if err != nil {
+		return err
+	}
+	if d.engine, err = rules.NewEngine(d.throttler, source, &rules.Options{OnLoad: d.loaded}); err != nil {
+		return err
+	}
+	if d.config.adminToken != "" && d.config.admin != "" {
+		d.admin = newAdmin(d.engine, source, d.config.adminToken, d.log)
+	}
+	d.service, err = newService(d.throttler, d.engine, d.config, faults(d.log))
+	return err
+}
+
+// loaded tells of newer rules.
+func (d *daemon) loaded(set *rules.Set, err error) {
+	if err != nil {
+		d.log.Error("the rules stay as they are, since the new ones are wrong", "error", err.Error())
+		return
+	}
+	d.log.Info("the rules are loaded", "rules", len(set.Rules()), "etag", set.ETag())
+}
+
+// faults logs errors, at most one a second, and how many there were besides.
+func faults(log *slog.Logger) func(error) {
+	var mu sync.Mutex
+	var last time.Time
+	more := 0
+	return func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if more++; time.Since(last) < time.Second {
+			return
+		}
+		log.Error("a request could not be decided", "error", err.Error(), "requests", more)
+		last, more = time.Now(), 0
+	}
+}
+
+// observe tells of requests that were let through undecided.
+func (d *daemon) observe() func(context.Context, *throttler.Event) {
+	if d.config.onStorageError != "allow" {
+		return nil
+	}
+	tell := faults(d.log)
+	return func(_ context.Context, e *throttler.Event) {
+		if e.Err != nil && e.Verdict.Degraded() {
+			tell(fmt.Errorf("allowed without a limit: %w", e.Err))
+		}
+	}
+}
+
+// listen opens the addresses.
+func (d *daemon) listen(ctx context.Context) error {
+	secure, err := d.config.tls()
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /json", d.service.json)
+	mux.HandleFunc("POST /v1/decide", d.service.decideHTTP)
+	mux.HandleFunc("/auth", d.service.auth)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("OK\n")) })
+	mux.HandleFunc("GET /readyz", d.ready)
+	err = errors.Join(d.listenGRPC(ctx, secure), d.listenHTTP(ctx, "http", d.config.http, mux, secure))
+	if d.admin != nil {
+		err = errors.Join(err, d.listenHTTP(ctx, "admin", d.config.admin, d.admin.handler(), nil))
+	}
+	return err
+}
+
+func (d *daemon) listenGRPC(ctx context.Context, secure *tls.Config) error {
+	if d.config.grpc == "" {
+		return nil
+	}
+	var options []grpc.ServerOption
+	if secure != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(secure)))
+	}
+	d.grpc = grpc.NewServer(options...)
+	ratelimitv3.RegisterRateLimitServiceServer(d.grpc, envoy{service: d.service})
+	healthv1.RegisterHealthServer(d.grpc, d.grpcReady)
+	if d.config.reflection {
+		reflection.Register(d.grpc)
+	}
+	return d.listenOn(ctx, "grpc", d.config.grpc, d.grpc.Serve)
+}
+
+func (d *daemon) listenHTTP(ctx context.Context, name, address string, h http.Handler, secure *tls.Config) error {
+	if address == "" {
+		return nil
+	}
+	s := newServer(h)
+	s.ErrorLog = slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)
+	d.servers = append(d.servers, s)
+	return d.listenOn(ctx, name, address, func(l net.Listener) error {
+		if secure != nil {
+			l = tls.NewListener(l, secure)
+		}
+		return s.Serve(l)
+	})
+}
+
+func (d *daemon) listenOn(ctx context.Context, name, address string, serve func(net.Listener) error) error {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	if err != nil {
+		return fmt.Errorf("-%s: %w", name, err)
+	}
+	d.listeners = append(d.listeners, listener{name, l, serve})
+	return nil
+}
+
+// serve answers until the context is done or a listener fails, then finishes what has begun and closes everything.
+func (d *daemon) serve(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, d.close(context.WithoutCancel(ctx))) }()
+	running, stop := context.WithCancel(ctx)
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	defer stop()
+	d.probe(running)
+	tasks.Go(func() { d.watch(running) })
+	tasks.Go(func() { d.reloadOnHangup(running) })
+	failed := make(chan error, len(d.listeners))
+	for _, l := range d.listeners {
+		tasks.Go(func() { failed <- l.serve(l.l) })
+		d.log.Info("listening", "for", l.name, "address", l.l.Addr().String())
+	}
+	if d.admin == nil && d.config.admin != "" {
+		d.log.Info("there is no admin API, since it has no token")
+	}
+	d.log.Info("ready", "rules", len(d.engine.Rules().Rules()), "domains", d.engine.Rules().Domains())
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	}
+	d.end(context.WithoutCancel(ctx))
+	d.log.Info("stopped")
+	return err
+}
+
+// end accepts nothing new and waits for what has begun, as long as -drain says.
+func (d *daemon) end(ctx context.Context) {
+	d.grpcReady.Shutdown() // NOT_SERVING
+	ctx, cancel := context.WithTimeout(ctx, d.config.drain)
+	defer cancel()
+	var tasks sync.WaitGroup
+	for _, s := range d.servers {
+		tasks.Go(func() {
+			if s.Shutdown(ctx) != nil {
+				_ = s.Close()
+			}
+		})
+	}
+	if d.grpc != nil {
+		tasks.Go(func() {
+			defer context.AfterFunc(ctx, d.grpc.Stop)()
+			d.grpc.GracefulStop()
+		})
+	}
+	tasks.Wait()
+}
+
+// close closes what open and listen opened.
+func (d *daemon) close(ctx context.Context) error {
+	for _, l := range d.listeners {
+		_ = l.l.Close() // again, after a server that has ended
+	}
+	if d.grpc != nil {
+		d.grpc.Stop()
+	}
+	if d.engine != nil {
+		d.engine.Close()
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	return d.closing.close(ctx)
+}
+
+func (d *daemon) reloadOnHangup(ctx context.Context) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-hangup:
+			_ = d.engine.Reload(ctx) // told by loaded
+		case <-ctx.Done():
+			return
+		}
+	}
+}

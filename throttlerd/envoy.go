@@ -1,0 +1,268 @@
+// Envoy's rate limit protocol: envoy.service.ratelimit.v3 over gRPC, and the same in JSON as envoyproxy/ratelimit has it.
+//
+// Envoy lets a request through after a gRPC error, unless its failure_mode_deny is set, and after the code UNKNOWN. So what
+// is wrong with a request, and by default a storage that fails, is answered OVER_LIMIT.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math"
+	"net/http"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
+	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+const (
+	codeOK   = ratelimitv3.RateLimitResponse_OK
+	codeOver = ratelimitv3.RateLimitResponse_OVER_LIMIT
+)
+
+// envoy is the gRPC service.
+type envoy struct {
+	ratelimitv3.UnimplementedRateLimitServiceServer
+	*service
+}
+
+// ShouldRateLimit answers Envoy. An error is returned only to a caller that has gone, and for a storage that fails if
+// -on-storage-error says so.
+func (s envoy) ShouldRateLimit(ctx context.Context, r *ratelimitv3.RateLimitRequest) (*ratelimitv3.RateLimitResponse, error) {
+	d := s.decideEnvoy(ctx, r)
+	if err := ctx.Err(); d.err != nil && err != nil {
+		return nil, status.FromContextError(err).Err()
+	}
+	if s.config.onStorageError == "error" && statusOf(d.err, 0) >= http.StatusInternalServerError {
+		return nil, status.Error(codes.Unavailable, title(d.err))
+	}
+	return s.response(r, d), nil
+}
+
+func (s *service) decideEnvoy(ctx context.Context, r *ratelimitv3.RateLimitRequest) *decision {
+	asked, err := requestOf(r)
+	if err != nil {
+		return &decision{err: err}
+	}
+	return s.decide(ctx, asked)
+}
+
+// requestOf is the request in terms of rules.
+func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
+	asked := rules.Request{Domain: r.GetDomain(), Descriptors: make([]rules.Descriptor, len(r.GetDescriptors()))}
+	if len(asked.Descriptors) == 0 {
+		return asked, malformed("it has no descriptors")
+	}
+	if asked.Domain == "" {
+		return asked, malformed("it has no domain")
+	}
+	for i, d := range r.GetDescriptors() {
+		to := &asked.Descriptors[i]
+		to.Cost = new(costOf(r, d))
+		to.Entries = make([]rules.Entry, len(d.GetEntries()))
+		for j, e := range d.GetEntries() {
+			to.Entries[j] = rules.Entry{Key: e.GetKey(), Value: e.GetValue()}
+		}
+		if d.GetLimit() == nil {
+			continue
+		}
+		limit, err := override(d.GetLimit())
+		if err != nil {
+			return asked, err
+		}
+		to.Limit = &limit
+	}
+	return asked, nil
+}
+
+// costOf is the hits of a descriptor: 1 unless something is said. Negative ones take nothing, and give nothing back.
+func costOf(r *ratelimitv3.RateLimitRequest, d *commonv3.RateLimitDescriptor) int64 {
+	switch {
+	case d.GetIsNegativeHits():
+		return 0
+	case d.GetHitsAddend() != nil:
+		return int64(min(d.GetHitsAddend().GetValue(), math.MaxInt64)) //nolint:gosec // it is not larger
+	}
+	return int64(max(1, r.GetHitsAddend()))
+}
+
+const day = 24 * time.Hour
+
+var units = map[typev3.RateLimitUnit]time.Duration{
+	typev3.RateLimitUnit_SECOND: time.Second, typev3.RateLimitUnit_MINUTE: time.Minute, typev3.RateLimitUnit_HOUR: time.Hour,
+	typev3.RateLimitUnit_DAY: day, typev3.RateLimitUnit_MONTH: 30 * day, typev3.RateLimitUnit_YEAR: 365 * day,
+}
+
+const longest = 366 * day // period of a bucket
+
+// override is the limit that a descriptor brings: a fixed window, as all limits of files of envoyproxy/ratelimit.
+func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Bucket, error) {
+	unit, known := units[o.GetUnit()]
+	if !known {
+		return throttler.Bucket{}, malformed("a limit has the unit %s", o.GetUnit())
+	}
+	times := time.Duration(1)
+	if m := o.GetUnitMultiplier(); m != nil {
+		times = time.Duration(m.GetValue())
+	}
+	if times < 1 || times > longest/unit {
+		return throttler.Bucket{}, malformed("a limit has a unit_multiplier of %d", times)
+	}
+	return throttler.NewBucket(times*unit, int64(o.GetRequestsPerUnit())).FixedWindow(), nil
+}
+
+// response tells Envoy what was decided. It has a status for each descriptor.
+func (s *service) response(r *ratelimitv3.RateLimitRequest, d *decision) *ratelimitv3.RateLimitResponse {
+	out := &ratelimitv3.RateLimitResponse{OverallCode: codeOK, DynamicMetadata: d.metadata()}
+	if !d.v.Allowed {
+		out.OverallCode = codeOver
+	}
+	for i := range r.GetDescriptors() {
+		out.Statuses = append(out.Statuses, d.status(i))
+	}
+	fields := s.fields(d)
+	for _, name := range envoyFields {
+		if value := fields.Get(name); value != "" {
+			out.ResponseHeadersToAdd = append(out.ResponseHeadersToAdd, &corev3.HeaderValue{Key: name, Value: value})
+		}
+	}
+	return out
+}
+
+// envoyFields are the fields of throttlerhttp that Envoy adds to its answer to the client.
+var envoyFields = []string{"ratelimit-policy", "ratelimit", "retry-after"}
+
+// metadata is for filters and logs of Envoy.
+func (d *decision) metadata() *structpb.Struct {
+	m := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	list := func(name string, ids []string) {
+		values := &structpb.ListValue{}
+		for _, id := range ids {
+			values.Values = append(values.Values, structpb.NewStringValue(id))
+		}
+		if len(ids) > 0 {
+			m.Fields[name] = structpb.NewListValue(values)
+		}
+	}
+	list("denied_by", d.deniedBy())
+	list("over_quota", d.ids(func(a *rules.Applied) bool { return a.Denied && a.Rule.Quota }))
+	if !d.denied() {
+		m.Fields["error"] = structpb.NewStringValue(title(d.err))
+	}
+	if d.v.Degraded() {
+		m.Fields["degraded"] = structpb.NewBoolValue(true)
+	}
+	if len(m.Fields) == 0 {
+		return nil
+	}
+	return m
+}
+
+// status is that of one descriptor: of its limits the one that is nearest to denying.
+func (d *decision) status(descriptor int) *ratelimitv3.RateLimitResponse_DescriptorStatus {
+	out := &ratelimitv3.RateLimitResponse_DescriptorStatus{Code: codeOK}
+	if !d.denied() {
+		out.Code = codeOver // nobody knows
+	}
+	var nearest *throttler.Level
+	var of *rules.Rule
+	for i := range d.applied {
+		a := &d.applied[i]
+		if a.Descriptor != descriptor || a.Rule.Shadow || a.Rule.Quota {
+			continue
+		}
+		if a.Denied {
+			out.Code = codeOver
+		}
+		for j := range a.Levels {
+			if l := &a.Levels[j]; nearest == nil || nearer(l, nearest) {
+				nearest, of = l, a.Rule
+			}
+		}
+	}
+	if nearest != nil {
+		describe(out, nearest, of)
+	}
+	return out
+}
+
+func nearer(a, b *throttler.Level) bool {
+	if a.RetryAfter != b.RetryAfter {
+		return a.RetryAfter > b.RetryAfter
+	}
+	return a.Remaining < b.Remaining
+}
+
+var unitsOfLimits = map[time.Duration]ratelimitv3.RateLimitResponse_RateLimit_Unit{
+	time.Second: ratelimitv3.RateLimitResponse_RateLimit_SECOND, time.Minute: ratelimitv3.RateLimitResponse_RateLimit_MINUTE,
+	time.Hour: ratelimitv3.RateLimitResponse_RateLimit_HOUR, day: ratelimitv3.RateLimitResponse_RateLimit_DAY,
+	7 * day: ratelimitv3.RateLimitResponse_RateLimit_WEEK, 30 * day: ratelimitv3.RateLimitResponse_RateLimit_MONTH,
+	365 * day: ratelimitv3.RateLimitResponse_RateLimit_YEAR,
+}
+
+// describe tells of a limit. Envoy has no word for other periods, of which the unit is UNKNOWN.
+func describe(out *ratelimitv3.RateLimitResponse_DescriptorStatus, l *throttler.Level, of *rules.Rule) {
+	out.CurrentLimit = &ratelimitv3.RateLimitResponse_RateLimit{Name: of.Name, RequestsPerUnit: clamp(l.Limit), Unit: unitsOfLimits[l.Period]}
+	out.LimitRemaining = clamp(l.Remaining)
+	until := l.ResetAfter
+	if l.RetryAfter > 0 {
+		until = l.RetryAfter
+	}
+	out.DurationUntilReset = durationpb.New(until)
+}
+
+func clamp(n int64) uint32 { return uint32(min(max(n, 0), math.MaxUint32)) } //nolint:gosec // it fits
+
+const maxBody = 1 << 20 // bytes
+
+// json is POST /json: 200, or 429 over the limit, with the response as JSON.
+func (s *service) json(w http.ResponseWriter, r *http.Request) {
+	asked := &ratelimitv3.RateLimitRequest{}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if err == nil {
+		err = protojson.Unmarshal(body, asked)
+	}
+	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		problem(w, http.StatusRequestEntityTooLarge, "the body is too large")
+		return
+	}
+	if err != nil {
+		problem(w, http.StatusBadRequest, "the body is no RateLimitRequest in JSON")
+		return
+	}
+	d := s.decideEnvoy(r.Context(), asked)
+	out := s.response(asked, d)
+	d.admit = func(w http.ResponseWriter, _ *http.Request) { writeProto(w, http.StatusOK, out) }
+	d.refuse = func(w http.ResponseWriter, _ *http.Request, refusal throttlerhttp.Refusal) {
+		if d.denied() {
+			writeProto(w, http.StatusTooManyRequests, out) // as envoyproxy/ratelimit answers it, also where waiting does not help
+			return
+		}
+		problem(w, refusal.Status, title(d.err))
+	}
+	s.answer(w, r, d)
+}
+
+func writeProto(w http.ResponseWriter, status int, m *ratelimitv3.RateLimitResponse) {
+	data, err := protojson.Marshal(m)
+	if err != nil {
+		problem(w, http.StatusInternalServerError, title(errInternal))
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(data)
+}

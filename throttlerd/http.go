@@ -1,0 +1,221 @@
+// What all HTTP listeners have in common, and POST /v1/decide for programs in any language.
+
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+// problem answers with application/problem+json. The detail is for people, and never from a storage.
+func problem(w http.ResponseWriter, status int, detail string) {
+	h := w.Header()
+	h.Set("Content-Type", "application/problem+json")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	writeJSON(w, map[string]any{"title": http.StatusText(status), "status": status, "detail": detail})
+}
+
+func writeJSON(w io.Writer, v any) {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	_ = e.Encode(v) // whoever has gone is told nothing
+}
+
+// title is what callers are told of an error: what they did wrong, or nothing of what is inside.
+func title(err error) string {
+	switch status := statusOf(err, 0); {
+	case status == 0:
+		return "over the limit"
+	case status == http.StatusServiceUnavailable:
+		return "the storage could not decide"
+	case status >= http.StatusInternalServerError:
+		return errInternal.Error()
+	}
+	return err.Error()
+}
+
+// readJSON reads a body of at most maxBody bytes. Unknown words are errors. It reports false after it has answered.
+func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	err := d.Decode(to)
+	if err == nil {
+		if _, more := d.Token(); !errors.Is(more, io.EOF) {
+			err = errors.New("more follows the value")
+		}
+	}
+	tooLarge := (*http.MaxBytesError)(nil)
+	switch {
+	case errors.As(err, &tooLarge):
+		problem(w, http.StatusRequestEntityTooLarge, "the body is too large")
+	case err != nil:
+		problem(w, http.StatusBadRequest, "the body is wrong: "+err.Error())
+	}
+	return err == nil
+}
+
+// asking is the body of POST /v1/decide: one descriptor, or several.
+type asking struct {
+	Domain string `json:"domain"`
+	Mode   string `json:"mode"` // consume, the default, peek or charge
+	descriptor
+	Descriptors []descriptor `json:"descriptors"`
+}
+
+// descriptor is one description of a request.
+type descriptor struct {
+	Entries entries `json:"entries"`
+	Cost    *int64  `json:"cost"`
+	Limit   string  `json:"limit"` // in the words of ParseBucket, in place of the rules
+}
+
+// entries are an object, or a list of pairs where the order counts: [["path", "/x"], ["user", "42"]].
+type entries []rules.Entry
+
+func (e *entries) UnmarshalJSON(data []byte) error {
+	var pairs [][2]string
+	if json.Unmarshal(data, &pairs) == nil {
+		for _, p := range pairs {
+			*e = append(*e, rules.Entry{Key: p[0], Value: p[1]})
+		}
+		return nil
+	}
+	return e.object(data)
+}
+
+// object reads an object in the order of its words.
+func (e *entries) object(data []byte) error {
+	var all map[string]string
+	if err := json.Unmarshal(data, &all); err != nil {
+		return errors.New("entries must be an object of texts, or a list of pairs of texts")
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	_, _ = d.Token()
+	for d.More() {
+		key, _ := d.Token()
+		value, _ := d.Token()
+		k, _ := key.(string)
+		v, _ := value.(string)
+		*e = append(*e, rules.Entry{Key: k, Value: v})
+	}
+	return nil
+}
+
+var modes = map[string]rules.Mode{"": rules.Consume, "consume": rules.Consume, "peek": rules.Peek, "charge": rules.Charge}
+
+func (a *asking) request() (rules.Request, error) {
+	mode, known := modes[a.Mode]
+	if !known {
+		return rules.Request{}, malformed("mode is %.64q, must be consume, peek or charge", a.Mode)
+	}
+	all := a.Descriptors
+	if a.Entries != nil || a.Cost != nil || a.Limit != "" {
+		all = append([]descriptor{a.descriptor}, all...)
+	}
+	if len(all) == 0 {
+		return rules.Request{}, malformed("it has no entries")
+	}
+	r := rules.Request{Domain: a.Domain, Mode: mode}
+	for _, d := range all {
+		to := rules.Descriptor{Entries: d.Entries, Cost: d.Cost}
+		if d.Limit != "" {
+			b, err := throttler.ParseBucket(d.Limit)
+			if err != nil {
+				return rules.Request{}, malformed("limit: %v", err)
+			}
+			to.Limit = &b
+		}
+		r.Descriptors = append(r.Descriptors, to)
+	}
+	return r, nil
+}
+
+// answered is the body of the answer, of 200 and of denials.
+type answered struct {
+	Allowed    bool          `json:"allowed"`
+	Degraded   bool          `json:"degraded,omitempty"`    // by -on-storage-error allow
+	RetryAfter float64       `json:"retry_after,omitempty"` // seconds
+	Rules      []appliedJSON `json:"rules"`
+}
+
+type appliedJSON struct {
+	Rule       string      `json:"rule"`
+	Descriptor int         `json:"descriptor"`
+	Cost       int64       `json:"cost"`
+	Denied     bool        `json:"denied"`
+	Shadow     bool        `json:"shadow,omitempty"` // never denies; of quota_mode as well
+	Unlimited  bool        `json:"unlimited,omitempty"`
+	Limits     []levelJSON `json:"limits,omitempty"`
+}
+
+type levelJSON struct {
+	Name       string  `json:"name"`
+	Limit      int64   `json:"limit"`
+	Remaining  int64   `json:"remaining"`
+	Debt       int64   `json:"debt,omitempty"`
+	Period     float64 `json:"period"` // this and what follows in seconds
+	ResetAfter float64 `json:"reset_after"`
+	RetryAfter float64 `json:"retry_after"`
+}
+
+func (d *decision) body() answered {
+	out := answered{Allowed: d.v.Allowed, Degraded: d.v.Degraded(), RetryAfter: d.v.RetryAfter.Seconds(), Rules: []appliedJSON{}}
+	for i := range d.applied {
+		a := &d.applied[i]
+		one := appliedJSON{Rule: a.Rule.ID, Descriptor: a.Descriptor, Cost: a.Cost, Denied: a.Denied, Shadow: a.Rule.Shadow || a.Rule.Quota, Unlimited: a.Rule.Unlimited}
+		for _, l := range a.Levels {
+			one.Limits = append(one.Limits, levelJSON{l.Bucket, l.Limit, l.Remaining, l.Debt, l.Period.Seconds(), l.ResetAfter.Seconds(), l.RetryAfter.Seconds()})
+		}
+		out.Rules = append(out.Rules, one)
+	}
+	return out
+}
+
+// decideHTTP is POST /v1/decide.
+func (s *service) decideHTTP(w http.ResponseWriter, r *http.Request) {
+	var a asking
+	if !readJSON(w, r, &a) {
+		return
+	}
+	asked, err := a.request()
+	d := &decision{err: err}
+	if err == nil {
+		d = s.decide(r.Context(), asked)
+	}
+	write := func(w http.ResponseWriter, status int) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		writeJSON(w, d.body())
+	}
+	d.admit = func(w http.ResponseWriter, _ *http.Request) { write(w, http.StatusOK) }
+	d.refuse = func(w http.ResponseWriter, _ *http.Request, refusal throttlerhttp.Refusal) {
+		if d.denied() {
+			write(w, refusal.Status)
+			return
+		}
+		problem(w, refusal.Status, title(d.err))
+	}
+	s.answer(w, r, d)
+}
+
+// newServer bounds what a client can hold up.
+func newServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 3 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+	}
+}

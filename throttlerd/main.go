@@ -1,0 +1,143 @@
+// Throttlerd answers whoever asks about rate limits: Envoy over gRPC, nginx, Caddy and Traefik by forward-auth, and programs in
+// any language over HTTP. The limits are files of rules, which may change while it runs.
+//
+//	throttlerd -rules rules.d          # or "throttlerd serve …": answers until SIGTERM or SIGINT
+//	throttlerd check rules.d           # all faults of files, with their places; exits with 1 if there are any
+//	throttlerd match rules.d -domain api path=/api/x user=42    # which rules apply, and why the others do not
+//	throttlerd schema                  # the JSON Schema of files of rules, for editors
+//
+// docs/throttlerd.md has every flag, what each gateway needs, and what every error looks like to whoever asks.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/go-throttler/throttler/rules"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // from now on a second signal kills
+	os.Exit(command(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// command does what the arguments say and returns the exit status: 0, 1 for a failure, 2 for wrong arguments.
+func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	name := "serve"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		name, args = args[0], args[1:]
+	}
+	do, known := commands[name]
+	if !known {
+		fmt.Fprintf(stderr, "throttlerd: %q is no command, must be serve, check, match or schema\n", name)
+		return 2
+	}
+	err := do(ctx, args, stdout, stderr)
+	var wrong *usageError
+	switch {
+	case err == nil || errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.As(err, &wrong):
+		fmt.Fprintln(stderr, "throttlerd:", err)
+		return 2
+	}
+	fmt.Fprintln(stderr, "throttlerd:", err)
+	return 1
+}
+
+var commands = map[string]func(ctx context.Context, args []string, stdout, stderr io.Writer) error{
+	"serve": serve, "check": check, "match": match,
+	"schema": func(_ context.Context, _ []string, stdout, _ io.Writer) error {
+		_, err := io.WriteString(stdout, rules.Schema())
+		return err
+	},
+}
+
+// usageError is a fault of the arguments.
+type usageError struct{ error }
+
+func usage(format string, args ...any) error { return &usageError{fmt.Errorf(format, args...)} }
+
+// serve answers until the context is done.
+func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	c, err := parse(args, os.Getenv, stderr)
+	if err != nil {
+		return err
+	}
+	d, err := newDaemon(ctx, c, slog.New(slog.NewJSONHandler(stdout, nil)))
+	if err != nil {
+		return err
+	}
+	return d.serve(ctx)
+}
+
+// check compiles files and tells all faults.
+func check(ctx context.Context, args []string, stdout, _ io.Writer) error {
+	set, err := compile(ctx, args)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "%d rules of %d domains are fine\n", len(set.Rules()), len(set.Domains()))
+	return nil
+}
+
+func compile(ctx context.Context, paths []string) (*rules.Set, error) {
+	if len(paths) == 0 {
+		return nil, usage("name the files or folders of rules")
+	}
+	files, err := rules.Files(paths...).Files(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return rules.Compile(files...)
+}
+
+// match tells which rules apply to entries.
+func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if len(args) == 0 {
+		return usage("match wants a file or folder of rules, and then key=value…")
+	}
+	flags := flag.NewFlagSet("match", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	domain := flags.String("domain", "", "the `domain` whose rules may apply")
+	if err := flags.Parse(args[1:]); err != nil {
+		return &usageError{err}
+	}
+	entries, err := entriesOf(flags.Args())
+	if err != nil {
+		return &usageError{err}
+	}
+	set, err := compile(ctx, args[:1])
+	if err != nil {
+		return err
+	}
+	for _, x := range set.Explain(*domain, entries) {
+		if x.Applies {
+			fmt.Fprintf(stdout, "applies  %s\n", x.Rule.ID)
+		} else {
+			fmt.Fprintf(stdout, "does not %s: %s\n", x.Rule.ID, x.Why)
+		}
+	}
+	return nil
+}
+
+// entriesOf reads "key=value".
+func entriesOf(words []string) (entries []rules.Entry, err error) {
+	for _, word := range words {
+		key, value, found := strings.Cut(word, "=")
+		if !found || key == "" {
+			return nil, fmt.Errorf("%.64q is no entry, must be key=value", word)
+		}
+		entries = append(entries, rules.Entry{Key: key, Value: value})
+	}
+	return entries, nil
+}

@@ -1,0 +1,155 @@
+// One decision, whatever protocol asked for it, and what is said of it.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
+	"github.com/go-throttler/throttler/throttlerhttp"
+)
+
+// service decides for all listeners. It is safe for concurrent use.
+type service struct {
+	config *config
+	engine *rules.Engine
+	limit  http.Handler // answers what is in the context of a request
+	fault  func(error)  // is told of what is not the fault of the caller
+}
+
+// The errors of requests that no rule could be asked about.
+var (
+	errUnknownDomain = errors.New("the domain has no rules")
+	errMalformed     = errors.New("the request is wrong")
+	errInternal      = errors.New("a fault of throttlerd")
+)
+
+func malformed(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, args...))
+}
+
+func newService(t *throttler.Throttler, e *rules.Engine, c *config, fault func(error)) (*service, error) {
+	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
+		Decide: func(r *http.Request) (throttler.Verdict, error) { d := decided(r); return d.v, d.err },
+		Refuse: func(w http.ResponseWriter, r *http.Request, refusal throttlerhttp.Refusal) {
+			d := decided(r)
+			refusal.Status = statusOf(d.err, refusal.Status)
+			d.refuse(w, r, refusal)
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &service{
+		config: c, engine: e, fault: fault,
+		limit: limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { decided(r).admit(w, r) })),
+	}, nil
+}
+
+// decision is the answer to a request. Its err is nil if it was admitted, or denied and waiting helps.
+type decision struct {
+	v       throttler.Verdict
+	applied []rules.Applied
+	err     error
+
+	admit  http.HandlerFunc
+	refuse func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal)
+}
+
+func (d *decision) denied() bool { return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity) }
+
+type decisionKey struct{}
+
+func decided(r *http.Request) *decision {
+	d, _ := r.Context().Value(decisionKey{}).(*decision)
+	return d
+}
+
+// decide decides. A request that nobody can decide is not admitted, unless a flag says so.
+func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
+	d = &decision{}
+	defer func() {
+		if p := recover(); p != nil {
+			*d = decision{err: fmt.Errorf("%w: %v", errInternal, p)}
+		}
+		if d.err != nil && statusOf(d.err, 0) >= http.StatusInternalServerError && ctx.Err() == nil {
+			s.fault(d.err)
+		}
+	}()
+	d.v, d.applied, d.err = s.engine.Decide(ctx, r)
+	switch {
+	case d.err == nil && d.v.Allowed && len(d.applied) == 0 && s.unknown(r.Domain):
+		d.v, d.err = throttler.Verdict{}, fmt.Errorf("%w: %.64q", errUnknownDomain, r.Domain)
+	case d.err == nil && !d.v.Allowed && d.v.RetryAfter == 0:
+		d.err = fmt.Errorf("%w: denied by %q", throttler.ErrCostExceedsCapacity, d.deniedBy())
+	case d.err != nil:
+		d.v.Allowed = false
+	}
+	return d
+}
+
+// unknown reports whether the domain has no rules and has to have some.
+func (s *service) unknown(domain string) bool {
+	if domain == "" {
+		domain = rules.DefaultDomain
+	}
+	return s.config.onUnknownDomain == "deny" && !slices.Contains(s.engine.Rules().Domains(), domain)
+}
+
+// deniedBy is the rules that denied.
+func (d *decision) deniedBy() []string {
+	return d.ids(func(a *rules.Applied) bool { return a.Denied && !a.Rule.Shadow && !a.Rule.Quota })
+}
+
+func (d *decision) ids(of func(*rules.Applied) bool) (ids []string) {
+	for i := range d.applied {
+		if a := &d.applied[i]; of(a) && !slices.Contains(ids, a.Rule.ID) {
+			ids = append(ids, a.Rule.ID)
+		}
+	}
+	return ids
+}
+
+// statusOf is the HTTP status of an error, or otherwise that of package throttlerhttp.
+func statusOf(err error, otherwise int) int {
+	switch {
+	case err == nil || errors.Is(err, throttler.ErrCostExceedsCapacity):
+		return otherwise
+	case errors.Is(err, errMalformed), errors.Is(err, throttler.ErrInvalidCost), errors.Is(err, throttler.ErrInvalidIdentifier), errors.As(err, new(*throttler.BucketError)):
+		return http.StatusBadRequest
+	case errors.Is(err, errUnknownDomain):
+		return http.StatusNotFound
+	case errors.As(err, new(*throttler.DebtError)):
+		return http.StatusUnprocessableEntity
+	case errors.Is(err, errInternal):
+		return http.StatusInternalServerError
+	}
+	return http.StatusServiceUnavailable
+}
+
+// answer answers with the fields of package throttlerhttp.
+func (s *service) answer(w http.ResponseWriter, r *http.Request, d *decision) {
+	s.limit.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), decisionKey{}, d)))
+}
+
+// fields are those that answer would set, for protocols that are not HTTP.
+func (s *service) fields(d *decision) http.Header {
+	w := fieldWriter{}
+	d.admit = func(http.ResponseWriter, *http.Request) {}
+	d.refuse = func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal) {}
+	s.answer(w, &http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/"}, Header: http.Header{}}, d)
+	return http.Header(w)
+}
+
+// fieldWriter keeps fields and nothing else.
+type fieldWriter http.Header
+
+func (w fieldWriter) Header() http.Header         { return http.Header(w) }
+func (w fieldWriter) Write(b []byte) (int, error) { return len(b), nil }
+func (w fieldWriter) WriteHeader(int)             {}

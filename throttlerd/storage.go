@@ -1,0 +1,150 @@
+// Where the counts are.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+	redisstore "github.com/go-throttler/throttler/storage/redis"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
+)
+
+// closing is what has been opened. The last is closed first.
+type closing []func(context.Context) error
+
+func (c *closing) then(f func(context.Context) error) { *c = append(*c, f) }
+
+func (c *closing) close(ctx context.Context) error {
+	var faults []error
+	for i := len(*c) - 1; i >= 0; i-- {
+		faults = append(faults, (*c)[i](ctx))
+	}
+	*c = nil
+	return errors.Join(faults...)
+}
+
+// openStorage opens the storage of the flags. A Redis may be down, and Postgres may not, as its table is made here.
+func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *closing) (storage.Storage, error) {
+	switch c.storage {
+	case "redis":
+		return opened(openRedis(c, closing))
+	case "postgres":
+		return opened(openPostgres(ctx, c, closing))
+	case "failover":
+		primary, err := openRedis(c, closing)
+		if err != nil {
+			return nil, err
+		}
+		ledger, err := openPostgres(ctx, c, closing)
+		if err != nil {
+			return nil, err
+		}
+		s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
+		if err != nil {
+			return nil, err
+		}
+		closing.then(s.Close)
+		return s, nil
+	}
+	return memstore.New(nil), nil
+}
+
+// opened makes no storage of one that is nil.
+func opened[S storage.Storage](s S, err error) (storage.Storage, error) {
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func openRedis(c *config, closing *closing) (*redisstore.Storage, error) {
+	o := &redisstore.Options{}
+	if c.redisTag {
+		o.HashTag = domainOf
+	}
+	s, err := redisstore.Open(c.redisURL, o)
+	if err != nil {
+		return nil, fmt.Errorf("-redis-url: %w", err)
+	}
+	closing.then(s.Close)
+	return s, nil
+}
+
+// domainOf is the beginning of an identifier of package rules: " key=length:value" of the domain, in which the length
+// says where it ends.
+func domainOf(identifier string) string {
+	head, rest, _ := strings.Cut(identifier, ":")
+	_, digits, _ := strings.Cut(head, "=")
+	n := 0
+	for _, d := range digits {
+		if d < '0' || d > '9' || n > len(identifier) {
+			return identifier
+		}
+		n = 10*n + int(d-'0')
+	}
+	return rest[:min(n, len(rest))]
+}
+
+func openPostgres(ctx context.Context, c *config, closing *closing) (*pgstore.Storage, error) {
+	pool, err := newPool(ctx, c.postgresURL, closing)
+	if err != nil {
+		return nil, err
+	}
+	s, err := pgstore.New(ctx, pool, nil)
+	if err != nil {
+		return nil, err
+	}
+	closing.then(s.Close)
+	return s, nil
+}
+
+// newPool tells nothing of a URL that pgx cannot read. The errors of pgx quote it, and hide only what certainly is
+// a password. One with an @ that is not encoded has its rest in the host or in the name of the database.
+func newPool(ctx context.Context, url string, closing *closing) (*pgxpool.Pool, error) {
+	_, rest, _ := strings.Cut(url, "://")
+	_, path, _ := strings.Cut(rest, "/")
+	if strings.Count(rest, "@") > 1 || strings.Contains(path, "@") {
+		return nil, errors.New("-postgres-url has an @ that must be written as %40, or a / before it as %2F")
+	}
+	pool, err := pgxpool.New(ctx, url)
+	if err != nil {
+		return nil, errors.New("-postgres-url cannot be read, must be like postgres://user:password@localhost:5432/database, or like host=localhost user=user password='password'")
+	}
+	closing.then(func(context.Context) error {
+		pool.Close()
+		return nil
+	})
+	return pool, nil
+}
+
+// changes logs what changes, and not that it lasts.
+func changes(log *slog.Logger) func(failover.Event) {
+	failing := false // Postgres could not be charged
+	return func(e failover.Event) {
+		switch e.Kind {
+		case failover.PrimaryLost:
+			log.Warn("Redis is lost, Postgres decides", "error", e.Err.Error())
+		case failover.PrimaryBack:
+			log.Info("Redis is back and decides")
+		case failover.FlushFailed:
+			if !failing {
+				log.Warn("Postgres cannot be charged", "error", e.Err.Error(), "pending", e.Pending)
+			}
+			failing = true
+		case failover.Flushed:
+			if failing {
+				log.Info("Postgres is charged again", "lag", e.Lag.String())
+			}
+			failing = false
+		}
+	}
+}
