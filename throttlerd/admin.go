@@ -1,16 +1,329 @@
-// The admin API: its own listener, its own token.
+// The admin API: its own listener, its own token. Without a token there is none.
 
 package main
 
 import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"io"
 	"log/slog"
 	"net/http"
+	"strings"
+	"sync"
 
 	"github.com/go-throttler/throttler/rules"
 )
 
-type admin struct{}
+const maxRules = 8 << 20 // bytes of a file
 
-func newAdmin(*rules.Engine, rules.Source, string, *slog.Logger) *admin { return &admin{} }
+// admin is the API.
+type admin struct {
+	engine *rules.Engine
+	source rules.Source
+	store  rules.Store // nil if the rules cannot be changed here
+	token  [sha256.Size]byte
+	log    *slog.Logger
 
-func (a *admin) handler() http.Handler { return http.NotFoundHandler() }
+	changing sync.Mutex // held from compiling a change to storing it
+}
+
+func newAdmin(e *rules.Engine, s rules.Source, token string, log *slog.Logger) *admin {
+	store, _ := s.(rules.Store)
+	return &admin{engine: e, source: s, store: store, token: sha256.Sum256([]byte(token)), log: log}
+}
+
+func (a *admin) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/rules", a.list)
+	mux.HandleFunc("GET /v1/rules/{name}", a.read)
+	mux.HandleFunc("PUT /v1/rules/{name}", a.put)
+	mux.HandleFunc("DELETE /v1/rules/{name}", a.remove)
+	mux.HandleFunc("GET /v1/match", a.match)
+	mux.HandleFunc("GET /v1/levels", a.levels)
+	mux.HandleFunc("DELETE /v1/levels", a.reset)
+	return a.guarded(mux)
+}
+
+// guarded asks for the token before anything else is looked at, in a time that does not depend on it.
+func (a *admin) guarded(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		sum := sha256.Sum256([]byte(strings.TrimSpace(given)))
+		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(sum[:], a.token[:]) != 1 {
+			a.audit(r, "refused", slog.String("path", r.URL.EscapedPath()))
+			w.Header().Set("WWW-Authenticate", `Bearer realm="throttlerd"`)
+			problem(w, http.StatusUnauthorized, "the admin API needs its token: Authorization: Bearer …")
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// audit logs a change, or a try.
+func (a *admin) audit(r *http.Request, did string, more ...slog.Attr) {
+	all := append([]slog.Attr{slog.String("did", did), slog.String("method", r.Method), slog.String("from", r.RemoteAddr)}, more...)
+	a.log.LogAttrs(r.Context(), slog.LevelInfo, "audit", all...)
+}
+
+// named is what is said of a file.
+type named struct {
+	Name string `json:"name"`
+	ETag string `json:"etag"`
+	Data string `json:"data,omitempty"`
+}
+
+// list is GET /v1/rules: all files, and whether they are what counts.
+func (a *admin) list(w http.ResponseWriter, r *http.Request) {
+	files, err := a.source.Files(r.Context())
+	if err != nil {
+		a.failed(w, err)
+		return
+	}
+	out := struct {
+		Files    []named `json:"files"`
+		Writable bool    `json:"writable"`
+		Counts   string  `json:"counts"`          // the ETag of the rules that count
+		Error    string  `json:"error,omitempty"` // why newer ones do not
+	}{Files: []named{}, Writable: a.store != nil, Counts: a.engine.Rules().ETag()}
+	for _, f := range files {
+		out.Files = append(out.Files, named{Name: f.Name, ETag: f.ETag()})
+	}
+	if err := a.engine.Err(); err != nil {
+		out.Error = err.Error()
+	}
+	respond(w, http.StatusOK, out)
+}
+
+func respond(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	writeJSON(w, v)
+}
+
+// read is GET /v1/rules/{name}: the file as it is.
+func (a *admin) read(w http.ResponseWriter, r *http.Request) {
+	files, err := a.source.Files(r.Context())
+	if err != nil {
+		a.failed(w, err)
+		return
+	}
+	i := find(files, r.PathValue("name"))
+	if i < 0 {
+		problem(w, http.StatusNotFound, rules.ErrNotFound.Error())
+		return
+	}
+	w.Header().Set("ETag", quote(files[i].ETag()))
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	_, _ = w.Write(files[i].Data)
+}
+
+func find(files []rules.File, name string) int {
+	for i := range files {
+		if files[i].Name == name {
+			return i
+		}
+	}
+	return -1
+}
+
+func quote(tag string) string { return `"` + tag + `"` }
+
+// condition is what the caller believes of the file: a change without a belief could undo that of somebody else.
+func condition(w http.ResponseWriter, r *http.Request) (ifMatch string, ok bool) {
+	match, none := r.Header.Get("If-Match"), r.Header.Get("If-None-Match")
+	switch {
+	case match == "*" && none == "":
+		return "", true
+	case match == "" && none == "*":
+		return rules.Absent, true
+	case none == "" && len(match) > 2 && match[0] == '"' && match[len(match)-1] == '"':
+		return match[1 : len(match)-1], true
+	case match == "" && none == "":
+		problem(w, http.StatusPreconditionRequired, `say If-Match: "the ETag that you have read", If-None-Match: * for a new file, or If-Match: * to change it whatever it is`)
+	default:
+		problem(w, http.StatusBadRequest, `If-Match must be * or one ETag in quotes, and If-None-Match *; not both`)
+	}
+	return "", false
+}
+
+// put is PUT /v1/rules/{name}. With ?dry-run nothing is changed.
+func (a *admin) put(w http.ResponseWriter, r *http.Request) {
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRules))
+	if err != nil {
+		problem(w, http.StatusRequestEntityTooLarge, "the body is too large, or did not arrive")
+		return
+	}
+	name := r.PathValue("name")
+	if len(name) > 255 || strings.ContainsFunc(name, func(c rune) bool { return c < ' ' || c == '\x7f' }) {
+		problem(w, http.StatusBadRequest, "the name must have at most 255 bytes, none of which is a control character")
+		return
+	}
+	a.change(w, r, &rules.File{Name: name, Data: data})
+}
+
+// remove is DELETE /v1/rules/{name}. With ?dry-run nothing is changed.
+func (a *admin) remove(w http.ResponseWriter, r *http.Request) { a.change(w, r, nil) }
+
+// change puts a file, or removes it if that is nil, if all files together are right then.
+func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
+	if a.store == nil {
+		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
+		return
+	}
+	ifMatch, ok := condition(w, r)
+	if !ok {
+		return
+	}
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
+	set, before, err := a.changed(r.Context(), name, f)
+	if err == nil {
+		err = before.Matches(ifMatch)
+	}
+	if err == nil && !dry {
+		err = a.stored(r.Context(), name, f, ifMatch)
+	}
+	if err != nil {
+		a.failed(w, err)
+		return
+	}
+	if !dry {
+		a.audit(r, "changed", slog.String("file", name), slog.String("before", tagOf(before)), slog.String("after", tagOf(f)))
+		_ = a.engine.Reload(r.Context()) // so that it counts before the answer; told by OnLoad
+	}
+	if f != nil {
+		w.Header().Set("ETag", quote(f.ETag()))
+	}
+	respond(w, http.StatusOK, map[string]any{"changed": !dry, "rules": len(set.Rules()), "domains": set.Domains()})
+}
+
+func tagOf(f *rules.File) string {
+	if f == nil {
+		return rules.Absent
+	}
+	return f.ETag()
+}
+
+// changed are the rules as they would be, and the file as it is, nil if there is none.
+func (a *admin) changed(ctx context.Context, name string, f *rules.File) (*rules.Set, *rules.File, error) {
+	files, err := a.store.Files(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	var before *rules.File
+	var all []rules.File
+	for i := range files {
+		if files[i].Name == name {
+			before = &files[i]
+		} else {
+			all = append(all, files[i])
+		}
+	}
+	switch {
+	case f != nil:
+		all = append(all, *f)
+	case before == nil:
+		return nil, nil, rules.ErrNotFound
+	}
+	set, err := rules.Compile(all...)
+	return set, before, err
+}
+
+func (a *admin) stored(ctx context.Context, name string, f *rules.File, ifMatch string) error {
+	if f == nil {
+		return a.store.Delete(ctx, name, ifMatch)
+	}
+	return a.store.Put(ctx, *f, ifMatch)
+}
+
+// failed answers what went wrong; rules that are wrong with all their faults.
+func (a *admin) failed(w http.ResponseWriter, err error) {
+	var wrong rules.Faults
+	switch {
+	case errors.As(err, &wrong):
+		respond(w, http.StatusUnprocessableEntity, map[string]any{"title": "the rules are wrong", "status": http.StatusUnprocessableEntity, "faults": wrong})
+	case errors.Is(err, rules.ErrConflict):
+		problem(w, http.StatusPreconditionFailed, rules.ErrConflict.Error())
+	case errors.Is(err, rules.ErrNotFound):
+		problem(w, http.StatusNotFound, rules.ErrNotFound.Error())
+	default:
+		a.log.Error("the admin API failed", "error", err.Error())
+		problem(w, http.StatusServiceUnavailable, "the source of the rules, or the storage, failed: the log says why")
+	}
+}
+
+// asked are ?domain= and ?entry=key=value, the latter several times.
+func asked(w http.ResponseWriter, r *http.Request) (domain string, entries []rules.Entry, ok bool) {
+	query := r.URL.Query()
+	entries, err := entriesOf(query["entry"])
+	if err != nil {
+		problem(w, http.StatusBadRequest, err.Error())
+		return "", nil, false
+	}
+	return query.Get("domain"), entries, true
+}
+
+// match is GET /v1/match: which rules apply to entries, and why the others do not.
+func (a *admin) match(w http.ResponseWriter, r *http.Request) {
+	domain, entries, ok := asked(w, r)
+	if !ok {
+		return
+	}
+	type explained struct {
+		Rule    string `json:"rule"`
+		File    string `json:"file"`
+		Line    int    `json:"line"`
+		Applies bool   `json:"applies"`
+		Why     string `json:"why,omitempty"`
+	}
+	out := []explained{}
+	for _, x := range a.engine.Rules().Explain(domain, entries) {
+		out = append(out, explained{x.Rule.ID, x.Rule.File, x.Rule.Line, x.Applies, x.Why})
+	}
+	respond(w, http.StatusOK, map[string]any{"rules": out})
+}
+
+// levels is GET /v1/levels: what the rules that apply to entries have left for them.
+func (a *admin) levels(w http.ResponseWriter, r *http.Request) {
+	domain, entries, ok := asked(w, r)
+	if !ok {
+		return
+	}
+	d := &decision{}
+	d.v, d.applied, d.err = a.engine.Decide(r.Context(), rules.Request{Domain: domain, Mode: rules.Peek, Entries: entries, Cost: new(int64(0))})
+	if d.err != nil {
+		a.undecided(w, d.err)
+		return
+	}
+	respond(w, http.StatusOK, map[string]any{"rules": d.body().Rules})
+}
+
+// reset is DELETE /v1/levels: what the rules that apply to entries count for them is forgotten.
+func (a *admin) reset(w http.ResponseWriter, r *http.Request) {
+	domain, entries, ok := asked(w, r)
+	if !ok {
+		return
+	}
+	err := a.engine.Reset(r.Context(), rules.Request{Domain: domain, Entries: entries})
+	if err != nil {
+		a.undecided(w, err)
+		return
+	}
+	a.audit(r, "reset", slog.String("domain", domain), slog.Any("entries", entries))
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// undecided answers an error of a decision.
+func (a *admin) undecided(w http.ResponseWriter, err error) {
+	status := statusOf(err, http.StatusBadRequest)
+	if status >= http.StatusInternalServerError {
+		a.log.Error("the admin API failed", "error", err.Error())
+	}
+	problem(w, status, title(err))
+}

@@ -54,18 +54,14 @@ type listener struct {
 }
 
 // newDaemon opens everything and listens, but answers nobody yet.
-func newDaemon(ctx context.Context, c *config, log *slog.Logger) (d *daemon, err error) {
-	d = &daemon{config: c, log: log, grpcReady: health.NewServer()}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.close(ctx))
-		}
-	}()
-	if err := d.open(ctx); err != nil {
-		return nil, err
+func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error) {
+	d := &daemon{config: c, log: log, grpcReady: health.NewServer()}
+	err := d.open(ctx)
+	if err == nil {
+		err = d.listen(ctx)
 	}
-	if err := d.listen(ctx); err != nil {
-		return nil, err
+	if err != nil {
+		return nil, errors.Join(err, d.close(context.WithoutCancel(ctx)))
 	}
 	return d, nil
 }

@@ -83,6 +83,7 @@ type descriptor struct {
 type entries []rules.Entry
 
 func (e *entries) UnmarshalJSON(data []byte) error {
+	*e = entries{}
 	var pairs [][2]string
 	if json.Unmarshal(data, &pairs) == nil {
 		for _, p := range pairs {

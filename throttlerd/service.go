@@ -62,7 +62,9 @@ type decision struct {
 	refuse func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal)
 }
 
-func (d *decision) denied() bool { return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity) }
+func (d *decision) denied() bool {
+	return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity)
+}
 
 type decisionKey struct{}
 

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+const token = "correct-horse-battery"
+
+var withToken = map[string]string{"THROTTLERD_ADMIN_TOKEN": token}
+
+// administer asks the admin API with the token.
+func (r *running) administer(t *testing.T, method, path, body string, header ...string) answer {
+	t.Helper()
+	return do(t, method, "http://"+r.address("admin")+path, body, append([]string{"Authorization", "Bearer " + token}, header...)...)
+}
+
+func TestWithoutATokenThereIsNoAdminAPI(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	require.Empty(t, d.address("admin"))
+	_, err := parse([]string{"-rules", "x"}, func(string) string { return "short" }, &text{})
+	require.ErrorContains(t, err, "at least 16")
+	require.NotContains(t, err.Error(), "short")
+}
+
+func TestNothingIsDoneWithoutTheToken(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", written(t, "rules: [{name: a, limits: [1/1h]}]\n"), "-source", "memory")
+	before := d.engine.Rules().ETag()
+	for _, authorization := range []string{"", token, "Bearer", "Bearer ", "Bearer wrong-horse-battery", "Bearer " + token + "x", "Bearer " + token[:20], "Basic " + token, "Bearer " + token + ", Bearer x"} {
+		for _, what := range [][2]string{{"PUT", "/v1/rules/x"}, {"DELETE", "/v1/rules/rules.yaml"}, {"GET", "/v1/rules"}, {"GET", "/v1/levels"}, {"DELETE", "/v1/levels"}, {"GET", "/nowhere"}} {
+			a := do(t, what[0], "http://"+d.address("admin")+what[1], "rules: []", "Authorization", authorization, "If-Match", "*")
+			require.Equal(t, http.StatusUnauthorized, a.status, "%s %v", authorization, what)
+			require.NotEmpty(t, a.header.Get("Www-Authenticate"))
+		}
+	}
+	require.Equal(t, before, d.engine.Rules().ETag())
+	require.Contains(t, d.log.String(), `"did":"refused"`)
+	require.NotContains(t, d.log.String(), "battery", "no token is logged, right or wrong")
+	for _, path := range []string{"/v1/rules", "/v1/levels"} {
+		require.Equal(t, http.StatusNotFound, d.get(t, path, "Authorization", "Bearer "+token).status, "the other listener has no admin API")
+	}
+}
+
+func TestAChangeCountsBeforeItsAnswer(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", written(t, "rules: [{name: a, limits: [1/1h]}]\n"), "-source", "memory")
+	const body = `{"entries":{}}`
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status)
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+
+	a := d.administer(t, "GET", "/v1/rules/rules.yaml", "")
+	require.Equal(t, 200, a.status)
+	require.Equal(t, "rules: [{name: a, limits: [1/1h]}]\n", a.body)
+	tag := a.header.Get("Etag")
+	const two = "rules: [{name: a, limits: [2/1h]}]\n"
+	require.Equal(t, http.StatusPreconditionRequired, d.administer(t, "PUT", "/v1/rules/rules.yaml", two).status)
+	a = d.administer(t, "PUT", "/v1/rules/rules.yaml?dry-run", two, "If-Match", tag)
+	require.Equal(t, 200, a.status, a.body)
+	require.Contains(t, a.body, `"changed":false`)
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status, "a dry run changes nothing")
+	a = d.administer(t, "PUT", "/v1/rules/rules.yaml", two, "If-Match", tag)
+	require.Equal(t, 200, a.status, a.body)
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status, "and what was spent stays spent")
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+	require.Contains(t, d.log.String(), `"did":"changed"`)
+	require.Contains(t, d.log.String(), strings.Trim(tag, `"`), "the audit has the ETag before")
+
+	require.Equal(t, http.StatusPreconditionFailed, d.administer(t, "PUT", "/v1/rules/rules.yaml", two, "If-Match", tag).status, "somebody has changed it")
+	require.Equal(t, http.StatusPreconditionFailed, d.administer(t, "PUT", "/v1/rules/rules.yaml", two, "If-None-Match", "*").status)
+	require.Equal(t, http.StatusPreconditionFailed, d.administer(t, "DELETE", "/v1/rules/rules.yaml", "", "If-Match", tag).status)
+	require.Equal(t, http.StatusNotFound, d.administer(t, "DELETE", "/v1/rules/other.yaml", "", "If-Match", "*").status)
+	require.Equal(t, http.StatusBadRequest, d.administer(t, "PUT", "/v1/rules/rules.yaml", two, "If-Match", "x").status)
+	require.Equal(t, 200, d.administer(t, "DELETE", "/v1/rules/rules.yaml", "", "If-Match", "*").status)
+	require.Equal(t, 404, d.post(t, "/v1/decide", body).status, "without rules nobody is let in")
+	require.Equal(t, 200, d.administer(t, "PUT", "/v1/rules/rules.yaml", two, "If-None-Match", "*").status)
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+}
+
+func TestWrongRulesAreRefusedWithAllFaults(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", written(t, "rules: [{name: a, limits: [1/1h]}]\n"), "-source", "memory")
+	a := d.administer(t, "PUT", "/v1/rules/b.yaml", "rules:\n- {name: a, limits: [1/1h]}\n- {name: b, limit: [1/1h]}\n", "If-None-Match", "*")
+	require.Equal(t, http.StatusUnprocessableEntity, a.status)
+	faults, _ := a.json(t)["faults"].([]any)
+	require.GreaterOrEqual(t, len(faults), 2, a.body)
+	require.Contains(t, a.body, `"meant":"limits"`)
+	require.Contains(t, a.body, "must be unique")
+	require.Len(t, d.engine.Rules().Rules(), 1)
+}
+
+func TestRulesOfFilesAreReadOnly(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", "../examples/rules")
+	a := d.administer(t, "GET", "/v1/rules", "")
+	require.Equal(t, 200, a.status)
+	require.Contains(t, a.body, `"writable":false`)
+	require.Contains(t, a.body, "envoy.yaml")
+	require.Equal(t, http.StatusConflict, d.administer(t, "PUT", "/v1/rules/x", "rules: []", "If-Match", "*").status)
+}
+
+func TestMatchLevelsAndReset(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", "../examples/rules")
+	for range 5 {
+		require.Equal(t, 200, d.post(t, "/v1/decide", `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`).status)
+	}
+	const query = "?domain=api&entry=path=/api/x&entry=user=42"
+	a := d.administer(t, "GET", "/v1/match"+query, "")
+	require.Contains(t, a.body, `{"rule":"api","file":"../examples/rules/api.yaml","line":8,"applies":true}`)
+	require.Contains(t, a.body, `"applies":false,"why":"the entry \"path\" is \"/api/x\", must be /login"`)
+	require.Contains(t, d.administer(t, "GET", "/v1/levels"+query, "").body, `"limit":5,"remaining":0`)
+	require.Equal(t, http.StatusNoContent, d.administer(t, "DELETE", "/v1/levels"+query, "").status)
+	require.Contains(t, d.administer(t, "GET", "/v1/levels"+query, "").body, `"limit":5,"remaining":5`)
+	require.Contains(t, d.log.String(), `"did":"reset"`)
+	require.Equal(t, http.StatusBadRequest, d.administer(t, "GET", "/v1/levels?entry=x", "").status)
+}
+
+func TestTheBodyOfAFileIsBounded(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-source", "memory")
+	a := d.administer(t, "PUT", "/v1/rules/x", strings.Repeat("#", maxRules+1), "If-Match", "*")
+	require.Equal(t, http.StatusRequestEntityTooLarge, a.status)
+}

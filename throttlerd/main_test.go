@@ -1,0 +1,317 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
+	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const patience = 30 * time.Second
+
+// text is a log that may be read while it is written.
+type text struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (t *text) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.b.Write(p)
+}
+
+func (t *text) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.b.String()
+}
+
+// running is a daemon that serves until the test ends, or stop is called.
+type running struct {
+	*daemon
+	log  *text
+	stop func() error
+}
+
+// start starts a daemon on free ports.
+func start(t *testing.T, env map[string]string, args ...string) *running {
+	t.Helper()
+	args = append([]string{"-grpc", "127.0.0.1:0", "-http", "127.0.0.1:0", "-admin", "127.0.0.1:0"}, args...)
+	c, err := parse(args, func(name string) string { return env[name] }, io.Discard)
+	require.NoError(t, err)
+	log := &text{}
+	d, err := newDaemon(t.Context(), c, slog.New(slog.NewJSONHandler(log, nil)))
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	served := make(chan error, 1)
+	go func() { served <- d.serve(ctx) }()
+	r := &running{daemon: d, log: log}
+	r.stop = sync.OnceValue(func() error { cancel(); return <-served })
+	t.Cleanup(func() { require.NoError(t, r.stop(), log) })
+	return r
+}
+
+func (r *running) address(name string) string {
+	for _, l := range r.listeners {
+		if l.name == name {
+			return l.l.Addr().String()
+		}
+	}
+	return ""
+}
+
+// envoy is a client of the gRPC listener.
+func (r *running) envoy(t *testing.T) ratelimitv3.RateLimitServiceClient {
+	return ratelimitv3.NewRateLimitServiceClient(r.dial(t))
+}
+
+func (r *running) dial(t *testing.T, o ...grpc.DialOption) *grpc.ClientConn {
+	t.Helper()
+	if o == nil {
+		o = append(o, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	}
+	conn, err := grpc.NewClient("passthrough:///"+r.address("grpc"), o...)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// answer is an HTTP answer that was read.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+func (a answer) json(t *testing.T) map[string]any {
+	t.Helper()
+	var out map[string]any
+	require.NoError(t, json.Unmarshal([]byte(a.body), &out), a.body)
+	return out
+}
+
+// do sends a request; header are pairs of name and value.
+func do(t *testing.T, method, url, body string, header ...string) answer {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
+	require.NoError(t, err)
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Add(header[i], header[i+1])
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	out, err := client.Do(r)
+	require.NoError(t, err)
+	defer func() { _ = out.Body.Close() }()
+	data, err := io.ReadAll(out.Body)
+	require.NoError(t, err)
+	return answer{out.StatusCode, out.Header, string(data)}
+}
+
+func (r *running) post(t *testing.T, path, body string) answer {
+	t.Helper()
+	return do(t, http.MethodPost, "http://"+r.address("http")+path, body)
+}
+
+func (r *running) get(t *testing.T, path string, header ...string) answer {
+	t.Helper()
+	return do(t, http.MethodGet, "http://"+r.address("http")+path, "", header...)
+}
+
+// written is a file with these rules.
+func written(t *testing.T, rules string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "rules.yaml")
+	require.NoError(t, os.WriteFile(name, []byte(rules), 0o600))
+	return name
+}
+
+// ask is a request of Envoy with one descriptor.
+func ask(domain string, entries ...string) *ratelimitv3.RateLimitRequest {
+	return &ratelimitv3.RateLimitRequest{Domain: domain, Descriptors: []*commonv3.RateLimitDescriptor{described(entries...)}}
+}
+
+func described(entries ...string) *commonv3.RateLimitDescriptor {
+	d := &commonv3.RateLimitDescriptor{}
+	for i := 0; i < len(entries); i += 2 {
+		d.Entries = append(d.Entries, &commonv3.RateLimitDescriptor_Entry{Key: entries[i], Value: entries[i+1]})
+	}
+	return d
+}
+
+func should(t *testing.T, c ratelimitv3.RateLimitServiceClient, r *ratelimitv3.RateLimitRequest) *ratelimitv3.RateLimitResponse {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	out, err := c.ShouldRateLimit(ctx, r, grpc.WaitForReady(true))
+	require.NoError(t, err)
+	return out
+}
+
+func eventually(t *testing.T, holds func() bool, what string) {
+	t.Helper()
+	require.Eventually(t, holds, patience, 10*time.Millisecond, what)
+}
+
+func TestTheCommandsOfTheReadmeServe(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	for i := range 6 {
+		a := d.post(t, "/v1/decide", `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`)
+		if i < 5 {
+			require.Equal(t, http.StatusOK, a.status, a.body)
+			require.Equal(t, true, a.json(t)["allowed"])
+			continue
+		}
+		require.Equal(t, http.StatusTooManyRequests, a.status)
+		require.NotEmpty(t, a.header.Get("Retry-After"))
+	}
+}
+
+func TestNothingListensOnAPublicAddressByDefault(t *testing.T) {
+	t.Parallel()
+	c, err := parse([]string{"-rules", "x"}, func(string) string { return "" }, io.Discard)
+	require.NoError(t, err)
+	for _, address := range []string{c.grpc, c.http, c.admin} {
+		require.True(t, strings.HasPrefix(address, "localhost:"), address)
+	}
+}
+
+func TestWrongFlagsAreAllTold(t *testing.T) {
+	t.Parallel()
+	var stderr bytes.Buffer
+	status := command(t.Context(), []string{"-storage", "disk", "-on-storage-error", "shrug", "-tls-key", "x"}, io.Discard, &stderr)
+	require.Equal(t, 2, status)
+	for _, word := range []string{`-storage is "disk"`, `-on-storage-error is "shrug"`, "-tls-cert and -tls-key", "-rules"} {
+		require.Contains(t, stderr.String(), word)
+	}
+	for _, args := range [][]string{{"walk"}, {"serve", "-nope"}, {"serve", "-rules", "x", "y"}, {"-entry", "path=X", "-rules", "x"}, {"-trust", "x", "-rules", "y"}, {"check"}, {"match"}, {"match", "../examples/rules", "x"}} {
+		require.Equal(t, 2, command(t.Context(), args, io.Discard, io.Discard), args)
+	}
+	require.Equal(t, 0, command(t.Context(), []string{"serve", "-help"}, io.Discard, io.Discard))
+}
+
+func TestSecretsAreInNoErrorAndNoHelp(t *testing.T) {
+	t.Setenv("THROTTLERD_REDIS_URL", "redis://:s3cret-word@localhost:x")
+	t.Setenv("THROTTLERD_POSTGRES_URL", "postgres://a:s3cret-word@@localhost/x")
+	t.Setenv("THROTTLERD_ADMIN_TOKEN", "s3cret-word-too-long")
+	var said bytes.Buffer
+	require.Equal(t, 0, command(t.Context(), []string{"-help"}, &said, &said))
+	for _, storage := range []string{"redis", "postgres", "failover"} {
+		require.Equal(t, 1, command(t.Context(), []string{"-rules", "../examples/rules", "-storage", storage}, &said, &said))
+	}
+	require.Contains(t, said.String(), "-redis-url")
+	require.Contains(t, said.String(), "-postgres-url")
+	require.NotContains(t, said.String(), "s3cret")
+}
+
+func TestCheckTellsEveryFaultWithItsPlace(t *testing.T) {
+	t.Parallel()
+	var stdout, stderr bytes.Buffer
+	require.Equal(t, 0, command(t.Context(), []string{"check", "../examples/rules"}, &stdout, &stderr))
+	require.Contains(t, stdout.String(), "13 rules of 3 domains")
+	file := written(t, "domain: x\nrules:\n  - name: a\n    limit: [5/10s]\n  - name: b\n    limits: [five]\n")
+	require.Equal(t, 1, command(t.Context(), []string{"check", file}, &stdout, &stderr))
+	require.Contains(t, stderr.String(), "rules.yaml:4:5")
+	require.Contains(t, stderr.String(), `"limits"`)
+	require.Contains(t, stderr.String(), "rules.yaml:6:")
+}
+
+func TestMatchSaysWhichRulesApplyAndWhyOthersDoNot(t *testing.T) {
+	t.Parallel()
+	var stdout bytes.Buffer
+	args := []string{"match", "../examples/rules", "-domain", "api", "path=/api/x", "user=42"}
+	require.Equal(t, 0, command(t.Context(), args, &stdout, io.Discard))
+	require.Contains(t, stdout.String(), "applies  api\n")
+	require.Contains(t, stdout.String(), `does not login: `)
+}
+
+func TestSchemaPrintsTheSchema(t *testing.T) {
+	t.Parallel()
+	var stdout bytes.Buffer
+	require.Equal(t, 0, command(t.Context(), []string{"schema"}, &stdout, io.Discard))
+	require.True(t, json.Valid(stdout.Bytes()))
+}
+
+func TestWrongRulesAtTheBeginningAreNotServed(t *testing.T) {
+	t.Parallel()
+	var stderr bytes.Buffer
+	require.Equal(t, 1, command(t.Context(), []string{"-rules", written(t, "domain: x\nrules: [{nam: a}]\n")}, io.Discard, &stderr))
+	require.Contains(t, stderr.String(), `did you mean "name"`)
+}
+
+func TestAChangedFileCountsAndWhatWasSpentStaysSpent(t *testing.T) {
+	t.Parallel()
+	file := written(t, "domain: x\nrules: [{name: a, limits: [2/1h]}]\n")
+	d := start(t, nil, "-rules", file)
+	const body = `{"domain":"x","entries":{}}`
+	for _, status := range []int{200, 200, 429} {
+		require.Equal(t, status, d.post(t, "/v1/decide", body).status)
+	}
+	require.NoError(t, os.WriteFile(file, []byte("domain: x\nrules: [{name: a, limits: [3/1h]}]\n"), 0o600))
+	eventually(t, func() bool { return d.post(t, "/v1/decide", body).status == 200 }, "the file counts")
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+
+	require.NoError(t, os.WriteFile(file, []byte("domain: x\nrules: [{name: a, limit: [9/1h]}]\n"), 0o600))
+	eventually(t, func() bool { return strings.Contains(d.get(t, "/readyz").body, "rules_error") }, "the fault is told")
+	a := d.get(t, "/readyz")
+	require.Equal(t, 200, a.status)
+	require.Contains(t, a.body, "rules.yaml:2:")
+	require.Contains(t, d.log.String(), "rules.yaml:2:")
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status, "the rules before still decide")
+
+	require.NoError(t, os.WriteFile(file, []byte("domain: x\nrules: [{name: a, limits: [4/1h]}]\n"), 0o600))
+	eventually(t, func() bool { return !strings.Contains(d.get(t, "/readyz").body, "rules_error") }, "the fault is mended")
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status)
+}
+
+func TestTheEndAnswersWhatHasBegun(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	client := d.envoy(t)
+	should(t, client, ask("envoy", "remote_address", "192.0.2.9"))
+	reader, writer := io.Pipe()
+	answered := make(chan int, 1)
+	go func() {
+		r, _ := http.NewRequestWithContext(context.WithoutCancel(t.Context()), http.MethodPost, "http://"+d.address("http")+"/v1/decide", reader)
+		out, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(r)
+		if err != nil {
+			answered <- 0
+			return
+		}
+		_ = out.Body.Close()
+		answered <- out.StatusCode
+	}()
+	_, err := writer.Write([]byte(`{"domain":"api",`)) // the server reads it
+	require.NoError(t, err)
+	eventually(t, func() bool { return d.get(t, "/healthz").status == 200 }, "the server runs")
+	stopped := make(chan error, 1)
+	go func() { stopped <- d.stop() }()
+	_, err = client.ShouldRateLimit(t.Context(), ask("envoy", "remote_address", "192.0.2.9"))
+	_ = err // either is right: it was before the end, or refused
+	_, err = writer.Write([]byte(`"entries":{"path":"/api/x","user":"42"}}`))
+	require.NoError(t, err)
+	require.NoError(t, writer.Close())
+	require.Equal(t, 200, <-answered)
+	require.NoError(t, <-stopped)
+	require.Contains(t, d.log.String(), `"stopped"`)
+}
