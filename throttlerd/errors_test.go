@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
+	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/rules"
+)
+
+const tableRules = `domain: api
+rules:
+- {name: spent, when: {path: /spent}, limits: [1/1h]}
+- {name: sized, when: {path: /sized}, cost: size, limits: [5/1h]}
+- {name: never, when: {path: /never}, limits: [0/1h]}
+`
+
+// situation is a row of the table in docs/throttlerd.md.
+type situation struct {
+	name   string
+	flags  []string
+	domain string // api if empty
+	path   string
+	size   string
+	gone   bool // the daemon is stopped
+
+	// What is answered, where "-" is nothing.
+	grpc                       string
+	json, decide, nginx, caddy int
+}
+
+var situations = []situation{
+	{name: "admitted", path: "/free", grpc: "OK", json: 200, decide: 200, nginx: 200, caddy: 200},
+	{name: "denied", path: "/spent", grpc: "OVER_LIMIT", json: 429, decide: 429, nginx: 429, caddy: 429},
+	{name: "the cost exceeds the capacity", path: "/sized", size: "6", grpc: "OVER_LIMIT", json: 429, decide: 413, nginx: 429, caddy: 413},
+	{name: "the capacity is 0", path: "/never", grpc: "OVER_LIMIT", json: 429, decide: 403, nginx: 429, caddy: 403},
+	{name: "the cost is no number", path: "/sized", size: "many", grpc: "OVER_LIMIT", json: 400, decide: 400, nginx: 500, caddy: 400},
+	{name: "the cost is below zero", path: "/sized", size: "-1", grpc: "OVER_LIMIT", json: 400, decide: 400, nginx: 500, caddy: 400},
+	{name: "the domain has no rules", domain: "nope", path: "/free", grpc: "OVER_LIMIT", json: 404, decide: 404, nginx: 500, caddy: 404},
+	{name: "the same with -on-unknown-domain allow", domain: "nope", path: "/free", flags: []string{"-on-unknown-domain", "allow"}, grpc: "OK", json: 200, decide: 200, nginx: 200, caddy: 200},
+	{name: "the storage fails", path: "/spent", flags: noRedis(), grpc: "OVER_LIMIT", json: 503, decide: 503, nginx: 500, caddy: 503},
+	{name: "the same with -on-storage-error error", path: "/spent", flags: noRedis("-on-storage-error", "error"), grpc: "Unavailable", json: 503, decide: 503, nginx: 500, caddy: 503},
+	{name: "the same with -on-storage-error allow", path: "/spent", flags: noRedis("-on-storage-error", "allow"), grpc: "OK", json: 200, decide: 200, nginx: 200, caddy: 200},
+	{name: "throttlerd is gone", path: "/free", gone: true, grpc: "Unavailable", nginx: 500, caddy: 502},
+}
+
+// noRedis names a port that nobody can listen on.
+func noRedis(more ...string) []string {
+	return append([]string{"-storage", "redis", "-redis-url", "redis://127.0.0.1:1"}, more...)
+}
+
+func TestWhatEveryErrorLooksLike(t *testing.T) {
+	t.Parallel()
+	for _, s := range situations {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			s.run(t)
+		})
+	}
+}
+
+func (s situation) run(t *testing.T) {
+	d := start(t, nil, append([]string{"-rules", written(t, tableRules), "-entry", "size=X-Size"}, s.flags...)...)
+	domain := s.domain
+	if domain == "" {
+		domain = "api"
+	}
+	d.post(t, "/v1/decide", `{"domain":"api","entries":{"path":"/spent"}}`)
+	all := map[string]*gateway{}
+	for _, name := range slices.Sorted(maps.Keys(gateways)) {
+		all[name] = startGateway(t, name, d.address("http"), domain)
+	}
+	entries := []string{"path", s.path}
+	if s.size != "" {
+		entries = append(entries, "size", s.size)
+	}
+	client := d.envoy(t)
+	if s.gone {
+		require.NoError(t, d.stop())
+	} else {
+		require.Equal(t, s.json, d.post(t, "/json", jsonOf(t, ask(domain, entries...))).status, "/json")
+		require.Equal(t, s.decide, d.post(t, "/v1/decide", decideOf(domain, entries...)).status, "/v1/decide")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	out, err := client.ShouldRateLimit(ctx, ask(domain, entries...))
+	got := out.GetOverallCode().String()
+	if err != nil {
+		got = status.Code(err).String()
+	} else {
+		require.Len(t, out.GetStatuses(), 1)
+		require.Equal(t, got, out.GetStatuses()[0].GetCode().String())
+	}
+	require.Equal(t, s.grpc, got, "gRPC")
+	for name, want := range map[string]int{"nginx": s.nginx, "caddy": s.caddy} {
+		a := do(t, "GET", all[name].url+s.path, "", "X-Size", s.size)
+		require.Equal(t, want, a.status, "%s: %s", name, a.body)
+		require.Equal(t, want == 200, all[name].served.Load() == 1, name)
+	}
+}
+
+func jsonOf(t *testing.T, r *ratelimitv3.RateLimitRequest) string {
+	t.Helper()
+	data, err := json.Marshal(map[string]any{"domain": r.GetDomain(), "descriptors": r.GetDescriptors()})
+	require.NoError(t, err)
+	return string(data)
+}
+
+func decideOf(domain string, entries ...string) string {
+	var pairs []string
+	for i := 0; i < len(entries); i += 2 {
+		pairs = append(pairs, fmt.Sprintf("%q:%q", entries[i], entries[i+1]))
+	}
+	return fmt.Sprintf(`{"domain":%q,"entries":{%s}}`, domain, strings.Join(pairs, ","))
+}
+
+func TestTheDocHasTheTable(t *testing.T) {
+	t.Parallel()
+	doc, err := os.ReadFile("../docs/throttlerd.md")
+	require.NoError(t, err)
+	for _, s := range situations {
+		number := func(n int) string {
+			if n == 0 {
+				return "–"
+			}
+			return fmt.Sprint(n)
+		}
+		row := fmt.Sprintf("| %s | %s | %s | %s | %s | %s |", s.name, s.grpc, number(s.json), number(s.decide), number(s.nginx), number(s.caddy))
+		require.Contains(t, strings.ReplaceAll(string(doc), "`", ""), row)
+	}
+}
+
+func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	c := d.envoy(t)
+	wrongUnit := ask("envoy", "a", "b")
+	wrongUnit.Descriptors[0].Limit = &commonv3.RateLimitDescriptor_RateLimitOverride{RequestsPerUnit: 5}
+	many := ask("envoy", "remote_address", "0")
+	for i := range 300 {
+		many.Descriptors = append(many.Descriptors, described("remote_address", fmt.Sprint(i)))
+	}
+	for name, r := range map[string]*ratelimitv3.RateLimitRequest{
+		"nothing": {}, "no descriptors": {Domain: "envoy"}, "no domain": ask("", "remote_address", "1"),
+		"an override without a unit": wrongUnit, "over 256 identifiers": many,
+	} {
+		out := should(t, c, r)
+		require.Equal(t, codeOver, out.GetOverallCode(), name)
+		require.Len(t, out.GetStatuses(), len(r.GetDescriptors()), name)
+		require.NotEmpty(t, out.GetDynamicMetadata().AsMap()["error"], name)
+	}
+	long := ask("envoy", "remote_address", strings.Repeat("x", 100<<10))
+	require.Equal(t, codeOK, should(t, c, long).GetOverallCode(), "a long identifier is hashed")
+	for _, body := range []string{"", "{", "[]", `{"domain":1}`, `{"domain":"envoy"}`, `{"domain":"envoy","descriptors":[]}`, `{"nope":1}`} {
+		require.Equal(t, http.StatusBadRequest, d.post(t, "/json", body).status, body)
+	}
+	for _, body := range []string{"", "{", "[]", "{}", `{"entries":1}`, `{"entries":{"a":1}}`, `{"entries":{},"nope":1}`, `{"entries":{}} {}`, `{"entries":{},"mode":"steal"}`, `{"entries":{},"limit":"five"}`, `{"domain":"api","entries":{"path":"/api/x","user":"1"},"cost":-1}`} {
+		require.Equal(t, http.StatusBadRequest, d.post(t, "/v1/decide", body).status, body)
+	}
+}
+
+func TestATooLargeMessageIsAGRPCError(t *testing.T) {
+	t.Parallel()
+	c := start(t, nil, "-rules", "../examples/rules").envoy(t)
+	_, err := c.ShouldRateLimit(t.Context(), ask("envoy", "remote_address", strings.Repeat("x", 5<<20)))
+	require.Equal(t, codes.ResourceExhausted, status.Code(err))
+}
+
+func TestAFaultOfTheProgramLetsNobodyIn(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	broken := *d.service
+	broken.engine = &rules.Engine{} // panics
+	out := broken.decide(t.Context(), rules.Request{})
+	require.ErrorIs(t, out.err, errInternal)
+	require.False(t, out.v.Allowed)
+	require.Equal(t, codeOver, broken.response(ask("x", "a", "b"), out).GetOverallCode())
+}
+
+func TestAStateOfSomebodyElseLetsNobodyIn(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	d := start(t, nil, "-rules", written(t, tableRules), "-storage", "redis", "-redis-url", server.URL(), "-on-storage-error", "allow")
+	require.Equal(t, 200, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
+	o, err := redis.ParseURL(server.URL())
+	require.NoError(t, err)
+	client := redis.NewClient(o)
+	defer func() { _ = client.Close() }()
+	keys, err := client.Keys(t.Context(), "*spent*").Result()
+	require.NoError(t, err)
+	require.Len(t, keys, 1)
+	require.NoError(t, client.Set(t.Context(), keys[0], "hello", 0).Err())
+	require.Equal(t, 503, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
+	require.Equal(t, codeOver, should(t, d.envoy(t), ask("api", "path", "/spent")).GetOverallCode())
+	eventually(t, func() bool { return strings.Contains(d.log.String(), "could not be decided") }, "it is logged")
+}
+
+var passwords = regexp.MustCompile(`s3cret`)
+
+func TestARedisThatComesBackIsReadyAgain(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t, "--requirepass", "s3cret")
+	url := strings.Replace(server.URL(), "redis://", "redis://:s3cret@", 1)
+	require.NoError(t, server.Kill())
+	d := start(t, map[string]string{"THROTTLERD_REDIS_URL": url}, "-rules", written(t, tableRules), "-storage", "redis")
+	eventually(t, func() bool { return d.get(t, "/readyz").status == 503 }, "it starts without Redis, and says so")
+	require.Equal(t, 503, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
+	require.NoError(t, server.Start())
+	eventually(t, func() bool { return d.get(t, "/readyz").status == 200 }, "it is ready")
+	require.Equal(t, 200, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
+	require.Contains(t, d.log.String(), "not ready")
+	require.Contains(t, d.log.String(), "ready again")
+	require.False(t, passwords.MatchString(d.log.String()))
+}
+
+func TestWithFailoverNobodySeesThatRedisDies(t *testing.T) {
+	t.Parallel()
+	redis, postgres := servers.Redis(t), servers.Postgres(t)
+	d := start(t, nil, "-rules", "../examples/rules", "-storage", "failover", "-redis-url", redis.URL(), "-postgres-url", postgres.URL())
+	c := d.envoy(t)
+	deadline := time.Now().Add(patience)
+	for i, killed := 0, false; ; i++ {
+		out := should(t, c, ask("envoy", "remote_address", fmt.Sprint(i)))
+		require.Equal(t, codeOK, out.GetOverallCode())
+		if i == 20 {
+			require.NoError(t, redis.Kill())
+			killed = true
+		}
+		if killed && strings.Contains(d.log.String(), "Postgres decides") {
+			break
+		}
+		require.True(t, time.Now().Before(deadline), d.log)
+	}
+	require.Equal(t, 200, d.get(t, "/readyz").status)
+}
+
+func TestTwoDaemonsWithATableAgree(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	flags := []string{"-source", "postgres", "-storage", "postgres", "-postgres-url", server.URL(), "-rules", written(t, "rules: [{name: a, limits: [1/1h]}]\n")}
+	a, b := start(t, withToken, flags...), start(t, withToken, flags...)
+	const body = `{"entries":{}}`
+	require.Equal(t, 200, a.post(t, "/v1/decide", body).status)
+	require.Equal(t, 429, b.post(t, "/v1/decide", body).status, "they share what is spent")
+	out := a.administer(t, "PUT", "/v1/rules/rules.yaml", "rules: [{name: a, limits: [2/1h]}]\n", "If-Match", "*")
+	require.Equal(t, 200, out.status, out.body)
+	eventually(t, func() bool { return b.post(t, "/v1/decide", body).status == 200 }, "and the rules")
+	require.Equal(t, 429, a.post(t, "/v1/decide", body).status)
+}
