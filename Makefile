@@ -14,7 +14,7 @@ BENCH     ?= .
 BENCHTIME ?= 1s
 
 # Modules of their own, whose dependencies are not the root module's.
-NESTED := throttlerprom throttlerotel watch examples/observed internal/faulttest internal/adapters internal/browsertest benchmarks
+NESTED := throttlerd throttlerprom throttlerotel watch examples/observed internal/faulttest internal/adapters internal/browsertest benchmarks
 
 GOLANGCI_LINT_VERSION := v2.12.0
 BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
@@ -57,6 +57,7 @@ test: servers ## Vet, test with the race detector and on 32 bits, fuzz each targ
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(test-32-bit)
+	cd throttlerd && $(GO) test -race ./...
 	cd throttlerprom && $(GO) test -race ./...
 	cd throttlerotel && $(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
@@ -70,6 +71,7 @@ test: servers ## Vet, test with the race detector and on 32 bits, fuzz each targ
 test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
 	$(MAKE) simulate
+	cd throttlerd && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd throttlerprom && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd throttlerotel && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
@@ -81,12 +83,14 @@ test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, tes
 	GO='$(GO)' internal/servers/others.sh
 
 # A server that runs, or a program in another place, is named in the environment.
-servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus, nginx, caddy
 	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
 	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
 	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
 	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || internal/servers/install.sh chromium
 	@command -v prometheus promtool >/dev/null || internal/servers/install.sh prometheus
+	@[ -n "$$NGINX" ] || command -v nginx /usr/sbin/nginx >/dev/null || internal/servers/install.sh nginx
+	@[ -n "$$CADDY" ] || command -v caddy >/dev/null || internal/servers/install.sh caddy
 
 simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an hour
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBound|TestAllIsBack)' ./storage/failover

@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/go-throttler/throttler/rules"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
@@ -69,7 +70,7 @@ func opened[S storage.Storage](s S, err error) (storage.Storage, error) {
 func openRedis(c *config, closing *closing) (*redisstore.Storage, error) {
 	o := &redisstore.Options{}
 	if c.redisTag {
-		o.HashTag = domainOf
+		o.HashTag = rules.HashTag
 	}
 	s, err := redisstore.Open(c.redisURL, o)
 	if err != nil {
@@ -77,21 +78,6 @@ func openRedis(c *config, closing *closing) (*redisstore.Storage, error) {
 	}
 	closing.then(s.Close)
 	return s, nil
-}
-
-// domainOf is the beginning of an identifier of package rules: " key=length:value" of the domain, in which the length
-// says where it ends.
-func domainOf(identifier string) string {
-	head, rest, _ := strings.Cut(identifier, ":")
-	_, digits, _ := strings.Cut(head, "=")
-	n := 0
-	for _, d := range digits {
-		if d < '0' || d > '9' || n > len(identifier) {
-			return identifier
-		}
-		n = 10*n + int(d-'0')
-	}
-	return rest[:min(n, len(rest))]
 }
 
 func openPostgres(ctx context.Context, c *config, closing *closing) (*pgstore.Storage, error) {
