@@ -200,7 +200,10 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	defer stop()
 	d.probe(running)
 	tasks.Go(func() { d.watch(running) })
-	tasks.Go(func() { d.reloadOnHangup(running) })
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	tasks.Go(func() { d.reloadOn(running, hangup) })
 	failed := make(chan error, len(d.listeners))
 	for _, l := range d.listeners {
 		tasks.Go(func() { failed <- l.serve(l.l) })
@@ -257,10 +260,7 @@ func (d *daemon) close(ctx context.Context) error {
 	return d.closing.close(ctx)
 }
 
-func (d *daemon) reloadOnHangup(ctx context.Context) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+func (d *daemon) reloadOn(ctx context.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-hangup:

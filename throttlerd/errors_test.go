@@ -18,6 +18,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	"github.com/go-throttler/throttler/internal/servers"
@@ -220,6 +221,10 @@ func TestARedisThatComesBackIsReadyAgain(t *testing.T) {
 	require.NoError(t, server.Kill())
 	d := start(t, map[string]string{"THROTTLERD_REDIS_URL": url}, "-rules", written(t, tableRules), "-storage", "redis")
 	eventually(t, func() bool { return d.get(t, "/readyz").status == 503 }, "it starts without Redis, and says so")
+	health := healthv1.NewHealthClient(d.dial(t))
+	out, err := health.Check(t.Context(), &healthv1.HealthCheckRequest{})
+	require.NoError(t, err)
+	require.Equal(t, healthv1.HealthCheckResponse_NOT_SERVING, out.GetStatus())
 	require.Equal(t, 503, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
 	require.NoError(t, server.Start())
 	eventually(t, func() bool { return d.get(t, "/readyz").status == 200 }, "it is ready")
@@ -262,4 +267,21 @@ func TestTwoDaemonsWithATableAgree(t *testing.T) {
 	require.Equal(t, 200, out.status, out.body)
 	eventually(t, func() bool { return b.post(t, "/v1/decide", body).status == 200 }, "and the rules")
 	require.Equal(t, 429, a.post(t, "/v1/decide", body).status)
+}
+
+func TestOnAClusterADomainIsInOneSlotOrDenied(t *testing.T) {
+	t.Parallel()
+	cluster := servers.RedisCluster(t, 3)
+	url := cluster.Nodes[0].URL() + "?addr=" + cluster.Nodes[1].Addr()
+	file := written(t, "domain: api\nrules:\n- {name: a, per: [k], limits: [9/1h]}\n- {name: b, per: [k], limits: [1/1h]}\n- {name: c, limits: [9/1h]}\n")
+	flags := []string{"-rules", file, "-storage", "redis", "-redis-url", url}
+	together := start(t, nil, append(flags, "-redis-slot-by-domain")...).envoy(t)
+	require.Equal(t, codeOK, should(t, together, ask("api", "k", "1")).GetOverallCode())
+	out := should(t, together, ask("api", "k", "1"))
+	require.Equal(t, codeOver, out.GetOverallCode())
+	require.Equal(t, []any{"b"}, out.GetDynamicMetadata().AsMap()["denied_by"])
+	apart := start(t, nil, flags...).envoy(t)
+	out = should(t, apart, ask("api", "k", "2"))
+	require.Equal(t, codeOver, out.GetOverallCode())
+	require.NotEmpty(t, out.GetDynamicMetadata().AsMap()["error"])
 }

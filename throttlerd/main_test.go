@@ -80,7 +80,11 @@ func (r *running) address(name string) string {
 
 // envoy is a client of the gRPC listener.
 func (r *running) envoy(t *testing.T) ratelimitv3.RateLimitServiceClient {
-	return ratelimitv3.NewRateLimitServiceClient(r.dial(t))
+	return envoyClient(r.dial(t))
+}
+
+func envoyClient(c *grpc.ClientConn) ratelimitv3.RateLimitServiceClient {
+	return ratelimitv3.NewRateLimitServiceClient(c)
 }
 
 func (r *running) dial(t *testing.T, o ...grpc.DialOption) *grpc.ClientConn {
