@@ -1,11 +1,17 @@
 package main
 
 import (
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
 )
 
 const token = "correct-horse-battery"
@@ -125,4 +131,23 @@ func TestTheBodyOfAFileIsBounded(t *testing.T) {
 	d := start(t, withToken, "-source", "memory")
 	a := d.administer(t, "PUT", "/v1/rules/x", strings.Repeat("#", maxRules+1), "If-Match", "*")
 	require.Equal(t, http.StatusRequestEntityTooLarge, a.status)
+}
+
+// TestAnAnswerWaitsForTheReload has a source that tells nobody of changes, and an engine that does not look.
+func TestAnAnswerWaitsForTheReload(t *testing.T) {
+	t.Parallel()
+	limits, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	source := struct{ rules.Store }{rules.NewMemory()}
+	engine, err := rules.NewEngine(limits, source, &rules.Options{Interval: time.Hour})
+	require.NoError(t, err)
+	defer engine.Close()
+	api := newAdmin(engine, source, token, slog.New(slog.DiscardHandler)).handler()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/rules/x", strings.NewReader("rules: [{name: a, limits: [1/1h]}]"))
+	r.Header.Set("Authorization", "bearer "+token)
+	r.Header.Set("If-None-Match", "*")
+	w := httptest.NewRecorder()
+	api.ServeHTTP(w, r)
+	require.Equal(t, http.StatusOK, w.Code, w.Body)
+	require.Len(t, engine.Rules().Rules(), 1)
 }

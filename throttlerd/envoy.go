@@ -114,14 +114,14 @@ func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Buck
 	if !known {
 		return throttler.Bucket{}, malformed("a limit has the unit %s", o.GetUnit())
 	}
-	times := time.Duration(1)
+	times := int64(1)
 	if m := o.GetUnitMultiplier(); m != nil {
-		times = time.Duration(m.GetValue())
+		times = int64(m.GetValue())
 	}
-	if times < 1 || times > longest/unit {
+	if times < 1 || times > int64(longest/unit) {
 		return throttler.Bucket{}, malformed("a limit has a unit_multiplier of %d", times)
 	}
-	return throttler.NewBucket(times*unit, int64(o.GetRequestsPerUnit())).FixedWindow(), nil
+	return throttler.NewBucket(time.Duration(times*int64(unit)), int64(o.GetRequestsPerUnit())).FixedWindow(), nil
 }
 
 // response tells Envoy what was decided. It has a status for each descriptor.

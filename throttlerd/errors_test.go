@@ -267,6 +267,8 @@ func TestTwoDaemonsWithATableAgree(t *testing.T) {
 	require.Equal(t, 200, out.status, out.body)
 	eventually(t, func() bool { return b.post(t, "/v1/decide", body).status == 200 }, "and the rules")
 	require.Equal(t, 429, a.post(t, "/v1/decide", body).status)
+	third := start(t, nil, "-source", "postgres", "-postgres-url", server.URL(), "-rules", "../examples/rules")
+	require.Len(t, third.engine.Rules().Rules(), 1, "a table that has rules gets no others")
 }
 
 func TestOnAClusterADomainIsInOneSlotOrDenied(t *testing.T) {

@@ -38,19 +38,17 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	do, known := commands[name]
 	if !known {
-		fmt.Fprintf(stderr, "throttlerd: %q is no command, must be serve, check, match or schema\n", name)
+		_, _ = fmt.Fprintf(stderr, "throttlerd: %q is no command, must be serve, check, match or schema\n", name)
 		return 2
 	}
 	err := do(ctx, args, stdout, stderr)
-	var wrong *usageError
-	switch {
-	case err == nil || errors.Is(err, flag.ErrHelp):
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
-	case errors.As(err, &wrong):
-		fmt.Fprintln(stderr, "throttlerd:", err)
+	}
+	_, _ = fmt.Fprintln(stderr, "throttlerd:", err)
+	if wrong := (*usageError)(nil); errors.As(err, &wrong) {
 		return 2
 	}
-	fmt.Fprintln(stderr, "throttlerd:", err)
 	return 1
 }
 
@@ -86,7 +84,7 @@ func check(ctx context.Context, args []string, stdout, _ io.Writer) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "%d rules of %d domains are fine\n", len(set.Rules()), len(set.Domains()))
+	_, _ = fmt.Fprintf(stdout, "%d rules of %d domains are fine\n", len(set.Rules()), len(set.Domains()))
 	return nil
 }
 
@@ -122,9 +120,9 @@ func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	for _, x := range set.Explain(*domain, entries) {
 		if x.Applies {
-			fmt.Fprintf(stdout, "applies  %s\n", x.Rule.ID)
+			_, _ = fmt.Fprintf(stdout, "applies  %s\n", x.Rule.ID)
 		} else {
-			fmt.Fprintf(stdout, "does not %s: %s\n", x.Rule.ID, x.Why)
+			_, _ = fmt.Fprintf(stdout, "does not %s: %s\n", x.Rule.ID, x.Why)
 		}
 	}
 	return nil
