@@ -159,13 +159,14 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	}
 	for name, r := range map[string]*ratelimitv3.RateLimitRequest{
 		"nothing": {}, "no descriptors": {Domain: "envoy"}, "no domain": ask("", "remote_address", "1"),
-		"an override without a unit": wrongUnit, "over 256 identifiers": many,
+		"an override without a unit": wrongUnit, "over 256 descriptors": many,
 	} {
 		out := should(t, c, r)
 		require.Equal(t, codeOver, out.GetOverallCode(), name)
 		require.Len(t, out.GetStatuses(), len(r.GetDescriptors()), name)
 		require.NotEmpty(t, out.GetDynamicMetadata().AsMap()["error"], name)
 	}
+	require.Contains(t, should(t, c, many).GetDynamicMetadata().AsMap()["error"], "301 descriptors")
 	long := ask("envoy", "remote_address", strings.Repeat("x", 100<<10))
 	require.Equal(t, codeOK, should(t, c, long).GetOverallCode(), "a long identifier is hashed")
 	for _, body := range []string{"", "{", "[]", `{"domain":1}`, `{"domain":"envoy"}`, `{"domain":"envoy","descriptors":[]}`, `{"nope":1}`} {

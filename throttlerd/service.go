@@ -73,6 +73,9 @@ func decided(r *http.Request) *decision {
 	return d
 }
 
+// maxDescriptors is as many as a decision has identifiers: more would cost time and be refused in the end.
+const maxDescriptors = 256
+
 // decide decides. A request that nobody can decide is not admitted, unless a flag says so.
 func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	d = &decision{}
@@ -84,6 +87,10 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 			s.fault(d.err)
 		}
 	}()
+	if len(r.Descriptors) > maxDescriptors {
+		d.err = malformed("it has %d descriptors, must have at most %d", len(r.Descriptors), maxDescriptors)
+		return d
+	}
 	d.v, d.applied, d.err = s.engine.Decide(ctx, r)
 	switch {
 	case d.err == nil && d.v.Allowed && len(d.applied) == 0 && s.unknown(r.Domain):
