@@ -26,7 +26,7 @@ func reserver(t *testing.T, b ...throttler.Bucket) *throttler.Throttler {
 	return th
 }
 
-// reserves reserves n tokens within a minute and returns when they are due.
+// reserves takes n tokens ahead, within a minute, and returns when they are due.
 func reserves(t *testing.T, th *throttler.Throttler, n int64) (throttler.Verdict, time.Duration) {
 	t.Helper()
 	v, err := th.Reserve(t.Context(), "a", time.Minute, throttler.Cost(n))
@@ -236,7 +236,7 @@ func TestAtMostOfSeveralIdentifiersTakesWhatAllHave(t *testing.T) {
 	v, err = th.ConsumeAll(t.Context(), throttler.For("user", throttler.AtMost(8)), throttler.For("other", throttler.Cost(10)))
 	require.NoError(t, err)
 	assert.EqualValues(t, 10, v.Tokens())
-	assert.EqualValues(t, []int64{0, 0}, []int64{v.Levels()[0].Remaining, v.Levels()[1].Remaining})
+	assert.Equal(t, []int64{0, 0}, []int64{v.Levels()[0].Remaining, v.Levels()[1].Remaining})
 	require.NoError(t, th.Refund(t.Context(), v))
 	v, err = th.Consume("user", throttler.AtMost(8))
 	require.NoError(t, err)
@@ -280,9 +280,9 @@ func (w *waits) last() string {
 	return all[len(all)-1]
 }
 
-func (w *waits) begin(ctx context.Context, th *throttler.Throttler, id string, what any, o ...throttler.Option) {
+func (w *waits) begin(ctx context.Context, th *throttler.Throttler, id string, what any) {
 	go func() {
-		_, err := th.Wait(ctx, id, o...)
+		_, err := th.Wait(ctx, id)
 		w.note(what, err)
 	}()
 	synctest.Wait()

@@ -154,21 +154,21 @@ func New(c Config) (*Throttler, error) {
 // error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
 // fails in the middle may have taken the cost, once.
 func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(context.Background(), &v, storage.Take, 0, id, o)
+	err = t.decide(context.Background(), &v, storage.Take, id, o)
 	return v, err
 }
 
 // ConsumeContext is Consume that gives up when the context is done. A call that gave up in the
 // middle may have been charged, once.
 func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(ctx, &v, storage.Take, 0, id, o)
+	err = t.decide(ctx, &v, storage.Take, id, o)
 	return v, err
 }
 
 // Peek answers what Consume with the same options would answer now, and takes nothing: the Levels
 // of an allowed Peek are those after the cost. With Cost(0) they are those now.
 func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
-	err = t.decide(ctx, &v, storage.Peek, 0, id, o)
+	err = t.decide(ctx, &v, storage.Peek, id, o)
 	return v, err
 }
 
@@ -178,7 +178,7 @@ func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict
 // the error joins a *DebtError for each bucket of which that is so. In a bucket that is not Continuous the debt is forgiven after one period, SlidingWindow two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	var v Verdict
-	err := t.decide(ctx, &v, storage.Force, 0, id, o)
+	err := t.decide(ctx, &v, storage.Force, id, o)
 	t.waiters.tell(id, freed)
 	return err
 }
@@ -245,20 +245,20 @@ func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, 
 		return v, err
 	}
 	v.within = within
-	err = t.decide(ctx, &v, storage.Take, 0, id, o)
+	err = t.decide(ctx, &v, storage.Take, id, o)
 	return v, err
 }
 
 // decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
-// into its caller. The attempt is that of a Wait, else 0.
-func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option) error {
+// into its caller.
+func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
 	if err := t.add(v, mode, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
-		return t.wrong(ctx, v, mode, attempt, id, o, err)
+		return t.wrong(ctx, v, mode, 0, id, o, err)
 	}
-	return t.ask(ctx, v, mode, attempt)
+	return t.ask(ctx, v, mode, 0)
 }
 
-// wrong is the end of a call that no storage is asked about.
+// wrong is the end of a call that no storage is asked about. The attempt is that of a Wait, else 0.
 func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option, err error) error {
 	t.rejected(ctx, opOf(mode), attempt, id, err)
 	*v = t.tooCostly(ctx, err, For(id, slices.Clone(o)...)) // cloned, as the caller's are on its stack

@@ -174,16 +174,16 @@ func TestWhoLeavesLetsThoseBehindMoveUp(t *testing.T) {
 		th, w := leaky(t), &waits{start: time.Now()}
 		ctx, leave := context.WithCancel(t.Context())
 		w.begin(t.Context(), th, "a", "first")
-		w.begin(ctx, th, "a", "left")
+		w.begin(ctx, th, "a", "leaver")
 		w.begin(t.Context(), th, "a", "second")
-		w.begin(ctx, th, "a", "left")
+		w.begin(ctx, th, "a", "leaver")
 		w.begin(t.Context(), th, "a", "third")
 		<-time.After(50 * time.Millisecond)
 		leave()
 		synctest.Wait()
 		w.begin(t.Context(), th, "a", "fourth")
 		<-time.After(time.Second)
-		assert.Equal(t, []string{"first ok at 0s", "left left at 50ms", "left left at 50ms", "second ok at 100ms", "third ok at 200ms", "fourth ok at 300ms"}, w.said())
+		assert.Equal(t, []string{"first ok at 0s", "leaver left at 50ms", "leaver left at 50ms", "second ok at 100ms", "third ok at 200ms", "fourth ok at 300ms"}, w.said())
 	})
 }
 

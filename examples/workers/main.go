@@ -150,7 +150,7 @@ func (l *log) tell(out io.Writer) error {
 	}
 	slices.Sort(sent)
 	second, minute := l.most(time.Second), l.most(time.Minute)
-	fmt.Fprintf(out, "%d calls, by the workers: %v; at most %d in a second and %d in a minute\n", len(l.at), sent, second, minute)
+	_, _ = fmt.Fprintf(out, "%d calls, by the workers: %v; at most %d in a second and %d in a minute\n", len(l.at), sent, second, minute)
 	if second > 3 || minute > 101 { // the burst of 1 and what comes back
 		return errors.New("this is more than 2 a second and 100 a minute")
 	}

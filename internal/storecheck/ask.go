@@ -94,17 +94,25 @@ func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond 
 // Taken says that the costs were taken.
 func (v *Verdict) Taken() bool { return v.Allowed && v.request.Mode != storage.Peek }
 
-// Source, Degraded, At and Count are what the storage answered.
-func (v *Verdict) Source() string            { return v.answer.Source }
-func (v *Verdict) Degraded() bool            { return v.answer.Degraded }
-func (v *Verdict) At() int64                 { return v.answer.At }
+// Source is the storage's name of its kind.
+func (v *Verdict) Source() string { return v.answer.Source }
+
+// Degraded says that a fallback answered.
+func (v *Verdict) Degraded() bool { return v.answer.Degraded }
+
+// At is when the storage decided.
+func (v *Verdict) At() int64 { return v.answer.At }
+
+// Count is what it counted of bucket i.
 func (v *Verdict) Count(i int) storage.Count { return v.answer.Counts[i] }
 
-// Parts is how many parts the request had, 0 if none was answered, and Part is one of them.
-func (v *Verdict) Parts() int       { return len(v.request.Parts) }
+// Parts is how many parts the request had, 0 if none was answered.
+func (v *Verdict) Parts() int { return len(v.request.Parts) }
+
+// Part is part i of the request.
 func (v *Verdict) Part(i int) *Part { return &v.request.Parts[i] }
 
-// Cost is what was taken from bucket j of part i, and Tokens the most that was.
+// Cost is what was taken from bucket j of part i.
 func (v *Verdict) Cost(i, j int) int64 {
 	p := &v.request.Parts[i]
 	if p.AtMost {
@@ -113,6 +121,7 @@ func (v *Verdict) Cost(i, j int) int64 {
 	return p.Costs[j]
 }
 
+// Tokens is the most that was taken from a bucket.
 func (v *Verdict) Tokens() (most int64) {
 	if !v.Allowed {
 		return 0

@@ -458,9 +458,7 @@ func newTwin(t *testing.T, url string) *twin {
 func (w *twin) ask(t *testing.T, at time.Duration, mode storage.Mode, rules []law.Rule, costs ...int64) (allowed bool) {
 	t.Helper()
 	r := storecheck.Request{Name: w.name, Mode: mode, Clocked: true, Now: noon + at.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}}
-	for i, n := range costs {
-		r.Parts[0].Costs[i] = n
-	}
+	copy(r.Parts[0].Costs, costs)
 	want, err := storecheck.Decide(t.Context(), w.model, r)
 	require.NoError(t, err)
 	got, err := storecheck.Decide(t.Context(), w.s, r)
