@@ -373,7 +373,7 @@ func TestRecordThatCannotLockGivesUpInTimeAndNothingHasHappened(t *testing.T) {
 		assert.Equal(t, lockTimeout, code(err), "%v", err)
 	}) {
 		assert.Greater(t, took, 750*time.Millisecond, "it gave up early")
-		assert.Less(t, took, 1050*time.Millisecond, "it outlasted its timeout")
+		assert.Less(t, took, 1500*time.Millisecond, "it outlasted its timeout")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
