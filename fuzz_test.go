@@ -45,6 +45,7 @@ func FuzzBucket(f *testing.F) {
 	f.Add(int64(366*24*time.Hour), int64(math.MaxInt64), int64(math.MinInt64), "a\x00", uint8(3|32))
 	f.Add(int64(999), int64(0), int64(1<<51), "\xff", uint8(4|16|32))
 	f.Add(int64(1500), int64(1<<51-1), int64(0), "5/10s", uint8(2))
+	f.Add(int64(1148), int64(0), int64(0), "0", uint8(32))
 	f.Fuzz(func(t *testing.T, period, capacity, burst int64, name string, shape uint8) {
 		b := shaped(period, capacity, burst, name, shape)
 		th, err := throttler.New(throttler.Config{Clock: clock.NewMock(), Buckets: []throttler.Bucket{b}})
@@ -60,6 +61,11 @@ func FuzzBucket(f *testing.F) {
 		require.True(t, v.Allowed, "a new bucket is full")
 		require.Zero(t, v.Levels()[0].Remaining)
 		require.Equal(t, b.Capacity(), v.Levels()[0].Limit)
+		if b.Capacity() == 0 {
+			_, err = th.Consume("a")
+			require.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+			return
+		}
 		require.GreaterOrEqual(t, v.Levels()[0].ResetAfter, time.Microsecond)
 		require.NoError(t, th.Refund(t.Context(), v))
 		v, err = th.Peek(t.Context(), "a", throttler.Cost(0))
