@@ -444,11 +444,16 @@ func FuzzRule(f *testing.F) {
 	f.Add("1000/1m/sliding", uint8(3), int64(time.Minute), int64(1000), int64(-1))
 	f.Add("257/1µs/log", uint8(4), int64(time.Microsecond), int64(257), int64(0))
 	f.Add("", uint8(5), int64(999), int64(0), int64(0))
+	f.Add("nothing", uint8(1), int64(time.Hour), int64(0), int64(0))
+	f.Add("nothing", uint8(3), int64(1013), int64(0), int64(38))
 	f.Add("most", uint8(1), int64(math.MaxInt64), int64(math.MaxInt64), int64(math.MaxInt64))
 	f.Add("least", uint8(255), int64(math.MinInt64), int64(math.MinInt64), int64(math.MinInt64))
 	f.Fuzz(func(t *testing.T, name string, kind uint8, period, capacity, refill int64) {
 		w := wanted{name, law.Kind(kind), time.Duration(period), capacity, refill}
 		r, faults := law.NewRule(name, w.kind, w.period, capacity, refill)
+		if capacity == 0 && refill == 0 {
+			w.refill = 1 // of no tokens, none could come back
+		}
 		for _, fault := range faults {
 			if fault.Bucket != name || fault.Field == "" || fault.Reason == "" {
 				t.Errorf("%+v: a fault that does not say what is wrong: %#v", w, fault)
@@ -475,7 +480,7 @@ type wanted struct {
 func (w wanted) possible() bool {
 	return w.named() && w.kind <= law.SlidingLog &&
 		w.period >= time.Microsecond && w.period <= 366*24*time.Hour &&
-		small(w.capacity) && (w.kind != law.Continuous || small(w.refill) && w.comesBack()) &&
+		(w.capacity == 0 || small(w.capacity)) && (w.kind != law.Continuous || small(w.refill) && w.comesBack()) &&
 		w.tick() > 0
 }
 
@@ -530,7 +535,7 @@ func (w wanted) tickBy(largest int64) int64 {
 			return tick
 		}
 	}
-	most, best := (exact-1)/4/largest, int64(0)
+	most, best := (exact-1)/4/max(1, largest), int64(0)
 	for a := int64(1); a <= most; a *= 2 {
 		for b := a; b <= most; b *= 3 {
 			for c := b; c <= most; c *= 5 {
