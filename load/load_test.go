@@ -25,14 +25,15 @@ func (s *settable) set(f float64) { s.bits.Store(math.Float64bits(f)) }
 func (s *settable) now() float64  { return math.Float64frombits(s.bits.Load()) }
 
 // controlled runs a test in a bubble with a Controller, whose looks are in the middle of the intervals of the test.
+// Time in a bubble is virtual: no test here waits.
 func controlled(t *testing.T, s load.Signal, o *load.Options, test func(c *load.Controller, wait func(intervals int))) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		c, err := load.New(s, o)
 		require.NoError(t, err)
 		defer c.Close()
-		time.Sleep(interval / 2)
-		test(c, func(n int) { time.Sleep(time.Duration(n) * interval) })
+		<-time.After(interval / 2)
+		test(c, func(n int) { <-time.After(time.Duration(n) * interval) })
 	})
 }
 
@@ -122,7 +123,7 @@ func TestASignalThatBlocksLeavesTheShareAndHoldsUpNobody(t *testing.T) {
 		require.NoError(t, err)
 		answer <- 2
 		answer <- 2
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		assert.InDelta(t, 0.64, c.Share(), 1e-9)
 		c.Close()
 		c.Close()
@@ -142,7 +143,7 @@ func TestObserveIsToldEachLook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, err := load.New(s.now, &load.Options{Observe: func(share, signal float64) { looks = append(looks, look{share, signal}) }})
 		require.NoError(t, err)
-		time.Sleep(2*interval + interval/2)
+		<-time.After(2*interval + interval/2)
 		c.Close()
 	})
 	require.Len(t, looks, 2)

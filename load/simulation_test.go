@@ -96,7 +96,7 @@ func (s *server) run(end time.Duration) {
 		if x.at >= end {
 			return
 		}
-		time.Sleep(time.Until(s.began.Add(x.at)))
+		<-time.After(time.Until(s.began.Add(x.at))) // virtual: the run is in a bubble
 		s.now = x.at
 		x.do()
 	}
