@@ -83,7 +83,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
-	t.direct = t.memory != nil && t.clock == nil && t.observe == nil
+	t.direct = t.memory != nil && t.clock == nil
 	if t.cost == 0 {
 		t.cost = 1
 	}

@@ -155,7 +155,7 @@ func first(v *Verdict) string {
 	if v.more != nil {
 		return v.more.parts[0].Identifier
 	}
-	return v.one[0].Identifier
+	return v.few[0].Identifier
 }
 
 // largestCost is the most that v was asked of one bucket.

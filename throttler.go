@@ -35,7 +35,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // the storage, if it is one: called without copies
-	direct   bool             // by its own clock, and nobody observes
+	direct   bool             // by its own clock
 	cost     int64
 	defaults *set // nil: none
 	unknown  Policy
@@ -153,10 +153,60 @@ func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, 
 // decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
 // into its caller.
 func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
+	if t.direct && mode != storage.Force && t.decideOne(ctx, v, mode, id, o) {
+		return nil
+	}
 	if err := t.add(v, mode, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
 		return t.wrong(ctx, v, mode, 0, id, o, err)
 	}
 	return t.ask(ctx, v, mode, 0)
+}
+
+// decideOne is decide for nearly all calls: one cost of at most four buckets, of an identifier that the storage of this
+// process has. It reports false, and has done nothing, where that is not so or the call is wrong.
+func (t *Throttler) decideOne(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) bool {
+	s, cost := t.defaults, t.cost
+	if t.owned.Load() {
+		s = t.set(id)
+	}
+	for i := range o {
+		switch o := &o[i]; o.kind {
+		case costOption:
+			cost = o.n
+		case usingOption:
+			s = o.set
+		default:
+			return false
+		}
+	}
+	if s == nil || s.rules == nil || uint(len(id)-1) >= law.MaxIdentifier || ctx.Err() != nil {
+		return false
+	}
+	rules := s.rules
+	if s.elastic != nil && t.load != nil {
+		rules = s.elastic.at(t.load())
+	}
+	n := len(rules.Rules)
+	if n > inline || uint64(cost) > uint64(rules.Least) {
+		return false
+	}
+	v.few[0].Identifier, v.few[0].Rules, v.nParts, v.nBuckets = id, rules, 1, uint8(n)
+	v.costs = [inline]int64{cost, cost, cost, cost}
+	start := law.Elapsed()
+	v.at = law.MonotonicAt(start)
+	allowed, done := t.memory.DecideOne(t.name, mode, v.at, v.within, false, &v.few[0], v.costs[:n], v.counts[:n])
+	if !done {
+		v.nParts, v.nBuckets = 0, 0
+		return false
+	}
+	v.Allowed, v.source, v.peeked = allowed, runtime.Source, mode == storage.Peek
+	if !allowed || v.within != 0 {
+		v.waits()
+	}
+	if t.observe != nil {
+		t.tell(ctx, t.event(opOf(mode), 0, id, cost), v, nil, start, law.Elapsed())
+	}
+	return true
 }
 
 // wrong is the end of a call that no storage is asked about. The attempt is that of a Wait, else 0.
@@ -213,8 +263,8 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		s, cost = t.setOf(id, options)
 	}
 	if s == nil || len(s.buckets) == 0 {
-		if v.more == nil && v.one[0].Rules == nil {
-			v.one[0].Identifier = id // for Observe
+		if len(v.parts()) == 0 {
+			v.few[0].Identifier = id // for Observe
 		}
 		return t.unknownIdentifier(id, cost)
 	}
@@ -331,16 +381,6 @@ func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
 
 // ask has the storage decide on the request that v is, and observes.
 func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
-	if !t.direct || mode == storage.Force || len(v.parts()) == 0 {
-		return t.askAnyhow(ctx, v, mode, attempt)
-	}
-	if err := t.inMemory(ctx, v, mode, false, law.Monotonic()); err != nil {
-		return t.orAllow(ctx, v, mode, err)
-	}
-	return nil
-}
-
-func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	if t.observe != nil {
 		return t.askObserved(ctx, v, mode, attempt)
 	}
@@ -387,12 +427,7 @@ func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode,
 	var r storage.Request // field by field, as a literal would be made elsewhere and copied
 	var a storage.Answer
 	r.Name, r.Mode, r.Clocked, r.Now, r.Within = t.name, mode, clocked, now, v.within
-	if v.more == nil {
-		n := len(v.one[0].Rules.Rules)
-		r.Parts, r.Costs, a.Counts = v.one[:], v.costs[:n], v.counts[:n]
-	} else {
-		r.Parts, r.Costs, a.Counts = v.more.parts, v.more.costs, v.more.counts
-	}
+	r.Parts, r.Costs, a.Counts = v.parts(), v.asked(), v.all()
 	if err := t.memory.Decide(ctx, &r, &a); err != nil {
 		*v = Verdict{}
 		return err

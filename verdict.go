@@ -32,28 +32,30 @@ type Verdict struct {
 
 	degraded bool
 	peeked   bool
+	nParts   uint8 // of few
+	nBuckets uint8 // of costs and counts
 	source   string
 	at       int64 // when the storage decided: storage.Answer.At
 	within   int64 // storage.Request.Within
 	tokens   int64 // storage.Answer.Tokens
 
-	// The request and what the storage counted, bucket by bucket. Of a call with several parts or
-	// more than four buckets all of that is in more, and the fields here are not used.
-	one    [1]storage.Part // without rules if there are no parts
+	// The request and what the storage counted, bucket by bucket. Of a call with over two parts or
+	// over four buckets all of that is in more, and the fields here are not used.
+	few    [2]storage.Part
 	costs  [inline]int64
 	counts [inline]storage.Count
 	more   *more
 }
 
-// more has room for two parts of four buckets together, so that they take one allocation.
+// more has room for some parts of so many buckets together as one identifier can have, so that they take one allocation.
 type more struct {
 	parts  []storage.Part
 	costs  []int64
 	counts []storage.Count
 
-	someParts  [2]storage.Part
-	someCosts  [inline]int64
-	someCounts [inline]storage.Count
+	someParts  [inline]storage.Part
+	someCosts  [law.MaxBuckets]int64
+	someCounts [law.MaxBuckets]storage.Count
 }
 
 // Level is the state of one bucket right after a decision.
@@ -144,12 +146,21 @@ func (v *Verdict) Degraded() bool { return v.degraded }
 // Taken says that the costs were taken: v is Allowed, by a storage, and not the answer to a Peek.
 func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && len(v.parts()) > 0 }
 
-// add makes an identifier a part of the request, and returns its costs, which are 0.
+// add makes an identifier a part of the request, and returns its costs, which are 0 and lie there until the next part is
+// added.
 func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err error) {
-	n := len(rules.Rules)
-	if one := &v.one[0]; one.Rules == nil && v.more == nil && n <= inline {
-		one.Identifier, one.Rules = id, rules
-		return v.costs[:n], nil
+	for i := range v.parts() {
+		if v.parts()[i].Identifier == id {
+			return nil, fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, id)
+		}
+	}
+	from, n := int(v.nBuckets), len(rules.Rules)
+	if v.more == nil && int(v.nParts) < len(v.few) && from+n <= inline {
+		p := &v.few[v.nParts]
+		p.Identifier, p.Rules = id, rules
+		v.nParts++
+		v.nBuckets += uint8(n)
+		return v.costs[from : from+n], nil
 	}
 	return v.addMore(id, rules)
 }
@@ -157,71 +168,44 @@ func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err err
 func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	if v.more == nil {
 		m := &more{}
-		m.parts, m.costs, m.counts = m.someParts[:0], m.someCosts[:0], m.someCounts[:0]
-		if one := &v.one[0]; one.Rules != nil {
-			copy(m.add(one.Identifier, one.Rules), v.costs[:])
-			m.parts[0].AtMost = one.AtMost
-		}
+		m.parts = append(m.someParts[:0], v.parts()...)
+		m.costs = append(m.someCosts[:0], v.asked()...)
+		m.counts = m.someCounts[:len(m.costs)]
 		v.more = m
 	}
-	if len(v.more.parts) == maxParts {
+	m := v.more
+	if len(m.parts) == maxParts {
 		return nil, fmt.Errorf("%w: over %d of them in one call", ErrInvalidIdentifier, maxParts)
 	}
-	for i := range v.more.parts {
-		if v.more.parts[i].Identifier == id {
-			return nil, fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, id)
-		}
-	}
-	return v.more.add(id, rules), nil
-}
-
-// add adds a part and returns its costs, which are 0 and lie there until the next part is added.
-func (m *more) add(id string, rules *storage.RuleSet) []int64 {
 	from, n := len(m.costs), len(rules.Rules)
 	m.parts = append(m.parts, storage.Part{Identifier: id, Rules: rules})
-	if from == 0 && n > len(m.someCosts) {
-		room := &struct {
-			costs  [law.MaxBuckets]int64
-			counts [law.MaxBuckets]storage.Count
-		}{}
-		m.costs, m.counts = room.costs[:0], room.counts[:0]
-	}
 	m.costs = slices.Grow(m.costs, n)[:from+n]
 	m.counts = slices.Grow(m.counts, n)[:from+n]
 	clear(m.costs[from:])
-	return m.costs[from:]
+	return m.costs[from:], nil
 }
 
 // parts are those of the request.
 func (v *Verdict) parts() []storage.Part {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.parts
-	case v.one[0].Rules != nil:
-		return v.one[:]
 	}
-	return nil
+	return v.few[:v.nParts]
 }
 
 // asked are the costs, and all the counts, of all buckets through all parts in order.
 func (v *Verdict) asked() []int64 {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.costs
-	case v.one[0].Rules != nil:
-		return v.costs[:len(v.one[0].Rules.Rules)]
 	}
-	return nil
+	return v.costs[:v.nBuckets]
 }
 
 func (v *Verdict) all() []storage.Count {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.counts
-	case v.one[0].Rules != nil:
-		return v.counts[:len(v.one[0].Rules.Rules)]
 	}
-	return nil
+	return v.counts[:v.nBuckets]
 }
 
 // answered takes over what a storage says beside the counts, which are in place. The source is not read from the answer,
@@ -229,14 +213,19 @@ func (v *Verdict) all() []storage.Count {
 func (v *Verdict) answered(a *storage.Answer, source string, mode storage.Mode) {
 	v.Allowed, v.source, v.degraded, v.at, v.peeked = a.Allowed, source, a.Degraded, a.At, mode == storage.Peek
 	v.tokens = a.Tokens
-	if a.Allowed && v.within == 0 {
-		return
+	if !a.Allowed || v.within != 0 {
+		v.waits()
 	}
+}
+
+// waits sets RetryAfter, or the Delay of a reservation, to the longest that a bucket tells.
+func (v *Verdict) waits() {
 	wait := &v.RetryAfter
-	if a.Allowed {
+	if v.Allowed {
 		wait = &v.Delay
 	}
-	for i := range a.Counts {
-		*wait = max(*wait, duration(a.Counts[i].RetryAfter))
+	counts := v.all()
+	for i := range counts {
+		*wait = max(*wait, duration(counts[i].RetryAfter))
 	}
 }

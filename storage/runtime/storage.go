@@ -84,41 +84,43 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 // again is the short way for nearly all calls: one identifier that is there, or a few, with the buckets of the request and
 // states that fit into cells. It reports false, and has done nothing, when that is not so.
 func (s *Storage) again(now int64, r *storage.Request, a *storage.Answer) (done bool) {
-	if n := len(r.Parts); n != 1 {
-		return n > 1 && n <= inline && s.together(now, r, a)
+	switch n := len(r.Parts); {
+	case n == 1 && len(r.Costs) <= inline:
+		a.Allowed, done = s.DecideOne(r.Name, r.Mode, now, r.Within, r.Clocked, &r.Parts[0], r.Costs, a.Counts)
+	case n > 0 && n <= inline:
+		done = s.together(now, r, a)
 	}
-	p := &r.Parts[0]
-	h := hash(s.seed, r.Name, p.Identifier)
+	return done
+}
+
+// DecideOne is Decide for nearly all calls, from what a throttler has without a Request: one identifier that is there, with
+// up to four buckets, which are those of the part and whose states fit into cells. Now is the time by the clock of the
+// request, or of this process. It reports that it is not done, and has done nothing, when that is not so.
+func (s *Storage) DecideOne(name string, mode storage.Mode, now, within int64, clocked bool, p *storage.Part, costs []int64, counts []storage.Count) (allowed, done bool) {
+	h := maphash.String(s.seed, p.Identifier) // as hash does, which is not inlined
+	if name != "" {
+		h = hash(s.seed, name, p.Identifier)
+	}
 	sh := &s.shards[h>>56]
 	sh.mu.Lock()
-	i := sh.number(uint32(h), r.Name, p.Identifier)
-	if i < 0 {
-		sh.mu.Unlock()
-		return false
-	}
-	e := sh.entry(i)
-	if !p.AtMost && (e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules)) {
-		cells := e.all(len(r.Costs))
-		if len(cells) <= law.OneBuckets {
-			a.Allowed, done = law.DecideOne(r.Mode, now, r.Within, a.Counts, p.Rules, r.Costs, cells)
-		} else {
-			a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, []law.Asked{{Rules: p.Rules, Costs: r.Costs, Cells: cells}})
-		}
+	e := sh.find(uint32(h), name, p.Identifier)
+	if e != nil && !p.AtMost && (e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules)) {
+		allowed, done = law.DecideOne(mode, now, within, counts, p.Rules, costs, e.all(len(costs)))
 	}
 	if !done {
 		sh.mu.Unlock()
-		return false
+		return false, false
 	}
 	p.Identifier = e.id
-	due := sh.due(r.Clocked, 1)
+	due := sh.due(clocked, 1)
 	sh.mu.Unlock()
 	if due {
-		s.tidy(r.Name, r.Clocked, now, s.most)
+		s.tidy(name, clocked, now, s.most)
 	}
-	return true
+	return allowed, true
 }
 
-// together is again for a few identifiers.
+// together is again for a few identifiers, or more buckets.
 func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (done bool) {
 	var places [inline]place
 	var few [inline]*shard
@@ -256,7 +258,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	s.place(&p, name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()
-	if i := p.shard.number(p.tag, name, identifier); i >= 0 {
+	if e, i := p.shard.lookup(p.tag, name, identifier); e != nil {
 		p.shard.remove(i)
 		s.live.Add(-1)
 	}
