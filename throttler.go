@@ -117,7 +117,7 @@ func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode
 			return err
 		}
 	}
-	if reservable(v) {
+	if within > 0 && reservable(v) {
 		v.within = within
 	}
 	return t.ask(ctx, v, mode, attempt)

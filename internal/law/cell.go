@@ -95,11 +95,20 @@ func DecideCells(mode Mode, now, within int64, counts []Count, parts []Asked) (a
 	if !Clocked(now) {
 		return false, false
 	}
+	if len(counts) <= OneBuckets {
+		var before [OneBuckets]Cell
+		return decideCells(mode, now, within, counts, parts, before[:])
+	}
 	var room [MaxBuckets]Cell
 	before := room[:]
 	if len(counts) > len(room) {
 		before = make([]Cell, len(counts))
 	}
+	return decideCells(mode, now, within, counts, parts, before)
+}
+
+// decideCells is DecideCells with room for a cell of each bucket.
+func decideCells(mode Mode, now, within int64, counts []Count, parts []Asked, before []Cell) (allowed, known bool) {
 	n, did := 0, taken
 	for i := 0; i < len(parts) && did == taken; i++ {
 		took := 0
