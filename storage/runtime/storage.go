@@ -122,21 +122,25 @@ func (s *Storage) DecideOne(name string, mode storage.Mode, now, within int64, c
 
 // together is again for a few identifiers, or more buckets.
 func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (done bool) {
-	var places [inline]place
-	var few [inline]*shard
-	n := len(r.Parts)
-	for i := range n {
-		s.place(&places[i], r.Name, r.Parts[i].Identifier, r.Parts[i].Rules)
-		few[i] = places[i].shard
+	var tags [inline]uint32
+	var all, order [inline]uint8
+	locked := order[:0]
+	for i := range r.Parts {
+		h := hash(s.seed, r.Name, r.Parts[i].Identifier)
+		tags[i], all[i] = uint32(h), uint8(h>>56)
+		locked = inOrder(locked, all[i])
 	}
-	locked := ordered(few[:n])
-	for _, sh := range locked {
-		sh.mu.Lock()
+	for _, i := range locked {
+		s.shards[i].mu.Lock()
 	}
-	done = decideAt(places[:n], now, r, a)
-	due := done && locked[0].due(r.Clocked, n)
-	for _, sh := range locked {
-		sh.mu.Unlock()
+	var entries [inline]*entry
+	for i := range r.Parts {
+		entries[i] = s.shards[all[i]].find(tags[i], r.Name, r.Parts[i].Identifier)
+	}
+	done = decideIn(entries[:len(r.Parts)], now, r, a)
+	due := done && s.shards[locked[0]].due(r.Clocked, len(r.Parts))
+	for _, i := range locked {
+		s.shards[i].mu.Unlock()
 	}
 	if due {
 		s.tidy(r.Name, r.Clocked, now, s.most)
@@ -144,25 +148,24 @@ func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (do
 	return done
 }
 
-// decideAt decides in the cells of all places, whose shards are locked.
-func decideAt(places []place, now int64, r *storage.Request, a *storage.Answer) (done bool) {
+// decideIn decides in the cells of the entries of all parts, whose shards are locked. One that is not there is nil.
+func decideIn(entries []*entry, now int64, r *storage.Request, a *storage.Answer) (done bool) {
 	var few [inline]law.Asked
 	n := 0
-	for i := range places {
-		p := &places[i]
-		p.entry = p.shard.find(p.tag, r.Name, p.id)
-		if p.entry == nil || r.Parts[i].AtMost || !p.entry.layout.rules.SameLaws(p.rules) && !p.entry.layout.is(p.rules) {
+	for i, e := range entries {
+		p := &r.Parts[i]
+		if e == nil || p.AtMost || !e.layout.rules.SameLaws(p.Rules) && !e.layout.is(p.Rules) {
 			return false
 		}
 		from := n
-		n += len(p.rules.Rules)
-		few[i] = law.Asked{Rules: p.rules, Costs: r.Costs[from:n], Cells: p.entry.all(n - from)}
+		n += len(p.Rules.Rules)
+		few[i].Rules, few[i].Costs, few[i].Cells = p.Rules, r.Costs[from:n], e.all(n-from)
 	}
-	if a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, few[:len(places)]); !done {
+	if a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, few[:len(entries)]); !done {
 		return false
 	}
-	for i := range places {
-		r.Parts[i].Identifier = places[i].entry.id
+	for i, e := range entries {
+		r.Parts[i].Identifier = e.id
 	}
 	return true
 }
