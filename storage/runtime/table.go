@@ -81,7 +81,7 @@ func (sh *shard) find(tag uint32, name, id string) *entry {
 // lookup returns an identifier's entry and its number, or nil.
 func (sh *shard) lookup(tag uint32, name, id string) (*entry, int) {
 	mask := uint32(len(sh.slots) - 1)
-	for at := tag & mask; int(at) < len(sh.slots); at = (at + 1) & mask {
+	for at := tag & mask; at < uint32(len(sh.slots)); at = (at + 1) & mask {
 		slot := sh.slots[at]
 		if slot == 0 {
 			break
