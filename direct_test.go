@@ -15,8 +15,8 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// A Throttler calls the runtime storage in ways of its own, without a Request where it can. Behind another type it is called
-// as any storage is: both have to answer alike.
+// A Throttler calls the runtime storage by short cuts, without a Request where it can. If the storage is hidden behind
+// another type, the Throttler calls it as it does any storage. Both ways have to give the same answers.
 func TestTheShortWaysInProcessAnswerAsTheStorageDoes(t *testing.T) {
 	t.Parallel()
 	const seeds, calls, identifiers = 60, 150, 3
@@ -44,7 +44,7 @@ func throttlerOver(t *testing.T, s storage.Storage, buckets []throttler.Bucket) 
 	return th
 }
 
-// someBuckets are one to six, of all kinds.
+// someBuckets returns one to six buckets, of all kinds.
 func someBuckets(rnd *rand.Rand) (all []throttler.Bucket) {
 	for i := range 1 + rnd.IntN(6) {
 		b := throttler.NewBucket(time.Duration(1+rnd.IntN(8))*time.Second, 3+rnd.Int64N(20)).Named(fmt.Sprint("b", i))
@@ -55,7 +55,7 @@ func someBuckets(rnd *rand.Rand) (all []throttler.Bucket) {
 	return all
 }
 
-// someCall is one of all calls that decide, the same for every Throttler.
+// someCall returns one of the calls that decide, at random. It does the same on every Throttler.
 func someCall(rnd *rand.Rand, buckets []throttler.Bucket, identifiers int) func(*throttler.Throttler) (throttler.Verdict, error) {
 	var o []throttler.Option
 	for range rnd.IntN(3) {
@@ -89,7 +89,7 @@ func someCall(rnd *rand.Rand, buckets []throttler.Bucket, identifiers int) func(
 	}
 }
 
-// whole is all that a Verdict tells.
+// whole returns everything that a Verdict says.
 func whole(v throttler.Verdict) string {
 	return fmt.Sprintf("%v %v %v %v %v %v %+v", v.Allowed, v.RetryAfter, v.Delay, v.Tokens(), v.Source(), v.Taken(), v.Levels())
 }

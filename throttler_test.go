@@ -36,7 +36,7 @@ func throttled(t *testing.T, b ...throttler.Bucket) (*throttler.Throttler, *cloc
 	return th, mock
 }
 
-// setClock may be set back, and at no cost.
+// setClock is a clock that can be set back, and that costs nothing to read.
 type setClock struct {
 	clock.Clock
 	now time.Time
