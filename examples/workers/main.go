@@ -1,5 +1,5 @@
-// Workers shows five processes that call somebody else's API and together keep to 2 calls a second and 100 a minute, by
-// one Redis. None is refused: each waits for its turn, and all get about as many.
+// Workers shows five processes that call somebody else's API. By one Redis they keep to 2 calls a second and 100 a minute
+// together. No call is denied: each waits for its turn, and all workers get about the same number.
 //
 //	go run ./examples/workers                       # takes 15 seconds; starts a redis-server and the API itself
 //	go run ./examples/workers -for 1m -workers 3
@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// work is one worker: it calls the API as often as its limit lets it.
+// work is one worker. It calls the API as often as the limit allows.
 func work(redis, api, duration string) error {
 	d, err := time.ParseDuration(duration)
 	if err != nil {
@@ -85,7 +85,7 @@ func call(ctx context.Context, client *http.Client, url string) error {
 	return response.Body.Close()
 }
 
-// run starts the servers and the workers, and tells what the API got.
+// run starts the servers and the workers, and prints what the API got.
 func run(args []string, out io.Writer) (err error) {
 	flags := flag.NewFlagSet("workers", flag.ExitOnError)
 	workers := flags.Int("workers", 5, "start so many processes")
@@ -105,7 +105,7 @@ func run(args []string, out io.Writer) (err error) {
 	return calls.tell(out)
 }
 
-// start runs copies of this program until all have ended.
+// start runs copies of this program and waits until all have ended.
 func start(workers int, args ...string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -124,7 +124,7 @@ func start(workers int, args ...string) error {
 	return errors.Join(failed...)
 }
 
-// log is the API, which notes who called when.
+// log is the API. It records who called when.
 type log struct {
 	mu sync.Mutex
 	at []time.Time
@@ -151,13 +151,13 @@ func (l *log) tell(out io.Writer) error {
 	slices.Sort(sent)
 	second, minute := l.most(time.Second), l.most(time.Minute)
 	_, _ = fmt.Fprintf(out, "%d calls, by the workers: %v; at most %d in a second and %d in a minute\n", len(l.at), sent, second, minute)
-	if second > 3 || minute > 101 { // the burst of 1 and what comes back
+	if second > 3 || minute > 101 { // the burst of 1, and one more token refilled within the window
 		return errors.New("this is more than 2 a second and 100 a minute")
 	}
 	return nil
 }
 
-// most is the largest number of calls in any window of a length.
+// most returns the largest number of calls in any window of this length.
 func (l *log) most(window time.Duration) (most int) {
 	from := 0
 	for i := range l.at {
