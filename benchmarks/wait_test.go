@@ -14,8 +14,7 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// BenchmarkWait is which part of the rate of a leaky bucket those who wait for it get, in turns of a second for each of the
-// contenders.
+// BenchmarkWait measures what part of the rate of a leaky bucket its waiters get, in a turn of a second for each contender.
 //
 //	cd benchmarks && go test -run xxx -bench Wait -benchtime 5x .
 func BenchmarkWait(b *testing.B) {
@@ -36,7 +35,7 @@ func BenchmarkWait(b *testing.B) {
 	}
 }
 
-// leaky is a leaky bucket of each contender.
+// leaky returns a leaky bucket of each contender.
 func leaky(b *testing.B, perSecond int64) map[string]func(context.Context) error {
 	t, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, perSecond).Continuous().Burst(1)}})
 	if err != nil {
@@ -50,7 +49,7 @@ func leaky(b *testing.B, perSecond int64) map[string]func(context.Context) error
 	}
 }
 
-// part is how much of the rate waiters get, from the first to the last that is admitted.
+// part returns what part of the rate the waiters get, from the first admission to the last.
 func part(perSecond int64, waiters int, wait func(context.Context) error) float64 {
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
