@@ -119,6 +119,8 @@ func (b Bucket) Capacity() int64 {
 	return b.tokens
 }
 
+// made computes the rule and the faults from the other fields. Every modifier ends with it, so that the order of modifiers
+// does not matter and a call has nothing left to compute.
 func (b Bucket) made() Bucket {
 	if b.free {
 		return b.freed()

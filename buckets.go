@@ -31,7 +31,7 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 	}
 	if len(s.buckets) > 0 {
 		t.own.Store(strings.Clone(id), s)
-		t.owned.Store(true)
+		t.owned.Store(true) // after own, so that a call that sees it also finds the set
 		t.waiters.tell(id, changed)
 	}
 	return nil

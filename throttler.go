@@ -189,6 +189,7 @@ func (t *Throttler) decideOne(ctx context.Context, v *Verdict, mode storage.Mode
 			return false
 		}
 	}
+	// The conversions to unsigned integers make one comparison refuse an empty identifier too, and below a negative cost.
 	if s == nil || s.rules == nil || uint(len(id)-1) >= law.MaxIdentifier || ctx.Err() != nil {
 		return false
 	}
@@ -206,7 +207,7 @@ func (t *Throttler) decideOne(ctx context.Context, v *Verdict, mode storage.Mode
 	v.at = law.MonotonicAt(start)
 	allowed, done := t.memory.DecideOne(t.name, mode, v.at, v.within, false, &v.few[0], v.costs[:n], v.counts[:n])
 	if !done {
-		v.nParts, v.nBuckets = 0, 0
+		v.nParts, v.nBuckets = 0, 0 // so that add finds an empty request
 		return false
 	}
 	v.Allowed, v.source, v.peeked = allowed, runtime.Source, mode == storage.Peek
@@ -281,11 +282,11 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 	if s.err != nil {
 		return s.err
 	}
-	if s.rules == nil {
+	if s.rules == nil { // all buckets are Unlimited: no storage is asked
 		return s.costsOf(nil, id, cost, options)
 	}
 	rules := s.rules
-	if s.elastic != nil && t.load != nil && mode != storage.Force {
+	if s.elastic != nil && t.load != nil && mode != storage.Force { // a Charge is recorded up to 4 full capacities
 		rules = s.elastic.at(t.load())
 	}
 	costs, err := v.add(id, rules)
@@ -305,7 +306,7 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 			return lawful(s.validCosts(v, costs, id))
 		}
 	}
-	if len(options) > 0 || cost < 0 || cost > rules.Least {
+	if len(options) > 0 || cost < 0 || cost > rules.Least { // any other cost is valid for every bucket
 		return s.validCosts(v, costs, id)
 	}
 	return nil
@@ -411,7 +412,7 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 // it, in microseconds. A storage in the process decides by it, which saves a second reading, unless there is a
 // Config.Clock.
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
-	if len(v.parts()) == 0 {
+	if len(v.parts()) == 0 { // nothing limits the call
 		t.tidy()
 		*v = Verdict{Allowed: true}
 		return nil

@@ -170,7 +170,7 @@ func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err err
 func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	if v.more == nil {
 		m := &more{}
-		m.parts = append(m.someParts[:0], v.parts()...)
+		m.parts = append(m.someParts[:0], v.parts()...) // the slices begin in m itself
 		m.costs = append(m.someCosts[:0], v.asked()...)
 		m.counts = m.someCounts[:len(m.costs)]
 		v.more = m
@@ -183,7 +183,7 @@ func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	m.parts = append(m.parts, storage.Part{Identifier: id, Rules: rules})
 	m.costs = slices.Grow(m.costs, n)[:from+n]
 	m.counts = slices.Grow(m.counts, n)[:from+n]
-	clear(m.costs[from:])
+	clear(m.costs[from:]) // the room that Grow makes may hold anything
 	return m.costs[from:], nil
 }
 

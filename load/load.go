@@ -104,7 +104,7 @@ func (c *Controller) set(share float64) { c.share.Store(math.Float64bits(share))
 func (c *Controller) Close() { c.stop() }
 
 func (c *Controller) run(ctx context.Context) {
-	defer c.set(1)
+	defer c.set(1) // limits must not stay shrunk when nothing measures the load any more
 	tick := time.NewTicker(c.options.Interval)
 	defer tick.Stop()
 	for {

@@ -72,6 +72,8 @@ func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
 // put writes s into an answer, replacing what this limiter said before, which may be s itself. If others have added fields,
 // it merges all into one set. Fields that were removed meanwhile stay removed, unless lost says that they have to be written
 // again. For a status of 429 the X- fields of another limiter are kept, since that one denied.
+//
+// The values are slices of s, which saves an allocation. Their capacity is 1, so an append by somebody else copies them.
 func (s *said) put(h http.Header, before *said, lost bool, status int) {
 	switch have := h["Ratelimit"]; {
 	case s.draft[1] == "" || len(have) == 0 && !lost:

@@ -36,6 +36,7 @@ func usualPattern(pattern string) (right, hint string) {
 	return right, hint
 }
 
+// usualOnce corrects the mistakes that it finds in one pass, first in the method, then in the host and the path.
 func usualOnce(pattern string) (right, hint string) {
 	trimmed := strings.TrimSpace(pattern)
 	method, rest := splitPattern(trimmed)
@@ -119,7 +120,7 @@ func isMethod(s string) bool {
 
 // usualRest returns the host, if there is one, and the path.
 func usualRest(method, rest string) string {
-	rest = strings.TrimRight(strings.TrimLeft(rest, "^"), "$")
+	rest = strings.TrimRight(strings.TrimLeft(rest, "^"), "$") // the anchors of a regular expression
 	if _, after, ok := strings.Cut(rest, "://"); ok {
 		if rest = after; !strings.Contains(rest, "/") {
 			rest += "/"
@@ -236,18 +237,18 @@ func usualSegment(s string, last bool) string {
 		inner = s[1 : len(s)-1]
 	}
 	switch {
-	case s == "" || s[0] == '{':
+	case s == "" || s[0] == '{': // empty, or in the form of a ServeMux already
 		return s
-	case s[0] == '#' && strings.HasPrefix(inner, "{"):
+	case s[0] == '#' && strings.HasPrefix(inner, "{"): // #{id}
 		return s[1:]
-	case strings.HasPrefix(s, "(?P<"):
+	case strings.HasPrefix(s, "(?P<"): // (?P<id>[0-9]+)
 		name, _, _ := strings.Cut(s[len("(?P<"):], ">")
 		return wildcard(name)
-	case s[0] == '$':
+	case s[0] == '$': // $id
 		return wildcard(s[1:])
-	case strings.Contains(s, "|"):
+	case strings.Contains(s, "|"): // (a|b)
 		return wildcard("")
-	case s[0] == '<' && strings.HasSuffix(s, ">") && inner != "":
+	case s[0] == '<' && strings.HasSuffix(s, ">") && inner != "": // <id>, <int:id>, <path:rest>
 		kind, name, typed := strings.Cut(inner, ":")
 		if !typed {
 			name = kind
@@ -256,14 +257,14 @@ func usualSegment(s string, last bool) string {
 			name += "..."
 		}
 		return wildcard(name)
-	case s[0] == '[' && strings.HasSuffix(s, "]") && inner != "":
+	case s[0] == '[' && strings.HasSuffix(s, "]") && inner != "": // [id], [[...rest]]
 		return wildcard(strings.Trim(inner, "[]"))
-	case s[0] == ':':
+	case s[0] == ':': // :id, :rest*
 		if last && strings.HasSuffix(s, "*") {
 			return wildcard(s[1:] + "...")
 		}
 		return wildcard(s[1:])
-	case strings.Contains(s, `\`):
+	case strings.Contains(s, `\`): // \d+
 		return wildcard("")
 	case strings.Contains(s, "*"):
 		return usualStar(s, last)

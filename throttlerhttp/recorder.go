@@ -120,7 +120,7 @@ func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
 		}
 	}
 	var rest int64
-	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok {
+	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok { // that of net/http uses sendfile where it can
 		rest, err = w.ReadFrom(from)
 	} else {
 		rest, err = io.Copy(r.ResponseWriter, from)

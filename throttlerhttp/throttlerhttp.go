@@ -220,7 +220,7 @@ func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler,
 		rec.id = levels[0].Identifier
 		rec.said.say(l, w.Header(), v, levels)
 	}
-	if l.refundIf != nil {
+	if l.refundIf != nil { // only then does the verdict have to be copied to the heap
 		taken := *v
 		rec.v = &taken
 	}

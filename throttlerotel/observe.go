@@ -46,6 +46,8 @@ func (m *Metrics) observeAsked(ctx context.Context, e *throttler.Event, c *calls
 	}
 }
 
+// observeWait records the end of a Wait with its own words for the result: "admitted", "deadline" if it could not be admitted
+// in time, "gave_up" if its context was cancelled, or that of the Event.
 func (m *Metrics) observeWait(ctx context.Context, e *throttler.Event, result string) {
 	name := nameKey.String(e.Name)
 	m.waiting.Add(ctx, -1, metric.WithAttributes(name))
@@ -61,6 +63,7 @@ func (m *Metrics) observeWait(ctx context.Context, e *throttler.Event, result st
 	m.wait.Record(ctx, e.Duration.Seconds(), metric.WithAttributes(name, resultKey.String(result)))
 }
 
+// observeBuckets counts what the event says about each bucket. A Peek takes and denies nothing, so it adds nothing.
 func (m *Metrics) observeBuckets(ctx context.Context, e *throttler.Event, result string) {
 	asks := e.Op == throttler.OpConsume || e.Op == throttler.OpWait
 	allowed := result == "allowed"
@@ -119,7 +122,7 @@ type tokens struct{ denials, taken, refunded, near atomic.Int64 }
 
 func (t *tokens) took(l *throttler.Level, cost int64) {
 	t.taken.Add(cost)
-	if 5*l.Remaining < l.Limit {
+	if 5*l.Remaining < l.Limit { // less than a fifth is left
 		t.near.Add(1)
 	}
 }
