@@ -30,7 +30,8 @@ var (
 	// The Verdict returned with it has the Levels.
 	ErrCostExceedsCapacity = errors.New("throttler: cost exceeds capacity")
 
-	// ErrDebtLimit means that a Charge was recorded only in part. It joins a *DebtError for each bucket.
+	// ErrDebtLimit means that a Charge was recorded only in part. The error joins a *DebtError for each bucket
+	// concerned.
 	ErrDebtLimit = errors.New("throttler: debt limit")
 
 	// ErrInvalidReserve means that the time within which to reserve is below 0 or over 366 days.

@@ -43,8 +43,8 @@ func (c check) String() string {
 	return text
 }
 
-// mark returns the sign that follows a contender's name in the tables: † if it admitted too much, ‡ if it admitted too little
-// or returned errors.
+// mark returns the sign that follows a contender's name in the tables: † if it admitted too much, ‡ if it admitted too
+// little or returned errors.
 func (c check) mark() string {
 	switch {
 	case c.idle:

@@ -17,8 +17,8 @@ type row struct {
 	turns []turn
 }
 
-// rounds lets n contenders play a turn in each round. In each round another one begins, and every second round goes backwards,
-// so that no contender always follows the same other one.
+// rounds lets n contenders play a turn in each round. In each round another one begins, and every second round goes
+// backwards, so that no contender always follows the same other one.
 func rounds[T any](ctx context.Context, b *bench, name string, n int, play func(i int) (T, error)) ([][]T, error) {
 	fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), name)
 	out := make([][]T, n)

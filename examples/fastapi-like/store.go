@@ -55,8 +55,9 @@ func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func(conte
 	}, nil
 }
 
-// newPool keeps passwords out of its errors. The errors of pgx quote a URL that pgx cannot parse, and hide only what certainly
-// is a password. If a password has an @ that is not encoded, its rest is parsed as the host or as the name of the database.
+// newPool keeps passwords out of its errors. The errors of pgx quote a URL that pgx cannot parse, and hide only what
+// certainly is a password. If a password has an @ that is not encoded, its rest is parsed as the host or as the name of the
+// database.
 func newPool(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	_, rest, _ := strings.Cut(url, "://")
 	_, path, _ := strings.Cut(rest, "/")
