@@ -26,7 +26,7 @@ func reserver(t *testing.T, b ...throttler.Bucket) *throttler.Throttler {
 	return th
 }
 
-// reserves reserves n tokens within a minute and returns when they are due.
+// reserves makes a reservation of n tokens within a minute, and returns when they are due.
 func reserves(t *testing.T, th *throttler.Throttler, n int64) (throttler.Verdict, time.Duration) {
 	t.Helper()
 	v, err := th.Reserve(t.Context(), "a", time.Minute, throttler.Cost(n))
