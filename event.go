@@ -140,6 +140,7 @@ var errorTypes = [...]struct {
 	{ErrUnavailable, "unavailable"}, // first, since the end of a context may be its cause
 	{ErrCorruptState, "corrupt"}, {ErrClosed, "closed"}, {ErrUnknownIdentifier, "unknown_identifier"}, {ErrDebtLimit, "debt_limit"},
 	{ErrInvalidIdentifier, "invalid"}, {ErrInvalidCost, "invalid"}, {ErrCostExceedsCapacity, "invalid"}, {ErrInvalidClock, "invalid"},
+	{ErrInvalidReserve, "invalid"},
 }
 
 func endOfContext(err error) bool {

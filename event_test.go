@@ -237,6 +237,7 @@ func TestTheResultAndTheErrorTypeOfAnEvent(t *testing.T) {
 		"error debt_limit":         {one, func(l *throttler.Throttler) { assert.ErrorAs(t, l.Charge(t.Context(), "a", charged), &over) }},
 		"error invalid":            {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(2)) }},
 		"error invalid of CostOf":  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.CostOf("none", 1)) }},
+		"error invalid of Reserve": {one, func(l *throttler.Throttler) { _, _ = l.Reserve(t.Context(), "a", -1) }},
 		"error other":              {one, func(l *throttler.Throttler) { l.Report(t.Context(), "a", errors.New("nobody")) }},
 	} {
 		th, seen := watched(t, c.config)
