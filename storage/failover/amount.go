@@ -1,7 +1,8 @@
 package failover
 
-// The amounts that a bucket owes the ledger: how they are merged, and what is left of them. How tokens come back is
-// defined by package storage alone. The few numbers that are needed here without a State are compared with it by tests.
+// The amounts that a bucket owes the ledger (Rule 2): how they are merged, and what is left of them when they are
+// charged. Package law alone defines how tokens come back. This file needs a few of its numbers without a State,
+// because it runs for each admission; tests compare each of them with package law.
 
 import (
 	"math/bits"
@@ -11,31 +12,34 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// bucket is what one bucket of an identifier owes the ledger, and what Redis has shown of it. Taken and refunded tokens
-// are apart, as a refund cannot be subtracted: it goes to the hold that its own decision made.
+// bucket is what one bucket of an identifier owes the ledger, and what Redis has shown of it. Times are in
+// microseconds, by the clock of the entry.
+//
+// Taken and refunded tokens are kept apart because a refund cannot be subtracted from what was taken: it gives back the
+// tokens of one particular decision, and these may be back earlier or later than the others.
 type bucket struct {
 	rule     *law.Rule
 	near     int64 // amounts that end within this time of each other are merged
 	taken    []amount
 	refunded []amount // their n is above 0 too
-	unshown  bool     // a Charge took, after which Redis reports no level
-	spent    int64    // tokens, after the last admission by Redis
-	resetAt  int64    // when they are all back, as Redis said then
+	unshown  bool     // a Charge took tokens, and Redis reports no level after a Charge
+	spent    int64    // tokens that Redis showed as spent after its last admission
+	resetAt  int64    // when all of these are back, as Redis said then
 }
 
-// amount is n tokens that are all back at a time. Those of a level, and merged ones, come back evenly from another time
-// on.
+// amount is n tokens that are all back at the time at. Single tokens of most kinds are back at once, so from is at. The
+// tokens of a level, and merged ones, come back evenly between from and at.
 type amount struct{ n, from, at int64 }
 
-// Bounds of what a bucket owes while the ledger is away: more amounts than a flush in time ever has, and more tokens
-// than any bucket holds.
+// Bounds of what a bucket owes while the ledger is away: more amounts than a flush that is on time ever has, and more
+// tokens than any bucket holds. They bound the memory of a long outage, and the products in amount.left.
 const (
 	mostAmounts = 1024
 	mostTokens  = 1 << 53
 )
 
-// use makes a rule the bucket's. Amounts of a Continuous bucket are merged only if they end within 1/64 of its drain
-// time: another process's tokens may lie between them.
+// use makes r the rule of the bucket. Amounts of a Continuous bucket are merged only if they end within 1/64 of its
+// drain time: another process's tokens may lie between them. In buckets of the other kinds it is 1/2048 of the period.
 func (b *bucket) use(r *law.Rule) {
 	b.rule, b.near = r, r.Period/2048
 	if r.Kind == law.Continuous {
@@ -43,15 +47,16 @@ func (b *bucket) use(r *law.Rule) {
 	}
 }
 
-// add adds tokens that come back at a time to one of the bucket's lists. They join the last amount if both come back at
-// about the same time. When the list is full the two oldest join, whatever lies between them.
+// add adds n tokens that are back at a time to one of the bucket's two lists. They join the last amount if both are
+// back at about the same time. If the list is full the two oldest amounts are merged, whatever lies between them: then
+// the total stays exact and only the times become coarse.
 func (b *bucket) add(list *[]amount, n, at int64) {
 	next := amount{n, at, at}
 	if b.rule.Kind == law.Continuous {
 		next.from -= drains(b.rule, n)
 	}
 	all := *list
-	if i := len(all) - 1; i >= 0 { // a single amount may be longer than near; then others join within its own length
+	if i := len(all) - 1; i >= 0 { // one amount of many tokens may be longer than near; then others join within its length
 		if both := all[i].and(next); both.at-both.from <= max(b.near, all[i].at-all[i].from) {
 			all[i] = both
 			return
@@ -64,19 +69,21 @@ func (b *bucket) add(list *[]amount, n, at int64) {
 	*list = append(all, next)
 }
 
-// and is two amounts as one.
+// and merges two amounts into one that lasts from the earlier begin to the later end.
 func (a amount) and(o amount) amount {
 	return amount{min(a.n+o.n, mostTokens), min(a.from, o.from), max(a.at, o.at)}
 }
 
-// drains is how long n tokens of a Continuous bucket take to come back, of at most the ceiling. It is what
-// law.State.FullAt says of a state that was charged with them, without the state: it runs for each admission, under
-// the journal's lock. A test compares the two.
+// drains returns how long n tokens of a Continuous bucket take to come back, in microseconds. More tokens than the
+// ceiling are never out, so more do not count. law.State.FullAt says the same of a state that was charged with n
+// tokens. The formula is repeated here because it runs for each admission, under the journal's lock; a test compares
+// the two.
 func drains(r *law.Rule, n int64) int64 {
 	return (min(n, r.Ceiling())*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
-// left returns what has not come back of what the bucket owes, refunds as negative amounts.
+// left returns what the bucket owes and has not come back by now, refunds as negative amounts. Tokens that are back
+// already are not charged: the ledger would have forgotten them as well.
 func (b *bucket) left(now int64) (out []storage.Amount) {
 	for _, a := range b.taken {
 		if left := a.left(now); left.In > 0 {
@@ -91,9 +98,11 @@ func (b *bucket) left(now int64) (out []storage.Amount) {
 	return out
 }
 
-// left is what has not come back of an amount, rounded up, and the time until all has. The ledger cuts the tokens of a
-// level to what can be left in that time (State.Charge). So it is for merged tokens, with those of others between them,
-// that they are counted here. The product has 128 bits: n may be 2^53 and a time 2^50.
+// left returns how many tokens of an amount have not come back, rounded up, and the time until all of them have.
+//
+// For the tokens of a single level the count would not matter, since the ledger cuts it to what can be left in that
+// time (law.State.Charge). Merged tokens need it: they last longer than their own number takes to drain, because the
+// tokens of others lie between them. The product has 128 bits, as n may be 2^53 and a time 2^50.
 func (a amount) left(now int64) storage.Amount {
 	n, in := a.n, max(0, a.at-now)
 	if now > a.from && in > 0 {
@@ -106,11 +115,11 @@ func (a amount) left(now int64) storage.Amount {
 	return storage.Amount{N: n, In: in}
 }
 
-// held is how many tokens a debt has, and when the last of them comes back. A SlidingWindow counts a hold that fades as
-// law.Decide does: a test compares the two.
+// held returns how many tokens of a debt count as spent, and the time until the last of them is back. A hold of a
+// SlidingWindow that fades counts in part, as in law.Decide; a test compares the two.
 func held(r *law.Rule, debt []storage.Amount) (n, last int64) {
 	for _, a := range debt {
-		tokens := min(a.N, r.Ceiling()) // or the product may be too large
+		tokens := min(a.N, r.Ceiling()) // a larger number may overflow the product
 		if r.Kind == law.SlidingWindow {
 			tokens = tokens * min((a.In+r.Tick-1)/r.Tick, r.One) / r.One
 		}

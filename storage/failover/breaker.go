@@ -1,6 +1,9 @@
 package failover
 
 // Rule 6: the breaker. It says for the whole process whether Redis decides.
+//
+// It keeps calls from waiting for a timeout that the calls before them have already run into. There is one breaker for
+// all identifiers, even with a cluster, because nobody knows which identifiers fail together.
 
 import (
 	"context"
@@ -17,10 +20,13 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The breaker opens at once when Redis says that it cannot work, else after failuresInRow round trips, or when half of
-// at least manyTrips in a second have failed. It closes when goodProbes in a row, over at least goodFor, succeed. If it
-// opens again within relapse, it stays open for at least twice as long as before, from leastOpen up to mostOpen: each
-// transition makes every identifier read the ledger (Rule 7), so a link that comes and goes must not cause many.
+// The breaker opens at once if Redis says that it cannot work. Otherwise it opens after failuresInRow failed round
+// trips in a row, or if half of at least manyTrips round trips in a second have failed. It closes when goodProbes
+// probes in a row have succeeded, over at least goodFor.
+//
+// If it opens again within relapse after it closed, it stays open for at least twice as long as before, from leastOpen
+// up to mostOpen. Each transition makes every identifier read the ledger once (Rule 7), so a link that comes and goes
+// must not cause many transitions.
 const (
 	failuresInRow = 3
 	manyTrips     = 10
@@ -30,14 +36,17 @@ const (
 	leastOpen     = 300 * time.Millisecond
 	mostOpen      = 5 * time.Second
 
-	firstProbe   = 100 * time.Millisecond // then twice as long after each that fails
+	// The pause before a probe is random: from half to one and a half of a length that begins with firstProbe and doubles
+	// after each probe that fails, up to longestProbe.
+	firstProbe   = 100 * time.Millisecond
 	longestProbe = 2 * time.Second
 )
 
-// breaker is closed while Redis decides, and open while it does not.
+// breaker is closed while Redis decides, and open while it does not. Calls read why without a lock, as each of them
+// does; everything that changes it holds mu, so that only one change is made for one reason.
 type breaker struct {
-	why    atomic.Pointer[error] // why it is open; nil: closed. Calls read it without a lock
-	opened func()                // starts the probes, with mu held
+	why    atomic.Pointer[error] // why it is open; nil if it is closed
+	opened func()                // starts the goroutine of the probes; called with mu held
 
 	mu            sync.Mutex // guards what follows
 	inRow         int        // failures since the last success
@@ -45,12 +54,12 @@ type breaker struct {
 	trips, failed int
 	openedAt      time.Time
 	closedAt      time.Time
-	least         time.Duration // how long it stays open
-	changes       int64         // openings and closings
-	ended         bool          // it opens no more
+	least         time.Duration // how long it stays open at least
+	changes       int64         // openings and closings, in all
+	ended         bool          // it does not open any more
 }
 
-// cause is why the breaker is open, or nil if it is closed.
+// cause returns why the breaker is open, or nil if it is closed.
 func (b *breaker) cause() error {
 	if why := b.why.Load(); why != nil {
 		return *why
@@ -58,8 +67,9 @@ func (b *breaker) cause() error {
 	return nil
 }
 
-// report keeps Rule 6: it counts a round trip, and reports whether the breaker has opened by it. Round trips that end
-// while it is open are late ones, which say nothing about Redis now.
+// report keeps Rule 6: it counts a round trip, and reports whether this one has opened the breaker. Round trips that
+// end while the breaker is open do not count: they began before it opened and say nothing about Redis now, or they are
+// probes, which probeLoop judges.
 func (b *breaker) report(err error) (opened bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -80,7 +90,7 @@ func (b *breaker) report(err error) (opened bool) {
 	if !sick(err) && b.inRow < failuresInRow && (b.trips < manyTrips || 2*b.failed < b.trips) {
 		return false
 	}
-	if now.Sub(b.closedAt) < relapse { // it closed too early the last time
+	if now.Sub(b.closedAt) < relapse { // the last time it closed too early
 		b.least = min(2*b.least, mostOpen)
 	} else {
 		b.least = leastOpen
@@ -93,7 +103,8 @@ func (b *breaker) report(err error) (opened bool) {
 	return true
 }
 
-// close closes the breaker and returns true, unless it is too early.
+// close closes the breaker and returns true, unless it has been open for less than its least time. Counting begins
+// anew: failures of the time before the outage must not open it again.
 func (b *breaker) close() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -107,15 +118,16 @@ func (b *breaker) close() bool {
 	return true
 }
 
-// end keeps the breaker from opening: Close waits for the goroutines, and none may begin after that.
+// end keeps the breaker from opening again (Rule 10). Close waits for the goroutines, and once it does no new one may
+// begin.
 func (b *breaker) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.ended = true
 }
 
-// sick reports whether an error says that the next call will fail as well. Errors of a single key, such as a wrong
-// type, say nothing about others.
+// sick reports whether an error of Redis says that the next call will fail as well, so that one is enough to open the
+// breaker. An error of a single key, such as a wrong type, is not one: it says nothing about other keys.
 func sick(err error) bool {
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return true
@@ -128,16 +140,18 @@ func sick(err error) bool {
 	return false
 }
 
-// report is called after every round trip to Redis. Round trips run under the timeout of the storage and report though
-// the caller has left. Otherwise callers with short deadlines would hide a Redis that does not answer.
+// report is called after every round trip to Redis (Rule 6). A round trip runs under the timeout of the Redis storage
+// and reports even if its caller has left. Otherwise callers with short deadlines would hide a Redis that does not
+// answer.
 func (s *Storage) report(err error) {
 	if s.breaker.report(err) {
 		s.notify(Event{Kind: PrimaryLost, Err: err})
 	}
 }
 
-// probeLoop keeps Rule 6 while the breaker is open: it probes Redis until it is well, and then hands back to it. The
-// pauses are random, so that the processes do not all come at once.
+// probeLoop keeps Rule 6 while the breaker is open: it probes Redis until Redis is well, and then hands back to it. The
+// pauses are random, so that the processes do not all probe at once. It returns when the breaker has closed, or with
+// Close.
 func (s *Storage) probeLoop(ctx context.Context) {
 	pause, good, since := firstProbe, 0, time.Time{}
 	for {
@@ -159,8 +173,8 @@ func (s *Storage) probeLoop(ctx context.Context) {
 	}
 }
 
-// probe makes a real decision on a bucket of its own: a Redis that is sick may still answer a PING. The last letter of
-// the identifier is random, so that in a cluster the probes come to several nodes.
+// probe makes a real decision on a bucket of its own, because an unhealthy Redis may still answer a PING. The last
+// letter of the identifier is random, so that in a cluster the probes reach several nodes.
 func (s *Storage) probe(ctx context.Context) error {
 	rule, _ := law.NewRule("probe", law.Replenish, time.Second, 1000, 0)
 	id := s.flusher.origin + string(rune('a'+rand.N(26)))

@@ -2,16 +2,17 @@ package failover
 
 // Rule 7: a doubted Redis is raised before it admits.
 //
-// Redis may come back from an outage empty, with an old snapshot, or intact while Postgres admitted meanwhile. Nothing
-// in Redis tells which. But each state says when it was changed last, and that is enough: whoever changed it since the
-// doubt began has read the ledger before, or has it read with the next flush. Older state, and none at all, is stale.
-// Redis itself compares the times in the decision, so where nothing is stale Rule 7 costs no round trip
-// (redis.Storage.DecideFresh).
+// Redis may come back from an outage empty, with an old snapshot, or intact while Postgres admitted in the meantime.
+// Nothing in Redis tells which. But each state in Redis has the time of its last change, and that is enough. A process
+// that changed the state after the doubt began has read the ledger before, or will have it read with the next flush, so
+// newer state is trusted. Older state is stale, and so is an identifier without any.
 //
-// The first call that finds an identifier stale reads through: it reads the ledger's debt, raises Redis to it, and
-// decides again. Later calls find fresh state.
+// Redis itself compares the times as part of the decision (redis.Storage.DecideFresh), so Rule 7 costs no round trip
+// where nothing is stale. The first call that finds an identifier stale reads through: it reads the ledger's debt,
+// raises Redis to it, and asks for the decision again. Later calls find fresh state.
 //
-// A restart is found even if no call has failed by it: the server has forgotten its scripts, and answers ErrRestarted.
+// A restart of Redis is noticed even if no call fails because of it: the server has forgotten its scripts, so the
+// storage returns ErrRestarted.
 
 import (
 	"context"
@@ -25,12 +26,13 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// doubt is the time before which state of the request's buckets is stale, 0 for none. The doubt ends for a bucket when
-// all that was spent before it began has come back: then the ledger has nothing to add.
+// doubt returns the time, by law.Monotonic, up to which state of the request's buckets is stale, or 0 if Redis is not
+// doubted for this request. The doubt ends for a bucket when all that was spent before the doubt began is back: then
+// the ledger has nothing to add. It lasts as long as any bucket of the request needs.
 //
-// By an injected clock no state has a time that compares with this process's. Then all state is stale while Redis is
-// doubted, and each admission reads the ledger. That is worth it after an outage, as Postgres has decided meanwhile,
-// and not after each restart.
+// With an injected clock no state has a time that can be compared with this process's. All state is stale then while
+// Redis is doubted, and each admission reads the ledger. That is worth its price after an outage, because Postgres has
+// decided in the meantime, but not after each restart, so only outage counts.
 func (s *Storage) doubt(r *storage.Request) (since int64) {
 	if since = s.doubted.Load(); r.Clocked {
 		since = s.outage.Load()
@@ -49,8 +51,9 @@ func (s *Storage) doubt(r *storage.Request) (since int64) {
 	return 0
 }
 
-// longest is at least how long what decisions took needs to come back: for a level all that is recorded at most; else the two periods of a SlidingWindow, and one more for a server's clock that has stepped back. A test
-// compares it with law.Decide.
+// longest returns an upper bound, in microseconds, of the time that tokens taken by decisions need to come back. For a
+// level it is the time that the ceiling takes to drain. For all other kinds it is the two periods that a SlidingWindow
+// takes, and one more for a server's clock that has stepped back. A test compares it with law.Decide.
 func longest(r *law.Rule) int64 {
 	if r.Kind == law.Continuous {
 		return drains(r, r.Ceiling())
@@ -58,9 +61,12 @@ func longest(r *law.Rule) int64 {
 	return 3 * r.Period
 }
 
-// handBack begins Rule 7: it lets Redis decide again, and begins the doubt: this process and others have used Postgres.
-// The doubt begins before the breaker closes, so no call finds Redis trusted and lacking. Resets that Redis has missed
-// come first, as raising lowers nothing.
+// handBack ends an outage: it lets Redis decide again, and begins the doubt of Rule 7, since this process and others
+// have used Postgres meanwhile. It returns false, and the probes go on, if Redis still fails or it is too early.
+//
+// The order matters. Resets that Redis has missed come first, because a raise could not lower what they should have
+// erased. The doubt begins before the breaker closes, so no call can trust a Redis that lacks spending. If the breaker
+// then does not close, the doubt does no harm: nobody asks Redis yet, and the next try begins a later one.
 func (s *Storage) handBack(ctx context.Context) bool {
 	if s.resetMissed(ctx) != nil {
 		return false
@@ -75,9 +81,12 @@ func (s *Storage) handBack(ctx context.Context) bool {
 	return true
 }
 
-// readThrough keeps Rule 7: it raises Redis to what the ledger has of a request's identifiers. It returns the parts for
-// which that was not done at the time end; the caller has them raised later. While the ledger fails it is not asked, or
-// each call would wait for it. The error is that of a Redis that does not answer: Postgres decides then.
+// readThrough keeps Rule 7: it raises Redis to the ledger's debt of each identifier of a request. It returns the parts
+// for which this was not done by the time end; the caller has these raised with the next flush. An error means that
+// Redis does not answer, so Postgres should decide.
+//
+// While the ledger fails it is not asked at all: each call would wait for it in vain. An identifier without any debt
+// needs no raise.
 func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.Time) (late []*storage.Part, err error) {
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
@@ -106,8 +115,8 @@ func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.
 	return late, err
 }
 
-// read returns the ledger's debt of an identifier, and when it was asked. What this process has pending is written
-// first: Redis may have lost that too.
+// read returns the ledger's debt of an identifier, and the time at which it was asked for, from which the debt ages.
+// What this process has pending of the identifier is written first, because Redis may have lost that too.
 func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d replica.Debt, asked int64, err error) {
 	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
 		return d, 0, err
@@ -117,14 +126,15 @@ func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part)
 	return d, asked, err
 }
 
-// ledgerFails reports whether the last flush failed.
+// ledgerFails reports whether the last flush failed. That is at most as long ago as the pause between two tries
+// (flushIn).
 func (s *Storage) ledgerFails() bool {
 	s.flusher.mu.Lock()
 	defer s.flusher.mu.Unlock()
 	return s.flusher.failures > 0
 }
 
-// raiseLater has Redis raised, with the next flush, to what the ledger has of parts of a request.
+// raiseLater asks for Redis to be raised to the ledger's debt of parts of a request, with the next flush.
 func (s *Storage) raiseLater(r *storage.Request, parts []*storage.Part) {
 	for _, p := range parts {
 		s.journal.raiseLater(r.Name, p, r.Clocked, r.Now)

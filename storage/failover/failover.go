@@ -1,5 +1,5 @@
 // Package failover lets Redis decide, and Postgres when Redis cannot. Postgres knows what Redis admitted up to
-// about 0.1 s ago, so limits carry over an outage and back; docs/failover.md has the exact bound.
+// about 0.1 s ago, so limits carry over into an outage and back; docs/failover.md has the exact bound.
 //
 //	store, err := failover.New(redis, postgres, nil)
 //	t, err := throttler.New(throttler.Config{Storage: store})
@@ -10,8 +10,8 @@
 // The ledger is Postgres. It records every admission and forgets none, so it alone knows what an identifier has
 // spent in both stores together.
 //
-// The replica, or primary, is Redis. It decides while it is well. What it holds may be lost at any time, and is brought
-// up to the ledger again.
+// The primary, or replica, is Redis. It is the primary because it decides while it is well, and a replica because
+// what it holds may be lost at any time and is brought up to the ledger again.
 //
 // Pending is what Redis has admitted and the ledger has not recorded yet. It is in the memory of this process, in the
 // journal, for about one flush interval.
@@ -20,12 +20,12 @@
 // Debts cross between the stores as durations and never as points in time, so the clocks of the servers may differ.
 //
 // To raise Redis is to increase what it counts as spent to at least the debt of the ledger. Raising twice is raising
-// once, and nothing is ever lowered.
+// once, and a raise lowers nothing.
 //
 // Redis is doubted while it may lack spending that the ledger knows of: after an outage, or when it has restarted. A
 // doubted Redis is raised before it admits.
 //
-// The protocol is ten rules, which docs/failover.md states under the same numbers:
+// The protocol is ten rules, which docs/failover.md states under the same numbers and names:
 //
 //	 1  Redis decides                                 decide.go
 //	 2  the ledger is charged, and once               flush.go
@@ -38,8 +38,9 @@
 //	 9  neither store answers                         decide.go
 //	10  Close writes what is pending                  failover.go
 //
-// A comment says Rule 3 at each function that keeps a part of rule 3. What is pending, and the order of the locks, is
-// at the journal (journal.go); how amounts are merged and counted is in amount.go; what operators see is in observe.go.
+// Each function that keeps a part of rule 3 says Rule 3 in its comment. The states of what is pending and the order of
+// the locks are described once, at the journal (journal.go). How amounts are merged and counted is in amount.go, what
+// operators see in observe.go, and what a log says in log.go.
 package failover
 
 import (
@@ -60,7 +61,7 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Defaults of Options. A Redis that takes 50 ms is not well; a commit of Postgres waits for its disk.
+// Defaults of Options. A Redis that takes 50 ms is not well. Postgres gets more time, as a commit waits for its disk.
 const (
 	DefaultPrimaryTimeout = 50 * time.Millisecond
 	DefaultLedgerTimeout  = 200 * time.Millisecond
@@ -69,47 +70,48 @@ const (
 
 const (
 	defaultMaxPending = 65536
-	closeTimeout      = time.Second // of Close
+	closeTimeout      = time.Second // the longest that Close takes
 )
 
-// Options of a Storage. The zero value and nil are the defaults.
+// Options of a Storage. The zero value and nil stand for the defaults.
 type Options struct {
-	// PrimaryTimeout and LedgerTimeout are the longest that a call waits for Redis, and after it for Postgres; at
-	// least 1 ms, by default DefaultPrimaryTimeout and DefaultLedgerTimeout. A shorter Timeout in the options of
-	// the storages remains in force.
+	// PrimaryTimeout and LedgerTimeout are the longest that a call waits for Redis, and after it for Postgres. They
+	// are at least 1 ms; zero means DefaultPrimaryTimeout and DefaultLedgerTimeout. A shorter Timeout in the options
+	// of the two storages remains in force.
 	PrimaryTimeout, LedgerTimeout time.Duration
 
-	// FlushInterval is how long an admission by Redis waits until Postgres records it, 1 ms to 1 min, by default
-	// DefaultFlushInterval. A longer one costs Postgres less and allows more over-admission.
+	// FlushInterval is how long an admission by Redis waits until Postgres records it, from 1 ms to 1 min; zero means
+	// DefaultFlushInterval. A longer interval costs Postgres less and allows more over-admission.
 	FlushInterval time.Duration
 
 	// MaxPending bounds how many identifiers may have admissions that Postgres has not recorded yet. Beyond it,
 	// further identifiers are admitted but never recorded. Zero means 65,536.
 	MaxPending int
 
-	// MaxIsolation bounds how long Redis decides while Postgres cannot be charged. After that time calls fail with
-	// ErrUnavailable. It limits the over-admission where some processes reach only Redis and others only
-	// Postgres. Zero means no bound.
+	// MaxIsolation bounds how long Redis decides while Postgres cannot be charged. After that time Redis decides no
+	// more, and calls fail with ErrUnavailable until Postgres answers. It limits the over-admission where some
+	// processes reach only Redis and others only Postgres. Zero means no bound.
 	MaxIsolation time.Duration
 
 	// Local decides in this process while neither store can. If nil, such calls fail with ErrUnavailable.
 	Local *LocalOptions
 
-	// Observe is called with what happens behind the calls, by one goroutine at a time. It should be quick.
+	// Observe, if not nil, is called with each Event, by one goroutine at a time. It should be quick: flushes, and the
+	// calls that find Redis lost, wait for it. It may call State.
 	Observe func(Event)
 }
 
-// LocalOptions say how a process decides while neither store can.
+// LocalOptions say how a process decides by itself while neither store can.
 type LocalOptions struct {
-	// Share is this process's part of each bucket's capacity and refill, above 0 and at most 1. One over the number
-	// of processes keeps the limit. The buckets begin full. A bucket hands out at least one token, however small
-	// its share, so n processes may admit n tokens of a bucket that holds fewer.
+	// Share is this process's part of each bucket's capacity and refill, above 0 and at most 1. Set to 1/n for n
+	// processes it keeps the limit. The buckets begin full. Each hands out at least one token, however small its
+	// share, so n processes may admit n tokens of a bucket that holds fewer.
 	Share float64
 }
 
-// OptionError is a fault in what New was given.
+// OptionError is a fault in an argument of New.
 type OptionError struct {
-	Field  string // Primary, Ledger or a field of Options
+	Field  string // Primary, Ledger or a field of Options, such as Local.Share
 	Reason string // what was given and what is allowed
 }
 
@@ -117,25 +119,25 @@ func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: failover: %s %s", e.Field, e.Reason)
 }
 
-// primary is a *redis.Storage. The tests put a simulated one in its place.
+// primary is a *redis.Storage, except in the tests, which simulate it.
 type primary interface {
 	replica.Storage
 	DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error
 	Watch(timeout time.Duration, report func(error)) error
 }
 
-// ledger is a *postgres.Storage.
+// ledger is a *postgres.Storage, except in the tests, which simulate it.
 type ledger interface {
 	replica.Storage
 	Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error)
 }
 
-// Storage is made by New and is safe for concurrent use.
+// Storage decides by Redis, and by Postgres when Redis fails. New makes it; it is safe for concurrent use.
 //
-// A call takes at most the two timeouts, 50 ms for Redis and 200 ms for Postgres, plus what the machine needs to
-// run it; the tests on real servers ask for 99 % of calls within 260 ms. A call that Redis answers is one round trip,
-// except where Redis is doubted. Callers see no error of one store as long as the other answers. If neither answers,
-// the error wraps ErrUnavailable and both causes.
+// A call takes at most the two timeouts, 50 ms for Redis and 200 ms for Postgres, plus the time the machine needs to
+// run it; the tests on real servers require 99 % of calls to end within 260 ms. A call that Redis answers is one round
+// trip, except where Redis is doubted. Callers see no error of one store as long as the other answers. If neither
+// answers, the error wraps ErrUnavailable and both causes.
 type Storage struct {
 	primary primary
 	ledger  ledger
@@ -145,12 +147,12 @@ type Storage struct {
 	breaker breaker
 	journal journal
 	flusher flusher
-	// Rule 7, by the monotonic clock, zero for never: state that Redis changed last before doubted may lack spending. It is
-	// set when an outage ends and when a server has restarted; outage only by the former.
+	// Rule 7. State that Redis changed last at the time doubted, or before, may lack spending. Both are times of
+	// law.Monotonic, zero for never. The end of an outage sets both; the restart of a server sets doubted only.
 	doubted, outage atomic.Int64
 
-	// Rule 10. A call enters before it looks at closed, and Close looks at calls after it has set closed. So each call
-	// either sees closed or is waited for.
+	// Rule 10. A call first counts itself in calls and then looks at closed; Close first sets closed and then looks at
+	// calls. So each call either sees closed and returns ErrClosed, or is seen by Close, which waits for it.
 	calls    atomic.Int64  // calls in progress
 	closed   atomic.Bool   // further calls get ErrClosed
 	idle     chan struct{} // has room for one token, which says that closed is set and no call is in progress
@@ -158,17 +160,18 @@ type Storage struct {
 	stop     func()        // cancels what the goroutines wait for
 	running  sync.WaitGroup
 	ended    chan struct{} // closed when the first Close is done
-	closeErr error         // the result of Close, for those who read from ended
+	closeErr error         // the result of the first Close; may be read once ended is closed
 
 	observe sync.Mutex                        // one call of Observe at a time
 	jitter  func(time.Duration) time.Duration // random, from 0 to its argument
 }
 
 // New returns a storage that decides by Redis, and by Postgres when Redis fails. The primary must not have been used
-// before, and nothing else may use it. Whoever made the stores closes them, after the storage.
+// before, and nothing else may use it: New lowers its timeout and watches its round trips. The storage does not close
+// the two stores; their owner closes them after the storage.
 //
-// A fault is an *OptionError; all faults come joined, but nil stores are reported before the options. A primary that
-// was used before, or is closed, is the error of package redis: its *OptionError, or ErrClosed.
+// Each fault is an *OptionError and all faults are joined, but if a store is nil the options are not checked. If the
+// primary was used before or is closed the error is that of package redis, an *OptionError of its own or ErrClosed.
 func New(primary *redis.Storage, ledger *postgres.Storage, o *Options) (*Storage, error) {
 	var faults []error
 	if primary == nil {
@@ -201,7 +204,7 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 		s.local = runtime.New(nil)
 	}
 	s.journal = newJournal(s.options.MaxPending)
-	s.flusher = flusher{origin: rand.Text(), seq: 1} // a new process is a new origin, whose numbers begin anew
+	s.flusher = flusher{origin: rand.Text(), seq: 1} // Rule 2: a new process is a new origin, so its numbers may begin at 1
 	ctx, stop := context.WithCancel(context.Background())
 	s.stop = stop
 	s.breaker.opened = func() { s.running.Go(func() { s.probeLoop(ctx) }) }
@@ -213,7 +216,7 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	return s, nil
 }
 
-// validate returns all faults, joined.
+// validate returns all faults of the options, joined. The defaults are filled in already.
 func (o *Options) validate() error {
 	var faults []error
 	fault := func(field, format string, args ...any) {
@@ -245,9 +248,10 @@ func (o *Options) validate() error {
 	return errors.Join(faults...)
 }
 
-// Close keeps Rule 10: further calls get ErrClosed, those in progress are waited for, and the ledger is charged with
-// what is pending. Close takes at most a second, and no longer than its context allows. The error says that something
-// could not be written. A second Close waits for the first and returns the same.
+// Close keeps Rule 10, Close writes what is pending: further calls get ErrClosed, Close waits for those in progress,
+// and then charges the ledger with what is pending. It takes at most a second, and no longer than its context allows.
+// An error says that something may not have been written. A second Close waits for the first and returns the same
+// error, or the error of its own context if that ends before.
 func (s *Storage) Close(ctx context.Context) error {
 	if s.closed.Swap(true) {
 		select {
@@ -259,7 +263,7 @@ func (s *Storage) Close(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
 	defer cancel()
-	if s.calls.Load() == 0 { // else the last call says so
+	if s.calls.Load() == 0 { // otherwise the last call to leave says so
 		s.noCalls()
 	}
 	select {
@@ -271,8 +275,9 @@ func (s *Storage) Close(ctx context.Context) error {
 	return s.closeErr
 }
 
-// end ends the goroutines and writes what is left. When the context ends it returns, though a store may still be
-// answering: that goroutine is left behind and ends with its call, as stop cancels it.
+// end ends the goroutines and writes what is left. The order matters: the breaker must not start another goroutine once
+// running.Wait has begun. If the context ends first, end returns although a store may still be answering. The goroutine
+// that waits for that answer is left behind; it ends soon, because stop cancels its call.
 func (s *Storage) end(ctx context.Context) error {
 	defer s.stop()
 	s.breaker.end()
@@ -290,8 +295,8 @@ func (s *Storage) end(ctx context.Context) error {
 	}
 }
 
-// flushRest writes batch after batch until nothing is left or one fails. The goroutines have ended, so the flusher is
-// this goroutine's.
+// flushRest writes batch after batch until nothing is left or one fails (Rule 10). The goroutine of flushLoop has
+// ended, so the flusher belongs to this one now.
 func (s *Storage) flushRest(ctx context.Context) error {
 	for {
 		_, pending, _ := s.journal.due()
@@ -304,8 +309,8 @@ func (s *Storage) flushRest(ctx context.Context) error {
 	}
 }
 
-// enter begins a call, unless its context has ended or the storage is closed. The caller calls leave if there is no
-// error.
+// enter begins a call, unless its context has ended or the storage is closed (Rule 10). If it returns nil the caller
+// must call leave.
 func (s *Storage) enter(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -318,14 +323,15 @@ func (s *Storage) enter(ctx context.Context) error {
 	return nil
 }
 
-// leave ends a call. The last one lets Close go on.
+// leave ends a call. After Close has begun, the last call lets it go on.
 func (s *Storage) leave() {
 	if s.calls.Add(-1) == 0 && s.closed.Load() {
 		s.noCalls()
 	}
 }
 
-// noCalls says that no call is in progress. Two may say so, the last call and Close, so the second token is dropped.
+// noCalls tells Close that no call is in progress. The last call and Close itself may both say so, and a call that was
+// refused too, so a second token is dropped.
 func (s *Storage) noCalls() {
 	select {
 	case s.idle <- struct{}{}:

@@ -1,7 +1,12 @@
 package failover
 
-// Rules 2 and 3: the ledger is charged with what is pending, in numbered batches, and answers the debts to which Redis
-// is raised. One goroutine does both, the flusher.
+// Two rules are kept here, both by one goroutine, the flusher:
+//
+//	2  the ledger is charged, and once    flush, write, prepare, charges, raiseLevels
+//	3  Redis is raised to the ledger      relay, raise, behind
+//
+// The flusher writes what is pending in numbered batches. The ledger answers each batch with the debt of every
+// identifier in it, so finding out whether Redis has to be raised costs no further round trip.
 
 import (
 	"context"
@@ -19,38 +24,40 @@ import (
 const (
 	flushSize    = 512                    // identifiers in a batch, which is one transaction
 	flushAmounts = 2048                   // amounts in a batch, about
-	oldAfter     = int64(1_000_000)       // µs, or 2 intervals if that is more, after which levels are raised and not charged
+	oldAfter     = int64(1_000_000)       // µs, or 2 intervals if that is longer: older levels are raised, not charged
 	longestPause = 250 * time.Millisecond // between two tries while the ledger fails
 	urgentPause  = 10 * time.Millisecond  // between two tries while a caller waits
-	atATime      = 64                     // concurrent calls of one store
+	atATime      = 64                     // concurrent calls to one store
 )
 
 var errRefunds = errors.New("tokens are being refunded")
 
-// flusher writes the journal to the ledger in numbered batches (Rule 2). A commit whose answer is lost may have
-// happened or not. So the flusher repeats a batch, the same entries under the same number, until the ledger confirms or
-// rejects it. The number lets the ledger ignore a batch that it already has. Only then comes the next one: a batch that
-// a later one overtakes would count as written.
+// flusher writes the journal to the ledger in numbered batches (Rule 2).
+//
+// If the answer to a commit is lost, the commit may have happened or not. The flusher therefore repeats a batch, the
+// same entries under the same number, until the ledger confirms or rejects it. The number lets the ledger ignore a
+// batch that it already has: it keeps the last number of each origin, and takes every number up to that one as written.
+// This is why the next batch has to wait: a batch overtaken by a later one would count as written and be lost.
 type flusher struct {
-	// The goroutine of flushLoop owns these, and after it has ended Close.
-	origin string   // this process, to the ledger; random
+	// The goroutine of flushLoop owns these three. After it has ended Close does.
+	origin string   // how the ledger knows this process; random
 	seq    int64    // the number of the batch
 	batch  []*entry // what is in flight; the ledger may have it
 
 	mu        sync.Mutex // guards what follows
 	failures  int        // in a row
 	failure   error      // the last one; nil after a success
-	since     int64      // when the oldest of a batch that failed was admitted, by Monotonic; 0 after a success
+	since     int64      // when the first entry of the failed batch was queued, by law.Monotonic; 0 after a success
 	flushedAt time.Time  // the last success
-	relayed   int64      // identifiers to which Redis was raised, in all
+	relayed   int64      // how often an identifier was raised in Redis, in all
 }
 
-// flushLoop flushes when something is due, until the storage is closed.
+// flushLoop is the flusher: it flushes whenever a batch is due, until the storage is closed.
 func (s *Storage) flushLoop(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		// A token of journal.work comes round to here, and the time is computed anew.
+		// A token of journal.work leads back to here, where the time of the next flush is computed anew.
 		if d := s.flushIn(); d < 0 {
 			timer.Stop()
 		} else {
@@ -66,14 +73,17 @@ func (s *Storage) flushLoop(ctx context.Context) {
 	}
 }
 
-// flushIn is how long until a flush is due, negative if there is nothing to write. A batch is due one interval after
-// its oldest admission; at once if a caller waits for it (Rule 4), or if half of MaxPending is used. While the ledger
-// fails the pauses grow, but for callers who wait.
+// flushIn returns how long until a flush is due, negative if there is nothing to write.
+//
+// A batch is due one interval after its oldest admission. It is due at once if a caller waits for it (Rule 4), or if
+// more than half of MaxPending is used. While the ledger fails the pauses double from one try to the next, up to
+// longestPause or the interval if that is longer. If a caller waits they stay at urgentPause, as the caller has little
+// time.
 func (s *Storage) flushIn() time.Duration {
 	since, pending, urgent := s.journal.due()
 	if len(s.flusher.batch) > 0 { // the last flush failed
 		since = s.flusher.batch[0].since
-	} else if pending == 0 && len(s.journal.missed()) > 0 && s.breaker.cause() == nil { // else handBack makes up for them
+	} else if pending == 0 && len(s.journal.missed()) > 0 && s.breaker.cause() == nil { // open: handBack does them
 		return s.options.FlushInterval
 	} else if pending == 0 {
 		return -1
@@ -94,9 +104,14 @@ func (s *Storage) flushIn() time.Duration {
 	return max(0, s.options.FlushInterval-time.Duration(law.Monotonic()-since)*time.Microsecond)
 }
 
-// flush keeps Rules 2 and 3 for one batch. If the ledger rejects the batch, it has charged nothing of it, and each
-// entry is written as a batch of its own. An entry that is rejected alone is forgotten: one corrupt row must not hold
-// up the rest.
+// flush keeps Rules 2 and 3 for one batch.
+//
+// There are three outcomes. If the ledger confirms the batch, its entries are finished. If the ledger is unavailable,
+// the batch stays in flight under its number and is repeated. With any other error the ledger has rejected the batch
+// and charged nothing of it. Then each entry is written as a batch of its own, under a new number, to find the faulty
+// ones. An entry that is rejected alone is forgotten: one faulty entry must not hold up the rest.
+//
+// A batch without entries means that the flush was due only for the resets that Redis has missed.
 func (s *Storage) flush(ctx context.Context) {
 	f := &s.flusher
 	if f.batch = s.journal.nextBatch(f.batch); len(f.batch) == 0 {
@@ -112,9 +127,9 @@ func (s *Storage) flush(ctx context.Context) {
 			s.flushFailed(err)
 			return
 		}
-		f.seq++ // confirmed or rejected, the number is used up
+		f.seq++ // confirmed or rejected, this number is used up: only an unavailable ledger gets it again
 
-		if err != nil && size > 1 { // find out which entry it is
+		if err != nil && size > 1 { // find out which entry is at fault
 			size = 1
 			continue
 		}
@@ -129,8 +144,9 @@ func (s *Storage) flush(ctx context.Context) {
 	s.flushed(rejected, law.Monotonic()-since, relayed)
 }
 
-// flushSome writes some entries and raises Redis to the debts in the answer. The debts age from before they were asked
-// for.
+// flushSome writes some entries (Rule 2) and raises Redis to the debts in the answer (Rule 3). It returns for how many
+// identifiers Redis had to be raised. The debts age from the time before the ledger was asked, so they come out a
+// little too short rather than too long.
 func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, err error) {
 	asked := law.Monotonic()
 	debts, err := s.write(ctx, some)
@@ -140,7 +156,7 @@ func (s *Storage) flushSome(ctx context.Context, some []*entry) (relayed int, er
 	return s.relay(ctx, some, debts, asked), nil
 }
 
-// flushFailed keeps the batch for the next try and lets waiting callers know.
+// flushFailed keeps the batch for the next try and tells the waiting callers.
 func (s *Storage) flushFailed(err error) {
 	f := &s.flusher
 	f.mu.Lock()
@@ -151,7 +167,7 @@ func (s *Storage) flushFailed(err error) {
 	s.notify(Event{Kind: FlushFailed, Err: err, Lag: micros(law.Monotonic() - f.batch[0].since)})
 }
 
-// flushed counts a batch of which nothing is in flight any more. The error is that of entries which were rejected.
+// flushed notes that nothing of a batch is in flight any more. The error is that of an entry that was rejected, if any.
 func (s *Storage) flushed(err error, lag int64, relayed int) {
 	f := &s.flusher
 	f.mu.Lock()
@@ -161,7 +177,9 @@ func (s *Storage) flushed(err error, lag int64, relayed int) {
 	s.notify(Event{Kind: Flushed, Err: err, Lag: micros(lag), Relayed: relayed})
 }
 
-// write charges the ledger with a batch and returns the debt of each entry afterwards.
+// write charges the ledger with a batch, once (Rule 2), and returns the debt of each entry afterwards. If the ledger
+// leaves out an entry, since it cannot read the row, the answer has no amounts for it. The others are charged, and the
+// entry ends like one that was recorded.
 func (s *Storage) write(ctx context.Context, batch []*entry) ([]replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -192,8 +210,9 @@ func (s *Storage) write(ctx context.Context, batch []*entry) ([]replica.Debt, er
 	return debts, nil
 }
 
-// prepare writes what is not a charge: resets (Rule 8), and the levels of old entries. Both may be repeated, so they
-// need no number.
+// prepare writes what is not a charge: resets (Rule 8), and the levels of old entries (Rule 2). Both may be repeated,
+// so they need no number. A reset that is known to be done is not repeated with the batch, though: it would erase what
+// others were charged since.
 func (s *Storage) prepare(ctx context.Context, batch []*entry, now int64) error {
 	old := max(oldAfter, 2*s.options.FlushInterval.Microseconds())
 	return each(batch, func(e *entry) error {
@@ -210,11 +229,13 @@ func (s *Storage) prepare(ctx context.Context, batch []*entry, now int64) error 
 	})
 }
 
-// charges appends what the ledger is charged for an entry. A charge has one amount a bucket, so an entry with several
-// amounts makes several. The first for each MaxBuckets buckets is made even if nothing is left of the amounts: its
-// answer is the debt.
+// charges appends what the ledger is charged for an entry (Rule 2).
+//
+// A storage.Charge has one amount for each of at most MaxBuckets buckets. An entry whose buckets owe several amounts
+// therefore makes several charges, in rounds; round k has amount k of each bucket. The charges of the first round are
+// made even if nothing is left of the amounts, because their answers are the debt.
 func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
-	if e.clocked { // the amounts have their times by the caller's clock
+	if e.clocked { // the amounts have times by the caller's clock
 		now = e.now
 	}
 	amounts := make([][]storage.Amount, len(e.buckets))
@@ -237,7 +258,7 @@ func (e *entry) charges(out []storage.Charge, now int64) []storage.Charge {
 	return out
 }
 
-// charge charges each bucket with its amount k, and reports whether any bucket has that many.
+// charge returns the charge of each bucket with its amount k, and whether any bucket has that many.
 func (e *entry) charge(rules *storage.RuleSet, amounts [][]storage.Amount, k int) (c storage.Charge, any bool) {
 	c = storage.Charge{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: rules, Amounts: make([]storage.Amount, len(amounts))}
 	for i, all := range amounts {
@@ -248,7 +269,8 @@ func (e *entry) charge(rules *storage.RuleSet, amounts [][]storage.Amount, k int
 	return c, any
 }
 
-// debt joins the answers to the first charges of an entry.
+// debt joins the answers to the charges of an entry's first round, one for each MaxBuckets buckets. Each has the debt
+// after the whole batch, so the answers of later rounds say nothing more.
 func (e *entry) debt(answers []replica.Debt) replica.Debt {
 	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now, Rules: e.rulesOf(e.buckets), Amounts: make([][]storage.Amount, len(e.buckets))}
 	for from := 0; from < len(d.Amounts); from += law.MaxBuckets {
@@ -257,7 +279,8 @@ func (e *entry) debt(answers []replica.Debt) replica.Debt {
 	return d
 }
 
-// rulesOf is the rules of buckets of the entry, which nearly always are those of the last call.
+// rulesOf returns the rules of some of the entry's buckets. Nearly always they are those of the last call, whose set is
+// returned then without making a new one.
 func (e *entry) rulesOf(buckets []bucket) *storage.RuleSet {
 	same := e.rules != nil && len(e.rules.Rules) == len(buckets)
 	rules := make([]law.Rule, len(buckets))
@@ -271,10 +294,12 @@ func (e *entry) rulesOf(buckets []bucket) *storage.RuleSet {
 	return law.NewRuleSet(rules...)
 }
 
-// raiseLevels handles an entry too old to charge amount by amount: tokens that drained in the meantime would be counted
-// again. Instead it raises the ledger to the level that Redis last reported (Rule 2). The time until a level is empty
-// says how high it is, so the amount may be as large as it can be. A bucket from which a Charge took is charged after
-// all, as Redis reports no level after a Charge.
+// raiseLevels handles the Continuous buckets of an entry that is too old to charge amount by amount (Rule 2): tokens
+// that drained in the meantime would be counted again. Instead it raises the ledger to the level that Redis last
+// reported. The time until a level is empty says how high it is, so the number of tokens may be the ceiling.
+//
+// Two kinds of buckets are charged after all: those from which a Charge took, as Redis reports no level after a Charge,
+// and those beyond the MaxBuckets that one raise can name.
 func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
 	var raised []*bucket
@@ -294,23 +319,24 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	d.Rules = law.NewRuleSet(rules...)
 	if err := s.ledger.Raise(ctx, d); errors.Is(err, storage.ErrUnavailable) {
 		return err
-	} // another error is that of one row, and must not hold up the batch
+	} // any other error is about this row alone, and must not hold up the batch
 	for _, b := range raised {
 		b.taken, b.refunded = nil, nil
 	}
 	return nil
 }
 
-// relay keeps Rule 3: it raises Redis where the ledger knows of more than Redis has shown, because other processes were
-// served by Postgres or because Redis has lost something. It returns for how many identifiers. While the breaker is
-// open it does nothing: once Redis is back, all of it is doubted and raised by Rule 7.
+// relay keeps Rule 3, Redis is raised to the ledger: it raises Redis where the ledger knows of more than Redis has
+// shown, because other processes were served by Postgres or because Redis has lost something. It returns for how many
+// identifiers that was so. While the breaker is open it does nothing: Redis is doubted when it is back, and Rule 7
+// raises it then.
 //
-// By an injected clock, debts have no age, and Redis is raised only where that was asked for.
+// Under an injected clock nobody knows how old a debt is, so Redis is raised only where that was asked for.
 func (s *Storage) relay(ctx context.Context, batch []*entry, debts []replica.Debt, asked int64) (n int) {
 	if s.breaker.cause() != nil {
 		return 0
 	}
-	_ = s.resetMissed(ctx) // before Redis is raised, or the reset would drop that
+	_ = s.resetMissed(ctx) // must come first: a reset after the raise would erase what was raised
 	var higher []replica.Debt
 	for i, e := range batch {
 		raise := s.journal.mustRaise(e)
@@ -320,19 +346,20 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []replica.Deb
 	}
 	_ = each(higher, func(d replica.Debt) error {
 		_ = s.raise(ctx, d, asked)
-		return s.breaker.cause() // ends the others
+		return s.breaker.cause() // once Redis is lost the other raises are not tried
 	})
 	return len(higher)
 }
 
-// raise raises Redis to a debt that was asked for at a time. If refunds are in the way, or Redis fails, the identifier
-// is raised with the next flush.
+// raise raises Redis to a debt that the ledger was asked for at the time asked. If refunds hold the lock of the
+// identifier (Rule 8), or Redis fails, the error is returned and Redis is raised with the next flush. Another error of
+// Redis, such as a state that it cannot read, is not returned: trying again would not help.
 func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64) error {
 	id, err := key{d.Name, d.Identifier}, errRefunds
 	if may, own := s.journal.beginRaise(id); may {
 		age(&d, asked)
 		err = s.primary.Raise(ctx, d)
-		if own { // else an entry in flight holds the lock on, until finish
+		if own { // otherwise an entry in flight has the lock and keeps it until it is finished
 			s.journal.endRaise(id)
 		}
 	}
@@ -343,7 +370,8 @@ func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64) error 
 	return nil
 }
 
-// age subtracts the time the answer took to arrive; without it every relay would lengthen the debt.
+// age subtracts from a debt the time that has passed since it was asked for. Without it every raise would lengthen the
+// debt. Under an injected clock no time passes between the two.
 func age(d *replica.Debt, asked int64) {
 	if d.Clocked {
 		return
@@ -356,13 +384,14 @@ func age(d *replica.Debt, asked int64) {
 	}
 }
 
-// behind reports whether the ledger has more of a bucket than Redis has shown, or anything at all if raise was asked
-// for.
+// behind reports whether Redis has to be raised to a debt: whether the ledger has more of any bucket than Redis has
+// shown, or anything at all if raise was asked for (Rule 3).
 //
-// What Redis has shown is from its last admission. If all that it showed is back by now, any debt is more. A level is
-// compared by the time until it is empty, with a token and a millisecond of tolerance for rounding and the way; else
-// each flush would raise Redis by a little. Buckets whose period is shorter than an interval are left alone: their debt
-// has come back before Redis could be raised.
+// What Redis has shown is from its last admission to this process. If all of that is back by now, any debt is more. A
+// level is compared by the time until it is empty, with a tolerance of one token and a millisecond for rounding and for
+// the time that the answer took; without it each flush would raise Redis by a little. The other kinds are compared by
+// their tokens. Buckets whose period is shorter than a flush interval are left alone, unless raise was asked for: their
+// debt has come back before Redis could be raised.
 func (e *entry) behind(d *replica.Debt, interval time.Duration, raise bool) bool {
 	now := e.time()
 	for i, debt := range d.Amounts {
@@ -385,8 +414,9 @@ func (e *entry) behind(d *replica.Debt, interval time.Duration, raise bool) bool
 	return false
 }
 
-// settle waits until nothing is pending of an identifier (Rule 4). The flusher writes it at once, with its batch, so
-// that it is charged in order and once.
+// settle waits until nothing is pending of an identifier (Rule 4). The caller does not write the entry itself. It
+// leaves that to the flusher, which writes it at once as part of a batch, so that everything is charged in order and
+// once.
 func (s *Storage) settle(ctx context.Context, id key) error {
 	w := s.journal.await(id)
 	if w == nil {
@@ -400,8 +430,8 @@ func (s *Storage) settle(ctx context.Context, id key) error {
 	}
 }
 
-// each calls f for all, atATime of them concurrently, and returns an error if one did. After an error it begins no
-// more.
+// each calls f for all items, up to atATime of them concurrently, and waits for the calls. After an error it begins no
+// more calls, and it returns one of the errors.
 func each[T any](all []T, f func(T) error) (err error) {
 	if len(all) == 1 {
 		return f(all[0])
@@ -432,4 +462,5 @@ func each[T any](all []T, f func(T) error) (err error) {
 	return err
 }
 
+// micros returns n microseconds.
 func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond }

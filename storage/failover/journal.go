@@ -12,76 +12,80 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// journal is what is pending: what Redis has admitted and which identifiers were reset, until the ledger has recorded
-// it.
+// journal holds what is pending: the tokens that Redis has admitted and the resets that were asked for, until the
+// ledger has recorded them. It is in memory only, so what is pending is lost if the process is killed.
 //
-// An entry is what is pending of one identifier. Its states:
+// An entry holds what is pending for one identifier. Its states:
 //
 //	state      is in                        becomes    by         when
-//	queued     j.queued and j.queue, and    in flight  nextBatch  it is urgent, or the oldest
+//	queued     j.queued and j.queue; also   in flight  nextBatch  it is urgent, or the oldest
 //	           j.urgent if a caller waits
+//	           or it blocks refunds
 //	in flight  j.inFlight, flusher.batch    in flight  failed     the ledger has not answered: the batch is repeated
 //	                                        recorded   finish     the ledger has confirmed the batch
 //	                                        forgotten  finish     the ledger has rejected the entry alone
 //
-// Any goroutine queues an entry, by find. Only the flusher moves it on. An identifier has at most one entry queued and
-// one in flight: what is admitted while its entry is in flight goes to a new one, so a repeated batch has the same
-// amounts.
+// Any goroutine may queue an entry, with find. Only the flusher moves it on. An identifier has at most one entry queued
+// and one in flight. Whatever is admitted while its entry is in flight goes to a new entry. So nothing is ever added to
+// an entry that the ledger may have recorded already, and a repeated batch means the same as its first try (Rule 2).
 //
-// The locks:
+// The locks, and their order:
 //
-//   - Journal.mu guards the journal and its entries. The exception is an entry in flight: the flusher, which reads it
-//     during I/O, owns all of it but waiters, raise and blocks. What names it (key, since, dequeued) changes no more.
-//   - Journal.mu, flusher.mu and breaker.mu are held for a short time, never during I/O and never two at once.
-//   - Storage.observe is taken before any of these: Options.Observe runs under it and may call State. Nobody calls
-//     Observe while holding one of them.
-//   - Refunds and raises are one more lock for each identifier. It is held during calls to Redis, by any number of
-//     refunds or by one raise (Rule 8). A refund waits for a raise. A raise never waits but is put off to the next
-//     flush, so nobody waits in a circle. Until then the entry holds the lock as the raise would (blocks), or new
-//     refunds could put it off forever.
+//   - Journal.mu guards the journal and its entries. An entry in flight is the exception, because the flusher reads it
+//     during I/O: the flusher owns all of its fields except waiters, raise and blocks, which mu still guards. The key,
+//     since and dequeued of an entry in flight no longer change, so anyone may read them.
+//   - Journal.mu, flusher.mu and breaker.mu are held briefly, never during I/O, and never two of them at once. They
+//     therefore need no order among themselves.
+//   - Storage.observe comes before these three: Options.Observe runs under it and may call State, which takes them in
+//     turn. No goroutine calls Observe while it holds one of the three.
+//   - Each identifier has one more lock, which keeps refunds and raises apart in Redis (Rule 8). It is held during
+//     calls to Redis, either by any number of refunds (counted in refunds) or by a single raise (noted in raises). A
+//     refund waits for a raise. A raise never waits for refunds but is put off to the next flush, so no two goroutines
+//     can wait for each other. Until that flush the entry itself holds the lock, as the raise would have (blocks).
+//     Otherwise a stream of new refunds could put the raise off forever.
 type journal struct {
-	most int           // entries
+	most int           // the most entries, Options.MaxPending
 	work chan struct{} // has room for one token, which says that a flush may be due earlier than it was
 
 	mu        sync.Mutex // guards what follows; the keys of all maps are copies
 	queued    map[key]*entry
-	queue     []*entry // the queued by age, and some that were dequeued as urgent
-	urgent    []*entry // the queued for which a caller waits, or which hold the lock of their identifier
+	queue     []*entry // the queued entries, oldest first, and some that were dequeued early because they were urgent
+	urgent    []*entry // the queued entries for which a caller waits, or which hold the lock of their identifier
 	inFlight  map[key]*entry
 	awaited   bool                  // a caller waits for an entry in flight
 	resets    map[key]bool          // resets that Redis has missed
-	refunds   map[key]*int          // how many refunds hold the lock of the identifier, if any do
-	raises    map[key]chan struct{} // the identifiers whose lock a raise holds; closed when it ends
+	refunds   map[key]*int          // how many refunds hold the lock of an identifier; absent if none does
+	raises    map[key]chan struct{} // the identifiers whose lock a raise holds; the channel is closed when it ends
 	forgotten int64                 // admissions that will never be recorded
 }
 
-// key is an identifier under a throttler's name.
+// key is an identifier under a throttler's name: equal identifiers of different throttlers are kept apart.
 type key struct{ name, identifier string }
 
-// copied is for what outlasts the call, whose caller may use the memory of the strings again.
+// copied returns a key that may outlast the call. The caller may reuse the memory of its own strings afterwards.
 func (k key) copied() key { return key{strings.Clone(k.name), strings.Clone(k.identifier)} }
 
-// entry is what is pending of one identifier.
+// entry holds what is pending for one identifier. Its states and its lock are described at journal.
 type entry struct {
 	key
-	since    int64            // by Monotonic, when it was queued
+	since    int64            // when it was queued, by law.Monotonic
 	clocked  bool             // the caller's clock is injected
 	now      int64            // the latest time by that clock
 	reset    bool             // the ledger is reset before it is charged
-	rules    *storage.RuleSet // of the last call
-	buckets  []bucket
-	inline   [2]bucket // room for buckets, as few identifiers have more
-	dequeued bool      // it is not queued any more
+	rules    *storage.RuleSet // those of the last call
+	buckets  []bucket         // one for each bucket that any call of the entry named
+	inline   [2]bucket        // the first memory of buckets: most identifiers need no more
+	dequeued bool             // it is in flight or finished; the queue may still contain it
 
 	waiters []*waiter
-	raise   bool // Redis is raised to the ledger's debt, whatever it has shown
+	raise   bool // Redis is raised to the ledger's debt, whatever Redis has shown
 	blocks  bool // it holds the lock of the identifier against refunds
 }
 
-// waiter is a caller who waits until an entry is recorded.
+// waiter is a caller waiting until an entry is recorded.
 type waiter struct {
-	done     chan error // has room for the one result
-	failures int        // failed flushes that the waiter has seen
+	done     chan error // has room for the one result, so the flusher never waits for the caller
+	failures int        // failed flushes since the wait began
 }
 
 func newJournal(most int) journal {
@@ -89,8 +93,8 @@ func newJournal(most int) journal {
 		resets: make(map[key]bool), refunds: make(map[key]*int), raises: make(map[key]chan struct{})}
 }
 
-// find returns the queued entry of an identifier, and queues one if there is none. With too many entries it returns nil
-// and counts what is forgotten, unless the identifier must have one. The caller holds mu.
+// find returns the queued entry of an identifier, and queues a new one if there is none. If the journal is full it
+// returns nil and counts one more admission as forgotten, unless the caller must have an entry. The caller holds mu.
 func (j *journal) find(id key, must bool) *entry {
 	e := j.queued[id]
 	if e != nil {
@@ -110,7 +114,8 @@ func (j *journal) find(id key, must bool) *entry {
 	return e
 }
 
-// wake has the flusher look again when the next flush is due. One token is enough for any number of reasons.
+// wake makes the flusher compute anew when the next flush is due. One token in the channel is enough for any number of
+// reasons, because the flusher looks at all of them.
 func (j *journal) wake() {
 	select {
 	case j.work <- struct{}{}:
@@ -118,8 +123,9 @@ func (j *journal) wake() {
 	}
 }
 
-// took makes pending what Redis has admitted (Rule 1). Every admission of the process takes mu for this, so it does
-// little: a look at a map, and an addition for each bucket.
+// took makes pending what Redis has admitted (Rule 1). Every admission of the process holds mu for this, so it does
+// little: one lookup in a map for each identifier and one addition for each bucket. The level of a Continuous bucket is
+// therefore computed with a formula here (drains) and not with a law.State.
 func (j *journal) took(r *storage.Request, a *storage.Answer) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -138,7 +144,8 @@ func (j *journal) took(r *storage.Request, a *storage.Answer) {
 	}
 }
 
-// took adds what was taken at a time, of each bucket at most so many, of which the counts tell when it comes back.
+// took adds one admission at the time at: of each bucket its cost, but not over most. The counts say when the tokens
+// are back, and what Redis has shown as spent.
 func (e *entry) took(rules *storage.RuleSet, costs []int64, most int64, counts []storage.Count, at int64) {
 	e.rules = rules
 	for i, cost := range costs {
@@ -152,8 +159,9 @@ func (e *entry) took(rules *storage.RuleSet, costs []int64, most int64, counts [
 	}
 }
 
-// charged makes pending what Redis was charged or refunded (Rule 8). Redis reports no level after a charge. The tokens
-// count as shown, or Redis would be raised to what it has.
+// charged makes pending what Redis was charged or refunded (Rule 8). Redis reports no level after a Charge, so its
+// tokens are simply added to what Redis has shown. Without that the next flush would find the ledger ahead and raise
+// Redis to tokens that it already has.
 func (j *journal) charged(c *storage.Charge) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -178,14 +186,15 @@ func (j *journal) charged(c *storage.Charge) {
 	}
 }
 
-// raiseLater has Redis raised, with the next flush, to what the ledger has of an identifier.
+// raiseLater asks for Redis to be raised to the ledger's debt of an identifier with the next flush (Rule 3).
 func (j *journal) raiseLater(name string, p *storage.Part, clocked bool, now int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.markRaise(name, p, clocked, now)
 }
 
-// markRaise queues an entry that asks for the debt of all rules of a part. The caller holds mu.
+// markRaise queues an entry that owes nothing but names all buckets of a part: the ledger answers it with the debt of
+// each. It returns nil if the journal is full. The caller holds mu.
 func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int64) *entry {
 	e := j.find(key{name, p.Identifier}, false)
 	if e != nil {
@@ -199,9 +208,12 @@ func (j *journal) markRaise(name string, p *storage.Part, clocked bool, now int6
 	return e
 }
 
-// raiseAgain schedules another raise after one failed, and blocks refunds to Redis until it succeeds; otherwise refunds
-// could put it off forever. An entry in flight passes the lock of the identifier on to the new one. A raise that is in
-// progress keeps it.
+// raiseAgain asks for another raise after one could not be made. The new entry takes the lock of the identifier and so
+// blocks refunds to Redis until it is recorded or a flush fails; otherwise refunds could put the raise off forever.
+//
+// The lock may be taken already. An entry in flight that has it passes it on to the new entry. A raise that is in
+// progress keeps it, and the new entry goes without. Refunds that hold the lock just now may end, but no new one
+// begins.
 func (j *journal) raiseAgain(d *replica.Debt) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -216,13 +228,14 @@ func (j *journal) raiseAgain(d *replica.Debt) {
 	} else { // refunds that hold the lock end, and new ones wait
 		j.raises[e.key] = make(chan struct{})
 	}
-	e.blocks = true // until finish, or until a flush fails
+	e.blocks = true // until finish, or until fail
 	j.urgent = append(j.urgent, e)
 	j.wake()
 }
 
-// resetLedgerLater makes a reset pending in place of what was (Rule 8). It is queued even beyond MaxPending, as a reset
-// that was promised must not be forgotten.
+// resetLedgerLater makes a reset pending (Rule 8). What was queued for the identifier before the reset is dropped,
+// since the reset would erase it from the ledger anyway. The reset is queued even beyond MaxPending: a user who was
+// told that an identifier is free again must not find it denied after an outage.
 func (j *journal) resetLedgerLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -230,7 +243,7 @@ func (j *journal) resetLedgerLater(id key) {
 	e.reset, e.buckets = true, e.inline[:0]
 }
 
-// resetPrimaryLater remembers that Redis has missed a reset.
+// resetPrimaryLater remembers that Redis has missed a reset (Rule 8). resetMissed makes up for it.
 func (j *journal) resetPrimaryLater(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -238,8 +251,9 @@ func (j *journal) resetPrimaryLater(id key) {
 	j.wake()
 }
 
-// beginRefund takes the lock of an identifier for a refund. It waits while a raise holds it: the raise would take the
-// refunded tokens again. If there is no error the caller calls endRefund.
+// beginRefund takes the lock of an identifier for a refund (Rule 8). While a raise holds the lock it waits, because the
+// debt of that raise was read before the refund and would take the refunded tokens again. It returns the error of the
+// context if that ends first; if it returns nil the caller must call endRefund.
 func (j *journal) beginRefund(ctx context.Context, id key) error {
 	for {
 		j.mu.Lock()
@@ -259,7 +273,8 @@ func (j *journal) beginRefund(ctx context.Context, id key) error {
 	}
 }
 
-// countRefund counts one more refund that holds the lock. The caller holds mu.
+// countRefund counts one more refund that holds the lock. The counter is behind a pointer because an assignment to a
+// map may replace its key by an equal one, which here would be in the caller's memory. The caller holds mu.
 func (j *journal) countRefund(id key) {
 	n := j.refunds[id]
 	if n == nil {
@@ -269,7 +284,7 @@ func (j *journal) countRefund(id key) {
 	*n++
 }
 
-// endRefund ends what beginRefund has begun.
+// endRefund releases the lock that beginRefund has taken.
 func (j *journal) endRefund(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -279,14 +294,17 @@ func (j *journal) endRefund(id key) {
 	}
 }
 
-// beginRaise reports whether the caller may raise Redis now. It may not while Redis holds refunds the ledger has not
-// recorded, or another raise is in progress. If own is true the caller calls endRaise afterwards. Else an entry in
-// flight holds the lock for it, until it is recorded.
+// beginRaise reports whether the caller may raise Redis now (Rule 8). It may not in three cases: refunds are in
+// progress, another raise is, or Redis has refunds or a reset that the ledger has not recorded yet. The ledger's debt
+// would contain the refunded tokens then.
+//
+// If own is true the caller must call endRaise afterwards. If it is false an entry in flight holds the lock on behalf
+// of this raise and of any other, until it is recorded: raising twice is raising once, so several may use it.
 func (j *journal) beginRaise(id key) (may, own bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	inFlight := j.inFlight[id]
-	held := inFlight != nil && inFlight.blocks // raising twice is raising once, so any may use it
+	held := inFlight != nil && inFlight.blocks
 	if j.refunds[id] != nil || j.raises[id] != nil && !held || j.queued[id] != nil && j.queued[id].hasRefunds() {
 		return false, false
 	}
@@ -296,20 +314,20 @@ func (j *journal) beginRaise(id key) (may, own bool) {
 	return true, !held
 }
 
-// endRaise ends what beginRaise has begun.
+// endRaise releases the lock that beginRaise has taken.
 func (j *journal) endRaise(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.releaseRefunds(id)
 }
 
-// releaseRefunds lets refunds go on that wait for a raise. The caller holds mu.
+// releaseRefunds ends the lock of a raise and wakes the refunds that wait for it. The caller holds mu.
 func (j *journal) releaseRefunds(id key) {
 	close(j.raises[id])
 	delete(j.raises, id)
 }
 
-// hasRefunds reports whether an entry lowers what is spent: by a refund or a reset.
+// hasRefunds reports whether an entry lowers what the ledger has as spent: by a refund or by a reset.
 func (e *entry) hasRefunds() bool {
 	for i := range e.buckets {
 		if len(e.buckets[i].refunded) > 0 {
@@ -319,7 +337,7 @@ func (e *entry) hasRefunds() bool {
 	return e.reset
 }
 
-// missed returns the resets that Redis has missed.
+// missed returns the identifiers whose reset Redis has missed.
 func (j *journal) missed() (ids []key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -329,8 +347,8 @@ func (j *journal) missed() (ids []key) {
 	return ids
 }
 
-// wasReset ends a reset that Redis had missed. The reset came late, and dropped what Redis admitted since the call. So
-// Redis is raised to what the ledger has of that.
+// wasReset marks a missed reset as done. The reset came late, and therefore also erased what Redis had admitted since
+// the user asked for it. That is still in the entries of the identifier, so these raise Redis to the ledger's debt.
 func (j *journal) wasReset(id key) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -342,17 +360,18 @@ func (j *journal) wasReset(id key) {
 	}
 }
 
-// mustRaise reports whether Redis has to be raised whatever it has shown. A late reset by the goroutine that probes may
-// set this while the entry is in flight.
+// mustRaise reports whether Redis must be raised whatever it has shown. It takes mu although the entry is in flight:
+// the goroutine that probes Redis may set raise at any time, after a late reset (wasReset).
 func (j *journal) mustRaise(e *entry) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return e.raise
 }
 
-// await returns a waiter for what is pending of an identifier, or nil if nothing is. It waits for the later entry if
-// there are two, as entries are recorded in order. A queued entry becomes urgent. For one in flight the flusher need
-// not pause as long before it repeats the batch.
+// await returns a waiter for what is pending of an identifier, or nil if nothing is (Rule 4). If the identifier has two
+// entries it waits for the queued one: entries are recorded in order, so the one in flight is recorded before. A queued
+// entry becomes urgent and is flushed at once. For an entry in flight, awaited shortens the pause before the flusher
+// repeats its batch.
 func (j *journal) await(id key) *waiter {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -373,7 +392,8 @@ func (j *journal) await(id key) *waiter {
 	return w
 }
 
-// pending is how many entries there are, and since when (by Monotonic) there is the oldest; 0 if there is none.
+// pending returns how many entries there are, queued and in flight, and when the oldest of them was queued, by
+// law.Monotonic; 0 if there is none.
 func (j *journal) pending() (n int, since int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -394,8 +414,9 @@ func (j *journal) pending() (n int, since int64) {
 	return len(j.queued) + len(j.inFlight), since
 }
 
-// due returns since when the oldest entry is queued, how many are, and whether a caller waits. It drops
-// dequeued entries from the front of the queue, so that the queue does not grow.
+// due returns when the oldest queued entry was queued, how many are queued, and whether one is urgent or a caller waits
+// for an entry in flight. It drops dequeued entries from the front of the queue: urgent entries leave from the middle,
+// and without this the queue would grow with each of them.
 func (j *journal) due() (since int64, pending int, urgent bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -408,13 +429,14 @@ func (j *journal) due() (since int64, pending int, urgent bool) {
 	return since, len(j.queued), j.awaited || len(j.urgent) > 0
 }
 
-// nextBatch returns the batch that failed the last time, or else takes a new one from the queue: first the urgent
-// entries, then the oldest.
+// nextBatch returns the batch that failed the last time, unchanged. If there is none it takes a new one from the queue,
+// the urgent entries first and then the oldest, up to flushSize entries and about flushAmounts amounts. From then on
+// these entries are in flight.
 func (j *journal) nextBatch(batch []*entry) []*entry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.awaited = false
-	if len(batch) > 0 { // the ledger may have it already, so nothing joins it
+	if len(batch) > 0 { // the ledger may have it already, so nothing may be added to it (Rule 2)
 		return batch
 	}
 	amounts := 0
@@ -434,7 +456,8 @@ func (j *journal) nextBatch(batch []*entry) []*entry {
 	return batch
 }
 
-// finish ends an entry that the ledger has recorded, or rejected with an error, and wakes its waiters.
+// finish ends an entry in flight and gives its waiters their result. A nil error says that the ledger has recorded the
+// entry. With any other the ledger has rejected it, and it is forgotten.
 func (j *journal) finish(e *entry, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -447,8 +470,10 @@ func (j *journal) finish(e *entry, err error) {
 	}
 }
 
-// failed wakes every waiter who has seen two flushes fail, whether the entry was in flight or queued behind. One
-// failure may be bad luck, such as a connection that was closed. Waiting for more would use up the time of the call.
+// failed tells the waiters that a flush has failed, those of entries in flight and those of urgent entries queued
+// behind them. A waiter gives up after its second failure. One failure may be bad luck, such as a connection that the
+// server had closed. Waiting for a third would use up the time of the call, and its caller would only get a later
+// error.
 func (j *journal) failed(err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -464,7 +489,7 @@ func (j *journal) failed(err error) {
 	j.urgent = slices.DeleteFunc(j.urgent, func(e *entry) bool { return e.dequeued || len(e.waiters) == 0 })
 }
 
-// wakeAll gives the waiters their result. The caller holds mu.
+// wakeAll gives all waiters of an entry the same result. The caller holds mu.
 func (e *entry) wakeAll(err error) {
 	for _, w := range e.waiters {
 		w.done <- err
@@ -472,8 +497,9 @@ func (e *entry) wakeAll(err error) {
 	e.waiters = nil
 }
 
-// fail counts a failure for the waiters of an entry. Refunds need not wait for a ledger that is away. The caller holds
-// mu.
+// fail counts a failed flush for each waiter of an entry and ends the wait of those that have seen two. It also gives
+// up the entry's lock against refunds: nobody knows when the ledger is back, and a refund must not wait that long. The
+// caller holds mu.
 func (j *journal) fail(e *entry, err error) {
 	if e.blocks {
 		e.blocks = false
@@ -488,7 +514,8 @@ func (j *journal) fail(e *entry, err error) {
 	})
 }
 
-// amounts is about how many charges an entry makes.
+// amounts returns about how many charges an entry makes: each charge has one amount a bucket, so the longest list
+// counts.
 func (e *entry) amounts() (n int) {
 	for i := range e.buckets {
 		n = max(n, len(e.buckets[i].taken)+len(e.buckets[i].refunded))
@@ -496,12 +523,14 @@ func (e *entry) amounts() (n int) {
 	return n
 }
 
-// clock remembers the time of a call, which is the latest one: calls may overtake each other.
+// clock notes the time of a call by an injected clock. It keeps the latest one, because a call may reach the journal
+// before an earlier call does.
 func (e *entry) clock(clocked bool, now int64) {
 	e.clocked, e.now = clocked, max(e.now, now)
 }
 
-// time is the present by the clock of the entry's amounts.
+// time returns the present, in microseconds, by the clock of the entry's amounts: the last time of the injected clock,
+// or this process's monotonic clock.
 func (e *entry) time() int64 {
 	if e.clocked {
 		return e.now
@@ -509,8 +538,9 @@ func (e *entry) time() int64 {
 	return law.Monotonic()
 }
 
-// bucket returns the bucket of a rule, and adds it if it is new. Nearly always the rules of a call are those of the
-// call before, so the bucket is at the rule's own place.
+// bucket returns the entry's bucket of a rule, and adds one if there is none. Nearly always the rules are those of the
+// call before, so place, the index of the rule in its set, is the index of the bucket too. A rule with another limit
+// but the same name, kind and period has the same bucket.
 func (e *entry) bucket(r *law.Rule, place int) *bucket {
 	if place < len(e.buckets) && e.buckets[place].rule == r {
 		return &e.buckets[place]

@@ -1,6 +1,6 @@
 package failover
 
-// What happens, in a log.
+// The events of a storage, written to a log.
 
 import (
 	"context"
@@ -9,11 +9,13 @@ import (
 	"github.com/go-throttler/throttler/internal/seldom"
 )
 
-// Log returns a function for Options.Observe that writes to a log: each change of who decides, and at most once a second
-// that Postgres does not record, which a double outage would repeat with each flush.
+// Log returns a function for Options.Observe that writes events to a log: each change from Redis to Postgres and back,
+// and that Postgres does not record or rejects admissions. The latter two are written at most once a second each,
+// because a double outage would repeat them with each flush; left_out counts those that were not written. The function
+// is not safe for concurrent use, which Options.Observe does not need.
 func Log(log *slog.Logger) func(Event) {
 	var failed, rejected seldom.Line
-	failing := false // only one Observe runs at a time
+	failing := false // needs no lock: only one call of Observe runs at a time
 	return func(e Event) {
 		switch {
 		case e.Kind == PrimaryLost:

@@ -1,6 +1,6 @@
 package failover
 
-// What operators see: events and the state.
+// What operators see: events as they happen, and the present state.
 
 import (
 	"encoding/json"
@@ -18,13 +18,13 @@ type Kind uint8
 const (
 	PrimaryLost Kind = iota // Postgres decides from now on, because of Err
 	PrimaryBack             // Redis decides from now on
-	Flushed                 // Postgres has recorded what was admitted up to Lag ago. If Err is set it rejected some entries, which are forgotten
-	FlushFailed             // Postgres could not be charged because of Err. The oldest admission that is pending is Lag old
+	Flushed                 // Postgres has recorded a batch, whose oldest admission was Lag old; Err if it rejected some
+	FlushFailed             // Postgres could not be charged because of Err; the batch is kept and tried again
 )
 
 var kindNames = [...]string{"primary lost", "primary back", "flushed", "flush failed"}
 
-// String is the kind in two words.
+// String returns the kind in words, such as "primary lost".
 func (k Kind) String() string {
 	if int(k) < len(kindNames) {
 		return kindNames[k]
@@ -35,13 +35,14 @@ func (k Kind) String() string {
 // Event is something that happened behind the calls.
 type Event struct {
 	Kind    Kind
-	Err     error         // PrimaryLost: why; Flushed: why entries were rejected, else nil; FlushFailed: why
-	Lag     time.Duration // Flushed, FlushFailed: age of the oldest entry
+	Err     error         // PrimaryLost, FlushFailed: why; Flushed: why Postgres rejected entries, or nil
+	Lag     time.Duration // Flushed, FlushFailed: age of the oldest admission of the batch
 	Pending int           // identifiers with admissions that Postgres has not recorded yet
 	Relayed int           // Flushed: identifiers for which Redis was raised, as Postgres knew of more
 }
 
-// notify calls Options.Observe, if there is one.
+// notify calls Options.Observe, if there is one, after filling in what is pending. The caller holds no lock of the
+// storage, since Observe may call State (see the locks at journal).
 func (s *Storage) notify(e Event) {
 	if s.options.Observe == nil {
 		return
@@ -52,22 +53,23 @@ func (s *Storage) notify(e Event) {
 	s.options.Observe(e)
 }
 
-// State describes a Storage, for health checks and metrics.
+// State describes a Storage, for health checks and metrics. It is a snapshot: its parts are read one after the other.
 type State struct {
 	Degraded    bool          // Postgres decides
-	Cause       error         // why Redis does not
+	Cause       error         // why Redis does not; nil if it does
 	Since       time.Time     // the last change of Degraded; zero if it never changed
-	Transitions int64         // changes of Degraded
-	Doubted     time.Time     // start of the period in which Redis must be raised before it admits; zero if it never was
+	Transitions int64         // changes of Degraded, in all
+	Doubted     time.Time     // state in Redis that is older must be raised before it admits; zero if never doubted
 	Pending     int           // identifiers with admissions that Postgres has not recorded yet
 	Lag         time.Duration // age of the oldest of these admissions
 	Flushed     time.Time     // the last time that Postgres recorded some; zero if it never did
 	FlushError  error         // why the last flush failed; nil if it succeeded
-	Relayed     int64         // how often an identifier was raised in Redis
-	Forgotten   int64         // admissions that Postgres never records, beyond MaxPending or rejected by it
+	Relayed     int64         // how often a flush raised an identifier in Redis
+	Forgotten   int64         // admissions that Postgres never records, because of MaxPending or because it rejected them
 }
 
-// MarshalJSON writes errors by their text, Lag in seconds, and nothing for what is zero but Degraded, Pending and Lag.
+// MarshalJSON writes errors as their texts and Lag in seconds, as lag_seconds. Fields that are zero are left out,
+// except Degraded, Pending and Lag.
 func (s State) MarshalJSON() ([]byte, error) {
 	return json.Marshal(struct {
 		Degraded    bool      `json:"degraded"`
@@ -91,7 +93,8 @@ func text(err error) string {
 	return err.Error()
 }
 
-// Stats yields the present State in numbers, by the names that metrics have for them. What is true is 1.
+// Stats yields the present State in numbers, by the names of its metrics: failover_degraded, failover_lag_seconds and
+// so on. A truth value is 1 or 0. It does no I/O.
 func (s *Storage) Stats() iter.Seq2[string, float64] {
 	return func(yield func(string, float64) bool) {
 		state := s.State()
@@ -112,7 +115,7 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// State returns the present state, without I/O.
+// State returns the present state. It does no I/O and waits for none, so it suits a health check.
 func (s *Storage) State() (out State) {
 	out.Cause = s.breaker.cause()
 	out.Degraded = out.Cause != nil
