@@ -34,7 +34,7 @@ func made(tb testing.TB, b ...throttler.Bucket) *throttler.Throttler {
 	return t
 }
 
-// BenchmarkClock is the floor: no decision is faster than reading the clock.
+// BenchmarkClock is the lower bound: no decision is faster than reading the clock.
 func BenchmarkClock(b *testing.B) {
 	start := time.Now()
 	var sum time.Duration

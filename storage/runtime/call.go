@@ -10,18 +10,18 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// call is one decision or charge on its way through the shards. Between begin and end its shards
-// are locked and its draws hold the states.
+// call is one decision or charge on the long way. Between begin and end the shards of its identifiers are locked, and
+// its draws hold copies of the states.
 type call struct {
 	name    string
 	clocked bool
-	keep    bool // false: nothing will be written
+	keep    bool // false for a Peek: nothing will be written, and no entry made
 	now     int64
-	draws   []law.Draw
-	places  []place // of each identifier
+	draws   []law.Draw // of all places, in order: each has as many as its rules
+	places  []place    // one for each identifier
 }
 
-// lock locks the shards of all places, each once.
+// lock locks the shards of all places, each once, in the order of their numbers.
 func (c *call) lock(s *Storage) {
 	if len(c.places) == 1 {
 		c.places[0].shard.mu.Lock()
@@ -32,6 +32,7 @@ func (c *call) lock(s *Storage) {
 	}
 }
 
+// unlock unlocks the shards that lock has locked.
 func (c *call) unlock(s *Storage) {
 	if len(c.places) == 1 {
 		c.places[0].shard.mu.Unlock()
@@ -42,6 +43,7 @@ func (c *call) unlock(s *Storage) {
 	}
 }
 
+// order returns the numbers of the shards of all places, each once, in the order in which they are locked.
 func (c *call) order() (locked []uint8) {
 	locked = make([]uint8, 0, len(c.places))
 	for i := range c.places {
@@ -50,8 +52,9 @@ func (c *call) order() (locked []uint8) {
 	return locked
 }
 
-// inOrder puts the number of a shard among others, unless it is there. All calls lock shards in the order of their numbers,
-// so that no two wait for each other.
+// inOrder inserts the number of a shard into a sorted list, unless it is there already: two identifiers may be in one
+// shard, and its mutex must not be locked twice. All calls lock shards in the order of their numbers. So no two calls
+// wait for each other, in whatever order they name their identifiers. Sweeps hold one lock at a time.
 func inOrder(locked []uint8, shard uint8) []uint8 {
 	i := len(locked)
 	for i > 0 && locked[i-1] >= shard {
@@ -66,25 +69,27 @@ func inOrder(locked []uint8, shard uint8) []uint8 {
 	return locked
 }
 
-// place is where the state of one identifier is.
+// place is where the state of one identifier is, or would be.
 type place struct {
 	shard *shard
 	tag   uint32
-	id    string           // that of the entry, once there is one: a copy
-	rules *storage.RuleSet // as many of the draws are this identifier's
+	id    string           // the caller's; once there is an entry, the entry's copy
+	rules *storage.RuleSet // this identifier's; it has one draw for each
 
-	entry   *entry // nil when there is none
-	counted bool   // there was none, and one more is counted as live
-	made    bool   // by this call
+	entry   *entry // nil if there is none
+	counted bool   // there was no entry, and one more identifier is counted as live
+	made    bool   // this call has made the entry
 }
 
-// place sets where the identifier is, in place of a zero one.
+// place fills in the zero *p: where the identifier is.
 func (s *Storage) place(p *place, name, id string, rules *storage.RuleSet) {
 	h := hash(s.seed, name, id)
 	p.shard, p.tag, p.id, p.rules = &s.shards[h>>56], uint32(h), id, rules
 }
 
-// begin locks the call's shards and loads the states of its draws.
+// begin locks the call's shards and loads the states of its draws. If there is no room for a new identifier it searches
+// once for some to remove. It unlocks for that, because the search locks other shards, and then looks for the entries
+// again: they may have been made or removed meanwhile. After an error nothing is locked.
 func (s *Storage) begin(c *call) error {
 	for searched := false; ; searched = true {
 		c.lock(s)
@@ -109,7 +114,7 @@ func (s *Storage) begin(c *call) error {
 	return nil
 }
 
-// end stores what was taken, if anything, and leaves.
+// end stores what was taken, if anything, and unlocks the shards.
 func (s *Storage) end(c *call, taken bool) {
 	if taken && c.keep {
 		n := 0
@@ -121,7 +126,8 @@ func (s *Storage) end(c *call, taken bool) {
 	s.leave(c)
 }
 
-// leave gives back the room of identifiers that were not made, unlocks, and sweeps if it is time.
+// leave gives back the room that was reserved for identifiers and not used, because the call was denied or failed. Then
+// it unlocks the shards, and sweeps if a sweep is due.
 func (s *Storage) leave(c *call) {
 	for i := range c.places {
 		if p := &c.places[i]; p.counted && !p.made {
@@ -135,9 +141,11 @@ func (s *Storage) leave(c *call) {
 	}
 }
 
-// locate finds the entries of the call and counts those that may have to be made. When they exceed
-// the limit it counts none, and returns by how many.
+// locate finds the entries of the call and reserves room for those that it may have to make: they count as live at
+// once, so that calls in other shards cannot use the same room. If they exceed MaxIdentifiers it reserves none, and
+// returns how many identifiers have to be removed.
 func (s *Storage) locate(c *call) (need int64) {
+	// A call that costs nothing makes no entry: a full bucket that is not there answers the same.
 	missing, n := int64(0), 0
 	for i := range c.places {
 		p := &c.places[i]
@@ -153,6 +161,7 @@ func (s *Storage) locate(c *call) (need int64) {
 	if missing == 0 {
 		return 0
 	}
+	// Adding first and looking then is one atomic step: two calls cannot both find the last room free.
 	if over := s.live.Add(missing) - s.max; over > 0 && s.max > 0 {
 		s.live.Add(-missing)
 		return min(over, missing)
@@ -160,15 +169,18 @@ func (s *Storage) locate(c *call) (need int64) {
 	return 0
 }
 
-// findRoom looks for identifiers to remove, and reports whether it found as many as are needed.
+// findRoom removes identifiers whose buckets are full, and reports whether it has removed as many as are needed. Unlike
+// a sweep that is merely due, it waits for locks: a shard that is busy must not make the call fail. The caller holds
+// none.
 func (s *Storage) findRoom(c *call, need int64) bool {
 	w := s.sweep(c.name, c.clocked, c.now, sweepHalf, sweepHalf)
 	s.walk(&w, func(mu *sync.Mutex) bool { mu.Lock(); return true })
 	return int64(w.removed) >= need
 }
 
-// load reads the states of the place's draws, which begin at number from. It fails when the
-// identifier would come to have too many buckets.
+// load reads the states of the place's draws, the first of which is number from. It fails with TooManyBuckets if the
+// identifier would come to have more than MaxBuckets buckets that are not full. Counting those takes time, so it is
+// only done if the entry would have too many cells.
 func (p *place) load(c *call, from int) error {
 	if p.entry == nil {
 		return nil
@@ -188,8 +200,8 @@ func (p *place) load(c *call, from int) error {
 	return nil
 }
 
-// store writes the states of the draws that took something. Where the entry has no cell for one,
-// or one of another law, the entry gets the cells it needs.
+// store writes the states of the draws that took something. If there is no entry, or if it has no cell for one of them
+// or one of another law, it calls relay, which writes all of them.
 func (p *place) store(c *call, from int) {
 	for j := range p.rules.Rules {
 		d := &c.draws[from+j]
@@ -209,12 +221,14 @@ func (p *place) store(c *call, from int) {
 	}
 }
 
-// leftover is a bucket that the call does not name and that is not full.
+// leftover is a bucket of the identifier that the call does not name and that is not full.
 type leftover struct {
 	rule  law.Rule
 	state law.State
 }
 
+// leftovers returns the buckets that have to be kept though the call does not name them. They are full if their plan
+// has not been used for a while, and only then are they dropped.
 func (p *place) leftovers(c *call, from int) (out []leftover) {
 	if p.entry == nil {
 		return nil
@@ -235,11 +249,18 @@ next:
 	return out
 }
 
-// oldLaw says that a bucket which is asked for nothing keeps what it has as it was spent.
+// oldLaw reports that a state was spent under another law than the rule's, and has not changed since. That is so if the
+// call asks the bucket for nothing: a state is converted only when something is taken.
 func oldLaw(d law.Draw) bool { return d.State.Law != nil && *d.State.Law != d.Rule.Law }
 
-// relay lays the entry out anew, or makes it: the call's buckets, then the leftovers.
+// relay lays the entry out anew, or makes it, and writes all states: first those of the call's buckets, then the
+// leftovers.
+//
+// Nearly always the layout is that of the request's rules, which the entry shares with all others of the same limits.
+// An entry with leftovers, or with states under old laws, gets a set of rules of its own, and is decided on the long
+// way.
 func (p *place) relay(c *call, from int) {
+	// The leftovers have to be read before the cells are made anew.
 	rules, rest := p.rules, p.leftovers(c, from)
 	if len(rest) > 0 || slices.ContainsFunc(c.draws[from:from+len(p.rules.Rules)], oldLaw) {
 		mixed := slices.Clone(p.rules.Rules)
@@ -253,6 +274,7 @@ func (p *place) relay(c *call, from int) {
 		}
 		rules = law.NewRuleSet(mixed...)
 	}
+	// The new layout is counted before the old one is released: they may be the same, which must not be dropped.
 	l := p.shard.use(c.name, c.clocked, rules)
 	if p.entry == nil {
 		p.entry, p.made = p.shard.add(p.tag, p.id, l), true

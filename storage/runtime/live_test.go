@@ -15,7 +15,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Each way of calling sweeps. None of them, by the storage's own clock, may take an identifier for full that is not.
+// Each way of calling sweeps. None of them, by the storage's own clock, may remove an identifier that is not full.
 func TestNoCallRemovesAnIdentifierThatIsNotFull(t *testing.T) {
 	t.Parallel()
 	const live, calls = 500, 2000

@@ -31,7 +31,7 @@ func TestManyIdentifiersInOneStorageAgreeWithTheSuite(t *testing.T) {
 	storagetest.Run(t, func(testing.TB) storage.Storage { return shared })
 }
 
-// clocked returns a Throttler by a mock clock over s.
+// clocked returns a Throttler over s by a mock clock.
 func clocked(t *testing.T, s *memstore.Storage, b ...throttler.Bucket) (*throttler.Throttler, *clock.Mock) {
 	t.Helper()
 	mock := clock.NewMock()

@@ -10,33 +10,42 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// Calls remove identifiers whose buckets are all full, whatever they ask and are answered. About every eighth call looks
-// at four entries of the next shard, or at 32 if the last such call removed some, and goes on by 16 for each that it
-// removes, up to 64. So a call costs little where there is nothing to remove, and calls catch up fast where there is. Of
-// the calls by an injected clock every second does, as they alone can judge what was spent by it. Which calls do so is left
-// to chance, so that no pattern of them leaves the entries of one clock to the calls by another.
+// Calls pay for cleaning: each call, whatever it asks and is answered, may have to remove identifiers whose buckets are
+// all full. A goroutine that did it instead would have to be stopped, would keep a storage that nobody uses from being
+// collected, and could not know the time of an injected clock.
+//
+// About every eighth call sweeps. It looks at four entries from the next shard on, or at 32 if the sweep before removed
+// any, and at 16 more for each entry that it removes, up to 64. So a call costs little when there is nothing to remove,
+// and calls catch up fast when there is. Of the calls by an injected clock every second one sweeps, because only they
+// can judge the entries that were spent by it.
+//
+// Chance decides which calls sweep. If it were exactly each eighth, a program whose every eighth call is by the same
+// clock would leave the entries of its other clocks alone forever.
 const (
-	sweepEvery = 8
-	sweepFirst = 4
-	sweepRich  = 32 // in place of sweepFirst, where the last call found some
-	sweepMore  = 16
-	sweepMost  = 64
-	sweepHalf  = sweepMost / 2 // of a call that may do so twice
+	sweepEvery = 8             // calls for each that sweeps, on average
+	sweepFirst = 4             // entries that a sweep looks at in any case
+	sweepRich  = 32            // as sweepFirst, if the sweep before removed any
+	sweepMore  = 16            // further entries for each that was removed
+	sweepMost  = 64            // the most entries that a call looks at
+	sweepHalf  = sweepMost / 2 // the same for each of two sweeps, of a call that may have to search for room as well
 )
 
-// sweep looks at entries, and removes those that are full. An entry by an injected clock is judged by the time of its
-// own name only: time of one clock says nothing of another.
+// sweep is one look at some entries, which removes those that are full. An entry by an injected clock is judged only by
+// calls of its own name with such a clock: the time of one clock says nothing about another.
 type sweep struct {
 	name    string
-	clocked bool // now is the time of the name's entries that are by an injected clock
-	now     int64
-	real    int64 // the time of all entries that are not
+	clocked bool  // now is the time of the name's entries that are by an injected clock
+	now     int64 // in microseconds, as is real
+	real    int64 // the time, by law.Monotonic, of all entries that are by the storage's own clock
 
-	first, most             int
+	// First is how many entries to judge in any case, and most how many to look at, judged or not.
+	first, most int
+	// Of the entries looked at, those are judged that are by a clock whose time is known.
 	looked, judged, removed int
 }
 
-// sweep returns a sweep by a call of this name and time, which looks at most at so many entries.
+// sweep returns a sweep on behalf of a call with this name, clock and time, which looks at no more than most entries.
+// Without clocked, now is law.Monotonic. An injected time that the arithmetic cannot hold judges nothing.
 func (s *Storage) sweep(name string, clocked bool, now int64, first, most int) sweep {
 	w := sweep{name: name, clocked: clocked, now: now, real: now, first: first, most: most}
 	if clocked {
@@ -46,8 +55,11 @@ func (s *Storage) sweep(name string, clocked bool, now int64, first, most int) s
 	return w
 }
 
+// goesOn reports whether the sweep may look at one more entry. Entries that it cannot judge count towards most only, so
+// they do not use up the few looks that may find something.
 func (w *sweep) goesOn() bool { return w.looked < w.most && w.judged < w.first+sweepMore*w.removed }
 
+// full reports whether an entry may be removed: its time is known, and all its buckets are full.
 func (w *sweep) full(e *entry) bool {
 	now := w.real
 	if e.layout.clocked {
@@ -59,8 +71,12 @@ func (w *sweep) full(e *entry) bool {
 	return e.full(now)
 }
 
-// shard looks at n entries, those before number i first and then from the last one on, and returns the number of the
-// one it ends at. It goes down: the entry that takes the number of a removed one has been looked at, or is new.
+// shard looks at up to n entries of a locked shard, from number i-1 down and then from the last one down. It returns
+// the number at which it ends.
+//
+// It goes down because remove gives the number of a removed entry to the last one. From the last number down, that
+// entry has been looked at already or is new, so none is left out. A walk that begins in the middle may miss one in
+// this way, which a later walk finds.
 func (w *sweep) shard(sh *shard, i, n int) int {
 	for ; n > 0 && w.goesOn(); n-- {
 		if i == 0 || i > sh.n {
@@ -77,7 +93,9 @@ func (w *sweep) shard(sh *shard, i, n int) int {
 	return i
 }
 
-// due counts the identifiers of calls down to the next that sweeps.
+// due counts a call with this many identifiers, and reports whether it has to sweep. A call by an injected clock counts
+// sweepEvery/2 times. Then it draws how many to wait until the next: 1 to 15, which is sweepEvery on average. Each
+// shard counts for itself, since a count for all of them would be written by all processors. The shard is locked.
 func (sh *shard) due(clocked bool, identifiers int) bool {
 	if clocked {
 		identifiers *= sweepEvery / 2
@@ -90,7 +108,8 @@ func (sh *shard) due(clocked bool, identifiers int) bool {
 	return true
 }
 
-// tidy sweeps a little. The caller holds no lock, and it waits for none.
+// tidy sweeps after a call. The caller holds no lock. Tidy waits for none either: a shard that is in use is left out,
+// so cleaning never delays a call.
 func (s *Storage) tidy(name string, clocked bool, now int64, most int) {
 	first, rich := sweepFirst, s.rich.Load()
 	if rich {
@@ -103,8 +122,9 @@ func (s *Storage) tidy(name string, clocked bool, now int64, most int) {
 	}
 }
 
-// walk looks at the shards that have entries, each at most once, from the one after that where the last walk ended. It
-// leaves out those that it cannot lock.
+// walk sweeps the shards that have entries, each at most once, from the one after that where the last walk ended. It
+// leaves out those that lock does not lock. It holds the lock of one shard at a time. Concurrent walks may begin at the
+// same shard, which only costs a little work.
 func (s *Storage) walk(w *sweep, lock func(*sync.Mutex) bool) {
 	first := int(s.hand.Load() % shards)
 	i := s.next(first)
@@ -120,8 +140,9 @@ func (s *Storage) walk(w *sweep, lock func(*sync.Mutex) bool) {
 	}
 }
 
-// start is before which entry a walk begins: of few the last, and else the golden section further each time. So a few
-// looks are spread evenly, for entries that were made together are full together.
+// start returns the number before which a walk of the shard begins. With few entries it is the last. With more it moves
+// on by the golden section of their number each time, which spreads the starts evenly. Entries that were made together
+// become full together, so a few looks far apart find them sooner than many side by side.
 func (sh *shard) start() int {
 	sh.turn += 0x9e3779b9
 	if sh.n <= 8 {
@@ -130,7 +151,8 @@ func (sh *shard) start() int {
 	return int(uint64(sh.turn) * uint64(sh.n) >> 32)
 }
 
-// next is the first shard from i on that has entries. After the last comes the first; with none it is a round further.
+// next returns the first shard from number i on that has entries. Numbers of 256 and more mean the shards from the
+// first on again. If no shard has entries it returns a number at least a round later.
 func (s *Storage) next(i int) int {
 	for end := i + shards; i < end; i = i/64*64 + 64 {
 		if held := s.held[i%shards/64].Load() >> (i % 64); held != 0 {
@@ -140,17 +162,21 @@ func (s *Storage) next(i int) int {
 	return i
 }
 
-// sweepSome sweeps as a decision does, for a call that makes none.
+// sweepSome is for a call that makes no decision: a Reset, and a call without parts or whose context has ended. It has
+// no shard in which it could count, so chance alone decides whether it sweeps.
 func (s *Storage) sweepSome(name string, clocked bool, now int64) {
 	if rand.IntN(sweepEvery) == 0 {
 		s.tidy(name, clocked, now, sweepHalf)
 	}
 }
 
-// Sweep removes all identifiers whose buckets are full, by the clock of this process, and says how many. Nobody needs
-// to call it where calls go on, as those remove them too; it is for a storage that is hardly used any more.
-// It takes each shard in small pieces, between which decisions go on, and ends with the context. Identifiers of a
-// Config.Clock are removed by calls with that clock and name, and not by Sweep.
+// Sweep removes all identifiers whose buckets are full, by the clock of this process, and returns how many it has
+// removed. A storage that is in use does not need it, because calls remove them too. It is for one that is hardly used
+// any more.
+//
+// It takes each shard in small pieces, between which decisions go on, and is safe for concurrent use. If ctx ends it
+// returns its error, and how many it had removed by then. Identifiers that were spent by a Config.Clock are not removed
+// by Sweep but by calls with that clock and name.
 func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 	for i := range s.shards {
 		sh := &s.shards[i]
@@ -160,7 +186,7 @@ func (s *Storage) Sweep(ctx context.Context) (removed int64, err error) {
 			}
 			sh.mu.Lock()
 			w := s.sweep("", false, law.Monotonic(), sweepMost, sweepMost)
-			at = min(at, sh.n)
+			at = min(at, sh.n) // others may have removed entries since the last piece
 			at = w.shard(sh, at, at)
 			sh.mu.Unlock()
 			s.live.Add(-int64(w.removed))

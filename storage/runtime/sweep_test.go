@@ -37,13 +37,13 @@ func named(t *testing.T, s *memstore.Storage, name string, b ...throttler.Bucket
 	return th
 }
 
-// world is an empty storage in a bubble, and a throttler by its own clock or by an injected one.
+// world is an empty storage with throttlers by its own clock, in a synctest bubble, or by an injected one.
 type world struct {
 	*throttler.Throttler
-	lenient *throttler.Throttler // with unknown identifiers
+	lenient *throttler.Throttler // allows unknown identifiers
 	s       *memstore.Storage
-	now     func() int64 // by the injected clock
-	pass    func(time.Duration)
+	now     func() int64        // the time of the injected clock; nil for the storage's own
+	pass    func(time.Duration) // lets time pass by that clock
 }
 
 func lenient(t *testing.T, s *memstore.Storage, c throttler.Clock) *throttler.Throttler {
@@ -53,7 +53,7 @@ func lenient(t *testing.T, s *memstore.Storage, c throttler.Clock) *throttler.Th
 	return th
 }
 
-// worlds runs the test by either clock.
+// worlds runs the test once by the storage's own clock and once by an injected one.
 func worlds(t *testing.T, test func(t *testing.T, w world)) {
 	t.Run("own clock", func(t *testing.T) {
 		t.Parallel()
@@ -142,7 +142,7 @@ func TestEachCallSweepsWhateverItAsksAndIsAnswered(t *testing.T) {
 					require.ErrorIs(t, test.call(t, w, i), test.want)
 					most := 64
 					if errors.Is(test.want, throttler.ErrCostExceedsCapacity) {
-						most *= 2 // it also looks what the buckets have
+						most *= 2 // such a call makes a second one, a Peek for what the buckets have
 					}
 					require.LessOrEqual(t, w.s.Visited()-before, most)
 				}
@@ -167,7 +167,7 @@ func rule(t *testing.T, period time.Duration) law.Rule {
 func TestALiveIdentifierStaysAndFewOthersDo(t *testing.T) {
 	t.Parallel()
 	hour := throttler.Using(throttler.NewBucket(time.Hour, 1))
-	for _, n := range []struct{ before, among, dead, after int }{ // live ones, by when they came
+	for _, n := range []struct{ before, among, dead, after int }{ // how many live ones came before, among and after the dead
 		{0, 0, 300, 0}, {300, 0, 300, 300}, {0, 1000, 1000, 0}, {0, 5000, 20_000, 0}, {100_000, 0, 10_000, 0},
 		{0, 10_000, 500, 0}, {0, 10_000, 2000, 0}, {10_000, 0, 1000, 0}, {10_000, 0, 5000, 0}, {0, 0, 1000, 10_000}, {0, 0, 5000, 10_000},
 	} {
@@ -202,7 +202,7 @@ func TestALiveIdentifierStaysAndFewOthersDo(t *testing.T) {
 
 func TestNoPatternOfCallsKeepsANameFromBeingSwept(t *testing.T) {
 	t.Parallel()
-	for _, of := range []int{2, 8, 32} { // one call of so many is by the name whose identifiers are full
+	for _, of := range []int{2, 8, 32} { // one call of so many is under the name whose identifiers are full
 		t.Run(fmt.Sprint(of), func(t *testing.T) {
 			t.Parallel()
 			s := memstore.New(nil)
@@ -328,7 +328,7 @@ func TestConcurrentFloodsAreForgottenAndNoLiveIdentifierIs(t *testing.T) {
 		})
 	}
 	wait.Wait()
-	for range n { // the slowest had nobody to sweep for it while the others went on
+	for range n { // only calls of its own name remove what is left of each
 		for _, th := range ths {
 			consume(t, th, "live-0", hour)
 		}
@@ -385,7 +385,7 @@ func TestSweepRemovesFullIdentifiersAndNoOthers(t *testing.T) {
 	})
 }
 
-// A sweep lets go of the lock between pieces, in which others remove and make entries of the same shard.
+// A Sweep unlocks the shard between its pieces. Meanwhile others remove and make entries of the same shard.
 func TestSweepMissesNoneThatIsFullWhileOthersComeAndGo(t *testing.T) {
 	t.Parallel()
 	s := memstore.New(nil)
