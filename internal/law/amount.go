@@ -6,17 +6,19 @@ import (
 	"slices"
 )
 
-// Amount is N tokens of one bucket, all of which are back In microseconds from now by themselves.
-// It is how consumption crosses stores: durations do, timestamps never. A negative N gives back.
+// Amount is N tokens of one bucket, all of which are back by themselves In microseconds from now. A negative N gives
+// tokens back. Consumption crosses from one store to another in this form, as durations and never as points in time,
+// because the clocks of the stores may differ.
 type Amount struct{ N, In int64 }
 
-// Clamp returns a in the bounds that all storages compute with, 2^53 tokens and 2^50 µs, which are
-// more than any bucket holds and any token is out.
+// Clamp returns a within the bounds in which all storages compute: 2^53 tokens either way, and 0 to 2^50 µs. No bucket
+// holds more tokens, and no token is out longer.
 func (a Amount) Clamp() Amount {
 	return Amount{max(-exact, min(a.N, exact)), max(0, min(a.In, farFuture))}
 }
 
-// Apply charges or refunds an amount, and reports whether the state is to be kept: not if there was nothing to do.
+// Apply charges or refunds an amount. It returns false if there was nothing to do, and then the state need not be
+// stored.
 func (s *State) Apply(r *Rule, a Amount, real int64) bool {
 	switch {
 	case a.N > 0:
@@ -29,11 +31,13 @@ func (s *State) Apply(r *Rule, a Amount, real int64) bool {
 	return false
 }
 
-// Charge adds a.N tokens that come back in a.In by themselves, whatever the state is; both are 0
-// or more. Nothing is left of an amount whose time has passed, and consumption saturates at
-// Rule.Ceiling. An end snaps to the nearest multiple of the period (FixedWindow, SlidingWindow),
-// rounds up to the grain (SlidingLog), and within half a period of the last hold joins it
-// (Replenish, which therefore may hold a few for a while).
+// Charge adds a.N tokens that come back by themselves in a.In, whatever the state is; both are 0 or more. Nothing is
+// left of an amount whose time has passed, and no more than Rule.Ceiling is ever out.
+//
+// The ends of amounts from another store do not quite fit those of this one, because they took time to arrive. So an
+// end is moved to the nearest multiple of the period (FixedWindow, SlidingWindow), is rounded up to the grain
+// (SlidingLog), or is that of the last hold if it is within half a period of it (Replenish, which may have several
+// holds for a while if not).
 func (s *State) Charge(r *Rule, a Amount, real int64) {
 	now := s.open(r, real)
 	n := min(a.N, r.Ceiling()-s.spent(r, now))
@@ -57,7 +61,7 @@ func (s *State) Charge(r *Rule, a Amount, real int64) {
 	}
 }
 
-// received is the hold of an amount from another store, whose clock may differ.
+// received returns the hold of an amount from another store, whose clock may differ: its End, moved as Charge says.
 func (s *State) received(now int64, a Amount) Hold {
 	l := s.Law
 	end := now + min(a.In, farFuture) - l.fade()
@@ -75,15 +79,18 @@ func (s *State) received(now int64, a Amount) Hold {
 	return Hold{end, a.N}
 }
 
-// Refund gives back a.N tokens that a decision took and that are all gone in a.In by themselves (Count.HeldFor): from
-// the hold that the decision made, and if that has fewer from the nearest to it. What is farther
-// off than the way between two clocks can explain is another's and stays: half a period, in a
-// SlidingLog a 256th. A Continuous bucket gets back what has not drained since, to within a tick's refill; and
-// nothing if its refill was raised meanwhile, as it is not known how long that was so.
+// Refund gives back a.N tokens that a decision took and that are all gone by themselves in a.In, which is Count.HeldFor
+// less the time since then.
 //
-// A reservation that is given back before its time gives less by what was taken after it. Those behind it keep their time,
-// so another one in its place could come at the same moment as they. Once such a part was given back, it is not known who is
-// behind whom until the last of them has had its turn: until then nothing more is.
+// It takes them from the hold that the decision made, and if that has fewer, from the nearest holds. A hold further
+// away than clock skew can explain belongs to another call and is left alone: half a period, and in a SlidingLog a
+// 256th of it and a grain. A Continuous bucket gets back what has not drained since, to within a tick's refill. It gets
+// nothing back if its refill was raised in the meantime, because nobody knows since when.
+//
+// A reservation that is given back before its time gives back less, by what was taken after it. The calls behind it
+// keep their times, so another reservation in its place could be used at the same moment as one of these. Once a part
+// was given back in this way, nobody knows which call is behind which until the last of them has had its turn. Until
+// then no further reservation is given back.
 func (s *State) Refund(r *Rule, a Amount, real int64) {
 	if a.N <= 0 || a.In <= 0 || s.Law == nil || !s.Law.Same(&r.Law) {
 		return
@@ -120,13 +127,14 @@ func (s *State) Refund(r *Rule, a Amount, real int64) {
 	}
 }
 
-// giveBack gives a level n tokens back that are all gone in a given time.
+// giveBack gives a level back n tokens that are all gone in the time in. Tokens drain in the order in which they were
+// taken. So whatever is left of the level when these n are gone was taken after them.
 func (s *State) giveBack(r *Rule, n, in, now int64) {
 	units, level := s.units(&r.Law), s.drained(&r.Law, now)
 	s.Law = &r.Law
 	left, ticks := r.leftOf(n, in), ceil(min(in, farFuture), r.Tick)
-	if ticks >= ceil(r.Capacity*r.One, r.Drain) { // its time has not come
-		switch after := r.drained(level, 0, ticks*r.Tick); { // what was taken later, or up to a tick's refill less
+	if ticks >= ceil(r.Capacity*r.One, r.Drain) { // more than a full bucket: a reservation whose time has not come
+		switch after := r.drained(level, 0, ticks*r.Tick); { // what was taken after it, or up to a tick's refill less
 		case s.few[0].End > now:
 			left = 0
 		case after > 0:
@@ -138,10 +146,10 @@ func (s *State) giveBack(r *Rule, n, in, now int64) {
 	s.few[0].N = units - min(level, left)
 }
 
-// Debt is everything spent and not yet returned, as the curve of what is still held over the time
-// to come, under the law of r: tokens and the time until they are back. Continuous: the level,
-// rounded up to tokens, with the time until it is empty, which tells the level to within a tick's
-// refill. It is nil for a full bucket.
+// Debt returns everything that is spent and not back at the time real, under the law of r: amounts of tokens, each with
+// the time until it is back. Together they are the curve of what is still out as time passes. A Continuous bucket has
+// one amount: its level, rounded up to tokens, with the time until it is empty, which tells the level to within a
+// tick's refill. Debt is nil for a full bucket. It does not change the state.
 func (s State) Debt(r *Rule, real int64) []Amount {
 	s.many = slices.Clone(s.many)
 	now := s.open(r, real)
@@ -158,8 +166,8 @@ func (s State) Debt(r *Rule, real int64) []Amount {
 	return out
 }
 
-// Raise lifts what is spent to at least the given debt of another store: the pointwise maximum of
-// the two curves, so that raising twice is raising once. Ends arrive as in Charge.
+// Raise increases what is spent to at least the debt of another store. The result is the maximum of the two curves at
+// each point in time, so raising twice is raising once, and nothing is lowered. Ends are moved as Charge moves them.
 func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 	now := s.open(r, real)
 	var theirs []Hold
@@ -180,8 +188,9 @@ func (s *State) Raise(r *Rule, debt []Amount, real int64) {
 	}
 }
 
-// highest walks the ends of two lists of holds downwards. At each, what is held from there on is
-// the larger of the two sums; the hold there is what later ends do not already hold.
+// highest returns the maximum of two lists of holds; it counts no more than most tokens of theirs. It walks the ends of
+// both lists from the last to the first. At each end, what is out until then is the larger of the two sums so far, and
+// the hold with that end has what the holds with later ends do not account for already.
 func highest(own, theirs []Hold, most int64) []Hold {
 	slices.SortFunc(theirs, func(a, b Hold) int { return cmp.Compare(a.End, b.End) })
 	var out []Hold

@@ -1,29 +1,34 @@
 package law
 
 // The fast way: Decide for a storage that keeps states in memory. Nearly every bucket has at most one hold or level, or
-// two holds in a SlidingWindow, and these fit into three numbers, which need no State around them. All that is here is the
-// order of the steps, which have the numbers of Decide; when tokens come back is told by the same functions of Law. Package
-// storagetest compares the two.
+// two holds if it is a SlidingWindow. These fit into three numbers, which are decided on where they are, without a
+// State.
+//
+// Only the order of the steps is repeated here, under the numbers that they have at Decide. When tokens come back is
+// computed by the same functions of Law. Package storagetest compares the two ways.
 
-// Cell is the state of one bucket in three numbers, by the kind of its law:
+// Cell is the state of one bucket in three numbers. What they mean depends on the kind of its law:
 //
 //	Replenish, FixedWindow, SlidingLog  the one hold: A is its End and B its N; B is 0 if there is none
 //	Continuous                          B is the level, in units, and A the End of its hold
 //	SlidingWindow                       B tokens are held to the end of the window of Seen, A to the end of the one before
+//
+// A cell does not know its law. The storage keeps that beside it.
 type Cell struct {
 	Seen int64 // when the bucket was changed last; -1: never
 	A, B int64
 }
 
-// NewCell is the cell of a bucket that was never charged.
+// NewCell returns the cell of a bucket that was never charged.
 func NewCell() Cell { return Cell{Seen: never} }
 
 const (
-	never   = -1
-	outside = -1 // B of a cell whose holds do not fit
+	never   = -1 // Seen of a cell that was never charged
+	outside = -1 // B of a cell whose holds do not fit; the storage keeps them elsewhere
 )
 
-// State returns the state of a cell of the given law. It is false if the cell does not have it.
+// State returns the state of a cell of the given law. It returns false if the holds are kept elsewhere; then only the
+// Seen of the state is right.
 func (c *Cell) State(law *Law) (s State, ok bool) {
 	if c.Seen == never {
 		return s, true
@@ -39,13 +44,14 @@ func (c *Cell) State(law *Law) (s State, ok bool) {
 	return s, c.B != outside
 }
 
+// appendSome appends a hold, unless it has no tokens.
 func (s *State) appendSome(h Hold) {
 	if h.N > 0 {
 		s.Append(h)
 	}
 }
 
-// Set makes s the state of the cell. It is false if the holds do not fit: then they have to be kept elsewhere.
+// Set makes s the state of the cell. It returns false if the holds do not fit: then they have to be kept elsewhere.
 func (c *Cell) Set(s *State) (ok bool) {
 	*c = Cell{Seen: s.Seen}
 	holds := s.Holds()
@@ -62,6 +68,7 @@ func (c *Cell) Set(s *State) (ok bool) {
 	return c.B != outside
 }
 
+// setWindows is Set for a SlidingWindow, whose holds fit if they end with the window of Seen or with the one before.
 func (c *Cell) setWindows(law *Law, holds []Hold) (ok bool) {
 	end := law.end(c.Seen)
 	for _, h := range holds {
@@ -78,7 +85,7 @@ func (c *Cell) setWindows(law *Law, holds []Hold) (ok bool) {
 	return true
 }
 
-// Asked is one identifier in a decision on cells: its rules, what each is asked for, and the cell of each, whose law is
+// Asked is one identifier in a decision on cells: its rules, the cost for each, and the cell of each, whose law must be
 // that of the rule.
 type Asked struct {
 	Rules *RuleSet
@@ -86,11 +93,12 @@ type Asked struct {
 	Cells []Cell
 }
 
-// DecideCells is Decide on the cells of all parts, whose counts it sets. It is not known where the cells cannot tell, a cost
-// is not valid, a reservation is denied or the clock has stepped back. Then it has changed no cell.
+// DecideCells is Decide on the cells of all parts. It sets the counts, one for each bucket through all parts in order.
+// If known is false it cannot decide: holds do not fit into a cell, a cost is not valid, a reservation is denied, or
+// the clock has stepped back. Then it has changed no cell, and the caller has to use Decide.
 //
-// Nearly all calls are admitted, so each bucket takes at once, as if all others admitted too, and what was before is put
-// back if one does not.
+// Nearly all calls are admitted. So each bucket takes at once, as if all others admitted too, and if one does not, the
+// cells before it get back what they had. The caller holds a lock on all cells, so nobody sees that.
 func DecideCells(mode Mode, now, within int64, counts []Count, parts []Asked) (allowed, known bool) {
 	if !Clocked(now) {
 		return false, false
@@ -107,7 +115,7 @@ func DecideCells(mode Mode, now, within int64, counts []Count, parts []Asked) (a
 	return decideCells(mode, now, within, counts, parts, before)
 }
 
-// decideCells is DecideCells with room for a cell of each bucket.
+// decideCells is DecideCells with room for a copy of each cell.
 func decideCells(mode Mode, now, within int64, counts []Count, parts []Asked, before []Cell) (allowed, known bool) {
 	n, did := 0, taken
 	for i := 0; i < len(parts) && did == taken; i++ {
@@ -121,7 +129,8 @@ func decideCells(mode Mode, now, within int64, counts []Count, parts []Asked, be
 	return did.of(counts, n-1, parts, now)
 }
 
-// DecideOne is DecideCells for nearly all decisions: one part of up to OneBuckets buckets.
+// DecideOne is DecideCells for nearly all decisions: those on one part with up to OneBuckets buckets. It repeats the
+// loop of Asked.take so that an admission need not build an Asked.
 func DecideOne(mode Mode, now, within int64, counts []Count, set *RuleSet, costs []int64, cells []Cell) (allowed, known bool) {
 	var before [OneBuckets]Cell
 	if !Clocked(now) || len(costs) > len(before) {
@@ -140,11 +149,11 @@ func DecideOne(mode Mode, now, within int64, counts []Count, set *RuleSet, costs
 	return did.of(counts, n-1, []Asked{{set, costs, cells}}, now)
 }
 
-// OneBuckets is how many buckets DecideOne decides on.
+// OneBuckets is the most buckets that DecideOne decides on.
 const OneBuckets = 4
 
-// take takes from the cells of a part until one does not admit, and returns what that one said and how many it has asked.
-// It remembers what they were before.
+// take takes from the cells of a part until one does not admit. It returns the outcome of that one, or taken, and how
+// many it has asked. It copies each of these cells to before, as it was.
 func (p *Asked) take(mode Mode, now, within int64, counts []Count, before []Cell) (did outcome, n int) {
 	rules, costs, cells := p.Rules.Rules, p.Costs, p.Cells
 	for did == taken && n < len(costs) {
@@ -155,7 +164,8 @@ func (p *Asked) take(mode Mode, now, within int64, counts []Count, before []Cell
 	return did, n
 }
 
-// of is what all buckets say together, where the last one that was asked said did.
+// of returns the result of the decision, given that the last bucket asked had the outcome did. If that is a denial it
+// counts the other buckets too, whose cells are as they were before.
 func (did outcome) of(counts []Count, last int, parts []Asked, now int64) (allowed, known bool) {
 	if did == unknown || did == denied && !look(counts, last, parts, now) {
 		return false, false
@@ -163,13 +173,14 @@ func (did outcome) of(counts []Count, last int, parts []Asked, now int64) (allow
 	return did == taken, true
 }
 
+// putBack gives the first len(before) cells of the parts back what they had.
 func putBack(before []Cell, parts []Asked) {
 	for i := range parts {
 		before = before[copy(parts[i].Cells, before):]
 	}
 }
 
-// outcome is what one bucket says.
+// outcome is the answer of one bucket.
 type outcome uint8
 
 const (
@@ -178,8 +189,11 @@ const (
 	unknown // the cell cannot tell
 )
 
-// take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed. The kinds whose
-// tokens come back at once are here, as nearly all buckets are of them.
+// take is all steps for one bucket, as if it were the only one. Unless the outcome is taken, the cell has not changed.
+// The kinds whose tokens come back at once are handled here, because nearly all buckets are of these.
+//
+// Steps 1 and 2 are left to Decide if the clock has stepped back, to a time before Seen. Every clock is ahead of the
+// Seen of a cell that was never charged, which is -1.
 func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
 	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
 		return unknown
@@ -208,7 +222,8 @@ func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now, within in
 	return taken
 }
 
-// takeLevel is steps 3 to 5 for a Continuous bucket, whose level may be reserved ahead.
+// takeLevel is steps 3 to 5 for a Continuous bucket, which also admits reservations. The mark A ends with its time, or
+// when the level is empty: nobody is waiting for a turn then (State.Refund).
 func (c *Cell) takeLevel(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
 	level := r.drained(c.B, c.Seen, now) // 3
 	spent := ceil(level, r.One)
@@ -244,8 +259,8 @@ func (c *Cell) takeWindows(count *Count, r *Rule, cost int64, mode Mode, now, wi
 	return taken
 }
 
-// leave counts what is, in a bucket from which nothing is taken: it is not asked for anything, or it denies. What denies a
-// reservation tells another time, which is left to Decide.
+// leave sets the count of a bucket from which nothing is taken, as it is not asked for anything or denies. A bucket
+// that denies a reservation has another RetryAfter, which is left to Decide.
 func (c *Cell) leave(count *Count, r *Rule, spent, cost, now, within int64) outcome {
 	switch {
 	case cost == 0:
@@ -258,7 +273,7 @@ func (c *Cell) leave(count *Count, r *Rule, spent, cost, now, within int64) outc
 	return denied
 }
 
-// deny counts what is, in a bucket that denies a cost.
+// deny sets the count of a bucket that denies a cost.
 func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
 	c.count(count, r, spent, now)
 	if count.RetryAfter = count.ResetAfter; !r.atOnce() {
@@ -266,8 +281,8 @@ func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
 	}
 }
 
-// look counts what is, in all buckets but the one that denied first, whose count is there. It is false where a cell cannot
-// tell.
+// look sets the counts of all buckets as they are, for a call that was denied; the bucket that denied first, number
+// first, has its count already. It returns false if a cell cannot tell.
 func look(counts []Count, first int, parts []Asked, now int64) bool {
 	n := 0
 	for i := range parts {
@@ -287,7 +302,7 @@ func look(counts []Count, first int, parts []Asked, now int64) bool {
 	return true
 }
 
-// count tells what is spent and when it comes back.
+// count sets the Count of a bucket that has spent so many tokens.
 func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
 	if spent == 0 {
 		*count = Count{Remaining: r.Capacity}
@@ -305,13 +320,14 @@ func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
 	}
 }
 
-// unfaded is what is out of a SlidingWindow.
+// unfaded returns how many tokens of a SlidingWindow are out, in both windows.
 func (c *Cell) unfaded(r *Rule, now int64) int64 {
 	end := r.end(c.Seen)
 	return r.unfaded(Hold{end - r.Period, c.A}, now) + r.unfaded(Hold{end, c.B}, now)
 }
 
-// turned are the counts of a SlidingWindow in a window that ends so much later.
+// turned returns the counts of a SlidingWindow in a window that ends so much later than that of Seen. After one period
+// the present window is the one before, and after more nothing is left.
 func (c *Cell) turned(later, period int64) (before, within int64) {
 	switch later {
 	case 0:
@@ -322,7 +338,8 @@ func (c *Cell) turned(later, period int64) (before, within int64) {
 	return 0, 0
 }
 
-// back is when what is spent of a level or a SlidingWindow, which is more than room, will have fallen to it.
+// back returns when what is spent of a level or a SlidingWindow will have fallen to room, which is less than it is now.
+// A SlidingWindow falls below what the present window has only after that window has ended.
 func (c *Cell) back(r *Rule, room int64) int64 {
 	if r.Kind == Continuous {
 		return r.falls(c.B, c.Seen, room*r.One)
@@ -334,12 +351,12 @@ func (c *Cell) back(r *Rule, room int64) int64 {
 	return r.fades(Hold{end, c.B}, room)
 }
 
-// Full is State.Full. It is not known if the clock has stepped back or the cell does not have the state.
+// Full is State.Full. Known is false if the clock has stepped back or the holds are kept outside of the cell.
 func (c *Cell) Full(law *Law, now int64) (full, known bool) {
 	return c.A == 0 && c.B == 0 || c.goneAt(law) <= now, c.Seen <= now && c.B != outside
 }
 
-// goneAt is when the newest of what is out is gone, to the last unit.
+// goneAt returns when the newest tokens that are out are gone, to the last unit.
 func (c *Cell) goneAt(law *Law) int64 {
 	switch law.Kind {
 	case Continuous:

@@ -1,8 +1,8 @@
 package law
 
-// Rules that shrink while a process is loaded.
+// Rules that shrink while a process is under load.
 
-// Shrunk returns the set with so many tokens of each rule.
+// Shrunk returns the set with each rule shrunk to so many tokens, as Rule.Shrunk does.
 func (s *RuleSet) Shrunk(tokens []int64) *RuleSet {
 	rules, like := make([]Rule, len(s.Rules)), s
 	for i := range rules {
@@ -14,9 +14,11 @@ func (s *RuleSet) Shrunk(tokens []int64) *RuleSet {
 	return intern(rules, like)
 }
 
-// SameLaws reports whether it is known, at once, that both have rules of the same buckets and laws.
+// SameLaws reports whether both sets are known to have rules of the same buckets and laws, in the same order. It only
+// compares pointers, so false may also mean that it cannot tell.
 func (s *RuleSet) SameLaws(o *RuleSet) bool { return s == o || s.full() == o.full() }
 
+// full returns the set that this one was shrunk from, if that has the same laws, and otherwise the set itself.
 func (s *RuleSet) full() *RuleSet {
 	if s.like != nil {
 		return s.like
@@ -24,11 +26,12 @@ func (s *RuleSet) full() *RuleSet {
 	return s
 }
 
-// Shrunk is the rule with n tokens, from 1 to what it has now: n is the capacity, or what comes back each period if the
-// rule is Continuous, whose capacity then shrinks in proportion and holds at least one token.
+// Shrunk returns the rule with n tokens, from 1 to what it has now. N is the capacity, except for a Continuous rule,
+// where it is the refill: then the capacity shrinks in proportion, to at least one token.
 //
-// It is a copy and not made by NewRule, which might choose another Tick: by the same one, what was spent under either rule
-// is the same under the other, up to a unit. So whoever is asked by both in turn admits no more than the larger alone.
+// NewRule might choose another Tick, so Shrunk does not use it. With the same Tick, what was spent under either rule is
+// the same under the other, up to a unit. A bucket that is asked by both rules in turn therefore admits no more than
+// the larger rule alone would.
 func (r *Rule) Shrunk(n int64) Rule {
 	small := *r
 	if r.Kind != Continuous {
@@ -45,8 +48,10 @@ func (r *Rule) Shrunk(n int64) Rule {
 	return small
 }
 
-// refillGrain is the number of which smaller refills have to be a multiple, so that One stays in its bounds by the Tick that
-// the rule has. It is 1 but for large refills and long periods.
+// refillGrain returns the number that a smaller refill has to be a multiple of, so that One stays in its bounds with
+// the Tick that the rule has. It is 1 except for large refills and long periods. The search ends at a thousand times
+// the least candidate. Then the grain is the greatest common divisor of steps and refill, with which One stays what it
+// is.
 func (r *Rule) refillGrain() int64 {
 	most := (exact - 1) / 4 / max(r.Capacity, r.Refill)
 	if most < r.One { // measured for a burst that is smaller than the refill

@@ -1,56 +1,60 @@
 package law
 
-// The numbers of a bucket, and how they are found for a period and a capacity.
+// The numbers of a bucket, and how they are chosen for a period and a capacity.
 
 import (
 	"fmt"
 	"time"
 )
 
-// Bounds of a rule. Every number of the arithmetic stays below 2^53, so that an int64, a Lua
-// double and a bigint hold the same bits.
+// Bounds of a rule. Every number of the arithmetic stays below 2^53, so that an int64, a double of Lua and a bigint of
+// Postgres hold it exactly.
 const (
 	exact      = int64(1) << 53
 	maxPeriod  = 366 * 24 * time.Hour
-	maxName    = 64
-	logEntries = 256 // a log of at most this capacity is exact to the microsecond
+	maxName    = 64  // bytes
+	logEntries = 256 // a SlidingLog of up to this capacity is exact to the microsecond, and has no more holds
 	farFuture  = FarFuture
-	maxClock   = exact - 2*farFuture
-	tolerance  = int64(60_000_000) // microseconds, beyond one period, that a state may be ahead of the clock
+	maxClock   = exact - 2*farFuture // a time below it, and what is added to it, stays below 2^53: the year 2184
+	tolerance  = int64(60_000_000)   // microseconds, beyond one period, that a state may be ahead of the clock
 )
 
 // FarFuture is 35 years in microseconds, the longest that anything takes to come back.
 const FarFuture = int64(1) << 50
 
-// Rule is one bucket of a request: its name, which finds its state, its law and its capacity.
-// Rules are made by NewRule and never change afterwards.
+// Rule is one bucket of a request: its name, which finds its state, its law and its capacity. Rules are made by NewRule
+// and Shrunk, and never change afterwards.
 type Rule struct {
 	Name string
 	Law
 	Capacity int64 // tokens of a full bucket
-	Full     int64 // tokens of it when it is not Shrunk: else the Capacity
-	Window   int64 // microseconds in which an empty bucket becomes full: the Period, but for a Burst
+	Full     int64 // the Capacity before the rule was Shrunk; the same if it was not
+	Window   int64 // microseconds in which an empty bucket becomes full: the Period, except with a burst
 }
 
-// BucketID is what finds the state of a bucket among those of an identifier. Capacity and refill are not part of it.
+// BucketID finds the state of a bucket among those of an identifier. Capacity and refill are not part of it, so a
+// bucket keeps what was spent when only these change.
 type BucketID struct {
 	Name   string
 	Kind   Kind
 	Period int64 // microseconds
 }
 
-// ID is that of the rule's bucket.
+// ID returns the BucketID of the rule's bucket.
 func (r *Rule) ID() BucketID { return BucketID{r.Name, r.Kind, r.Period} }
 
-// SameBucket reports whether both have one ID.
+// SameBucket reports whether both rules have the same ID.
 func (r *Rule) SameBucket(o *Rule) bool { return r.Name == o.Name && r.Same(&o.Law) }
 
-// Fault is what is wrong with the definition of a bucket. Package storage makes an error of it.
+// Fault is a fault in the definition of a bucket. Package storage makes a BucketError of it.
 type Fault struct{ Bucket, Field, Reason string }
 
-// NewRule makes the rule of a bucket that holds capacity tokens, 0 for one that admits nothing. Of them, refill come back each
-// period if it is Continuous; the other kinds ignore refill. A period that is not a whole number
-// of microseconds is rounded up. All faults are returned.
+// NewRule returns the rule of a bucket that holds capacity tokens. A bucket of capacity 0 admits nothing. If it is
+// Continuous, refill tokens come back each period; the other kinds ignore refill.
+//
+// The name is 1 to 64 printable ASCII characters. The period is from 1 µs to 366 days, and rounded up to a whole number
+// of microseconds. Capacity and refill are below 2^51, and smaller for periods that divide badly (measure). All faults
+// are returned; if there are any, only the name of the rule is set.
 func NewRule(name string, kind Kind, period time.Duration, capacity, refill int64) (Rule, []Fault) {
 	var faults []Fault
 	fault := func(field, format string, args ...any) {
@@ -73,7 +77,7 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 		if refill != capacity && (refill <= 0 || refill >= exact/4) {
 			fault("Refill", "is %d, must be from 1 to %d", refill, exact/4-1)
 		}
-		law.Refill = max(1, refill) // of capacity 0 nothing is taken that could come back
+		law.Refill = max(1, refill) // at capacity 0, where nothing is ever taken, a refill of 0 means nothing
 	}
 	if len(faults) > 0 {
 		return Rule{Name: name}, faults
@@ -96,8 +100,9 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 	return Rule{Name: name, Law: law, Capacity: capacity, Full: capacity, Window: law.window(capacity)}, nil
 }
 
-// measureFor measures the law of a bucket of a capacity. A small burst at a large refill is measured by the burst, if else
-// more than it comes back in a tick.
+// measureFor sets the Tick and the units of the law of a bucket with this capacity, and reports whether there are any
+// in the bounds. Normally they are chosen for the larger of capacity and refill. A small burst at a large refill would
+// then get back more than its capacity in one tick, so the units are chosen for the burst.
 func (l *Law) measureFor(capacity int64) bool {
 	by := *l
 	ok := by.measure(max(capacity, l.Refill))
@@ -112,7 +117,9 @@ func (l *Law) measureFor(capacity int64) bool {
 	return ok
 }
 
-// advice says how the law of a bucket that cannot be measured would have to be.
+// advice returns the part of an error that says what to change about a bucket that has no Tick in the bounds: the
+// capacity or refill, whichever is larger, to the largest number that would fit, or the period. It finds the number by
+// bisection.
 func (l *Law) advice(capacity int64) string {
 	const other = "the period has to be one that divides into equal steps of whole microseconds, such as whole minutes"
 	fits := func(n int64) bool {
@@ -141,12 +148,13 @@ func (l *Law) advice(capacity int64) string {
 	return fmt.Sprintf(": %d would fit, or else %s", most, other)
 }
 
-// leastSteps is how many steps a period has at least. A law is measured in steps of a microsecond, a millisecond or a
-// second if it can, and else in as many as it can have.
+// leastSteps is the fewest ticks that a period may have, unless a tick is a microsecond. With fewer, tokens would come
+// back in jumps.
 const leastSteps = 16
 
-// measure sets the finest Tick by which 4 times the largest of capacity and refill, in units, stays below 2^53. It
-// reports whether there is one.
+// measure sets the finest Tick for which 4 times the largest of capacity and refill, in units, stays below 2^53, and
+// reports whether there is one. It tries a microsecond, a millisecond and a second first. If none of these will do, it
+// divides the period into as many equal steps as the bound allows, if these are at least leastSteps.
 func (l *Law) measure(largest int64) bool {
 	for _, tick := range [...]int64{1, 1000, 1_000_000} {
 		if steps := l.Period / tick; l.Period%tick == 0 && (steps >= leastSteps || tick == 1) && l.divide(steps, largest) {
@@ -157,7 +165,8 @@ func (l *Law) measure(largest int64) bool {
 	return steps >= leastSteps && l.divide(steps, largest)
 }
 
-// steps is the largest number of equal steps up to a bound, of those that have no prime factor above 7.
+// steps returns the largest number of equal steps, no more than most, into which the period divides. It looks only at
+// numbers without a prime factor above 7, which periods that people use have enough of.
 func (l *Law) steps(most int64) (best int64) {
 	divisors := []int64{1}
 	for _, prime := range [...]int64{2, 3, 5, 7} {
@@ -176,8 +185,8 @@ func (l *Law) steps(most int64) (best int64) {
 	return best
 }
 
-// divide measures the law in so many steps a period. A Continuous bucket counts in the largest units of which a whole
-// number makes a token and a whole number comes back each step.
+// divide sets the Tick and the units for so many steps a period, if they are in the bounds. A Continuous bucket gets
+// the largest units of which a whole number makes a token and a whole number comes back each step.
 func (l *Law) divide(steps, largest int64) bool {
 	one, drain := steps, int64(0)
 	if l.Kind == Continuous {
@@ -191,7 +200,8 @@ func (l *Law) divide(steps, largest int64) bool {
 	return true
 }
 
-// window is the time in which a whole capacity comes back, rounded up. NewRule holds it below 2^50.
+// window returns the time in which a whole capacity comes back, in microseconds and rounded up. NewRule keeps it below
+// 2^50.
 func (l *Law) window(capacity int64) int64 {
 	if l.Kind != Continuous {
 		return l.Period
@@ -203,6 +213,7 @@ func (l *Law) window(capacity int64) int64 {
 	return whole
 }
 
+// gcd returns the greatest common divisor.
 func gcd(a, b int64) int64 {
 	for b != 0 {
 		a, b = b, a%b
@@ -210,6 +221,7 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
+// validName reports whether a name is 1 to 64 printable ASCII characters, which every storage and protocol can hold.
 func validName(name string) bool {
 	for i := range len(name) {
 		if name[i] < ' ' || name[i] > '~' {

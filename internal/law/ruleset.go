@@ -8,24 +8,27 @@ import (
 	"weak"
 )
 
-// RuleSet is the rules of an identifier's buckets, compiled once. It never changes. Equal sets are one pointer, so that
-// whoever compares or caches by it never falls off a fast path when rules are made again.
+// RuleSet is the rules of an identifier's buckets, made once by NewRuleSet or Shrunk. It never changes and is safe for
+// concurrent use. Equal sets are one pointer. So a storage may compare sets and cache by pointer, and stays on its fast
+// path when the same rules are made again, as on a reload.
 type RuleSet struct {
 	Rules []Rule // of different names; read only
-	Least int64  // the smallest capacity: a cost up to it is valid for all
+	Least int64  // the smallest capacity: a cost up to it is valid for all rules
 
-	like *RuleSet // of a set that is Shrunk: the full one, if both have the same laws
+	like *RuleSet // the set that a Shrunk one was made from, if both have the same laws; else nil
 }
 
-// interned is the sets in use, by key.
+// interned has the sets that are in use, by key. The pointers are weak, so that limits which only one request brought
+// do not stay in memory for ever.
 var interned struct {
 	sync.Mutex
 	sets map[string]weak.Pointer[RuleSet]
 }
 
-// NewRuleSet returns the set of these rules. It keeps a copy of the slice.
+// NewRuleSet returns the set of these rules. It copies the slice.
 func NewRuleSet(rules ...Rule) *RuleSet { return intern(rules, nil) }
 
+// intern returns the one set of these rules, and makes it if there is none.
 func intern(rules []Rule, like *RuleSet) *RuleSet {
 	key := keyOf(rules)
 	interned.Lock()
@@ -47,7 +50,8 @@ func intern(rules []Rule, like *RuleSet) *RuleSet {
 	return s
 }
 
-// forget drops a set that nobody uses, unless the same rules have been made again.
+// forget drops the entry of a set that nobody uses any more. It runs some time after the set was collected, and
+// meanwhile the same rules may have been made again: then the entry is that of the new set and stays.
 func forget(key string) {
 	interned.Lock()
 	defer interned.Unlock()
@@ -56,7 +60,7 @@ func forget(key string) {
 	}
 }
 
-// keyOf is equal for equal rules.
+// keyOf returns a key that is equal for equal rules only: names are preceded by their lengths.
 func keyOf(rules []Rule) string {
 	var key []byte
 	for i := range rules {
@@ -69,7 +73,7 @@ func keyOf(rules []Rule) string {
 	return string(key)
 }
 
-// Find is the index of the bucket of this name, or -1.
+// Find returns the index of the rule with this name, or -1.
 func (s *RuleSet) Find(name string) int {
 	return slices.IndexFunc(s.Rules, func(r Rule) bool { return r.Name == name })
 }
