@@ -6,16 +6,19 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// Spent is what has been spent from the buckets of one identifier, for a storage that keeps its
-// states in Go. The zero Spent is that of an identifier never seen. It is not safe for concurrent use.
+// Spent is what has been spent from the buckets of one identifier, for a storage that keeps its states in Go. The zero
+// Spent is that of an identifier never seen. It is not safe for concurrent use: the storage locks all that a call
+// needs.
 type Spent struct {
 	buckets map[law.BucketID]law.State
 }
 
-// Decide answers a request whose parts have spent what is given, one for each: it takes all costs or
-// none, and fills the answer. The time counts only if the request has none of its own: a storage
-// with a clock of its own gives that one, in microseconds since the epoch, and others give 0, which
-// is the monotonic clock of this process. The error is that of TooManyBuckets.
+// Decide answers a request, given what each of its parts has spent. It takes all costs or none, changes spent
+// accordingly, and fills the answer except for Source and Degraded.
+//
+// Now is the time of a request that is not Clocked, in microseconds since the epoch: a storage with a clock of its own,
+// such as a server's, gives the time by that. With 0 it is the monotonic clock of this process. The only error is that
+// of TooManyBuckets; then nothing has changed.
 func Decide(r *Request, a *Answer, now int64, spent ...*Spent) error {
 	now, a.At = times(r.Clocked, r.Now, now)
 	var draws []law.Draw
@@ -47,7 +50,7 @@ func Decide(r *Request, a *Answer, now int64, spent ...*Spent) error {
 	return nil
 }
 
-// Charge applies a charge. The time is as in Decide.
+// Charge applies a charge. Now and the error are as in Decide.
 func (s *Spent) Charge(c *Charge, now int64) error {
 	now, _ = times(c.Clocked, c.Now, now)
 	if err := s.room(c.Rules, now); err != nil {
@@ -63,8 +66,8 @@ func (s *Spent) Charge(c *Charge, now int64) error {
 	return nil
 }
 
-// Full says that all buckets are full, so that the identifier may be forgotten. The time is the
-// clock's by which it was spent, in microseconds since the epoch.
+// Full reports whether all buckets are full, so that the identifier may be forgotten. Now is the time, in microseconds
+// since the epoch, by the clock by which the tokens were spent.
 func (s *Spent) Full(now int64) bool {
 	for _, state := range s.buckets {
 		if !state.Full(now) {
@@ -74,7 +77,8 @@ func (s *Spent) Full(now int64) bool {
 	return true
 }
 
-// times are the time by which a call is decided, and the one that Answer.At tells.
+// times returns the time by which a call is decided, and the one for Answer.At. These differ if the storage has a clock
+// of its own: refunds measure how much time has passed in this process, by the monotonic clock.
 func times(clocked bool, given, now int64) (decided, at int64) {
 	switch {
 	case clocked:
@@ -86,7 +90,8 @@ func times(clocked bool, given, now int64) (decided, at int64) {
 	return now, law.Monotonic()
 }
 
-// room refuses a call after which too many buckets would not be full.
+// room returns the error of a call after which too many buckets would not be full. It counts all buckets that the call
+// names, and the others that are not full.
 func (s *Spent) room(rules *RuleSet, now int64) error {
 	n := len(rules.Rules)
 	for id, state := range s.buckets {
@@ -98,8 +103,10 @@ func (s *Spent) room(rules *RuleSet, now int64) error {
 	return TooManyBuckets(rules, n)
 }
 
+// state returns the state of a rule's bucket, which is the zero State if there is none.
 func (s *Spent) state(r *law.Rule) law.State { return s.buckets[r.ID()] }
 
+// set stores the state of a rule's bucket.
 func (s *Spent) set(r *law.Rule, state law.State) {
 	if s.buckets == nil {
 		s.buckets = make(map[law.BucketID]law.State)
