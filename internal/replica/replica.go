@@ -1,5 +1,5 @@
-// Package replica is what package failover asks of a storage beyond deciding: to tell what it has
-// recorded, and to be brought up to what another has. docs/failover.md has the protocol.
+// Package replica is what package failover needs of a storage beyond deciding: to tell what it has recorded, and to be
+// raised to what another store has recorded. docs/failover.md has the protocol and its words.
 package replica
 
 import (
@@ -8,21 +8,22 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Storage is a storage that can be brought up to what another has recorded.
+// Storage is a storage that can tell its debts and be raised to those of another. All methods are safe for concurrent
+// use, and their errors are those of storage.Storage.
 type Storage interface {
 	storage.Storage
 
-	// Debt returns d with its Amounts: for each rule, what its bucket has spent that has not come back,
-	// as law.State.Debt has it. It changes nothing.
+	// Debt returns d with its Amounts filled in: for each rule, what its bucket has spent that is not back, as
+	// law.State.Debt has it. The Amounts that d has are ignored. It changes nothing.
 	Debt(ctx context.Context, d Debt) (Debt, error)
 
-	// Raise lifts what each bucket has spent to at least its debt, as law.State.Raise does. Raising twice is
-	// raising once.
+	// Raise increases what each bucket has spent to at least its debt, as law.State.Raise does. Raising twice is
+	// raising once, and nothing is lowered.
 	Raise(ctx context.Context, d Debt) error
 }
 
-// Debt is, for each bucket of one identifier, what another store has recorded as spent and not yet
-// returned; none leaves its bucket alone. Name, Clocked and Now are those of storage.Request.
+// Debt is what a store has recorded for the buckets of one identifier as spent and not yet back. A bucket without
+// amounts owes nothing, and Raise leaves it alone. Name, Clocked and Now are as in storage.Request.
 type Debt struct {
 	Name       string
 	Clocked    bool
