@@ -37,6 +37,7 @@ func together(n int, f func(i int)) {
 	done.Wait()
 }
 
+// exactlyTheLimit has many goroutines take from one bucket at once.
 func exactlyTheLimit(t *testing.T, s storage.Storage) {
 	for _, kind := range []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog} {
 		name, fifty := newName(), []law.Rule{rule(t, "fifty", kind, time.Hour, 50, 50)}
@@ -51,6 +52,8 @@ func exactlyTheLimit(t *testing.T, s storage.Storage) {
 	}
 }
 
+// bothOrNeither has many goroutines take from two buckets at once. The smaller one denies most of them, and a call that
+// it denies must not have taken from the larger one.
 func bothOrNeither(t *testing.T, s storage.Storage) {
 	name := newName()
 	small, large := rule(t, "small", law.Replenish, 10*time.Second, 30, 0), rule(t, "large", law.Continuous, time.Hour, 100, 100)
@@ -65,8 +68,8 @@ func bothOrNeither(t *testing.T, s storage.Storage) {
 	assert.Equal(t, []int64{0, 70}, remaining(t, s, name, "hot", small, large))
 }
 
-// transfers takes from two and three identifiers at a time, in all orders. Some refuse: then the
-// others must not have been charged.
+// transfers takes from two or three identifiers at a time, in opposite orders, which must not deadlock. When one of
+// them denies, the others must not have been charged.
 func transfers(t *testing.T, s storage.Storage) {
 	name, rules := newName(), []law.Rule{rule(t, "forty", law.Replenish, time.Hour, 40, 0)}
 	orders := [][]string{{"a", "b"}, {"b", "a"}, {"a", "b", "c"}, {"c", "b", "a"}, {"b", "c"}, {"c", "a"}}
@@ -90,8 +93,8 @@ func transfers(t *testing.T, s storage.Storage) {
 	assert.Equal(t, int64(40), max(spent[0].Load(), spent[1].Load(), spent[2].Load()), "somebody reached the limit")
 }
 
-// linearizable records what concurrent callers were told and has porcupine look for one order of
-// the calls, within what was observed of their order, in which Decide would have told them the same.
+// linearizable records the answers to concurrent calls. Porcupine then looks for an order of the calls in which Decide
+// would have given the same answers. A call that returned before another began must come first in it.
 func linearizable(t *testing.T, s storage.Storage) {
 	const callers, calls = 8, 40
 	rules := []law.Rule{rule(t, "few", law.Replenish, 50*time.Microsecond, 20, 0), rule(t, "many", law.Continuous, 100*time.Microsecond, 60, 60)}
@@ -122,7 +125,8 @@ func linearizable(t *testing.T, s storage.Storage) {
 	}
 }
 
-// consumption is one identifier with two buckets, as Decide sees it.
+// consumption is the model for porcupine: one identifier with two buckets, on which law.Decide decides. Calls on
+// different identifiers do not influence each other, so each identifier is a history of its own.
 var consumption = porcupine.Model{
 	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
 		byID := map[string][]porcupine.Operation{}

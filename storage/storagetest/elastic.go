@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// shrunkRules takes at random by a rule and by what it is while it has shrunk, and compares each answer with Decide.
+// shrunkRules takes at random under a rule and under seven that it was shrunk to, and compares each answer with Decide.
 func shrunkRules(t *testing.T, s storage.Storage) {
 	name := newName()
 	for _, kind := range everyKind {

@@ -10,13 +10,14 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Model is the simplest storage there is: a map, a mutex and law.Decide. It is what others are compared
-// with; it never forgets an identifier.
+// Model is the simplest correct storage: a map, a mutex and law.Decide. Other storages are compared with it. It never
+// forgets an identifier. It implements replica.Storage too, and is safe for concurrent use.
 type Model struct {
 	mu     sync.Mutex
 	states map[[2]string]states // by name and identifier
 }
 
+// states is what one identifier has spent, by bucket.
 type states map[law.BucketID]law.State
 
 // NewModel returns an empty Model.
@@ -130,6 +131,7 @@ func (m *Model) Reset(ctx context.Context, name, identifier string) error {
 	return nil
 }
 
+// timeOf returns the time of a call: the caller's if its clock is injected, otherwise that of this process.
 func timeOf(clocked bool, now int64) int64 {
 	if clocked {
 		return now
@@ -137,7 +139,7 @@ func timeOf(clocked bool, now int64) int64 {
 	return law.Monotonic()
 }
 
-// of is the states of an identifier, under a copy of it: the caller may use its memory again.
+// of returns the states of an identifier, and makes them under a copy of it: the caller may reuse the memory.
 func (m *Model) of(name, id string) states {
 	key := [2]string{name, strings.Clone(id)}
 	if m.states[key] == nil {
@@ -146,7 +148,7 @@ func (m *Model) of(name, id string) states {
 	return m.states[key]
 }
 
-// fit fails when rules and the other buckets that are not full are too many.
+// fit returns the error of TooManyBuckets if the rules and the other buckets that are not full are too many.
 func (s states) fit(rules *storage.RuleSet, now int64) error {
 	n := len(rules.Rules)
 	for id, state := range s {

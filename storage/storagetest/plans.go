@@ -13,12 +13,12 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// What a client gets who keeps to a limit, and one whose limits change.
+// What a client gets that keeps to its limit, and one whose limits change.
 
 var everyKind = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
-// evenClient takes one token each period/capacity for two and a half periods, from the start of a window on, a
-// microsecond later and somewhere in it.
+// evenClient takes one token every period/capacity for two and a half periods. It begins at the start of a window, a
+// microsecond later, and a third into it, and must never be denied.
 func evenClient(t *testing.T, s storage.Storage) {
 	const period = 7 * time.Second
 	name := newName()
@@ -42,8 +42,8 @@ func evenClient(t *testing.T, s storage.Storage) {
 	}
 }
 
-// toggledPlans takes what it can get by plans of one name, kind and period, in any order, and compares with what the
-// largest plan alone admits at the same times.
+// toggledPlans takes what it can get under plans with the same name, kind and period, in random order. At no time may
+// that be more than the largest plan alone admits at the same times.
 func toggledPlans(t *testing.T, s storage.Storage) {
 	name := newName()
 	for _, kind := range everyKind {
@@ -73,7 +73,8 @@ func toggledPlans(t *testing.T, s storage.Storage) {
 	}
 }
 
-// otherBuckets uses up a bucket, and then others of its name and another kind or period.
+// otherBuckets uses up a bucket, and then buckets of the same name but another kind or period. They start full, and the
+// first stays used up.
 func otherBuckets(t *testing.T, s storage.Storage) {
 	name := newName()
 	for _, kind := range everyKind {

@@ -20,8 +20,8 @@ const (
 	steps     = 150
 )
 
-// randomSequences plays seeded calls on the storage and on a Model, and compares every verdict. Half
-// of the steps go to the moment at which something comes back, a microsecond before or after.
+// randomSequences plays seeded random calls on the storage and on a Model, and compares every answer. Half of the steps
+// are at a moment when something comes back, or a microsecond before or after it: other times hardly ever find a fault.
 func randomSequences(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
 		g := newGame(t, s, seed)
@@ -32,9 +32,9 @@ func randomSequences(t *testing.T, s storage.Storage) {
 	}
 }
 
-// randomClock is randomSequences with one identifier and a clock that also goes back, by less and by
-// more than is forgiven. With others the storage might have forgotten a full bucket, as it may, and
-// the Model would not.
+// randomClock is randomSequences with a clock that also goes back, by less and by more than step 1 of a decision
+// forgives. It uses one identifier, and each call charges each bucket. Otherwise the storage might have forgotten a
+// full bucket, as it may, and the Model, which forgets none, would answer differently when the clock has gone back.
 func randomClock(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
 		g := newGame(t, s, 1000+seed)
@@ -49,8 +49,8 @@ func randomClock(t *testing.T, s storage.Storage) {
 	}
 }
 
-// randomChanges is randomSequences with half of the steps charges, refunds and debts that nearly fit
-// what is held.
+// randomChanges is randomSequences in which half of the steps are charges, refunds and debts that nearly fit what is
+// out: the ends of amounts are moved to holds, and the faults are where they just fit or just do not.
 func randomChanges(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
 		g := newGame(t, s, 2000+seed)
@@ -62,7 +62,7 @@ func randomChanges(t *testing.T, s storage.Storage) {
 	}
 }
 
-// game is one sequence.
+// game is one sequence of calls.
 type game struct {
 	t       *testing.T
 	seed    uint64
@@ -73,8 +73,8 @@ type game struct {
 	changes bool // half of the steps are charges, refunds and debts
 	rules   []law.Rule
 	now     int64
-	soon    []int64 // when something of the last answers comes back
-	taken   []storecheck.Verdict
+	soon    []int64              // the times at which something of the last answer comes back
+	taken   []storecheck.Verdict // admissions that may be refunded
 	tested  storage.Storage
 	model   *Model
 }
@@ -88,6 +88,7 @@ func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
 	return g
 }
 
+// rule returns a random rule for bucket i. Half of the rules for a bucket that there is keep its kind and period.
 func (g *game) rule(i int) law.Rule {
 	periods := []time.Duration{time.Microsecond, 7 * time.Microsecond, 1500 * time.Microsecond, time.Second, 10 * time.Second, 7 * time.Second, time.Hour, 31 * 24 * time.Hour}
 	kind := law.Kind(g.rnd.IntN(5))
@@ -105,16 +106,16 @@ func (g *game) rule(i int) law.Rule {
 	}
 }
 
-// change makes the rule of a bucket another, or that of the same kind and period with other numbers.
+// change gives bucket i another rule: often one of the same kind and period, always if named.
 func (g *game) change(i int) {
 	old := g.rules[i]
 	g.rules = slices.Clone(g.rules)
-	for g.rules[i] = g.rule(i); g.named && !g.rules[i].SameBucket(&old); { // else one of its buckets would be full
+	for g.rules[i] = g.rule(i); g.named && !g.rules[i].SameBucket(&old); { // another bucket would be a full one
 		g.rules[i] = g.rule(i)
 	}
 }
 
-// pause is how long until the next step.
+// pause returns how many microseconds pass until the next step.
 func (g *game) pause() int64 {
 	if len(g.soon) > 0 && g.rnd.IntN(2) == 0 {
 		return max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1)
@@ -129,6 +130,7 @@ func (g *game) pause() int64 {
 	}
 }
 
+// step makes one random call on the storage and on the Model, which must answer alike.
 func (g *game) step(i int) {
 	ctx, where := g.t.Context(), fmt.Sprintf("seed %d step %d at %d µs", g.seed, i, g.now)
 	what := g.rnd.IntN(20)
@@ -175,7 +177,7 @@ func (g *game) step(i int) {
 	}
 }
 
-// counts is how many buckets a request has.
+// counts returns how many buckets a request has, in all parts.
 func counts(r *storecheck.Request) (n int) {
 	for i := range r.Parts {
 		n += len(r.Parts[i].Costs)
@@ -185,9 +187,10 @@ func counts(r *storecheck.Request) (n int) {
 
 func (g *game) id() string { return g.ids[g.rnd.IntN(len(g.ids))] }
 
+// request returns a random request: any Mode, every third a reservation, every fourth with more parts if they come up.
 func (g *game) request() storecheck.Request {
 	r := storecheck.Request{Name: g.name, Mode: []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[g.rnd.IntN(5)], Clocked: true, Now: g.now}
-	if g.named && r.Mode == storage.Peek { // at which a full identifier may be forgotten
+	if g.named && r.Mode == storage.Peek { // during which the storage may forget a full identifier
 		r.Mode = storage.Take
 	}
 	if g.rnd.IntN(3) == 0 {
@@ -204,6 +207,7 @@ func (g *game) request() storecheck.Request {
 	return r
 }
 
+// part returns a part with all buckets or, unless named, some of them in another order.
 func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 	rules := g.rules
 	if !g.named && g.rnd.IntN(3) == 0 {
@@ -226,7 +230,7 @@ func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 	return p
 }
 
-// within is a time to reserve within: any, or one at which the last answer says that something comes back.
+// within returns the Within of a reservation: any, or about the time until something of the last answer comes back.
 func (g *game) within() int64 {
 	switch g.rnd.IntN(4) {
 	case 0:
@@ -240,7 +244,8 @@ func (g *game) within() int64 {
 	return min(law.MaxWithin, max(0, g.soon[g.rnd.IntN(len(g.soon))]-g.now+g.rnd.Int64N(3)-1))
 }
 
-// charge is of small amounts, or gives back what an earlier decision took.
+// charge returns a charge of small amounts, or one that gives back what an earlier decision took. If the game has
+// changes, the refund may be of too much, of another time, or for another identifier.
 func (g *game) charge() storage.Charge {
 	c := storage.Charge{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: law.NewRuleSet(g.rules...)}
 	for _, r := range g.rules {
@@ -275,7 +280,7 @@ func (g *game) charge() storage.Charge {
 	return c
 }
 
-// debt has up to three amounts a bucket.
+// debt returns a debt with up to three amounts a bucket.
 func (g *game) debt() replica.Debt {
 	d := replica.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: law.NewRuleSet(g.rules...), Amounts: make([][]storage.Amount, len(g.rules))}
 	for i, r := range g.rules {
@@ -289,6 +294,7 @@ func (g *game) debt() replica.Debt {
 	return d
 }
 
+// remember notes when something of an answer comes back, and what it took.
 func (g *game) remember(v *storecheck.Verdict, mode storage.Mode) {
 	g.soon = g.soon[:0]
 	for _, l := range v.Levels() {

@@ -16,26 +16,27 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// memory is that of a server which uses it for one request after the other, as those on fasthttp do: what is in it is
-// an identifier for as long as a call takes. Between calls it has the name of a victim, whom nobody ever asks for.
+// memory is the memory of a server that uses it for one request after the other, as servers on fasthttp do. It contains
+// an identifier only while a call lasts. Between calls it contains the identifier of a victim, for which nobody ever
+// asks: if anything is spent for the victim, the storage has read the memory too late.
 type memory []byte
 
 const victim = "victim"
 
 func newMemory() memory { return append(memory(nil), victim...) }
 
-// use lends the identifier, which is as long as that of the victim, to a call.
+// use lends the memory to a call, with an identifier in it that must be as long as the victim's.
 func (m memory) use(identifier string, call func(id string)) {
 	copy(m, identifier)
 	call(unsafe.String(&m[0], len(m)))
 	copy(m, victim)
 }
 
-// user is an identifier as long as that of the victim.
+// user returns an identifier that is as long as the victim's.
 func user(i int) string { return fmt.Sprintf("user%02d", i) }
 
-// reusedMemory has each of some users take, be charged, given back and reset, by calls whose identifiers are all in
-// the same memory.
+// reusedMemory makes all kinds of calls for some users: takes, charges, refunds and resets, alone and in pairs. The
+// identifiers of all calls are in the same memory.
 func reusedMemory(t *testing.T, s storage.Storage) {
 	for _, clocked := range []bool{false, true} {
 		name, rules := newName(), []law.Rule{rule(t, "hour", law.Replenish, time.Hour, 100, 0)}
@@ -81,7 +82,7 @@ func reusedMemory(t *testing.T, s storage.Storage) {
 				reset(user(i))
 			}
 		}
-		reset("settle") // which a storage in two places does not answer before all of them know what was before
+		reset("settle") // a storage that keeps data in two places answers this only when both have all that came before
 		for i := range users {
 			want := int64(i + 5)
 			if i%4 == 3 {
@@ -93,7 +94,8 @@ func reusedMemory(t *testing.T, s storage.Storage) {
 	}
 }
 
-// reusedMemoryEarly has callers leave, whose memory is used again while their calls may still be on their way.
+// reusedMemoryEarly has callers leave when their context ends, and reuse their memory while the storage may still be at
+// work on their calls. What a call that left has taken is not known, but it may only be its own user's.
 func reusedMemoryEarly(t *testing.T, s storage.Storage) {
 	const callers, calls = 8, 60
 	name, rules := newName(), []law.Rule{rule(t, "hour", law.Replenish, time.Hour, 1<<20, 0)}

@@ -1,13 +1,14 @@
-// Package storagetest proves a storage: that it decides as law.Decide does, atomically.
+// Package storagetest tests that a storage keeps the contract of package storage: that it decides exactly as law.Decide
+// does, atomically, and keeps nothing that belongs to its caller.
 //
-// An author of a storage calls Run from a test of theirs:
+// The author of a storage calls Run from a test:
 //
 //	func TestMyStorage(t *testing.T) {
 //		storagetest.Run(t, func(tb testing.TB) storage.Storage { return mystorage.New(…) })
 //	}
 //
-// The files in testdata are the specification of the arithmetic, to read and to run; their language
-// is described in vectors.go.
+// The files in testdata are the specification of the arithmetic, to read and to run. Their language is described in
+// vectors.go. Model is the simplest correct storage, with which the random tests compare.
 package storagetest
 
 import (
@@ -26,9 +27,9 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Run tests the storages that open returns. It may return the same one each time, or several that
-// share their data: each test keeps to a Config.Name of its own. Open cleans up by tb.Cleanup. Run it
-// with the race detector, which finds what no answer shows.
+// Run tests the storages that open returns. Open is called once for each test, and the tests run in parallel. It may
+// return the same storage each time, or several that share their data, because each test uses a Config.Name of its own.
+// It cleans up with tb.Cleanup. Run the tests with the race detector, which finds faults that no answer shows.
 func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 	for _, test := range []struct {
 		name string
@@ -67,9 +68,10 @@ var (
 	run   = time.Now().UnixNano()
 )
 
-// newName is a Config.Name that no other test has used, in this process or another.
+// newName returns a Config.Name that no other test has used, in this process or in an earlier run on the same server.
 func newName() string { return fmt.Sprintf("test-%x-%d", run, names.Add(1)) }
 
+// rule returns a rule that must be valid.
 func rule(t testing.TB, name string, kind law.Kind, period time.Duration, capacity, refill int64) law.Rule {
 	t.Helper()
 	r, faults := law.NewRule(name, kind, period, capacity, refill)
@@ -77,12 +79,12 @@ func rule(t testing.TB, name string, kind law.Kind, period time.Duration, capaci
 	return r
 }
 
-// request is for one part at a time by an injected clock.
+// request returns a request for one part, at a time since the epoch by an injected clock.
 func request(name string, at time.Duration, mode storage.Mode, p storecheck.Part) storecheck.Request {
 	return storecheck.Request{Name: name, Mode: mode, Clocked: true, Now: at.Microseconds(), Parts: []storecheck.Part{p}}
 }
 
-// remaining is what a Peek that asks for nothing tells of the first bucket.
+// remaining returns what remains in each bucket, by a Peek that asks for nothing.
 func remaining(t testing.TB, s storage.Storage, name, id string, rules ...law.Rule) []int64 {
 	t.Helper()
 	v, err := storecheck.Decide(t.Context(), s, request(name, 0, storage.Peek, storecheck.NewPart(id, rules, 0)))
@@ -94,6 +96,8 @@ func remaining(t testing.TB, s storage.Storage, name, id string, rules ...law.Ru
 	return out
 }
 
+// identifierZoo uses identifiers that a storage may confuse, cut or misread: control characters, invalid UTF-8, letters
+// that look alike, the longest ones, and what is special in Redis, in SQL and in formats. Each has a bucket of its own.
 func identifierZoo(t *testing.T, s storage.Storage) {
 	name, five := newName(), rule(t, "five", law.Replenish, 10*time.Second, 5, 0)
 	ids := []string{
@@ -111,6 +115,7 @@ func identifierZoo(t *testing.T, s storage.Storage) {
 	}
 }
 
+// namesApart uses one identifier under two names, which share nothing.
 func namesApart(t *testing.T, s storage.Storage) {
 	one, two := newName(), newName()
 	five := rule(t, "five", law.Replenish, 10*time.Second, 5, 0)
@@ -122,6 +127,7 @@ func namesApart(t *testing.T, s storage.Storage) {
 	assert.Equal(t, []int64{2}, remaining(t, s, one, "a", five))
 }
 
+// finishedContext calls each method with a context that has ended.
 func finishedContext(t *testing.T, s storage.Storage) {
 	name, five := newName(), rule(t, "five", law.Replenish, 10*time.Second, 5, 0)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -134,6 +140,8 @@ func finishedContext(t *testing.T, s storage.Storage) {
 	assert.Equal(t, []int64{5}, remaining(t, s, name, "a", five))
 }
 
+// sixteenBuckets fills an identifier with 16 buckets over several calls. One more is denied with an error, in a request
+// of several parts too, until the others are full.
 func sixteenBuckets(t *testing.T, s storage.Storage) {
 	name := newName()
 	take := func(at time.Duration, from, to int) (storecheck.Verdict, error) {
@@ -165,6 +173,7 @@ func sixteenBuckets(t *testing.T, s storage.Storage) {
 	assert.True(t, v.Allowed)
 }
 
+// ownClock makes requests that are not Clocked, over so little time that nothing comes back.
 func ownClock(t *testing.T, s storage.Storage) {
 	hour := rule(t, "hour", law.Replenish, time.Hour, 2, 0)
 	r := storecheck.Request{Name: newName(), Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{hour}, 1)}}
@@ -183,7 +192,8 @@ func ownClock(t *testing.T, s storage.Storage) {
 	assert.True(t, v.Allowed, "after a refund")
 }
 
-// refundsByOwnClock has time pass between a decision and its refund, in which another call is made.
+// refundsByOwnClock refunds decisions after time has passed and another call has been made. Each refund must find the
+// hold of its own decision, so that at the end only the tokens of the other calls are out.
 func refundsByOwnClock(t *testing.T, s storage.Storage) {
 	for _, kind := range []law.Kind{law.Replenish, law.FixedWindow, law.SlidingWindow, law.SlidingLog} {
 		year := rule(t, "year", kind, 366*24*time.Hour, 256, 0)

@@ -28,16 +28,18 @@ import (
 //	TIME charge ID NAME=N@IN…
 //	TIME reset ID
 //
-// TIME is since the epoch, by an injected clock. A PART is ID [xCOST|<=COST] [NAME[=COST]]…: the
-// buckets it names, or all in the order of their definition; with <= it is content with less. A bucket
-// that is defined again has a new rule. In the expectation each bucket has what remains, the time until
-// it is full, and if it refused, the time until it would not. TOOK is how many tokens were taken, if a
-// part was content with less, and DELAY is until what was reserved may be used.
+// TIME is the time since the epoch, by an injected clock. A PART is ID [xCOST|<=COST] [NAME[=COST]]…: the buckets that
+// it names, or all in the order of their definition. Without a cost it asks for 1; with <= it is AtMost. A bucket that
+// is defined again has a new rule from then on.
+//
+// What follows -> is the expected answer. Each bucket has what remains, the time until it is full, and if it denied,
+// the time until it would not. TOOK is how many tokens were taken, if a part is AtMost. DELAY is the time until what
+// was reserved may be used.
 
 //go:embed testdata/*.txt
 var files embed.FS
 
-// vectors plays every file.
+// vectors plays every file, each on a name of its own.
 func vectors(t *testing.T, s storage.Storage) {
 	found, err := fs.Glob(files, "testdata/*.txt")
 	require.NoError(t, err)
@@ -58,6 +60,7 @@ func vectors(t *testing.T, s storage.Storage) {
 	}
 }
 
+// player plays one file.
 type player struct {
 	t       *testing.T
 	storage storage.Storage
@@ -66,6 +69,7 @@ type player struct {
 	where   string
 }
 
+// step plays one line, which is split into fields.
 func (p *player) step(fields []string) {
 	p.t.Helper()
 	if fields[0] == "bucket" {
@@ -97,6 +101,7 @@ var (
 	asks  = regexp.MustCompile(`^(x|<=)(-?\d+)$`)
 )
 
+// bucket defines a bucket, or defines it again.
 func (p *player) bucket(fields []string) {
 	m := limit.FindStringSubmatch(fields[1])
 	require.NotNil(p.t, m, p.where)
@@ -127,6 +132,7 @@ func (p *player) bucket(fields []string) {
 	p.rules = append(p.rules, made)
 }
 
+// decide makes a request and returns its answer as the vectors write it.
 func (p *player) decide(at int64, mode storage.Mode, within int64, asked string) string {
 	r := storecheck.Request{Name: p.name, Mode: mode, Clocked: true, Now: at, Within: within}
 	for _, words := range strings.Split(asked, " + ") {
@@ -137,7 +143,7 @@ func (p *player) decide(at int64, mode storage.Mode, within int64, asked string)
 	return format(&v)
 }
 
-// format is a verdict as the vectors write it.
+// format returns a verdict as the vectors write it.
 func format(v *storecheck.Verdict) string {
 	out := map[bool]string{true: "ok", false: "no"}[v.Allowed]
 	for i := range v.Parts() {
@@ -158,6 +164,7 @@ func format(v *storecheck.Verdict) string {
 	return out
 }
 
+// part reads a PART.
 func (p *player) part(fields []string) storecheck.Part {
 	cost, names, atMost := int64(1), fields[1:], false
 	if len(names) > 0 {
@@ -185,6 +192,7 @@ func (p *player) part(fields []string) storecheck.Part {
 	return part
 }
 
+// charge makes a charge. An amount below zero gives tokens back.
 func (p *player) charge(at int64, id string, words []string) {
 	c := storage.Charge{Name: p.name, Clocked: true, Now: at, Identifier: id}
 	var rules []law.Rule
@@ -199,6 +207,7 @@ func (p *player) charge(at int64, id string, words []string) {
 	require.NoError(p.t, p.storage.Charge(p.t.Context(), &c), p.where)
 }
 
+// rule returns the rule of a defined bucket.
 func (p *player) rule(name string) law.Rule {
 	for _, r := range p.rules {
 		if r.Name == name {
@@ -209,7 +218,7 @@ func (p *player) rule(name string) law.Rule {
 	return law.Rule{}
 }
 
-// id reads an identifier; in quotes it may be empty, and "x*N" is N times x.
+// id reads an identifier. In quotes it may be empty, and x*N is x, N times.
 func (p *player) id(word string) string {
 	if text, times, found := strings.Cut(word, "*"); found {
 		return strings.Repeat(text, int(p.number(times)))
@@ -217,6 +226,7 @@ func (p *player) id(word string) string {
 	return strings.Trim(word, `"`)
 }
 
+// number reads a number.
 func (p *player) number(word string) int64 {
 	p.t.Helper()
 	n, err := strconv.ParseInt(word, 10, 64)
@@ -224,7 +234,7 @@ func (p *player) number(word string) int64 {
 	return n
 }
 
-// time reads a duration, in microseconds. It may have days and be a sum: 2d+3us.
+// time reads a duration and returns it in microseconds. It may have days and be a sum, such as 2d+3us.
 func (p *player) time(word string) int64 {
 	p.t.Helper()
 	total := int64(0)
