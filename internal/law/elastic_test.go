@@ -11,7 +11,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// Every number of the arithmetic stays below 2^53, by the same Tick, whatever the rule shrinks to.
+// Whatever a rule shrinks to, it keeps its Tick, and every number of the arithmetic stays below 2^53.
 func TestAShrunkRuleStaysInItsBounds(t *testing.T) {
 	t.Parallel()
 	rnd := rand.New(rand.NewPCG(5, 5))

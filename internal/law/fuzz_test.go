@@ -69,7 +69,7 @@ func FuzzDecide(f *testing.F) {
 	})
 }
 
-// agree lets Decide and the twin live through the same story and compares all their answers.
+// agree plays the same story on Decide and on the twin, and compares all their answers.
 func agree(t *testing.T, story []byte, reserves bool) {
 	p := newPlay(story, reserves)
 	for n := 0; n < steps && len(p.feed) > 0; n++ {
@@ -83,17 +83,17 @@ func agree(t *testing.T, story []byte, reserves bool) {
 	}
 }
 
-// play is a story being played: the bytes that are left of it, the time, and the same buckets twice.
+// play is a story being played: the bytes that are left of it, the time, and the same buckets in both forms.
 type play struct {
 	feed
 	real     int64
 	draws    []law.Draw
 	asks     []ask
 	reserves bool            // calls may be reservations and AtMost
-	left     map[bucket]kept // buckets whose place has another kind or period now
+	left     map[bucket]kept // buckets whose place has a rule of another kind or period now
 }
 
-// bucket is what finds a state, and kept is both forms of one.
+// bucket is the key of a state, and kept is the state in both forms.
 type (
 	bucket struct {
 		place  int
@@ -120,7 +120,7 @@ func newPlay(story []byte, reserves bool) *play {
 	return p
 }
 
-// step is one call, and what must be true of it. The buckets before it are kept.
+// step makes one call and checks what must be true of it. Kept are the buckets as they were before.
 func (p *play) step(mode law.Mode, kept []law.Draw) error {
 	got := law.Decide(mode, p.real, p.draws)
 	want, counts := decideDumbly(mode, p.real, p.asks)
@@ -150,12 +150,12 @@ func (p *play) step(mode law.Mode, kept []law.Draw) error {
 	return nil
 }
 
-// same: whatever can be seen of two states is equal.
+// same reports whether all that can be seen of two states is equal.
 func same(a, b law.State) bool {
 	return reflect.DeepEqual(a.Law, b.Law) && a.Seen == b.Seen && slices.Equal(a.Holds(), b.Holds())
 }
 
-// sound: the numbers of a state are below 2^53, and its holds stand in order.
+// sound returns an error unless the numbers of a state are below 2^53 and its holds are in order.
 func sound(s law.State) error {
 	holds := s.Holds()
 	for i, h := range holds {
@@ -166,7 +166,7 @@ func sound(s law.State) error {
 	return nil
 }
 
-// retryIsExact: the refused call is refused for as long as it says, and not longer.
+// retryIsExact checks a denied call: it is denied until RetryAfter has passed, and not longer.
 func (p *play) retryIsExact() error {
 	retry := int64(0)
 	for i := range p.draws {
@@ -176,7 +176,7 @@ func (p *play) retryIsExact() error {
 		return errors.New("refused, and RetryAfter is zero")
 	}
 	for _, a := range p.asks {
-		if a.twin.changed(a.rule) { // It may be back earlier, by the rule before.
+		if a.twin.changed(a.rule) { // Tokens may be back earlier, under the rule before.
 			return nil
 		}
 	}
@@ -189,8 +189,8 @@ func (p *play) retryIsExact() error {
 	return nil
 }
 
-// believed: no state is so far ahead of the clock that it counts as empty. Such a one, left alone by
-// a refusal of another bucket, is believed again when the clock has come nearer, and may then refuse.
+// believed reports whether no state is so far ahead of the clock that it counts as empty. A denial by another bucket
+// leaves such a state alone. It counts again when the clock has come nearer, and may deny then.
 func (p *play) believed() bool {
 	for _, a := range p.asks {
 		if a.twin.known && !a.twin.believable(a.rule, p.real) {
@@ -209,8 +209,8 @@ func cloned(draws []law.Draw) []law.Draw {
 	return out
 }
 
-// moveClock goes, in more than half of all steps, to where the last answer said that something
-// comes back: random times alone miss the faults.
+// moveClock moves, in more than half of all steps, to the time at which something comes back by the last answer: random
+// times alone miss the faults.
 func (p *play) moveClock() {
 	move, edge := p.below(16), int64(0)
 	if move >= 4 {
@@ -248,7 +248,7 @@ func (p *play) anyDraw() *law.Draw {
 	return &p.draws[p.below(len(p.draws))]
 }
 
-// nearest is the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
+// nearest returns the RetryAfter of the last call, or the nearest ResetAfter if it was admitted.
 func nearest(draws []law.Draw) int64 {
 	retry, reset := int64(0), int64(math.MaxInt64)
 	for i := range draws {
@@ -261,7 +261,7 @@ func nearest(draws []law.Draw) int64 {
 	return reset
 }
 
-// chooseMode also gives one bucket another rule, in one step of eight.
+// chooseMode chooses a Mode. In one step of eight it also gives a bucket another rule.
 func (p *play) chooseMode() law.Mode {
 	b := p.byte()
 	if b%8 == 7 {
@@ -305,7 +305,7 @@ func (p *play) chooseCosts(mode law.Mode) {
 	}
 }
 
-// chooseTerms makes a draw a reservation, or content with less, or both.
+// chooseTerms makes a draw a reservation, AtMost, or both, or leaves it as it is.
 func (p *play) chooseTerms(d *law.Draw) {
 	b := p.byte()
 	d.AtMost = b%4 == 3
@@ -468,7 +468,7 @@ func FuzzRule(f *testing.F) {
 	})
 }
 
-// wanted is what NewRule is asked for. Its bounds are checked here with numbers of any size.
+// wanted is what NewRule is asked for. Its methods compute the rule once more, with numbers of any size.
 type wanted struct {
 	name             string
 	kind             law.Kind
@@ -476,7 +476,7 @@ type wanted struct {
 	capacity, refill int64
 }
 
-// possible: every bound is kept.
+// possible reports whether every bound is kept.
 func (w wanted) possible() bool {
 	return w.named() && w.kind <= law.SlidingLog &&
 		w.period >= time.Microsecond && w.period <= 366*24*time.Hour &&
@@ -495,16 +495,17 @@ func (w wanted) named() bool {
 	return len(w.name) >= 1 && len(w.name) <= 64
 }
 
-// comesBack: 4 capacities, in whole periods, within 2^50 microseconds, which are 35 years.
+// comesBack reports whether 4 capacities come back within 2^50 microseconds, which are 35 years, counted in whole
+// periods.
 func (w wanted) comesBack() bool {
 	periods := ceiling(quotient(product(rat(4), rat(w.capacity)), rat(w.refill)))
 	return product(periods, rat(w.micros())).Cmp(rat(exact/8)) <= 0
 }
 
-// micros is the period, of which a started microsecond is a whole one.
+// micros returns the period in microseconds, rounded up.
 func (w wanted) micros() int64 { return whole(ceiling(quotient(rat(int64(w.period)), rat(1000)))) }
 
-// largest is what bounds the units.
+// largest returns the number of tokens that bounds the units.
 func (w wanted) largest() int64 {
 	if w.kind == law.Continuous {
 		return max(w.capacity, w.refill)
@@ -512,8 +513,8 @@ func (w wanted) largest() int64 {
 	return w.capacity
 }
 
-// tick is that by the larger of capacity and refill; by the capacity, if there is none or more than the capacity comes back
-// in it.
+// tick returns the Tick for the larger of capacity and refill. If there is none, or if more than the capacity comes
+// back in it, it is the Tick for the capacity.
 func (w wanted) tick() int64 {
 	if w.kind != law.Continuous && w.kind != law.SlidingWindow {
 		return 1
@@ -527,8 +528,8 @@ func (w wanted) tick() int64 {
 	return tick
 }
 
-// tickBy is the finest that will do, or 0: a microsecond, a millisecond, a second, or else the shortest of which a period has
-// at least 16, in a number of them without prime factors above 7.
+// tickBy returns the finest Tick that will do, or 0: a microsecond, a millisecond, a second, or the shortest that
+// divides the period into at least 16 ticks, whose number has no prime factor above 7.
 func (w wanted) tickBy(largest int64) int64 {
 	for _, tick := range []int64{1, 1000, 1_000_000} {
 		if w.micros()%tick == 0 && (tick == 1 || w.micros()/tick >= 16) && w.fits(largest, w.micros()/tick) {
@@ -553,14 +554,14 @@ func (w wanted) tickBy(largest int64) int64 {
 	return w.micros() / best
 }
 
-// fits: 4 times the largest, in units, is below 2^53.
+// fits reports whether 4 times the largest number, in units, is below 2^53.
 func (w wanted) fits(largest, steps int64) bool {
 	units := new(big.Int).Mul(big.NewInt(largest), big.NewInt(w.one(steps)))
 	return units.Mul(units, big.NewInt(4)).Cmp(big.NewInt(exact)) < 0
 }
 
-// one is the number of units of a token, if a period has so many steps: the smallest of which a whole number comes
-// back each step.
+// one returns how many units a token has if a period has so many steps: the fewest for which a whole number comes back
+// each step.
 func (w wanted) one(steps int64) int64 {
 	if w.kind != law.Continuous {
 		return steps
@@ -568,7 +569,7 @@ func (w wanted) one(steps int64) int64 {
 	return quotient(rat(w.refill), rat(steps)).Denom().Int64()
 }
 
-// rule is the one rule that keeps the bounds.
+// rule returns the rule that NewRule has to make.
 func (w wanted) rule() law.Rule {
 	l := law.Law{Kind: w.kind, Period: w.micros(), Tick: w.tick(), One: 1, Grain: 1}
 	if w.kind == law.SlidingWindow {

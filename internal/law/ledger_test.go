@@ -13,8 +13,8 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// The arithmetic between two stores: what one took is charged to the other (Charge), which tells what
-// it holds (Debt), to which the first is lifted (Raise).
+// The arithmetic between two stores: what one store took is charged to the other (Charge). The other returns its debt
+// (Debt), and the first is raised to that (Raise).
 
 var everyKind = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
@@ -25,7 +25,7 @@ func rule(t *testing.T, kind law.Kind, period time.Duration, capacity, refill in
 	return r
 }
 
-// take asks the state for n tokens.
+// take asks a bucket for n tokens.
 func take(s *law.State, r *law.Rule, n, now int64) (bool, law.Count) {
 	d := []law.Draw{{Rule: r, Cost: n, State: *s}}
 	ok := law.Decide(law.Take, now, d)
@@ -35,7 +35,7 @@ func take(s *law.State, r *law.Rule, n, now int64) (bool, law.Count) {
 	return ok, d[0].Count
 }
 
-// left is what may be taken at a time.
+// left returns how many tokens may be taken at the time now.
 func left(s law.State, r *law.Rule, now int64) int64 {
 	_, c := take(&s, r, 0, now)
 	return c.Remaining
@@ -45,7 +45,7 @@ func copied(s law.State) law.State {
 	return law.MakeState(s.Law, s.Seen, slices.Clone(s.Holds()))
 }
 
-// spend makes a state by greedy random takes, and returns it with the time.
+// spend returns a state after greedy random takes, and the time of the last.
 func spend(rnd *rand.Rand, r *law.Rule, now int64) (law.State, int64) {
 	var s law.State
 	for range 30 {
@@ -122,7 +122,7 @@ func TestRaiseIsThePointwiseMaximumOfTheTwoCurves(t *testing.T) {
 			for at := now; at < now+3*r.Period; at += 123_457 {
 				most := min(left(own, &r, at), left(theirs, &r, at))
 				got := left(raised, &r, at)
-				if kind == law.Replenish { // ends within half a period of the own last hold join it
+				if kind == law.Replenish { // an end within half a period of the own last hold joins that
 					require.LessOrEqual(t, got, left(own, &r, at), "%v seed %d", kind, seed)
 					continue
 				}
@@ -150,9 +150,9 @@ func TestRaiseOfNothingOrOfThePastChangesNothing(t *testing.T) {
 	}
 }
 
-// TestARelayBetweenHealthyStoresCostsNothing flushes what one store took to another every 100 ms and
-// lifts the first to what the other holds. Nothing fails, so nothing may be lost: over 40 periods
-// the first store admits at least 99 % of what it would alone, whatever the clocks of the two say.
+// TestARelayBetweenHealthyStoresCostsNothing charges another store every 100 ms with what the first one took, and
+// raises the first to the debt of the other. Nothing fails, so this may cost nothing: over 40 periods the first store
+// admits at least 99 % of what it would admit alone, however far the clocks of the two are apart.
 func TestARelayBetweenHealthyStoresCostsNothing(t *testing.T) {
 	t.Parallel()
 	const start, flush = int64(1_700_000_000_000_000), int64(100_000)
@@ -239,7 +239,7 @@ func TestARefundThatArrivesLateTakesNothingFromTheNextPeriod(t *testing.T) {
 		ok, _ := take(&s, &r, before, arrived)
 		require.True(t, ok)
 		s.Refund(&r, law.Amount{N: 5, In: c.ResetAfter - (sent - start)}, arrived)
-		if kind == law.Continuous { // what had drained when it was sent, to a tick
+		if kind == law.Continuous { // what had not drained when it was sent, to within a tick
 			require.LessOrEqual(t, left(s, &r, arrived), int64(1))
 		} else {
 			require.Zero(t, left(s, &r, arrived), kind)

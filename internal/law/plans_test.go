@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// The suite plays a few even clients on every storage; here are many on the arithmetic alone.
+// The suite of storagetest plays a few even clients on every storage. Here many are played on the arithmetic alone.
 func TestTheEvenClientIsNeverDenied(t *testing.T) {
 	t.Parallel()
 	for _, kind := range everyKind {
@@ -53,7 +53,7 @@ func TestByteQuotasOfTheRealWorldFit(t *testing.T) {
 	}
 }
 
-// A small burst needs ticks in which no more than it comes back, however large the refill is.
+// A small burst needs ticks so short that no more than the burst comes back in one, however large the refill is.
 func TestASmallBurstGetsItsLargeRefill(t *testing.T) {
 	t.Parallel()
 	r := rule(t, law.Continuous, 30*24*time.Hour, 100, 999_999_937)
@@ -63,7 +63,8 @@ func TestASmallBurstGetsItsLargeRefill(t *testing.T) {
 	}
 }
 
-// Up to 256 a log is exact, above it has a grain. What was taken under the one is not early under the other.
+// A log of a capacity up to 256 is exact, and above that it has a grain. What was taken under the smaller capacity must
+// not come back early under the larger one.
 func TestALogThatGrowsBeyondItsGrainAdmitsNoMoreThanTheLargerAlone(t *testing.T) {
 	t.Parallel()
 	small, large := rule(t, law.SlidingLog, 256*time.Second, 256, 0), rule(t, law.SlidingLog, 256*time.Second, 257, 0)
@@ -109,7 +110,7 @@ func TestARefundAfterARaisedRefillGivesNothingOfOthers(t *testing.T) {
 	assert.Zero(t, left(s, &fast, minute))
 }
 
-// What an error names can be used, and is less than what was given.
+// The number that an error names can be used, and is less than what was given.
 func TestAFaultNamesANumberThatFits(t *testing.T) {
 	t.Parallel()
 	named := regexp.MustCompile(`: (\d+) would fit`)

@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// reserve asks the state for n tokens within a time, and returns when they may be used.
+// reserve asks a bucket for n tokens within a time, and returns when they may be used.
 func reserve(s *law.State, r *law.Rule, n, within, now int64) (at int64, ok bool, c law.Count) {
 	d := []law.Draw{{Rule: r, Cost: n, Within: within, State: *s}}
 	ok = law.Decide(law.Take, now, d)
@@ -23,11 +23,11 @@ func reserve(s *law.State, r *law.Rule, n, within, now int64) (at int64, ok bool
 	return now + d[0].Count.RetryAfter, ok, d[0].Count
 }
 
-// use is n tokens that are used at a time.
+// use is n tokens that are used at the time at.
 type use struct{ at, n int64 }
 
-// TestWhatIsReservedIsNeverUsedFasterThanTheLimit reserves and cancels at random, and looks at the moments at which what was
-// not cancelled is used.
+// TestWhatIsReservedIsNeverUsedFasterThanTheLimit reserves and cancels at random, and looks at the moments at which
+// what was not cancelled is used.
 func TestWhatIsReservedIsNeverUsedFasterThanTheLimit(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(200) {
@@ -59,8 +59,8 @@ func TestWhatIsReservedIsNeverUsedFasterThanTheLimit(t *testing.T) {
 	}
 }
 
-// requireWithin fails if more than the capacity and what comes back was used between any two moments, of which each is
-// rounded up to a tick.
+// requireWithin fails if, between any two moments, more was used than the capacity and what comes back in that time.
+// Each moment is rounded up to a tick.
 func requireWithin(t *testing.T, r *law.Rule, uses []use, seed uint64) {
 	t.Helper()
 	slices.SortStableFunc(uses, func(a, b use) int { return cmp.Compare(a.at, b.at) })

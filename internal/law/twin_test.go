@@ -8,10 +8,11 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// The twin is the law a second time, slow and dumb: rational numbers, a plain list of what was
-// taken, and every moment found by bisection. It shares nothing with Decide but the rules.
+// The twin is the arithmetic a second time, slow and obvious: rational numbers, a plain list of what was taken, and
+// every moment found by bisection. It shares nothing with Decide but the rules, so that both hardly have the same
+// fault.
 
-// lot is some tokens that were taken together. All times are whole microseconds.
+// lot is a number of tokens that were taken together. All times are whole microseconds.
 type lot struct {
 	end    int64
 	tokens *big.Rat
@@ -23,7 +24,7 @@ type twin struct {
 	seen  int64
 	lots  []lot
 	level *big.Rat  // Continuous: the tokens that were out at seen
-	last  *law.Rule // Continuous: by which that was
+	last  *law.Rule // Continuous: the rule of the last change
 }
 
 // ask is one bucket in a decision of the twin.
@@ -35,7 +36,7 @@ type ask struct {
 	twin   twin
 }
 
-// decideDumbly is Decide.
+// decideDumbly is Decide on twins.
 func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	allowed := true
 	for i := range asks {
@@ -51,12 +52,12 @@ func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	for i := range asks {
 		a := &asks[i]
 		switch {
-		case !allowed: // A refusal tells what is, and takes nothing.
+		case !allowed: // A denial counts what is there, and takes nothing.
 			counts[i] = a.refused(real)
-		case a.cost == 0: // Who asks for nothing changes nothing.
+		case a.cost == 0: // A bucket that is asked for nothing does not change.
 			w, now := a.twin.believed(a.rule, real)
 			counts[i] = w.count(a.rule, now, real)
-		default: // An admission tells what is after it.
+		default: // An admission counts what is there afterwards.
 			w, now := a.twin.believed(a.rule, real)
 			w, forgotten := w.take(a.rule, a.cost, now)
 			counts[i] = w.count(a.rule, now, real)
@@ -76,7 +77,7 @@ func decideDumbly(mode law.Mode, real int64, asks []ask) (bool, []law.Count) {
 	return allowed, counts
 }
 
-// least is what the call is content with.
+// least returns the fewest tokens with which the call is admitted.
 func (a *ask) least() int64 {
 	if a.atMost {
 		return min(a.cost, 1)
@@ -84,14 +85,14 @@ func (a *ask) least() int64 {
 	return a.cost
 }
 
-// fits: a cost of 0 always, any other if with it no more than the capacity is out; of a level, when the time to reserve
-// within is over, and never more than the ceiling.
+// fits reports whether the bucket admits the call. A cost of 0 always fits. Another fits if no more than the capacity
+// is out with it: now or, of a level, when the time of the reservation is over, but never more than the ceiling.
 func (a *ask) fits(real int64) bool {
 	w, now := a.twin.believed(a.rule, real)
 	return a.cost == 0 || w.room(a, now, real) >= 0
 }
 
-// room is how much more than the least could be taken at a time, or below 0 how much is in the way.
+// room returns how many tokens more than the least could be taken; below 0 it is how many are in the way.
 func (w twin) room(a *ask, now, real int64) int64 {
 	r, spent := a.rule, w.spent(a.rule, now)
 	if until := real + a.within; r.Kind == law.Continuous && until > now {
@@ -100,7 +101,7 @@ func (w twin) room(a *ask, now, real int64) int64 {
 	return r.Capacity - spent - a.least()
 }
 
-// most is 4 capacities or 4 refills, in units below 2^53.
+// most returns the ceiling: 4 capacities or 4 refills, bounded by the units below 2^53.
 func most(r *law.Rule) int64 {
 	out := 4 * r.Capacity
 	if r.Kind == law.Continuous {
@@ -109,7 +110,7 @@ func most(r *law.Rule) int64 {
 	return out
 }
 
-// lower makes the costs of those that are content with less the largest that all of them have now.
+// lower lowers the costs of the draws that are AtMost to the largest number that all of them have now.
 func lower(asks []ask, real int64) {
 	have := func(n int64) bool {
 		for i := range asks {
@@ -139,7 +140,7 @@ func lower(asks []ask, real int64) {
 	}
 }
 
-// refused is the count of a call that some bucket refused, perhaps not this one.
+// refused returns the count for a call that some bucket denied, perhaps not this one.
 func (a *ask) refused(real int64) law.Count {
 	w, now := a.twin.believed(a.rule, real)
 	c := w.count(a.rule, now, real)
@@ -149,8 +150,8 @@ func (a *ask) refused(real int64) law.Count {
 	return c
 }
 
-// retry is when the bucket admits what it refused: when there is room for it, or the time to reserve within earlier, and
-// no longer too much is out.
+// retry returns when the bucket admits what it denied: when there is room for it, a reservation earlier by its time,
+// but not before so little is out that it stays below the ceiling.
 func (w twin) retry(a *ask, now int64) int64 {
 	r, at := a.rule, w.first(a.rule, now, a.rule.Capacity-a.least())
 	if r.Kind == law.Continuous {
@@ -162,7 +163,7 @@ func (w twin) retry(a *ask, now int64) int64 {
 	return at
 }
 
-// count: what is left of the capacity, when everything is back, and when one token more may be taken than now.
+// count returns what is left of the capacity, when everything is back, and when one token more may be taken than now.
 func (w twin) count(r *law.Rule, now, real int64) law.Count {
 	left := r.Capacity - w.spent(r, now)
 	more := max(0, left) + 1
@@ -173,32 +174,32 @@ func (w twin) count(r *law.Rule, now, real int64) law.Count {
 	}
 }
 
-// believed is the bucket and its own time.
+// believed returns the bucket as it counts at the time real, and its own time.
 func (w twin) believed(r *law.Rule, real int64) (twin, int64) {
 	if !w.believable(r, real) {
-		return twin{known: true, seen: real, level: rat(0)}, real // It is a full one, never used.
+		return twin{known: true, seen: real, level: rat(0)}, real // It counts as a full one.
 	}
 	now := max(real, w.seen) // Its time never runs backwards.
 	if w.changed(r) && w.undrained(w.last, now).Sign() == 0 {
-		w.level = rat(0) // All was back by the rule before.
+		w.level = rat(0) // All was back under the rule before.
 	}
 	return w, now
 }
 
-// believable: seen before, and not later than one period and a minute from now.
+// believable reports whether the state counts: it was seen, and no later than one period and a minute from now.
 func (w twin) believable(r *law.Rule, real int64) bool {
 	return w.known && w.seen <= real+r.Period+60_000_000
 }
 
-// changed: the level is by another rule than this.
+// changed reports whether the level was spent under another rule.
 func (w twin) changed(r *law.Rule) bool { return w.last != nil && w.last.Law != r.Law }
 
-// spent is what is out, in tokens.
+// spent returns how many tokens are out.
 func (w twin) spent(r *law.Rule, t int64) int64 {
 	switch r.Kind {
-	case law.Continuous: // A started token is a whole one.
+	case law.Continuous: // What is left of a token counts as a whole one.
 		return whole(ceiling(w.undrained(r, t)))
-	case law.SlidingWindow: // What has faded of a token has freed it.
+	case law.SlidingWindow: // What is left of a token does not count.
 		return whole(floor(w.sum(func(l lot) *big.Rat { return unfaded(r, l, t) })))
 	}
 	out := rat(0)
@@ -210,8 +211,9 @@ func (w twin) spent(r *law.Rule, t int64) int64 {
 	return whole(out)
 }
 
-// returned is when each lot comes back: at its end, or of a large log a grain before, if all that has this end is no more
-// than one gets in a grain who takes evenly. Nothing comes back before what has an earlier end.
+// returned returns when each lot comes back. That is at its end or, in a large log, one grain earlier, if all lots with
+// this end together are no more than the even client takes in a grain. No lot comes back before one with an earlier
+// end.
 func (w twin) returned(r *law.Rule) (at []int64) {
 	even := plus(ceiling(quotient(rat(r.Capacity), rat(256))), ceiling(quotient(rat(r.Capacity), rat(r.Period))))
 	before := int64(0)
@@ -234,7 +236,8 @@ func (w twin) sum(of func(lot) *big.Rat) *big.Rat {
 	return out
 }
 
-// undrained: each tick since the last change returns its part of the refill, until nothing is out, or 35 years have passed.
+// undrained returns what is left of the level: each tick since the last change has returned its part of the refill,
+// until nothing was out or 35 years had passed.
 func (w twin) undrained(r *law.Rule, t int64) *big.Rat {
 	passed := rat(ticks(r, t) - ticks(r, w.seen))
 	if passed.Cmp(floor(quotient(rat(exact/8), rat(r.Tick)))) >= 0 {
@@ -244,34 +247,35 @@ func (w twin) undrained(r *law.Rule, t int64) *big.Rat {
 	return atLeast(minus(w.counted(r), product(perTick, passed)), rat(0))
 }
 
-// counted is the level in the units of a rule, which are the parts of a token that one tick returns a whole number of.
+// counted returns the level rounded up to the units of a rule: the parts of a token of which each tick returns a whole
+// number.
 func (w twin) counted(r *law.Rule) *big.Rat {
 	unit := rat(1).Quo(rat(1), rat(r.One))
 	return atMost(product(ceiling(quotient(w.level, unit)), unit), product(rat(exact-1), unit))
 }
 
-// unfaded is what is out of a lot: from its end on the same part of it less in every tick of one period, of which the
-// present one is over.
+// unfaded returns what is out of a lot: from its end on, every tick of one period takes away the same part. The present
+// tick counts as over.
 func unfaded(r *law.Rule, l lot, t int64) *big.Rat {
 	left := ticks(r, l.end+r.Period) - ticks(r, t) - 1
 	share := quotient(rat(left), ticksOfPeriod(r))
 	return product(l.tokens, atMost(atLeast(share, rat(0)), rat(1)))
 }
 
-// ticks is how many ticks of the clock are over at t.
+// ticks returns how many ticks of the clock are over at t.
 func ticks(r *law.Rule, t int64) int64 {
 	return new(big.Int).Div(big.NewInt(t), big.NewInt(r.Tick)).Int64()
 }
 
 func ticksOfPeriod(r *law.Rule) *big.Rat { return quotient(rat(r.Period), rat(r.Tick)) }
 
-// first is the first microsecond from now on when no more than room is out. As nobody takes, what
-// is out only falls.
+// first returns the first microsecond from now on at which no more than room is out. What is out only falls, as nobody
+// takes.
 func (w twin) first(r *law.Rule, now, room int64) int64 {
 	return w.inTime(r, bisected(now, func(t int64) bool { return w.spent(r, t) <= room }))
 }
 
-// gone is the first microsecond from now on when nothing is out, nor any part of it.
+// gone returns the first microsecond from now on at which nothing is out, not even a part of a token.
 func (w twin) gone(r *law.Rule, now int64) int64 {
 	if r.Kind == law.Continuous {
 		return w.inTime(r, bisected(now, func(t int64) bool { return w.undrained(r, t).Sign() == 0 }))
@@ -280,13 +284,13 @@ func (w twin) gone(r *law.Rule, now int64) int64 {
 	for _, l := range w.lots {
 		last = l.end
 		if r.Kind == law.SlidingWindow {
-			last += r.Period - r.Tick // As the present tick counts as over.
+			last += r.Period - r.Tick // The present tick counts as over.
 		}
 	}
 	return last
 }
 
-// inTime is a time, or 35 years after the last change if that is earlier.
+// inTime returns a time, or that of 35 years after the last change if it is earlier.
 func (w twin) inTime(r *law.Rule, t int64) int64 {
 	if r.Kind != law.Continuous {
 		return t
@@ -294,7 +298,7 @@ func (w twin) inTime(r *law.Rule, t int64) int64 {
 	return min(t, (ticks(r, w.seen)+exact/8/r.Tick)*r.Tick)
 }
 
-// bisected is the first time from now on for which it is so, and then stays so.
+// bisected returns the first time from now on at which is returns true. From then on it must stay true.
 func bisected(now int64, is func(t int64) bool) int64 {
 	if is(now) {
 		return now
@@ -305,7 +309,7 @@ func bisected(now int64, is func(t int64) bool) int64 {
 			return math.MaxInt64
 		}
 	}
-	low, high := now, now+step // Not yet, and so.
+	low, high := now, now+step // Not true at low, true at high.
 	for high-low > 1 {
 		if middle := low + (high-low)/2; is(middle) {
 			high = middle
@@ -316,7 +320,8 @@ func bisected(now int64, is func(t int64) bool) int64 {
 	return high
 }
 
-// take is an admission, and how much of it is not recorded: no more than the ceiling is ever taken.
+// take returns the bucket after an admission, and how much of that was not recorded: no more than the ceiling is ever
+// out.
 func (w twin) take(r *law.Rule, asked, now int64) (out twin, forgotten int64) {
 	cost := min(asked, max(0, most(r)-w.spent(r, now)))
 	w = w.under(r, now)
@@ -330,19 +335,19 @@ func (w twin) take(r *law.Rule, asked, now int64) (out twin, forgotten int64) {
 	return w, min(asked, most(r)) - cost
 }
 
-// joined is when the hold ends that a token taken now joins.
+// joined returns the end of the hold that a token taken now joins or makes.
 func (w twin) joined(r *law.Rule, now int64) int64 {
 	end := tokenEnd(r.Law, now)
 	for _, l := range w.lots {
 		if r.Kind == law.Replenish {
-			return l.end // The one that lives: all its tokens come back at once.
+			return l.end // The one hold there is: all its tokens come back at once.
 		}
-		end = max(end, l.end) // Ends never run backwards: one of another grain, or by an earlier clock, may be later.
+		end = max(end, l.end) // Ends never run backwards: an earlier clock or another grain may have made a later one.
 	}
 	return end
 }
 
-// tokenEnd is when a token ends that is taken from a full bucket.
+// tokenEnd returns the end of a token that is taken from a full bucket.
 func tokenEnd(l law.Law, now int64) int64 {
 	switch l.Kind {
 	case law.FixedWindow, law.SlidingWindow: // At the next multiple of the period.
@@ -353,19 +358,19 @@ func tokenEnd(l law.Law, now int64) int64 {
 	return now + l.Period // One period from now.
 }
 
-// multiple is t, rounded to a multiple of n.
+// multiple returns t rounded to a multiple of n.
 func multiple(round func(*big.Rat) *big.Rat, t, n int64) int64 {
 	return whole(product(round(quotient(rat(t), rat(n))), rat(n)))
 }
 
-// under is the bucket now, as the rule counts.
+// under returns the bucket as the rule counts it now, without what is back.
 func (w twin) under(r *law.Rule, now int64) twin {
 	out := twin{known: true, seen: now, level: rat(0)}
 	if r.Kind == law.Continuous { // Drained up to now.
 		out.level, out.last = w.undrained(r, now), r
 		return out
 	}
-	for _, l := range w.lots { // Those that are not all back yet.
+	for _, l := range w.lots { // Those that are not entirely gone.
 		if back := l.end; back > now || r.Kind == law.SlidingWindow && back+r.Period-r.Tick > now {
 			out.lots = append(out.lots, l)
 		}
@@ -382,7 +387,7 @@ func ceiling(a *big.Rat) *big.Rat        { return minus(rat(0), floor(minus(rat(
 func atLeast(a, least *big.Rat) *big.Rat { return pick(a.Cmp(least) < 0, least, a) }
 func atMost(a, most *big.Rat) *big.Rat   { return pick(a.Cmp(most) > 0, most, a) }
 
-// floor: Div rounds down, as the denominator of a Rat is above 0.
+// floor rounds down, as Div does because the denominator of a Rat is above 0.
 func floor(a *big.Rat) *big.Rat {
 	return new(big.Rat).SetInt(new(big.Int).Div(a.Num(), a.Denom()))
 }
