@@ -14,7 +14,7 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// What the failover computes without a state, for speed, is what package storage says.
+// What the failover computes without a State, for speed, is what package law says.
 
 // anyRules calls test with rules of a kind, from small to as large as they can be.
 func anyRules(t *testing.T, kind law.Kind, test func(rnd *rand.Rand, r *law.Rule)) {

@@ -15,12 +15,13 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// deaf is a ledger that takes its time for a batch, whatever the context allows. It may reject those of several entries.
+// deaf is a ledger that takes a given time for each batch, even if the context ends before. It may reject batches of
+// several entries.
 type deaf struct {
 	*link
 	time    time.Duration
 	refuses bool
-	told    *atomic.Int64 // how many batches
+	told    *atomic.Int64 // how many batches it was given
 }
 
 func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
@@ -32,7 +33,7 @@ func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []stor
 	return l.link.Record(context.WithoutCancel(ctx), origin, seq, batch)
 }
 
-// deafProcess is a process with a deaf ledger, for which some identifiers are pending.
+// deafProcess starts a process with a deaf ledger, in which some identifiers are pending.
 func (w *world) deafProcess(l deaf, pending int) (p *process, told *atomic.Int64) {
 	w.t.Helper()
 	l.link, l.told = &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}, new(atomic.Int64)
@@ -47,7 +48,7 @@ func (w *world) deafProcess(l deaf, pending int) (p *process, told *atomic.Int64
 	return p, l.told
 }
 
-// closeIn closes a process by a context that ends after a time.
+// closeIn closes a process with a context that ends after d.
 func closeIn(p *process, d time.Duration) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(bg, d)
 	defer cancel()

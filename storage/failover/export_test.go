@@ -10,14 +10,14 @@ type (
 	Ledger  = ledger
 )
 
-// What the failover computes of the law without a state.
+// What the failover computes without a law.State.
 var (
 	Drains  = drains
 	Held    = held
 	Longest = longest
 )
 
-// Open is New for other stores, and for pauses that are the same in each run of a seed.
+// Open is New for other stores, with pauses that are the same in each run of a seed.
 func Open(p Primary, l Ledger, o *Options, seed uint64) (*Storage, error) {
 	s, err := open(p, l, o)
 	if err == nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The tests are tested: without a rule of the protocol, a test of single rules fails.
+// This tests the tests: if the code that keeps a rule of the protocol is taken out, a test named after a rule fails.
 func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{

@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// Each of these has failed once.
+// Each of these tests has failed once, for a fault in the code.
 
 // giveBack refunds what a verdict took.
 func (w *world) giveBack(p *process, id string, v *storecheck.Verdict) error {
@@ -24,7 +24,7 @@ func (w *world) giveBack(p *process, id string, v *storecheck.Verdict) error {
 	return p.storage.Charge(bg, &storage.Charge{Identifier: id, Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{a}})
 }
 
-// strict rejects what a *postgres.Storage rejects.
+// strict is a ledger that rejects what a *postgres.Storage rejects.
 type strict struct{ *link }
 
 func (l strict) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
@@ -43,7 +43,7 @@ func (l strict) Raise(ctx context.Context, d replica.Debt) error {
 	return l.link.Raise(ctx, d)
 }
 
-// strictProcess is a process with a strict ledger.
+// strictProcess starts a process with a strict ledger.
 func (w *world) strictProcess(o *failover.Options) *process {
 	p := &process{number: len(w.processes), redis: &link{to: w.redis, trip: trip}, pg: &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}}
 	var err error
@@ -182,7 +182,7 @@ func TestRegressionAResetIsRecordedBeyondMaxPending(t *testing.T) {
 		require.True(t, w.do(p, "a", 50))
 		time.Sleep(time.Second)
 		p.pg.set(refuses)
-		for i := range 1000 { // flying takes up to 512
+		for i := range 1000 { // more than the 512 that may be in flight
 			w.do(p, fmt.Sprint("x", i), 1)
 		}
 		require.NoError(t, p.storage.Reset(bg, "", "a"))
@@ -230,7 +230,7 @@ func TestRegressionACallInDoubtTakesNoLonger(t *testing.T) {
 		w.redis.restore(empty())
 		p.pg.set(swallows)
 		go func() { time.Sleep(20 * time.Millisecond); p.redis.set(swallows) }()
-		p.redis.slow(30 * time.Millisecond) // slow: 15..45 a way
+		p.redis.slow(30 * time.Millisecond) // 15 to 45 ms each way
 		began := time.Now()
 		_, _ = storecheck.Decide(bg, p.storage, w.req("a", 1))
 		assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
@@ -305,11 +305,11 @@ func TestRegressionWhatFollowsARejectedBatchIsRecorded(t *testing.T) {
 		p.pg.set(loses)
 		require.True(t, w.do(p, "corrupt", 1))
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(150 * time.Millisecond) // recorded, answer lost
+		time.Sleep(150 * time.Millisecond) // the batch is recorded, and its answer lost
 		p.pg.set(refuses)
 		time.Sleep(2 * time.Second)
 		p.pg.set(fine)
-		time.Sleep(400 * time.Millisecond) // retried and dropped
+		time.Sleep(400 * time.Millisecond) // the batch is tried again, which the ledger has already
 		require.True(t, w.do(p, "b", 60))
 		time.Sleep(2 * time.Second)
 		assert.EqualValues(t, 60, w.owes(w.pg, "b"))
@@ -319,7 +319,7 @@ func TestRegressionWhatFollowsARejectedBatchIsRecorded(t *testing.T) {
 func TestRegressionManyIdentifiersAreReadThroughAtOnce(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
-		p.pg.slow(5 * time.Millisecond) // one way
+		p.pg.slow(5 * time.Millisecond) // each way
 		p.pg.timeout = 500 * time.Millisecond
 		const n = 200
 		for i := range n {

@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// line is a world with a leaky bucket of 100 an hour, whose tokens are 36 s apart.
+// line runs a test on a world with a leaky bucket of 100 an hour, whose tokens are 36 s apart.
 func line(t *testing.T, test func(*testing.T, *world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -29,7 +29,8 @@ func line(t *testing.T, test func(*testing.T, *world)) {
 	})
 }
 
-// reserves is when the reservation of a token may be used, since the world began.
+// reserves makes a reservation, which the source must answer. It returns the verdict, and when the token may be used,
+// since the world began.
 func (w *world) reserves(p *process, source string) (storecheck.Verdict, time.Duration) {
 	w.t.Helper()
 	r := w.request(1)

@@ -15,7 +15,7 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// A server that uses the memory of one request for the next one hands out strings that change.
+// A server that uses the memory of one request for the next one passes on strings whose content changes afterwards.
 func TestPostgresIsChargedForEachUserThoughTheirIdentifiersShareMemory(t *testing.T) {
 	t.Parallel()
 	r, p := stores(t)

@@ -18,12 +18,12 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// Each rule of the protocol by itself, in virtual time: 100 tokens an hour of every kind, so that none comes back
-// meanwhile.
+// Each rule of the protocol by itself, in virtual time. Buckets of every kind hold 100 tokens an hour, so that none
+// comes back during a test.
 
 var bg = context.Background()
 
-// each runs a test for every kind, on a world without processes. Time is virtual: to sleep is to let the others act.
+// each runs a test for every kind, on a world without processes. Time is virtual: a test sleeps to let the others act.
 func each(t *testing.T, test func(*testing.T, *world)) {
 	t.Parallel()
 	for _, kind := range storecheck.Kinds {
@@ -32,7 +32,7 @@ func each(t *testing.T, test func(*testing.T, *world)) {
 				rule, faults := law.NewRule("hourly", kind, time.Hour, 100, 1)
 				require.Empty(t, faults)
 				w := &world{t: t, began: time.Now(), redis: newStore("redis"), pg: newStore("postgres"), rules: []law.Rule{rule}}
-				w.pg.ahead = (10 * time.Minute).Microseconds() // the clocks of servers differ
+				w.pg.ahead = (10 * time.Minute).Microseconds() // the clocks of the servers differ
 				test(t, w)
 				for _, p := range w.processes {
 					_ = p.storage.Close(bg)
@@ -43,7 +43,7 @@ func each(t *testing.T, test func(*testing.T, *world)) {
 	}
 }
 
-// process starts one without load.
+// process starts a process without load.
 func (w *world) process(o *failover.Options) *process {
 	p := &process{number: len(w.processes), redis: &link{to: w.redis, trip: trip}, pg: &link{to: w.pg, trip: 2 * trip, timeout: 250 * time.Millisecond}}
 	var err error
@@ -60,7 +60,7 @@ func (w *world) req(id string, n int64) storecheck.Request {
 	return storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(id, w.rules, n)}}
 }
 
-// do tells whether n tokens of an identifier were admitted.
+// do asks for n tokens of an identifier and reports whether they were admitted.
 func (w *world) do(p *process, id string, n int64) bool {
 	w.t.Helper()
 	v, err := storecheck.Decide(bg, p.storage, w.req(id, n))
@@ -68,7 +68,7 @@ func (w *world) do(p *process, id string, n int64) bool {
 	return v.Allowed
 }
 
-// owes is what a store says that an identifier has spent.
+// owes returns what an identifier has spent, by what a store has.
 func (w *world) owes(s *store, identifier string) (n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -78,7 +78,7 @@ func (w *world) owes(s *store, identifier string) (n int64) {
 	return n
 }
 
-// takes is how many of n tries take a token.
+// takes asks n times for a token, and returns how often it was admitted.
 func (w *world) takes(p *process, n int) (taken int) {
 	w.t.Helper()
 	for range n {
@@ -94,14 +94,14 @@ func (w *world) takes(p *process, n int) (taken int) {
 // owed is owes for the one identifier of most tests.
 func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 
-// settle waits until what was admitted is recorded.
+// settle waits until everything admitted is recorded.
 func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
 
 func empty() map[id]map[law.BucketID]law.State {
 	return map[id]map[law.BucketID]law.State{}
 }
 
-// back waits until Redis decides for everybody.
+// back waits until Redis decides in every process.
 func (w *world) back() {
 	w.t.Helper()
 	time.Sleep(6 * time.Second)
@@ -266,7 +266,7 @@ func TestRule7ASlowReadIsWaitedFor(t *testing.T) {
 		p := w.process(nil)
 		require.Equal(t, 60, w.takes(p, 60))
 		settle()
-		p.pg.slow(30 * time.Millisecond) // 15 to 45 a way
+		p.pg.slow(30 * time.Millisecond) // 15 to 45 ms each way
 		w.redis.restore(empty())
 		assert.Equal(t, 40, w.takes(p, 100))
 	})
@@ -477,7 +477,7 @@ func TestRule6AFlappingLinkIsLeftAlone(t *testing.T) {
 		require.NotEmpty(t, lost)
 		require.Len(t, back, len(lost))
 		least := 300 * time.Millisecond
-		for i := range back { // how many there are is chance: it depends on when Redis is tried
+		for i := range back { // how many there are depends on when Redis happens to be tried
 			assert.GreaterOrEqual(t, back[i].Sub(lost[i]), least, "outage %d", i)
 			least = min(2*least, 5*time.Second)
 		}
@@ -614,7 +614,7 @@ func TestRule3AsMuchIsAdmittedAsByRedisAlone(t *testing.T) {
 		for range 4 {
 			w.process(nil)
 		}
-		for range 5000 { // of 4 ms
+		for range 5000 { // rounds of 4 ms
 			for _, p := range w.processes {
 				v, err := storecheck.Decide(bg, p.storage, r)
 				require.NoError(t, err)

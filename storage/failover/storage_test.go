@@ -20,7 +20,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// stores returns the storages of a Redis and a Postgres, which must not be slow where only what is decided matters.
+// stores returns the storages of a Redis and a Postgres, with timeouts so long that a slow machine fails no call: these
+// tests are about what is decided.
 func stores(t testing.TB) (*redisstore.Storage, *pgstore.Storage) {
 	t.Helper()
 	r, err := redisstore.Open(servers.RedisURL(t), &redisstore.Options{Timeout: storecheck.Patient})
@@ -35,7 +36,7 @@ func stores(t testing.TB) (*redisstore.Storage, *pgstore.Storage) {
 	return r, p
 }
 
-// real returns a storage on servers, which must not be slow where only what is decided matters.
+// real returns a storage on real servers, with timeouts as long as those of stores.
 func real(t testing.TB, o failover.Options) *failover.Storage {
 	t.Helper()
 	o.PrimaryTimeout, o.LedgerTimeout = storecheck.Patient, storecheck.Patient

@@ -16,19 +16,19 @@ import (
 	"github.com/go-throttler/throttler/storage/redis"
 )
 
-// A world has two stores and the links of processes to them. Everything takes virtual time, and what takes how long
-// is a function of the seed, the link and the time, so that a seed is always the same run.
+// A world has two stores, and links from the processes to them. Everything takes virtual time. How long a call takes is
+// computed from the seed, the link and the time, so that a seed always gives the same run.
 
-// store decides as Redis or Postgres do, by a clock of its own.
+// store decides as Redis or Postgres does, by a clock of its own.
 type store struct {
 	name string
 
 	mu      sync.Mutex // guards what follows
-	ahead   int64      // of the clock, in microseconds
+	ahead   int64      // how far its clock is ahead, in microseconds
 	down    bool
-	scripts map[*link]bool // whose script it knows
+	scripts map[*link]bool // the links whose script it knows
 	states  map[id]map[law.BucketID]law.State
-	seqs    map[string]int64 // of origins
+	seqs    map[string]int64 // the last number of each origin
 }
 
 type id struct{ name, identifier string }
@@ -39,7 +39,7 @@ func newStore(name string) *store {
 
 func (s *store) now() int64 { return law.Monotonic() + s.ahead }
 
-// of returns the states of an identifier, for changes.
+// of returns the states of an identifier, which may be changed.
 func (s *store) of(name, identifier string) map[law.BucketID]law.State {
 	k := id{name, identifier}
 	if s.states[k] == nil {
@@ -48,7 +48,7 @@ func (s *store) of(name, identifier string) map[law.BucketID]law.State {
 	return s.states[k]
 }
 
-// snapshot is what a restart may bring back.
+// snapshot returns a copy of all states, which a restart may bring back.
 func (s *store) snapshot() map[id]map[law.BucketID]law.State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -80,7 +80,7 @@ func (s *store) step(by int64) {
 	s.ahead += by
 }
 
-// decide decides, and doubts what was not changed since.
+// decide decides as redis.Storage.Decide does or, if fresh, as DecideFresh does.
 func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (*storage.Answer, error) {
 	if fresh && !s.scripts[l] {
 		return nil, redis.ErrRestarted
@@ -88,7 +88,7 @@ func (s *store) decide(l *link, r *storage.Request, fresh bool, since int64) (*s
 	s.scripts[l] = true
 	now := s.now()
 	var draws []law.Draw
-	var states []map[law.BucketID]law.State // of each draw
+	var states []map[law.BucketID]law.State // one for each draw
 	doubtful, unsure, asked := false, false, false
 	for _, p := range r.Parts {
 		for j := range p.Rules.Rules {
@@ -145,7 +145,7 @@ func (s *store) raise(d *replica.Debt) {
 	}
 }
 
-// record is that of a ledger.
+// record is postgres.Storage.Record.
 func (s *store) record(origin string, seq int64, batch []storage.Charge) (debts []replica.Debt) {
 	zero := true
 	for i := range batch {
@@ -177,7 +177,7 @@ const (
 	stalls          // executes it later than the caller waits
 )
 
-// link is the way of one process to a store. It is a primary or a ledger.
+// link is the connection of one process to a store. It is a primary or a ledger.
 type link struct {
 	to      *store
 	seed    uint64
@@ -212,28 +212,29 @@ func (l *link) heal(f fault) {
 	}
 }
 
-// healthy is for how long no call has met a fault.
+// healthy returns for how long no call has met a fault.
 func (l *link) healthy() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return time.Since(l.failed)
 }
 
-// hurt remembers that a call has met a fault.
+// hurt notes that a call has met a fault.
 func (l *link) hurt() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.failed = time.Now()
 }
 
-// random is the same for the same call of the same run.
+// random returns a number that is the same for the same call in each run of a seed.
 func (l *link) random(n uint64) uint64 {
 	h := fnv.New64a()
 	_ = binary.Write(h, binary.LittleEndian, []uint64{l.seed, n, uint64(law.Monotonic())})
 	return h.Sum64()
 }
 
-// call executes op at the store, or not, and returns when the answer has come or is waited for no longer.
+// call executes op at the store, unless a fault prevents it. It returns with the answer, after the timeout, or when ctx
+// ends.
 func (l *link) call(ctx context.Context, op func() error) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -273,7 +274,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 			}
 		}()
 	}
-	// The round trip goes on when the caller leaves.
+	// The round trip goes on when the caller has left, and is reported, as those of the Redis storage are.
 	done := make(chan error, 1)
 	go func() {
 		var err error
@@ -316,7 +317,8 @@ func (l *link) DecideFresh(ctx context.Context, r *storage.Request, a *storage.A
 	return l.answer(ctx, a, func() (*storage.Answer, error) { return l.to.decide(l, r, true, since) })
 }
 
-// answer is call for something that answers, into a once it returns.
+// answer is call for an op with an answer. It fills a only before it returns, as the caller may have left by the time
+// the op is executed.
 func (l *link) answer(ctx context.Context, a *storage.Answer, op func() (*storage.Answer, error)) error {
 	answer := make(chan *storage.Answer, 1)
 	err := l.call(ctx, func() error {
