@@ -17,37 +17,41 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The calls of one server wait for each other in a queue, and share batches.
+// The calls to one server go through one queue and share its batches.
 type (
 	queue = batch.Queue[query, answer]
 	call  = batch.Call[query, answer]
 )
 
 // query is a decision, or a change of one identifier.
+//
+// A batch may read a query after the caller has left. The caller may then reuse the memory of its identifiers, so the
+// keys are copies and the identifiers in request are never read.
 type query struct {
 	key     string
-	more    []string         // the keys of further parts
-	request storage.Request  // of a decision; its identifiers are the caller's memory, and the keys are not
-	fresh   bool             // a server that does not know the script is doubted
-	since   int64            // states that were changed last before then (Monotonic) are doubted; 0: none is
-	change  []byte           // what the script for changes is sent; nil for a decision
+	more    []string         // the keys of the parts after the first
+	request storage.Request  // of a decision
+	fresh   bool             // a DecideFresh: never send it the text of the script
+	since   int64            // states last changed then or before (law.Monotonic) are in doubt; 0 doubts none
+	change  []byte           // the argument for the script of changes; nil for a decision
 	rules   *storage.RuleSet // of a change
 }
 
-// answer is what the script said to a query.
+// answer is the script's answer to a query.
 type answer struct {
-	text string // its first byte is what became of it
-	real int64  // the server's time of a decision
-	at   int64  // when it arrived
+	text string // its first byte is the outcome, such as admitted
+	real int64  // the server's time in µs, of a decision; 0 if the script did not need it
+	at   int64  // when the batch was answered (law.Monotonic)
 }
 
-// ask sends a query to the server that has its key, and waits for the answer. The caller puts the call back
-// into the queue, if there is one.
+// ask sends a query to the server of its key and waits for the answer. If c is not nil the caller must Put it into q,
+// even after an error.
 func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err error) {
 	if s.cluster == nil {
 		if q, err = s.queue(""); err == nil {
 			c = q.Get()
 			c.Query = asked
+			// The context cannot end before the answer comes, so the caller may wait for the socket itself.
 			if ctx.Done() == nil && s.prompt != nil && s.well.Load() {
 				err = q.DoInline(ctx, c, s.sendInline)
 			} else {
@@ -58,7 +62,7 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 		limited, cancel := context.WithTimeout(ctx, s.options.Timeout)
 		defer cancel()
 		q, c, err = s.askCluster(limited, asked)
-		switch {
+		switch { // the end of limited is the caller's only if the caller's own context ended
 		case err == nil || limited.Err() == nil:
 		case ctx.Err() != nil:
 			err = ctx.Err()
@@ -72,11 +76,11 @@ func (s *Storage) ask(ctx context.Context, asked query) (q *queue, c *call, err 
 	return q, c, err
 }
 
-// tryAgainPause is how long the keys of a call get to arrive at one node.
+// tryAgainPause is the pause before a call that failed with TRYAGAIN is sent again.
 const tryAgainPause = 2 * time.Millisecond
 
-// askCluster asks again as long as it is told to TRYAGAIN: the keys of the call are on their way from one
-// node to another, so that neither could run it.
+// askCluster asks the node of the query's key. While the answer is TRYAGAIN it asks again: the keys of the call are
+// moving between two nodes, and neither node has them all. When ctx ends, the error is the last TRYAGAIN.
 func (s *Storage) askCluster(ctx context.Context, asked query) (*queue, *call, error) {
 	if err := s.know(ctx, asked.key); err != nil {
 		return nil, nil, err
@@ -111,7 +115,7 @@ func (s *Storage) askCluster(ctx context.Context, asked query) (*queue, *call, e
 	}
 }
 
-// unsent is the error of a call for which the client has no node.
+// unsent returns and reports the error of a call for which the client knows no node. No batch will report it.
 func (s *Storage) unsent(err error) error {
 	if err := s.closedError(); err != nil {
 		return err
@@ -123,7 +127,8 @@ func (s *Storage) unsent(err error) error {
 	return err
 }
 
-// know makes the client learn the nodes of the cluster, which it goes on to do by itself.
+// know waits until the client has learned the nodes of the cluster for the first time; later it keeps them up to date
+// itself. Concurrent calls wait for one attempt, which goes on when they leave: it may take longer than their time.
 func (s *Storage) know(ctx context.Context, key string) error {
 	if s.known.Load() {
 		return nil
@@ -147,12 +152,14 @@ func (s *Storage) know(ctx context.Context, key string) error {
 	}
 }
 
-// learning is one try to learn the nodes, which takes as long as the client takes to ask one after the other.
+// learning is one attempt to learn the nodes. It takes as long as the client takes to ask them one after the other.
 type learning struct {
-	done chan struct{}
+	done chan struct{} // closed when err is set
 	err  error
 }
 
+// learn makes the attempt l. It has no context, because its callers may leave one by one. A watched storage reports the
+// attempt as overdue when the timeout has passed, or else its error; a success is not reported.
 func (s *Storage) learn(l *learning, key string) {
 	inTime := func() bool { return false }
 	if s.report != nil {
@@ -161,7 +168,7 @@ func (s *Storage) learn(l *learning, key string) {
 		inTime = s.watch(ctx)
 	}
 	defer func() {
-		if fault := recover(); fault != nil { // in what the client calls, such as its Dialer
+		if fault := recover(); fault != nil { // of a function that the client calls, such as its Dialer
 			l.err = s.unavailable(fmt.Errorf("panic: %v", fault))
 		}
 		if inTime() && l.err != nil && s.closedError() == nil {
@@ -174,7 +181,8 @@ func (s *Storage) learn(l *learning, key string) {
 		close(l.done)
 	}()
 	s.refused.Store(nil)
-	defer s.probeLater(time.Minute, s.cluster.Options().Addrs...)() // for all calls that wait for this
+	// One probe serves all calls that wait for this attempt, however long it takes: hence the minute.
+	defer s.probeLater(time.Minute, s.cluster.Options().Addrs...)()
 	if _, err := s.cluster.MasterForKey(context.Background(), key); err != nil {
 		l.err = s.unavailable(err)
 	} else {
@@ -182,6 +190,7 @@ func (s *Storage) learn(l *learning, key string) {
 	}
 }
 
+// closedError returns ErrClosed if the storage is closed.
 func (s *Storage) closedError() error {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -191,7 +200,7 @@ func (s *Storage) closedError() error {
 	return nil
 }
 
-// queue returns the queue of the server with an address, which is empty when there is only one.
+// queue returns the queue of a server and makes it if it is missing. The address is "" without a cluster.
 func (s *Storage) queue(address string) (*queue, error) {
 	s.mu.RLock()
 	q, closed := s.queues[address], s.closed
@@ -214,12 +223,13 @@ func (s *Storage) queue(address string) (*queue, error) {
 	return s.queues[address], nil
 }
 
-// sendBatch executes a batch, and tells who watches how it went.
+// sendBatch executes a batch and reports the outcome if the storage is watched.
 func (s *Storage) sendBatch(ctx context.Context, calls []*call) { s.sendBy(ctx, s.client, calls) }
 
 // sendInline is sendBatch in the goroutine of a caller.
 func (s *Storage) sendInline(ctx context.Context, calls []*call) { s.sendBy(ctx, s.prompt, calls) }
 
+// sendBy is sendBatch through a client. The outcome is errPanicked until execute returns.
 func (s *Storage) sendBy(ctx context.Context, by goredis.UniversalClient, calls []*call) {
 	inTime, err := func() bool { return false }, errPanicked
 	if s.report != nil {
@@ -234,17 +244,21 @@ func (s *Storage) sendBy(ctx context.Context, by goredis.UniversalClient, calls 
 	err = s.execute(ctx, by, calls)
 }
 
-// errPanicked is reported of a batch in which something did that the client calls, such as a hook.
+// errPanicked is reported if a function that the client calls, such as a hook, panicked during a batch.
 var errPanicked = fmt.Errorf("%w: panic", storage.ErrUnavailable)
 
-// execute makes all decisions of a batch in one script call and all changes in another. In a cluster every key is its
-// own script call and all are pipelined, because a call of several keys can fail with TRYAGAIN. The error is one of the
-// server, not of single keys.
+// execute makes all decisions of a batch in one script call and all changes in another. In a cluster every key gets its
+// own script call and all are pipelined, because a script call of several keys can fail with TRYAGAIN.
+//
+// It sets the Answer or Err of every call. The error returned is the first that concerns the server; CROSSSLOT and
+// TRYAGAIN concern single keys.
 func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, calls []*call) (failed error) {
 	groups := s.groups(calls)
 	s.run(ctx, by, groups)
 	if s.cluster == nil && slices.ContainsFunc(groups, crossed) {
-		s.byKey.Store(true) // a node of a cluster, or a proxy before one, that looks like a single server
+		// A plain client talks to a node of a cluster, or to a proxy in front of one. From now on each key gets a
+		// script call of its own. The refused groups ran nothing, so they are divided and sent again.
+		s.byKey.Store(true)
 		again := slices.DeleteFunc(slices.Clone(groups), func(g *group) bool { return !crossed(g) })
 		groups = slices.DeleteFunc(groups, crossed)
 		for _, g := range again {
@@ -268,7 +282,8 @@ func (s *Storage) execute(ctx context.Context, by goredis.UniversalClient, calls
 	return failed
 }
 
-// overdue is the end of the batch's context in place of the error of a socket that it has ended.
+// overdue replaces the timeout of a socket by context.DeadlineExceeded if the deadline of the batch has passed: the
+// client derives the socket's deadline from that of the context.
 func overdue(ctx context.Context, err error) error {
 	if end, ok := ctx.Deadline(); ok && errors.Is(err, os.ErrDeadlineExceeded) && !time.Now().Before(end) {
 		return context.DeadlineExceeded
@@ -276,12 +291,14 @@ func overdue(ctx context.Context, err error) error {
 	return err
 }
 
-// crossed says that the server refused a group because its calls are of different slots.
+// crossed reports whether the server refused a group because its calls have keys in different slots. A single call
+// cannot be divided, so it keeps its error.
 func crossed(g *group) bool {
 	return len(g.calls) > 1 && goredis.HasErrorPrefix(g.command.Err(), "CROSSSLOT")
 }
 
-// groups sorts the calls and divides them into script calls.
+// groups sorts the calls and divides them into script calls: decisions and changes, and of these one group for each key
+// if keys need calls of their own. The sort is stable, so calls of one key stay in the order of their arrival.
 func (s *Storage) groups(calls []*call) (groups []*group) {
 	byKey := s.cluster != nil || s.byKey.Load()
 	apart := func(a, b *call) int {
@@ -301,8 +318,8 @@ func (s *Storage) groups(calls []*call) (groups []*group) {
 	return groups
 }
 
-// run sends each group's script call by its hash, and those of which the server does not have the script
-// once more by its text, but for the calls that doubt such a server.
+// run sends each group's script call by its hash. If the server does not have a script, nothing ran, and the group is
+// sent again with the text of the script. Calls of DecideFresh are not: for them a missing script is the answer.
 func (s *Storage) run(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	for _, g := range groups {
 		g.command = g.script(ctx, false)
@@ -319,7 +336,7 @@ func (s *Storage) run(ctx context.Context, by goredis.UniversalClient, groups []
 	}
 }
 
-// send leaves the answers and errors in the commands.
+// send makes one round trip for all groups. It returns nothing: each command keeps its answer or error.
 func send(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	if len(groups) == 1 {
 		_ = by.Process(ctx, groups[0].command)
@@ -332,8 +349,10 @@ func send(ctx context.Context, by goredis.UniversalClient, groups []*group) {
 	_, _ = pipe.Exec(ctx)
 }
 
-// unavailable wraps the error of a round trip. The context of a batch is not the caller's, and must not
-// look like it. A server that does not know AUTH repeats what it was sent, with the password.
+// unavailable wraps the error of a round trip in ErrUnavailable, or in ErrCrossSlot.
+//
+// It hides the context errors of a batch, as callers would take them for the end of their own context. It also cuts off
+// the arguments that a server without AUTH repeats in its error: the password is one of them.
 func (s *Storage) unavailable(err error) error {
 	if text, _, echoed := strings.Cut(err.Error(), ", with args beginning with"); echoed {
 		err = errors.New(text)
@@ -351,16 +370,17 @@ func (s *Storage) unavailable(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }
 
-// group is the calls that one script call answers.
+// group is the calls that share one script call.
 type group struct {
 	calls   []*call
 	decider *script
 	command command
 }
 
-// dropDoubtful answers the calls that doubt a server without the script, and returns how many others are left.
+// dropDoubtful ends the calls of DecideFresh in a group whose script is missing with ErrRestarted. It returns how many
+// calls are left.
 func (g *group) dropDoubtful() int {
-	var left []*call // and not in place: the batch has the calls in the same array
+	var left []*call // a new array: the batch still needs all calls in the old one, to wake their callers
 	for _, c := range g.calls {
 		if c.Query.fresh {
 			c.Err = ErrRestarted
@@ -372,6 +392,7 @@ func (g *group) dropDoubtful() int {
 	return len(left)
 }
 
+// script returns the script call of the group.
 func (g *group) script(ctx context.Context, byText bool) command {
 	keys := make([]string, 0, len(g.calls))
 	for _, c := range g.calls {
@@ -391,9 +412,10 @@ func (g *group) script(ctx context.Context, byText bool) command {
 	return g.decider.call(ctx, byText, keys, decideArgs(&parts)...)
 }
 
-// answer gives each call its answer.
+// answer divides the script's answer among the calls. An answer that does not fit the calls exactly is an error, so
+// that no call gets a part that belongs to another.
 func (g *group) answer(at int64) error {
-	if len(g.calls) == 0 { // it answered all by itself
+	if len(g.calls) == 0 { // dropDoubtful has ended them all
 		return nil
 	}
 	text, err := g.command.Text()
@@ -421,7 +443,8 @@ func (g *group) answer(at int64) error {
 	return nil
 }
 
-// answerBytes is the length of the answer to q with which text begins, and more than text has if that is none.
+// answerBytes returns the length of the answer to q at the beginning of text. If text does not begin with a possible
+// answer, the result is larger than len(text).
 func (q *query) answerBytes(text string) int {
 	none := len(text) + 1
 	if text == "" || text[0] > admittedValues {
@@ -442,7 +465,7 @@ func (q *query) answerBytes(text string) int {
 	return 1
 }
 
-// valuesBytes is answerBytes of a decision whose answer is the values that were there.
+// valuesBytes is answerBytes for a decision that was answered with the stored values.
 func (q *query) valuesBytes(text string) int {
 	n := 1
 	for _, p := range q.request.Parts {
@@ -451,7 +474,7 @@ func (q *query) valuesBytes(text string) int {
 	return n
 }
 
-// changeBytes is answerBytes of a change.
+// changeBytes is answerBytes for a change.
 func (q *query) changeBytes(text string) int {
 	none := len(text) + 1
 	switch first := text[0]; {
@@ -472,7 +495,7 @@ func (q *query) changeBytes(text string) int {
 	return n
 }
 
-// err is the error that the answer to q means.
+// err returns the error that the answer to q stands for, or nil.
 func (q *query) err(answer string) error {
 	switch answer[0] {
 	case foreign:
@@ -493,6 +516,7 @@ func (q *query) err(answer string) error {
 	return nil
 }
 
+// others completes an error of a call of several keys: the script does not say which of them it means.
 func (q *query) others() string {
 	if len(q.more) == 0 {
 		return ""

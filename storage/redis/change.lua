@@ -1,24 +1,31 @@
--- Changes: Charge, Refund, Raise, Reset and Debt, for any number of identifiers one after another.
+-- Changes: Charge, Refund, Raise, Reset and Debt, for any number of identifiers, one after another.
 --
--- ARGV[1] holds for each key what to do (1 byte: 0 amounts, 1 debts, 2 reset, 3 tell the
--- debts, with 4 if a time is sent), number of buckets (1), the time if sent (7), then for each bucket its law,
--- capacity (7), step (6: the tick, or of a log the grain), number of amounts (2) and of each its N and In (8 each, signed). One amount is charged, or given back if it is
--- negative; a debt has any number.
+-- ARGV[1] has these fields for each key. Their bytes are in brackets.
 --
--- The answer is one byte for each key: 1 if done, 5 if a bucket would have too many holds, else as in decide.lua.
--- After the 1 of debts that are told come for each bucket the number of its amounts (2), and of each its N and
+--   what     0 apply amounts, 1 raise to debts, 2 reset, 3 return the debts; plus 4 if a time is sent (1)
+--   number   of buckets (1)
+--   time     in µs, if it is sent (7)
+--   buckets  of each its law (see state.lua), capacity (7), step (6: the tick, or the grain of a log), number of
+--            amounts (2), and of each amount its N and In (8 each, signed)
+--
+-- With 0 a bucket has one amount: a positive N is charged, a negative one refunded. A debt has any number of amounts.
+--
+-- The answer has one byte for each key: 1 if it is done, 5 if a bucket would have too many holds, otherwise as in
+-- decide.lua. With 3 the byte 1 is followed by the number of amounts of each bucket (2), and of each amount its N and
 -- In (7 each).
 
 --#include state.lua
 
--- How many units are left of n tokens of a Continuous level which are all back in a given time.
+-- The units that are left of n tokens of a Continuous level if the last of them comes back in the given time.
 local function leftOf(l, n, time)
   local all, ticks = n * l.one, ceil(time / l.Q)
   if ticks >= ceil(all / l.R) then return all end
   return ticks * l.R
 end
 
--- When the hold of an amount from another store ends.
+-- The end of the hold for an amount from another store, whose clock may differ. For kinds whose holds end with a
+-- window it is the nearest end of a window, for a log the next multiple of the grain, and for Replenish the end of
+-- the last hold if that is less than half a period away.
 local function received(s, now, time)
   local l, n = s[1], #s
   local e = now + time - l.fade
@@ -28,8 +35,11 @@ local function received(s, now, time)
   return e
 end
 
+-- Adds n units to a level.
 local function level(s, n) s[3], s[4] = s[3] or 0, (s[4] or 0) + n end
 
+-- Charges n tokens that come back in the given time, as far as the bucket may record them. Holds stay in the order of
+-- their ends.
 local function charge(s, r, n, time, real)
   local now
   s, now = open(s, r, real)
@@ -51,7 +61,11 @@ local function charge(s, r, n, time, real)
   return s
 end
 
--- Gives a level n tokens back that are all gone in a given time.
+-- Refunds n tokens, the last of which would come back in the given time, to a level.
+--
+-- A reservation whose time has not come gives back less, by what was taken after it: those calls keep their times.
+-- After such a partial refund the order of the remaining calls is unknown. So nothing more is given back before s[3],
+-- when the last of them has had its turn.
 local function giveBack(s, r, n, time, now)
   local u, back, ticks = drained(s, now), leftOf(r, n, time), ceil(time / r.Q)
   if ticks >= ceil(r.C * r.one / r.R) then -- its time has not come
@@ -66,6 +80,10 @@ local function giveBack(s, r, n, time, now)
   s[4] = s[4] - min(u, back)
 end
 
+-- Refunds n tokens that would come back in the given time. It takes them from the hold whose end is nearest, then
+-- from the next nearest. A hold that is over half a period away (in a log P/256 and a grain) belongs to other calls:
+-- clocks do not differ that much. A Continuous bucket whose refill was raised gets nothing, as it is not known when
+-- it was raised.
 local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
   local now = max(real, s[2])
@@ -95,7 +113,10 @@ local function refund(s, r, n, time, real)
   return s
 end
 
--- The pointwise maximum of two curves: walk the ends downwards, at each the larger of the two sums.
+-- Raises holds to theirs: at each future time as much is spent as the larger of the two says, but at most `most` of
+-- theirs. It walks the ends from the latest to the earliest. What is still spent just before an end is the sum of the
+-- holds from there on, so the larger of the two sums, less what the result already has, becomes a new hold with that
+-- end.
 local function highest(s, theirs, most)
   table.sort(theirs, function(a, b) return a[1] < b[1] end)
   local i, j, held, ours, others, holds = #s - 1, #theirs, 0, 0, 0, {}
@@ -123,6 +144,7 @@ local function highest(s, theirs, most)
   return raised
 end
 
+-- Raises a state to at least a debt, a list of N and In. Raising twice is raising once.
 local function raise(s, r, debt, real)
   local now
   s, now = open(s, r, real)
@@ -142,7 +164,7 @@ local function raise(s, r, debt, real)
   return s
 end
 
--- The curve of what is still held over the time to come.
+-- Encodes the debt of a bucket: the amounts that are spent, and in how many µs each is back.
 local function curve(s, r, real)
   local now
   s, now = open(s, r, real)
@@ -156,7 +178,7 @@ local function curve(s, r, real)
   return concat(told)
 end
 
--- The server's time.
+-- The server's time in µs, read once for all keys of the call.
 local server
 local function clock()
   if not server then
@@ -166,6 +188,7 @@ local function clock()
   return server
 end
 
+-- Removes a key, unless its value is not of this package. A damaged value that begins with 't2' is removed too.
 local function reset(key)
   local v = redis.pcall('GET', key)
   if v and (type(v) == 'table' or sub(v, 1, 2) ~= 't2') then
@@ -176,6 +199,7 @@ local function reset(key)
   return char(1)
 end
 
+-- The answer to Debt. It changes nothing, so the number of buckets is not bounded.
 local function tell(key, rules, real)
   local states, fault = load(key, rules)
   if not states then return fault end
@@ -184,6 +208,7 @@ local function tell(key, rules, real)
   return concat(told)
 end
 
+-- Charges, refunds or raises the buckets of a key. An amount of 0 and an empty debt leave a bucket alone.
 local function change(key, what, rules, real, clocked)
   local states, others = load(key, rules, real)
   if not states then return others end

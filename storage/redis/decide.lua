@@ -1,28 +1,32 @@
--- Decisions: Take, Peek and Force, for any number of requests one after another.
+-- Decisions: Take, Peek and Force, for any number of requests, one after another.
 --
--- KEYS has the keys of the requests' parts. ARGV[1] is empty, or has the number of its shape for each key (2). After
--- it come the shapes: the different parts of the requests, without their identifiers. A shape is
+-- KEYS has one key for each part of each request, in order. ARGV[1] has for each key the index of its shape in the
+-- other arguments (2 bytes); it is empty if there is only one shape. A shape is a part of a request without its
+-- identifier:
 --
---   prefix   the beginning of a value in which these buckets have one hold each, changed at one time
---   form     all of such a value, for struct.unpack, and its size
---   mode     and flags: 1 if the next part belongs to the same request, 2 if states are doubted, 4 if less may be taken
---   time     in µs, or -1 for the server's
---   within   in µs, of a reservation
---   young    if states are doubted, how long ago in µs one was changed that is not
---   buckets  how many, and of each kind, period, units that drain a tick, tick, grain, units a token, capacity and cost
+--   prefix   the prefix of a plain value: one hold for each bucket, nothing else, and one time of change for all
+--   form     the format of a whole plain value for struct.unpack, and the length of such a value in bytes
+--   mode     the Mode, and flags: 1 if the next part is of the same request, 2 for DecideFresh, 4 if less may be taken
+--   time     the caller's time in µs, or -1 for the server's
+--   within   how far a reservation looks ahead, in µs
+--   young    for DecideFresh: a state changed less than this time ago is not in doubt, in µs
+--   buckets  their number, and of each: kind, period, units that drain in a tick, tick, grain, units in a token,
+--            capacity and cost
 --
--- The answer begins with the server's time (7), 0 if no shape asks for it. Of each request the first byte is
+-- The answer begins with the server's time (7 bytes), or 0 if no shape needs it. For each request a byte follows:
 --
---   0 denied, 1 admitted: then of each bucket what is spent, also what Force did not record, when it is full, when one
---     token more is there, when it has the cost, when all of it is gone if admitted, and what was taken (7 each)
---   7 denied, 8 admitted: then of each part the value that was there, or a zero byte. The client computes the rest
---   2 a value is none of ours, 3 it is no string
---   4 there are too many buckets: their number and that of the part after it (1 each)
---   6 it would be admitted, and a state that it takes from, or only looks at, is doubted or not there
+--   0 denied, 1 admitted. For each bucket six integers follow (7 bytes each): the tokens spent, including those that
+--     Force did not record; then the µs until the bucket is full, until one more token is available, until the cost is
+--     available, and until everything spent is back if admitted; and the tokens taken
+--   7 denied, 8 admitted. For each part the value before the decision follows, or a zero byte if there was none. The
+--     client computes the rest
+--   2 a value is not of this package, 3 a key holds no string
+--   4 an identifier would have too many buckets. Their number and the index of the part follow (1 byte each)
+--   6 DecideFresh would admit, but a state that it takes from is in doubt or missing; or, if all costs are 0, any state
 --
--- There are two ways. The fast one is for nearly all requests: of each part the value is absent, or has one hold for
--- each of the buckets and nothing else, before and after. All parts are judged, and then all are written. The full one
--- is for any request. Its functions are made when the first request needs them, as this costs as much as a decision.
+-- The fast way decides nearly all requests: those whose values are absent or plain, and are still plain afterwards. It
+-- judges all parts and then writes all of them. The full way decides the others. Its functions are made only when the
+-- first request of a call needs them, as making them takes as long as a decision.
 --
 -- The numbers at the ends of lines are the steps of internal/law/decide.go.
 
@@ -32,6 +36,7 @@ local TAKE, PEEK, FORCE = 0, 1, 2
 local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
 local ceil, floor, max, min, call, try = math.ceil, math.floor, math.max, math.min, redis.call, redis.pcall
 
+-- The server's time in µs, read once for all requests of the call.
 local time
 local function server()
   if not time then
@@ -41,13 +46,18 @@ local function server()
   return time
 end
 
--- The fast way: one part. It returns the value that was there, whether the part is admitted, and if so the new value
--- and its time to live in ms, 0 to keep the one it has; or nothing if it cannot tell. Of a bucket m units are out until
--- e. Of an admitted one gone is when none is left, and the value lives until the last of them.
+-- The fast way for one part. It returns the value before the decision and whether the part is admitted. If it is, the
+-- new value and its time to live in ms follow; 0 keeps the present one. It returns nothing if the full way must decide.
 --
--- A level that has drained is below zero, as the product is rounded only where it is larger than any level. To have
--- room for the cost in units is to have room in tokens, as both are whole. What a SlidingWindow fades is left to the
--- full way: its hold either ends with the present window, and counts in full, or is gone.
+-- In each bucket m units are spent until e. After an admission the bucket is full at gone, and the value lives until
+-- the last bucket is full.
+--
+-- Three things keep this exact:
+--   - A product that exceeds 2^53 is rounded. It is then larger than any level, so the level is drained either way.
+--   - The room is checked in units, and what is spent in tokens is the units rounded up. The results are the same,
+--     because capacity and cost are whole numbers of tokens.
+--   - A SlidingWindow whose hold fades is left to the full way. Here its hold ends with the present window and counts
+--     in full, or it is gone.
 local function fast(key, s)
   local v, now, held = try('GET', key), s[$now], nil
   if v then
@@ -95,8 +105,8 @@ local function fast(key, s)
   return v or '\0', true, pack(s[$form], list(held)), 0
 end
 
--- The same for one and for two buckets that come back at once, and the server's time: without a table for the holds,
--- which takes a sixth of the time. The second bucket has k units out until f.
+-- The fast way for one bucket and for two buckets whose tokens come back at once, by the server's time. They keep the
+-- holds in locals: the table takes a sixth of the time. In the second bucket k units are spent until f.
 local function one(key, s)
   local v, now, b = try('GET', key), s[$now], s[$buckets][1]
   local before, e, m = 0, 0, 0
@@ -135,14 +145,24 @@ local function two(key, s)
   return v or '\0', true, new, ceil((till - now) / 1000) + 1000
 end
 
--- Shapes and their buckets are lists, which are made faster than tables with names. So $form is a place in them,
--- which is put in where comments are left out:
+-- Shapes and their buckets are lists, because a list is made faster than a table with names. A name such as $form
+-- stands for a place in the list; script.go replaces it when it removes the comments. These are the places:
 --#slots prefix form size mode now grace served more doubted rules buckets way within less
 --#slots kind tick grain capacity cost take most room finish join latest fade drain ticks
 
--- A bucket of a shape, with what the fast way needs to know. It counts in units: of take more of them at most room may be
--- out before, and at most most ever. A reservation has the room that there will be when its time within is over. A new
--- hold ends at finish; one is joined that ends at join or later, and none ends after latest.
+-- A bucket of a shape, with the numbers that the fast way needs:
+--
+--   take    the cost in units
+--   room    the cost is admitted if at most so many units are spent before it
+--   most    the largest number of units that may ever be spent
+--   finish  the end of a new hold
+--   join    a living hold that ends earlier cannot take the new tokens: then the full way decides
+--   latest  the latest possible end of a hold: if one ends later, the full way decides
+--   fade    how long after its end a hold is gone
+--   ticks   now in whole ticks, if the bucket drains
+--
+-- A reservation has the room that there will be when its time within has passed. Force and a cost of 0 are bound only
+-- by most.
 local function bucket(mode, now, within, kind, period, drain, tick, grain, one, capacity, cost)
   local unit, finish, join, latest, fade, ticks, most, ahead = 1, 0, 0, now + period, 0, 0, 4 * capacity, 0
   if kind == CONTINUOUS then
@@ -161,7 +181,9 @@ local function bucket(mode, now, within, kind, period, drain, tick, grain, one, 
   return { kind, tick, grain, capacity, cost, cost * unit, most, room, finish, join, latest, fade, drain, ticks }
 end
 
--- How a part of a shape is decided.
+-- The function that decides a part of a shape, or nil if only the full way can: less than the cost may be taken, a
+-- cost of
+-- 0 may leave a bucket without a hold, or a log has a grain.
 local function wayOf(mode, less, plain, buckets)
   if less then return nil end
   for _, b in ipairs(buckets) do
@@ -173,6 +195,7 @@ local function wayOf(mode, less, plain, buckets)
   return fast
 end
 
+-- Decodes a shape. Young becomes the latest time of change for which a state is in doubt.
 local function shapeOf(arg)
   local prefix, form, size, mode, flags, now, within, young, n, p = unpack('<I2c0Bc0I2BBdddB', arg)
   local served, grace = now < 0, 3601000
@@ -190,16 +213,19 @@ end
 local index, shapes = ARGV[1], {}
 for i = 2, #ARGV do shapes[i - 1] = shapeOf(ARGV[i]) end
 
+-- The shape of a key, by the number of the key.
 local function shape(key)
   if index == '' then return shapes[1] end
   local low, high = byte(index, 2 * key - 1, 2 * key)
   return shapes[low + 256 * high + 1]
 end
 
--- The full way: the parts that begin at a key. It returns the answer, and the first key after them.
+-- Makes the full way: a function that decides the request whose first part is at a key. It returns the answer and the
+-- first key of the next request.
 local function fullWay()
   --#include state.lua
 
+  -- Adds a cost to a state, as far as the bucket may record it. Returns what is spent then.
   local function take(s, r, asked, now, spent)
     local cost = min(asked, max(0, r.M - spent))
     if r.k == 1 then
@@ -215,7 +241,8 @@ local function fullWay()
     return spent + cost
   end
 
-  -- The rules of a shape, with their costs.
+  -- The rules of a shape with their costs, decoded at the first use. The laws are in the prefix, from byte 4 on: after
+  -- 't2' and the number of buckets.
   local function rules(s)
     if not s[$rules] then
       local p, r = 4, nil
@@ -229,7 +256,8 @@ local function fullWay()
     return s[$rules]
   end
 
-  -- How many tokens a call may take of a bucket of which so many are spent. A reservation looks ahead.
+  -- The number of tokens that a call may take from a bucket, given what is spent. A reservation counts what will have
+  -- drained when its time within has passed, up to the bound M.
   local function roomOf(r, state, spent, real, within)
     local now = state and max(real, state[2]) or real
     if not state or r.k ~= 1 or real + within <= now then return r.C - spent end
@@ -237,7 +265,7 @@ local function fullWay()
     return min(r.C - ceil(u / r.one), r.M - spent)
   end
 
-  -- When a bucket admits what it denies.
+  -- The time at which a bucket will admit the cost that it denies.
   local function retry(r, state, now, least, spent, within)
     local at = back(state, now, r.C - least, spent)
     if r.k == 1 then at = at - within end
@@ -245,7 +273,8 @@ local function fullWay()
     return at
   end
 
-  -- What all buckets have of the parts that are content with less, and at least one.
+  -- The most tokens that a call takes from parts that accept less than their cost: what the emptiest of their buckets
+  -- has, and at least one.
   local function share(parts)
     local most = 2 ^ 53
     for _, part in ipairs(parts) do
@@ -286,6 +315,8 @@ local function fullWay()
       }
       key = key + 1
     until not s[$more]
+    -- An error of any part counts before doubt, and a doubt only if the request would be admitted. Nothing is written
+    -- above this line.
     if failed then return failed, key end
     if allowed and (stale or unsure and not asked) then return char(6), key end
 
@@ -317,6 +348,8 @@ local function fullWay()
   end
 end
 
+-- The requests. Each is tried by the fast way. If that cannot decide one of its parts, nothing of the request has been
+-- written, and the full way decides all of it. So a request is written only when all its parts are judged.
 local answer, n, full, values, lives = { pack('<I7', time or 0) }, 1, nil, {}, {}
 local key, keys, s, same = 1, #KEYS, shapes[1], index == ''
 while key <= keys do

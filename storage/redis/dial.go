@@ -13,16 +13,17 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 )
 
-// maxPool is the largest pool_size, as go-redis allocates so much for each node when it first needs it.
+// maxPool is the largest pool_size that is accepted: go-redis allocates a pool of that size for each node at its first
+// use.
 const maxPool = 1 << 16
 
-// maxIdle is how long a connection may be idle before it is replaced: less than the shortest time, of the usual
-// clouds, after which a balancer or an address translator forgets it without a word. That is Azure's 4 minutes;
-// go-redis's default is half an hour.
+// maxIdle is how long a connection may be idle before it is replaced. Balancers and address translators forget an idle
+// connection and tell neither end. Of the usual clouds Azure does so first, after 4 minutes; go-redis's default is half
+// an hour.
 const maxIdle = 3 * time.Minute
 
-// dial makes the client of a url, with the times that it does not give. Some urls go-redis parses, and then
-// panics.
+// dial makes the client of a url and sets the times that the url leaves out. A panic is an error of the url: go-redis
+// parses some urls for which it then cannot make a client.
 func dial(url string, timeout time.Duration) (client goredis.UniversalClient, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
@@ -47,7 +48,7 @@ func dial(url string, timeout time.Duration) (client goredis.UniversalClient, er
 		return goredis.NewFailoverClient(o), nil
 	case *goredis.ClusterOptions:
 		complete(&o.MaxRetries, &o.DialerRetries, o.PoolSize, &o.ConnMaxIdleTime, &o.DialTimeout, &o.ReadTimeout, &o.WriteTimeout)
-		o.DisableRoutingPolicies = true // which need the right to COMMAND, and matter to other commands
+		o.DisableRoutingPolicies = true // they need the right to COMMAND, and matter only to other commands
 		return goredis.NewClusterClient(o), nil
 	case *goredis.Options:
 		complete(&o.MaxRetries, &o.DialerRetries, o.PoolSize, &o.ConnMaxIdleTime, &o.DialTimeout, &o.ReadTimeout, &o.WriteTimeout)
@@ -56,7 +57,7 @@ func dial(url string, timeout time.Duration) (client goredis.UniversalClient, er
 	return nil, errors.New("go-redis does not take these parameters together")
 }
 
-// options are those of the client for a url, or nil if go-redis does not take it.
+// options returns the options that go-redis parses from a url, or nil if it rejects the url.
 func options(url string) any {
 	u, err := neturl.Parse(url)
 	if err != nil {
@@ -79,11 +80,11 @@ func options(url string) any {
 	return nil
 }
 
-// encode is what helps where a password breaks the url.
+// encode is the advice for a url that may be broken by an unencoded password.
 const encode = "in user, password and parameters each of @ / ? # & ; % and spaces must be percent-encoded, as @ is %40"
 
-// check says what is wrong with a url, in words of its own: those of net/url and go-redis quote what they cannot
-// read, which is a piece of the password if a character of that is not encoded.
+// check returns an error that says what is wrong with a url, or nil. It never passes on an error of net/url or
+// go-redis: they quote what they cannot read, and that is a piece of the password if the password is not encoded.
 func check(url string) error {
 	scheme, rest, found := strings.Cut(url, "://")
 	scheme = strings.ToLower(scheme)
@@ -124,17 +125,20 @@ func check(url string) error {
 	return err
 }
 
+// example is a value of a parameter, and the name of its type for an error.
 type example struct{ value, what string }
 
-// examples are values of each kind that a parameter may have. A number is also a duration, and 1 is also true.
+// examples has a value of each type of parameter, the narrowest type first: a duration may also be a number, and a
+// boolean may also be 1.
 var examples = []example{
 	{"true", "true or false"}, {"1s", "a duration, such as 250ms"}, {"1", "a number"}, {"localhost:1", "host:port"},
 }
 
-// nameable is what an unknown parameter must look like to be told.
+// nameable matches the unknown parameters that an error may name. Anything else could be a piece of a password.
 var nameable = regexp.MustCompile(`^[A-Za-z_]{1,40}$`)
 
-// checkParameters asks go-redis about each parameter alone.
+// checkParameters lets go-redis parse each parameter alone, and says which one it rejects. A name is known if go-redis
+// accepts it with one of the examples.
 func checkParameters(scheme, query string) error {
 	alone := scheme + "://localhost/0?"
 	switch {
@@ -146,7 +150,7 @@ func checkParameters(scheme, query string) error {
 	if options(alone) == nil {
 		return errors.New("a socket has neither addr nor master_name")
 	}
-	secret := false // a password was before, of which this may be the rest
+	secret := false // a password came before, and an unencoded & in it may have made this parameter
 	for pair := range strings.SplitSeq(query, "&") {
 		if pair == "" {
 			continue
@@ -176,5 +180,6 @@ func checkParameters(scheme, query string) error {
 	return nil
 }
 
-// sentinels says that a client asks sentinels for its server. It may wait for what they answer to another command.
+// sentinels reports whether a client asks sentinels for its server. A command of such a client may have to wait until
+// the sentinels have answered for another command, and its own context does not end that.
 func sentinels(c *goredis.Client) bool { return c.Options().Addr == "FailoverClient" }

@@ -9,14 +9,14 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 )
 
-// refusal is why a server could not be reached.
+// refusal is the reason why a server could not be reached.
 type refusal struct {
 	err   error
-	until time.Time // then it is out of date
+	until time.Time // errors of calls include err until then
 }
 
-// redials says that the client dials again after an error, by default five times within half a second. It tells
-// the error after the last time, when the callers have gone.
+// redials reports whether the client repeats a dial that failed: by default go-redis dials five times within half a
+// second. It returns the error only after the last attempt, when the callers have already given up.
 func (s *Storage) redials() bool {
 	switch c := s.client.(type) {
 	case *goredis.Client:
@@ -27,7 +27,8 @@ func (s *Storage) redials() bool {
 	return false
 }
 
-// sendTo is sendBatch to the server with an address, which is empty when there is only one.
+// sendTo returns the function that sends a batch to the server at an address, "" without a cluster. If the client would
+// return the cause of a failure too late, each batch is accompanied by a probe.
 func (s *Storage) sendTo(address string) func(context.Context, []*call) {
 	if !s.redials() {
 		return s.sendBatch
@@ -38,16 +39,16 @@ func (s *Storage) sendTo(address string) func(context.Context, []*call) {
 	}
 }
 
-// probeLater dials for once when half of the time for a call is over, so that the error is known before the callers
-// go. It returns what calls it off. What it finds out is told for so long.
+// probeLater dials once when half of Options.Timeout has passed, so that the cause is known before the callers give up.
+// It returns the function that cancels the probe. Errors of calls include the result for as long as told.
 func (s *Storage) probeLater(told time.Duration, addresses ...string) (stop func() bool) {
 	return time.AfterFunc(s.options.Timeout/2, func() { s.probe(told, addresses) }).Stop
 }
 
-// probe remembers why none of the addresses can be reached. That no answer came in time says no more than the callers
-// know, and must not look like the end of their contexts.
+// probe sets refused if none of the addresses can be reached. A dial that got no answer in time is not recorded: it
+// tells the callers nothing new, and its error would look like the end of their contexts.
 func (s *Storage) probe(told time.Duration, addresses []string) {
-	defer func() { _ = recover() }() // of a Dialer that is the caller's
+	defer func() { _ = recover() }() // a Dialer of the user may panic
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.Timeout/2)
 	defer cancel()
 	var failed error
@@ -65,6 +66,7 @@ func (s *Storage) probe(told time.Duration, addresses []string) {
 	s.refused.Store(&refusal{failed, time.Now().Add(told)})
 }
 
+// dialOnce dials as the client does, but without its retries. The address is used only in a cluster.
 func (s *Storage) dialOnce(ctx context.Context, address string) (net.Conn, error) {
 	if s.cluster == nil {
 		o := s.client.(*goredis.Client).Options()

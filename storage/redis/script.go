@@ -20,8 +20,8 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The scripts. Their first lines say what they are sent and what they answer; this file is the other
-// end of both. What they share is in state.lua, which each includes by a line.
+// The scripts. The head of each script defines its arguments and its answer; this file encodes the former and decodes
+// the latter. Both scripts include state.lua, which has what they share.
 var (
 	//go:embed decide.lua
 	decideLua string
@@ -34,14 +34,17 @@ var (
 	changeScript = newScript(changeLua)
 )
 
+// script is a Lua script as it is sent, and its SHA-1 in hex, by which servers know it.
 type script struct{ text, sha string }
 
-// comment is a line of a script that the servers need not read.
+// comment matches a comment line of a script. Such lines are not sent.
 var comment = regexp.MustCompile(`(?m)^ *--.*\n`)
 
-// named is a line that names places in a list.
+// named matches a line that gives names to the places of a list.
 var named = regexp.MustCompile(`(?m)^--#slots (.*)\n`)
 
+// newScript makes the script that is sent from a file: it includes state.lua, replaces each [$name] by the number of
+// its place, and removes comment lines.
 func newScript(text string) *script {
 	text = strings.Replace(text, "--#include state.lua\n", stateLua, 1)
 	for _, names := range named.FindAllStringSubmatch(text, -1) {
@@ -50,24 +53,25 @@ func newScript(text string) *script {
 		}
 	}
 	text = comment.ReplaceAllString(text, "")
-	sum := sha1.Sum([]byte(text)) // the name that Redis gives to a script
+	sum := sha1.Sum([]byte(text)) // not for security: EVALSHA finds scripts by their SHA-1
 	return &script{text, hex.EncodeToString(sum[:])}
 }
 
-// variants is how many variants of the script for decisions a server may come to know.
+// variants is the number of variants of the decision script. It bounds how many copies a server caches.
 const variants = 256
 
-// variant is the script for decisions with another hash, so that the server knows it apart.
+// variant returns variant n of the decision script. It decides the same, but has a hash of its own, so that a server
+// caches each variant separately.
 func variant(n int) *script { return newScript(fmt.Sprintf("local variant = %d\n", n) + decideLua) }
 
-// command is a script call. Its NoRetry keeps every client from sending it again, but for MOVED and ASK
-// where nothing ran: it may have been executed although no answer came.
+// command is a script call that no client retries after an error: it may have been executed although no answer came.
+// go-redis still follows MOVED and ASK, because then nothing ran.
 type command struct{ *goredis.Cmd }
 
 // NoRetry tells go-redis to send the command once.
 func (command) NoRetry() bool { return true }
 
-// call is the command that runs the script by its hash, or by its text.
+// call returns the command that runs the script by its hash or, if byText, by its text.
 func (s *script) call(ctx context.Context, byText bool, keys []string, args ...[]byte) command {
 	all := make([]any, 0, 3+len(keys)+len(args))
 	if byText {
@@ -85,31 +89,33 @@ func (s *script) call(ctx context.Context, byText bool, keys []string, args ...[
 	return command{goredis.NewCmd(ctx, all...)}
 }
 
-// The first byte of an answer.
+// The first byte of an answer. After refused and admitted come the counts of the buckets. After refusedValues and
+// admittedValues come the stored values, from which compute derives the counts.
 const (
-	refused = iota
-	admitted
-	foreign
-	wrongType
-	tooMany
-	tooManyHolds
-	stale
-	refusedValues  // and admittedValues: the values that were there follow, by which the client
-	admittedValues // computes what the script did
+	refused        = iota // denied
+	admitted              // admitted, or the change is done
+	foreign               // a value is not of this package
+	wrongType             // a key holds no string
+	tooMany               // an identifier would have too many buckets that are not full
+	tooManyHolds          // a bucket would have more holds than a value can store
+	stale                 // DecideFresh would admit on a doubtful state
+	refusedValues         // denied
+	admittedValues        // admitted
 )
 
-// The first byte of a change.
+// The first byte of a change. Zero charges or refunds amounts.
 const (
-	opRaise   = 1
-	opReset   = 2
-	opDebt    = 3
-	isClocked = 4
+	opRaise   = 1 // raise buckets to debts
+	opReset   = 2 // remove the key
+	opDebt    = 3 // answer the debts
+	isClocked = 4 // added to the others: the caller's time follows
 )
 
-// countBytes is the length of a bucket's answer.
+// countBytes is the length of a bucket's counts in an answer: six integers of 7 bytes.
 const countBytes = 42
 
-// decideArgs are the arguments of the script for decisions.
+// decideArgs returns the arguments of the decision script: the index and the shapes. The index is empty if there is
+// only one shape, which then is that of every key.
 func decideArgs(s *shapes) [][]byte {
 	var index []byte
 	if len(s.all) > 1 {
@@ -124,7 +130,7 @@ func decideArgs(s *shapes) [][]byte {
 	return out
 }
 
-// arg is a shape as the script for decisions reads it.
+// arg encodes a shape for the decision script, in the form that the head of decide.lua defines.
 func (s *shape) arg() []byte {
 	rules := s.rules.Rules
 	hold, flags, now, within, age := "I7I4", byte(0), int64(-1), int64(0), int64(0)
@@ -161,8 +167,11 @@ func (s *shape) arg() []byte {
 	return b
 }
 
-// A plain value has one hold for each bucket of a part, all changed at one time, and nothing else. Its prefix is what is
-// before the times.
+// appendPrefix appends the prefix of a plain value.
+//
+// A plain value has one hold for each bucket of a part, nothing else, and one time of change for all buckets.
+// Everything before the times is its prefix, and depends on the rules only. The script therefore recognises a plain
+// value by its length and its prefix. The form is defined at the head of state.lua.
 func appendPrefix(b []byte, rules []law.Rule) []byte {
 	head := byte(len(rules))
 	if wide(rules) {
@@ -170,11 +179,12 @@ func appendPrefix(b []byte, rules []law.Rule) []byte {
 	}
 	b = append(b, 't', '2', head)
 	for i := range rules {
-		b = append(appendLaw(b, &rules[i]), 1)
+		b = append(appendLaw(b, &rules[i]), 1) // 1: the number of holds
 	}
 	return b
 }
 
+// prefixBytes is the length of what appendPrefix appends.
 func prefixBytes(rules []law.Rule) int {
 	n := 3
 	for i := range rules {
@@ -188,20 +198,21 @@ func prefixBytes(rules []law.Rule) int {
 
 // valueBytes is the length of a plain value.
 func valueBytes(rules []law.Rule) int {
-	n := prefixBytes(rules) + 7 + 11*len(rules)
+	n := prefixBytes(rules) + 7 + 11*len(rules) // the time of change, then ends of 7 bytes and counts of 4
 	if wide(rules) {
 		n += 3 * len(rules)
 	}
 	return n
 }
 
-// wide says that the counts of a plain value have 7 bytes, and not 4.
+// wide reports whether the counts of a plain value have 7 bytes instead of 4. That depends on what the buckets can ever
+// hold, and not on what they hold now, so the length of the value does not change with consumption.
 func wide(rules []law.Rule) bool {
 	return slices.ContainsFunc(rules, func(r law.Rule) bool { return most(&r) >= 1<<32 })
 }
 
-// age is how long ago a state has to have been changed that is not doubted. An injected clock may stand still, so by it no
-// state is young.
+// age returns the age in µs below which a state is not in doubt. It is sent instead of since because the script
+// compares it with the server's clock. A caller's clock may stand still, so by it every state is in doubt.
 func (s *shape) age() int64 {
 	if s.clocked {
 		return -ever
@@ -209,10 +220,10 @@ func (s *shape) age() int64 {
 	return law.Monotonic() - s.since
 }
 
-// ever is longer than any state is ahead of a clock.
+// ever is more than any state can be ahead of a clock, in µs.
 const ever = 1 << 53
 
-// appendNumbers appends what Lua computes with.
+// appendNumbers appends numbers as doubles, the only numbers of Lua. Integers up to 2^53 are exact.
 func appendNumbers(b []byte, numbers ...int64) []byte {
 	for _, n := range numbers {
 		b = binary.LittleEndian.AppendUint64(b, math.Float64bits(float64(n)))
@@ -220,7 +231,7 @@ func appendNumbers(b []byte, numbers ...int64) []byte {
 	return b
 }
 
-// most is the largest N of a hold.
+// most is the largest N that a hold of the rule can have.
 func most(r *law.Rule) int64 {
 	if r.Kind == law.Continuous {
 		return r.Ceiling() * r.One
@@ -228,7 +239,7 @@ func most(r *law.Rule) int64 {
 	return r.Ceiling()
 }
 
-// appendLaw appends the name and law of a rule in the form in which they are stored.
+// appendLaw appends the stored form of a rule's name and law, the head of a bucket. Capacity is not part of it.
 func appendLaw(b []byte, r *law.Rule) []byte {
 	b = append(b, byte(len(r.Name)))
 	b = append(b, r.Name...)
@@ -239,6 +250,7 @@ func appendLaw(b []byte, r *law.Rule) []byte {
 	return b
 }
 
+// appendUint appends the low size bytes of n, little-endian.
 func appendUint(b []byte, n uint64, size int) []byte {
 	for range size {
 		b = append(b, byte(n))
@@ -247,8 +259,8 @@ func appendUint(b []byte, n uint64, size int) []byte {
 	return b
 }
 
-// appendCharge appends what the script for changes is sent for a charge. A Lua number holds 2^53, which is
-// more than any bucket does.
+// appendCharge appends the argument of the change script for a charge. Amounts are sent as 8-byte integers although Lua
+// holds integers only up to 2^53: appendAmounts clamps them, and no bucket holds that much.
 func appendCharge(b []byte, c *storage.Charge) []byte {
 	b = appendChange(b, 0, c.Clocked, c.Now, len(c.Amounts))
 	for i := range c.Amounts {
@@ -266,7 +278,7 @@ func appendDebt(b []byte, d *replica.Debt) []byte {
 	return b
 }
 
-// appendQuestion appends what the script for changes is sent to tell a debt.
+// appendQuestion is appendCharge for the question which debts there are.
 func appendQuestion(b []byte, d *replica.Debt) []byte {
 	b = appendChange(b, opDebt, d.Clocked, d.Now, len(d.Rules.Rules))
 	for i := range d.Rules.Rules {
@@ -275,6 +287,8 @@ func appendQuestion(b []byte, d *replica.Debt) []byte {
 	return b
 }
 
+// appendChange appends the beginning of a change: the operation, the number of buckets, and the caller's time if it has
+// one.
 func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byte {
 	if !clocked {
 		return append(b, op, byte(buckets))
@@ -282,6 +296,7 @@ func appendChange(b []byte, op byte, clocked bool, now int64, buckets int) []byt
 	return appendUint(append(b, op|isClocked, byte(buckets)), uint64(now), 7)
 }
 
+// appendAmounts appends a rule and the amounts for its bucket.
 func appendAmounts(b []byte, r *law.Rule, amounts []storage.Amount) []byte {
 	b = appendUint(appendLaw(b, r), uint64(r.Capacity), 7)
 	b = appendUint(b, uint64(max(r.Tick, r.Grain)), 6)
@@ -294,7 +309,7 @@ func appendAmounts(b []byte, r *law.Rule, amounts []storage.Amount) []byte {
 	return b
 }
 
-// fill reads the answer to a decision.
+// fill decodes the answer to a decision. answerBytes has checked its length.
 func (a *answer) fill(to *storage.Answer, r *storage.Request) error {
 	if a.text[0] >= refusedValues {
 		return a.compute(to, r)
@@ -309,7 +324,7 @@ func (a *answer) fill(to *storage.Answer, r *storage.Request) error {
 				RetryAfter: integer(s[21:]), HeldFor: integer(s[28:]),
 			}
 			switch {
-			case p.AtMost && r.Mode == storage.Force:
+			case p.AtMost && r.Mode == storage.Force: // Force takes the whole cost, also what it does not record
 				to.Tokens = max(to.Tokens, r.Costs[n])
 			case p.AtMost:
 				to.Tokens = max(to.Tokens, integer(s[35:]))
@@ -320,8 +335,8 @@ func (a *answer) fill(to *storage.Answer, r *storage.Request) error {
 	return nil
 }
 
-// compute makes the script's decision once more, from the values that the script found. The script therefore need not
-// know what an answer tells, and law.Decide stays the one place that does. Both compute with the same integers.
+// compute makes the decision again from the stored values that the script found. So the fast way of the script does not
+// compute the counts; law.Decide does. Both use the same integers, and a different result is an error.
 func (a *answer) compute(to *storage.Answer, r *storage.Request) error {
 	real := a.real
 	if r.Clocked {
@@ -347,7 +362,7 @@ func (a *answer) compute(to *storage.Answer, r *storage.Request) error {
 	return nil
 }
 
-// plainBytes is the length of a part's value in an answer: a byte if there was none.
+// plainBytes is the length of a part's value at the beginning of text: one zero byte if there was no value.
 func plainBytes(text string, rules *storage.RuleSet) int {
 	if text != "" && text[0] == 0 {
 		return 1
@@ -355,11 +370,12 @@ func plainBytes(text string, rules *storage.RuleSet) int {
 	return valueBytes(rules.Rules)
 }
 
-// plainState is the state of bucket i in a plain value.
+// plainState returns the state of bucket i from a plain value, or an empty state if there was no value.
 func plainState(value string, rules []law.Rule, i int) law.State {
 	if len(value) == 1 {
 		return law.State{}
 	}
+	// The times begin with the time of change; then each hold has 11 bytes, or 14 in a wide value.
 	times, hold := value[prefixBytes(rules):], (len(value)-prefixBytes(rules)-7)/len(rules)
 	h := times[7+hold*i:]
 	n := int64(h[7]) | int64(h[8])<<8 | int64(h[9])<<16 | int64(h[10])<<24
@@ -371,7 +387,7 @@ func plainState(value string, rules []law.Rule, i int) law.State {
 	return s
 }
 
-// amounts reads the answer to a debt.
+// amounts decodes the answer to a Debt: a list of amounts for each bucket.
 func (a *answer) amounts(buckets int) [][]storage.Amount {
 	out, s := make([][]storage.Amount, buckets), a.text[1:]
 	for i := range out {
@@ -383,12 +399,13 @@ func (a *answer) amounts(buckets int) [][]storage.Amount {
 	return out
 }
 
-// amountBytes is the length of an amount in an answer, and amounts reads how many follow.
+// amountBytes is the length of an amount in an answer: N and In, 7 bytes each.
 const amountBytes = 14
 
+// amounts decodes the number of amounts that follow, in 2 bytes.
 func amounts(s string) int { return int(s[0]) | int(s[1])<<8 }
 
-// integer reads seven bytes.
+// integer decodes the first 7 bytes of s, little-endian.
 func integer(s string) int64 {
 	return int64(s[0]) | int64(s[1])<<8 | int64(s[2])<<16 | int64(s[3])<<24 | int64(s[4])<<32 | int64(s[5])<<40 | int64(s[6])<<48
 }

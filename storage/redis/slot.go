@@ -6,9 +6,9 @@ import (
 	"sync"
 )
 
-// slot is the slot of a key in a cluster, as its specification has it
-// (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/): the CRC16 (XMODEM) of what
-// stands between the first brace and the next closing one if that is anything, else of the key.
+// slot returns the slot of a key in a cluster: the CRC16 (XMODEM) of its hash tag, modulo 16384. The tag is the text
+// between the first opening brace and the next closing brace. If there is none, or it is empty, the whole key counts.
+// See https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/.
 func slot(key string) uint16 {
 	if _, after, ok := strings.Cut(key, "{"); ok {
 		if tag, _, ok := strings.Cut(after, "}"); ok && tag != "" {
@@ -25,14 +25,16 @@ func slot(key string) uint16 {
 	return crc % slots
 }
 
+// slots is the number of slots of every cluster.
 const slots = 16384
 
-// tagOf is a tag that puts a key into a slot, the same in all processes: the first number, in base 36, that does.
+// tagOf returns a tag that puts a key into a slot: the smallest number above 0 whose text in base 36 has that slot. All
+// processes find the same tag, as they must, because it is part of keys.
 func tagOf(slot uint16) string { return strconv.FormatUint(uint64(tags()[slot]), 36) }
 
-// tags are those of all slots, found in a few milliseconds when the first is needed.
+// tags returns the tags of all slots as numbers. The first call takes a few milliseconds to find them.
 var tags = sync.OnceValue(func() *[slots]uint32 {
-	var found [slots]uint32 // 0 is none: the slot of "0" has another one
+	var found [slots]uint32 // 0 means not found yet; "0" itself is no tag, its slot has a larger number
 	for n, missing := uint32(1), slots; missing > 0; n++ {
 		if at := &found[slot(strconv.FormatUint(uint64(n), 36))]; *at == 0 {
 			*at = n

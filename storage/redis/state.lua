@@ -1,28 +1,38 @@
--- What the scripts share: the arithmetic of internal/law/decide.go, whose steps carry the same numbers, and
--- the stored form of what an identifier has spent.
+-- What both scripts share: the arithmetic of internal/law, with the step numbers of its decide.go, and the stored form
+-- of what an identifier has spent.
 --
--- The value at a key is 't2' (what it is, and the version of its form), the number of buckets with 32
--- if it is wide and 64 if the buckets were not all changed last at the same time (1), for each bucket its
--- head and number of holds (1; if over 254, 255 and 2 more), then when the buckets were last changed (7), and of each hold
--- its end (7) and N (4; 7 if wide). With 64 each bucket's holds have their own time of change before them.
--- Integers are little-endian and unsigned; in brackets are their bytes.
+-- The value at a key consists of these fields. Integers are unsigned and little-endian; their bytes are in brackets.
 --
--- A head is a name with its length before it (1), and kind * 2^45 + period (6); then, if Continuous, refill (7) and
--- tick (6). Other kinds have nothing by which a change of capacity could be told: their holds stay as they are.
+--   't2'     marks a value of this package; 2 is the version of the form
+--   flags    the number of buckets, plus 32 if the value is wide, plus 64 if the buckets differ in their time of change
+--            (1)
+--   buckets  of each its head, and its number of holds (1; above 254 it is 255 and then the number in 2 more)
+--   time     when all buckets were changed last (7). With flag 64 each bucket has its own time, before its holds
+--   holds    of each its end (7) and its N (4, or 7 if wide), bucket by bucket
 --
--- Rules arrive with heads in this form, so that the bucket of a rule is found by comparing
--- bytes. In here a state is a list: its law, seen, then end and N of each hold. A rule is a law with a
--- capacity C, and is the law of the states of its bucket, but for a Continuous one that was changed last under another
--- refill, until under brings it to the rule.
+-- A head is a name, preceded by its length (1), and kind * 2^45 + period (6). A Continuous bucket adds its refill (7)
+-- and tick (6). The heads of other kinds do not tell the capacity, because a change of capacity leaves their holds as
+-- they are.
+--
+-- Rules are sent with heads in the same form, so a bucket is matched with its rule by comparing bytes.
+--
+-- In these scripts a state is a list: its law, the time of its last change (seen), then the end and N of each hold. A
+-- rule is a law with a capacity C. The law of a state is the rule of its bucket, with one exception: a Continuous
+-- state that was changed last under another refill keeps its old law until under() converts it. A Continuous state
+-- has at most one hold: N is the level in units at the time of its last change, and the end is 0, or the time until
+-- which a partial refund of a reservation excludes another one (giveBack in change.lua).
 --
 -- All numbers are integers of at most 2^53, which a Lua number holds exactly.
+--
+-- Fields of a law: k kind, P period, Q tick, G grain, one units in a token, fade how long after its end a hold is gone.
+-- A Continuous law also has its refill in tokens a period, and R, the units that drain in a tick.
 
 local char, sub, concat = string.char, string.sub, table.concat
 local pack, unpack = struct.pack, struct.unpack
 local floor, ceil, max, min, abs = math.floor, math.ceil, math.max, math.min, math.abs
 local exact, far = 2 ^ 53, 2 ^ 50
 
--- The law at position p of v, and the position after it.
+-- Decodes the law at position p of v. Returns it and the position after it, and raises an error if it is invalid.
 local function law(v, p)
   local name, P, q = unpack('<Bc0I6', v, p)
   local k, R, Q = floor(P / 2 ^ 45), 0, 1
@@ -38,7 +48,9 @@ local function law(v, p)
   return l, q
 end
 
--- Makes a law the rule of a bucket, of which M tokens are ever out. Step is the tick of a Continuous bucket and of a SlidingWindow, and the grain of a log.
+-- Turns a law into the rule of a bucket with capacity C. At most M tokens are ever spent. Step is the tick of a
+-- Continuous bucket or a SlidingWindow, and the grain of a log. Thin is the largest N of a hold that returns a grain
+-- early.
 local function rule(l, C, step)
   l.C, l.M = C, 4 * C
   if l.k == 1 then l.M = max(4 * C, min(4 * l.refill, floor((exact - 1) / l.one))) end
@@ -47,8 +59,8 @@ local function rule(l, C, step)
   l.thin = ceil(C / 256) + ceil(C / l.P)
 end
 
--- The states of a value at the places of their rules, and a list of the others. It raises an error unless
--- the value is in the form above.
+-- Decodes a value. Returns the states at the indices of their rules, and a list of the states without a rule. It raises
+-- an error if the value is not in the form above.
 local function read(v, rules)
   if sub(v, 1, 2) ~= 't2' then error('foreign') end
   local flags, p = unpack('<B', v, 3)
@@ -90,7 +102,8 @@ local function read(v, rules)
   return states, others
 end
 
--- n*a/b rounded down, and what is left over, for a and b up to 2^45: by long division where n*a is too large.
+-- n*a/b rounded down, and the remainder, for a and b up to 2^45. If n*a would not be exact it divides digit by digit in
+-- base 128: rest < b, so rest * 128 and the product stay below 2^53.
 local function scale(n, a, b)
   if n * a < exact then return floor(n * a / b), n * a % b end
   local q, rest = 0, 0
@@ -101,10 +114,10 @@ local function scale(n, a, b)
   return q, rest
 end
 
--- Step 1.
+-- Step 1: a state that is over a period and a minute ahead of the clock counts as empty.
 local function believable(s, real) return s[2] <= real + s[1].P + 60000000 end
 
--- What is left of a level at a time by its rule, and at now by its own law too. After 35 years it is nothing.
+-- The units of a level that are left at a time t, by the refill of its law. After 2^50 µs, about 35 years, none are.
 local function left(s, t)
   local l, n = s[1], s[4] or 0
   local dt = floor(t / l.Q) - floor(s[2] / l.Q)
@@ -112,18 +125,20 @@ local function left(s, t)
   return 0
 end
 
+-- The units of a level that are left now. A level that was empty under its former refill stays empty; see under.
 local function drained(s, now)
   if s.full and s.full <= now then return 0 end
   return left(s, now)
 end
 
--- When a level will have fallen to so many units.
+-- The time at which a level will have fallen to the given units, at most 2^50 µs after its last change.
 local function falls(s, units)
   local l = s[1]
   return (floor(s[2] / l.Q) + min(ceil(((s[4] or 0) - units) / l.R), floor(far / l.Q))) * l.Q
 end
 
--- A state in the units of a rule, of which there may be a part more. Full is when it was by its own law.
+-- Converts a Continuous state to the units of a rule, rounded up. Full is the time at which the bucket was full under
+-- its former law: it stays full from then on, because a key may have expired.
 local function under(s, r)
   if not s or s[1] == r then return s end
   local n, one = s[4], s[1].one
@@ -136,13 +151,14 @@ local function under(s, r)
   return { r, s[2], s[3], n, full = falls(s, 0) }
 end
 
--- When the tokens of a hold come back, not before those of the hold before.
+-- The time at which the tokens of a hold come back, at least `before`: that of the preceding hold. In a log with a
+-- grain, a thin hold returns a grain early; internal/law/law.go says why.
 local function returns(l, e, n, before)
   if l.G > 1 and e % l.G == 0 and n <= l.thin then return max(before, e - l.G) end
   return e
 end
 
--- Step 3: what has not come back at now.
+-- Step 3: the tokens that have not come back at now.
 local function out(s, now)
   local l, u = s[1], 0
   if l.k == 1 then return ceil(drained(s, now) / l.one) end
@@ -166,7 +182,7 @@ local function out(s, now)
   return u
 end
 
--- The moment when spent, now as given, will have fallen to room.
+-- The time at which the tokens spent, given for now, will have fallen to room.
 local function back(s, now, room, spent)
   if spent <= room then return now end
   local l, left, at = s[1], 0, 0
@@ -183,21 +199,21 @@ local function back(s, now, room, spent)
   return at
 end
 
--- The moment when the newest of what is out is gone, to the last unit.
+-- The time at which everything that is spent is gone, to the last unit.
 local function gone(s)
   if #s < 3 then return s[2] end
   if s[1].k == 1 then return falls(s, 0) end
   return s[#s - 1] + s[1].fade
 end
 
--- When the hold of a token taken now ends.
+-- The end of the hold of a token taken now.
 local function finish(l, now)
   if l.k == 2 or l.k == 3 then return now - now % l.P + l.P end
   if l.k == 4 then return ceil((now + l.P) / l.G) * l.G end
   return now + l.P
 end
 
--- A state without its dead holds.
+-- The state without the holds that are gone: a new list if there are any.
 local function living(s, now)
   local l, i, n = s[1], 3, #s
   while i <= n and s[i] + l.fade <= now do i = i + 2 end
@@ -207,7 +223,8 @@ local function living(s, now)
   return out
 end
 
--- The state under rule r, ready for a change, and the bucket's own time.
+-- The state prepared for a change under rule r, and the bucket's time: the real time, or seen if that is later.
+-- Without a believable state it is an empty one.
 local function open(s, r, real)
   if not s or not believable(s, real) then return { r, real }, real end
   local now = max(real, s[2])
@@ -221,7 +238,8 @@ local function open(s, r, real)
   return s, now
 end
 
--- A time at which the bucket is full if nobody takes, or real if there is nothing to wait for.
+-- The time from which the bucket is full if nothing more is taken, at least real. A state that is ahead of the clock is
+-- kept until the clock has reached it, even if it is empty.
 local function fullAt(s, real)
   if not believable(s, real) then return real end
   local at = gone(s)
@@ -231,10 +249,12 @@ end
 
 local function full(s, real) return fullAt(s, real) <= real end
 
--- Writes the states that are not full, with a time to live that outlasts them by a second, and by an hour
--- if the clock is the client's, which may stand still. A bucket of more holds than the form has room for is
--- refused. Whether the value is wide does not depend on what was
--- spent, as far as the rules can tell.
+-- Writes the states that are not full, or deletes the key if all are. The key outlives the last state by a second;
+-- with a client's clock, which may stand still, by another hour. Returns the first byte of an answer. A state with
+-- more holds than the form can count is an error, and nothing is written.
+--
+-- For states with a rule, whether the value is wide follows from the rule and not from the consumption: then its length
+-- stays that of a plain value, which the fast way of decide.lua can read.
 local function store(key, states, rules, others, real, clocked)
   local kept, flags, last = {}, 0, real
   local function keep(s)
@@ -273,13 +293,15 @@ local function store(key, states, rules, others, real, clocked)
   return char(1)
 end
 
--- What an identifier has spent: its states and others as read returns them, or nil and what the script
--- answers instead. Without a time there may be any number of buckets.
+-- The states and others of a key, as read returns them. If it fails it returns nil and the script's answer. The bound
+-- of
+-- 16 buckets is checked only if a time is given, for which those that are full do not count.
 local function load(key, rules, real)
   local v = redis.pcall('GET', key)
   if not v then return {}, {} end
   if type(v) == 'table' then
     if sub(v.err, 1, 9) == 'WRONGTYPE' then return nil, char(3) end
+    -- Any other error ends the script: call raises what pcall returned.
     redis.call('GET', key)
   end
   local ok, states, others = pcall(read, v, rules)

@@ -1,8 +1,8 @@
 // Package redis keeps consumption in Redis or Valkey, where any number of processes share it.
 //
-// A decision is one call of a Lua script: one round trip, atomic, by the clock of the server unless one
-// is injected. Concurrent decisions of one process share round trips, and none waits for company.
-// Each identifier is one key with one value, which expires soon after its buckets are full.
+// A decision is one call of a Lua script: one round trip, atomic, by the server's clock unless the throttler has one of
+// its own. Concurrent decisions of one process share round trips, and no decision is held back to fill a batch. Each
+// identifier is one key with one value, and the key expires about a second after its buckets are full.
 //
 //	client := goredis.NewClient(&goredis.Options{Addr: "localhost:6379"})
 //	store, err := redisstore.New(client, nil)
@@ -27,11 +27,11 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Source is what Verdict.Source says of this storage's answers.
+// Source is the value of Verdict.Source for answers of this storage.
 const Source = "redis"
 
-// Defaults of Options. A packet that was lost is sent again after 200 ms, the shortest retransmission
-// timeout of Linux: the timeout outlasts one loss, and not much more.
+// Defaults of Options. Linux retransmits a lost packet after 200 ms at the earliest, so the default timeout outlasts
+// one lost packet, and not much more.
 const (
 	DefaultPrefix  = "throttler:"
 	DefaultTimeout = 250 * time.Millisecond
@@ -39,26 +39,32 @@ const (
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
-	// Prefix is what all keys begin with, by default DefaultPrefix. After it come the throttler's
-	// Config.Name, a colon and the identifier. If that has a brace, {} is put before it, so that users
-	// cannot choose the slots of their keys. If it has a NUL, such as those of the routes of throttlerhttp, a tag is,
-	// which puts it into the slot of what stands before the NUL. A Prefix with a tag in braces decides the slot of
-	// all; one whose braces are empty or not closed has no such tag, and ConsumeAll finds it in two slots. Of two
-	// prefixes in one Redis neither may begin with the other.
+	// Prefix is the beginning of all keys, by default DefaultPrefix. The throttler's Config.Name, a colon and the
+	// identifier follow it.
+	//
+	// An identifier with an opening brace gets {} before it, so that users cannot choose the slot of their key. An
+	// identifier with a NUL, such as a route of throttlerhttp, gets a hash tag instead. The tag puts it into the
+	// slot of the identifier before the NUL.
+	//
+	// A Prefix with a tag in braces puts all keys into one slot. If its braces are empty or not closed it has no tag,
+	// and hides the tags of the keys: then ConsumeAll finds an identifier and its routes in different slots. Of two
+	// prefixes on one Redis, neither may begin with the other.
 	Prefix string
 
-	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout.
+	// Timeout is the longest time that a call takes, even if its context allows more. It must not be negative; zero
+	// means DefaultTimeout.
 	Timeout time.Duration
 
-	// HashTag returns the part of an identifier that decides its slot in a cluster, for example its
-	// tenant. ConsumeAll needs it there: it takes identifiers of one slot only. Of one with a NUL it is given what
-	// stands before that. The tag
-	// stands in braces after the prefix, so all processes must use the same function, and one that
-	// changes makes other keys. It must be safe for concurrent use.
+	// HashTag returns the part of an identifier that decides its slot in a cluster, for example its tenant. In a
+	// cluster ConsumeAll accepts only identifiers of one slot, so it needs a HashTag. If an identifier has a NUL,
+	// HashTag gets the part before it.
+	//
+	// The tag is part of the key, in braces after the prefix. All processes must therefore use the same function. A
+	// changed function makes other keys, whose buckets begin full. HashTag must be safe for concurrent use.
 	HashTag func(identifier string) string
 }
 
-// OptionError is a fault in what New, Open or Watch was given.
+// OptionError is a fault in an argument of New, Open or Watch.
 type OptionError struct {
 	Field  string // Client, URL, Timeout or Watch
 	Reason string // what was given and what is allowed
@@ -68,66 +74,72 @@ func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: redis: %s %s", e.Field, e.Reason)
 }
 
-// What the functions of go-redis for errors (IsOOMError, IsReadOnlyError, IsLoadingError, IsAuthError,
-// IsClusterDownError and others) do not recognise.
+// Errors for which go-redis has no test function of its own, such as IsOOMError, IsReadOnlyError, IsLoadingError,
+// IsAuthError or IsClusterDownError. Test for these with errors.Is.
 var (
-	// ErrWrongType comes with ErrCorruptState: at the key is something that is not a string.
+	// ErrWrongType accompanies ErrCorruptState if the key holds something other than a string.
 	ErrWrongType = errors.New("WRONGTYPE: the key holds no string")
 
-	// ErrCrossSlot is for a call whose identifiers are in different slots of a cluster. Nothing was executed.
+	// ErrCrossSlot means that the identifiers of a call are in different slots of a cluster. Nothing was executed.
 	ErrCrossSlot = errors.New("throttler: redis: CROSSSLOT")
 
-	// ErrStale is for a DecideFresh whose server may have forgotten what was spent. Nothing was executed.
+	// ErrStale means that the server of a DecideFresh may have forgotten consumption. Nothing was changed.
 	ErrStale = errors.New("throttler: redis: stale state")
 
-	// ErrRestarted is an ErrStale, as the server does not know the script.
+	// ErrRestarted wraps ErrStale and means that the server does not have the script. Nothing was executed.
 	ErrRestarted = fmt.Errorf("%w: the server has lost its scripts", ErrStale)
 )
 
-// Storage is safe for concurrent use. It is made by New or Open.
+// Storage keeps consumption in Redis. New or Open makes one, and all methods are safe for concurrent use.
 //
-// A call sends its script once, and again only after an answer which says that nothing ran
-// (NOSCRIPT, MOVED, ASK, TRYAGAIN). When the answer is lost it may have been executed, once.
+// A call sends its script once. It sends it again only if the server answers that nothing ran: NOSCRIPT, MOVED, ASK,
+// TRYAGAIN, or a CROSSSLOT of the batch. If the answer is lost, the script may have been executed, but at most once.
 //
 // A timeout wraps ErrUnavailable. An error reply wraps ErrUnavailable and the reply, except CROSSSLOT, which becomes
 // ErrCrossSlot.
 type Storage struct {
 	client  goredis.UniversalClient
-	cluster *goredis.ClusterClient // client, if it is one
+	cluster *goredis.ClusterClient // client, if it is a cluster's; else nil
 	owned   bool                   // Close closes client
 	options Options
 	decider *script         // for decisions
-	report  func(err error) // what Watch was given, or nil
+	report  func(err error) // the argument of Watch, or nil
 
-	// prompt is client for the goroutine of a call: whatever it waits for ends with the context of the command. Nil if
-	// there is none. A connection that takes longer would never be made by it, so a batch that failed is followed by
-	// one that has a goroutine of its own, and as much time as the client's timeouts allow.
+	// prompt is for batches that a caller sends in its own goroutine: everything it waits for ends with the context of
+	// the command. It is nil if the client cannot promise that.
+	//
+	// If dialing takes longer than such a context lasts, prompt would never get a connection. So after a batch failed,
+	// the next one is sent through client by a goroutine of its own, where dialing may take the client's DialTimeout.
 	prompt *goredis.Client
-	well   atomic.Bool // the last batch did not fail
+	well   atomic.Bool // the last batch succeeded, so prompt may be used
 
-	known atomic.Bool // the cluster's nodes have been asked for
-	byKey atomic.Bool // a single server has refused keys of different slots
+	known atomic.Bool // the client has learned the nodes of the cluster
+	byKey atomic.Bool // the single server has answered CROSSSLOT: each key gets a script call of its own
 
-	refused atomic.Pointer[refusal] // what a probe has found
+	refused atomic.Pointer[refusal] // the result of the last probe, or nil
 
-	mu       sync.RWMutex // guards what follows
-	learning *learning
-	queues   map[string]*queue // by the address of the server, "" when there is no cluster
-	begun    bool              // there was a call
+	mu       sync.RWMutex      // guards the fields below; never held during I/O
+	learning *learning         // the attempt that is under way, or nil
+	queues   map[string]*queue // by the address of the server, "" without a cluster; unchanged once closed
+	begun    bool              // a call has been made: Watch comes too late
 	closed   bool
 }
 
 var _ replica.Storage = (*Storage)(nil)
 
-// New returns a storage on a *Client, also one of NewFailoverClient, or on a *ClusterClient. The caller
-// closes the client, after the storage.
+// New returns a storage that uses a *Client (one of NewFailoverClient too) or a *ClusterClient. The caller closes the
+// client after the storage. A nil o means the defaults.
 //
-// The client's DialerRetries should be 1, so that a refused connection is an error at once, and its
-// timeouts at most Options.Timeout: calls return in time whatever they are, but a connection that is
-// stuck is of no use until they have passed. Its ConnMaxIdleTime should be a few minutes, as what is between
-// may forget an idle connection. Open sets them. MaxRetries does not matter: the scripts are never retried.
+// Open makes a client with these settings; a client of your own should have them too:
 //
-// New sends nothing, and Redis need not be there. All faults of its arguments are joined, each an *OptionError.
+//   - DialerRetries 1, so that a refused connection is an error at once.
+//   - DialTimeout, ReadTimeout and WriteTimeout of at most Options.Timeout. Calls return in time with any value, but a
+//     connection that is stuck cannot be used until they have passed.
+//   - ConnMaxIdleTime of a few minutes, because balancers and address translators forget idle connections.
+//
+// MaxRetries does not matter: the scripts are never retried.
+//
+// New sends nothing, and Redis need not be running. The error joins all faults of the arguments, each an *OptionError.
 func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	s := &Storage{client: client, decider: decideScript, queues: make(map[string]*queue)}
 	if o != nil {
@@ -153,16 +165,17 @@ func New(client goredis.UniversalClient, o *Options) (*Storage, error) {
 	return s, nil
 }
 
-// Open returns a storage on a client of its own, which Close closes. The url is one of those that go-redis
-// parses:
+// Open returns a storage with a client of its own; Close closes both. A nil o means the defaults. The url is in one of
+// the forms that go-redis parses:
 //
 //	redis://user:password@localhost:6379/0?protocol=3             a server; rediss with TLS, unix for a socket
 //	redis://host1:6379?addr=host2:6379&addr=host3:6379            a cluster
 //	redis://sentinel1:26379?addr=sentinel2:26379&master_name=main a server that sentinels watch
 //
-// The last has the login of the sentinels, and that of the server in the parameters username and password.
-// Timeouts that it does not give are Options.Timeout, and conn_max_idle_time is 3 minutes. Unless it has
-// min_idle_conns, nothing is sent before the first call. The error of a wrong url tells nothing of a password.
+// In the last form credentials before @ belong to the sentinels; the server's are the parameters username and password.
+// Timeouts that the url leaves out are Options.Timeout, and conn_max_idle_time is 3 minutes by default. Nothing is sent
+// before the first call unless the url has min_idle_conns. All errors are *OptionErrors; the one of a wrong url reveals
+// no part of a password.
 func Open(url string, o *Options) (*Storage, error) {
 	timeout := DefaultTimeout
 	if o != nil && o.Timeout != 0 {
@@ -178,23 +191,23 @@ func Open(url string, o *Options) (*Storage, error) {
 	}
 	s.owned = true
 	if c, ok := client.(*goredis.Client); ok && !sentinels(c) {
-		s.prompt = c.WithTimeout(timeout) // a copy on the same connections
+		s.prompt = c.WithTimeout(timeout) // a copy that shares the connections
 		o := s.prompt.Options()
 		o.ContextTimeoutEnabled, o.ReadTimeout, o.WriteTimeout = true, c.Options().ReadTimeout, c.Options().WriteTimeout
 	}
 	return s, nil
 }
 
-// Close answers further calls with ErrClosed, waits for those that were sent, and closes the client if Open made
-// it. It waits until the context ends, and at most Options.Timeout: then the calls have their errors. Its error is the
-// context's if that ended while calls were in flight, joined with that of closing the client.
+// Close makes further calls return ErrClosed, waits for the calls that were sent, and closes the client if Open made
+// it. It waits until ctx ends, and at most Options.Timeout: by then every call has returned. The error is that of ctx
+// if it ended while calls were in flight, joined with the error of closing the client. Closing twice is harmless.
 func (s *Storage) Close(ctx context.Context) error {
 	s.mu.Lock()
 	again := s.closed
 	s.closed = true
 	s.mu.Unlock()
 	left := make(chan error, len(s.queues))
-	for _, q := range s.queues { // closed: nobody changes it
+	for _, q := range s.queues { // without the lock: queues does not change once closed is set
 		go func() { left <- q.Close(ctx) }()
 	}
 	var err error
@@ -212,14 +225,16 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 	return s.decide(ctx, r, a, false, 0)
 }
 
-// DecideFresh is Decide for a caller that doubts what Redis has. Where Decide would admit, and a bucket that is
-// asked for more than 0 tokens has no state, or one that was changed last at the time since or before, it changes
-// nothing and returns ErrStale; and so for any bucket where all are asked for 0, to be told what remains. Since is a time
-// by the monotonic clock of this process, in microseconds; 0 doubts no state. By an injected clock, which may
-// stand still, every state is too old.
+// DecideFresh is Decide for a caller that suspects Redis of having forgotten consumption. It returns ErrStale and
+// changes nothing if Decide would admit although the state of a bucket is in doubt: the bucket has no state, or its
+// last change was at since or before. Only buckets with a cost above 0 count. If all costs are 0 the call asks what
+// remains, and then every bucket counts.
 //
-// In any case it returns ErrRestarted when the server does not know the script: it was
-// started again, is a replica that was promoted, or has never decided. The next Decide sends the script.
+// Since is a time of law.Monotonic, in microseconds; with 0 no state is in doubt. With a caller's clock every state is
+// too old, because that clock may stand still.
+//
+// DecideFresh returns ErrRestarted, whatever since is, if the server does not have the script: it has restarted, is a
+// promoted replica, or has never decided. It does not send the script; the next Decide does.
 func (s *Storage) DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error {
 	return s.decide(ctx, r, a, true, since)
 }
@@ -282,7 +297,7 @@ func (s *Storage) Raise(ctx context.Context, d replica.Debt) error {
 	return s.change(ctx, d.Name, d.Identifier, d.Rules, appendDebt(nil, &d))
 }
 
-// Reset implements storage.Storage. A value that this package has not written stays, and is ErrCorruptState.
+// Reset implements storage.Storage. A value that this package did not write is left alone and is ErrCorruptState.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -290,6 +305,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	return s.change(ctx, name, identifier, nil, []byte{opReset, 0})
 }
 
+// change sends one change of an identifier. The rules are needed to name a bucket in an error.
 func (s *Storage) change(ctx context.Context, name, identifier string, rules *storage.RuleSet, args []byte) error {
 	q, c, err := s.ask(ctx, query{key: s.key(name, identifier), change: args, rules: rules})
 	if c != nil {
@@ -298,8 +314,8 @@ func (s *Storage) change(ctx context.Context, name, identifier string, rules *st
 	return err
 }
 
-// key is where an identifier is kept. One with a NUL is in the slot of what stands before it, so that the
-// identifiers of a key on its routes can be consumed together.
+// key returns the key of an identifier; no two names and identifiers share one. An identifier with a NUL is in the slot
+// of the part before the NUL, so that ConsumeAll can take from a key and its routes together.
 func (s *Storage) key(name, id string) string {
 	before, _, cut := strings.Cut(id, "\x00")
 	prefix, tag, mark := s.options.Prefix, "", ":"
@@ -311,12 +327,13 @@ func (s *Storage) key(name, id string) string {
 		return s.options.Prefix + name + ":{" + tagOf(slot(s.key(name, before))) + "}" + id
 	}
 	if strings.Contains(id, "{") {
-		mark = ":{}" // an empty tag: the whole key decides the slot
+		mark = ":{}" // the first tag is empty, so the whole key decides the slot
 	}
 	return prefix + name + mark + id
 }
 
-// moreKeys are the keys of a request's further parts, all of which must be in the first one's slot.
+// moreKeys returns the keys of the parts after the first. In a cluster a key outside the slot of the first is
+// ErrCrossSlot, found before anything is sent.
 func (s *Storage) moreKeys(r *storage.Request, first string) ([]string, error) {
 	var keys []string
 	var here uint16

@@ -10,20 +10,23 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Watch is for package failover. It lowers Options.Timeout to timeout if that is less. From then on report is
-// called once for each batch of calls: with nil when the server has answered it, also where the answer is an
-// error of single keys (ErrCorruptState, BucketError, ErrCrossSlot, ErrStale), else with the error, as the callers
-// see it. A batch that has taken longer than the Timeout is reported then, and not again when it is answered. So is
-// a failure to find the server of a key in a cluster. A caller that leaves early changes nothing.
+// Watch reports the outcome of every batch to package failover. It also lowers Options.Timeout to timeout if that is
+// shorter.
 //
-// Report is called by several goroutines at a time, before the callers return unless they had to give up, and
-// must be quick. It may be called until the Timeout after Close.
+// Report is called once for each batch. Its argument is nil if the server answered, even with errors for single keys
+// (ErrCorruptState, BucketError, ErrCrossSlot, ErrStale). Otherwise it is the error that the callers get. A batch that
+// takes longer than Options.Timeout is reported when that has passed, and not again when it is answered. A failure to
+// find the node of a key in a cluster is reported too. Callers that leave early do not change what is reported.
 //
-// The storage also uses one of 256 variants of its script, at random, so that each process finds out by ErrRestarted
-// that a server has restarted, and not only the one that uses it first. The server keeps each, 15 kB of text.
+// Report must be quick and safe for concurrent use. It is called before the callers of the batch return, unless they
+// have given up. It may be called until Options.Timeout after Close.
 //
-// Watch must be called once, and before the first call has begun: after it, and for a timeout that is not above 0,
-// it returns an *OptionError.
+// Watch also replaces the decision script by one of 256 variants, at random. A process learns of a restart by
+// ErrRestarted only if no other process has sent the new server the same variant before. A server caches each variant:
+// about 15 kB of text.
+//
+// Watch must be called once, and before the first call. A second or late Watch, and a timeout that is not above 0, is
+// an *OptionError.
 func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -42,7 +45,8 @@ func (s *Storage) Watch(timeout time.Duration, report func(err error)) error {
 	return nil
 }
 
-// watch reports what is overdue when the context ends, unless inTime is called before, and then is true.
+// watch reports a timeout when ctx ends. If inTime is called before that it returns true, and nothing is reported. So
+// exactly one side reports: watch, or its caller if inTime is true.
 func (s *Storage) watch(ctx context.Context) (inTime func() bool) {
 	return context.AfterFunc(ctx, func() { s.report(s.unavailable(batch.ErrTimeout)) })
 }
