@@ -13,18 +13,20 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// A batch is what concurrent calls of one identifier each share: it reads their rows, does to them what the calls ask, and
-// writes those that have changed, each on the condition that its version is still the one that was read.
+// A batch is shared by concurrent calls of one identifier each. It reads their rows, applies the calls to them, and
+// writes the rows that have changed. Each write has the condition that the row still has the version that was read.
 //
-// The condition is an optimistic lock. This process decides while it holds no lock, with the arithmetic of package storage,
-// and a denial locks and writes nothing. A lost condition means that somebody else wrote the row in between: what this
-// process decided is void, nothing of it was written, and it may be done again. Another optimistic attempt could lose again
-// and again, so the calls of that row are contended: they are done in a transaction that locks the row first (contended.go).
+// The condition is an optimistic lock. This process decides without holding a lock, with the arithmetic of
+// internal/law, and a denial locks and writes nothing. A failed condition means that another transaction wrote the
+// row since: the decision is void, none of it was written, and it may be made again. A second optimistic attempt
+// could fail too, and so on without end. So the calls of that row become contended: a transaction locks the row
+// before it reads it (contended.go).
 
-// partition executes the calls of some identifiers, one batch after the other. An identifier is always in the same one: two
-// batches of a process in flight at once never write the same row, or each would void what the other has decided.
+// partition executes the calls of some identifiers, one batch at a time. An identifier is always in the same partition:
+// if two batches of a process wrote one row at the same time, one of them would fail its condition.
 //
-// Two partitions overlap the work of this process with that of the server. More make smaller batches and no more decisions.
+// With two partitions this process computes while the server works on the other batch. More partitions make smaller
+// batches, and no more decisions.
 type partition struct {
 	*combine.Queue[query, answer]
 	s      *Storage
@@ -37,8 +39,8 @@ func newPartition(s *Storage) *partition {
 	return p
 }
 
-// run executes a batch. Only rows that are not remembered are read: if there are none the read is saved. If a remembered row
-// turns out to be wrong, or nothing was taken from it, it is read after all.
+// run executes a batch. It reads only the rows that are not remembered, so a batch without any saves a round trip. A
+// remembered row is read after all if its write fails, or if one of its calls takes nothing and so needs a proof.
 func (p *partition) run(ctx context.Context, calls []*call) {
 	rows := rowsOf(calls)
 	now, unknown := p.memory.recall(rows)
@@ -51,7 +53,9 @@ func (p *partition) run(ctx context.Context, calls []*call) {
 	}
 	p.s.swept(len(rows), missing(rows), &calls[0].Query.request, now)
 	act(calls, rows, now)
-	write, again := split(rows) // before any has an answer: a row whose answer is lost must not be done again
+	// Decided before the write: a row whose write may have succeeded, because its answer was lost, must not be done
+	// again.
+	write, again := split(rows)
 	for _, r := range p.write(ctx, write, now, len(unknown) == 0) {
 		if r.remembered {
 			again = append(again, r)
@@ -65,8 +69,8 @@ func (p *partition) run(ctx context.Context, calls []*call) {
 	}
 }
 
-// split returns the rows to be written now, and those to be read first: remembered rows from which a call has taken nothing.
-// Nothing would be written to them, and so nothing would reveal that the memory is stale.
+// split returns the changed rows that can be written now, and those that must be read again: remembered rows with a
+// call that took nothing. Such a call is answered without a write, so nothing would reveal that the memory was stale.
 func split(rows []*row) (write, again []*row) {
 	for _, r := range rows {
 		switch {
@@ -79,7 +83,7 @@ func split(rows []*row) (write, again []*row) {
 	return write, again
 }
 
-// taken reports whether every call of the row has taken something.
+// taken reports whether every call of the row has taken tokens, so that the row will be written for each of them.
 func (r *row) taken() bool {
 	for _, c := range r.calls {
 		if c.Err != nil || !c.Query.taken(&c.Answer) {
@@ -89,8 +93,9 @@ func (r *row) taken() bool {
 	return r.changed
 }
 
-// reread reads rows in place of what was remembered of them, and does again what their calls ask. A row whose version was
-// another one is shared with other processes, and not remembered for a while: the memory of it would mostly be stale.
+// reread reads rows whose memory failed or proves nothing, and applies their calls again. If the version differs from
+// the remembered one, other processes write the row too. Then it is not remembered for ten seconds, as the memory
+// would mostly be stale.
 func (p *partition) reread(ctx context.Context, rows []*row) {
 	var calls []*call
 	remembered := make([]int64, len(rows))
@@ -112,7 +117,7 @@ func (p *partition) reread(ctx context.Context, rows []*row) {
 	}
 }
 
-// read reads rows, and what the server's clock is.
+// read reads rows and returns the server's time, from which the memory derives its estimate.
 func (p *partition) read(ctx context.Context, rows []*row) (now int64, err error) {
 	sent := law.Monotonic()
 	if now, err = p.s.read(ctx, rows); err == nil {
@@ -121,9 +126,10 @@ func (p *partition) read(ctx context.Context, rows []*row) (now int64, err error
 	return now, err
 }
 
-// write writes rows, and returns those whose condition was lost. The calls of rows that somebody keeps locked are contended,
-// and the others are written. After another error it is not known whether the rows were written, so their calls have the
-// error: doing them again could charge twice.
+// write writes rows and returns those whose condition failed. If one of the rows is locked, nothing was written: the
+// calls of the locked rows become contended, and the other rows are written in a second attempt. After any error that
+// does not prove a rollback, the rows may have been written. Then their calls get the error, because doing them again
+// could charge twice.
 func (p *partition) write(ctx context.Context, rows []*row, now int64, memory bool) (lost []*row) {
 	if len(rows) == 0 {
 		return nil
@@ -148,18 +154,19 @@ func (p *partition) write(ctx context.Context, rows []*row, now int64, memory bo
 		}
 	}
 	if len(free) == len(rows) {
-		return rows // the lock has gone meanwhile, and the row has probably changed
+		return rows // the lock has been released since, and its holder has probably written the row
 	}
 	return p.write(ctx, free, now, memory)
 }
 
-// contend has the calls of a row done again under a lock, and later ones from the beginning.
+// contend has the calls of a row done again under a lock. For a second, further calls of the row lock from the start.
 func (p *partition) contend(r *row) {
 	p.s.contended.mark(r.id, time.Second)
 	contend(r.calls)
 }
 
-// rowsOf returns the rows of calls of one identifier each, by id. Calls of one row keep their order.
+// rowsOf returns the rows of calls of one identifier each, sorted by id, and links rows and calls. The calls of a row
+// stay in the order of their arrival.
 func rowsOf(batch []*call) []*row {
 	calls := slices.Clone(batch)
 	slices.SortStableFunc(calls, func(a, b *call) int { return bytes.Compare(a.Query.ids[0], b.Query.ids[0]) })
@@ -176,10 +183,12 @@ func rowsOf(batch []*call) []*row {
 	return rows
 }
 
-// byID is the order in which all statements and transactions of this package lock rows. Two that want the same rows then
-// wait for each other at the first they share, and never in a circle: there are no deadlocks but with strangers.
+// byID is the lock order: all statements and transactions of this package lock rows in the order of their ids. Two that
+// need the same rows meet at the first shared one, and one of them waits there before it holds any row that the other
+// still needs. So deadlocks are possible only with transactions of other programs.
 func byID(a, b *row) int { return bytes.Compare(a.id, b.id) }
 
+// idsOf returns the ids of rows, in the same order.
 func idsOf(rows []*row) [][]byte {
 	ids := make([][]byte, len(rows))
 	for i, r := range rows {
@@ -188,7 +197,7 @@ func idsOf(rows []*row) [][]byte {
 	return ids
 }
 
-// missing counts the rows that are not there.
+// missing counts the rows that do not exist.
 func missing(rows []*row) (n int) {
 	for _, r := range rows {
 		if r.version == 0 {
@@ -198,8 +207,8 @@ func missing(rows []*row) (n int) {
 	return n
 }
 
-// look reads the rows and does to them what the calls ask. It returns those that are to be written, and the
-// server's time.
+// look reads the rows and applies the calls to them. It returns the rows that must be written, and the server's time.
+// If the read fails the calls get the error, and no row is returned.
 func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed []*row, now int64) {
 	now, err := s.read(ctx, rows)
 	if err != nil {
@@ -210,7 +219,7 @@ func (s *Storage) look(ctx context.Context, calls []*call, rows []*row) (changed
 	return act(calls, rows, now), now
 }
 
-// read reads the rows, and returns the server's time.
+// read reads the rows without a lock and returns the server's time.
 func (s *Storage) read(ctx context.Context, rows []*row) (now int64, err error) {
 	err = s.query(ctx, s.sql.read, idsOf(rows), func(r pgx.Rows) (err error) {
 		_, err = scan(r, rows, &now)
@@ -219,7 +228,7 @@ func (s *Storage) read(ctx context.Context, rows []*row) (now int64, err error) 
 	return now, err
 }
 
-// scan reads the answer to s.sql.read or s.sql.lock, and returns how many rows it has.
+// scan reads the answer to s.sql.read or s.sql.lock into the rows, and returns how many there were.
 func scan(r pgx.Rows, rows []*row, now *int64) (n int, err error) {
 	var place, version int64
 	_, err = pgx.ForEachRow(r, []any{&place, &version, nil, now}, func() error {
@@ -231,8 +240,9 @@ func scan(r pgx.Rows, rows []*row, now *int64) (n int, err error) {
 	return n, err
 }
 
-// write writes rows in one transaction, and returns those whose condition failed: another process wrote them or, if all come
-// from memory, the estimate of the clock was wrong.
+// write writes rows in one transaction and returns those whose condition failed: another transaction wrote them or, if
+// memory is set, the estimate of the server's clock was wrong. Memory is set if the batch has read nothing. The rows in
+// the result were not written, and the others are committed.
 func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool) (lost []*row, err error) {
 	settings, err := s.settings(ctx, s.options.Timeout/10)
 	if err != nil {
@@ -254,7 +264,7 @@ func (s *Storage) write(ctx context.Context, rows []*row, now int64, memory bool
 	return lost, nil
 }
 
-// free returns the rows that nobody locks. One that was missing counts as free: it cannot be looked at.
+// free returns the rows that are not locked. A row that was missing counts as free, because nobody can lock it.
 func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 	unlocked := make([]bool, len(rows))
 	err := s.query(ctx, s.sql.free, idsOf(rows), func(r pgx.Rows) (err error) {
@@ -276,7 +286,9 @@ func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 	return free
 }
 
-// queueWrites adds statements that write rows, which are in the order of their ids, and set their written.
+// queueWrites adds the statements that write rows, which must be sorted by id. When the answers are read they set
+// written on the rows that were. A row's next version is at least the server's time, so that a row which was deleted
+// and made again never has an earlier version.
 func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool) {
 	written := func(r pgx.Rows) error {
 		_, err := pgx.ForEachRow(r, []any{nil}, func() error {
@@ -300,13 +312,13 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool)
 	if len(inserts.ids) > 0 {
 		b.Queue(s.sql.insert, inserts.args()...).Query(written)
 	}
-	var read any // when the rows from memory are as the server has them
+	var read any // the estimated time that the server has to confirm, or nil
 	if memory {
 		read = now
 	}
 	switch {
 	case len(updates.ids) == 0:
-	case len(rows) == 1: // in half of the server's time
+	case len(rows) == 1: // a plain UPDATE takes half of the server's time
 		u := &updates
 		b.Queue(s.sql.one, u.ids[0], u.versions[0], u.before[0], u.states[0], u.fullAts[0], u.clocked[0], read).Exec(func(tag pgconn.CommandTag) error {
 			rows[0].written = tag.RowsAffected() == 1
@@ -319,13 +331,14 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool)
 	}
 }
 
-// columns are those of rows to be written.
+// columns collects the values of rows to be written, one array for each column of the table.
 type columns struct {
 	ids, states               [][]byte
 	versions, before, fullAts []int64
 	clocked                   []bool
 }
 
+// add adds a row, without the buckets that are full.
 func (c *columns) add(r *row) {
 	fullAt := r.forget()
 	c.ids = append(c.ids, r.id)
@@ -336,6 +349,7 @@ func (c *columns) add(r *row) {
 	c.clocked = append(c.clocked, r.clocked)
 }
 
+// args returns the parameters of sqlInsert and sqlUpdate.
 func (c *columns) args() []any {
 	return []any{c.ids, c.versions, c.before, c.states, c.fullAts, c.clocked}
 }

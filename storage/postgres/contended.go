@@ -15,35 +15,42 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// Contended are the calls of rows that several processes write at the same moment, or that somebody keeps locked. They are
-// done in a transaction that locks the row before it reads it, so that nobody can write it in between. Calls of several
-// identifiers always are, as they write all of their rows or none.
+// A call is contended if several processes write its row at the same moment, or if somebody keeps the row locked. Its
+// transaction locks the row before it reads it, so that nobody can write it in between. Admissions of calls of several
+// identifiers are always made this way, because they write all of their rows or none.
 
 // marks flags ids for a while, in a fixed hash table. A collision flags a second id, which only costs speed.
 type marks struct {
 	seed  maphash.Seed
-	until [1024]atomic.Int64
+	until [1024]atomic.Int64 // by law.Monotonic
 }
 
+// of returns the place of an id.
 func (m *marks) of(id []byte) *atomic.Int64 {
 	return &m.until[maphash.Bytes(m.seed, id)%uint64(len(m.until))]
 }
 
+// mark flags an id for the duration d from now on.
 func (m *marks) mark(id []byte, d time.Duration) {
 	m.of(id).Store(law.Monotonic() + d.Microseconds())
 }
 
+// marked reports whether an id is flagged.
 func (m *marks) marked(id []byte) bool { return m.of(id).Load() > law.Monotonic() }
 
-// contend answers calls that they have to be done again under a lock.
+// contend answers calls with contended: they were not done, and ask sends them to a queue that locks first.
 func contend(calls []*call) {
 	for _, c := range calls {
 		c.Answer, c.Err = answer{contended: true}, nil
 	}
 }
 
-// runContended executes a batch of contended calls. Each row, and each call of several identifiers, has a transaction of its
-// own. If there are several, none waits long for its lock: it would hold up the answers of the others. Its calls come again.
+// runContended executes a batch of contended calls. It looks without a lock first, because a denial needs none. Then
+// each changed row, and each call of several identifiers, gets a transaction of its own, and all run at the same
+// time.
+//
+// The batch is answered when the slowest transaction is. So if there are several, none waits long for its lock: calls
+// that do not get it stay contended, and ask sends them again.
 func (s *Storage) runContended(ctx context.Context, calls []*call) {
 	type work struct {
 		calls []*call
@@ -63,7 +70,7 @@ func (s *Storage) runContended(ctx context.Context, calls []*call) {
 			all = append(all, work{r.calls, []*row{r}})
 		}
 	}
-	lock := s.options.Timeout * 8 / 10 // a tenth has passed in a batch before, and the server gives up a tenth earlier
+	lock := s.options.Timeout * 8 / 10 // a tenth may have passed in a batch before, and the server stops a tenth early
 	if len(all) > 1 {
 		lock = s.options.Timeout / 10
 	}
@@ -82,16 +89,18 @@ func (s *Storage) runContended(ctx context.Context, calls []*call) {
 	wait.Wait()
 }
 
-// caught is deferred by a goroutine that answers calls.
+// caught is deferred by goroutines that answer calls: after a panic the calls get it as their error, and the program
+// goes on.
 func (s *Storage) caught(calls []*call) {
 	if fault := recover(); fault != nil {
 		s.fail(calls, fmt.Errorf("panic: %v\n\n%s", fault, debug.Stack()))
 	}
 }
 
+// first returns the rows of an answer of look.
 func first(changed []*row, _ int64) []*row { return changed }
 
-// runSeveral executes a call of several identifiers. It reads without a lock first, as a denial needs none.
+// runSeveral executes a call of several identifiers. It looks without a lock first, because a denial needs none.
 func (s *Storage) runSeveral(ctx context.Context, one []*call) {
 	rows := rowsOfOne(one[0])
 	if changed, _ := s.look(ctx, one, rows); len(changed) == 0 {
@@ -103,7 +112,7 @@ func (s *Storage) runSeveral(ctx context.Context, one []*call) {
 	}
 }
 
-// rowsOfOne returns the rows of one call of several identifiers, by id.
+// rowsOfOne returns the rows of one call of several identifiers, sorted by id. Query.rows keeps the order of the parts.
 func rowsOfOne(c *call) []*row {
 	q := &c.Query
 	q.rows = nil
@@ -115,9 +124,11 @@ func rowsOfOne(c *call) []*row {
 	return rows
 }
 
-// transact does what calls ask to rows that it locks, and waits for each lock for as long as given. It begins again if Postgres
-// rolls it back (three times, then somebody else keeps getting in its way) and if a row is removed before it is locked. It
-// does not after other errors: a COMMIT whose answer is lost may have been executed. The calls have its error.
+// transact locks rows, applies calls to them and writes them. It waits for each lock for at most lock.
+//
+// It begins again if Postgres rolls it back, up to three attempts in all, and if a row is removed before it is
+// locked. It never does after another error, because a COMMIT whose answer is lost may have been executed. Then the
+// calls get the error, which it also returns.
 func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock time.Duration) error {
 	if s.blockless.Load() && len(rows) == 1 {
 		return s.race(ctx, calls, rows)
@@ -134,11 +145,11 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 			return nil
 		}
 		if conn.Conn().PgConn().TxStatus() != 'I' {
-			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
+			_, _ = conn.Exec(ctx, "ROLLBACK") // or else Release would close the connection
 		}
 		if noBlocks(err) && len(rows) == 1 {
 			s.blockless.Store(true)
-			conn.Release() // there may be no other
+			conn.Release() // race needs a connection, and the pool may have only this one
 			return s.race(ctx, calls, rows)
 		}
 		if err != nil && (again == 2 || !rolledBack(err)) {
@@ -148,8 +159,9 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 	}
 }
 
-// race is transact of one row where a pooler allows no transactions: it repeats the optimistic write until the condition
-// holds. Each time that it is lost somebody else has made progress, and the context bounds it.
+// race replaces transact for one row if a pooler refuses transactions of several round trips: it repeats read and
+// conditional write until the condition holds. Whenever the condition fails another process has made progress. The
+// context bounds the time.
 func (s *Storage) race(ctx context.Context, calls []*call, rows []*row) error {
 	for {
 		changed, now := s.look(ctx, calls, rows)
@@ -167,8 +179,10 @@ func (s *Storage) race(ctx context.Context, calls []*call, rows []*row) error {
 	}
 }
 
-// attempt is one transaction. Its first round trip makes the rows that are missing, since what is not there cannot be locked,
-// locks all and reads them; its second writes and commits. It is not done if a row was removed in between.
+// attempt is one transaction in two round trips. The first inserts missing rows, because a row that does not exist
+// cannot be locked, then locks all rows and reads them. The second writes the changed rows and commits. If a row was
+// removed between its insertion and its lock, attempt returns false without an error, and the transaction is still
+// open.
 func (s *Storage) attempt(ctx context.Context, conn *pgx.Conn, calls []*call, rows []*row, lock time.Duration) (done bool, err error) {
 	settings, err := s.settings(ctx, lock)
 	if err != nil {

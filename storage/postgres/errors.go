@@ -12,7 +12,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// code is the SQLSTATE of an error, empty if it is none of Postgres.
+// code returns the SQLSTATE of an error, or "" if it is not an error of the server.
 func code(err error) string {
 	var e *pgconn.PgError
 	if errors.As(err, &e) {
@@ -21,27 +21,29 @@ func code(err error) string {
 	return ""
 }
 
-const ( // SQLSTATEs
+// The SQLSTATEs that this package acts on: https://www.postgresql.org/docs/current/errcodes-appendix.html.
+const (
 	serializationFailure = "40001"
 	deadlockDetected     = "40P01"
 	lockNotAvailable     = "55P03"
 )
 
-// rolledBack reports whether the error says that nothing has happened, so that the same may be sent again. No other error
-// does: when an answer is lost the statement may have been executed.
+// rolledBack reports whether the error proves that nothing has happened, so that the same may be sent again. No other
+// error does: if the answer is lost, the statement may have been executed.
 func rolledBack(err error) bool {
 	return code(err) == serializationFailure || code(err) == deadlockDetected || forgotten(err)
 }
 
-// noBlocks reports whether PgBouncer refused a transaction of several round trips, as it does in statement mode.
+// noBlocks reports whether PgBouncer refused a transaction of several round trips because it pools statements.
 func noBlocks(err error) bool {
 	return code(err) == "08P01" && strings.Contains(err.Error(), "statement pooling mode")
 }
 
-// forgotten reports whether a pooler has lost a prepared statement: its name does not exist on the server connection that it
-// was sent to, or exists there already. Nothing has happened.
+// forgotten reports whether a pooler has lost a prepared statement: its name does not exist on the server connection
+// that got it (26000), or another statement has that name there (42P05). Nothing has happened.
 func forgotten(err error) bool { return code(err) == "26000" || code(err) == "42P05" }
 
+// fail ends calls with the error of a round trip.
 func (s *Storage) fail(calls []*call, err error) {
 	err = s.unavailable(err)
 	for _, c := range calls {
@@ -49,8 +51,8 @@ func (s *Storage) fail(calls []*call, err error) {
 	}
 }
 
-// unavailable wraps the error of a round trip. The context of a batch is not the caller's, so its end is told in words:
-// errors.Is must not find it.
+// unavailable wraps the error of a round trip in ErrUnavailable. It replaces the context errors of a batch by words,
+// because callers that test with errors.Is would take them for the end of their own context.
 func (s *Storage) unavailable(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, combine.ErrTimeout) {
 		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, s.options.Timeout, s.busy())
@@ -58,7 +60,7 @@ func (s *Storage) unavailable(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }
 
-// busy says what the pool knows about a missing answer.
+// busy returns what the state of the pool adds to the error of a missing answer.
 func (s *Storage) busy() string {
 	pool := s.pool.Stat()
 	switch {
@@ -70,7 +72,8 @@ func (s *Storage) busy() string {
 	return ""
 }
 
-// wrap returns the error of a round trip, or that of the context of the caller if it has ended.
+// wrap returns the error of a round trip that was made with the caller's own context: the error of ctx if that has
+// ended, and otherwise one that wraps ErrUnavailable.
 func wrap(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
@@ -78,7 +81,7 @@ func wrap(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%w: %s", storage.ErrUnavailable, err.Error()) // by pgx's own deadline, and not the caller's
+		return fmt.Errorf("%w: %s", storage.ErrUnavailable, err.Error()) // a deadline of pgx, and not the caller's
 	}
 	return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 }

@@ -18,64 +18,68 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// The ledger takes what another store has admitted: in batches, each of them once. The row of an origin holds the number of
-// its last batch, and is locked and written in the transaction that charges the batch. So either both are stored or none,
-// and a batch that is sent again finds its number and charges nothing. Two attempts of a batch that overlap, because the
-// answer of the first was slow, wait for each other at the lock of that row.
+// The ledger records in batches what another store has admitted, and charges each batch once. The row of an origin
+// holds the number of its last batch. It is locked and written in the transaction that charges the batch, so either
+// both are stored or neither is. A batch that is sent again finds its number there and charges nothing. If the answer
+// to a batch is slow and it is sent again, the second attempt waits at the lock of that row until the first has
+// ended.
 //
-// A batch takes two round trips: one locks all rows in the order of their ids and reads them, one writes them where they were
-// found. Missing rows are inserted before any lock is taken. To save that statement it runs only if the previous batch needed
-// it; otherwise missing rows are noticed after locking, and the batch begins again.
+// A batch takes two round trips. The first locks all rows in the order of their ids and reads them. The second writes
+// them by their ctid, the place where they were found. Missing rows are inserted before any lock is taken. To save
+// that statement it runs only if the previous batch needed it; otherwise missing rows are noticed after locking, and
+// the batch begins again.
 
 // maxOrigin is the longest origin, in bytes.
 const maxOrigin = 64
 
-// originTime is how long the row of an origin stays after its last batch, in microseconds.
+// originTime is how long the row of an origin stays after its last batch, in microseconds: one hour.
 const originTime = 3_600_000_000
 
-// originFormat begins the state column of an origin. The sequence number follows, as a varint.
+// originFormat is the first byte of the state column in the row of an origin. The sequence number follows as a varint.
 const originFormat = 0xff
 
 // record is one batch.
 type record struct {
 	entries []entry
-	rows    []*row    // all, by id
-	charged []*row    // those that have to be there, the origin's too; none if the batch only reads
+	rows    []*row    // of all entries and the origin, sorted by id
+	charged []*row    // the rows that must exist, with the origin's, sorted by id; none if the batch only reads
 	origin  *row      // nil if nothing is charged
-	seq     int64     // of the batch
-	last    int64     // of the origin, as it was read
-	fresh   bool      // rows were missing
-	made    int       // how many were inserted
-	until   time.Time // when the caller leaves; zero if that is not known
+	seq     int64     // the number of the batch
+	last    int64     // the last number of the origin, as it was read
+	fresh   bool      // rows were missing in some attempt
+	made    int       // how many rows were inserted
+	until   time.Time // the deadline of the caller; zero if there is none
 }
 
 // entry is one charge of a batch.
 type entry struct {
 	change
 	row  *row
-	none bool // all amounts are zero
-	left bool // it was left out
-	debt replica.Debt
+	none bool         // all amounts are zero
+	left bool         // it could not be charged and was left out
+	debt replica.Debt // the answer, without its Amounts until the batch is done
 }
 
-// Record charges all entries of a batch once, or gives back where an amount is negative, and returns for each entry
-// what its buckets owe after the whole batch, as Debt does. The entries may name an identifier several times, with
-// several rules, and have clocks of their own.
+// Record charges all entries of a batch once, and refunds the negative amounts. It returns for each entry the debts
+// of its buckets after the whole batch, as Debt does. Several entries may have the same identifier, with different
+// rules, and each entry may have a clock of its own.
 //
-// Origin is 1 to 64 bytes without a colon, and belongs to one life of one process; seq is above zero and grows from
-// batch to batch. A batch whose seq is not above the last one of the origin was charged before: only what is owed is
-// answered. So a batch that failed, or whose answer was lost, may be sent again with the same seq, until an hour after
-// the origin's last one. A batch of zeros only reads: it locks and writes nothing, and needs no origin and no seq.
+// Origin has 1 to 64 bytes and no colon. It stands for one process from its start to its end, and must not be used
+// again. Seq is above zero and grows from batch to batch. A batch whose seq is not above the last one of its origin
+// has been charged before, so Record only returns the debts. A batch that failed, or whose answer was lost, may
+// therefore be sent again with the same seq, until an hour after the last batch of the origin. If all amounts are
+// zero, Record only reads: it locks and writes nothing, and needs neither origin nor seq.
 //
-// An entry whose row cannot be read, or would have more than
-// law.MaxBuckets buckets, is left out, and its Amounts in the answer are nil. If the row of the origin cannot be
-// read nothing is charged, and the error is ErrCorruptState.
+// An entry is left out, and its Amounts in the answer are nil, if its row cannot be read or would have more than
+// law.MaxBuckets buckets. If the row of the origin cannot be read, nothing is charged, and the error is
+// ErrCorruptState.
 //
-// A Record takes no longer than ctx and Options.Timeout allow. If a lock is not granted in time
-// the error is ErrUnavailable and nothing was charged. After any other failure, or if ctx ends during the call, the batch may
-// have been charged. Record is
-// safe for concurrent use, but a batch that a later one of its origin overtakes counts as charged. Rules must
-// never change.
+// Record takes no longer than ctx and Options.Timeout allow. If a lock is not granted in time the error is
+// ErrUnavailable, and nothing was charged. After any other failure, or if ctx ends during the call, the batch may
+// have been charged.
+//
+// Record is safe for concurrent use. But if a later batch of the same origin is charged first, the earlier one counts
+// as charged and is lost. The rules must never change.
 func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -99,7 +103,7 @@ func (s *Storage) Record(ctx context.Context, origin string, seq int64, batch []
 	return c.Answer, nil
 }
 
-// newRecord copies what the caller may change after it has left.
+// newRecord makes a record of a batch, and copies everything that the caller may change after it has left.
 func newRecord(origin string, seq int64, batch []storage.Charge) (*record, error) {
 	r := &record{entries: make([]entry, len(batch)), seq: seq}
 	charges := false
@@ -124,6 +128,8 @@ func newRecord(origin string, seq int64, batch []storage.Charge) (*record, error
 	return r, nil
 }
 
+// validateOrigin checks the arguments of a batch that charges. Without a colon an origin cannot be the id of an
+// identifier.
 func validateOrigin(origin string, seq int64) error {
 	if origin == "" || len(origin) > maxOrigin || strings.Contains(origin, ":") {
 		return fmt.Errorf("throttler: postgres: the origin %.99q of a batch must have 1 to %d bytes and no colon", origin, maxOrigin)
@@ -134,7 +140,7 @@ func validateOrigin(origin string, seq int64) error {
 	return nil
 }
 
-// addRows adds those of the entries, one for each identifier.
+// addRows adds the rows of the entries, one for each identifier, and sorts all rows by id.
 func (r *record) addRows() {
 	type known struct {
 		row     *row
@@ -184,7 +190,7 @@ func (s *Storage) runRecord(ctx context.Context, one []*combine.Call[*record, []
 	}
 }
 
-// consult reads the rows, and returns the server's time.
+// consult reads the rows of a batch that charges nothing, and returns the server's time.
 func (s *Storage) consult(ctx context.Context, r *record) (now int64, err error) {
 	err = s.query(ctx, s.sql.read, idsOf(r.rows), func(answer pgx.Rows) (err error) {
 		_, err = scan(answer, r.rows, &now)
@@ -193,8 +199,8 @@ func (s *Storage) consult(ctx context.Context, r *record) (now int64, err error)
 	return now, err
 }
 
-// enter charges the batch. It begins again when Postgres rolls it back, and when a row is removed before it
-// is locked.
+// enter charges the batch. It begins again if Postgres rolls it back, up to three attempts in all, and if rows are
+// missing when they are locked. From the second attempt on missing rows are inserted first.
 func (s *Storage) enter(ctx context.Context, r *record) (now int64, err error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -208,7 +214,7 @@ func (s *Storage) enter(ctx context.Context, r *record) (now int64, err error) {
 			return now, nil
 		}
 		if conn.Conn().PgConn().TxStatus() != 'I' {
-			_, _ = conn.Exec(ctx, "ROLLBACK") // without which Release closes the connection
+			_, _ = conn.Exec(ctx, "ROLLBACK") // or else Release would close the connection
 		}
 		if err != nil && (again == 2 || !rolledBack(err)) {
 			return 0, err
@@ -216,6 +222,8 @@ func (s *Storage) enter(ctx context.Context, r *record) (now int64, err error) {
 	}
 }
 
+// enterOnce is one attempt of enter. Without an error, done is false if rows were missing. Then nothing was charged,
+// and the transaction is still open.
 func (s *Storage) enterOnce(ctx context.Context, conn *pgx.Conn, r *record, create bool) (now int64, done bool, err error) {
 	now, err = s.claim(ctx, conn, r, create)
 	if err != nil {
@@ -227,7 +235,7 @@ func (s *Storage) enterOnce(ctx context.Context, conn *pgx.Conn, r *record, crea
 	}
 	b := &pgx.Batch{}
 	if r.last >= r.seq {
-		b.Queue("ROLLBACK") // as it was charged before, and rows that were not there are not needed
+		b.Queue("ROLLBACK") // it was charged before, and the rows that this attempt inserted are not needed
 	} else {
 		r.charge(now)
 		b.Queue(s.sql.record, r.columns(now)...)
@@ -237,8 +245,9 @@ func (s *Storage) enterOnce(ctx context.Context, conn *pgx.Conn, r *record, crea
 	return now, err == nil, err
 }
 
-// claim locks the rows that are there and reads them, and returns the server's time. Before, it may make those
-// that are missing.
+// claim begins a transaction, locks the rows that exist and reads them. If create is set it inserts the missing rows
+// first. It returns the server's time. A lock is waited for until shortly before the caller leaves, so that the
+// server's answer, which proves that nothing was charged, still arrives.
 func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create bool) (now int64, err error) {
 	lock := s.options.Timeout * 8 / 10
 	if !r.until.IsZero() {
@@ -270,7 +279,7 @@ func (s *Storage) claim(ctx context.Context, conn *pgx.Conn, r *record, create b
 	return now, err
 }
 
-// scan reads the answer to s.sql.claim.
+// scan reads the answer to s.sql.claim into the rows, and returns the server's time.
 func (r *record) scan(answer pgx.Rows) (now int64, err error) {
 	var place, version int64
 	var at pgtype.TID
@@ -292,7 +301,7 @@ func (r *record) scan(answer pgx.Rows) (now int64, err error) {
 	return now, err
 }
 
-// sequence reads the state column of an origin: zero in a row that is new.
+// sequence decodes the state column of an origin: the number of its last batch, or zero in a new row.
 func (r *row) sequence(state []byte) (int64, error) {
 	if len(state) == 0 {
 		return 0, nil
@@ -304,7 +313,7 @@ func (r *row) sequence(state []byte) (int64, error) {
 	return int64(n), nil
 }
 
-// charge does to the rows what the entries ask.
+// charge applies the entries to the rows, in order. An entry that a row does not take is left out.
 func (r *record) charge(now int64) {
 	for i := range r.entries {
 		e := &r.entries[i]
@@ -312,7 +321,8 @@ func (r *record) charge(now int64) {
 	}
 }
 
-// columns are those of the rows that have changed, and of the origin's.
+// columns returns the parameters of sqlRecord: the changed rows, and the row of the origin with the number of the
+// batch.
 func (r *record) columns(now int64) []any {
 	var c columns
 	var at []pgtype.TID
@@ -333,7 +343,7 @@ func (r *record) columns(now int64) []any {
 	return append(c.args(), append(at, r.origin.at))
 }
 
-// debts answer the batch.
+// debts returns the answer to the batch, by the clock of each entry or else by the server's.
 func (r *record) debts(now int64) []replica.Debt {
 	out := make([]replica.Debt, len(r.entries))
 	for i := range r.entries {

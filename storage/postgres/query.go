@@ -11,35 +11,39 @@ import (
 
 type call = combine.Call[query, answer]
 
-// query is a decision, a change of one identifier, or the question what it owes.
+// query is a decision, a change of one identifier, or the question for its debt.
+//
+// A batch may read it after its caller has left. The caller may then reuse the memory of the identifiers in request, so
+// the ids are copies, and the identifiers are never read.
 type query struct {
-	ids     [][]byte        // of the parts, or the identifier
-	request storage.Request // its identifiers are the caller's memory, and the ids are not
+	ids     [][]byte        // of the rows, in the order of the parts
+	request storage.Request // of a decision or a question
 	change  *change         // nil for a decision
 	debt    bool            // the caller wants the debt, not the counts of a Peek
 
-	rows []*row // of the ids, filled by the batch
+	rows []*row // of the ids, set by the batch
 }
 
-// change is what happens to one identifier. A Reset has no rules.
+// change is a Charge, a Raise or a Reset of one identifier. A Reset has no rules.
 type change struct {
 	clocked bool
 	now     int64
 	rules   *storage.RuleSet
-	charge  []storage.Amount   // of each rule, or nil
-	debt    [][]storage.Amount // of each rule, or nil
+	charge  []storage.Amount   // one for each rule, or nil
+	debt    [][]storage.Amount // one list for each rule, or nil
 }
 
+// answer is the answer to a query.
 type answer struct {
 	allowed   bool
-	at        int64           // of a decision
-	counts    []storage.Count // of its buckets
-	tokens    int64           // that AtMost took
-	debt      [][]storage.Amount
-	contended bool // and not done
+	at        int64              // when it was decided: the caller's time, or law.Monotonic
+	counts    []storage.Count    // one for each bucket
+	tokens    int64              // what a part with AtMost took
+	debt      [][]storage.Amount // one list for each rule
+	contended bool               // nothing was done; the rest is zero
 }
 
-// mark is what stands for all ids of the query in marks.
+// mark returns the id that stands for the query in marks.
 func (q *query) mark() []byte {
 	if len(q.ids) == 1 {
 		return q.ids[0]
@@ -47,7 +51,7 @@ func (q *query) mark() []byte {
 	return bytes.Join(q.ids, []byte{0})
 }
 
-// rules are those of one of the ids.
+// rules returns the rules of id i.
 func (q *query) rules(i int) *storage.RuleSet {
 	if q.change != nil {
 		return q.change.rules
@@ -55,11 +59,12 @@ func (q *query) rules(i int) *storage.RuleSet {
 	return q.request.Parts[i].Rules
 }
 
-// rowID is the key of a row. Names have no colon.
+// rowID returns the id of a row. Names have no colon, so no two names and identifiers share an id.
 func rowID(name, identifier string) []byte { return []byte(name + ":" + identifier) }
 
-// act does to the rows what the calls ask, by the server's clock where they have none, and returns those that
-// have changed.
+// act applies the calls to the rows, in order, and returns the rows that have changed. Now is the server's time, for
+// calls without a time of their own. Each call gets its answer or error, which counts only once the changed rows are
+// committed.
 func act(calls []*call, rows []*row, now int64) (changed []*row) {
 	for _, c := range calls {
 		q := &c.Query
@@ -81,6 +86,8 @@ func act(calls []*call, rows []*row, now int64) (changed []*row) {
 	return changed
 }
 
+// decide makes the decision over the rows of all parts. Only if it takes tokens does it change rows, and then all of
+// those from which something was taken.
 func (q *query) decide(a *answer, now int64) error {
 	r := &q.request
 	if a.at = law.Monotonic(); r.Clocked {
@@ -120,9 +127,10 @@ func (q *query) decide(a *answer, now int64) error {
 	return nil
 }
 
-// taken reports whether an answer says that costs were taken.
+// taken reports whether the decision with this answer has taken its costs.
 func (q *query) taken(a *answer) bool { return a.allowed && q.request.Mode != storage.Peek }
 
+// owed returns the debt of the query's only row.
 func (q *query) owed(now int64) ([][]storage.Amount, error) {
 	if q.request.Clocked {
 		now = q.request.Now
@@ -130,6 +138,7 @@ func (q *query) owed(now int64) ([][]storage.Amount, error) {
 	return q.rows[0].debt(q.rules(0), now), q.rows[0].fault
 }
 
+// apply makes the change in a row. A fault of the row is the error of every change except a Reset.
 func (d *change) apply(row *row, now int64) error {
 	if d.clocked {
 		now = d.now

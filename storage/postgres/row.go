@@ -11,46 +11,47 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// row is one identifier in one batch. Its states, and what may be done in each:
+// row is one identifier in one batch. These are its states, and what may be done in each:
 //
-//	missing     version 0: nothing is stored. Written by an INSERT that does nothing if somebody else was first
-//	read        as the server has it. Written on the condition of its version
-//	remembered  as this process wrote it last. The same, but what is not written has to be read first (memory)
+//	missing     version 0: nothing is stored. It is written by an INSERT that does nothing if another one was first
+//	read        as the server has it. It is written on the condition of its version
+//	remembered  as this process wrote it last. It is written on the same condition; if it is not written it must be
+//	            read before a call is answered (memory)
 //	locked      read under a lock. The condition always holds
-//	faulty      read, but not of this package. All calls fail but a Reset, which replaces it
-//	changed     by a call, and has to be stored
-//	written     Postgres says so. Until the commit is answered it may still be rolled back
+//	faulty      read, but not in the form of this package. All calls fail except a Reset, which replaces it
+//	changed     by a call. It must be written
+//	written     Postgres has executed the write. Until the commit is answered it may still roll back
 //
-// The rule that keeps it exact: a call that changes a row is answered when the write is committed, and any other call only
-// from a row that was read.
+// One rule keeps decisions exact: a call that changes a row is answered only after the commit, and any other call
+// only from a row that was read.
 //
-// A row goes away when a sweep finds it full, a minute after a Reset, or when somebody deletes it. Its version is at least the
-// server's time, in microseconds, so a row that is made anew repeats none.
+// A row is removed when a sweep finds it full, a minute after a Reset, or by hand. Its version is at least the
+// server's time in microseconds when it was written. So a row that is made again never repeats a version.
 type row struct {
 	id      []byte
-	version int64      // 0 if there is none
-	next    int64      // the version after it is written
-	written bool       // Postgres says so, but may still roll back
-	at      pgtype.TID // where it is, if a Record has locked it
+	version int64      // 0 if the row does not exist
+	next    int64      // its version once it is written
+	written bool       // Postgres has executed the write, but may still roll back
+	at      pgtype.TID // where the row is, if a Record has locked it
 	buckets []bucket
-	fault   error // why the buckets cannot be read
+	fault   error // why the buckets cannot be read, or nil
 
-	changed    bool // and not written yet
-	remembered bool // its version and buckets are from memory
-	now        int64
-	clocked    bool // now is the client's, not the server's
+	changed    bool  // by a call, and not written yet
+	remembered bool  // version and buckets are from memory
+	now        int64 // when it was changed, in microseconds
+	clocked    bool  // now is a caller's time, not the server's
 
-	rules *storage.RuleSet // those that the buckets probably have
-	calls []*call          // those of this identifier, if none of the batch has several
+	rules *storage.RuleSet // the rules that its buckets probably have: those of its first call
+	calls []*call          // its calls, if each call of the batch has one identifier
 }
 
-// bucket is one that was not full when the row was written.
+// bucket is the state of a bucket that was not full when the row was written.
 type bucket struct {
 	name  string
 	state law.State
 }
 
-// is reports whether it is the bucket of a rule.
+// is reports whether b is the bucket of a rule: name, kind and period are equal.
 func (b *bucket) is(r *law.Rule) bool { return b.name == r.Name && b.state.Law.Same(&r.Law) }
 
 // find returns the bucket of a rule, or nil.
@@ -63,7 +64,7 @@ func (r *row) find(rule *law.Rule) *bucket {
 	return nil
 }
 
-// state is that of a bucket, the zero State if there is none.
+// state returns the state of the bucket of a rule, or the zero State if there is none.
 func (r *row) state(rule *law.Rule) (s law.State) {
 	if b := r.find(rule); b != nil {
 		s = b.state
@@ -71,6 +72,7 @@ func (r *row) state(rule *law.Rule) (s law.State) {
 	return s
 }
 
+// set stores the state of the bucket of a rule.
 func (r *row) set(rule *law.Rule, s law.State) {
 	if b := r.find(rule); b != nil {
 		b.state = s
@@ -79,7 +81,8 @@ func (r *row) set(rule *law.Rule, s law.State) {
 	r.buckets = append(r.buckets, bucket{rule.Name, s})
 }
 
-// room returns the error of a call by rules which would leave more buckets than may be.
+// room returns an error if a call with these rules would leave more than law.MaxBuckets buckets in the row. Other
+// buckets that are full do not count.
 func (r *row) room(rules *storage.RuleSet, now int64) error {
 	n := len(rules.Rules)
 	if n+len(r.buckets) <= law.MaxBuckets {
@@ -94,7 +97,7 @@ func (r *row) room(rules *storage.RuleSet, now int64) error {
 	return storage.TooManyBuckets(rules, n)
 }
 
-// debt is what the buckets of rules owe, nil if the row cannot be read.
+// debt returns the debts of the buckets of rules, or nil if the row cannot be read.
 func (r *row) debt(rules *storage.RuleSet, now int64) [][]storage.Amount {
 	if r.fault != nil {
 		return nil
@@ -107,10 +110,10 @@ func (r *row) debt(rules *storage.RuleSet, now int64) [][]storage.Amount {
 	return out
 }
 
-// touch says that the row was changed, and when.
+// touch marks the row as changed at a time.
 func (r *row) touch(clocked bool, now int64) { r.changed, r.clocked, r.now = true, clocked, now }
 
-// reset forgets all buckets, also those that cannot be read.
+// reset removes all buckets, even if they cannot be read. A row that does not exist stays so.
 func (r *row) reset(now int64) {
 	if r.version > 0 || len(r.buckets) > 0 {
 		r.buckets, r.fault = nil, nil
@@ -118,11 +121,11 @@ func (r *row) reset(now int64) {
 	}
 }
 
-// tombstone is how many microseconds the row of an identifier that was reset stays, so that a process which has read or
-// remembers it finds another version.
+// tombstone is how long an empty row stays, in microseconds. Meanwhile a process that has read or remembers the old row
+// finds another version, and its write fails. It must be longer than a process remembers rows (memory.go).
 const tombstone = 60_000_000
 
-// forget drops the buckets that are full, and returns when all others are.
+// forget drops the buckets that are full, and returns the time at which all others are full.
 func (r *row) forget() (fullAt int64) {
 	r.buckets = slices.DeleteFunc(r.buckets, func(b bucket) bool { return b.state.Full(r.now) })
 	if len(r.buckets) == 0 {
@@ -134,12 +137,17 @@ func (r *row) forget() (fullAt int64) {
 	return fullAt
 }
 
-// The state column is format and then, for each bucket, its name behind its length, kind and period, those of a
-// Continuous one refill, tick, units a token and units a tick, when it was last changed, and behind their number its holds:
-// by how much later each ends than the one
-// before, and N. All numbers are varints. It is empty for an identifier that was reset.
+// format is the first byte of the state column: the version of its form. The buckets follow, each with
+//
+//   - the length of its name, and the name
+//   - kind and period; a Continuous one also refill, tick, units in a token and units that drain in a tick
+//   - the time of its last change
+//   - the number of its holds, and of each the time from the end before (or from 0) to its end, and its N
+//
+// All numbers are varints. The column is empty if the row has no buckets, as after a Reset.
 const format = 2
 
+// encode returns the state column.
 func (r *row) encode() []byte {
 	if len(r.buckets) == 0 {
 		return []byte{}
@@ -170,8 +178,11 @@ func (r *row) encode() []byte {
 	return out
 }
 
-// read sets the row to what Postgres has: buckets or a fault. Where a bucket is that of the rule in the same
-// place, and counts in the same units, it shares the rule's name and law.
+// read sets the row to what Postgres has: its buckets, or a fault. It checks everything that the arithmetic relies on,
+// because a row may be damaged or written by hand.
+//
+// If a bucket belongs to the rule at the same index, and counts in the same units, it shares the rule's name and law.
+// That saves two allocations.
 func (r *row) read(version int64, state []byte) {
 	d := decoder{rest: state}
 	if len(state) > 0 && d.bytes(1)[0] != format {
@@ -217,15 +228,16 @@ func (r *row) read(version int64, state []byte) {
 	}
 }
 
-// most is the largest number of the arithmetic.
+// most is the largest number that may be stored: the arithmetic is exact below 2^53.
 const most = 1<<53 - 1
 
-// decoder reads what there is. After a fault there is nothing more.
+// decoder decodes a state column. After a fault nothing is left, and everything further is zero.
 type decoder struct {
 	rest  []byte
-	fault string // what cannot be read
+	fault string // the first thing that cannot be read, or ""
 }
 
+// fail ends the decoding.
 func (d *decoder) fail(what string) {
 	if d.fault == "" {
 		d.fault = what
@@ -233,6 +245,7 @@ func (d *decoder) fail(what string) {
 	d.rest = nil
 }
 
+// number decodes a varint, which is a fault if it is above most.
 func (d *decoder) number(what string, most int64) int64 {
 	n, size := binary.Uvarint(d.rest)
 	if size <= 0 || n > uint64(most) {
@@ -243,6 +256,7 @@ func (d *decoder) number(what string, most int64) int64 {
 	return int64(n)
 }
 
+// bytes returns the next n bytes, which are part of the column.
 func (d *decoder) bytes(n int64) []byte {
 	if n > int64(len(d.rest)) {
 		d.fail("name")

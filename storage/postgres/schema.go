@@ -15,8 +15,9 @@ import (
 //go:embed schema.sql
 var schemaSQL string
 
-// Schema returns the SQL that New executes: one table, for people who do that by migrations of their own
-// (Options.NoSchema). It may be executed any number of times.
+// Schema returns the SQL by which New creates its table, for programs that execute it in a migration of their own and
+// set Options.NoSchema. Executing it again does no harm. Only the options Schema, TablePrefix and Unlogged count; nil
+// means the defaults. Schema does not check them.
 func Schema(o *Options) string {
 	var p Options
 	if o != nil {
@@ -30,7 +31,7 @@ func Schema(o *Options) string {
 	return strings.ReplaceAll(sql, "throttler_state", p.table())
 }
 
-// table is its name, quoted.
+// table returns the quoted name of the table.
 func (o *Options) table() string {
 	if o.Schema == "" {
 		return pgx.Identifier{o.TablePrefix + "_state"}.Sanitize()
@@ -38,8 +39,9 @@ func (o *Options) table() string {
 	return pgx.Identifier{o.Schema, o.TablePrefix + "_state"}.Sanitize()
 }
 
-// install executes the schema unless the table is there. One process at a time does. Where no Schema was given it
-// becomes that in which the table is, or will be.
+// install creates the table unless it exists; one process at a time does so. If Options.Schema is empty, install sets
+// it to the schema in which the table is or will be. So later changes of the search_path do not lead to another
+// table.
 func (s *Storage) install(ctx context.Context) error {
 	there, err := s.find(ctx)
 	if there || err != nil {
@@ -47,21 +49,22 @@ func (s *Storage) install(ctx context.Context) error {
 	}
 	_, failed := s.pool.Exec(ctx, sqlInstall+Schema(&s.options))
 	if there, err = s.find(ctx); there || err != nil {
-		return err // also if another process was first, and this one may not create it
+		return err // the table is there, even if the creation failed: another process was first
 	}
 	return wrap(ctx, failed)
 }
 
-// shape are the columns of the table by name, and the one that is unique.
+// shape is the answer to sqlFind for the table of this package: its columns, sorted by name, and the unique one.
 const shape = "before int8, clocked bool, full_at int8, id bytea, state bytea, version int8, unique id"
 
-// kinds of what may have the name of a table.
+// kinds names the relations that may have the name of a table, by pg_class.relkind.
 var kinds = map[string]string{
 	"r": "a table", "p": "a partitioned table", "f": "a foreign table", "v": "a view", "m": "a materialized view",
 	"i": "an index", "I": "an index", "S": "a sequence", "c": "a type",
 }
 
-// find reports whether the table is there. What has its name and is none of ours is an error, and left alone.
+// find reports whether the table exists. If something else has its name the error is an *OptionError, and nothing is
+// changed.
 func (s *Storage) find(ctx context.Context) (there bool, err error) {
 	var schema, kind, found *string
 	err = s.query(ctx, sqlFind, s.options.table(), func(r pgx.Rows) error {

@@ -13,17 +13,20 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// Connections send statements in the mode that the pool was opened with, by default as prepared statements with a name. Behind
-// a pooler a name may be gone at the next transaction, which has another connection to the server. The first error that shows
-// it has this storage send unnamed statements from then on, as in the mode exec, which every server and pooler takes.
+// Statements are sent in the mode with which the pool was opened; by default they are prepared and have a name.
+// Behind a pooler the next transaction may get another connection to the server, where the name does not exist. The
+// first error of that kind makes this storage send unnamed statements from then on. That is pgx's mode exec, which
+// works with every server and pooler.
 
-// plain reports whether statements go unnamed: where names were lost, and in simple_protocol if pgx cannot quote values.
+// plain reports whether statements are sent unnamed: a pooler has lost names, or the mode is simple_protocol and pgx
+// cannot quote values under the settings of the connection.
 func (s *Storage) plain(conn *pgx.Conn) bool {
 	is := conn.PgConn().ParameterStatus
 	return s.forgetful.Load() || s.mode == pgx.QueryExecModeSimpleProtocol && (is("standard_conforming_strings") != "on" || is("client_encoding") != "UTF8")
 }
 
-// query sends one statement, by any connection.
+// query sends one statement through any connection, and scan reads the answer. A statement whose name was lost has
+// not been executed, so it is sent again without a name.
 func (s *Storage) query(ctx context.Context, sql string, arg any, scan func(pgx.Rows) error) error {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -31,7 +34,8 @@ func (s *Storage) query(ctx context.Context, sql string, arg any, scan func(pgx.
 	}
 	defer conn.Release()
 	for {
-		// In describe_exec pgx sends it in two halves, and a pooler may join the second one with the first of another.
+		// In describe_exec pgx sends a statement in two halves, and a pooler may send them to different connections,
+		// between the halves of others.
 		plain := s.plain(conn.Conn()) || s.mode == pgx.QueryExecModeDescribeExec
 		args := []any{arg}
 		if plain {
@@ -48,7 +52,7 @@ func (s *Storage) query(ctx context.Context, sql string, arg any, scan func(pgx.
 	}
 }
 
-// exchangeAny is exchange by any connection.
+// exchangeAny is exchange through any connection.
 func (s *Storage) exchangeAny(ctx context.Context, b *pgx.Batch) error {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -58,7 +62,8 @@ func (s *Storage) exchangeAny(ctx context.Context, b *pgx.Batch) error {
 	return s.exchange(ctx, conn.Conn(), b)
 }
 
-// exchange sends a batch in one round trip, and has its functions read the answers.
+// exchange sends a batch of statements in one round trip, and lets the function of each statement read its answer. It
+// does not repeat a batch whose names were lost; rolledBack tells the caller that it may.
 func (s *Storage) exchange(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
 	if s.plain(conn) {
 		return sendPlain(ctx, conn, b)
@@ -70,7 +75,7 @@ func (s *Storage) exchange(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) er
 	return err
 }
 
-// sendPlain is SendBatch of pgx in the mode exec.
+// sendPlain is pgx's SendBatch in the mode exec: it sends a batch of unnamed statements, and stops at the first error.
 func sendPlain(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
 	out, args := &pgconn.Batch{}, &pgx.ExtendedQueryBuilder{}
 	for _, q := range b.QueuedQueries {
@@ -100,17 +105,19 @@ func sendPlain(ctx context.Context, conn *pgx.Conn, b *pgx.Batch) error {
 
 // result is the answer to one statement of a batch.
 type result struct {
-	pgx.BatchResults // whose other methods nobody calls
+	pgx.BatchResults // nil: its other methods are never called
 	reader           *pgconn.ResultReader
 	types            *pgtype.Map
 }
 
+// Exec implements pgx.BatchResults.
 func (r result) Exec() (pgconn.CommandTag, error) { return r.reader.Close() }
 
+// Query implements pgx.BatchResults.
 func (r result) Query() (pgx.Rows, error) { return pgx.RowsFromResultReader(r.types, r.reader), nil }
 
-// octets are column i, a bytea, of the row that was read, valid until the next one is. As text it has one of two
-// forms, by the setting bytea_output.
+// octets returns column i, a bytea, of the present row. It is valid until the next row is read. In a text answer it
+// is in one of two forms, depending on the setting bytea_output.
 func octets(r pgx.Rows, i int) ([]byte, error) {
 	raw := r.RawValues()[i]
 	switch {
@@ -122,7 +129,8 @@ func octets(r pgx.Rows, i int) ([]byte, error) {
 	return unescape(raw)
 }
 
-// unescape decodes the form "escape": a backslash is doubled, or before the three octal digits of another byte.
+// unescape decodes the form "escape" of a bytea: a backslash is doubled, or begins three octal digits that stand for
+// a byte. See https://www.postgresql.org/docs/current/datatype-binary.html.
 func unescape(raw []byte) ([]byte, error) {
 	out := make([]byte, 0, len(raw))
 	for len(raw) > 0 {
@@ -142,8 +150,10 @@ func unescape(raw []byte) ([]byte, error) {
 	return out, nil
 }
 
-// settings are such that the server gives up before the context does, as pgx closes the connection when that
-// ends. No lock is waited for longer than given.
+// settings returns the parameters of sqlSettings. The server must give up before ctx ends, because pgx then closes
+// the connection: so statements may take the time that ctx has left, less a tenth of Options.Timeout (at least 5 ms).
+// A lock is waited for for at most lock. If less than a millisecond is left, nothing is sent, and the error is
+// DeadlineExceeded.
 func (s *Storage) settings(ctx context.Context, lock time.Duration) ([]any, error) {
 	deadline, _ := ctx.Deadline()
 	left := time.Until(deadline) - max(5*time.Millisecond, s.options.Timeout/10)
@@ -153,4 +163,5 @@ func (s *Storage) settings(ctx context.Context, lock time.Duration) ([]any, erro
 	return []any{milliseconds(max(time.Millisecond, min(lock, left))), milliseconds(left), s.options.SynchronousCommit}, nil
 }
 
+// milliseconds returns a duration as a Postgres setting.
 func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }

@@ -1,9 +1,10 @@
 // Package postgres keeps consumption in PostgreSQL 14 or newer, where any number of processes share it.
 //
-// Each identifier is one row. A decision reads it and, if it admits, writes it on the condition that nobody else has written
-// it in between; if somebody has, it begins again under a lock. So a denial is one round trip, locks nothing and writes
-// nothing. An admission is two, or one if this process was the last to write the row, a moment ago. Concurrent decisions of a
-// process share round trips, and none waits for company. The clock is the server's unless one is injected.
+// Each identifier is one row. A decision reads the row and, if it admits, writes it on the condition that nobody else
+// has written it since. If somebody has, the decision begins again under a lock. So a denial takes one round trip,
+// and locks and writes nothing. An admission takes two round trips, or one if this process wrote the row last, a
+// moment ago. Concurrent decisions of one process share round trips, and no decision is held back to fill a batch.
+// The clock is the server's unless the throttler has one of its own.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	store, err := pgstore.New(ctx, pool, nil)
@@ -31,10 +32,10 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Source is what Verdict.Source says of this storage's answers.
+// Source is the value of Verdict.Source for answers of this storage.
 const Source = "postgres"
 
-// Defaults of Options. A commit waits for the disk, and a busy one takes tens of milliseconds.
+// Defaults of Options. A commit waits for the disk, and a busy disk takes tens of milliseconds.
 const (
 	DefaultTablePrefix = "throttler"
 	DefaultTimeout     = 500 * time.Millisecond
@@ -42,32 +43,32 @@ const (
 
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
-	// Schema is where the table is. By default it is where New finds one, or makes it, by the search_path of the
-	// role. The schema is not created.
+	// Schema is the schema of the table. By default it is the one in which New finds the table by the role's
+	// search_path, or else creates it. New never creates the schema itself.
 	Schema string
 
-	// TablePrefix begins the name of the table, by default DefaultTablePrefix, which makes it throttler_state. It has at
-	// most 40 bytes.
+	// TablePrefix begins the name of the table, in at most 40 bytes. By default it is DefaultTablePrefix, and the
+	// table is throttler_state.
 	TablePrefix string
 
-	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout. At
-	// least 10 ms. The server gives up when nine tenths have passed, waiting for a lock a little earlier.
+	// Timeout is the longest time that a call takes, even if its context allows more. It is at least 10 ms; zero means
+	// DefaultTimeout. The server ends a statement after nine tenths of it, and the wait for a lock a little earlier.
 	Timeout time.Duration
 
-	// SynchronousCommit is that setting of Postgres for the transactions of this storage: "on", "off", "local",
-	// "remote_write" or "remote_apply". Empty leaves what the server has. With "off" a crash of the server
-	// forgets what was admitted in up to about the last 600 ms, and admits it again.
+	// SynchronousCommit sets synchronous_commit for the transactions of this storage: "on", "off", "local",
+	// "remote_write" or "remote_apply". If it is empty the setting of the server applies. With "off" a crash of the
+	// server forgets the admissions of about the last 600 ms, and those tokens can be taken again.
 	SynchronousCommit string
 
-	// Unlogged makes the table an unlogged one when it is created. That writes less, and a crash of the
-	// server, or of a single backend, forgets everything. A standby does not have it.
+	// Unlogged makes New create an UNLOGGED table. Such a table writes less, but a crash of the server, or of a single
+	// backend, forgets everything. A standby does not have its content. An existing table stays as it is.
 	Unlogged bool
 
-	// NoSchema says that somebody else has executed Schema: New then creates nothing.
+	// NoSchema makes New send nothing and create nothing: somebody else has executed Schema.
 	NoSchema bool
 }
 
-// OptionError is a fault in what New was given.
+// OptionError is a fault in an argument of New.
 type OptionError struct {
 	Field  string // Pool or a field of Options
 	Reason string // what was given and what is allowed
@@ -79,16 +80,17 @@ func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: postgres: %s %s", e.Field, e.Reason)
 }
 
-// Unwrap returns ErrCorruptState if another table has the name that TablePrefix leads to, else nil.
+// Unwrap returns ErrCorruptState if something else has the name of the table, and nil otherwise.
 func (e *OptionError) Unwrap() error { return e.cause }
 
-// Storage is safe for concurrent use. It is made by New.
+// Storage keeps consumption in Postgres. New makes one, and all methods are safe for concurrent use.
 //
-// What was sent is sent again only if it changed nothing: when somebody else has written or locks the row, and
-// after an error which says that it was rolled back. When the answer is lost it may have been executed, once.
+// A call sends its changes again only if they did not take effect: another transaction has written or locked the row,
+// or the error says that Postgres rolled back. If the answer is lost, the changes may have been made, but at most
+// once.
 //
-// A call that Postgres does not answer in time, or answers with an error, wraps ErrUnavailable and the
-// cause, a *pgconn.PgError if the server said it.
+// If Postgres does not answer in time, or answers with an error, the error wraps ErrUnavailable. It also wraps the
+// cause: a *pgconn.PgError if it came from the server.
 type Storage struct {
 	pool    *pgxpool.Pool
 	options Options
@@ -96,30 +98,33 @@ type Storage struct {
 	seed    maphash.Seed
 
 	mode      pgx.QueryExecMode // of the pool
-	forgetful atomic.Bool       // a pooler is, of the names of statements
-	blockless atomic.Bool       // a pooler lets nobody begin a transaction
+	forgetful atomic.Bool       // a pooler has lost a prepared statement: send unnamed ones
+	blockless atomic.Bool       // a pooler refuses transactions of several round trips
 
-	partitions [2]*partition                    // of calls of one identifier
-	locked     [8]*combine.Queue[query, answer] // of contended calls, also by identifier
-	several    *combine.Queue[query, answer]    // of calls of several identifiers, each on its own
-	ledger     *combine.Queue[*record, []replica.Debt]
+	partitions [2]*partition                           // for calls of one identifier, which decides the partition
+	locked     [8]*combine.Queue[query, answer]        // for contended calls; the first identifier decides the queue
+	several    *combine.Queue[query, answer]           // for calls of several identifiers, one call in a batch
+	ledger     *combine.Queue[*record, []replica.Debt] // for Record, one call in a batch
 
-	closed    atomic.Bool // by Close, which need not wait for the queues to know it
-	fresh     atomic.Bool // the last Record had to make rows
-	contended marks       // rows that are locked from the beginning
-	shared    marks       // rows that others write too
+	closed    atomic.Bool // Close was called; set before the queues are closed one by one
+	fresh     atomic.Bool // the last Record had to insert rows, so the next one tries that first
+	contended marks       // rows whose calls lock first
+	shared    marks       // rows that other processes write too, and memory therefore leaves out
 	sweeps    sweeps
 }
 
 var _ replica.Storage = (*Storage)(nil)
 
-// New returns a storage on a pool, which the caller closes after it. It creates the table if
-// it is not there, unless NoSchema says otherwise; any number of processes may do so at once, and when nothing is
-// to be done no right to create is needed. What has the table's name and is none of this package's is an
-// OptionError that wraps ErrCorruptState, and left alone.
+// New returns a storage that uses a pool. The caller closes the pool after the storage. A nil o means the defaults.
 //
-// The pool may have any size and any default_query_exec_mode, and PgBouncer in front of it, which pools sessions or
-// transactions.
+// New creates the table if it does not exist, unless NoSchema is set. Any number of processes may do so at once. If
+// the table exists, New needs no right to create. If something else has the table's name, New leaves it alone and
+// returns an
+// *OptionError that wraps ErrCorruptState. All faults of the arguments are joined, each an *OptionError. New sends its
+// queries within ctx; an error of the server wraps ErrUnavailable.
+//
+// The pool may have any size and any default_query_exec_mode. There may be a PgBouncer in between that pools sessions
+// or transactions.
 func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) {
 	s := &Storage{pool: pool}
 	if o != nil {
@@ -152,6 +157,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Storage, error) 
 	return s, nil
 }
 
+// validate returns all faults of the arguments of New, joined.
 func (o *Options) validate(pool *pgxpool.Pool) error {
 	var faults []error
 	fault := func(field, format string, args ...any) {
@@ -174,8 +180,8 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	return errors.Join(faults...)
 }
 
-// Close refuses further calls with ErrClosed, and waits for those in flight: until Options.Timeout has passed, or until
-// the context ends, whose error it returns then. It may be called again. It does not close the pool.
+// Close makes further calls return ErrClosed and waits for the calls in flight, for at most Options.Timeout. If ctx
+// ends earlier it returns the error of ctx. Closing twice is harmless. Close does not close the pool.
 func (s *Storage) Close(ctx context.Context) error {
 	s.closed.Store(true)
 	ended := make(chan struct{})
@@ -191,6 +197,7 @@ func (s *Storage) Close(ctx context.Context) error {
 	}
 }
 
+// closeAll closes all queues at the same time. Each waits for its batches, for at most Options.Timeout.
 func (s *Storage) closeAll() {
 	var wait sync.WaitGroup
 	for _, p := range s.partitions {
@@ -274,12 +281,14 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	return s.change(ctx, name, identifier, &change{})
 }
 
+// change sends one change of an identifier.
 func (s *Storage) change(ctx context.Context, name, identifier string, d *change) error {
 	_, err := s.ask(ctx, &query{ids: [][]byte{rowID(name, identifier)}, change: d})
 	return err
 }
 
-// ask sends a query. One that turns out to be contended is sent again, within the same time.
+// ask sends a query to the queue of its first id, and returns the answer. If the answer is that the row is contended,
+// nothing was done, and the query is sent again to a queue that locks first. All attempts share one Options.Timeout.
 func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
 	if s.closed.Load() {
 		return a, storage.ErrClosed
@@ -307,6 +316,7 @@ func (s *Storage) ask(ctx context.Context, q *query) (a answer, err error) {
 	return a, err
 }
 
+// send sends a query through a queue.
 func (s *Storage) send(ctx context.Context, queue *combine.Queue[query, answer], q *query) (a answer, err error) {
 	c := queue.Get()
 	defer queue.Put(c)
