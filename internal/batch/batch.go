@@ -1,19 +1,32 @@
 // Package batch lets the concurrent calls of one process share round trips to a server.
 //
-// A call that finds fewer than Options.InFlight batches in flight is sent at once, alone: no call ever waits for
-// company. The calls that come while all batches are in flight wait in the queue, and the next batch to be answered
-// takes them along. So batches are as large as the server makes callers wait, and no larger.
+// A call that finds fewer than Options.InFlight batches in flight is sent at once, alone: no call is ever held back
+// to fill a batch. Calls that come while all batches are in flight wait in the queue. The next batch to be answered
+// takes them along. So the size of batches follows from how long the server makes callers wait.
 //
 //	c := q.Get()
 //	defer q.Put(c)
 //	c.Query = query
 //	if err := q.Do(ctx, c); err != nil {
-//		return c.Sent(), err // what was not sent is never executed
+//		return c.Sent(), err // a call that was not sent is never executed
 //	}
 //	use(c.Answer)
 //
-// Batches run in goroutines of their own, so that a caller waits for the queue and never for a socket, unless it
-// chooses to with DoInline. An idle queue has no goroutine.
+// Batches run in goroutines of their own. A caller therefore waits for the queue and never for a socket, unless it uses
+// DoInline. An idle queue has no goroutine.
+//
+// # Who owns a call
+//
+// A Call passes from hand to hand, and only its present owner may touch it:
+//
+//   - the caller, from Get until Do enters it into the queue;
+//   - the queue, under its lock, while the call waits;
+//   - the batch, from fill until finish sends the token on done;
+//   - the caller again, once it has received that token, or once it has left a queue that had not sent the call.
+//
+// A caller that leaves after its call was sent never gets it back: the batch may still touch it, so the call is lost
+// and Put does not reuse it. Whoever takes a call out of the queue (fill, leave or shut) does so under the lock, so
+// exactly one of them does.
 package batch
 
 import (
@@ -28,34 +41,36 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// ErrTimeout is returned to a call that was not answered within Options.Timeout.
+// ErrTimeout is the error of a call that was not answered within Options.Timeout.
 var ErrTimeout = errors.New("batch: no answer in time")
 
-// stuck is how many batches that were given up may be in flight besides Options.InFlight.
+// stuck is how many overdue batches may be in flight in addition to Options.InFlight. An overdue batch makes room for
+// another one, so that a connection which hangs does not stop the queue. The bound keeps a server that answers nothing
+// from collecting goroutines and connections.
 const stuck = 16
 
 // Options of a Queue. Timeout is required.
 type Options struct {
-	InFlight int           // most batches in flight at a time, by default 2; stuck ones may add 16
-	Size     int           // most calls of one batch, by default 128
-	Timeout  time.Duration // the longest that a call waits, queued and in flight together, and that a batch is waited for
+	InFlight int           // most batches in flight at a time, by default 2; up to 16 overdue ones come on top
+	Size     int           // most calls in a batch, by default 128
+	Timeout  time.Duration // longest time for a call, in the queue and in flight together, and for a batch
 }
 
-// Call is one query and its answer. It comes from Get, is for one Do, and goes back with Put.
+// Call is one query and its answer. It comes from Get, is used for one Do, and is given back by Put.
 type Call[Q, A any] struct {
 	Query  Q
-	Answer A     // set by run; the caller's once Do returned nil
+	Answer A     // set by run; valid for the caller once Do has returned nil
 	Err    error // set by run, and returned by Do
 
 	next, prev *Call[Q, A]   // the neighbours in the queue, nil outside of it
-	done       chan struct{} // has room for the one token that says that Answer and Err are set
-	timer      *time.Timer
-	sent       bool
-	lost       bool // the caller left, and the batch may still touch the call
+	done       chan struct{} // gets one token when Answer and Err are set; its buffer keeps the sender from waiting
+	timer      *time.Timer   // ends the wait of the caller
+	sent       bool          // taken into a batch
+	lost       bool          // the caller left after the call was sent: the batch may still touch it
 }
 
-// Sent reports, after Do returned an error, whether the call was taken into a batch. If it was, it
-// may have been executed, or may be later. If it was not, it never is.
+// Sent reports, after Do returned an error, whether the call was taken into a batch. If it was, it may have been
+// executed, or may be executed later. If it was not, it never will be.
 func (c *Call[Q, A]) Sent() bool { return c.sent }
 
 // Queue gathers calls into batches. All methods are safe for concurrent use.
@@ -65,20 +80,25 @@ type Queue[Q, A any] struct {
 	calls   sync.Pool
 	drained chan struct{} // closed when the queue is closed and nothing is in flight
 
-	// mu guards all below, the links and sent of calls that are in the queue, and the running, late and
-	// deadline of batches. Whoever unlocks it leaves no call in the queue while a batch may start.
+	// mu guards the fields below, the links and sent of calls in the queue, and running, late and deadline of all
+	// batches. It is held for short steps only, and never while run executes.
+	//
+	// The invariant: when mu is unlocked, either the queue is empty or no further batch may start. Everything that adds
+	// a call or ends a batch or makes one overdue restores it, so no call can be forgotten.
 	mu       sync.Mutex
-	waiting  Call[Q, A] // its next is the first in the queue, its prev the last
-	inFlight int        // batches, also late ones
-	late     int        // those that have taken longer than Timeout
-	idle     []*batch[Q, A]
-	closed   bool
+	waiting  Call[Q, A]     // the head of a ring: next is the first call in the queue, prev the last
+	inFlight int            // batches, including the overdue ones
+	late     int            // overdue batches: in flight for longer than Timeout
+	idle     []*batch[Q, A] // batches to be used again
+	closed   bool           // never set back; then the queue stays empty
 }
 
-// New returns a queue whose batches are executed by run: it sets Answer and Err of each call, which are
-// zero and remain so where it does not, and keeps neither the calls nor the slice. The calls are in the
-// order of their arrival. The context ends after Options.Timeout and when run returns. If run panics,
-// the calls that have no Err get one that holds the panic and its stack. New panics without a Timeout.
+// New returns a queue. Run executes a batch, whose calls are in the order of their arrival. It sets Answer and Err of
+// each call; both are zero before and stay so if it does not. It must not keep the calls or the slice after it has
+// returned. Its context ends after Options.Timeout, and when run returns. Different batches call run concurrently.
+//
+// If run panics, the calls without an Err get one that wraps storage.ErrUnavailable and has the panic and its stack.
+// New panics if Options.Timeout is not above zero.
 func New[Q, A any](o Options, run func(ctx context.Context, calls []*Call[Q, A])) *Queue[Q, A] {
 	if o.Timeout <= 0 {
 		panic(fmt.Sprintf("batch: Options.Timeout is %v and must be above zero", o.Timeout))
@@ -99,23 +119,26 @@ func New[Q, A any](o Options, run func(ctx context.Context, calls []*Call[Q, A])
 	return q
 }
 
-// Get returns a call whose Query is to be set.
+// Get returns an empty call, for the caller to set its Query.
 func (q *Queue[Q, A]) Get() *Call[Q, A] { return q.calls.Get().(*Call[Q, A]) }
 
-// Put takes back a call that nobody will use any more, whatever became of it.
+// Put takes back a call of Get, whatever Do returned. The caller must not use it any more.
 func (q *Queue[Q, A]) Put(c *Call[Q, A]) {
-	if c.lost {
+	if c.lost { // a batch may still set its Answer, which another caller would get
 		return
 	}
 	*c = Call[Q, A]{done: c.done, timer: c.timer}
 	q.calls.Put(c)
 }
 
-// Do waits until the call was answered, and returns its Err. If the context ends before, it returns
-// the context's error at once, after Options.Timeout ErrTimeout, and storage.ErrClosed if the queue
-// was closed before the call was sent. When the context has ended too, that is the error in place of ErrTimeout or
-// of a storage.ErrUnavailable. What it sent it cannot call back: when Sent is true after one
-// of these errors, what Query refers to must never change again, and Answer and Err are not the caller's.
+// Do enters the call into the queue, waits for its answer, and returns its Err. There are other errors:
+//
+//   - the context's as soon as it ends, also in place of an ErrTimeout or storage.ErrUnavailable that came first
+//   - ErrTimeout after Options.Timeout
+//   - storage.ErrClosed if the queue was closed before the call was sent
+//
+// A call that was sent cannot be called back. If Sent is true after one of these errors, the memory to which Query
+// refers must never change again, and the caller must not read Answer and Err.
 func (q *Queue[Q, A]) Do(ctx context.Context, c *Call[Q, A]) error {
 	err := q.do(ctx, c)
 	if ended := ctx.Err(); ended != nil && (errors.Is(err, ErrTimeout) || errors.Is(err, storage.ErrUnavailable)) {
@@ -124,9 +147,11 @@ func (q *Queue[Q, A]) Do(ctx context.Context, c *Call[Q, A]) error {
 	return err
 }
 
-// DoInline is Do without the two handovers between goroutines: if a batch may start at once, the caller executes run
-// itself, in place of the queue's. It is for a context that can never end, and run must return when its own context
-// ends: nothing else ends the call.
+// DoInline is Do without the two handovers between goroutines, which take about half of the time of a fast round
+// trip. If a batch may start at once, the caller executes it in its own goroutine, with the run that is given here
+// instead of the queue's.
+//
+// Ctx must be one that can never end, and run must return when its own context ends: nothing else ends the call.
 func (q *Queue[Q, A]) DoInline(ctx context.Context, c *Call[Q, A], run func(ctx context.Context, calls []*Call[Q, A])) error {
 	if b := q.alone(c); b != nil {
 		b.run = run
@@ -135,6 +160,7 @@ func (q *Queue[Q, A]) DoInline(ctx context.Context, c *Call[Q, A], run func(ctx 
 	return q.Do(ctx, c)
 }
 
+// do is Do without the preference for the context's error.
 func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -154,7 +180,7 @@ func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	}
 }
 
-// enter puts the call in the queue, unless the queue is closed.
+// enter puts the call at the end of the queue, unless the queue is closed, and starts a batch if one may start.
 func (q *Queue[Q, A]) enter(c *Call[Q, A]) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -167,7 +193,8 @@ func (q *Queue[Q, A]) enter(c *Call[Q, A]) bool {
 	return true
 }
 
-// alone returns a batch of this call only, for its caller to run, or nil if none may start.
+// alone returns a batch with only this call, for its caller to run. It returns nil if other calls wait, as they come
+// first, or if no batch may start.
 func (q *Queue[Q, A]) alone(c *Call[Q, A]) *batch[Q, A] {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -178,10 +205,11 @@ func (q *Queue[Q, A]) alone(c *Call[Q, A]) *batch[Q, A] {
 	return q.next()
 }
 
-// leave ends the call with err, or with its answer if that came meanwhile.
+// leave ends the call with err, or with its answer if that has come in the meantime. A call that still waits is taken
+// out of the queue, so that it is never sent.
 func (q *Queue[Q, A]) leave(c *Call[Q, A], err error) error {
 	q.mu.Lock()
-	if c.next != nil {
+	if c.next != nil { // still in the queue: neither fill nor shut has taken it
 		c.unlink()
 	}
 	q.mu.Unlock()
@@ -189,22 +217,25 @@ func (q *Queue[Q, A]) leave(c *Call[Q, A], err error) error {
 	case <-c.done:
 		return c.Err
 	default:
+		// Without the lock: sent is set only while the call is in the queue, and it is not there any more.
 		c.lost = c.sent
 		return err
 	}
 }
 
+// unlink takes the call out of the queue. The caller holds mu.
 func (c *Call[Q, A]) unlink() {
 	c.prev.next, c.next.prev = c.next, c.prev
 	c.next, c.prev = nil, nil
 }
 
-// Close answers the calls in the queue, and those that come later, with storage.ErrClosed. It waits for the
-// batches in flight, but not longer than Options.Timeout. If the context ends before, it returns its error.
+// Close answers the calls in the queue, and later ones, with storage.ErrClosed. Then it waits for the batches in
+// flight, for at most Options.Timeout, and returns nil. If ctx ends first it returns the error of ctx. Closing twice
+// is harmless: each Close waits.
 func (q *Queue[Q, A]) Close(ctx context.Context) error {
 	q.shut()
 	select {
-	case <-q.drained: // also when the context has ended
+	case <-q.drained: // first, because select chooses at random if the context has ended too
 		return nil
 	default:
 	}
@@ -217,6 +248,7 @@ func (q *Queue[Q, A]) Close(ctx context.Context) error {
 	return nil
 }
 
+// shut closes the queue and empties it. If no batch is in flight the queue is drained; otherwise finish says so later.
 func (q *Queue[Q, A]) shut() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -234,26 +266,28 @@ func (q *Queue[Q, A]) shut() {
 	}
 }
 
-// batch is reused: a goroutine fills and runs it until the queue is empty.
+// batch is a set of calls in flight. A goroutine fills it and runs it, again and again until the queue is empty. Then
+// it is idle until the queue uses it again, with its slice and its timer.
 type batch[Q, A any] struct {
 	queue    *Queue[Q, A]
-	run      func(ctx context.Context, calls []*Call[Q, A])
+	run      func(ctx context.Context, calls []*Call[Q, A]) // the queue's, or that of a DoInline
 	calls    []*Call[Q, A]
-	begin    func()      // is loop: a go statement with a method would allocate
-	timer    *time.Timer // calls overdue
+	begin    func()      // the method loop: a go statement with a method value would allocate
+	timer    *time.Timer // calls overdue at the deadline
 	deadline time.Time
 	running  bool // in flight
-	late     bool // and counted as late
+	late     bool // in flight, overdue and counted in the queue's late
 }
 
-// start starts a batch if one may. The caller holds mu.
+// start starts a batch in a goroutine of its own, if one may start. The caller holds mu.
 func (q *Queue[Q, A]) start() {
 	if q.ready() {
 		go q.next().begin()
 	}
 }
 
-// next returns a batch with the first calls of the queue. The caller holds mu.
+// next takes an idle batch, or makes one, and fills it with the first calls of the queue. The caller holds mu, and
+// must run the batch.
 func (q *Queue[Q, A]) next() *batch[Q, A] {
 	if len(q.idle) == 0 {
 		b := &batch[Q, A]{queue: q}
@@ -267,14 +301,15 @@ func (q *Queue[Q, A]) next() *batch[Q, A] {
 	return b
 }
 
-// ready reports whether calls are in the queue and a batch may take them. The caller holds mu.
+// ready reports whether calls wait and a batch may take them. The caller holds mu.
 func (q *Queue[Q, A]) ready() bool { return q.waiting.next != &q.waiting && !q.full() }
 
-// full reports whether no batch may start. A late batch has made room for another one, unless too many are late. The
+// full reports whether no batch may start. Each overdue batch makes room for another one, up to stuck of them. The
 // caller holds mu.
 func (q *Queue[Q, A]) full() bool { return q.inFlight >= q.options.InFlight+min(q.late, stuck) }
 
-// fill moves the first calls of the queue into the batch. The caller holds mu.
+// fill moves the first calls of the queue into the batch, at most Options.Size, and puts the batch in flight. The
+// calls are sent from now on: they belong to the batch, and leave cannot take them out any more. The caller holds mu.
 func (b *batch[Q, A]) fill() {
 	q := b.queue
 	for c := q.waiting.next; c != &q.waiting && len(b.calls) < q.options.Size; c = q.waiting.next {
@@ -288,13 +323,14 @@ func (b *batch[Q, A]) fill() {
 	b.timer.Reset(q.options.Timeout)
 }
 
+// loop runs the batch until the queue is empty.
 func (b *batch[Q, A]) loop() {
 	for b.once() {
 	}
 }
 
-// runInline runs a batch in the goroutine of its only caller. The calls that came meanwhile get another goroutine, so
-// that they do not hold the caller up.
+// runInline runs a batch in the goroutine of its only caller. If calls have come in the meantime, a goroutine of its
+// own goes on with them, so that the caller need not.
 func (b *batch[Q, A]) runInline(c *Call[Q, A]) error {
 	if b.once() {
 		go b.begin()
@@ -303,14 +339,15 @@ func (b *batch[Q, A]) runInline(c *Call[Q, A]) error {
 	return c.Err
 }
 
-// once runs the batch, and reports whether it has been filled again.
+// once runs the batch, answers its calls, and reports whether it has been filled again. Whatever run does, the calls
+// are answered and the batch is no longer in flight: otherwise the queue could run one batch fewer for ever.
 func (b *batch[Q, A]) once() (more bool) {
 	ctx, cancel := context.WithDeadline(context.Background(), b.deadline)
 	returned := false
 	defer func() {
 		cancel()
 		fault := recover()
-		exits := !returned && fault == nil // run called runtime.Goexit, as a test that fails does
+		exits := !returned && fault == nil // run called runtime.Goexit, as t.FailNow does
 		if exits {
 			fault = "runtime.Goexit"
 		}
@@ -319,7 +356,7 @@ func (b *batch[Q, A]) once() (more bool) {
 		}
 		more = b.finish()
 		if exits && more {
-			go b.begin() // as this goroutine ends
+			go b.begin() // this goroutine ends, and its loop with it
 		}
 	}()
 	b.run(ctx, b.calls)
@@ -327,8 +364,8 @@ func (b *batch[Q, A]) once() (more bool) {
 	return
 }
 
-// fail answers the calls of a run that did not return. It overrides no Err, but every Answer without
-// one: which of them are complete is not known.
+// fail gives an Err to the calls of a run that did not return, unless they have one. That includes calls with an
+// Answer, because it is unknown whether it is complete.
 func (b *batch[Q, A]) fail(fault any) {
 	err := fmt.Errorf("%w: batch: run panicked: %v\n\n%s", storage.ErrUnavailable, fault, debug.Stack())
 	for _, c := range b.calls {
@@ -338,16 +375,16 @@ func (b *batch[Q, A]) fail(fault any) {
 	}
 }
 
-// finish wakes the callers, and fills the batch again if it may.
+// finish wakes the callers, and fills the batch again if calls wait and it may. Otherwise the batch becomes idle.
 func (b *batch[Q, A]) finish() (more bool) {
 	b.timer.Stop()
 	for _, c := range b.calls {
-		c.done <- struct{}{} // from here on it is the caller's
+		c.done <- struct{}{} // never blocks; from here on the call is its caller's
 	}
 	if len(b.calls) > 1 {
-		runtime.Gosched() // those callers that go on at once are in the queue for the next batch
+		runtime.Gosched() // callers that call again at once are then in time for the next batch
 	}
-	clear(b.calls)
+	clear(b.calls) // or idle batches would keep calls, and what they refer to, in memory
 	b.calls = b.calls[:0]
 	q := b.queue
 	q.mu.Lock()
@@ -368,8 +405,9 @@ func (b *batch[Q, A]) finish() (more bool) {
 	return false
 }
 
-// overdue counts the batch as late, so that another may start. The timer may have run out just
-// before the batch finished, and it may be running again: the deadline tells.
+// overdue counts the batch as late, so that another one may start in its place. The timer calls it at the deadline.
+// If the batch finishes at that moment, Stop comes too late, and the batch may even be in flight again with other
+// calls. So overdue checks under the lock that the deadline of those calls has passed.
 func (b *batch[Q, A]) overdue() {
 	q := b.queue
 	q.mu.Lock()

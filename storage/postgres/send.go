@@ -34,8 +34,8 @@ func (s *Storage) query(ctx context.Context, sql string, arg any, scan func(pgx.
 	}
 	defer conn.Release()
 	for {
-		// In describe_exec pgx sends a statement in two halves, and a pooler may send them to different connections,
-		// between the halves of others.
+		// In describe_exec pgx sends a statement in two halves. A pooler may execute the second half after the first
+		// half of another client's statement.
 		plain := s.plain(conn.Conn()) || s.mode == pgx.QueryExecModeDescribeExec
 		args := []any{arg}
 		if plain {
