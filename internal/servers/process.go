@@ -13,15 +13,15 @@ import (
 	"syscall"
 )
 
-// child is a process that was started, which may have started others. A nil child does not run.
+// child is a process that this one has started. It may have started others. A nil child is not running.
 type child struct {
 	process *os.Process
-	ended   chan struct{} // closed when the process is gone
-	forget  func()        // calls off what happens to a frozen child at the end of this process; may be nil
+	ended   chan struct{} // closed when the process has ended
+	forget  func()        // cancels the kill of a frozen child's processes at the end of this process; may be nil
 }
 
-// startChild starts and awaits the process in one thread, which lives as long as the process: on Linux
-// a child is told of the end of the thread that started it, not of that of the parent.
+// startChild starts a process, and waits for its end in the same thread. The thread is locked for as long as the
+// process lives: on Linux Pdeathsig fires when the thread that started a child ends, and not when its process does.
 func startChild(cmd *exec.Cmd) (*child, error) {
 	dieWithParent(cmd)
 	c := &child{ended: make(chan struct{})}
@@ -32,7 +32,7 @@ func startChild(cmd *exec.Cmd) (*child, error) {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			_ = cmd.Wait() // how it ended is in its log
+			_ = cmd.Wait() // its log says how it ended
 			close(c.ended)
 		}
 	}()
@@ -41,6 +41,7 @@ func startChild(cmd *exec.Cmd) (*child, error) {
 	return c, err
 }
 
+// running reports whether the process has been started and has not ended.
 func (c *child) running() bool {
 	if c == nil || c.process == nil {
 		return false
@@ -53,8 +54,11 @@ func (c *child) running() bool {
 	}
 }
 
-// freeze waits until all processes stand still, as the signals do not. When this process ends the child
-// is killed on Linux, but nothing would end those that the child started, which cannot notice.
+// freeze suspends the child and its processes. It waits until all of them stand still, because a signal returns
+// earlier.
+//
+// On Linux the child is killed when this process ends. The processes that the child has started would notice that,
+// but not while they are frozen. So freeze arranges that they are killed too.
 func (c *child) freeze() error {
 	started, err := c.halt()
 	if err == nil && len(started) > 0 {
@@ -64,6 +68,7 @@ func (c *child) freeze() error {
 	return err
 }
 
+// thaw lets the child and its processes go on.
 func (c *child) thaw() error {
 	c.unfrozen()
 	started, err := c.started()
@@ -73,6 +78,7 @@ func (c *child) thaw() error {
 	return err
 }
 
+// unfrozen cancels what freeze has arranged.
 func (c *child) unfrozen() {
 	if c.forget != nil {
 		c.forget()
@@ -80,7 +86,8 @@ func (c *child) unfrozen() {
 	}
 }
 
-// kill halts the child before, so that it can start no process that is not killed.
+// kill kills the child and its processes, and waits until all have ended. It halts the child first: otherwise the child
+// could start a process that is not killed.
 func (c *child) kill() error {
 	started, err := c.halt()
 	for _, p := range append(started, c.process) {
@@ -91,7 +98,8 @@ func (c *child) kill() error {
 	return errors.Join(err, each(started, "Z"))
 }
 
-// halt stops the child, and then the processes that it started, which it returns.
+// halt suspends the child, then the processes that it has started, and returns those. Once the child stands still it
+// cannot start others, so none is missed.
 func (c *child) halt() ([]*os.Process, error) {
 	if err := c.stop(c.process); err != nil {
 		return nil, err
@@ -103,6 +111,7 @@ func (c *child) halt() ([]*os.Process, error) {
 	return started, c.stop(started...)
 }
 
+// stop suspends processes, and waits until each stands still or is dead.
 func (c *child) stop(all ...*os.Process) error {
 	for _, p := range all {
 		if err := pause(p); err != nil {
@@ -112,7 +121,7 @@ func (c *child) stop(all ...*os.Process) error {
 	return each(all, "TZ")
 }
 
-// started returns the processes that the child started. Those started by them are not seen.
+// started returns the processes that the child has started, but not those that they have started in turn.
 func (c *child) started() ([]*os.Process, error) {
 	all, err := processes()
 	var started []*os.Process
@@ -128,13 +137,13 @@ func (c *child) started() ([]*os.Process, error) {
 	return started, err
 }
 
-// process is what the system says of a process.
+// process is what the system says about a process.
 type process struct {
 	pid, parent int
-	state       rune // T when it stands still, Z when it is dead and its parent has not asked for it
+	state       rune // T if it is suspended, Z if it is dead and its parent has not waited for it
 }
 
-// each waits until every process is in one of the states, or gone.
+// each waits until every process is in one of the states or does not exist.
 func each(all []*os.Process, states string) error {
 	if len(all) == 0 {
 		return nil
@@ -151,6 +160,7 @@ func each(all []*os.Process, states string) error {
 	})
 }
 
+// pids returns the numbers of processes, as texts.
 func pids(all []*os.Process) []string {
 	texts := make([]string, len(all))
 	for i, p := range all {
@@ -159,7 +169,7 @@ func pids(all []*os.Process) []string {
 	return texts
 }
 
-// signal is no error for a process that has just ended.
+// signal sends a signal. A process that has just ended is no error.
 func signal(p *os.Process, s os.Signal) error {
 	if err := p.Signal(s); !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -167,15 +177,17 @@ func signal(p *os.Process, s os.Signal) error {
 	return nil
 }
 
-// atEnd has a shell run the script when this process ends, however it ends, and when the function that
-// it returns is neither called nor referred to any more. To call that is to call it off.
+// atEnd makes a shell run a script when this process ends, however it ends. CallOff cancels that, and must stay
+// referenced until then: the garbage collector closes the pipe with it, and the shell takes that for the end of this
+// process.
 func atEnd(script string, args ...string) (callOff func(), err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = r.Close() }() // the shell has its own
-	// Nobody writes: what the shell reads is the end of the pipe. A Ctrl-C is for us, and not for it.
+	defer func() { _ = r.Close() }() // the shell has a file descriptor of its own
+	// Nobody writes to the pipe, so read returns when the system closes its other end. The shell ignores a Ctrl-C,
+	// which ends this process and thereby starts the script.
 	cmd := exec.Command("sh", append([]string{"-c", "trap '' HUP INT TERM; read -r _; " + script, "sh"}, args...)...)
 	cmd.Stdin = r
 	if err := cmd.Start(); err != nil {

@@ -11,9 +11,10 @@ import (
 	"syscall"
 )
 
-// dieWithParent has the child killed when the thread that starts it ends.
+// dieWithParent makes the system kill the child when the thread that starts it ends.
 func dieWithParent(cmd *exec.Cmd) { attributes(cmd).Pdeathsig = syscall.SIGKILL }
 
+// attributes returns the attributes of a command, and makes them if they are missing.
 func attributes(cmd *exec.Cmd) *syscall.SysProcAttr {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = new(syscall.SysProcAttr)
@@ -21,8 +22,8 @@ func attributes(cmd *exec.Cmd) *syscall.SysProcAttr {
 	return cmd.SysProcAttr
 }
 
-// demote has the command run as another user when we are root, and gives its folder to that user:
-// the one that Debian's Postgres makes, or else nobody.
+// demote makes the command run as another user if this process is root, and gives the command's folder to that user.
+// The user is postgres, which Debian's package creates, or else nobody.
 func demote(cmd *exec.Cmd) error {
 	if os.Geteuid() != 0 {
 		return nil
@@ -42,11 +43,13 @@ func demote(cmd *exec.Cmd) error {
 	return os.Chown(cmd.Dir, int(c.Uid), int(c.Gid))
 }
 
+// pause asks the system to suspend a process.
 func pause(p *os.Process) error { return signal(p, syscall.SIGSTOP) }
 
+// resume lets a suspended process go on.
 func resume(p *os.Process) error { return signal(p, syscall.SIGCONT) }
 
-// processes returns those of these numbers that there are, or else all.
+// processes returns the existing processes with these numbers, or all processes if no number is given.
 func processes(pids ...string) ([]process, error) {
 	dirs := make([]string, len(pids))
 	for i, pid := range pids {
@@ -70,7 +73,8 @@ func processes(pids ...string) ([]process, error) {
 	return found, nil
 }
 
-// parse reads what follows the name in parentheses, which may hold anything.
+// parse reads the state and the parent from /proc/PID/stat (man 5 proc). They follow the last closing parenthesis:
+// before it is the name of the program, which may contain any characters.
 func parse(pid string, stat []byte) (p process, err error) {
 	if p.pid, err = strconv.Atoi(pid); err == nil {
 		_, err = fmt.Sscanf(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " %c %d", &p.state, &p.parent)

@@ -10,18 +10,20 @@ import (
 	"strings"
 )
 
-// dieWithParent does nothing: a child outlives a parent that is killed.
+// dieWithParent does nothing here: if this process is killed the child lives on.
 func dieWithParent(*exec.Cmd) {}
 
-// demote does nothing: the server itself says that it does not run as root.
+// demote does nothing here: a server that refuses root says so itself.
 func demote(*exec.Cmd) error { return nil }
 
-// The signals are sent by the command, because not every system that Go knows has them.
+// pause asks the system to suspend a process. It uses the program kill, because not every system that Go supports has
+// the signals.
 func pause(p *os.Process) error { return command(p, "-STOP") }
 
+// resume lets a suspended process go on.
 func resume(p *os.Process) error { return command(p, "-CONT") }
 
-// command is no error for a process that has just ended.
+// command sends a signal. A process that has just ended is no error.
 func command(p *os.Process, signal string) error {
 	out, err := exec.Command("kill", signal, strconv.Itoa(p.Pid)).CombinedOutput()
 	if err != nil && !strings.Contains(string(out), "No such process") {
@@ -30,7 +32,7 @@ func command(p *os.Process, signal string) error {
 	return nil
 }
 
-// processes returns all: asked for some, ps may fail when there is none.
+// processes returns all processes, whatever numbers are given: if none of them existed, ps could fail.
 func processes(...string) ([]process, error) {
 	out, err := exec.Command("ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "state=").Output()
 	if err != nil {

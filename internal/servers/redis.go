@@ -14,9 +14,9 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// RedisURL returns the URL of a Redis for the test: that in the environment variable
-// THROTTLER_REDIS_URL, which may be shared with others and hold anything, or else that of a server of
-// its own.
+// RedisURL returns the URL of a Redis for the test. It is the value of the environment variable THROTTLER_REDIS_URL
+// if that is set; such a server may be shared with others and contain anything. Otherwise RedisURL starts a server
+// for the test.
 func RedisURL(t TB) string {
 	t.Helper()
 	if url := os.Getenv("THROTTLER_REDIS_URL"); url != "" {
@@ -46,16 +46,18 @@ func RedisSentinel(t TB) *Sentinel {
 	return hand(t, s, err)
 }
 
-// StartRedis starts a Redis that keeps nothing in files: when it is started again it is empty. The
-// configuration is in the form of arguments of redis-server, such as "--maxmemory", "10mb". The program
-// is what the environment variable REDIS_SERVER names, a name or an absolute path without arguments, or
-// else redis-server. A script that it names must exec the server.
+// StartRedis starts a Redis that keeps nothing in files: after a restart it is empty. The configuration is given as
+// arguments of redis-server, such as "--maxmemory", "10mb".
+//
+// The program is redis-server, unless the environment variable REDIS_SERVER has another name or an absolute path,
+// without arguments. If that is a script, it must exec the server.
 func StartRedis(config ...string) (*Server, error) {
 	return launch(func(s *Server) error {
 		return s.redis(append([]string{"--save", "", "--appendonly", "no"}, config...)...)
 	})
 }
 
+// redis prepares a server that runs redis-server with the arguments.
 func (s *Server) redis(arguments ...string) error {
 	program, err := redisProgram()
 	s.url, s.answers, s.ending = "redis://%s", redisAnswers, syscall.SIGTERM
@@ -63,6 +65,7 @@ func (s *Server) redis(arguments ...string) error {
 	return err
 }
 
+// redisProgram returns the path of the program that StartRedis starts.
 func redisProgram() (string, error) {
 	name := os.Getenv("REDIS_SERVER")
 	if name == "" {
@@ -76,8 +79,8 @@ func redisProgram() (string, error) {
 	return path, nil
 }
 
-// redisAnswers returns nil when this very server answers, and not another one that took its port. One
-// that wants a password says no more than that.
+// redisAnswers returns nil if this server answers, and not another one that has taken its port. A server that
+// requires a password tells nothing else, so its answer is enough.
 func redisAnswers(ctx context.Context, s *Server) error {
 	if _, err := s.do(ctx, "ping"); err != nil {
 		if strings.HasPrefix(err.Error(), "NOAUTH") {
@@ -92,7 +95,7 @@ func redisAnswers(ctx context.Context, s *Server) error {
 	return s.has(info, "process_id:"+strconv.Itoa(s.child.process.Pid))
 }
 
-// do sends one command over a connection of its own, and returns the answer as a text.
+// do sends one command over a connection of its own, and returns the answer as text.
 func (s *Server) do(ctx context.Context, command ...any) (string, error) {
 	c := redis.NewClient(&redis.Options{
 		Addr:                     s.Addr(),
@@ -107,7 +110,7 @@ func (s *Server) do(ctx context.Context, command ...any) (string, error) {
 	return fmt.Sprint(answer), err
 }
 
-// has returns nil when the answer to INFO has the lines.
+// has returns nil if the answer to INFO has all of the lines.
 func (s *Server) has(info string, lines ...string) error {
 	for _, line := range lines {
 		if !strings.Contains("\r\n"+info, "\r\n"+line+"\r\n") {
@@ -117,20 +120,21 @@ func (s *Server) has(info string, lines ...string) error {
 	return nil
 }
 
-// Cluster is a Redis Cluster of masters without replicas, and its methods are safe for concurrent use.
+// Cluster is a Redis Cluster of masters without replicas. Its methods are safe for concurrent use.
 type Cluster struct {
-	// Nodes have about the same number of slots each, in ascending order. One that is started again has
-	// the slots it had, but not the keys, and takes 2 seconds until it serves them.
+	// Nodes have about the same number of slots each, in ascending order. After a restart a node has its slots, but not
+	// its keys. It serves the slots 2 seconds after the restart.
 	Nodes []*Server
 
 	busPorts []int
 }
 
+// slots is the number of slots of every cluster.
 const slots = 16384
 
-// StartCluster starts a cluster of the given number of masters, from 1 to 100, and returns when each of
-// them knows the owner of every slot. That takes 2 seconds, for which a master that is new waits, and
-// with more than three masters now and then some more.
+// StartCluster starts a cluster with the given number of masters, from 1 to 100, and returns when each master knows
+// the owner of every slot. That takes 2 seconds, because a new master waits that long; with more than three masters
+// it sometimes takes longer.
 func StartCluster(masters int) (*Cluster, error) {
 	if masters < 1 || masters > 100 {
 		return nil, fmt.Errorf("servers: a cluster of %d masters; it has from 1 to 100", masters)
@@ -168,8 +172,8 @@ func (c *Cluster) launch(i int) (*Server, error) {
 	})
 }
 
-// join gives each node its slots, and makes it known to all before it: that they tell each other would
-// take longer.
+// join gives each node its slots, and makes it known to all nodes before it. It does not wait until they tell each
+// other, which takes longer.
 func (c *Cluster) join(ctx context.Context) error {
 	n := len(c.Nodes)
 	for i, s := range c.Nodes {
@@ -185,6 +189,7 @@ func (c *Cluster) join(ctx context.Context) error {
 	return nil
 }
 
+// await waits until every node knows the others and the owners of all slots.
 func (c *Cluster) await() error {
 	for _, s := range c.Nodes {
 		err := until(nil, func(ctx context.Context) error {
@@ -210,23 +215,23 @@ func (c *Cluster) Addrs() []string {
 	return addrs
 }
 
-// Close closes all nodes. It can be called again.
+// Close closes all nodes. Closing twice is harmless.
 func (c *Cluster) Close() error { return closeAll(c.Nodes...) }
 
-// Sentinel is a Redis Sentinel, which is the embedded Server, and the two servers that it watches.
+// Sentinel is a Redis Sentinel (the embedded Server) and the two servers that it watches.
 type Sentinel struct {
 	*Server
 
-	// MasterName is the name under which the sentinel knows the primary.
+	// MasterName is the name by which the sentinel knows the primary.
 	MasterName string
 
-	// Primary and Replica are what they were at the start. When the primary has not answered for half a
-	// second the replica takes its place; if it comes back it is a replica.
+	// Primary and Replica are named after their roles at the start. If the primary does not answer for half a second,
+	// the sentinel promotes the replica. A primary that comes back after that is a replica.
 	Primary, Replica *Server
 }
 
-// StartSentinel starts a primary, a replica and a sentinel, and returns when the replica is in sync and
-// the sentinel knows that, so that a failover is possible at once.
+// StartSentinel starts a primary, a replica and a sentinel. It returns when the replica is in sync and the sentinel
+// knows that, so that a failover is possible at once.
 func StartSentinel() (*Sentinel, error) {
 	s := &Sentinel{MasterName: "throttler"}
 	if err := s.start(); err != nil {
@@ -236,7 +241,8 @@ func StartSentinel() (*Sentinel, error) {
 }
 
 func (s *Sentinel) start() (err error) {
-	// Without a delay a replica is in sync in a moment, and a file from that does not outlive it.
+	// With a delay of 0 the replica is in sync at once. The second setting removes the file that the synchronisation
+	// makes.
 	quick := []string{"--repl-diskless-sync-delay", "0", "--rdb-del-sync-files", "yes"}
 	if s.Primary, err = StartRedis(quick...); err != nil {
 		return err
@@ -264,8 +270,8 @@ func (s *Sentinel) inSync(ctx context.Context) error {
 	return s.Replica.has(info, "role:slave", "master_link_status:up")
 }
 
-// sentinel writes the configuration, which the sentinel itself rewrites. Half a second is long enough
-// for a primary that is busy, and short enough for a test.
+// sentinel prepares the sentinel, and writes its configuration, which the sentinel rewrites later. Half a second
+// without an answer is longer than a busy primary takes, and short enough for a test.
 func (s *Sentinel) sentinel(server *Server) error {
 	config := fmt.Sprintf("sentinel monitor %[1]s 127.0.0.1 %[2]d 1\nsentinel down-after-milliseconds %[1]s 500\nsentinel failover-timeout %[1]s 2000\n",
 		s.MasterName, s.Primary.port)
@@ -277,8 +283,8 @@ func (s *Sentinel) sentinel(server *Server) error {
 	return err
 }
 
-// knowsReplica returns nil when the sentinel has asked the replica, and not only heard of it: it
-// promotes no other.
+// knowsReplica returns nil if the sentinel has asked the replica itself. It promotes no replica of which it has only
+// heard.
 func (s *Sentinel) knowsReplica(ctx context.Context) error {
 	replicas, err := s.do(ctx, "sentinel", "replicas", s.MasterName)
 	if err == nil && !strings.Contains(replicas, "master-link-status ok") {
@@ -287,5 +293,5 @@ func (s *Sentinel) knowsReplica(ctx context.Context) error {
 	return err
 }
 
-// Close closes all three servers. It can be called again.
+// Close closes all three servers. Closing twice is harmless.
 func (s *Sentinel) Close() error { return closeAll(s.Server, s.Replica, s.Primary) }
