@@ -1,6 +1,6 @@
-// Command charts draws docs/charts: what each kind of bucket admits to the client that it suits
-// least, and the window of one period in which that is most. Every mark is an answer of
-// law.Decide; nothing is drawn by hand. Run it from the root of the module:
+// Command charts draws docs/charts. For each kind of bucket a chart shows what the bucket admits to its worst client,
+// and the window of one period in which it admits most. Every mark is an answer of law.Decide; nothing is drawn by
+// hand. Run it from the root of the module:
 //
 //	go run ./internal/charts
 package main
@@ -24,6 +24,7 @@ func main() {
 	}
 }
 
+// write writes all charts into a folder, and makes the folder if it is missing.
 func write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -36,24 +37,26 @@ func write(dir string) error {
 	return nil
 }
 
-// chart is one kind and the script of the client that it suits least.
+// chart is one kind of bucket, and what its worst client does.
 type chart struct {
 	kind   law.Kind
 	name   string
-	client string // what the client does, in a line
+	client string // what the client does, in a line of text
 	script []ask
 }
 
-// ask is calls of one token each: count of them at from, and again every so often before to, all
-// in steps.
+// ask is a series of calls for one token each: count calls at step from, and again after every further every steps,
+// until before step to.
 type ask struct{ from, to, every, count int }
 
+// at returns count calls at one step.
 func at(step, count int) ask { return ask{step, step + 1, 1, count} }
 
+// file returns the name of the chart's file.
 func (c chart) file() string { return c.kind.String() + ".svg" }
 
-// The scripts. One call more than there can be tokens shows the refusal. "Just before" is half a
-// second here, for the eye: the counts are the same for a microsecond.
+// charts has the scripts of all kinds. Each has one call more than there can be tokens, to show a denial. "Just
+// before" an edge is half a second here, so that one can see it; a microsecond would admit the same number of calls.
 var charts = []chart{
 	{law.Replenish, "Replenish", "one call opens the period, the others wait for its end; then as many as there are", []ask{
 		at(10, 1), at(105, 5), at(110, 6), {130, 210, 20, 1}, at(210, 6), {230, 300, 20, 1},

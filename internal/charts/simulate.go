@@ -6,7 +6,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// What is drawn, in microseconds where it is a time.
+// What the charts show. Times are in microseconds.
 const (
 	capacity = 5
 	period   = int64(10 * time.Second / time.Microsecond)
@@ -14,24 +14,25 @@ const (
 	steps    = 300
 )
 
-// client says how many tokens to ask for at a step, one by one, when so many remain.
+// client returns how many calls for one token to make at step i, if remaining tokens are left.
 type client func(i int, remaining int64) int64
 
-// run is what happened to a client.
+// run is the result of a simulation.
 type run struct {
 	calls  []call
 	levels []level // one for each step
 }
 
-// call is one token asked for.
+// call is one call for one token.
 type call struct {
 	at       int64
 	admitted bool
 }
 
-// level is the tokens that remain before and after the calls of a step.
+// level is the number of tokens that remain before and after the calls of a step.
 type level struct{ before, after int64 }
 
+// ruleOf returns the rule of a bucket that refills its capacity in a period.
 func ruleOf(kind law.Kind, capacity int64) *law.Rule {
 	r, faults := law.NewRule("chart", kind, time.Duration(period)*time.Microsecond, capacity, capacity)
 	if len(faults) > 0 {
@@ -40,7 +41,7 @@ func ruleOf(kind law.Kind, capacity int64) *law.Rule {
 	return &r
 }
 
-// simulate begins at the epoch, so that the edges of a FixedWindow are multiples of the period.
+// simulate lets a client use a bucket for some steps. It begins at the epoch, where a FixedWindow begins too.
 func simulate(r *law.Rule, steps int, step int64, c client) run {
 	var out run
 	draws := []law.Draw{{Rule: r}}
@@ -63,8 +64,9 @@ func simulate(r *law.Rule, steps int, step int64, c client) run {
 	return out
 }
 
-// worst is the half-open window [from, from+length) in which most calls were admitted: the first
-// of equals. One that begins with an admitted call is always among the worst.
+// worst returns the half-open window [from, from+length) in which most calls were admitted, and their number. Of
+// equal windows it returns the first. It tries only windows that begin with an admitted call: any other window can be
+// moved later until it does, and loses none.
 func (r *run) worst(length int64) (from int64, most int) {
 	var admitted []int64
 	for _, c := range r.calls {
@@ -84,7 +86,7 @@ func (r *run) worst(length int64) (from int64, most int) {
 	return from, most
 }
 
-// run plays the script of a chart.
+// run simulates the script of a chart.
 func (c chart) run() run {
 	return simulate(ruleOf(c.kind, capacity), steps, step, func(i int, _ int64) int64 {
 		n := 0

@@ -5,22 +5,22 @@ import (
 	"fmt"
 )
 
-// Places in the picture, in pixels. A second is 18 of them, so that a step is a whole number of
-// tenths and no rounding can differ between machines.
+// Positions and sizes in the picture, in pixels. A second has 18 pixels: so a step is a whole number of tenths of a
+// pixel, and nothing is rounded differently on another machine.
 const (
 	left    = 72
 	right   = left + 540
-	banner  = 52 // the top of the shaded window, where its label stands
-	full    = 76 // the tokens of a full bucket
+	banner  = 52 // the top of the shaded window, with its label
+	full    = 76 // the level of a full bucket
 	token   = 9  // the height of a token
 	empty   = full + capacity*token
-	ground  = 186 // the lowest call; those of one step stand on each other
-	stack   = 9
+	ground  = 186 // the lowest call; calls of one step are stacked
+	stack   = 9   // the distance of stacked calls
 	axis    = 196
 	caption = 212
 )
 
-// The background is part of the picture, so that it can be read on any page.
+// head begins the picture. It draws a background, so that the picture can be read on a page of any colour.
 const head = `<svg xmlns="http://www.w3.org/2000/svg" width="640" height="224" viewBox="0 0 640 224" role="img">
 <title>%[1]s, %[2]d per %[3]d s: in the worst %[3]d s %[4]d calls are admitted</title>
 <style>
@@ -44,7 +44,7 @@ const legend = `<path class="level" d="M382 20.5h18"/><text x="406" y="25">token
 <use href="#c" class="no" x="567" y="20.5"/><text x="576" y="25">refused</text>
 `
 
-// svg is the finished file.
+// svg returns the content of the chart's file.
 func (c chart) svg() []byte {
 	var b bytes.Buffer
 	r := c.run()
@@ -59,7 +59,7 @@ func (c chart) svg() []byte {
 	return b.Bytes()
 }
 
-// x is where a time stands.
+// x returns the horizontal position of a time, in pixels with at most one decimal.
 func x(at int64) string {
 	tenths := left*10 + at*180/1_000_000
 	if tenths%10 == 0 {
@@ -68,11 +68,13 @@ func x(at int64) string {
 	return fmt.Sprintf("%d.%d", tenths/10, tenths%10)
 }
 
+// drawWorst shades the window in which most calls are admitted.
 func drawWorst(b *bytes.Buffer, from int64, most int) {
 	fmt.Fprintf(b, `<rect class="worst" x="%s" y="%d" width="%d" height="%d"/>`+"\n", x(from), banner, period*18/1_000_000, axis-banner)
 	fmt.Fprintf(b, `<text class="label mid" x="%s" y="%d">worst %d s: %d admitted</text>`+"\n", x(from+period/2), banner+15, period/1_000_000, most)
 }
 
+// drawAxes draws the grid, the axes and their labels.
 func drawAxes(b *bytes.Buffer) {
 	for s := int64(0); s <= steps*step; s += period / 2 {
 		fmt.Fprintf(b, `<path class="grid" d="M%s %dV%d"/>`, x(s), full, axis)
@@ -84,7 +86,8 @@ func drawAxes(b *bytes.Buffer) {
 	fmt.Fprintf(b, `<text x="16" y="%d">calls</text>`+"\n", (empty+axis)/2+4)
 }
 
-// drawLevels goes up when tokens come back and down when they are taken, also within one step.
+// drawLevels draws the line of the tokens that are left. It rises when tokens come back and falls when they are
+// taken, even if both happen in one step.
 func drawLevels(b *bytes.Buffer, levels []level) {
 	last := levels[0].before
 	fmt.Fprintf(b, `<path class="level" d="M%d %d`, left, height(last))
@@ -104,8 +107,10 @@ func drawLevels(b *bytes.Buffer, levels []level) {
 	fmt.Fprintf(b, `H%d"/>`+"\n", right)
 }
 
+// height returns the vertical position of a number of tokens.
 func height(tokens int64) int64 { return empty - tokens*token }
 
+// drawCalls draws a mark for each call, and stacks those of one step.
 func drawCalls(b *bytes.Buffer, calls []call) {
 	below := 0
 	for i, c := range calls {

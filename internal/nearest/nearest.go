@@ -1,13 +1,13 @@
-// Package nearest finds the word that somebody meant to write.
+// Package nearest finds the word that was probably meant by a misspelt one.
 package nearest
 
 import "strings"
 
-// longest is how many bytes a word has at most: longer ones are not typing errors, and take long to compare.
+// longest is the length in bytes up to which a word is compared. A longer one is no typing error, and would take long.
 const longest = 64
 
-// Word is the one of words that is nearest to given, or "" if none is near: more than a third of its letters would
-// have to change. Case does not count.
+// Word returns the word that is nearest to given, the first of equally near ones. It returns "" if more than a third of
+// the bytes of given, and one more, would have to change, or if given has more than 64 bytes. Case does not count.
 func Word(given string, words []string) string {
 	best, least := "", len(given)/3+1
 	if len(given) > longest {
@@ -21,7 +21,10 @@ func Word(given string, words []string) string {
 	return best
 }
 
-// distance is how many letters have to be inserted, removed, replaced, or exchanged with their neighbour.
+// distance returns how many bytes must be inserted, removed, replaced, or exchanged with their neighbour to make b of
+// a. This is the optimal string alignment distance: https://en.wikipedia.org/wiki/Damerau-Levenshtein_distance.
+//
+// It needs three rows of the usual table: row i has the distances of the first i bytes of a from each beginning of b.
 func distance(a, b string) int {
 	before, last := []int(nil), make([]int, len(b)+1)
 	for j := range last {

@@ -1,4 +1,4 @@
-// Package period writes durations as the names of buckets and the vectors do.
+// Package period formats durations as they are in the names of buckets and in the test vectors.
 package period
 
 import (
@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Format is d without units that are zero: 1h, 1m30s, 250ms, 5us.
+// Format returns d like String, but without zero units at the end and with u for µ: 1h, 1m30s, 250ms, 5us.
 func Format(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {

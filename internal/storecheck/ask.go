@@ -9,7 +9,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Request is a storage.Request whose costs are with their parts.
+// Request is a storage.Request in which each part has its own costs, so that tests can change parts one by one.
 type Request struct {
 	Name    string
 	Mode    storage.Mode
@@ -27,12 +27,12 @@ type Part struct {
 	AtMost     bool
 }
 
-// NewPart asks every rule for the same cost.
+// NewPart returns a part that asks every rule for the same cost.
 func NewPart(id string, rules []law.Rule, cost int64) Part {
 	return Part{Identifier: id, Rules: law.NewRuleSet(rules...), Costs: slices.Repeat([]int64{cost}, len(rules))}
 }
 
-// Of is the request that a storage is asked, which shares nothing with r.
+// Of returns r in the form that a storage takes. It shares no slice with r.
 func (r *Request) Of() *storage.Request {
 	out := &storage.Request{Name: r.Name, Mode: r.Mode, Clocked: r.Clocked, Now: r.Now, Within: r.Within}
 	for _, p := range r.Parts {
@@ -42,31 +42,32 @@ func (r *Request) Of() *storage.Request {
 	return out
 }
 
-// Verdict is the answer of a storage to a request, which it refers to.
+// Verdict is the answer of a storage, together with its request.
 type Verdict struct {
 	Allowed    bool
-	RetryAfter time.Duration // of a denial
-	Delay      time.Duration // of a reservation
+	RetryAfter time.Duration // of a denial, else 0
+	Delay      time.Duration // of a reservation, else 0
 
 	request Request
 	answer  storage.Answer // empty after an error
 }
 
-// Decide asks a storage.
+// Decide asks a storage for a decision.
 func Decide(ctx context.Context, s storage.Storage, r Request) (Verdict, error) {
 	return decide(r, func(r *storage.Request, a *storage.Answer) error { return s.Decide(ctx, r, a) })
 }
 
-// Fresh is a storage that can be asked with a doubt.
+// Fresh is a storage with a DecideFresh, as package redis has it.
 type Fresh interface {
 	DecideFresh(ctx context.Context, r *storage.Request, a *storage.Answer, since int64) error
 }
 
-// DecideFresh asks one.
+// DecideFresh asks a storage for a decision that does not trust states changed at since or before.
 func DecideFresh(ctx context.Context, s Fresh, r Request, since int64) (Verdict, error) {
 	return decide(r, func(r *storage.Request, a *storage.Answer) error { return s.DecideFresh(ctx, r, a, since) })
 }
 
+// decide asks by a function, and returns an empty Verdict with an error.
 func decide(r Request, by func(*storage.Request, *storage.Answer) error) (Verdict, error) {
 	asked := r.Of()
 	a := &storage.Answer{Counts: make([]storage.Count, len(asked.Costs))}
@@ -76,7 +77,7 @@ func decide(r Request, by func(*storage.Request, *storage.Answer) error) (Verdic
 	return Answered(r, a), nil
 }
 
-// Answered is an answer to a request as a Verdict.
+// Answered returns the answer to a request as a Verdict.
 func Answered(r Request, a *storage.Answer) Verdict {
 	v := Verdict{Allowed: a.Allowed, request: r, answer: *a}
 	for i := range a.Counts {
@@ -89,30 +90,31 @@ func Answered(r Request, a *storage.Answer) Verdict {
 	return v
 }
 
+// micros returns n microseconds.
 func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
 
-// Taken says that the costs were taken.
+// Taken reports whether the costs were taken.
 func (v *Verdict) Taken() bool { return v.Allowed && v.request.Mode != storage.Peek }
 
-// Source is the storage's name of its kind.
+// Source returns the name of the storage's kind.
 func (v *Verdict) Source() string { return v.answer.Source }
 
-// Degraded says that a fallback answered.
+// Degraded reports whether a fallback answered.
 func (v *Verdict) Degraded() bool { return v.answer.Degraded }
 
-// At is when the storage decided.
+// At returns when the storage decided, as in storage.Answer.
 func (v *Verdict) At() int64 { return v.answer.At }
 
-// Count is what it counted of bucket i.
+// Count returns what the answer says of bucket i, counted through all parts.
 func (v *Verdict) Count(i int) storage.Count { return v.answer.Counts[i] }
 
-// Parts is how many parts the request had, 0 if none was answered.
+// Parts returns the number of parts of the request, or 0 after an error.
 func (v *Verdict) Parts() int { return len(v.request.Parts) }
 
-// Part is part i of the request.
+// Part returns part i of the request.
 func (v *Verdict) Part(i int) *Part { return &v.request.Parts[i] }
 
-// Cost is what was taken from bucket j of part i.
+// Cost returns what an admitted call took from bucket j of part i.
 func (v *Verdict) Cost(i, j int) int64 {
 	p := &v.request.Parts[i]
 	if p.AtMost {
@@ -121,7 +123,7 @@ func (v *Verdict) Cost(i, j int) int64 {
 	return p.Costs[j]
 }
 
-// Tokens is the most that was taken from a bucket.
+// Tokens returns the largest number of tokens that was taken from one bucket, or 0 after a denial.
 func (v *Verdict) Tokens() (most int64) {
 	if !v.Allowed {
 		return 0
@@ -134,14 +136,14 @@ func (v *Verdict) Tokens() (most int64) {
 	return most
 }
 
-// Level is what the answer says of one bucket.
+// Level is what the answer says of one bucket, in tokens and durations.
 type Level struct {
 	Identifier, Bucket                        string
 	Limit, Remaining, Debt                    int64
 	Period, ResetAfter, NextAfter, RetryAfter time.Duration
 }
 
-// Levels are those of all buckets.
+// Levels returns the levels of all buckets, through all parts in order.
 func (v *Verdict) Levels() (out []Level) {
 	counts := v.answer.Counts
 	for _, p := range v.request.Parts {

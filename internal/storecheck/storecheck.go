@@ -1,5 +1,5 @@
-// Package storecheck has what tests of storages have in common: they ask, in crowds, count what they are told, and hold
-// it to what was taken.
+// Package storecheck has what the tests of storages have in common. They ask a storage, alone or in crowds, count its
+// answers, and compare them with what was taken.
 package storecheck
 
 import (
@@ -18,13 +18,13 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Patient is for tests of what is decided, which must not depend on how fast the machine is.
+// Patient is the timeout for tests of decisions, whose result must not depend on the speed of the machine.
 const Patient = 20 * time.Second
 
 // Kinds are all kinds of buckets.
 var Kinds = []law.Kind{law.Replenish, law.Continuous, law.FixedWindow, law.SlidingWindow, law.SlidingLog}
 
-// Rule is that of a bucket whose tokens all come back in a period.
+// Rule returns the rule of a bucket that refills its capacity in a period.
 func Rule(t testing.TB, name string, kind law.Kind, period time.Duration, capacity int64) law.Rule {
 	t.Helper()
 	r, faults := law.NewRule(name, kind, period, capacity, capacity)
@@ -32,27 +32,27 @@ func Rule(t testing.TB, name string, kind law.Kind, period time.Duration, capaci
 	return r
 }
 
-// Period is an hour but for a few milliseconds, of which now is the middle. So no window of it ends during a test, nor
-// since what a test took a while ago, and nothing comes back.
+// Period returns a period within a few milliseconds of an hour, such that now is the middle of a window of that period
+// since the epoch. So no window ends during a test or in the minutes before it, and no token comes back.
 func Period() time.Duration {
 	now := time.Now().UnixMicro()
 	windows := now / time.Hour.Microseconds()
 	return time.Duration(2*now/(2*windows+1)) * time.Microsecond
 }
 
-// Hourly asks for one token of n an hour.
+// Hourly returns a request for one token of a bucket with n an hour.
 func Hourly(t testing.TB, id string, n int64) Request {
 	t.Helper()
 	return Request{Parts: []Part{NewPart(id, []law.Rule{Rule(t, "hourly", law.Replenish, time.Hour, n)}, 1)}}
 }
 
-// FivePerHour asks for one token of five an hour.
+// FivePerHour is Hourly with five tokens.
 func FivePerHour(t testing.TB, id string) Request {
 	t.Helper()
 	return Hourly(t, id, 5)
 }
 
-// Take asks n times, and returns how often it was admitted.
+// Take asks n times, one after another, and returns how often the request was admitted. An error ends the test.
 func Take(t testing.TB, s storage.Storage, r Request, n int) (admitted int) {
 	t.Helper()
 	for range n {
@@ -65,7 +65,7 @@ func Take(t testing.TB, s storage.Storage, r Request, n int) (admitted int) {
 	return admitted
 }
 
-// Spent is how many tokens of the first bucket are out.
+// Spent returns how many tokens of the request's first bucket are spent.
 func Spent(t testing.TB, s storage.Storage, r Request) int64 {
 	t.Helper()
 	r.Mode, r.Parts = storage.Peek, []Part{NewPart(r.Parts[0].Identifier, r.Parts[0].Rules.Rules, 0)}
@@ -74,7 +74,7 @@ func Spent(t testing.TB, s storage.Storage, r Request) int64 {
 	return r.Parts[0].Rules.Rules[0].Capacity - v.Count(0).Remaining
 }
 
-// Crowd runs f in n goroutines, and waits for them.
+// Crowd calls f in n goroutines with 0 to n-1, and waits for all of them.
 func Crowd(n int, f func(i int)) {
 	var all sync.WaitGroup
 	for i := range n {
@@ -83,7 +83,8 @@ func Crowd(n int, f func(i int)) {
 	all.Wait()
 }
 
-// Recovery calls try until it succeeds, and returns how long that took.
+// Recovery calls try every 5 ms until it succeeds, and returns how long that took. If it takes longer than within,
+// the test ends.
 func Recovery(t testing.TB, within time.Duration, try func() error) time.Duration {
 	t.Helper()
 	began := time.Now()
@@ -100,7 +101,8 @@ func Recovery(t testing.TB, within time.Duration, try func() error) time.Duratio
 	}
 }
 
-// Until waits until something is so, and returns how long that took.
+// Until calls is every 5 ms until it returns true, and returns how long that took. What describes the wait in the
+// failure after Patient.
 func Until(t testing.TB, what string, is func() bool) time.Duration {
 	t.Helper()
 	return Recovery(t, Patient, func() error {
@@ -111,7 +113,7 @@ func Until(t testing.TB, what string, is func() bool) time.Duration {
 	})
 }
 
-// Timed calls f n times, and returns how long each call took.
+// Timed calls f n times, one after another, and returns how long each call took.
 func Timed(n int, f func()) (took []time.Duration) {
 	for range n {
 		began := time.Now()
@@ -121,9 +123,10 @@ func Timed(n int, f func()) (took []time.Duration) {
 	return took
 }
 
-// AssertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten times the
-// promise, and all of them to a second, on a machine that does other things as well. Where it is so busy that mere
-// timers are late, the calls may be as late.
+// AssertBackAfter asserts that calls returned when their limit had passed. The first must not return more than 5 ms
+// early. Half of them must return within 50 ms after the limit, which is ten times the promise, and all of them
+// within a second, because the machine may do other work. If it is so busy that mere timers are late, the calls may
+// be as late as those. It sorts took.
 func AssertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	t.Helper()
 	slices.Sort(took)
@@ -133,7 +136,8 @@ func AssertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
 }
 
-// AssertHalfWithin holds half of the times, which are sorted, to 50 ms more than a limit, or than timers take.
+// AssertHalfWithin asserts that half of the times, which must be sorted, are less than 50 ms above a limit. If they
+// are not, it measures timers of that limit on this machine, and compares with the slowest of those.
 func AssertHalfWithin(t testing.TB, limit time.Duration, took []time.Duration) {
 	t.Helper()
 	half, timers := took[len(took)/2], limit
@@ -144,17 +148,17 @@ func AssertHalfWithin(t testing.TB, limit time.Duration, took []time.Duration) {
 	assert.Less(t, half, timers+50*time.Millisecond, "calls outlast their time")
 }
 
-// Told counts what callers were told.
+// Told counts the answers that callers got. It is safe for concurrent use.
 type Told struct{ Admitted, Denied, Failed atomic.Int64 }
 
-// Ask asks once, and counts the answer.
+// Ask asks once, counts the answer, and returns its error.
 func (c *Told) Ask(s storage.Storage, r Request) error {
 	v, err := Decide(context.Background(), s, r)
 	c.Count(v, err)
 	return err
 }
 
-// Count counts an answer.
+// Count counts one answer.
 func (c *Told) Count(v Verdict, err error) {
 	switch {
 	case err != nil:
@@ -166,7 +170,9 @@ func (c *Told) Count(v Verdict, err error) {
 	}
 }
 
-// AssertAccount holds what was taken to what callers were told, and returns how much of it nobody was admitted for.
+// AssertAccount compares the tokens taken from the request's first bucket with the answers to requests for one token
+// each. Every admission must have taken its token, the capacity must not be exceeded, and a failed call may have
+// taken at most one token. It returns how many tokens were taken by calls that failed.
 func (c *Told) AssertAccount(t testing.TB, s storage.Storage, r Request) (lost int64) {
 	t.Helper()
 	lost = c.AssertNotTwice(t, s, r)
@@ -176,7 +182,8 @@ func (c *Told) AssertAccount(t testing.TB, s storage.Storage, r Request) (lost i
 	return lost
 }
 
-// AssertNotTwice is AssertAccount for a server that may forget: what failed was taken once, or not.
+// AssertNotTwice is AssertAccount for a server that may forget: it only asserts that a failed call has taken at most
+// one token. The result is negative if the server has forgotten tokens.
 func (c *Told) AssertNotTwice(t testing.TB, s storage.Storage, r Request) (lost int64) {
 	t.Helper()
 	lost = Spent(t, s, r) - c.Admitted.Load()
