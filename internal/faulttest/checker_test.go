@@ -14,12 +14,13 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// The checker knows what was admitted when, and the rule. It does not know how the storage works.
+// The checker decides whether too much was admitted. It knows when how much was admitted, and the rule, but nothing
+// about how the storage works.
 
-// admission is of n tokens, at a time between began and ended (µs).
+// admission is n tokens that were admitted at an unknown time from began to ended, in µs.
 type admission struct{ began, ended, n int64 }
 
-// admissions are those of an identifier, by their ends.
+// admissions returns those of an identifier, sorted by their ends.
 func admissions(events []event, id string) (all []admission) {
 	for _, e := range events {
 		if e.What == "call" && e.ID == id && e.Allowed && e.Err == "" {
@@ -30,7 +31,8 @@ func admissions(events []event, id string) (all []admission) {
 	return all
 }
 
-// burst is the most that was admitted in any interval of a length (µs), if each was when it ended.
+// burst returns the most tokens that were admitted in any interval of length d (µs), if each admission happened at
+// its end.
 func burst(all []admission, d int64) (most int64) {
 	sum, first := int64(0), 0
 	for _, a := range all {
@@ -42,8 +44,8 @@ func burst(all []admission, d int64) (most int64) {
 	return most
 }
 
-// leak is the excess of a Continuous bucket, as a bucket has it that leaks: the most that was admitted in any window w
-// above N + r*w, if each was when it ended.
+// leak returns the excess of a Continuous bucket, if each admission happened at its end: by how much the tokens of
+// the worst window of length w exceed N + r*w. It is computed as a leaky bucket: the highest level above N.
 func leak(all []admission, r *law.Rule) float64 {
 	level, most, last := 0.0, 0.0, int64(0)
 	for _, a := range all {
@@ -54,8 +56,8 @@ func leak(all []admission, r *law.Rule) float64 {
 	return most
 }
 
-// excess is what leak is at least, whenever in their calls the admissions were: windows are from a beginning to
-// an end, and have what lies within.
+// excess returns the least excess that is possible, whenever during their calls the admissions happened. A window
+// lasts from the beginning of one call to the end of another one, and only calls that lie inside count.
 func excess(all []admission, r *law.Rule) (most float64) {
 	for i := range all {
 		from, sum := all[i].began, int64(0)
@@ -70,7 +72,7 @@ func excess(all []admission, r *law.Rule) (most float64) {
 	return most
 }
 
-// total is the excess of a bucket of which nothing comes back.
+// total returns the excess of a bucket to which nothing comes back during the test.
 func total(all []admission, r *law.Rule) float64 {
 	sum := -r.Capacity
 	for _, a := range all {
@@ -79,7 +81,8 @@ func total(all []admission, r *law.Rule) float64 {
 	return float64(max(0, sum))
 }
 
-// timing is what the bound depends on: how late Postgres learnt something, and the way there and back.
+// timing returns what the bound depends on: the longest time until Postgres had an admission (lag), and the 99th
+// percentile of the round trips to Redis (trip), both in µs.
 func timing(events []event) (lag, trip int64) {
 	lag = failover.DefaultFlushInterval.Microseconds()
 	var trips []int64
@@ -102,8 +105,9 @@ func quantile(all []int64, q float64) int64 {
 	return all[min(len(all)-1, int(q*float64(len(all))))]
 }
 
-// assertBound holds what was admitted of a target's only bucket to e <= A(2(X+RTT)), the bound as long as nothing is
-// lost with a process.
+// assertBound asserts e <= A(2(X+RTT)) for a target with one bucket: the excess is at most what is admitted in twice
+// the lag and the round trip. That is the bound of docs/failover.md, unless a process dies with admissions that it
+// has not flushed.
 func (r *record) assertBound(t testing.TB, g *target) {
 	t.Helper()
 	events := r.all()
@@ -125,7 +129,7 @@ func (r *record) assertBound(t testing.TB, g *target) {
 
 func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
 
-// assertPrompt holds calls to what they may take: nearly all of them to limit, and all to a second more.
+// assertPrompt asserts how long calls took: 99 % of them at most limit, and all at most a second more.
 func (r *record) assertPrompt(t testing.TB, limit time.Duration) {
 	t.Helper()
 	var took []int64

@@ -19,9 +19,10 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// The tests T1 to T12 of the failover protocol, on a real Redis and a real Postgres. With THROTTLER_RUNS=20 those that
-// must be exact are repeated, and with THROTTLER_LONG=1 faults last as long as the protocol says.
+// The tests T1 to T12 of the failover protocol, on a real Redis and a real Postgres. THROTTLER_RUNS=20 repeats the
+// tests that must be exact. With THROTTLER_LONG=1 faults last as long as the protocol says.
 
+// runs returns how often an exact test is repeated.
 func runs(t testing.TB) int {
 	n, err := strconv.Atoi(os.Getenv("THROTTLER_RUNS"))
 	if err != nil {
@@ -31,7 +32,7 @@ func runs(t testing.TB) int {
 	return n
 }
 
-// lasting is how long a fault or a load lasts.
+// lasting returns how long a fault or a load lasts.
 func lasting(short, long time.Duration) time.Duration {
 	if os.Getenv("THROTTLER_LONG") != "" {
 		return long
@@ -39,10 +40,10 @@ func lasting(short, long time.Duration) time.Duration {
 	return short
 }
 
-// callLimit is the longest that a call may take: Redis's time, Postgres's, and a little.
+// callLimit is the longest time that a call may take: the timeouts of Redis and Postgres, and 10 ms.
 const callLimit = failover.DefaultPrimaryTimeout + failover.DefaultLedgerTimeout + 10*time.Millisecond
 
-// assertTotals holds what was admitted of each target to n.
+// assertTotals asserts that exactly n tokens of each target were admitted.
 func (r *record) assertTotals(t testing.TB, n int, targets []target) {
 	t.Helper()
 	totals := make([]int, len(targets))
@@ -54,8 +55,9 @@ func (r *record) assertTotals(t testing.TB, n int, targets []target) {
 	assert.Equal(t, want, totals, "admitted in total")
 }
 
-// assertTotalsAfterReturn is assertTotals, of the capacity, after Redis has come back: of a target for which Postgres took over 20 ms to
-// say what Redis has missed, which then is not waited for, a little more may be admitted.
+// assertTotalsAfterReturn asserts that exactly the capacity of each target was admitted, after Redis has come back. A
+// call does not wait for more than 20 ms for what Postgres says that Redis has missed. So if a call on a target took
+// that long, only the bound is asserted.
 func (r *record) assertTotalsAfterReturn(t testing.TB, targets []target) {
 	t.Helper()
 	for i := range targets {
@@ -108,7 +110,7 @@ func TestT1AQuietKillHandsOutExactlyWhatIsLeftToFourProcesses(t *testing.T) {
 	}
 }
 
-// steady is a Continuous target to which tokens come back all the time.
+// steady returns a Continuous target to which tokens come back all the time.
 func steady(t testing.TB) target {
 	t.Helper()
 	return target{id(t) + " steady", []law.Rule{rule(t, "steady", law.Continuous, time.Second, 100, 50)}}
@@ -137,7 +139,7 @@ func TestT2AHotKillHandsOutNothingTwiceInOneProcess(t *testing.T) {
 	}
 }
 
-// hot has four processes under load, does harm, and holds what they admitted to the bound.
+// hot calls harm while four processes are under load, and asserts the bound for what they have admitted.
 func hot(t *testing.T, harm func(redis *servers.Server, all []*process), after time.Duration) {
 	t.Helper()
 	var r record
@@ -263,7 +265,7 @@ func TestT6AProcessThatIsCutFromRedisKeepsTheBound(t *testing.T) {
 	}, time.Second)
 }
 
-// A cut that begins when all is quiet costs nothing at all: what is admitted on the one side arrives on the other.
+// A cut that begins when nothing is pending costs nothing: what is admitted on one side arrives on the other.
 func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 	var r record
 	redis, targets := servers.Redis(t), ofEachKind(t, 100)
@@ -273,7 +275,7 @@ func TestT6WhatAProcessAdmitsThatIsCutFromRedisArrivesThere(t *testing.T) {
 	quiet(t, all...)
 	heal := cut[0].redis.hole(t)
 	do(cut, order{Do: "take", Targets: targets, Calls: 60})
-	do(whole, order{Do: "take", Targets: targets, Calls: 1}) // Postgres tells it
+	do(whole, order{Do: "take", Targets: targets, Calls: 1}) // its flush brings the other's admissions from Postgres
 	quiet(t, all...)
 	do(whole, order{Do: "take", Targets: targets, Calls: 60})
 	quiet(t, whole...)
@@ -294,7 +296,7 @@ func TestT7ALinkThatFlapsIsLeftAlone(t *testing.T) {
 	defer tick.Stop()
 	for end := time.Now().Add(lasting(5*time.Second, 20*time.Second)); time.Now().Before(end); {
 		heal := p.hole(t)
-		<-tick.C // a call that begins now ends with the hole, and may be in time
+		<-tick.C // a call that begins between these two may end in time, when the hole is healed
 		<-tick.C
 		heal()
 		<-tick.C
@@ -322,7 +324,7 @@ func TestT8AProcessThatIsKilledCostsAtMostWhatItHadNotTold(t *testing.T) {
 	do(killed, order{Do: "take", Targets: targets, Calls: 12})
 	killed[0].kill()
 	require.NoError(t, redis.Kill())
-	quiet[*node](t) // what was on its way arrives
+	quiet[*node](t) // what the killed process has sent arrives
 	for i := range targets {
 		g := &targets[i]
 		known := owed(t, told, g)[0]
@@ -347,7 +349,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 	r.assertTotals(t, 100, targets)
 	n.settled(t)
 	require.NoError(t, redis.Kill())
-	for i := range targets { // Postgres has missed some of the 60
+	for i := range targets { // the killed process has not told Postgres all of the 60
 		lost := 100 - owed(t, n.pg, &targets[i])[0]
 		n.times(100, targets[i:i+1])
 		t.Logf("%v: %d were not told, %d in total", targets[i].Rules[0].Kind, lost, r.admitted(targets[i].ID))
@@ -357,7 +359,7 @@ func TestT8AProcessThatIsKilledCostsNothingAsLongAsRedisIsThere(t *testing.T) {
 	r.assertNoErrors(t)
 }
 
-// quick are n tokens of each kind, that come back in a period.
+// quick returns a target of each kind, with n tokens a period.
 func quick(t testing.TB, n int64, period time.Duration) (all []target) {
 	t.Helper()
 	for _, kind := range storecheck.Kinds {
@@ -366,9 +368,10 @@ func quick(t testing.TB, n int64, period time.Duration) (all []target) {
 	return all
 }
 
-// assertLikeAlone holds what was admitted of each target to what Redis alone admitted of the same calls, after the
-// first two capacities, while connections and rows are made: as much of it in the same time, to 1 % and 150 ms for
-// what a busy machine does to the one and not to the other, and not a capacity more.
+// assertLikeAlone compares what was admitted of each target with what Redis alone admitted of the same calls. The
+// same number of admissions must take the same time, to 1 %, and 150 ms because a busy machine may delay one of the
+// two. The totals may differ by one capacity. The first two capacities do not count, as connections and rows are made
+// then.
 func (r *record) assertLikeAlone(t testing.TB, targets []target) {
 	t.Helper()
 	events := r.all()
@@ -386,7 +389,7 @@ func (r *record) assertLikeAlone(t testing.TB, targets []target) {
 	}
 }
 
-// meanTime is how long after the first admission the others were, in µs.
+// meanTime returns the mean time from the first admission to each of them, in µs.
 func meanTime(all []admission) float64 {
 	sum := int64(0)
 	for _, a := range all {
@@ -432,7 +435,7 @@ func TestT10WhenBothAreDownCallsFailInTime(t *testing.T) {
 			var r record
 			redis, pg, targets := servers.Redis(t), servers.Postgres(t), ofEachKind(t, 100)
 			n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
-			t.Cleanup(func() { assert.NoError(t, pg.Close()) }) // or the pool waits for it
+			t.Cleanup(func() { assert.NoError(t, pg.Close()) }) // before the pool is closed, which would wait for it
 			require.Equal(t, five(10), n.times(10, targets))
 			quiet(t, n)
 			require.NoError(t, harm(redis))
@@ -498,7 +501,8 @@ func TestT12HealthyProcessesAdmitWhatRedisAloneDoes(t *testing.T) {
 	do(all, order{Do: "close"})
 }
 
-// Two processes take turns until a bucket is empty: what Postgres is told a moment later must not hold for longer.
+// Two processes take turns until a bucket is empty. Postgres records their tokens a moment later, which must not make
+// them come back later.
 func TestT12WhatTwoProcessesTakeInTurnsIsBackAsSoonAsInRedisAlone(t *testing.T) {
 	var r record
 	redis := servers.Redis(t)
@@ -516,7 +520,7 @@ func TestT12WhatTwoProcessesTakeInTurnsIsBackAsSoonAsInRedisAlone(t *testing.T) 
 		b.settled(t)
 		ours, theirs := owed(t, a.redis, &g)[0], owed(t, a.alone, &g)[0]
 		t.Logf("after a flush %d tokens are out, in Redis alone %d", ours, theirs)
-		if round > 0 { // then there are no connections and rows yet
+		if round > 0 { // in the first round connections and rows are made
 			assert.InDelta(t, theirs, ours, 3)
 		}
 	}

@@ -25,7 +25,7 @@ func open(t testing.TB, url string, timeout time.Duration) *redisstore.Storage {
 	return s
 }
 
-// stubborn returns a client that tries again, soon and often.
+// stubborn returns a client that retries soon and often.
 func stubborn(t testing.TB, addr string) *goredis.Client {
 	t.Helper()
 	c := goredis.NewClient(&goredis.Options{Addr: addr, MaxRetries: 5, MinRetryBackoff: time.Millisecond, MaxRetryBackoff: time.Millisecond, DialerRetries: 1})
@@ -42,7 +42,7 @@ func on(t testing.TB, c *goredis.Client, timeout time.Duration) *redisstore.Stor
 	return s
 }
 
-// assertExact has 50 goroutines take of 300 tokens, and holds the storage to exactly that.
+// assertExact asserts that 50 goroutines, which make 400 calls, get exactly 300 tokens.
 func assertExact(t testing.TB, s storage.Storage, id string) {
 	t.Helper()
 	const limit = 300
@@ -58,8 +58,8 @@ func assertExact(t testing.TB, s storage.Storage, id string) {
 	assert.Equal(t, int64(limit), storecheck.Spent(t, s, r), "taken")
 }
 
-// assertUnderFire has 50 goroutines ask for two seconds, in which harm is done again and again, of one
-// identifier that all share and one of their own, and holds the storage to its accounts.
+// assertUnderFire calls harm again and again for two seconds, while 50 goroutines ask for a shared identifier and
+// each for one of its own. It asserts that what was taken agrees with the answers.
 func assertUnderFire(t *testing.T, s storage.Storage, harm func()) {
 	t.Helper()
 	var shared storecheck.Told

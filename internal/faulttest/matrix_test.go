@@ -23,7 +23,7 @@ import (
 
 // The rows of the protocol's fault matrix that T1 to T12 do not cover.
 
-// client is for doing harm to a server.
+// client returns a client by which a test does harm to a server.
 func client(t testing.TB, server *servers.Server) *goredis.Client {
 	t.Helper()
 	c := goredis.NewClient(&goredis.Options{Addr: server.Addr(), DialerRetries: 1})
@@ -31,7 +31,7 @@ func client(t testing.TB, server *servers.Server) *goredis.Client {
 	return c
 }
 
-// send sends a command whose words have no spaces, and that must succeed.
+// send sends a command whose words contain no spaces. The command must succeed.
 func send(t testing.TB, c *goredis.Client, command string) {
 	t.Helper()
 	var words []any
@@ -59,7 +59,7 @@ func TestACrowdInTwoProcessesIsAdmittedExactlyTheSmallerLimit(t *testing.T) {
 	}
 }
 
-// What happens to the network between a process and Redis costs a call at most once in each store.
+// Whatever happens to the network between a process and Redis, each store is charged at most once for a call.
 func TestABadLinkCostsACallAtMostOnceInEachStore(t *testing.T) {
 	for name, harm := range map[string]func(*proxy, testing.TB) (heal func()){
 		"black hole": (*proxy).hole,
@@ -176,7 +176,7 @@ func TestScriptsThatAreForgottenAllTheTimeChangeNothing(t *testing.T) {
 	}
 }
 
-// refusals are what Redis may say instead of deciding.
+// refusals are errors that Redis may answer instead of deciding.
 var refusals = []struct {
 	name   string
 	config []string
@@ -193,6 +193,7 @@ var refusals = []struct {
 	{"LOADING", []string{"--enable-debug-command", "yes"}, loadSlowly},
 }
 
+// sends returns a harm that one command causes and another one cures.
 func sends(harm, cure string) func(testing.TB, *goredis.Client) func() {
 	return func(t testing.TB, c *goredis.Client) func() {
 		send(t, c, harm)
@@ -200,7 +201,7 @@ func sends(harm, cure string) func(testing.TB, *goredis.Client) func() {
 	}
 }
 
-// loadSlowly has the server load as many keys as take it a minute.
+// loadSlowly makes the server load keys for a minute, or until cure is called.
 func loadSlowly(t testing.TB, c *goredis.Client) (cure func()) {
 	send(t, c, "debug populate 60000 other 10")
 	send(t, c, "config set loading-process-events-interval-bytes 1024")
@@ -234,7 +235,7 @@ func TestWhenRedisRefusesPostgresDecides(t *testing.T) {
 			cure := f.harm(t, client(t, server))
 			assert.Equal(t, five(20), n.times(20, targets))
 			assert.True(t, n.State().Degraded)
-			if cause := n.State().Cause; f.name != "LOADING" || !strings.Contains(cause.Error(), "no answer") { // as it may load for too long to say so in time
+			if cause := n.State().Cause; f.name != "LOADING" || !strings.Contains(cause.Error(), "no answer") { // while it loads it may be too slow to say so in time
 				assert.ErrorContains(t, cause, f.name)
 			}
 			cure()
@@ -282,11 +283,11 @@ func TestWhatOthersKeepAtAKeyStaysAndPostgresDecides(t *testing.T) {
 				assert.Zero(t, r.count(func(e *event) bool { return e.ID == targets[i].ID && e.By == redisstore.Source }))
 				assert.Zero(t, r.count(func(e *event) bool { return e.ID == others[i].ID && e.By != redisstore.Source }))
 			}
-			// One that appears while something is spent.
+			// Foreign data replaces a value while something is spent.
 			at("del %s", &others[0])
 			at(foreign.put, &others[0])
 			assert.Equal(t, []int{90}, n.times(100, others[:1]))
-			// And goes away again.
+			// Foreign data disappears again.
 			at("del %s", &targets[0])
 			quiet(t, n)
 			t.Logf("after the foreign data was gone: %d more", n.times(1, targets[:1])[0])
@@ -302,7 +303,7 @@ func TestAPostgresThatIsKilledWithSomethingPendingIsToldOnce(t *testing.T) {
 	targets := ofEachKind(t, 1000)
 	for i := range 3 {
 		require.Equal(t, five(20), n.times(20, targets))
-		pass(t, time.Duration(i)*50*time.Millisecond) // before, while and after it is told
+		pass(t, time.Duration(i)*50*time.Millisecond) // before, during and after the flush
 		require.NoError(t, pg.Kill())
 		require.Equal(t, five(5), n.times(5, targets))
 		require.NoError(t, pg.Start())
@@ -368,7 +369,7 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 			assert.Equal(t, five(10), n.times(20, limited(70)))
 			assert.Equal(t, five(5), n.times(20, limited(75)))
 			added := limited(100)
-			for i := range added { // a bucket that is new
+			for i := range added { // a new bucket
 				added[i].Rules = append(added[i].Rules, slow(t, "new", storecheck.Kinds[i], 7))
 			}
 			assert.Equal(t, five(7), n.times(20, added))
@@ -378,14 +379,14 @@ func TestALimitThatIsLoweredHoldsInBothStores(t *testing.T) {
 	}
 }
 
-// A node that is started again is empty, and takes two seconds until it serves its keys.
+// A cluster node that is started again is empty, and serves its slots after two seconds.
 func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 	t.Parallel()
 	var r record
 	cluster := servers.RedisCluster(t, 2)
 	url := "redis://" + strings.Join(cluster.Addrs(), "?addr=")
 	n := local(t, &r, stores{Redis: url, Postgres: postgres(t).URL(), PostgresTimeout: storecheck.Patient})
-	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // in some slots of both
+	targets := append(ofEachKind(t, 100), ofEachKind(t, 100)...) // enough to have some on both nodes
 	require.Equal(t, append(five(60), five(60)...), n.times(60, targets))
 	n.settled(t)
 	quiet(t, n)
@@ -451,7 +452,7 @@ func TestAPostgresThatForgetsItsLastCommitsCostsNoMoreThanThem(t *testing.T) {
 	r.assertNoErrors(t)
 }
 
-// A key that Redis evicts is as new, until Postgres is told the next admission.
+// A key that Redis has evicted begins anew, until the next admission is flushed to Postgres and its debt comes back.
 func TestAKeyThatIsEvictedIsRaisedAgain(t *testing.T) {
 	var r record
 	server := servers.Redis(t)
@@ -481,7 +482,7 @@ func TestWhatIsOnItsWayToPostgresIsPending(t *testing.T) {
 	heal := p.hole(t)
 	defer heal()
 	n.take(g)
-	for range 10 { // the flush begins meanwhile, and Postgres has half a second to answer
+	for range 10 { // a flush begins in this time, and waits for Postgres for half a second
 		st := n.State()
 		assert.Equal(t, 1, st.Pending, "of which Postgres has not been charged")
 		assert.Positive(t, st.Lag)
@@ -489,7 +490,7 @@ func TestWhatIsOnItsWayToPostgresIsPending(t *testing.T) {
 	}
 }
 
-// A commit of which the answer is lost is known to Postgres by its number, when it is told again.
+// If the answer to a commit is lost the batch is sent again, and Postgres recognises it by its number.
 func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 	t.Parallel()
 	var r record
@@ -503,7 +504,7 @@ func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 		return r.count(func(e *event) bool { return e.What == "observed" && e.By == failover.FlushFailed.String() })
 	}
 	committed := 0
-	for bytes := 560; bytes <= 1500 && committed < 3; bytes += 10 { // of the answers: up to the one to the COMMIT
+	for bytes := 560; bytes <= 1500 && committed < 3; bytes += 10 { // at some length the answer to the COMMIT is cut off
 		want := r.admitted(targets[0].ID)
 		before := failures()
 		heal := p.poison(t, "limit_data", replies, attributes{"bytes": bytes})

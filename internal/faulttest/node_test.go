@@ -30,75 +30,80 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// A node is a process of a service, which decides by a failover storage and writes down what it was told. It is in
-// this process, or in one of its own that is this test's program again, with where its stores are in its
-// environment: that one reads orders, and writes its events, a line of JSON each.
+// A node stands for one process of a service: it decides by a failover storage and records the answers. It runs in
+// this process or in one of its own. The latter is the program of this test again, which finds the addresses of its
+// stores in its environment. It reads orders from its input and writes events to its output, each as a line of JSON.
 
+// environment is the variable with the stores of a node.
 const environment = "THROTTLER_FAULTTEST_NODE"
 
-// stores are where a node finds them.
+// stores says where a node finds its stores.
 type stores struct {
-	Number   int
-	Redis    string
-	Postgres string
+	Number   int    // of the node
+	Redis    string // a URL
+	Postgres string // a URL
 
-	// Patience for tests of what is decided, which must not depend on how fast the machine is: 0 is the default.
+	// Longer timeouts are for tests of decisions, whose result must not depend on the speed of the machine. Zero
+	// means the default.
 	RedisTimeout, PostgresTimeout time.Duration
 }
 
-// target is an identifier that is asked for one token of each of its buckets.
+// target is an identifier, of which each call asks for one token of each bucket.
 type target struct {
 	ID    string
 	Rules []law.Rule
 }
 
+// request returns a request for the target.
 func (g *target) request(cost int64) storecheck.Request {
 	return storecheck.Request{Name: "fault", Parts: []storecheck.Part{storecheck.NewPart(g.ID, g.Rules, cost)}}
 }
 
-// order is what a node is to do.
+// order tells a node what to do.
 type order struct {
 	Do      string // take, crowd, begin, end, state or close
 	Targets []target
-	Calls   int           // of each target; crowd: of each worker
-	Workers int           // at a time
+	Calls   int           // for each target; crowd: by each worker
+	Workers int           // at the same time
 	Pause   time.Duration // between the calls of a worker
-	Alone   bool          // after each call the same one is made of Redis alone
+	Alone   bool          // after each call, make the same call on Redis alone
 }
 
-// event is one that a node has written down.
+// event is something that a node has recorded.
 type event struct {
-	What    string // call, observed or done
-	Process int
-	At      int64 // when it ended, in µs since the epoch
-	Took    int64 // µs
-	By      string
+	What    string // call, observed (by failover.Options.Observe) or done (with an order)
+	Process int    // the number of the node
+	At      int64  // when it ended, in µs since the epoch
+	Took    int64  // µs
+	By      string // the Source of a call, or the kind of what was observed
 	ID      string
 	Cost    int64
 	Allowed bool
 	Err     string
-	Lag     int64 // observed: µs
+	Lag     int64 // if observed, in µs
 	State   *failover.State
 
-	err error // in this process
+	err error // only in the process of the test
 }
 
-// alone is what is put before the identifier of a call of Redis alone.
+// alone precedes the identifier in the events of calls on Redis alone.
 const alone = "alone "
 
+// node is a failover storage with its stores. Its methods are those of the orders.
 type node struct {
 	number int
 	*failover.Storage
 	redis *redisstore.Storage
 	pg    *pgstore.Storage
 	pool  *pgxpool.Pool
-	alone *redisstore.Storage
+	alone *redisstore.Storage // decides without a failover, with keys of its own
 	emit  func(event)
 
-	stop chan struct{}
+	stop chan struct{} // closed by end
 	load sync.WaitGroup
 }
 
+// openNode opens a node. If it fails nothing is closed: the process or the test ends.
 func openNode(where stores, emit func(event)) (*node, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), storecheck.Patient)
 	defer cancel()
@@ -124,6 +129,7 @@ func openNode(where stores, emit func(event)) (*node, error) {
 	return n, err
 }
 
+// write records an event.
 func (n *node) write(e event) {
 	e.Process = n.number
 	if e.At == 0 {
@@ -135,7 +141,7 @@ func (n *node) write(e event) {
 	n.emit(e)
 }
 
-// close returns the error of the failover storage.
+// close closes all storages and returns the error of the failover storage.
 func (n *node) close(ctx context.Context) error {
 	err := n.Storage.Close(ctx)
 	_, _ = n.redis.Close(ctx), n.alone.Close(ctx)
@@ -144,15 +150,17 @@ func (n *node) close(ctx context.Context) error {
 	return err
 }
 
-// take asks once, and writes it down.
+// take asks for one token of each bucket, and records the call.
 func (n *node) take(g *target) event { return n.ask(context.Background(), g, 1) }
 
+// ask asks for a cost, and records the call.
 func (n *node) ask(ctx context.Context, g *target, cost int64) event {
 	began := time.Now()
 	v, err := storecheck.Decide(ctx, n, g.request(cost))
 	return n.called(g.ID, cost, began, v, err)
 }
 
+// called records a call.
 func (n *node) called(id string, cost int64, began time.Time, v storecheck.Verdict, err error) event {
 	ended := time.Now()
 	e := event{What: "call", At: ended.UnixMicro(), Took: ended.Sub(began).Microseconds(), By: v.Source(), ID: id, Cost: cost, Allowed: v.Allowed, err: err}
@@ -160,13 +168,14 @@ func (n *node) called(id string, cost int64, began time.Time, v storecheck.Verdi
 	return e
 }
 
+// takeAlone is take on Redis alone.
 func (n *node) takeAlone(g *target) {
 	began := time.Now()
 	v, err := storecheck.Decide(context.Background(), n.alone, g.request(1))
 	n.called(alone+g.ID, 1, began, v, err)
 }
 
-// obey does what it is told, and returns what there is to say about it.
+// obey executes an order, and returns an event with its result.
 func (n *node) obey(o order) (e event) {
 	switch o.Do {
 	case "take":
@@ -198,7 +207,7 @@ func (n *node) obey(o order) (e event) {
 	return e
 }
 
-// begin asks all the time until end.
+// begin starts workers, which ask until end.
 func (n *node) begin(o order) {
 	n.stop = make(chan struct{})
 	for w := range o.Workers {
@@ -222,12 +231,14 @@ func (n *node) begin(o order) {
 	}
 }
 
+// end stops the workers and waits for them.
 func (n *node) end() {
 	close(n.stop)
 	n.load.Wait()
 }
 
-// runNode is a process that is a node, until it is told to close or nobody orders any more.
+// runNode is the main function of a node in a process of its own. It returns after the order to close, or when its
+// input ends.
 func runNode(environment string) (code int) {
 	var where stores
 	var mu sync.Mutex
@@ -235,7 +246,7 @@ func runNode(environment string) (code int) {
 	emit := func(e event) {
 		mu.Lock()
 		defer mu.Unlock()
-		_ = out.Encode(e) // nobody reads it any more
+		_ = out.Encode(e) // fails if the test has ended and nobody reads any more
 	}
 	fail := func(err error) int {
 		emit(event{What: "done", Err: err.Error()})
@@ -268,25 +279,27 @@ func runNode(environment string) (code int) {
 	}
 }
 
-// record is what the nodes of a test have written down.
+// record has the events of all nodes of a test.
 type record struct {
-	mu     sync.Mutex
+	mu     sync.Mutex // guards events, which only grow
 	events []event
 }
 
+// add adds an event.
 func (r *record) add(e event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.events = append(r.events, e)
 }
 
+// all returns the events so far. The caller must not change them.
 func (r *record) all() []event {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.events[:len(r.events):len(r.events)]
 }
 
-// count is how many events there are that match.
+// count returns how many events match.
 func (r *record) count(match func(*event) bool) (n int) {
 	all := r.all()
 	for i := range all {
@@ -297,7 +310,7 @@ func (r *record) count(match func(*event) bool) (n int) {
 	return n
 }
 
-// admitted is how many tokens of an identifier were, by anybody.
+// admitted returns how many tokens of an identifier all nodes have admitted.
 func (r *record) admitted(id string) (n int64) {
 	for _, e := range r.all() {
 		if e.What == "call" && e.ID == id && e.Allowed && e.Err == "" {
@@ -307,7 +320,7 @@ func (r *record) admitted(id string) (n int64) {
 	return n
 }
 
-// assertNoErrors holds all calls to have been answered.
+// assertNoErrors asserts that no call has failed.
 func (r *record) assertNoErrors(t testing.TB) {
 	t.Helper()
 	failed := map[string]int{}
@@ -319,7 +332,7 @@ func (r *record) assertNoErrors(t testing.TB) {
 	assert.Empty(t, failed, "errors that callers saw")
 }
 
-// local opens a node in this process, which is closed after the test.
+// local opens a node in this process. It is closed after the test.
 func local(t testing.TB, r *record, where stores) *node {
 	t.Helper()
 	n, err := openNode(where, r.add)
@@ -328,18 +341,18 @@ func local(t testing.TB, r *record, where stores) *node {
 	return n
 }
 
-// process is a node in a process of its own, behind a proxy before each store.
+// process is a node in a process of its own, with a proxy in front of each store.
 type process struct {
 	t         testing.TB
 	number    int
 	redis, pg *proxy
 	cmd       *exec.Cmd
 	in        io.WriteCloser
-	done      chan event
-	ended     chan struct{}
+	done      chan event    // the results of orders
+	ended     chan struct{} // closed when the process has ended
 }
 
-// start starts one.
+// start starts a process, which is killed after the test.
 func start(t testing.TB, r *record, where stores, redis, pg *servers.Server) *process {
 	t.Helper()
 	p := &process{t: t, number: where.Number, redis: before(t, redis), pg: before(t, pg), done: make(chan event, 1), ended: make(chan struct{})}
@@ -364,13 +377,14 @@ func start(t testing.TB, r *record, where stores, redis, pg *servers.Server) *pr
 	return p
 }
 
+// read reads the events of the process until it ends.
 func (p *process) read(out io.Reader, r *record) {
 	lines := bufio.NewScanner(out)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		var e event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			continue // half a line of one that was killed
+			continue // part of a line, of a process that was killed
 		}
 		if e.What == "done" {
 			p.done <- e
@@ -382,7 +396,7 @@ func (p *process) read(out io.Reader, r *record) {
 	close(p.ended)
 }
 
-// fleet starts some, and returns when all are ready.
+// fleet starts n processes, and returns when all are ready.
 func fleet(t testing.TB, r *record, n int, where stores, redis, pg *servers.Server) (all []*process) {
 	t.Helper()
 	for i := range n {
@@ -395,11 +409,13 @@ func fleet(t testing.TB, r *record, n int, where stores, redis, pg *servers.Serv
 	return all
 }
 
+// order sends an order to the process.
 func (p *process) order(o order) {
 	p.t.Helper()
 	require.NoError(p.t, json.NewEncoder(p.in).Encode(o))
 }
 
+// wait waits for the result of the last order.
 func (p *process) wait() event {
 	p.t.Helper()
 	select {
@@ -418,7 +434,7 @@ func (p *process) wait() event {
 	return event{}
 }
 
-// do has all processes do something at once, and waits for them.
+// do sends an order to all processes, and waits until all have executed it.
 func do(all []*process, o order) {
 	for _, p := range all {
 		p.t.Helper()
@@ -430,28 +446,31 @@ func do(all []*process, o order) {
 	}
 }
 
+// state returns the state of the process's failover storage.
 func (p *process) state() *failover.State {
 	p.t.Helper()
 	p.order(order{Do: "state"})
 	return p.wait().State
 }
 
-// kill ends the process as a crash would.
+// kill ends the process at once, like a crash.
 func (p *process) kill() {
 	p.t.Helper()
 	require.NoError(p.t, p.cmd.Process.Signal(syscall.SIGKILL))
 	<-p.ended
 }
 
-// shared is a Postgres for the tests that do it no harm.
+// shared starts a Postgres for all tests that do it no harm.
 var shared = sync.OnceValues(func() (*servers.Server, error) {
 	s, err := servers.StartPostgres()
 	opened.Store(s)
 	return s, err
 })
 
+// opened is the shared Postgres, or nil if no test has used it.
 var opened atomic.Pointer[servers.Server]
 
+// postgres returns the shared Postgres.
 func postgres(t testing.TB) *servers.Server {
 	t.Helper()
 	s, err := shared()
@@ -459,7 +478,7 @@ func postgres(t testing.TB) *servers.Server {
 	return s
 }
 
-// program runs the tests, and ends what they share.
+// program runs the tests, and then closes the shared Postgres.
 type program struct{ *testing.M }
 
 func (p program) Run() int {
@@ -473,12 +492,13 @@ func (p program) Run() int {
 	return code
 }
 
-// slow is n tokens of which none comes back during a test.
+// slow returns the rule of a bucket with n tokens, to which none comes back during a test.
 func slow(t testing.TB, name string, kind law.Kind, n int64) law.Rule {
 	t.Helper()
 	return rule(t, name, kind, storecheck.Period(), n, 1)
 }
 
+// rule returns a valid rule.
 func rule(t testing.TB, name string, kind law.Kind, period time.Duration, n, refill int64) law.Rule {
 	t.Helper()
 	r, faults := law.NewRule(name, kind, period, n, refill)
@@ -488,12 +508,12 @@ func rule(t testing.TB, name string, kind law.Kind, period time.Duration, n, ref
 
 var lastTarget atomic.Int64
 
-// id is one that no other test has.
+// id returns an identifier that no other test has.
 func id(t testing.TB) string {
 	return fmt.Sprintf("%s %d %d", strings.ReplaceAll(t.Name(), "/", " "), os.Getpid(), lastTarget.Add(1))
 }
 
-// ofEachKind are targets of n tokens, one of each kind, of which none comes back.
+// ofEachKind returns a target of each kind, with n tokens, to which none comes back during a test.
 func ofEachKind(t testing.TB, n int64) (all []target) {
 	t.Helper()
 	for _, kind := range storecheck.Kinds {
@@ -502,7 +522,7 @@ func ofEachKind(t testing.TB, n int64) (all []target) {
 	return all
 }
 
-// times takes of all targets so many times, and returns what each was admitted.
+// times calls all targets in turn, each calls times, and returns how often each was admitted.
 func (n *node) times(calls int, targets []target) []int {
 	taken := make([]int, len(targets))
 	for range calls {
@@ -515,24 +535,24 @@ func (n *node) times(calls int, targets []target) []int {
 	return taken
 }
 
-// five is n for each of the five kinds.
+// five returns a list with n for each of the five kinds.
 func five(n int) []int { return []int{n, n, n, n, n} }
 
-// settled waits until nothing is pending, and what has just been told is relayed.
+// settled waits until nothing is pending, and then until the last debts that Postgres returned have reached Redis.
 func (n *node) settled(t testing.TB) {
 	t.Helper()
 	storecheck.Until(t, "something is pending", func() bool { st := n.State(); return st.Pending == 0 && st.Lag == 0 })
 	pass(t, 50*time.Millisecond)
 }
 
-// settled waits until Postgres knows everything that the process has admitted.
+// settled waits until Postgres has recorded everything that the process has admitted.
 func (p *process) settled(t testing.TB) {
 	t.Helper()
 	storecheck.Until(t, "something is pending", func() bool { st := p.state(); return st.Pending == 0 && st.Lag == 0 })
 }
 
-// quiet is two flush intervals, after which Postgres must know everything that nodes or processes have admitted. A busy
-// machine may take longer.
+// quiet waits for two flush intervals. Then Postgres should have recorded everything that the nodes or processes have
+// admitted; as a busy machine may take longer, quiet also waits for that.
 func quiet[T interface{ settled(testing.TB) }](t testing.TB, all ...T) {
 	t.Helper()
 	pass(t, 2*failover.DefaultFlushInterval)
@@ -541,8 +561,8 @@ func quiet[T interface{ settled(testing.TB) }](t testing.TB, all ...T) {
 	}
 }
 
-// pass lets a fault or a load go on, as how long it lasts is what the bound is about. For all that can be seen there is
-// storecheck.Until.
+// pass lets a fault or a load go on for a time, where its length is what a test is about. Whatever can be observed is
+// waited for by storecheck.Until instead.
 func pass(t testing.TB, d time.Duration) {
 	select {
 	case <-time.After(d):
@@ -556,7 +576,7 @@ func (n *node) back(t testing.TB) time.Duration {
 	return storecheck.Until(t, "Postgres decides", func() bool { return !n.State().Degraded })
 }
 
-// owed is what each bucket of a target has spent in a store.
+// owed returns what each bucket of a target has spent according to a store.
 func owed(t testing.TB, s replica.Storage, g *target) (n []int64) {
 	t.Helper()
 	d, err := s.Debt(t.Context(), replica.Debt{Name: "fault", Identifier: g.ID, Rules: law.NewRuleSet(g.Rules...)})
@@ -571,7 +591,7 @@ func owed(t testing.TB, s replica.Storage, g *target) (n []int64) {
 	return n
 }
 
-// ledger is the shared Postgres itself, or another one, for looking at.
+// ledger returns a storage on a Postgres, without a proxy, by which a test looks at the content.
 func ledger(t testing.TB, server *servers.Server) *pgstore.Storage {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), server.URL())
@@ -583,5 +603,5 @@ func ledger(t testing.TB, server *servers.Server) *pgstore.Storage {
 	return s
 }
 
-// only is one target as a list.
+// only returns a list of one target.
 func only(g target) []target { return []target{g} }

@@ -1,5 +1,5 @@
-// Package faulttest_test tests what becomes of calls when the network between this module and a server
-// fails. It is a module of its own because of what toxiproxy needs.
+// Package faulttest_test tests what happens to calls when a server, or the network in front of it, fails. It is a
+// module of its own, so that the root module does not depend on toxiproxy.
 package faulttest_test
 
 import (
@@ -25,14 +25,14 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(program{m}, goleak.IgnoreTopFunction("github.com/Shopify/toxiproxy/v2/toxics.(*NoopToxic).Pipe"))
 }
 
-// proxy is the network between this process and a server.
+// proxy stands for the network between a process and a server.
 type proxy struct {
 	*toxiproxy.Proxy
 
 	server *servers.Server
 }
 
-// before puts a proxy before a server, for as long as the test lasts.
+// before starts a proxy in front of a server. It stops after the test.
 func before(t testing.TB, server *servers.Server) *proxy {
 	t.Helper()
 	p := toxiproxy.NewProxy(toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop()), server.Addr(), "127.0.0.1:0", server.Addr())
@@ -41,10 +41,10 @@ func before(t testing.TB, server *servers.Server) *proxy {
 	return &proxy{p, server}
 }
 
-// URL is the server's, by way of the proxy.
+// URL returns the server's URL with the address of the proxy.
 func (p *proxy) URL() string { return strings.Replace(p.server.URL(), p.server.Addr(), p.Listen, 1) }
 
-// attributes of a toxic, as toxiproxy documents them.
+// attributes are those of a toxic: https://github.com/Shopify/toxiproxy#toxics.
 type attributes map[string]int
 
 // The directions of a toxic.
@@ -53,7 +53,7 @@ const (
 	replies  = "downstream"
 )
 
-// poison does harm to a direction of all connections, those that are open and new ones, until it is healed.
+// poison adds a toxic to one direction of all connections, open and new ones. Heal removes it.
 func (p *proxy) poison(t testing.TB, kind, direction string, a attributes) (heal func()) {
 	t.Helper()
 	toxic, err := json.Marshal(map[string]any{"type": kind, "stream": direction, "attributes": a})
@@ -64,7 +64,7 @@ func (p *proxy) poison(t testing.TB, kind, direction string, a attributes) (heal
 	return heal
 }
 
-// hole swallows everything, in both directions, until it is healed.
+// hole swallows everything in both directions, until heal is called.
 func (p *proxy) hole(t testing.TB) (heal func()) {
 	t.Helper()
 	heals := []func(){p.poison(t, "timeout", requests, attributes{"timeout": 0}), p.poison(t, "timeout", replies, attributes{"timeout": 0})}

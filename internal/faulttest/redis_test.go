@@ -17,8 +17,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// connect has the client make so many connections that it could send a command six times, although the
-// reply to the first command on each of them is lost.
+// connect makes the client open six connections. So it could send a command six times, although the reply to the first
+// command on each connection is lost.
 func connect(t testing.TB, c *goredis.Client) {
 	t.Helper()
 	for range 6 {
@@ -72,8 +72,8 @@ func TestABlackHoleDelaysCallsByTheirTimeAndNoLonger(t *testing.T) {
 	assertExact(t, s, "b")
 }
 
-// The connections into the hole are never closed from outside, as when a host is gone. The client has the
-// timeouts that New asks for.
+// Nothing closes the connections into the hole, as if the host had disappeared. The client has the timeouts that New
+// asks for.
 func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 	t.Parallel()
 	const timeout = 100 * time.Millisecond
@@ -95,7 +95,7 @@ func TestConnectionsIntoABlackHoleAreGivenUp(t *testing.T) {
 	var count storecheck.Told
 	require.NoError(t, count.Ask(s, r))
 	p.poison(t, "timeout", requests, attributes{"timeout": 0})
-	for range 25 { // more than flights can be under way
+	for range 25 { // more than batches can be in flight
 		assert.ErrorIs(t, count.Ask(s, r), storage.ErrUnavailable)
 	}
 	moved.Store(true)
