@@ -127,11 +127,11 @@ func fiber2Limit(limit func(http.Handler) http.Handler) fiberv2.Handler {
 	}
 }
 
-// client sends a request.
+// client sends a request to a router and returns the answer.
 type client func(*http.Request) *httptest.ResponseRecorder
 
-// router serves GET / by a handler that calls served and answers its status, with a limit around it. The
-// answer has a body unless it is an error of echo or fiber.
+// router makes a router that serves GET / behind a limit. The handler calls served and answers with the status that it
+// returns.
 type router func(limit middleware, served func() int) client
 
 func onChi(limit middleware, served func() int) client {
@@ -203,7 +203,7 @@ func onFiber2(limit middleware, served func() int) client {
 	}
 }
 
-// copied is the answer of fiber, whose tests return it in another form.
+// copied converts an answer of fiber, whose tests return a *http.Response.
 func copied(test func() (*http.Response, error)) *httptest.ResponseRecorder {
 	res, err := test()
 	if err != nil {
@@ -219,6 +219,7 @@ func copied(test func() (*http.Response, error)) *httptest.ResponseRecorder {
 	return w
 }
 
+// recorded returns a client of a handler.
 func recorded(h http.Handler) client {
 	return func(r *http.Request) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
@@ -227,7 +228,7 @@ func recorded(h http.Handler) client {
 	}
 }
 
-// routers are all, and whether RefundIf sees the status of the answer.
+// routers are all routers, and whether RefundIf sees the status of their answers.
 var routers = []struct {
 	name string
 	on   router
@@ -246,7 +247,7 @@ var routers = []struct {
 
 func init() { gin.SetMode(gin.ReleaseMode) }
 
-// limited is middleware that admits two requests of anybody.
+// limited returns middleware that admits two requests of each client.
 func limited(t *testing.T, o throttlerhttp.Options) middleware {
 	t.Helper()
 	limiter, err := throttler.New(throttler.Config{})
@@ -257,7 +258,7 @@ func limited(t *testing.T, o throttlerhttp.Options) middleware {
 	return limit
 }
 
-// get asks once.
+// get sends one request.
 func get(ask client) int { return ask(httptest.NewRequest(http.MethodGet, "/", nil)).Code }
 
 func TestTheThirdRequestIsRefusedWithFieldsAndReachesNoHandler(t *testing.T) {
@@ -311,7 +312,7 @@ func TestGinStreamsInsideOfTheMiddleware(t *testing.T) {
 		g := gin.New()
 		g.GET("/", func(c *gin.Context) {
 			sent := 0
-			c.Stream(func(w io.Writer) bool { // asks the server's writer for CloseNotify, and flushes
+			c.Stream(func(w io.Writer) bool { // Stream needs CloseNotify of the server's writer, and flushes
 				sent++
 				_, err := io.WriteString(w, "line\n")
 				return err == nil && sent < 3

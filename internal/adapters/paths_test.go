@@ -23,7 +23,8 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// logins serve POST /login inside of a limit, in a way that takes other paths for it as well.
+// logins are routers that serve POST /login behind a limit, and accept other spellings of the path too. The options
+// tell the limit which ones.
 var logins = map[string]struct {
 	on func(limit middleware) client
 	o  throttlerhttp.Options
@@ -86,7 +87,7 @@ func onChiWith(all ...func(http.Handler) http.Handler) client {
 
 func onEchoWith(limit middleware, before ...echo.MiddlewareFunc) client {
 	e := echo.New()
-	e.Pre(echo.WrapMiddleware(limit)) // so that it sees the path as it came
+	e.Pre(echo.WrapMiddleware(limit)) // first, to see the path as it arrived
 	e.Pre(before...)
 	e.POST("/login", func(c echo.Context) error { return c.NoContent(http.StatusOK) })
 	return recorded(e)

@@ -1,6 +1,6 @@
-// Package browsertest_test opens the pages of the examples in a real browser: /docs of examples/fastapi-like, and that of
-// package watch in examples/observed. It is a module of its own because of chromedp, which drives Chromium: the root
-// module must not need it. It does not import the root module either, but builds the examples and starts them.
+// Package browsertest_test opens pages of the examples in a real browser: /docs of examples/fastapi-like, and the
+// page of package watch in examples/observed. It is a module of its own, so that the root module does not depend on
+// chromedp, which drives Chromium. It does not import the root module: it builds the examples and runs them.
 package browsertest_test
 
 import (
@@ -26,7 +26,7 @@ import (
 	"go.uber.org/goleak"
 )
 
-// patience bounds each test. Only a machine that is overloaded comes near it.
+// patience bounds each test. Only an overloaded machine comes near it.
 const patience = 2 * time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -53,21 +53,21 @@ func run(t *testing.T, example string, args ...string) []byte {
 	require.NoError(t, run.Start())
 	var rest sync.WaitGroup
 	t.Cleanup(func() {
-		_ = run.Process.Kill() // fails when it has ended
+		_ = run.Process.Kill() // an error means that it has ended
 		rest.Wait()
-		_ = run.Wait() // it was killed
+		_ = run.Wait() // always an error, as it was killed
 	})
 	lines := bufio.NewScanner(stdout)
 	require.True(t, lines.Scan(), "the program has ended")
 	first := bytes.Clone(lines.Bytes())
 	rest.Go(func() {
-		for lines.Scan() { // so that the log never blocks the program
+		for lines.Scan() { // or a full pipe would block the program
 		}
 	})
 	return first
 }
 
-// chromium is the program of $CHROMIUM, or the one that is installed.
+// chromium returns the program that $CHROMIUM names, or else the one that is installed.
 func chromium(t *testing.T) string {
 	if named := os.Getenv("CHROMIUM"); named != "" {
 		return named
@@ -81,12 +81,13 @@ func chromium(t *testing.T) string {
 	return ""
 }
 
-// browser opens a tab in a new browser with a new profile. Whatever its console complains of fails the test.
+// browser opens a tab in a new browser with a new profile. Every exception of the page, and every entry in the
+// console's log except those about the network, fails the test.
 func browser(t *testing.T) context.Context {
 	options := append(chromedp.DefaultExecAllocatorOptions[:],
 		chromedp.ExecPath(chromium(t)), chromedp.UserDataDir(t.TempDir()), chromedp.NoSandbox, chromedp.DisableGPU,
 		chromedp.Flag("disable-quic", true), chromedp.Flag("disable-component-update", true))
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience) // it ends by Cancel
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience) // Cancel ends it, after the test
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewExecAllocator(ctx, options...)
 	t.Cleanup(cancel)
@@ -95,7 +96,7 @@ func browser(t *testing.T) context.Context {
 		switch e := event.(type) {
 		case *runtime.EventExceptionThrown:
 			assert.Fail(t, "the page threw an exception", e.ExceptionDetails.Error())
-		case *log.EventEntryAdded: // violations of the policy are among these, and each answer of 400 or more
+		case *log.EventEntryAdded: // also of violations of the content security policy, and of answers of 400 or more
 			assert.Equal(t, log.SourceNetwork, e.Entry.Source, e.Entry.Text)
 		}
 	})
@@ -104,7 +105,7 @@ func browser(t *testing.T) context.Context {
 	return ctx
 }
 
-// card is JavaScript for the card of the route "/".
+// card is the JavaScript expression for the card of the route "/".
 const card = `document.querySelector('article[data-path="/"]')`
 
 // until polls the page until an expression is true.
@@ -113,7 +114,7 @@ func until(t *testing.T, ctx context.Context, what, expression string) {
 	require.NoError(t, err, what)
 }
 
-// number evaluates an expression.
+// number returns the value of an expression in the page.
 func number(t *testing.T, ctx context.Context, expression string) (n int) {
 	require.NoError(t, chromedp.Run(ctx, chromedp.Evaluate(expression, &n)))
 	return n

@@ -1,6 +1,6 @@
 package browsertest_test
 
-// The page of package watch, in examples/observed under its load.
+// Tests of the page of package watch, in examples/observed under its load.
 
 import (
 	"context"
@@ -16,7 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// observed runs the example under a load, and returns the address of the page.
+// observed runs the example for two minutes under its load, and returns the address of the page.
 func observed(t *testing.T) string {
 	first := run(t, "observed", "-load", "2m")
 	address := regexp.MustCompile(`http://\S+`).Find(first)
@@ -24,7 +24,7 @@ func observed(t *testing.T) string {
 	return string(address)
 }
 
-// requested collects the addresses that a page asks for.
+// requested returns a list to which the addresses that a page requests are added.
 func requested(t *testing.T, ctx context.Context) *[]string {
 	all := new([]string)
 	chromedp.ListenTarget(ctx, func(event any) {

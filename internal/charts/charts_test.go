@@ -25,17 +25,17 @@ func TestTheCommittedChartsAreWhatTheArithmeticDraws(t *testing.T) {
 	}
 }
 
-// The most that a kind admits of calls of one token, for a capacity (and refill) of c, in half-open
-// windows: of one period, and of a tenth of it. Why there cannot be more:
+// The most calls for one token that a kind admits with a capacity (and refill) of c, in half-open windows of one
+// period and of a tenth of it. Why there cannot be more:
 //
-//	Replenish      Two periods at most meet a window, and the call that opened the first of them
-//	               stands a whole period before the first call of the second.
-//	Continuous     A full bucket, and what comes back in less than a period: not the last token.
-//	FixedWindow    Two windows, both whole, meet at an edge.
-//	SlidingWindow  Just before an edge all, and from the edge on one each c-th of the period: c in
-//	               less than a period, one in less than a c-th of it.
-//	SlidingLog     The tokens of the last period are what is spent. Above a capacity of 256 so few that
-//	               the even client takes them in a grain may come back a grain early.
+//	Replenish      At most two periods overlap the window. The call that opened the first one is a whole
+//	               period before the first call of the second one, so one of the two lies outside.
+//	Continuous     A full bucket, and what comes back in less than a period: all tokens but the last.
+//	FixedWindow    Two whole windows meet at an edge.
+//	SlidingWindow  All tokens just before an edge, and after it one in each c-th of the period: c in less
+//	               than a period, and one in less than a c-th of it.
+//	SlidingLog     What is spent are the tokens of the last period. With a capacity above 256, as few
+//	               tokens as the even client takes in a grain may come back a grain early.
 var bounds = map[law.Kind]struct{ period, tenth func(c int) int }{
 	law.Replenish:     {func(c int) int { return 2*c - 1 }, func(c int) int { return 2*c - 1 }},
 	law.Continuous:    {func(c int) int { return 2*c - 1 }, func(c int) int { return c + (c-1)/10 }},
@@ -86,8 +86,8 @@ func TestALargeLogAdmitsAboutA256thMoreInTheWorstPeriod(t *testing.T) {
 	}
 }
 
-// search plays clients that call 200 times a period: those that wait and then take whatever there
-// is, with or without one call long before, and clients that change their mind at random.
+// search simulates clients that can call 200 times a period. Some wait and then take whatever there is, with or
+// without one call long before. The others change their behaviour at random.
 func search(r *law.Rule) (inPeriod, inTenth int) {
 	const fine = 200
 	try := func(steps int, c client) {
@@ -108,6 +108,7 @@ func search(r *law.Rule) (inPeriod, inTenth int) {
 	return inPeriod, inTenth
 }
 
+// greedy returns a client that makes opener calls at once, waits for some steps, and then takes whatever there is.
 func greedy(opener int64, wait int) client {
 	return func(i int, remaining int64) int64 {
 		switch {
@@ -120,7 +121,7 @@ func greedy(opener int64, wait int) client {
 	}
 }
 
-// moody is silent, curious or greedy for up to a period and a half, then something else.
+// moody returns a client that is silent, curious or greedy for up to a period and a half, and then changes.
 func moody(random *rand.Rand, fine int) client {
 	mood, until := 0, 0
 	return func(i int, remaining int64) int64 {
