@@ -23,11 +23,10 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// prompt is for tests of what becomes of calls that are not answered.
+// prompt is for tests of calls that are not answered: the default timeout instead of storecheck.Patient.
 var prompt = pgstore.Options{Timeout: pgstore.DefaultTimeout}
 
-// assertBackAfter holds calls to the time after which they had to return: half of them to 50 ms more, ten
-// times the promise, and all of them to a second, on a machine that does other things as well.
+// assertBackAfter is storecheck.AssertBackAfter, but the first call may return up to 15 ms early.
 func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	t.Helper()
 	slices.Sort(took)
@@ -37,8 +36,8 @@ func assertBackAfter(t testing.TB, limit time.Duration, took []time.Duration) {
 	assert.Less(t, took[len(took)-1], limit+time.Second, "a call hung")
 }
 
-// harmed returns a server that a test may harm, and a pool of its connections. The server ends before the pool is
-// closed, which would wait for one that is frozen.
+// harmed returns a server that a test may harm, and a pool of its connections. The server is closed before the pool,
+// which would wait for the connections of a frozen server.
 func harmed(t testing.TB, config ...string) (*servers.Server, *pgxpool.Pool) {
 	t.Helper()
 	server := servers.Postgres(t, config...)
@@ -47,7 +46,7 @@ func harmed(t testing.TB, config ...string) (*servers.Server, *pgxpool.Pool) {
 	return server, pool
 }
 
-// connected returns how many connections were made, after making all that the pool may have.
+// connected fills the pool with connections, and returns how many it has opened in its life.
 func connected(t testing.TB, pool *pgxpool.Pool) int64 {
 	t.Helper()
 	for range pool.Config().MaxConns {
@@ -68,7 +67,7 @@ func executeSQL(t testing.TB, url, sql string) {
 	require.NoError(t, err)
 }
 
-// holdRow locks the row of an identifier, as another process would, until release is called.
+// holdRow locks the row of an identifier, like another process, until release is called.
 func holdRow(t testing.TB, url, id string) (release func()) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), url)
@@ -83,7 +82,7 @@ func holdRow(t testing.TB, url, id string) (release func()) {
 	return release
 }
 
-// assertUnavailable holds an error to what those promise that are not the caller's fault.
+// assertUnavailable asserts that an error wraps ErrUnavailable, and does not look like any error that is the caller's.
 func assertUnavailable(t testing.TB, err error) {
 	t.Helper()
 	assert.ErrorIs(t, err, storage.ErrUnavailable)
@@ -92,7 +91,7 @@ func assertUnavailable(t testing.TB, err error) {
 	}
 }
 
-// code is that of the error that the server said, if it said one.
+// code returns the SQLSTATE of an error of the server, or "" for other errors.
 func code(err error) string {
 	var said *pgconn.PgError
 	if errors.As(err, &said) {
@@ -101,7 +100,7 @@ func code(err error) string {
 	return ""
 }
 
-// The codes of errors that a server says.
+// SQLSTATEs.
 const (
 	readOnly     = "25006"
 	tooMany      = "53300"
@@ -109,20 +108,21 @@ const (
 	queryTimeout = "57014"
 )
 
-// load is what 50 goroutines were told, each of an identifier that all share and of one of its own.
+// load has the answers to 50 goroutines, which ask for an identifier that they share and each for one of its own.
 type load struct {
 	shared storecheck.Told
 	own    [50]storecheck.Told
-	took   [50]time.Duration // the longest call
+	took   [50]time.Duration // the longest call of each goroutine
 }
 
+// hot is a request for the shared identifier, and mine one for that of goroutine i.
 func (w *load) hot(t testing.TB) storecheck.Request { return storecheck.Hourly(t, "shared", 1<<40) }
 
 func (w *load) mine(t testing.TB, i int) storecheck.Request {
 	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
-// ask asks for the one, the other or both, in both orders.
+// ask makes call n of goroutine i: for one of its identifiers or for both, in either order.
 func (w *load) ask(t testing.TB, s *pgstore.Storage, i, n int) {
 	hot, mine := w.hot(t), w.mine(t, i)
 	both, twoOf := hot, mine
@@ -142,7 +142,7 @@ func (w *load) ask(t testing.TB, s *pgstore.Storage, i, n int) {
 	}
 }
 
-// during has them ask all the time until f returns.
+// during lets all goroutines ask until f returns.
 func (w *load) during(t testing.TB, s *pgstore.Storage, f func()) {
 	t.Helper()
 	stop := make(chan struct{})
@@ -179,7 +179,8 @@ func (w *load) fails(t testing.TB) {
 	storecheck.Until(t, "no call fails", func() bool { return w.shared.Failed.Load() > 0 })
 }
 
-// crash harms a server in the middle of a load, and holds what was taken to what callers were told.
+// crash calls harm in the middle of a load, and compares what was taken with the answers. Forgets says that the
+// server may lose what it has answered.
 func crash(t *testing.T, o pgstore.Options, forgets bool, harm func(*servers.Server, *pgxpool.Pool, *load)) {
 	t.Helper()
 	server, pool := harmed(t)
@@ -202,7 +203,7 @@ func crash(t *testing.T, o pgstore.Options, forgets bool, harm func(*servers.Ser
 	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "after"), 7))
 }
 
-// kill ends the server at once, and starts it again when that was noticed.
+// kill kills the server, and starts it again after a call has failed.
 func kill(t *testing.T) func(*servers.Server, *pgxpool.Pool, *load) {
 	return func(server *servers.Server, _ *pgxpool.Pool, w *load) {
 		require.NoError(t, server.Kill())
@@ -211,7 +212,7 @@ func kill(t *testing.T) func(*servers.Server, *pgxpool.Pool, *load) {
 	}
 }
 
-// killBackend ends the process of one of the pool's connections.
+// killBackend kills the server process of one of the pool's connections.
 func killBackend(t *testing.T, server *servers.Server, pool *pgxpool.Pool) {
 	t.Helper()
 	conn, err := pool.Acquire(t.Context())
@@ -258,7 +259,7 @@ func TestACrashEmptiesAnUnloggedTable(t *testing.T) {
 		v, err := storecheck.Decide(t.Context(), s, peek)
 		return err == nil && v.Allowed
 	})
-	pool.Reset() // connections from before the crash
+	pool.Reset() // the connections are from before the crash
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
@@ -274,7 +275,7 @@ func TestCallsOnAFrozenServerReturnInTimeAndWorkAfterIt(t *testing.T) {
 		defer cancel()
 		began := time.Now()
 		_, err := storecheck.Decide(ctx, s, r)
-		if time.Since(began) < prompt.Timeout { // else the machine is so busy that both have passed
+		if time.Since(began) < prompt.Timeout { // on a busy machine both may have passed
 			assert.ErrorIs(t, err, context.DeadlineExceeded, "the caller's context ended")
 			assert.NotErrorIs(t, err, storage.ErrUnavailable)
 		}
@@ -340,12 +341,12 @@ func TestAServerThatIsDownIsAnErrorAtOnceUntilItIsThere(t *testing.T) {
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
-// hung is a reason for the server to be late.
+// hung is a reason why the server does not answer.
 type hung struct {
 	name  string
 	cause func(t testing.TB, url string) (cure func())
 	code  string
-	after time.Duration // of three seconds
+	after time.Duration // when the server gives up, with a Timeout of three seconds
 }
 
 var hangs = []hung{
@@ -363,7 +364,7 @@ func TestTheServerItselfGivesUpInTimeAndTheConnectionsStay(t *testing.T) {
 		t.Run(h.name, func(t *testing.T) {
 			t.Parallel()
 			server, pool := harmed(t)
-			s := open(t, pool, pgstore.Options{Timeout: 3 * time.Second}) // the client is a tenth behind, which a busy machine needs
+			s := open(t, pool, pgstore.Options{Timeout: 3 * time.Second}) // the client gives up a tenth later than the server; a busy machine needs that time
 			r := storecheck.FivePerHour(t, "a")
 			require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 			cure, before := h.cause(t, server.URL()), connected(t, pool)
@@ -405,7 +406,7 @@ func TestACallThatWaitsForARowReturnsWithItsContext(t *testing.T) {
 func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
-	s := open(t, pool, pgstore.Options{Timeout: 3 * time.Second}) // in which a busy machine answers who does not wait for the lock
+	s := open(t, pool, pgstore.Options{Timeout: 3 * time.Second}) // enough for calls that do not wait for the lock, on a busy machine too
 	locked := storecheck.Hourly(t, "locked", 10)
 	require.Equal(t, 1, storecheck.Take(t, s, locked, 1))
 	holdRow(t, server.URL(), "locked")
@@ -435,8 +436,8 @@ func TestALockedRowDelaysOnlyItsOwnIdentifier(t *testing.T) {
 	blocked.Wait()
 }
 
-// Sets of identifiers that overlap, in any order, new ones and old ones, joint and on their own, from two
-// processes as far as Postgres can tell.
+// Two storages, which Postgres cannot tell from two processes, ask for overlapping sets of identifiers: new and old
+// ones, in any order, alone and together.
 func TestNoCallsDeadlock(t *testing.T) {
 	t.Parallel()
 	server := servers.Postgres(t)
@@ -537,7 +538,7 @@ func TestAStandbyAnswersAndSaysThatItChangesNothing(t *testing.T) {
 	require.Equal(t, 2, storecheck.Take(t, s, some, 2))
 	require.Equal(t, 5, storecheck.Take(t, s, none, 7))
 	standby := connect(t, servers.PostgresStandby(t, primary).URL())
-	storecheck.Recovery(t, 10*time.Second, func() error { // as it follows within a moment
+	storecheck.Recovery(t, 10*time.Second, func() error { // it follows after a moment
 		_, err := pgstore.New(t.Context(), standby, nil)
 		return err
 	})
@@ -658,7 +659,7 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	assert.NoError(t, pool.Ping(t.Context()), "the pool is the caller's")
 }
 
-// Nothing that is left behind would escape TestMain.
+// TestMain finds goroutines that Close leaves behind.
 func TestCloseReturnsInTime(t *testing.T) {
 	t.Parallel()
 	for name, cause := range map[string]func(*testing.T, *servers.Server){

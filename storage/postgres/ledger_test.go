@@ -31,17 +31,17 @@ func ledger(t testing.TB) (*pgstore.Storage, *pgxpool.Pool) {
 	return open(t, pool, pgstore.Options{}), pool
 }
 
-// noon is a time that entries send, so that what they owe does not depend on when it is asked.
+// noon is the time that entries send, so that their debts do not depend on when they are asked for.
 const noon = 1_700_000_000_000_000
 
-// entryOf is for n tokens an hour of the one bucket that r asks.
+// entryOf returns a charge of n tokens, which come back in an hour, from the only bucket of r.
 func entryOf(r storecheck.Request, n int64) storage.Charge {
 	c := chargeOne(r)
 	c.Clocked, c.Now, c.Amounts[0].N = true, noon, n
 	return c
 }
 
-// record is a Record that has to succeed.
+// record is a Record that must succeed.
 func record(t testing.TB, s *pgstore.Storage, origin string, seq int64, batch ...storage.Charge) []replica.Debt {
 	t.Helper()
 	debts, err := s.Record(t.Context(), origin, seq, batch)
@@ -50,7 +50,7 @@ func record(t testing.TB, s *pgstore.Storage, origin string, seq int64, batch ..
 	return debts
 }
 
-// owed is the sum of what the first bucket owes.
+// owed returns the debt of the first bucket in tokens.
 func owed(d replica.Debt) (n int64) {
 	for _, a := range d.Amounts[0] {
 		n += a.N
@@ -58,7 +58,7 @@ func owed(d replica.Debt) (n int64) {
 	return n
 }
 
-// owes is what the one bucket of r owes at noon.
+// owes returns the debt of the only bucket of r at noon, in tokens.
 func owes(t testing.TB, s *pgstore.Storage, r storecheck.Request) int64 {
 	t.Helper()
 	d, err := s.Debt(t.Context(), replica.Debt{Clocked: true, Now: noon, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules})
@@ -97,7 +97,7 @@ func TestABatchMayNameAnIdentifierSeveralTimesAndGiveBack(t *testing.T) {
 	assert.Nil(t, record(t, s, "o", 4, entryOf(storecheck.Hourly(t, "never seen", 5), -1))[0].Amounts[0])
 }
 
-// Modes of pgx send what is given in several ways.
+// The modes of pgx send parameters in different ways.
 func TestRecordIsTheModelsChargesAndThenDebts(t *testing.T) {
 	t.Parallel()
 	url := servers.Postgres(t, "-c", "fsync=off").URL()
@@ -214,7 +214,7 @@ func TestABatchOfManyIdentifiers(t *testing.T) {
 	}
 }
 
-// A sweep, which comes after 256 rows, would be one more.
+// Fewer than 256 rows are used, because a sweep would be another round trip.
 func TestABatchIsTwoRoundTrips(t *testing.T) {
 	t.Parallel()
 	s, trips := counted(t, servers.Postgres(t).URL(), "ledger_trips")
@@ -249,7 +249,7 @@ func TestRowsThatAreGoneAreMadeAgain(t *testing.T) {
 	assert.Equal(t, int64(5), owed(record(t, s, "o", 5, entryOf(r, 5))[0]))
 }
 
-// Rows are deleted all the time, as sweeps do when they are full.
+// Rows are deleted all the time, as sweeps delete full ones.
 func TestRecordIsExactBesideDeletesOfRows(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
@@ -259,7 +259,7 @@ func TestRecordIsExactBesideDeletesOfRows(t *testing.T) {
 		others.Go(func() {
 			for {
 				_, err := pool.Exec(t.Context(), "DELETE FROM throttler_state WHERE id > ':gone-' AND id < ':gone-5'")
-				if err != nil { // it locks rows as it finds them, and not in the order of their ids
+				if err != nil { // this DELETE locks rows as it finds them, and not in the order of their ids
 					assert.ErrorContains(t, err, "deadlock detected")
 				}
 				select {
@@ -339,7 +339,7 @@ func TestDecisionsFromMemorySeeWhatWasRecorded(t *testing.T) {
 	assert.Equal(t, 4, storecheck.Take(t, s, r, 9))
 }
 
-// An update moves a row. Who has waited for it finds it in its new place.
+// An UPDATE moves a row. A Record that waited for its lock finds it in its new place.
 func TestARowThatMovesWhileItIsWaitedForIsCharged(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)
@@ -455,7 +455,7 @@ func TestBatchesThatAreRepeatedUntilTheyAreAnsweredAreChargedOnceThoughTheServer
 		sum += batches[i].Load()
 	}
 	t.Log(sum, "batches,", failed.Load(), "failures")
-	pool.Reset() // connections from before the last crash
+	pool.Reset() // the connections are from before the last crash
 	assert.Equal(t, []int64{sum, 2 * sum}, []int64{owes(t, s, storecheck.Hourly(t, "a", 1<<40)), owes(t, s, storecheck.Hourly(t, "b", 1<<40))})
 }
 
@@ -545,7 +545,7 @@ func TestCloseWaitsForARecord(t *testing.T) {
 	assert.True(t, recorded.Load())
 }
 
-// Time is set back in the row.
+// The test sets the times in the row back instead of waiting.
 func TestASweepRemovesTheRowOfAnOriginAnHourAfterItsLastBatch(t *testing.T) {
 	t.Parallel()
 	s, pool := ledger(t)

@@ -18,7 +18,7 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// trips counts round trips.
+// trips counts the round trips of a pool.
 type trips struct{ n atomic.Int64 }
 
 func (c *trips) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
@@ -36,14 +36,14 @@ func (*trips) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryDat
 }
 func (*trips) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
 
-// of is how many round trips f makes.
+// of returns how many round trips f makes.
 func (c *trips) of(f func()) int {
 	before := c.n.Load()
 	f()
 	return int(c.n.Load() - before)
 }
 
-// counted returns a storage of its own, whose round trips are counted.
+// counted returns a storage on a pool of its own, whose round trips are counted.
 func counted(t testing.TB, url, name string) (*pgstore.Storage, *trips) {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(url)
@@ -56,7 +56,8 @@ func counted(t testing.TB, url, name string) (*pgstore.Storage, *trips) {
 	return open(t, pool, pgstore.Options{TablePrefix: name}), c
 }
 
-// On a busy machine a call may take longer than memory allows, and then reads.
+// On a busy machine a round trip may be too long to set the clock of the memory, and then the next call reads. So
+// only the best of many counts.
 func TestRoundTrips(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)
@@ -115,8 +116,8 @@ func TestARefusalOfWhatIsRememberedIsFoundOutByReading(t *testing.T) {
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
-// The batches of the first storage mix rows that it remembers, that the other one has written meanwhile, and that nobody
-// has, with calls that take nothing.
+// The batches of the first storage mix three sorts of rows: those that it remembers, those that the other storage has
+// written since, and new ones. Some calls take nothing.
 func TestBatchesOfRememberedAndOtherRowsAreExact(t *testing.T) {
 	t.Parallel()
 	url := servers.PostgresURL(t)

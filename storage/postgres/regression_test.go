@@ -1,4 +1,4 @@
-// Faults that this package once had, each with the smallest test that shows it.
+// This file has the smallest test for each fault that the package once had.
 package postgres_test
 
 import (
@@ -22,14 +22,14 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// A read that fails tells no time.
+// A read that fails does not return the server's time.
 func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
 	s, r := open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")
 	require.Equal(t, 5, storecheck.Take(t, s, r, 5)) // remembered
 	sqlDo(t, pool, "ALTER TABLE throttler_state RENAME TO away")
-	for i := range 20 { // in both partitions
+	for i := range 20 { // enough for both partitions
 		_, err := storecheck.Decide(t.Context(), s, storecheck.FivePerHour(t, fmt.Sprint("other-", i)))
 		assertUnavailable(t, err)
 	}
@@ -37,7 +37,7 @@ func TestAReadThatFailedLeavesNoClock(t *testing.T) {
 	assert.Zero(t, storecheck.Take(t, s, r, 7), "more than the limit was admitted")
 }
 
-// A batch of new rows and of a row that somebody else has locked.
+// Batches have new rows, and a row that another transaction has locked.
 func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
@@ -78,7 +78,7 @@ func TestWhatAFailedBatchHasInsertedIsNotAdmitted(t *testing.T) {
 	assert.Zero(t, lost, "identifiers were admitted and nothing was taken from them")
 }
 
-// What fails when it is committed was not taken.
+// A call whose commit fails has taken nothing.
 func TestAWriteThatIsNotCommittedIsNotAdmitted(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
@@ -89,7 +89,7 @@ func TestAWriteThatIsNotCommittedIsNotAdmitted(t *testing.T) {
 	assertUnavailable(t, err)
 }
 
-// slow holds up what a server has said.
+// slow is a connection that delays the answers of a server.
 type slow struct {
 	net.Conn
 	delay *atomic.Int64
@@ -103,7 +103,7 @@ func (c slow) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// An answer that took 200 ms says what the clock was, not what it is.
+// An answer that took 200 ms has the time of 200 ms ago at the earliest, and not the present one.
 func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
 	t.Parallel()
 	config, err := pgxpool.ParseConfig(servers.Postgres(t).URL() + "&pool_max_conns=1&default_query_exec_mode=exec")
@@ -124,7 +124,7 @@ func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
 	peek.Mode = storage.Peek
 	_, err = storecheck.Decide(t.Context(), s, peek)
 	require.NoError(t, err)
-	delay.Store(int64(200 * time.Millisecond)) // a read and a write
+	delay.Store(int64(200 * time.Millisecond)) // of a read and of a write
 	require.Equal(t, 1, storecheck.Take(t, s, r, 1))
 	delay.Store(0)
 	began := time.Now()
@@ -136,7 +136,7 @@ func TestAnAnswerThatWasLateDoesNotSetTheClockBack(t *testing.T) {
 	}
 }
 
-// A row that somebody else has locked is in the way of those calls that name it.
+// A row that another transaction has locked delays only the calls that name it.
 func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 	t.Parallel()
 	server, pool := harmed(t)
@@ -173,8 +173,8 @@ func TestALockedRowDelaysNoOtherCallsOfSeveralIdentifiers(t *testing.T) {
 	blocked.Wait()
 }
 
-// A crash without synchronous_commit, or a failover, takes a row back by one version. That version comes again, with
-// what another process did after the crash.
+// A crash without synchronous_commit, or a failover, can undo the last change of a row. If the next change, by another
+// process, got the same version again, a memory of the lost one would overwrite it.
 func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.PostgresURL(t))
@@ -192,7 +192,7 @@ func TestMemoryOfAVersionThatACrashTookBackOverwritesNothing(t *testing.T) {
 	assert.Equal(t, int64(1+50+1), storecheck.Spent(t, s, r), "a charge that was made after the crash")
 }
 
-// The time of connect_timeout is not that of the caller's context.
+// The end of connect_timeout must not look like the end of the caller's context.
 func TestNewSaysThatTheServerDoesNotAnswer(t *testing.T) {
 	t.Parallel()
 	mute, err := net.Listen("tcp", "127.0.0.1:0")
@@ -204,7 +204,7 @@ func TestNewSaysThatTheServerDoesNotAnswer(t *testing.T) {
 	assertUnavailable(t, err)
 }
 
-// forgettable is a connection that a NAT on the way may forget: nothing passes any more, and nobody says so.
+// forgettable is a connection that a NAT may forget: then nothing passes any more, and neither end is told.
 type forgettable struct {
 	net.Conn
 	forgotten atomic.Bool
@@ -229,7 +229,7 @@ func (c *forgettable) Read(b []byte) (int, error) {
 
 func (c *forgettable) SetDeadline(t time.Time) error {
 	if c.forgotten.Load() && !t.IsZero() {
-		return c.Close() // which is all that becomes of a deadline
+		return c.Close() // a deadline can only end the wait
 	}
 	return c.Conn.SetDeadline(t)
 }
@@ -239,7 +239,8 @@ func (c *forgettable) Close() error {
 	return c.Conn.Close()
 }
 
-// The settings are those of docs/postgres.md. A pool pings what was idle for a second, and here always.
+// The settings are those of docs/postgres.md, except that the pool pings every connection, and not only those that
+// were idle for a second.
 func TestConnectionsThatANATForgotFailNoCall(t *testing.T) {
 	t.Parallel()
 	config, err := pgxpool.ParseConfig(servers.Postgres(t).URL() + "&pool_max_conns=4&pool_max_conn_idle_time=3m&pool_ping_timeout=100ms")

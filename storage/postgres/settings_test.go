@@ -24,7 +24,7 @@ import (
 
 var execModes = []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"}
 
-// settings are what databases of a server have set, by their names. They change how values are written and read,
+// settings has the settings of databases, by the name of the database. They change how values are written and read,
 // and how statements are planned.
 var settings = map[string][]string{
 	"plain": nil,
@@ -51,7 +51,7 @@ var settings = map[string][]string{
 	},
 }
 
-// oddID has what a text form may trip over.
+// oddID is an identifier with everything that the text form of a value could get wrong.
 const oddID = "it's \"odd\" \\x41 \\101 \x00\xff $1 日本 {a,NULL} --"
 
 func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
@@ -71,7 +71,7 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 	}
 	for i, name := range slices.Sorted(maps.Keys(settings)) {
 		for j, mode := range execModes {
-			way := (i + j) % 2 // through one of the poolers: each of them has all settings and all modes
+			way := (i + j) % 2 // one of the poolers: each gets all settings and all modes, but not all combinations
 			for way, server := range map[string]*servers.Server{"direct": server, poolModes[way]: poolers[way]} {
 				t.Run(strings.Join([]string{way, name, mode}, "/"), func(t *testing.T) {
 					t.Parallel()
@@ -85,12 +85,12 @@ func TestEverySettingOfAConnectionIsAnsweredAlike(t *testing.T) {
 
 var poolModes = [2]string{"session", "transaction"}
 
-// in is the URL of a database.
+// in returns the URL of a database on a server.
 func in(server *servers.Server, database string) string {
 	return strings.Replace(server.URL(), "/postgres?", "/"+database+"?", 1)
 }
 
-// assertAnsweredAlike does all that a storage can do, and compares the answers with those of the model.
+// assertAnsweredAlike makes all kinds of calls, and compares the answers with those of the model.
 func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	t.Helper()
 	s, model := open(t, pool, pgstore.Options{TablePrefix: name}), storagetest.NewModel()
@@ -136,7 +136,7 @@ func assertAnsweredAlike(t *testing.T, pool *pgxpool.Pool, name string) {
 	require.NoError(t, err)
 }
 
-// alike does the same to both.
+// alike makes the same call on the storage and on the model, and compares the answers.
 func alike(t *testing.T, do func(replica.Storage) (any, error), s, model replica.Storage) {
 	t.Helper()
 	want, err := do(model)
@@ -146,7 +146,8 @@ func alike(t *testing.T, do func(replica.Storage) (any, error), s, model replica
 	require.Equal(t, want, got)
 }
 
-// assertCrowdAlike has processes race by the server's clock, for one identifier and for two.
+// assertCrowdAlike lets two storages race for one identifier and for two, by the server's clock, and asserts that
+// exactly the limits were admitted.
 func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name string) {
 	t.Helper()
 	other := open(t, pool, pgstore.Options{TablePrefix: name})
@@ -165,7 +166,7 @@ func assertCrowdAlike(t *testing.T, pool *pgxpool.Pool, s *pgstore.Storage, name
 	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, oddID), 6), "from memory")
 }
 
-// In statement mode a pooler lets nobody begin a transaction, and so of what needs one nothing happens.
+// A pooler in statement mode refuses to begin transactions. Calls that need one fail and change nothing.
 func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T) {
 	t.Parallel()
 	bouncer := servers.PgBouncer(t, servers.Postgres(t, "-c", "fsync=off"), "pool_mode = statement", "default_pool_size = 25", "max_client_conn = 1000")
@@ -207,7 +208,7 @@ func TestAPoolerOfStatementsRefusesOnlySeveralIdentifiersAndRecords(t *testing.T
 	}
 }
 
-// Redis is gone: what it had recorded is in the ledger, which decides from then on.
+// As after the loss of Redis: its admissions are in the ledger, which decides from then on.
 func TestTheLedgerDecidesInTheSimpleProtocol(t *testing.T) {
 	t.Parallel()
 	s := open(t, connect(t, servers.PostgresURL(t)+"&default_query_exec_mode=simple_protocol"), pgstore.Options{TablePrefix: "simple"})

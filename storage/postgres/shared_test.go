@@ -31,7 +31,7 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// sqlDo executes statements, and sqlGet returns the one value that a query returns.
+// sqlDo executes statements, and sqlGet returns the only value of a query.
 func sqlDo(t testing.TB, pool *pgxpool.Pool, sql string, args ...any) {
 	t.Helper()
 	_, err := pool.Exec(t.Context(), sql, args...)
@@ -44,23 +44,24 @@ func sqlGet[T any](t testing.TB, pool *pgxpool.Pool, sql string, args ...any) (v
 	return v
 }
 
-// freshID is an identifier that nobody has used, not even on a server that others use, too.
+// freshID returns an identifier that nobody has used, even on a shared server.
 func freshID(t testing.TB) string { return fmt.Sprint(t.Name(), time.Now().UnixNano()) }
 
-// logged are the first lines of the server's log with one of these words, such as ERROR.
+// logged returns the first three messages in the server's log with one of the words, such as ERROR.
 func logged(t testing.TB, pool *pgxpool.Pool, words string) []string {
 	t.Helper()
 	log := sqlGet[string](t, pool, "SELECT pg_read_file(current_setting('data_directory') || '/../log')")
 	return regexp.MustCompile(`.*(`+words+`): .*(\n.*(DETAIL|CONTEXT): .*(\n\t.*)*)*`).FindAllString(log, 3)
 }
 
-// writers counts the transactions that have written or locked a row, by the next number of one.
+// writers returns the number that the next transaction gets which writes or locks a row. Other transactions get no
+// number, so the difference of two results counts those.
 func writers(t testing.TB, pool *pgxpool.Pool) int64 {
 	t.Helper()
 	return sqlGet[int64](t, pool, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
 }
 
-// holder is a transaction of somebody else that has locked or written the row of an identifier.
+// holder is a transaction of another client that has locked or written the row of an identifier.
 type holder struct {
 	pool *pgxpool.Pool
 	tx   pgx.Tx
@@ -71,6 +72,7 @@ const (
 	writeIt = "UPDATE throttler_state SET version = version + 1 WHERE id = $1"
 )
 
+// hold executes a statement in a new transaction, which stays open.
 func hold(t testing.TB, pool *pgxpool.Pool, sql string, arg any) holder {
 	t.Helper()
 	tx, err := pool.Begin(t.Context())
@@ -82,7 +84,7 @@ func hold(t testing.TB, pool *pgxpool.Pool, sql string, arg any) holder {
 	return holder{pool, tx}
 }
 
-// awaited returns when n others wait for it, and commit ends it.
+// awaited returns when n transactions wait for this one.
 func (h holder) awaited(t testing.TB, n int) {
 	t.Helper()
 	const waiters = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND $1 = ANY (pg_blocking_pids(pid))"
@@ -94,12 +96,13 @@ func (h holder) awaited(t testing.TB, n int) {
 	})
 }
 
+// commit ends the transaction.
 func (h holder) commit(t testing.TB) {
 	t.Helper()
 	require.NoError(t, h.tx.Commit(t.Context()))
 }
 
-// awaitCount returns when n has come to what it shall be.
+// awaitCount returns when n has reached want.
 func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
 	t.Helper()
 	storecheck.Recovery(t, storecheck.Patient, func() error {
@@ -110,7 +113,7 @@ func awaitCount(t testing.TB, n *atomic.Int64, want int64) {
 	})
 }
 
-// limits are two, of which the first is the smaller.
+// limits returns two limits, the smaller one first.
 func limits(t testing.TB, kind law.Kind) []law.Rule {
 	t.Helper()
 	return []law.Rule{storecheck.Rule(t, "600/1h", kind, time.Hour, 600), storecheck.Rule(t, "630/1d", kind, 24*time.Hour, 630)}
@@ -118,7 +121,8 @@ func limits(t testing.TB, kind law.Kind) []law.Rule {
 
 var twoKinds = []law.Kind{law.Replenish, law.SlidingLog}
 
-// burst is 50 goroutines that ask four times each, under limits of each of twoKinds.
+// burst lets 50 goroutines ask four times each, for limits of each of twoKinds, and returns how many calls were
+// admitted.
 func burst(t testing.TB, s *pgstore.Storage, id string) (admitted []int64) {
 	t.Helper()
 	for i, kind := range twoKinds {
@@ -134,11 +138,11 @@ func burst(t testing.TB, s *pgstore.Storage, id string) (admitted []int64) {
 	return admitted
 }
 
-// workerID is the environment variable of the identifier that a worker asks for.
+// workerID is the environment variable with the identifier for which a worker asks.
 const workerID = "THROTTLER_TEST_WORKER_ID"
 
-// TestOneOfFourProcesses is what the next test runs in processes of their own, which begin all at once. Without
-// its environment it is alone.
+// TestOneOfFourProcesses is executed by the next test in processes of their own, which begin at the same moment.
+// Without the environment variable it runs alone.
 func TestOneOfFourProcesses(t *testing.T) {
 	t.Parallel()
 	pool, id := connect(t, servers.PostgresURL(t)), cmp.Or(os.Getenv(workerID), freshID(t))
@@ -200,12 +204,12 @@ func TestRacingFirstCallsOfAnIdentifierAreAdmittedUpToTheLimit(t *testing.T) {
 	}
 }
 
-// chargeOne is for a token of the one bucket that r asks, and owesOne for the same debt.
+// chargeOne returns a charge of one token from the only bucket of r, and owesOne the same as a debt.
 func chargeOne(r storecheck.Request) storage.Charge {
 	return storage.Charge{Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules, Amounts: []storage.Amount{{N: 1, In: time.Hour.Microseconds()}}}
 }
 
-// charge is s.Charge of a value.
+// charge is s.Charge for a value.
 func charge(ctx context.Context, s storage.Storage, c storage.Charge) error { return s.Charge(ctx, &c) }
 
 func owesOne(r storecheck.Request) replica.Debt {
@@ -213,7 +217,7 @@ func owesOne(r storecheck.Request) replica.Debt {
 	return replica.Debt{Identifier: c.Identifier, Rules: c.Rules, Amounts: [][]storage.Amount{c.Amounts}}
 }
 
-// mixed are calls of all sorts by two Storages, and what they took in all.
+// mixed makes all kinds of calls on two storages, and counts what they took together.
 type mixed struct {
 	stores [2]*pgstore.Storage
 	all    map[string]law.Rule
@@ -242,8 +246,8 @@ func (m *mixed) charge(t testing.TB, s *pgstore.Storage, id string) {
 	}
 }
 
-// Of the identifiers some have rows from the start, one is new in each round, and one is forgotten now
-// and then, so that its sum says nothing.
+// Some identifiers have rows from the start, and one is new in each round. One is reset now and then, so its sum is not
+// checked.
 func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t *testing.T) {
 	t.Parallel()
 	server := servers.Postgres(t)
@@ -299,8 +303,8 @@ func TestRequestsOfSeveralIdentifiersInAnyOrderAreExactAndNeverInEachOthersWay(t
 	assert.Empty(t, logged(t, pool, "ERROR"), "nobody was a victim of a deadlock, not even unseen")
 }
 
-// While a request of a and b waits for the row of a, that of b is removed, as a sweep does, and made anew. Nobody
-// has locked the new one.
+// While a request of a and b waits for the row of a, the row of b is removed, as by a sweep, and made again. The
+// request has not locked the new row.
 func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL()+"&pool_max_conns=9")
@@ -324,7 +328,7 @@ func TestARequestOfSeveralIdentifiersIsChargedToAllOfThemWhenARowIsReplaced(t *t
 	assert.Equal(t, []int64{2, 2}, []int64{storecheck.Spent(t, s, both), storecheck.Spent(t, s, b)})
 }
 
-// A batch of many requests, in all modes, is as if they came one after the other.
+// A batch of many requests, in all modes, has the same result as the same requests one after another.
 func TestABatchOfOneIdentifierIsExact(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())
@@ -410,7 +414,7 @@ func TestACommentOnTheTableIsNobodysBusiness(t *testing.T) {
 	}
 }
 
-// ownColumns are those of our table, in another order.
+// ownColumns has the columns of this package's table, in another order.
 const ownColumns = "clocked boolean NOT NULL, id bytea PRIMARY KEY, full_at bigint NOT NULL, state bytea NOT NULL, before bigint NOT NULL, version bigint NOT NULL"
 
 func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
@@ -461,7 +465,7 @@ func TestWhatElseHasTheNameOfTheTableIsAnErrorAndLeftAlone(t *testing.T) {
 	assert.NoError(t, everything(t.Context(), open(t, pool, pgstore.Options{}), storecheck.FivePerHour(t, "a")), "the order of the columns is nobody's business")
 }
 
-// everything calls all that a storage does, and returns the first error.
+// everything makes every kind of call, and returns the first error.
 func everything(ctx context.Context, s *pgstore.Storage, r storecheck.Request) error {
 	several := r
 	several.Parts = append(several.Parts, storecheck.NewPart("other", r.Parts[0].Rules.Rules, 1))
@@ -506,8 +510,8 @@ func assertRefused(t testing.TB, err error, code string) {
 	}
 }
 
-// assertPoolerRefuses is assertRefused for a call that a pooler refuses: it also closes the connection, and may have closed
-// the one that the call gets.
+// assertPoolerRefuses is assertRefused for a call that a pooler refuses. The pooler then also closes the connection.
+// So the call is repeated if it gets a connection that was closed before.
 func assertPoolerRefuses(t testing.TB, call func() error) {
 	t.Helper()
 	err := call()
@@ -530,7 +534,7 @@ func TestTheLeastRightsOfARole(t *testing.T) {
 	}
 	sqlDo(t, pool, "GRANT "+strings.Join(rights, " TO app; GRANT ")+" TO app")
 	try := func(o pgstore.Options) error {
-		pool := connect(t, strings.Replace(url, "postgres@", "app@", 1)) // one that has no statement prepared
+		pool := connect(t, strings.Replace(url, "postgres@", "app@", 1)) // a new pool, in which no statement is prepared
 		s, err := pgstore.New(t.Context(), pool, &o)
 		if err != nil {
 			return err
@@ -629,7 +633,7 @@ func TestDecisionsThroughAPgBouncerAreExactAndLeaveItsConnectionsAsTheyWere(t *t
 		current_setting('idle_in_transaction_session_timeout'), current_setting('synchronous_commit'), current_setting('transaction_isolation'))`
 	seen := map[int]bool{}
 	for range 5 {
-		tx, err := pool.Begin(t.Context()) // has a connection to itself
+		tx, err := pool.Begin(t.Context()) // stays open, so each has another connection
 		require.NoError(t, err)
 		defer func() { assert.NoError(t, tx.Rollback(t.Context())) }()
 		var is string
@@ -693,7 +697,7 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	assert.ErrorContains(t, err, "Timeout is -1s")
 }
 
-// A transaction that writes, or locks a row, has a number, and the numbers are in turn.
+// Only transactions that write or lock a row get a number, and the numbers are consecutive.
 func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL())
@@ -722,7 +726,7 @@ func TestRefusalsAndPeeksWriteAndLockNothing(t *testing.T) {
 	assert.Equal(t, before+1, writers(t, pool), "the test would see a write")
 }
 
-// Somebody else writes the row at the same time, after which its calls lock it first for a while.
+// Another transaction writes the row at the same time. For a while after that, its calls lock it first.
 func TestRefusalsOfAnIdentifierThatWasContendedWriteAndLockNothing(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t, "-c", "autovacuum=off").URL()+"&pool_max_conns=9")
@@ -765,7 +769,7 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 	})
 	took := time.Since(began)
 	require.NoError(t, s.Close(bg))
-	busy.Close() // then its connections report what they did
+	busy.Close() // connections report their statistics when they end
 	storecheck.Recovery(t, storecheck.Patient, func() error {
 		if sqlGet[int](t, pool, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'") > 1 {
 			return errors.New("there are other connections")
@@ -783,8 +787,8 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 		updates, took.Round(time.Millisecond), 100*float64(hot)/float64(updates), row, table/callers/each, index/callers/each)
 }
 
-// bucketOf is a bucket in a row: the kind, the period, the refill, the tick, the grain, when it was last changed, the
-// number of its holds, and the end and N of each.
+// bucketOf encodes a bucket in the form of format 1: its name, kind, period, refill, tick and grain, the time of its
+// last change, the number of its holds, and the end and N of each.
 func bucketOf(name string, numbers ...uint64) []byte {
 	out := append(binary.AppendUvarint(nil, uint64(len(name))), name...)
 	for _, n := range numbers {
@@ -793,7 +797,7 @@ func bucketOf(name string, numbers ...uint64) []byte {
 	return out
 }
 
-// foreignStates are none of ours.
+// foreignStates returns values of the state column that are not in the form of this package.
 func foreignStates() map[string][]byte {
 	const hour, now, end, huge = 3_600_000_000, 1_700_000_000_000_000, 8_000_000_000_000_000, 1 << 63
 	good := append([]byte{1}, bucketOf("hourly", 0, hour, 0, 1, 1, now, 1, end, 2)...)
@@ -862,7 +866,7 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 	assert.Empty(t, logged(t, pool, "ERROR"))
 }
 
-// A row of version 0 is none, and after the last version there is no next one.
+// Version 0 stands for a missing row, and after the largest version there is no next one.
 func TestTheTableTakesNoRowsOfAnImpossibleVersion(t *testing.T) {
 	t.Parallel()
 	pool := connect(t, servers.Postgres(t).URL())

@@ -19,7 +19,7 @@ var bg = context.Background()
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// connect returns a pool of connections, which is closed after the test.
+// connect returns a pool of connections. It is closed after the test.
 func connect(t testing.TB, url string) *pgxpool.Pool {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), url)
@@ -28,7 +28,7 @@ func connect(t testing.TB, url string) *pgxpool.Pool {
 	return pool
 }
 
-// open returns a storage, which is closed after the test.
+// open returns a storage. It is closed after the test. Without a Timeout it has storecheck.Patient.
 func open(t testing.TB, pool *pgxpool.Pool, o pgstore.Options) *pgstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {

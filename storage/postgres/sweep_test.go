@@ -27,7 +27,7 @@ func TestATableStaysOfTheSizeOfTheIdentifiersThatAreNotFull(t *testing.T) {
 	s := open(t, pool, pgstore.Options{TablePrefix: "churn"})
 	minute, faults := law.NewRule("1/1m", law.Replenish, time.Minute, 1, 0)
 	require.Empty(t, faults)
-	const each, minutes = 500, 30 // that many new identifiers come in each minute
+	const each, minutes = 500, 30 // each is the number of new identifiers a minute
 	for now := range int64(minutes) {
 		var wait sync.WaitGroup
 		for worker := range 50 {
@@ -70,8 +70,8 @@ func TestCallsOfSeveralIdentifiersSweepToo(t *testing.T) {
 	assert.Less(t, rows, calls*each/2, "none of the rows is needed")
 }
 
-// A sweep takes place beside the calls, by the time of one that came before: here the clock is set back by a day
-// each time that one begins.
+// A sweep runs beside the calls, with the time of an earlier one. Here the clock is set back by a day whenever a
+// sweep begins.
 func TestASweepRemovesNothingThatIsWrittenAfterItBegan(t *testing.T) {
 	t.Parallel()
 	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{TablePrefix: "back"})
@@ -179,7 +179,7 @@ func TestLooksThatFindNothingBecomeRareAndComeBack(t *testing.T) {
 		ask(0, ids)
 	}
 	assert.LessOrEqual(t, sent.n.Load(), int64(rounds*ids/256/4), "of %d at the usual rate", rounds*ids/256)
-	const later = 2 * 3_600_000_000 // when all but a fifth are full
+	const later = 2 * 3_600_000_000 // when all rows are full, of which a fifth is used again
 	for range 3 * rounds {
 		ask(later, ids/5)
 	}
