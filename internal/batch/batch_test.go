@@ -30,15 +30,16 @@ type (
 	call  = batch.Call[string, string]
 )
 
-// server answers in capitals, and only when it is let: by one token in land for each batch, or by
-// closing it for all of them.
+// server answers each query in capital letters. A batch waits until a test sends a token to land; closing land
+// releases all batches.
 type server struct {
 	land chan struct{}
 
 	mu      sync.Mutex // guards batches
-	batches []string   // the queries of each, as they took off
+	batches []string   // the queries of each batch, in the order in which the batches began
 }
 
+// run executes a batch.
 func (s *server) run(_ context.Context, calls []*call) {
 	var queries []string
 	for _, c := range calls {
@@ -53,7 +54,7 @@ func (s *server) run(_ context.Context, calls []*call) {
 	}
 }
 
-// log returns the batches so far, when nothing moves any more.
+// log returns the batches so far, once all goroutines of the bubble are blocked.
 func (s *server) log() []string {
 	synctest.Wait()
 	s.mu.Lock()
@@ -61,7 +62,7 @@ func (s *server) log() []string {
 	return append([]string(nil), s.batches...)
 }
 
-// landed lets so many batches land.
+// landed lets n batches be answered.
 func (s *server) landed(n int) {
 	for range n {
 		s.land <- struct{}{}
@@ -69,6 +70,7 @@ func (s *server) landed(n int) {
 	synctest.Wait()
 }
 
+// outcome is the result of a call, and how long it took.
 type outcome struct {
 	answer string
 	err    error
@@ -76,6 +78,7 @@ type outcome struct {
 	after  time.Duration
 }
 
+// do makes a call.
 func do(ctx context.Context, q *queue, query string) outcome {
 	start := time.Now()
 	c := q.Get()
@@ -87,7 +90,7 @@ func do(ctx context.Context, q *queue, query string) outcome {
 	return outcome{answer: c.Answer, sent: c.Sent(), after: time.Since(start)}
 }
 
-// send calls in another goroutine, and returns when the call waits for its outcome or has it.
+// send makes a call in another goroutine, and returns when the call waits or has its outcome.
 func send(ctx context.Context, q *queue, query string) <-chan outcome {
 	out := make(chan outcome, 1)
 	go func() { out <- do(ctx, q, query) }()
@@ -95,8 +98,8 @@ func send(ctx context.Context, q *queue, query string) <-chan outcome {
 	return out
 }
 
-// inBubble runs a test with a queue that is closed in no test but those of Close: a goroutine that an
-// idle queue kept would be one that the bubble complains of.
+// inBubble runs a test in a bubble, with a queue and its server. Only the tests of Close close the queue: the bubble
+// reports a goroutine that outlives the test, so all the others check that an idle queue has none.
 func inBubble(t *testing.T, o batch.Options, test func(t *testing.T, q *queue, s *server)) {
 	t.Helper()
 	t.Parallel()
@@ -138,7 +141,7 @@ func TestByDefaultTwoBatchesOf128AreInFlight(t *testing.T) {
 		s.landed(2)
 		batches := s.log()
 		require.Len(t, batches, 4)
-		next := batches[2:] // two that are in flight at once, in either order
+		next := batches[2:] // both are in flight, in either order
 		slices.SortFunc(next, func(a, b string) int { return len(b) - len(a) })
 		assert.Len(t, strings.Fields(next[0]), 128)
 		assert.Equal(t, "130", next[1])
@@ -212,7 +215,7 @@ func TestACallerThatLeavesABatchDisturbsNobody(t *testing.T) {
 	})
 }
 
-// unnoticed is a context whose end is noticed last, as on a machine that does other things as well.
+// unnoticed is a context whose end is noticed later than anything else, as may happen on a busy machine.
 type unnoticed struct{ context.Context }
 
 func (unnoticed) Done() <-chan struct{} { return nil }
@@ -254,7 +257,7 @@ func TestAnAnswerThatIsThereCountsEvenWhenTheCallerWouldLeave(t *testing.T) {
 	})
 }
 
-// ending is a context that ends when a caller begins to wait for that: when its call is in the queue.
+// ending is a context that ends at the moment when a caller begins to wait for it. Its call is in the queue by then.
 type ending struct {
 	context.Context
 	end func()
@@ -294,7 +297,7 @@ func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
 	})
 }
 
-// stuck sends calls whose batches are not let land, one after the other, until so many are in flight.
+// stuck sends calls one after another whose batches are not answered, until the given number of batches is in flight.
 func stuck(t *testing.T, q *queue, batches int) {
 	t.Helper()
 	for i := range batches {
@@ -358,9 +361,9 @@ func TestABatchThatLandsAsItIsGivenUpGivesNoPlace(t *testing.T) {
 			<-land
 			others.Add(-1)
 		})
-		for i := range 400 { // as either may come first
+		for i := range 400 { // often, because the timer and the answer come at the same moment, in either order
 			send(t.Context(), q, "in the last moment")
-			if i%2 == 0 { // otherwise it leaves an idle queue
+			if i%2 == 0 { // otherwise the queue is idle after it
 				<-time.After(time.Millisecond)
 				send(t.Context(), q, "it takes this along")
 			}
@@ -441,7 +444,7 @@ func TestTheErrorsOfRunAreReturnedAndWhatItForgetsIsZero(t *testing.T) {
 				}
 			}
 		})
-		for range 3 { // so that calls are used again
+		for range 3 { // more than once, so that calls of the pool are used again
 			var out []<-chan outcome
 			for _, query := range []string{"first", "err", "answer", "forget"} {
 				out = append(out, send(t.Context(), q, query))
@@ -660,8 +663,8 @@ func TestEveryCallIsAnsweredOnceOrItsCallerLeft(t *testing.T) {
 	})
 }
 
-// storm is 1,000 callers who lose patience at random, before a server that is slow, stuck or panics at
-// random.
+// storm lets 1,000 callers, which leave at random, use a server that is slow, gets stuck or panics at random. A call
+// must be executed at most once, and never if it was not sent.
 func storm(t *testing.T, o batch.Options) {
 	t.Helper()
 	const callers = 1000
@@ -711,7 +714,7 @@ func storm(t *testing.T, o batch.Options) {
 	}
 	all.Wait()
 	assert.NoError(t, q.Close(t.Context()))
-	<-time.After(10 * time.Millisecond) // also those that are stuck
+	<-time.After(10 * time.Millisecond) // until the stuck batches have ended too
 	counts := map[string]int{}
 	for i, r := range results {
 		n := executed[i].Load()
@@ -735,7 +738,7 @@ func storm(t *testing.T, o batch.Options) {
 	t.Log(counts)
 }
 
-// It measures, and is therefore not parallel.
+// This test measures memory, so it is not parallel.
 func TestCallersWhoLeaveTheQueueOfAStuckQueueTakeNoMemory(t *testing.T) {
 	land := make(chan struct{})
 	type large [1 << 14]byte
@@ -760,6 +763,7 @@ func TestCallersWhoLeaveTheQueueOfAStuckQueueTakeNoMemory(t *testing.T) {
 	assert.NoError(t, q.Close(t.Context()))
 }
 
+// heap returns the size of the live heap in bytes.
 func heap() int64 {
 	runtime.GC()
 	var m runtime.MemStats
@@ -767,7 +771,7 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// It measures, and is therefore not parallel.
+// This test counts allocations, so it is not parallel.
 func TestACallAllocatesNothingButTheContextOfItsBatch(t *testing.T) {
 	ofContext := testing.AllocsPerRun(1000, func() {
 		_, cancel := context.WithDeadline(context.Background(), time.Now().Add(time.Minute))
@@ -780,7 +784,7 @@ func TestACallAllocatesNothingButTheContextOfItsBatch(t *testing.T) {
 	assert.NoError(t, q.Close(t.Context()))
 	info, _ := debug.ReadBuildInfo()
 	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		ofContext++ // a sync.Pool loses a quarter of what it is given
+		ofContext++ // with the race detector a sync.Pool drops a quarter of what is put into it
 	}
 	assert.LessOrEqual(t, sequential, ofContext)
 }

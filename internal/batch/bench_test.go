@@ -21,12 +21,14 @@ type (
 	answer struct{ words [31]int64 }
 )
 
+// echo answers all calls.
 func echo(calls []*batch.Call[query, answer]) {
 	for _, c := range calls {
 		c.Answer.words[0] = c.Query.words[0]
 	}
 }
 
+// ask makes a call, and checks that it gets its own answer.
 func ask(ctx context.Context, q *batch.Queue[query, answer], n int64) error {
 	c := q.Get()
 	defer q.Put(c)
@@ -40,7 +42,8 @@ func ask(ctx context.Context, q *batch.Queue[query, answer], n int64) error {
 	return nil
 }
 
-// BenchmarkGoroutine is the floor: a goroutine that starts and answers.
+// BenchmarkGoroutine measures the least that a batch in a goroutine of its own can cost: starting it, and waiting for
+// it.
 func BenchmarkGoroutine(b *testing.B) {
 	done := make(chan struct{}, 1)
 	fly := func() { done <- struct{}{} }
@@ -62,8 +65,8 @@ func BenchmarkOneCaller(b *testing.B) {
 	}
 }
 
-// BenchmarkParallel has 64 callers. A batch that waits leaves the processor to the callers, as one on
-// the network does; busy ones leave them none when there are only two.
+// BenchmarkParallel has 64 callers. A batch that waits leaves the processors to the callers, as a batch on the
+// network does. Busy batches leave them none on a machine with two processors.
 func BenchmarkParallel(b *testing.B) {
 	for name, fly := range map[string]func(int){
 		"instant": func(int) {},
@@ -82,6 +85,7 @@ func BenchmarkParallel(b *testing.B) {
 	}
 }
 
+// parallel measures calls whose batches take as long as fly, and how many calls share a batch.
 func parallel(b *testing.B, fly func(calls int)) {
 	batches := make(chan int, 1)
 	batches <- 0
@@ -94,7 +98,7 @@ func parallel(b *testing.B, fly func(calls int)) {
 	b.ReportAllocs()
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
-		ctx, cancel := context.WithCancel(b.Context()) // each has its own, as requests do
+		ctx, cancel := context.WithCancel(b.Context()) // one for each goroutine, as for requests of a server
 		defer cancel()
 		for pb.Next() {
 			if err := ask(ctx, q, 1); err != nil {
@@ -107,8 +111,8 @@ func parallel(b *testing.B, fly func(calls int)) {
 	b.ReportMetric(float64(b.N)/float64(<-batches), "calls/batch")
 }
 
-// roundTrips returns a function that sends so many queries to a server on this machine and reads as
-// much back.
+// roundTrips returns a function that sends the bytes of so many calls to a server on this machine, and reads as many
+// bytes back.
 func roundTrips(b *testing.B) func(calls int) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(b, err)

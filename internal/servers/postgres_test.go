@@ -28,7 +28,7 @@ func connect(t *testing.T, url string) *pgx.Conn {
 	return conn
 }
 
-// value returns the one value that a query returns.
+// value returns the only value of a query.
 func value[T any](t *testing.T, conn *pgx.Conn, sql string) (v T) {
 	t.Helper()
 	require.NoError(t, conn.QueryRow(t.Context(), sql).Scan(&v))
@@ -85,7 +85,7 @@ func TestAPostgresThatWasStoppedOrKilledHasWhatItCommittedOnTheSameAddress(t *te
 func TestAPostgresThatWasKilledLeavesNoProcessAndNoSharedMemory(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS != "linux" {
-		return // the system is asked in the way of Linux
+		return // the test reads /proc
 	}
 	s := servers.Postgres(t)
 	conn := connect(t, s.URL())
@@ -99,7 +99,7 @@ func TestAPostgresThatWasKilledLeavesNoProcessAndNoSharedMemory(t *testing.T) {
 	assert.Empty(t, processesIn(t, folder))
 }
 
-// sharedMemory returns the numbers of all segments.
+// sharedMemory returns the numbers of all segments of System V shared memory.
 func sharedMemory(t *testing.T) (numbers []string) {
 	t.Helper()
 	table, err := os.ReadFile("/proc/sysvipc/shm")
@@ -110,7 +110,7 @@ func sharedMemory(t *testing.T) (numbers []string) {
 	return numbers
 }
 
-// processesIn returns the links to the folders of all processes that run in this one or below.
+// processesIn returns the processes that run in a folder or below it, as links in /proc.
 func processesIn(t *testing.T, folder string) []string {
 	t.Helper()
 	links, err := filepath.Glob("/proc/[0-9]*/cwd")
@@ -226,11 +226,11 @@ func TestAPgBouncerPoolsTransactions(t *testing.T) {
 	}
 }
 
-// What a parent that is killed starts is gone with it, apart from the folder of the server.
+// A parent that is killed leaves only the folder of its server behind.
 func TestAFrozenPostgresDoesNotOutliveAParentThatIsKilled(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS != "linux" {
-		return // elsewhere it does outlive it
+		return // on other systems it outlives its parent
 	}
 	folder := t.TempDir()
 	require.NoError(t, os.Chmod(filepath.Dir(folder), 0o755), "for the user that Postgres runs as")
@@ -250,7 +250,7 @@ func TestAFrozenPostgresDoesNotOutliveAParentThatIsKilled(t *testing.T) {
 	removeSharedMemory(t, folder)
 }
 
-// removeSharedMemory removes what is left of the server whose folder is in this one.
+// removeSharedMemory removes the shared memory that the killed server in a folder has left behind.
 func removeSharedMemory(t *testing.T, folder string) {
 	t.Helper()
 	file, err := os.ReadFile(filepath.Join(list(t, folder)[0], "data", "postmaster.pid"))

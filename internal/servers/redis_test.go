@@ -99,7 +99,7 @@ func TestAClusterServesKeysOfAllSlots(t *testing.T) {
 	assert.Equal(t, int64(1000), sum)
 }
 
-// slots returns how many slots have an address where somebody listens, by the word of one node.
+// slots returns how many slots are served by an address that accepts connections, as one node sees the cluster.
 func slots(t *testing.T, s *servers.Server) (n int64) {
 	t.Helper()
 	shards, err := client(t, s.URL()).ClusterShards(t.Context()).Result()
@@ -162,7 +162,7 @@ func TestAMissingProgramIsAnErrorThatSaysWhatToDo(t *testing.T) {
 	}
 }
 
-// The script in place of the server finds the port taken the first time.
+// A script stands in for the server. The first time, it says that the port is taken.
 func TestAnotherPortIsTriedWhenOneIsTaken(t *testing.T) {
 	name := os.Getenv("REDIS_SERVER")
 	if name == "" {

@@ -19,8 +19,8 @@ import (
 	"github.com/go-throttler/throttler/internal/servers"
 )
 
-// With this variable set the test binary is a parent that starts the server it names, and waits to be
-// killed.
+// parentVariable is an environment variable. If it is set, the test program is a parent: it starts the server that the
+// variable names, and waits until it is killed.
 const parentVariable = "THROTTLER_TEST_PARENT"
 
 func TestMain(m *testing.M) {
@@ -37,6 +37,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// parent prints the address of the server, and waits until it is killed.
 func parent(s *servers.Server, err error) {
 	if err != nil {
 		fmt.Println(err)
@@ -46,7 +47,7 @@ func parent(s *servers.Server, err error) {
 	select {}
 }
 
-// dial connects to a server. A read that is not answered fails after patience.
+// dial connects to a server. A read without an answer fails after patience.
 func dial(t *testing.T, addr string, patience time.Duration) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -67,7 +68,7 @@ func assertNobodyListens(t *testing.T, addr string) {
 func TestAChildDoesNotOutliveAParentThatIsKilled(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS != "linux" {
-		return // elsewhere it does outlive it
+		return // on other systems it outlives its parent
 	}
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), parentVariable+"=redis", "TMPDIR="+t.TempDir())
@@ -109,7 +110,7 @@ func TestAFrozenServerCanBeStoppedAndKilled(t *testing.T) {
 	}
 }
 
-// It changes the environment, and so runs before those that are parallel.
+// This test changes the environment, so it is not parallel: it runs before those that are.
 func TestCloseLeavesNothingEvenOfAFrozenServer(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("TMPDIR", dir)
