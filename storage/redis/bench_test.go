@@ -18,7 +18,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// requests are n requests that differ in their identifiers, each of so many parts with buckets of the kinds.
+// requests returns n requests that differ only in their identifiers. Each has the given number of parts, with one
+// bucket of each kind.
 func requests(t testing.TB, n, parts int, capacity int64, kinds ...law.Kind) (all []storecheck.Request) {
 	t.Helper()
 	var rules []law.Rule
@@ -36,8 +37,8 @@ func requests(t testing.TB, n, parts int, capacity int64, kinds ...law.Kind) (al
 	return all
 }
 
-// BenchmarkScript measures what the server computes for a decision of a batch, by its own figures. The machine may do
-// other things as well, so the least of many short rounds counts.
+// BenchmarkScript measures the server's time for one decision of a batch, by the server's own figures. Other programs
+// may use the machine too, so the best of many short rounds counts.
 func BenchmarkScript(b *testing.B) {
 	const plenty, batch = 1 << 30, 64
 	for name, all := range map[string][]storecheck.Request{
@@ -74,7 +75,7 @@ func script(b *testing.B, all []storecheck.Request) {
 	b.ReportMetric(least/float64(20*len(all)), "server-µs/decision")
 }
 
-// spentOnScripts is how many microseconds the server has spent on them.
+// spentOnScripts returns how many microseconds the server has spent on scripts that were called by their hash.
 func spentOnScripts(b *testing.B, c goredis.UniversalClient) float64 {
 	b.Helper()
 	_, usec, found := strings.Cut(c.Info(b.Context(), "commandstats").Val(), "cmdstat_evalsha:calls=")

@@ -26,12 +26,12 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// ring is a cluster of three masters, and who of them has which slot.
+// ring is a cluster of three masters. It knows which of them has which slot.
 type ring struct {
 	*servers.Cluster
 
-	nodes []*goredis.Client // one for each of Nodes
-	ids   []string          // by which they know each other
+	nodes []*goredis.Client // one client for each of Nodes
+	ids   []string          // the names by which the nodes know each other
 	moved map[int64]int
 }
 
@@ -47,13 +47,13 @@ func newRing(t *testing.T) *ring {
 	return r
 }
 
-// tenant is a HashTag: what stands before the slash.
+// tenant is a HashTag: the part of an identifier before the slash.
 func tenant(id string) string {
 	tag, _, _ := strings.Cut(id, "/")
 	return tag
 }
 
-// open returns a storage, and one whose identifiers are in the slots of their tenants.
+// open returns two storages: a plain one, and one whose identifiers are in the slots of their tenants.
 func (r *ring) open(t *testing.T, timeout time.Duration) (plain, tagged *redisstore.Storage) {
 	t.Helper()
 	url := clusterURL(r.Cluster)
@@ -67,7 +67,7 @@ func (r *ring) slot(t *testing.T, key string) int64 {
 	return slot
 }
 
-// owner is the node that has a slot.
+// owner returns the index of the node that has a slot.
 func (r *ring) owner(slot int64) int {
 	if i, ok := r.moved[slot]; ok {
 		return i
@@ -84,7 +84,7 @@ func (r *ring) depart(t *testing.T, slot int64, to int) {
 	require.NoError(t, r.nodes[from].Do(t.Context(), "cluster", "setslot", slot, "migrating", r.ids[to]).Err())
 }
 
-// migrate moves one key.
+// migrate moves one key of a slot that is on its way.
 func (r *ring) migrate(t *testing.T, slot int64, to int, key string) {
 	t.Helper()
 	_, port, err := net.SplitHostPort(r.Nodes[to].Addr())
@@ -92,8 +92,8 @@ func (r *ring) migrate(t *testing.T, slot int64, to int, key string) {
 	require.NoError(t, r.nodes[r.owner(slot)].Migrate(t.Context(), "127.0.0.1", port, key, 0, storecheck.Patient).Err())
 }
 
-// settled reports whether the nodes agree on the epochs of all, which differ. A node that gets a slot makes its
-// epoch the largest it knows of, and would lose the slot to one with a larger.
+// settled reports whether all nodes have different configuration epochs and agree on them. A node that gets a slot
+// raises its epoch above all that it knows. If another node had a higher one it would lose the slot again.
 func (r *ring) settled(t *testing.T) bool {
 	t.Helper()
 	var views []map[string]string
@@ -109,7 +109,7 @@ func (r *ring) settled(t *testing.T) bool {
 	return len(views[0]) == 3 && maps.Equal(views[0], views[1]) && maps.Equal(views[0], views[2])
 }
 
-// arrive ends the move of a slot, of which all keys have gone.
+// arrive ends the move of a slot whose keys have all been moved.
 func (r *ring) arrive(t *testing.T, slot int64, to int) {
 	t.Helper()
 	from := r.owner(slot)
@@ -120,7 +120,7 @@ func (r *ring) arrive(t *testing.T, slot int64, to int) {
 	r.moved[slot] = to
 }
 
-// move moves a slot and its keys, one by one, to a node that does not know the scripts. It returns how many.
+// move moves a slot and its keys, one by one, to a node that does not have the scripts. It returns the number of keys.
 func (r *ring) move(t *testing.T, slot int64, to int) (n int) {
 	t.Helper()
 	require.NoError(t, r.nodes[to].ScriptFlush(t.Context()).Err())
@@ -141,7 +141,7 @@ func (r *ring) move(t *testing.T, slot int64, to int) (n int) {
 	return n
 }
 
-// told is how often all nodes have answered with an error.
+// told returns how many errors with a prefix all nodes have answered together.
 func (r *ring) told(t *testing.T, prefix string) (n int) {
 	t.Helper()
 	of := regexp.MustCompile(`errorstat_` + prefix + `:count=(\d+)`)
@@ -157,7 +157,7 @@ func (r *ring) told(t *testing.T, prefix string) (n int) {
 	return n
 }
 
-// idOn returns an identifier whose key, in a storage without options, is on a node.
+// idOn returns a new identifier whose key, in a storage without options, is on the given node.
 func (r *ring) idOn(t *testing.T, node int) string {
 	t.Helper()
 	for {
@@ -168,7 +168,7 @@ func (r *ring) idOn(t *testing.T, node int) string {
 	}
 }
 
-// ledger is what was taken from each identifier.
+// ledger counts what was taken from each identifier.
 type ledger struct {
 	mu    sync.Mutex
 	taken map[string]int64
@@ -186,7 +186,7 @@ func (l *ledger) add(v storecheck.Verdict) {
 	}
 }
 
-// load is 50 goroutines that ask for random identifiers until the end.
+// load is 50 goroutines that ask for random identifiers until end is set.
 type load struct {
 	plain, tagged *redisstore.Storage
 	rules         []law.Rule
@@ -197,7 +197,7 @@ type load struct {
 
 const tenants, perTenant = 6, 30
 
-// ask is about one identifier, or about two or three of one tenant at a time.
+// ask asks for one identifier, or for two or three of one tenant in one call.
 func (l *load) ask(ctx context.Context) error {
 	s, r := l.plain, storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprint("plain-", rand.IntN(200)), l.rules, 1)}}
 	if rand.IntN(2) == 0 {
@@ -217,7 +217,7 @@ func (l *load) ask(ctx context.Context) error {
 	return err
 }
 
-// run puts the load on until during has ended.
+// run keeps up the load until during has returned.
 func (l *load) run(t *testing.T, during func()) {
 	t.Helper()
 	var all sync.WaitGroup
@@ -232,7 +232,7 @@ func (l *load) run(t *testing.T, during func()) {
 	during()
 }
 
-// of is the storage in which an identifier is.
+// of returns the storage in which an identifier is kept.
 func (l *load) of(id string) *redisstore.Storage {
 	if strings.HasPrefix(id, "t") {
 		return l.tagged
@@ -240,7 +240,7 @@ func (l *load) of(id string) *redisstore.Storage {
 	return l.plain
 }
 
-// exactly takes what is left of each identifier, and asserts that it gave what it had and no more.
+// exactly takes what is left of each identifier, and asserts that each has given exactly its limit.
 func (l *load) exactly(t *testing.T, limit int64) {
 	t.Helper()
 	ids := slices.Collect(maps.Keys(l.ledger.taken))
@@ -285,7 +285,7 @@ func TestSlotsMoveUnderLoadWithoutAnErrorAndEachLimitIsExact(t *testing.T) {
 	l.exactly(t, limit)
 }
 
-// halfWay leaves the two keys of one call on two nodes. Finish moves the second one.
+// halfWay puts the two keys of one call on two nodes. Finish moves the second key after the first.
 func (r *ring) halfWay(t *testing.T, tagged *redisstore.Storage) (both storecheck.Request, finish func()) {
 	t.Helper()
 	both = storecheck.FivePerHour(t, "t/1")
@@ -344,7 +344,7 @@ func TestACallWhoseKeysStayOnTwoNodesEndsAndTakesNothing(t *testing.T) {
 	assert.Less(t, time.Since(began), time.Second)
 }
 
-// A node that hangs while the keys are apart is waited for within the same Timeout.
+// The call waits for a node that hangs while its keys are apart, but only within the same Timeout.
 func TestACallThatTriesAgainTakesNoLongerThanTheTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Second
@@ -364,7 +364,7 @@ func TestACallThatTriesAgainTakesNoLongerThanTheTimeout(t *testing.T) {
 	require.NoError(t, r.Nodes[from].Thaw())
 }
 
-// The time that the client needs to learn of the nodes is part of the Timeout.
+// The time in which the client learns the nodes is part of the Timeout.
 func TestTheFirstCallOnAClusterTakesNoLongerThanTheTimeout(t *testing.T) {
 	t.Parallel()
 	const timeout = time.Second
@@ -385,7 +385,7 @@ func TestTheFirstCallOnAClusterTakesNoLongerThanTheTimeout(t *testing.T) {
 	require.NoError(t, r.Nodes[1].Thaw())
 }
 
-// median is that of the durations of calls without an error.
+// median returns the median duration of calls, none of which may fail.
 func median(t *testing.T, s *redisstore.Storage, ids []string, calls int) time.Duration {
 	t.Helper()
 	var all []time.Duration
@@ -463,7 +463,7 @@ func TestAMasterThatWasKilledAndStartedAgainIsUsedAgain(t *testing.T) {
 	assert.Equal(t, 3, storecheck.Take(t, plain, storecheck.FivePerHour(t, kept), 4))
 }
 
-// Each flight in a cluster is a pipeline of script calls, of which some find the script and others do not.
+// Each batch in a cluster is a pipeline of script calls. Some of them find the script on their node, and others do not.
 func TestANodeThatForgetsTheScriptsIsSentThemAgain(t *testing.T) {
 	t.Parallel()
 	r := newRing(t)

@@ -21,8 +21,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// assertRefused asks in vain, in time, and is told why: by one call in three, as a machine under load may be late to
-// find out.
+// assertRefused asserts that calls fail in time, and that the error has the cause. One call in three must have it,
+// because on a busy machine the probe may be late.
 func assertRefused(t *testing.T, s *redisstore.Storage) {
 	t.Helper()
 	var err error
@@ -66,8 +66,8 @@ func TestARefusedConnectionIsTheCauseAfterItWorked(t *testing.T) {
 	assertRefused(t, s)
 }
 
-// link passes connections on to a server, and can forget those that there are: then nothing comes through any
-// more, and neither end is told.
+// link forwards connections to a server. It can forget its present connections, like a NAT: then nothing passes through
+// them any more, and neither end is told.
 type link struct {
 	net.Listener
 	server string

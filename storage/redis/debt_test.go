@@ -18,7 +18,7 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// debtAs asks the storage and the model, and returns what both say.
+// debtAs asks the storage and the model for debts, and returns the answer, which must be the same.
 func (w *twin) debtAs(t *testing.T, at time.Duration, rules []law.Rule) [][]storage.Amount {
 	t.Helper()
 	before := w.raw(t)
@@ -97,7 +97,7 @@ func TestADebtOfThousandsOfAmountsIsToldInAFlightWithOthers(t *testing.T) {
 	})
 }
 
-// As nothing is stored, any number of buckets can be asked about.
+// A question stores nothing, so it may name any number of buckets.
 func TestADebtIsToldWhenAnIdentifierHasAllBucketsItMayHave(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))

@@ -18,7 +18,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// debt is n amounts of one token, which end a second after each other, from the first on.
+// debt returns a debt of n amounts of one token each, which come back one second after another, beginning after first
+// seconds.
 func debt(r law.Rule, now int64, id string, first, n int) replica.Debt {
 	d := replica.Debt{Name: "debts", Clocked: true, Now: now, Identifier: id, Rules: law.NewRuleSet([]law.Rule{r}...), Amounts: make([][]storage.Amount, 1)}
 	for i := range n {
@@ -44,7 +45,7 @@ func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 	r := storecheck.Rule(t, "w", law.FixedWindow, time.Second, 100_000)
 	now := int64(1_700_000_000_000_000)
 	var err error
-	for k := 0; err == nil && k < 17; k++ { // each adds to what the later ones hold
+	for k := 0; err == nil && k < 17; k++ { // each one adds earlier ends to those that are stored
 		d := debt(r, now, "b", (16-k)*4096, 4096)
 		d.Amounts[0][4095].N = int64(k)*4096 + 1
 		err = s.Raise(t.Context(), d)
@@ -55,7 +56,7 @@ func TestMoreHoldsThanTheFormHasRoomForAreRefused(t *testing.T) {
 	require.NoError(t, err, "what was there before is still there")
 }
 
-// hook sees the commands of a client, but for those in pipelines.
+// hook sees the commands of a client, except those in pipelines.
 type hook func(ctx context.Context, cmd goredis.Cmder, next goredis.ProcessHook) error
 
 func (hook) DialHook(next goredis.DialHook) goredis.DialHook { return next }
@@ -105,7 +106,7 @@ func TestAnAnswerThatIsNoneOfTheScriptIsAFailureOfTheStorage(t *testing.T) {
 	}
 }
 
-// A client of one node, or of a proxy, does not know that there are slots.
+// A plain client of a cluster node, or of a proxy, does not know that there are slots.
 func TestIdentifiersOfDifferentSlotsDoNotDisturbEachOtherOnASingleNode(t *testing.T) {
 	t.Parallel()
 	s := on(t, client(t, servers.RedisCluster(t, 3).Nodes[0].URL()), redisstore.Options{Timeout: storecheck.Patient})

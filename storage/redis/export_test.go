@@ -8,10 +8,10 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Client is the one that Open made.
+// Client returns the client of the storage.
 func (s *Storage) Client() goredis.UniversalClient { return s.client }
 
-// Batch is the command that decides the requests together. The server must know the script.
+// Batch returns the command that makes the decisions in one script call. The server must have the script.
 func (s *Storage) Batch(requests []*storage.Request) []any {
 	var calls []*call
 	for _, r := range requests {

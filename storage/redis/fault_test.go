@@ -28,10 +28,10 @@ import (
 	"github.com/go-throttler/throttler/storage/storagetest"
 )
 
-// prompt is for tests of what becomes of calls that are not answered.
+// prompt is for tests of calls that are not answered: the default timeout instead of storecheck.Patient.
 var prompt = redisstore.Options{Timeout: redisstore.DefaultTimeout}
 
-// chargeOf is for n tokens of each bucket that r asks.
+// chargeOf returns a charge of n tokens from each bucket of r.
 func chargeOf(r storecheck.Request, n int64) *storage.Charge {
 	c := &storage.Charge{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules}
 	for range c.Rules.Rules {
@@ -40,7 +40,7 @@ func chargeOf(r storecheck.Request, n int64) *storage.Charge {
 	return c
 }
 
-// debtOf is charge for a debt.
+// debtOf is chargeOf for a debt.
 func debtOf(r storecheck.Request, n int64) replica.Debt {
 	d := replica.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: r.Parts[0].Identifier, Rules: r.Parts[0].Rules}
 	for _, a := range chargeOf(r, n).Amounts {
@@ -57,7 +57,7 @@ func do(t testing.TB, c *goredis.Client, command ...any) any {
 	return answer
 }
 
-// repeatedly calls f each time that the pause has passed, until stop is closed, and returns how often.
+// repeatedly calls f with a pause in between until stop is closed, and returns how often.
 func repeatedly(pause time.Duration, stop <-chan struct{}, f func()) (n int) {
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
@@ -117,7 +117,7 @@ func TestCallsThatFindTheServerFrozenAtFirstReturnInTime(t *testing.T) {
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7))
 }
 
-// A call whose context cannot end waits for the socket itself, when nothing else is in flight.
+// A call whose context cannot end waits for the socket itself if nothing else is in flight.
 func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	t.Parallel()
 	server, r := servers.Redis(t), storecheck.FivePerHour(t, "a")
@@ -132,7 +132,7 @@ func TestACallWithoutAContextReturnsInTime(t *testing.T) {
 	require.NoError(t, seen.next(t))
 	require.NoError(t, server.Freeze())
 	for name, s := range map[string]*redisstore.Storage{"with a connection": known, "without one": unknown, "watched": watched} {
-		storecheck.Crowd(3, func(int) { // two are in flight, for one connection, and one waits for them
+		storecheck.Crowd(3, func(int) { // two batches in flight, which share one connection, and one call that waits
 			storecheck.AssertBackAfter(t, prompt.Timeout, storecheck.Timed(3, func() {
 				_, err := storecheck.Decide(context.Background(), s, r)
 				assert.ErrorIs(t, err, storage.ErrUnavailable, name)
@@ -169,7 +169,7 @@ func TestCallsWithAndWithoutAContextTakeExactlyTheLimit(t *testing.T) {
 	assert.EqualValues(t, 300, admitted.Load())
 }
 
-// Nothing that is left behind would escape TestMain.
+// TestMain finds goroutines that Close leaves behind.
 func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
@@ -179,7 +179,7 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	storecheck.Crowd(20, func(i int) {
-		_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a")) // the flights stay in the air
+		_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a")) // the batches stay in flight
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
 	took := storecheck.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
@@ -203,14 +203,14 @@ func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
 	require.NoError(t, server.Thaw())
 }
 
-// eachNode returns requests for keys of each node in turn, which have been asked for once.
+// eachNode returns one request for each node, by the place of its key. Each request has been made once.
 func eachNode(t testing.TB, s *redisstore.Storage, cluster *servers.Cluster) (of []storecheck.Request) {
 	t.Helper()
 	c := client(t, cluster.Nodes[0].URL())
 	for i := 0; len(of) < len(cluster.Nodes); i++ {
 		id := fmt.Sprint("id-", i)
 		slot := do(t, c, "cluster", "keyslot", redisstore.DefaultPrefix+":"+id).(int64)
-		if int(slot)*len(cluster.Nodes)/16384 == len(of) { // they have as many slots each
+		if int(slot)*len(cluster.Nodes)/16384 == len(of) { // all nodes have the same number of slots
 			of = append(of, storecheck.Hourly(t, id, 1000))
 			storecheck.Recovery(t, 5*time.Second, func() error { return new(storecheck.Told).Ask(s, of[len(of)-1]) })
 		}
@@ -268,14 +268,14 @@ func TestCallsThatFindTheClusterFrozenAtFirstReturnInTime(t *testing.T) {
 	require.NoError(t, cluster.Nodes[0].Thaw())
 }
 
-// fault is a state of a server in which it refuses.
+// fault is a state in which a server refuses calls.
 type fault struct {
 	name    string
 	config  []string
 	cause   func(testing.TB, *goredis.Client) (cure func())
 	is      func(error) bool
 	says    string
-	answers bool // what changes nothing still works
+	answers bool // calls that change nothing still work
 }
 
 var faults = []fault{
@@ -296,13 +296,13 @@ var faults = []fault{
 func isMisconfigured(err error) bool { return goredis.HasErrorPrefix(err, "MISCONF") }
 func isBusy(err error) bool          { return goredis.HasErrorPrefix(err, "BUSY") }
 
-// isForbiddenInside is for a script that calls what the user may not, for which Redis has no code: 7.0 says
-// the one, later ones the other.
+// isForbiddenInside recognises the error of a script that used a forbidden command. Redis has no code for it: version
+// 7.0 has the first text, and later versions have the second.
 func isForbiddenInside(err error) bool {
 	return goredis.HasErrorPrefix(err, "The user executing the script can't run this command") || goredis.HasErrorPrefix(err, "ACL failure in script")
 }
 
-// sendWords sends a command whose words have no spaces.
+// sendWords sends a command whose words contain no spaces. It must succeed.
 func sendWords(t testing.TB, c *goredis.Client, command string) {
 	t.Helper()
 	var words []any
@@ -312,7 +312,7 @@ func sendWords(t testing.TB, c *goredis.Client, command string) {
 	do(t, c, words...)
 }
 
-// sends is a fault that one command causes and another one cures.
+// sends returns a fault that one command causes and another one cures.
 func sends(cause, cure string) func(testing.TB, *goredis.Client) func() {
 	return func(t testing.TB, c *goredis.Client) func() {
 		sendWords(t, c, cause)
@@ -320,7 +320,7 @@ func sends(cause, cure string) func(testing.TB, *goredis.Client) func() {
 	}
 }
 
-// fillMemory writes keys of others, more than there is room for from then on.
+// fillMemory writes other keys, and then lowers maxmemory below what they need.
 func fillMemory(t testing.TB, c *goredis.Client) (cure func()) {
 	const n = 1000
 	for i := range n {
@@ -335,7 +335,7 @@ func fillMemory(t testing.TB, c *goredis.Client) (cure func()) {
 	}
 }
 
-// failToSave puts a folder where the server saves its data, after which it refuses to change them.
+// failToSave puts a folder in place of the file in which the server saves its data. Then the server refuses changes.
 func failToSave(t testing.TB, c *goredis.Client) (cure func()) {
 	folder := filepath.Join(c.ConfigGet(t.Context(), "dir").Val()["dir"], "folder")
 	require.NoError(t, os.MkdirAll(filepath.Join(folder, "is not empty"), 0o700))
@@ -356,19 +356,19 @@ func failToSave(t testing.TB, c *goredis.Client) (cure func()) {
 	}
 }
 
-// wantPassword closes the connections of those that did not need one.
+// wantPassword sets a password, and closes the connections that were made without one.
 func wantPassword(t testing.TB, c *goredis.Client) (cure func()) {
 	sendWords(t, c, "config set requirepass secret")
 	sendWords(t, c, "client kill type normal skipme yes")
 	return func() { do(t, c, "config", "set", "requirepass", "") }
 }
 
-// runForever has the server run a script for as long as nobody kills it.
+// runForever makes the server run a script that only SCRIPT KILL ends.
 func runForever(t testing.TB, c *goredis.Client) (cure func()) {
 	return inBackground(t, c, []any{"eval", "while true do end", 0}, isBusy, "script kill")
 }
 
-// loadSlowly has the server load as many keys as take it a minute.
+// loadSlowly makes the server load keys for a minute, or until cure is called.
 func loadSlowly(t testing.TB, c *goredis.Client) (cure func()) {
 	sendWords(t, c, "debug populate 60000 other 10")
 	sendWords(t, c, "config set loading-process-events-interval-bytes 1024")
@@ -376,11 +376,11 @@ func loadSlowly(t testing.TB, c *goredis.Client) (cure func()) {
 	return inBackground(t, c, []any{"debug", "reload"}, goredis.IsLoadingError, "config set key-load-delay 0")
 }
 
-// inBackground sends a command which has the server refuse others until it is sent an end.
+// inBackground sends a command during which the server refuses others. Cure sends end, which ends the command.
 func inBackground(t testing.TB, c *goredis.Client, command []any, refuses func(error) bool, end string) (cure func()) {
 	busy := c.WithTimeout(time.Minute)
 	var ended sync.WaitGroup
-	ended.Go(func() { _ = busy.Do(context.Background(), command...).Err() }) // a script that is killed is an error
+	ended.Go(func() { _ = busy.Do(context.Background(), command...).Err() }) // the error of a script that was killed
 	storecheck.Recovery(t, 10*time.Second, func() error {
 		if err := c.Get(t.Context(), "other").Err(); !refuses(err) {
 			return fmt.Errorf("it answers %w", err)
@@ -420,7 +420,7 @@ func TestAServerThatRefusesSaysWhyAndChargesNothing(t *testing.T) {
 	}
 }
 
-// assertRefused holds all calls that would change something to the error of the fault.
+// assertRefused asserts that all calls that would change something fail with the error of the fault.
 func (f *fault) assertRefused(t *testing.T, s *redisstore.Storage, r storecheck.Request) {
 	t.Helper()
 	for call, ask := range allCalls {
@@ -449,7 +449,7 @@ func TestAWrongPasswordIsAnAuthenticationError(t *testing.T) {
 	assert.Equal(t, 5, storecheck.Take(t, open(t, "redis://:secret@"+server.Addr(), redisstore.Options{}), storecheck.FivePerHour(t, "a"), 7))
 }
 
-// mustStay returns a function that holds the key to what it was when mustStay was called.
+// mustStay returns a function which asserts that the key has not changed since mustStay was called.
 func mustStay(t testing.TB, c *goredis.Client, key string) func(after string) {
 	t.Helper()
 	value := func() string { return fmt.Sprintf("%q", do(t, c, "dump", key)) }
@@ -463,7 +463,7 @@ func mustStay(t testing.TB, c *goredis.Client, key string) func(after string) {
 	}
 }
 
-// anyCall is one of those that can be made for a request. What is no decision returns an empty verdict.
+// anyCall is any call that can be made for a request. A call that is no decision returns an empty verdict.
 type anyCall func(context.Context, *redisstore.Storage, storecheck.Request) (storecheck.Verdict, error)
 
 var allCalls = map[string]anyCall{
@@ -586,7 +586,8 @@ func TestAKeyOfOthersDoesNotDisturbTheFlightThatItIsIn(t *testing.T) {
 // epoch is the time of the values that are corrupted.
 const epoch = 1_700_000_000_000_000
 
-// realValues are what is stored by requests, the last of which is asked again of each corrupt form.
+// realValues returns requests that store values of all forms. The last request of a list is made again on each
+// corruption of the value.
 func realValues(t testing.TB) map[string][]storecheck.Request {
 	at := func(now time.Duration, cost int64, rules ...law.Rule) storecheck.Request {
 		return storecheck.Request{Clocked: true, Now: epoch + now.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart("corrupt", rules, cost)}}
@@ -606,7 +607,7 @@ func realValues(t testing.TB) map[string][]storecheck.Request {
 	return all
 }
 
-// corruptions are the prefixes of a value, and what it is with one byte changed.
+// corruptions returns all prefixes of a value, and copies of it with one byte changed.
 func corruptions(value string) (all []string) {
 	for i := range len(value) {
 		all = append(all, value[:i])
@@ -635,14 +636,15 @@ func TestACorruptValueIsAnErrorOrAVerdictAndNothingElse(t *testing.T) {
 			key := redisstore.DefaultPrefix + name + ":corrupt"
 			for _, value := range corruptions(do(t, c, "get", key).(string)) {
 				if assertCorruptOrValid(t, s, c, key, value, r); t.Failed() {
-					return // the others would mostly say the same
+					return // the other failures would mostly be the same
 				}
 			}
 		})
 	}
 }
 
-// assertCorruptOrValid makes each call on the value.
+// assertCorruptOrValid makes each call on the value. It must either fail with ErrCorruptState and leave the value
+// alone, or return a valid verdict and leave a value that can be read.
 func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client, key, value string, r storecheck.Request) {
 	t.Helper()
 	for call, ask := range allCalls {
@@ -660,7 +662,7 @@ func assertCorruptOrValid(t *testing.T, s *redisstore.Storage, c *goredis.Client
 	}
 }
 
-// assertValid holds a verdict to what all verdicts promise.
+// assertValid asserts what is true of every verdict.
 func assertValid(t *testing.T, call, value string, v storecheck.Verdict) {
 	t.Helper()
 	assert.GreaterOrEqual(t, v.RetryAfter, time.Duration(0), "%s on %q", call, value)
@@ -681,8 +683,7 @@ func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
 	assertCorruptOrValid(t, s, c, key, value[:end]+"\xff"+value[end+1:], r)
 }
 
-// slowest is a value of ours, but of a bucket that nobody has: one unit comes back each second, and 2^52 are
-// out.
+// slowest is a valid value of a bucket that no rule can have: 2^52 units are spent, and one comes back each second.
 const slowest = "t2\x21" + "\x04slow" + "\x40\x42\x0f\x00\x00\x20" + "\x01\x00\x00\x00\x00\x00\x00" + "\x40\x42\x0f\x00\x00\x00" + "\x01" +
 	"\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x10"
 
@@ -743,7 +744,7 @@ func TestAClusterNodeThatIsDownFailsOnlyItsOwnKeys(t *testing.T) {
 	assert.Equal(t, 7, storecheck.Take(t, s, of[1], 7))
 }
 
-// storm is what 50 goroutines were told, each of one identifier that all share and one of its own.
+// storm has the answers to 50 goroutines, which ask for an identifier that they share and each for one of its own.
 type storm struct {
 	shared storecheck.Told
 	own    [50]storecheck.Told
@@ -755,7 +756,7 @@ func (w *storm) mine(t testing.TB, i int) storecheck.Request {
 	return storecheck.Hourly(t, fmt.Sprint("own-", i), 1<<40)
 }
 
-// throughStorm has them ask for two seconds, in which f is called again and again.
+// throughStorm lets the goroutines ask for two seconds, while f is called again and again.
 func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f func()) *storm {
 	t.Helper()
 	w, stop, n := &storm{}, make(chan struct{}), 0
@@ -773,8 +774,8 @@ func throughStorm(t *testing.T, s *redisstore.Storage, pause time.Duration, f fu
 	return w
 }
 
-// assertAccounts holds what was taken to what callers were told. It returns how much was taken by calls that
-// failed, and how many those were.
+// assertAccounts compares what was taken with the answers. It returns how many tokens were taken by calls that
+// failed, and how many calls failed.
 func (w *storm) assertAccounts(t *testing.T, s *redisstore.Storage) (lost, failed int64) {
 	t.Helper()
 	lost, failed = w.shared.AssertAccount(t, s, w.hot(t)), w.shared.Failed.Load()
@@ -815,15 +816,15 @@ func TestConnectionsThatAreClosedAllTheTimeChargeNothingTwice(t *testing.T) {
 	assert.Equal(t, 5, storecheck.Take(t, s, storecheck.FivePerHour(t, "after"), 7), "it works at once when the storm is over")
 }
 
-// leastRights are all that a user needs. Everybody may send HELLO and AUTH; that CLIENT SETINFO is refused
-// does no harm.
+// leastRights are the rights that a user needs. Every user may send HELLO and AUTH. CLIENT SETINFO is refused without
+// harm.
 var leastRights = []string{"+evalsha", "+eval", "+get", "+set", "+del", "+time"}
 
-// leastClusterRights are what a user of a cluster needs besides. Without +command each decision works as
-// well, after questions in vain.
+// leastClusterRights are the rights that a user of a cluster needs in addition. Without +command decisions work too,
+// but the client keeps asking for it in vain.
 var leastClusterRights = []string{"+cluster|slots", "+command"}
 
-// login makes a user who has no rights but these, and returns the URL with it.
+// login makes a user with the given rights only, and returns the URL with its credentials.
 func login(t testing.TB, c *goredis.Client, url, user string, rights ...string) string {
 	t.Helper()
 	sendWords(t, c, "acl setuser "+user+" reset on >secret ~throttler:* -@all "+strings.Join(rights, " "))
@@ -843,7 +844,7 @@ func TestAUserWithTheLeastRightsPassesTheSuite(t *testing.T) {
 	}
 }
 
-// useAll makes each call, in an order in which all scripts are sent in all ways.
+// useAll makes each call, in an order in which both scripts are sent by text and by hash.
 func useAll(t testing.TB, s *redisstore.Storage, r storecheck.Request) (failed []error) {
 	for _, call := range []string{"Take", "Peek", "Refund", "Force", "Charge", "Raise", "Debt", "Fresh", "Reset"} {
 		if _, err := allCalls[call](t.Context(), s, r); err != nil {
@@ -920,7 +921,7 @@ func assertFaults(t testing.TB, err error, name string, fields ...string) {
 	assert.Equal(t, fields, found, name)
 }
 
-// wrongURLs have a fault that Open must find.
+// wrongURLs are URLs with a fault that Open must find.
 var wrongURLs = []string{
 	"", "x", "://", "http://localhost", "redis://localhost:port", "redis://local host", "redis://localhost/a", "redis://localhost/0/1",
 	"redis://localhost?unknown=1", "redis://localhost?read_timeout=soon", "redis://localhost?db=x", "redis://localhost?addr=", "redis://localhost?addr=localhost", "unix:///socket?db=x",
@@ -947,7 +948,7 @@ func TestOpenDoesNotPanic(t *testing.T) {
 	for _, parameters := range []string{
 		"pool_size=-1", "pool_size=99999999999", "pipeline_pool_size=99999999999",
 		"master_name=main&route_randomly=true", "master_name=main&route_by_latency=true",
-		"addr=localhost:1&pool_size=99999999999", // the first call would panic, in a goroutine of its own
+		"addr=localhost:1&pool_size=99999999999", // the panic would come with the first call, in a goroutine of the client
 	} {
 		assert.NotPanics(t, func() {
 			s, err := redisstore.Open("redis://localhost?"+parameters, nil)
@@ -968,12 +969,12 @@ func TestTheErrorOfAWrongURLDoesNotTellThePassword(t *testing.T) {
 	}
 }
 
-// hasty are options of a client that tries again, and soon.
+// hasty returns options of a client that retries soon and often.
 func hasty(addr string) *goredis.Options {
 	return &goredis.Options{Addr: addr, MaxRetries: 5, MinRetryBackoff: time.Millisecond, MaxRetryBackoff: time.Millisecond, ReadTimeout: 50 * time.Millisecond, WriteTimeout: 50 * time.Millisecond}
 }
 
-// connect has the client make so many connections that it could send a command six times to a frozen server.
+// connect makes the client open enough connections to send a command to a frozen server six times.
 func connect(t testing.TB, c *goredis.Client) {
 	t.Helper()
 	for range 10 {
@@ -1006,8 +1007,8 @@ func TestAClusterClientThatTriesAgainChargesOnceForAnAnswerThatIsLate(t *testing
 	assertChargedOnce(t, cluster.Nodes[0], node, s, 500*time.Millisecond)
 }
 
-// assertChargedOnce freezes the server while calls are made, and counts what they took after all: one alone,
-// and some together, which fly in one pipeline to a cluster.
+// assertChargedOnce freezes the server while calls are made, and asserts that each took at most one token in the end.
+// It does so for a single call, and for eight at once, which share a pipeline to a cluster.
 func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, s *redisstore.Storage, within time.Duration) {
 	t.Helper()
 	for _, together := range []int{1, 1, 8} {
@@ -1021,7 +1022,7 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 			assert.Less(t, took[0], within+time.Second, "a call outlasted its time")
 		})
 		require.NoError(t, server.Thaw())
-		connect(t, c) // the server has read what was sent before
+		connect(t, c) // until it answers, so it has read everything that was sent before
 		late := int64(0)
 		for i := range together {
 			once := storecheck.Spent(t, s, storecheck.Hourly(t, fmt.Sprint(i), 1000))
@@ -1033,7 +1034,7 @@ func assertChargedOnce(t *testing.T, server *servers.Server, c *goredis.Client, 
 	}
 }
 
-// closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they were given.
+// closeDuringLoad closes the storage while 50 goroutines ask, and returns how many tokens they got.
 func closeDuringLoad(t *testing.T, s *redisstore.Storage, r storecheck.Request) (admitted int64) {
 	t.Helper()
 	var count storecheck.Told
@@ -1104,8 +1105,8 @@ func TestAStorageOnAClusterIsClosedAlsoIfItWasNeverUsed(t *testing.T) {
 	}
 }
 
-// pacedLoad asks in 10 goroutines, each every two milliseconds, until somebody is denied, and returns the
-// longest that a call took.
+// pacedLoad lets 10 goroutines ask every two milliseconds until one of them is denied. It returns the time of the
+// longest call.
 func pacedLoad(c *storecheck.Told, s *redisstore.Storage, r storecheck.Request) (longest time.Duration) {
 	took := make([]time.Duration, 10)
 	storecheck.Crowd(len(took), func(i int) {

@@ -21,7 +21,7 @@ import (
 	"github.com/go-throttler/throttler/storage/storagetest"
 )
 
-// doubter asks about two identifiers, of which the server's own clock has seen nothing.
+// doubter asks for identifiers that nobody has used before.
 type doubter struct {
 	s     *redisstore.Storage
 	c     *goredis.Client
@@ -29,7 +29,7 @@ type doubter struct {
 	rules []law.Rule
 }
 
-// newDoubter returns one whose server has the scripts.
+// newDoubter returns a doubter whose server has the script, so that nothing is ErrRestarted.
 func newDoubter(t *testing.T, kind law.Kind) *doubter {
 	t.Helper()
 	url := servers.RedisURL(t)
@@ -39,7 +39,7 @@ func newDoubter(t *testing.T, kind law.Kind) *doubter {
 	return d
 }
 
-// request asks for n tokens of each bucket.
+// request returns a request for n tokens of each bucket.
 func (d *doubter) request(n int64, ids ...string) storecheck.Request {
 	r := storecheck.Request{Name: d.name, Parts: []storecheck.Part{storecheck.NewPart(ids[0], d.rules, n)}}
 	for _, id := range ids[1:] {
@@ -48,13 +48,13 @@ func (d *doubter) request(n int64, ids ...string) storecheck.Request {
 	return r
 }
 
-// old is a request at an earlier time.
+// old returns a request by a caller's clock, at an earlier time.
 func old(r storecheck.Request, ago time.Duration) storecheck.Request {
 	r.Clocked, r.Now = true, time.Now().Add(-ago).UnixMicro()
 	return r
 }
 
-// stale asks, and holds a stale answer to changing nothing.
+// stale reports whether a DecideFresh is stale, and asserts that nothing was changed then.
 func (d *doubter) stale(t *testing.T, r storecheck.Request, age time.Duration) bool {
 	t.Helper()
 	keys := func() (values []string) {
@@ -171,7 +171,7 @@ func TestARefusalIsNeverStaleAndAForceIs(t *testing.T) {
 	}
 }
 
-// It is empty, as the arithmetic's first step has it.
+// Such a state counts as empty, by the first step of the arithmetic.
 func TestAStateThatIsTooFarAheadOfTheClockIsStale(t *testing.T) {
 	t.Parallel()
 	d := newDoubter(t, law.Replenish)
@@ -183,7 +183,7 @@ func TestAStateThatIsTooFarAheadOfTheClockIsStale(t *testing.T) {
 	assert.True(t, d.stale(t, r, time.Hour))
 }
 
-// Requests of many shapes and doubts share flights, and each is answered as the model answers it, or as stale.
+// Requests of many shapes and ages share batches. Each answer must be that of the model, or stale.
 func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 	t.Parallel()
 	s := open(t, servers.RedisURL(t), redisstore.Options{})
@@ -217,7 +217,7 @@ func TestByAnInjectedClockEveryStateIsDoubted(t *testing.T) {
 	})
 }
 
-// ago is the time so long ago, and 0 for less than 0.
+// ago returns the time that was age ago, or 0 for a negative age.
 func ago(age time.Duration) int64 {
 	if age < 0 {
 		return 0
@@ -225,7 +225,7 @@ func ago(age time.Duration) int64 {
 	return law.Monotonic() - age.Microseconds()
 }
 
-// assertDoubted has all calls of DecideFresh be stale, and the first Decide end that.
+// assertDoubted asserts that each DecideFresh is ErrRestarted until the first Decide.
 func assertDoubted(t *testing.T, s *redisstore.Storage, r storecheck.Request) {
 	t.Helper()
 	for _, age := range append(ages, -1) {
@@ -290,7 +290,7 @@ func TestANodeOfAClusterThatLostItsScriptsIsDoubted(t *testing.T) {
 	}
 }
 
-// flushed has half of 64 goroutines doubt while the scripts are forgotten all the time.
+// flushed lets half of 64 goroutines use DecideFresh, while the server forgets its scripts again and again.
 func flushed(t *testing.T, s *redisstore.Storage, flush func()) {
 	t.Helper()
 	var doubting, others storecheck.Told

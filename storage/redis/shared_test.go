@@ -37,10 +37,10 @@ var (
 	freshFrom = time.Now().UnixNano()
 )
 
-// freshName is a Config.Name that nobody has used, not even on a server that others use, too.
+// freshName returns a Config.Name that nobody has used, even on a shared server.
 func freshName() string { return fmt.Sprintf("t%x-%d", freshFrom, fresh.Add(1)) }
 
-// wire is a real connection that keeps what was said over it.
+// wire is a connection that keeps a copy of what was sent and read.
 type wire struct {
 	net.Conn
 
@@ -64,7 +64,7 @@ func (w *wire) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// wires are all connections of one client.
+// wires has all connections of one client.
 type wires struct {
 	mu  sync.Mutex
 	all []*wire
@@ -83,7 +83,7 @@ func (ws *wires) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return w, nil
 }
 
-// take returns what was sent and read since the last time, connection after connection.
+// take returns what was sent and read since the last take, connection after connection.
 func (ws *wires) take() (sent, read string) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
@@ -96,10 +96,10 @@ func (ws *wires) take() (sent, read string) {
 	return sent, read
 }
 
-// scriptCall has the numbers of all arguments and of keys of a script call by hash.
+// scriptCall matches a script call by hash, with its number of arguments and its number of keys.
 var scriptCall = regexp.MustCompile(`\*(\d+)\r\n\$7\r\nevalsha\r\n\$40\r\n[0-9a-f]{40}\r\n\$\d+\r\n(\d+)\r\n`)
 
-// flown is how many keys and shapes a script call had (decide.lua).
+// flown has the numbers of keys and shapes of a script call (decide.lua).
 type flown struct{ keys, shapes int }
 
 func flights(sent string) (out []flown) {
@@ -111,7 +111,7 @@ func flights(sent string) (out []flown) {
 	return out
 }
 
-// openWired returns a storage whose connections are kept.
+// openWired returns a storage whose connections keep what was sent and read.
 func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	t.Helper()
 	o, err := goredis.ParseURL(url)
@@ -127,7 +127,7 @@ func openWired(t testing.TB, url string) (*redisstore.Storage, *wires) {
 	return s, ws
 }
 
-// left is what remains of each bucket.
+// left returns the remaining tokens of each bucket.
 func left(t testing.TB, s storage.Storage, name, id string, rules ...law.Rule) (out []int64) {
 	t.Helper()
 	v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Name: name, Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart(id, rules, 0)}})
@@ -138,8 +138,8 @@ func left(t testing.TB, s storage.Storage, name, id string, rules ...law.Rule) (
 	return out
 }
 
-// limits are two for each of the two ways that a script has: a log has many holds. The first of each is
-// the smaller.
+// limits returns two limits for each of the two ways of the script; the log, with its many holds, needs the full way.
+// The first of the two limits is the smaller one.
 func limits(t testing.TB) [][]law.Rule {
 	t.Helper()
 	hour := storecheck.Rule(t, "600/1h", law.Replenish, time.Hour, 600)
@@ -149,7 +149,7 @@ func limits(t testing.TB) [][]law.Rule {
 	}
 }
 
-// burst is 50 goroutines that ask five times each, and returns how many were admitted under each of limits.
+// burst lets 50 goroutines ask five times each, for each of limits, and returns how many calls were admitted.
 func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
 	t.Helper()
 	for i, rules := range limits(t) {
@@ -168,7 +168,8 @@ func burst(t testing.TB, s storage.Storage, name string) (admitted []int64) {
 	return admitted
 }
 
-// bursts are four of them. Two days pass in the middle if the process can make its time pass.
+// bursts makes four bursts, and calls pass in the middle. In a process whose clock can be moved, pass lets two days
+// go by.
 func bursts(t testing.TB, s storage.Storage, name string, pass func()) (admitted []int64) {
 	t.Helper()
 	admitted = make([]int64, len(limits(t)))
@@ -183,15 +184,14 @@ func bursts(t testing.TB, s storage.Storage, name string, pass func()) (admitted
 	return admitted
 }
 
-// What a worker is told, in its environment.
+// The environment variables of a worker.
 const (
 	workerURL   = "THROTTLER_TEST_WORKER_URL"
 	workerName  = "THROTTLER_TEST_WORKER_NAME"
 	workerClock = "THROTTLER_TEST_WORKER_CLOCK"
 )
 
-// TestWorker is what other tests run in processes of their own. Without their environment it is the one
-// process that asks.
+// TestWorker is executed by other tests in processes of their own. Without their environment variables it asks alone.
 func TestWorker(t *testing.T) {
 	t.Parallel()
 	url, name := os.Getenv(workerURL), os.Getenv(workerName)
@@ -221,7 +221,7 @@ type worker struct {
 	out *bufio.Reader
 }
 
-// startWorker returns when the process is ready.
+// startWorker starts a worker, and returns when it is ready.
 func startWorker(t *testing.T, env ...string) *worker {
 	t.Helper()
 	program, err := os.Executable()
@@ -240,7 +240,7 @@ func startWorker(t *testing.T, env ...string) *worker {
 	return w
 }
 
-// finish waits for the process, and returns what it admitted.
+// finish waits for the end of the process, and returns how many of its calls were admitted.
 func (w *worker) finish(t *testing.T) (admitted []int64) {
 	t.Helper()
 	out, err := io.ReadAll(w.out)
@@ -256,7 +256,7 @@ func (w *worker) finish(t *testing.T) (admitted []int64) {
 	return admitted
 }
 
-// share has processes with these clocks burst all at once, and asserts that together they got exactly
+// share lets processes with the given clocks make bursts at the same time. It asserts that together they got exactly
 // the smaller limit, and that the other bucket was charged as often.
 func share(t *testing.T, clocks ...string) {
 	t.Helper()
@@ -289,16 +289,16 @@ func TestFourProcessesShareOneLimitExactly(t *testing.T) {
 	share(t, "", "", "", "")
 }
 
-// Two of these processes believe to be in the year 2000, and see two days pass between two calls: both
-// their wall clock and their monotonic clock are those of a bubble of testing/synctest, while their
-// connections are real. If any part of a decision were by their clocks, a bucket of an hour would be empty or
-// full again for them or for the others. What it cannot show is a server whose own clock steps.
+// Two of these processes are in the year 2000 by their own clocks, and see two days pass between two calls: their
+// wall clock and their monotonic clock are those of a testing/synctest bubble, while their connections are real. If
+// any part of a decision used these clocks, a bucket of an hour would be empty or full for one group of processes.
+// The test cannot show a server whose own clock steps.
 func TestProcessesWithOtherClocksShareOneLimitExactly(t *testing.T) {
 	t.Parallel()
 	share(t, "2000", "", "2000", "")
 }
 
-// timeless are all calls of a storage, on all kinds of buckets, without an injected clock.
+// timeless makes all calls of a storage, on all kinds of buckets, without a caller's time.
 func timeless(t *testing.T, s *redisstore.Storage, name string) {
 	t.Helper()
 	var rules []law.Rule
@@ -321,7 +321,7 @@ func timeless(t *testing.T, s *redisstore.Storage, name string) {
 	require.NoError(t, s.Reset(ctx, name, "a"))
 }
 
-// The same calls at two times are the same bytes: nothing that is sent depends on a time.
+// The same calls at two times send the same bytes. So nothing that is sent depends on the time.
 func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
 	t.Parallel()
 	s, ws := openWired(t, servers.Redis(t).URL())
@@ -347,9 +347,9 @@ func TestNoTimeIsSentUnlessAClockIsInjected(t *testing.T) {
 	assert.NotEqual(t, ask(now), ask(now+1), "the test would see a time")
 }
 
-// skewed has two processes' storages, whose injected clocks are five seconds behind and ahead of the time,
-// ask in random turn for five periods, and returns when those calls were that were admitted: by the clock
-// that is ahead, and by the bucket's, which is the latest that it has seen.
+// skewed lets two storages ask in random turn for five periods. Their callers' clocks are ten seconds apart. It
+// returns the times of the admitted calls: by the clock that is ahead, and by the bucket's, which is the latest time
+// it has seen.
 func skewed(t *testing.T, url string, r law.Rule) (ahead, seen []int64) {
 	t.Helper()
 	name, rnd := freshName(), rand.New(rand.NewPCG(1, 2))
@@ -371,10 +371,10 @@ func skewed(t *testing.T, url string, r law.Rule) (ahead, seen []int64) {
 	return ahead, seen
 }
 
-// said is all that a verdict says.
+// said returns everything that a verdict says, as text.
 func said(v *storecheck.Verdict) string { return fmt.Sprint(v.Allowed, v.RetryAfter, v.Levels()) }
 
-// most is the largest number of times that lie less than a period apart.
+// most returns the largest number of times within less than a period.
 func most(times []int64, period int64) (n int) {
 	first := 0
 	for i := range times {
@@ -386,11 +386,13 @@ func most(times []int64, period int64) (n int) {
 	return n
 }
 
-// A skew refills nothing, also when the period is shorter, so that each process sees what the other took as in
-// the far future. A log admits its capacity in each window of one period by the latest clock that it has seen. So
-// by any one clock a window is shorter than the period by the skew at most. It is not true that each
-// window of a whole period by the later clock has at most the capacity: what a process takes whose clock is
-// behind comes back as if taken when the later one was last seen.
+// A difference between clocks refills nothing. That is true even if the period is shorter than the difference, so
+// that one process sees the tokens of the other as taken in the far future.
+//
+// A log admits its capacity in each window of one period by the latest time that it has seen. So by any single clock
+// the window is shorter than the period by at most the difference. A whole period by the clock that is ahead may see
+// more than the capacity: tokens that the other process takes come back as if they were taken when the later clock
+// was last seen.
 func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 	t.Parallel()
 	url := servers.RedisURL(t)
@@ -407,8 +409,8 @@ func TestClocksTenSecondsApartShortenAWindowByTenSecondsAtMost(t *testing.T) {
 	}
 }
 
-// hotCalls are 400 calls of 200 goroutines for a hot identifier, half of them together with another one, in both
-// orders. It returns the costs that were admitted, and the least that was refused.
+// hotCalls makes 400 calls of 200 goroutines for a hot identifier, half of them together with another identifier, in
+// either order. It returns the sums of the admitted costs, and the smallest cost that was denied.
 func hotCalls(t *testing.T, s storage.Storage, name string, hot, other []law.Rule) (hotSum, otherSum, refused int64) {
 	t.Helper()
 	var sum, sumOther, least atomic.Int64
@@ -454,7 +456,7 @@ func TestAHotKeyGivesOutAllItHasAndNoMore(t *testing.T) {
 	}
 }
 
-// shapely asks random things of an identifier that nobody else uses, and of another such.
+// shapely makes random requests for one or two identifiers that nobody else uses.
 type shapely struct {
 	rnd  *rand.Rand
 	name string
@@ -471,7 +473,7 @@ func (g *shapely) request(now int64) storecheck.Request {
 	return r
 }
 
-// part has one of the rules, in the slice that all share or in one of its own.
+// part returns a part with a random set of rules, in the shared slice or in a copy.
 func (g *shapely) part(id string) storecheck.Part {
 	rules := g.sets[g.rnd.IntN(len(g.sets))]
 	if g.rnd.IntN(2) == 0 {
@@ -484,7 +486,7 @@ func (g *shapely) part(id string) storecheck.Part {
 	return p
 }
 
-// ruleSets are all kinds, alone and with another one.
+// ruleSets returns rule sets with each kind alone and together with another kind, in either order.
 func ruleSets(t *testing.T) (sets [][]law.Rule) {
 	t.Helper()
 	for kind := range law.SlidingLog + 1 {

@@ -14,7 +14,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// routesOf are the identifiers of a key and of what is behind it on some routes.
+// routesOf returns the identifiers of a key: alone, and on some routes.
 func routesOf(key string) []string {
 	return []string{key, key + "\x00POST /login", key + "\x00GET /users/{id}", key + "\x00", key + "\x00\x00", key + "\x00}{"}
 }
@@ -91,7 +91,7 @@ func TestTheRoutesOfNoTwoKeysShareAKey(t *testing.T) {
 	}
 }
 
-// A tag that changed would make other keys.
+// Another tag would make another key, and so forget what was spent.
 func TestTheTagsOfSlotsNeverChange(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)

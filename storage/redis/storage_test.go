@@ -20,7 +20,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// open returns a storage on the server of a URL, which is closed after the test.
+// open returns a storage on the server of a URL. It is closed after the test. Without a Timeout it has
+// storecheck.Patient.
 func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	t.Helper()
 	if o.Timeout == 0 {
@@ -32,7 +33,7 @@ func open(t testing.TB, url string, o redisstore.Options) *redisstore.Storage {
 	return s
 }
 
-// on returns a storage on a client.
+// on returns a storage on a client. The test must close it.
 func on(t testing.TB, c goredis.UniversalClient, o redisstore.Options) *redisstore.Storage {
 	t.Helper()
 	s, err := redisstore.New(c, &o)
@@ -40,7 +41,7 @@ func on(t testing.TB, c goredis.UniversalClient, o redisstore.Options) *redissto
 	return s
 }
 
-// client returns a client of the server, which is closed after the test.
+// client returns a client of a server. It is closed after the test.
 func client(t testing.TB, url string) *goredis.Client {
 	t.Helper()
 	o, err := goredis.ParseURL(url)
@@ -50,7 +51,7 @@ func client(t testing.TB, url string) *goredis.Client {
 	return c
 }
 
-// clusterURL is the URL of a cluster for Open.
+// clusterURL returns the URL of a cluster, as Open takes it.
 func clusterURL(c *servers.Cluster) string {
 	addrs := c.Addrs()
 	return "redis://" + addrs[0] + "?addr=" + strings.Join(addrs[1:], "&addr=")

@@ -26,12 +26,12 @@ import (
 	"github.com/go-throttler/throttler/storage/storagetest"
 )
 
-// noon is a full hour, of which an injected clock begins to count.
+// noon is a full hour, at which the clocks of these tests begin.
 const noon = int64(1_700_006_400_000_000)
 
 const allKinds = law.SlidingLog + 1
 
-// ofKind makes the rules of buckets that have the names which the throttler gives them.
+// ofKind returns the rules of buckets after they were changed to a kind, with the names that the throttler gives them.
 func ofKind(t testing.TB, kind law.Kind, buckets ...throttler.Bucket) (rules []law.Rule) {
 	t.Helper()
 	modify := [...]func(throttler.Bucket) throttler.Bucket{
@@ -45,7 +45,7 @@ func ofKind(t testing.TB, kind law.Kind, buckets ...throttler.Bucket) (rules []l
 	return rules
 }
 
-// raw is the value at a key, and "" if there is none.
+// raw returns the value of a key, or "" if there is none.
 func raw(t testing.TB, c *goredis.Client, key string) string {
 	t.Helper()
 	v, err := c.Get(t.Context(), key).Result()
@@ -55,7 +55,7 @@ func raw(t testing.TB, c *goredis.Client, key string) string {
 	return v
 }
 
-// size is how many bytes something needs in Redis: its value, and all of it but for the time to live.
+// size is how many bytes a key needs in Redis: for its value, and for everything except the time to live.
 type size struct{ value, memory int64 }
 
 func sizeOf(t *testing.T, c *goredis.Client, key string) size {
@@ -65,8 +65,7 @@ func sizeOf(t *testing.T, c *goredis.Client, key string) size {
 	return size{int64(len(raw(t, c, key))), memory}
 }
 
-// fill asks until nothing more is stored, across a full hour, and returns the sizes after the first call and
-// when it was largest.
+// fill makes calls across a full hour, and returns the size of the key after the first call and its largest size.
 func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pause time.Duration, rules []law.Rule) (first, fullest size) {
 	t.Helper()
 	const id = "user-0000000012"
@@ -85,7 +84,7 @@ func fill(t *testing.T, s *redisstore.Storage, c *goredis.Client, calls int, pau
 	return first, fullest
 }
 
-// formSize is the length of a value of one hold a bucket, by the first comment of state.lua.
+// formSize returns the length of a value with one hold a bucket, as the head of state.lua defines it.
 func formSize(rules []law.Rule) (n int64) {
 	n = 3 + 7
 	wideN := int64(0)
@@ -130,14 +129,14 @@ func TestWhatAnIdentifierNeedsInRedis(t *testing.T) {
 	t.Logf("bytes with a key of 26\n%-42s %13s %15s\n%-42s %6s %6s %8s %6s\n%s", "", "after a call", "fullest", "buckets", "STRLEN", "MEMORY", "STRLEN", "MEMORY", table.String())
 }
 
-// traffic is bytes of questions and their answers.
+// traffic counts the bytes of calls and of their answers.
 type traffic struct{ sent, read int }
 
 func about(user int, rules []law.Rule) storecheck.Request {
 	return storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart(fmt.Sprintf("user-%010d", user), rules, 1)}}
 }
 
-// alone is the traffic of one decision.
+// alone returns the traffic of one decision that is alone in its batch.
 func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []law.Rule) traffic {
 	t.Helper()
 	ws.take()
@@ -147,8 +146,8 @@ func alone(t *testing.T, s *redisstore.Storage, ws *wires, rules []law.Rule) tra
 	return traffic{len(sent), len(read)}
 }
 
-// inBatch is the traffic of 64 decisions in one flight, if they were in one. It freezes the server, so that two
-// calls fly and never land; those that come then wait in line.
+// inBatch returns the traffic of 64 decisions, and whether all of them were in one batch. It freezes the server: two
+// calls are then in flight without an answer, and the 64 calls that follow wait in the queue.
 func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wires, rules []law.Rule) (sum traffic, ok bool) {
 	t.Helper()
 	single := alone(t, s, ws, rules)
@@ -175,7 +174,7 @@ func inBatch(t *testing.T, server *servers.Server, s *redisstore.Storage, ws *wi
 		all.Go(func() { ask(200 + i) })
 	}
 	storecheck.Until(t, "all begin", func() bool { return begun.Load() == 66 })
-	<-time.After(20 * time.Millisecond) // from where they begin to the line
+	<-time.After(20 * time.Millisecond) // until they have entered the queue
 	require.NoError(t, server.Thaw())
 	all.Wait()
 	require.Equal(t, int64(66), admitted.Load())
@@ -191,7 +190,7 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 	server := servers.Redis(t)
 	s, ws := openWired(t, server.URL())
 	first := ofKind(t, law.Replenish, hundred)
-	storecheck.Crowd(50, func(i int) { // so that there are connections and the script
+	storecheck.Crowd(50, func(i int) { // to make connections and send the script
 		_, err := storecheck.Decide(t.Context(), s, about(i, first))
 		assert.NoError(t, err)
 	})
@@ -216,13 +215,13 @@ func TestWhatADecisionSendsAndReads(t *testing.T) {
 	t.Logf("bytes a decision\n%-12s %17s %19s\n%-12s %8s %8s %10s %8s\n%s", "", "alone", "of 64", "buckets", "sent", "read", "sent", "read", table.String())
 }
 
-// twoLimits are a short and a long one.
+// twoLimits returns a short limit and a long one.
 func twoLimits(t testing.TB, kind law.Kind) []law.Rule {
 	t.Helper()
 	return []law.Rule{storecheck.Rule(t, "5/2s", kind, 2*time.Second, 5), storecheck.Rule(t, "50/1h", kind, time.Hour, 50)}
 }
 
-// watch sees what a call does to a key: what it holds, and until when.
+// watch observes what a call does to the value of a key and to its time to live.
 type watch struct {
 	s   *redisstore.Storage
 	c   *goredis.Client
@@ -241,7 +240,7 @@ func (w *watch) look(t *testing.T) seen {
 	return seen{raw(t, w.c, w.key), expires}
 }
 
-// clock is the server's time since the epoch.
+// clock returns the server's time since the epoch.
 func (w *watch) clock(t *testing.T) time.Duration {
 	t.Helper()
 	now, err := w.c.Time(t.Context()).Result()
@@ -249,8 +248,8 @@ func (w *watch) clock(t *testing.T) time.Duration {
 	return time.Duration(now.UnixNano())
 }
 
-// ask makes a call, and asserts what it did to the key: an admitted one that took something has it live until
-// all buckets are full and longer, and others change nothing. It returns whether something was taken.
+// ask makes a call and asserts what it does to the key. If it takes tokens the key must live until all buckets are
+// full, and for the given time longer. Otherwise nothing may change. It returns whether tokens were taken.
 func (w *watch) ask(t *testing.T, r storecheck.Request, longer time.Duration) (taken bool) {
 	t.Helper()
 	before, began := w.look(t), w.clock(t)
@@ -264,7 +263,7 @@ func (w *watch) ask(t *testing.T, r storecheck.Request, longer time.Duration) (t
 		return false
 	}
 	var gone int64
-	fading := false // a bucket that was asked for nothing: it is full before the last of it is gone
+	fading := false // a SlidingWindow of cost 0: in tokens it is full before its last unit is gone
 	for i := range r.Parts[0].Rules.Rules {
 		c := v.Count(i)
 		gone = max(gone, c.ResetAfter, c.HeldFor)
@@ -279,7 +278,7 @@ func (w *watch) ask(t *testing.T, r storecheck.Request, longer time.Duration) (t
 	return true
 }
 
-// someRequest is a random one, for the identifier of which the key is.
+// someRequest returns a random request for the identifier of the key.
 func someRequest(rnd *rand.Rand, name string, rules []law.Rule) storecheck.Request {
 	r := storecheck.Request{Name: name, Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}}
 	r.Mode = []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Peek, storage.Force}[rnd.IntN(5)]
@@ -289,7 +288,7 @@ func someRequest(rnd *rand.Rand, name string, rules []law.Rule) storecheck.Reque
 	return r
 }
 
-// watched is one identifier for each kind, and how often something was taken from it and not.
+// watched is an identifier with buckets of one kind. It counts how often a call took tokens, and how often not.
 type watched struct {
 	watch
 	name  string
@@ -322,7 +321,7 @@ func TestAKeyLivesASecondLongerThanItsBucketsAreNotFull(t *testing.T) {
 	})
 }
 
-// The clock stands still for a while, and then jumps: the keys are given their time with each call that takes.
+// The clock stands still for a while and then jumps. Each call that takes tokens sets the time to live again.
 func TestAKeyUnderAnInjectedClockLivesAnHourLonger(t *testing.T) {
 	t.Parallel()
 	all := watchAll(t)
@@ -356,7 +355,7 @@ func TestACallThatTakesNothingMakesNoKey(t *testing.T) {
 	}
 }
 
-// giveBack refunds what a verdict took, as a throttler does.
+// giveBack refunds what a verdict took, like a throttler.
 func giveBack(t *testing.T, s *redisstore.Storage, r storecheck.Request, v storecheck.Verdict) {
 	t.Helper()
 	elapsed := law.Monotonic() - v.At()
@@ -408,7 +407,7 @@ func TestARefundOfAllAndAResetLeaveNothing(t *testing.T) {
 	}
 }
 
-// A million when there is time, as make test-long has.
+// There are a million identifiers in make test-long.
 func TestIdentifiersExpireToZeroKeys(t *testing.T) {
 	t.Parallel()
 	n := int64(100_000)
@@ -440,7 +439,7 @@ func TestIdentifiersExpireToZeroKeys(t *testing.T) {
 	assert.Zero(t, c.DBSize(t.Context()).Val())
 }
 
-// twin is one identifier in a storage and in a Model, which are asked the same.
+// twin is an identifier in a storage and in a Model, which get the same calls.
 type twin struct {
 	s     *redisstore.Storage
 	c     *goredis.Client
@@ -454,7 +453,7 @@ func newTwin(t *testing.T, url string) *twin {
 	return &twin{open(t, url, redisstore.Options{}), client(t, url), storagetest.NewModel(), freshName(), map[byte]int{}}
 }
 
-// ask compares the verdicts.
+// ask makes a call on both, compares the verdicts, and returns whether they admit.
 func (w *twin) ask(t *testing.T, at time.Duration, mode storage.Mode, rules []law.Rule, costs ...int64) (allowed bool) {
 	t.Helper()
 	r := storecheck.Request{Name: w.name, Mode: mode, Clocked: true, Now: noon + at.Microseconds(), Parts: []storecheck.Part{storecheck.NewPart("a", rules, 0)}}
@@ -475,13 +474,13 @@ func (w *twin) raw(t *testing.T) string {
 	return raw(t, w.c, "throttler:"+w.name+":a")
 }
 
-// The flags of a value, state.lua.
+// The flags of a value: see state.lua.
 const (
 	wide  = 32
 	apart = 64 // the buckets were not changed at the same time
 )
 
-// took asserts that the costs are taken, and the third byte of the value then.
+// took asserts that the costs are taken, and that the third byte of the value is flags afterwards.
 func (w *twin) took(t *testing.T, at time.Duration, flags byte, rules []law.Rule, costs ...int64) {
 	t.Helper()
 	require.True(t, w.ask(t, at, storage.Take, rules, costs...))
@@ -490,7 +489,7 @@ func (w *twin) took(t *testing.T, at time.Duration, flags byte, rules []law.Rule
 	require.Equal(t, fmt.Sprintf("%d+%d", flags/32*32, flags%32), fmt.Sprintf("%d+%d", v[2]/32*32, v[2]%32), "flags and buckets, at %v", at)
 }
 
-// peeks asks for what is at several times, and for too much.
+// peeks makes Peeks at several times, for nothing, for one token and for all, and asserts that they change nothing.
 func (w *twin) peeks(t *testing.T, at time.Duration, rules []law.Rule) {
 	t.Helper()
 	before := w.raw(t)
@@ -502,7 +501,7 @@ func (w *twin) peeks(t *testing.T, at time.Duration, rules []law.Rule) {
 	assert.Equal(t, before, w.raw(t))
 }
 
-// lawOf is the name and the law with which a value begins.
+// lawOf reports whether the first bucket of a value has the name and the law of a rule.
 func lawOf(v string, r *law.Rule) bool {
 	head := string(rune(len(r.Name))) + r.Name
 	n, bits := len(head), uint64(r.Kind)<<45+uint64(r.Period)
@@ -583,7 +582,7 @@ func TestAValueBecomesWideAndNarrowAgain(t *testing.T) {
 	w.peeks(t, time.Hour, of(1<<50))
 }
 
-// A Continuous bucket holds units: the tokens times the ticks of its period.
+// A Continuous bucket counts in units, and a token has more of them the more ticks its period has.
 func TestAContinuousBucketIsWideByItsPeriod(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
@@ -626,7 +625,7 @@ func TestBucketsThatAreChangedAtDifferentTimesOrNotNamedAreKept(t *testing.T) {
 	w.peeks(t, 3*time.Hour, []law.Rule{c, b, a})
 }
 
-// From 255 holds on their number needs two bytes more.
+// From 255 holds on, their number takes two more bytes.
 func TestALogOf256Holds(t *testing.T) {
 	t.Parallel()
 	w := newTwin(t, servers.RedisURL(t))
@@ -645,13 +644,13 @@ func TestALogOf256Holds(t *testing.T) {
 	w.peeks(t, time.Hour+100*time.Second, rules)
 }
 
-// formRules are three buckets at random, of laws and capacities among which all forms of a value are.
+// formRules returns three random rules. Their laws and capacities are such that all forms of a value occur.
 func formRules(t *testing.T, rnd *rand.Rand) (rules []law.Rule) {
 	t.Helper()
 	for i := range 3 {
 		kind, period := law.Kind(rnd.IntN(int(allKinds))), []time.Duration{time.Second, time.Minute, time.Hour}[rnd.IntN(3)]
 		n := rnd.IntN(5)
-		if kind == law.Continuous { // of other refills other buckets: Redis forgets a level that is full by its own
+		if kind == law.Continuous { // another refill gets another period: under the same one Redis could forget a level that is full by its old refill
 			period += time.Duration(n) * time.Second
 		}
 		rules = append(rules, storecheck.Rule(t, fmt.Sprint("bucket-", i), kind, period, []int64{5, 400, 1<<30 - 1, 1 << 30, 1 << 33}[n]))
@@ -686,7 +685,7 @@ func TestAllFormsOfAValueAreReadAsTheyWereWritten(t *testing.T) {
 	}
 }
 
-// randomly asks some of the rules, in any order, for some of what they hold.
+// randomly makes a call for some of the rules, in any order, with random costs.
 func (w *twin) randomly(t *testing.T, rnd *rand.Rand, at time.Duration, rules []law.Rule) {
 	t.Helper()
 	some := slices.Clone(rules)
@@ -699,10 +698,10 @@ func (w *twin) randomly(t *testing.T, rnd *rand.Rand, at time.Duration, rules []
 	w.ask(t, at, []storage.Mode{storage.Take, storage.Take, storage.Take, storage.Force, storage.Peek}[rnd.IntN(5)], some, costs...)
 }
 
-// zoo are identifiers that would make up for the difference of two names if anything could.
+// zoo are identifiers that could make the keys of two names equal, if anything could.
 var zoo = []string{":", "::", "a", "a:a", "a:", ":a", "a.a", "{", "}", "{}", "{}{", "{a}", "{}:a", "}{", "a{a}a", ":{}", ":{}{", "\x00", "a\x00", "\x00a", "\n", "日本"}
 
-// tagBeforeNUL is the tag of an identifier with a NUL.
+// tagBeforeNUL matches the hash tag in the key of an identifier with a NUL.
 var tagBeforeNUL = regexp.MustCompile(`:\{[0-9a-z]+\}(a?\x00)`)
 
 func keysOf(t *testing.T, c *goredis.Client) []string {

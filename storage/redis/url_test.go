@@ -12,7 +12,7 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// secretPlaces are URLs in which somebody has put a password at the star, encoded or not.
+// secretPlaces are URLs with a star where somebody may have put a password, encoded or not.
 var secretPlaces = []string{
 	"redis://:*@127.0.0.1", "redis://user:*@127.0.0.1:6379/0", "redis://*@127.0.0.1", "rediss://user:*@127.0.0.1?protocol=3", "unix://user:*@/run/redis.sock?db=1",
 	"redis://user:*@127.0.0.1:6379?addr=127.0.0.1:6379&addr=127.0.0.1:6379", "redis://user:*@127.0.0.1:26379?master_name=main&username=app&password=x",
@@ -29,7 +29,7 @@ func FuzzOpenDoesNotTellThePassword(f *testing.F) {
 		f.Add(s[0], s[1], s[2])
 	}
 	f.Fuzz(func(t *testing.T, before, between, after string) {
-		const first, second = "hunter", "swordfish" // the pieces that may not be seen
+		const first, second = "hunter", "swordfish" // the pieces that no error may contain
 		raw := before + first + between + second + after
 		for _, secret := range []string{raw, url.QueryEscape(raw)} {
 			for _, place := range secretPlaces {

@@ -18,13 +18,13 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// reports are what Watch reported.
+// reports collects what Watch has reported.
 type reports struct {
 	mu  sync.Mutex
 	all []error
 }
 
-// watchOf has a storage report here.
+// watchOf watches a storage, and returns its reports.
 func watchOf(t testing.TB, s *redisstore.Storage, timeout time.Duration) *reports {
 	t.Helper()
 	r := new(reports)
@@ -36,7 +36,7 @@ func watchOf(t testing.TB, s *redisstore.Storage, timeout time.Duration) *report
 	return r
 }
 
-// take returns those since the last time.
+// take returns the reports since the last take.
 func (r *reports) take() []error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -45,7 +45,7 @@ func (r *reports) take() []error {
 	return all
 }
 
-// next waits for one.
+// next waits for exactly one report.
 func (r *reports) next(t testing.TB) error {
 	t.Helper()
 	var all []error
@@ -122,14 +122,14 @@ func TestAWatchIsToldOfWhatAServerRefuses(t *testing.T) {
 	assert.Equal(t, []error{err}, seen.take())
 }
 
-// The flight is reported once as overdue although its caller left before, and not again when it lands: the
-// client of the storage waits for it.
+// The batch is reported once as overdue, although its caller has left before. It is not reported again when it is
+// answered, although the client still waits for that.
 func TestAWatchIsToldOfAFrozenServerAlthoughTheCallerHasLeft(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
 	s, r := open(t, server.URL(), redisstore.Options{}), storecheck.FivePerHour(t, "a")
 	seen := watchOf(t, s, short)
-	storecheck.Recovery(t, storecheck.Patient, func() error { return new(storecheck.Told).Ask(s, r) }) // however slow the machine is
+	storecheck.Recovery(t, storecheck.Patient, func() error { return new(storecheck.Told).Ask(s, r) }) // even on a slow machine
 	storecheck.Until(t, "the flights land", func() bool { all := seen.take(); return len(all) > 0 && all[len(all)-1] == nil })
 	require.NoError(t, server.Freeze())
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
