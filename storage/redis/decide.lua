@@ -182,8 +182,7 @@ local function bucket(mode, now, within, kind, period, drain, tick, grain, one, 
 end
 
 -- The function that decides a part of a shape, or nil if only the full way can: less than the cost may be taken, a
--- cost of
--- 0 may leave a bucket without a hold, or a log has a grain.
+-- bucket may stay without a hold because its cost is 0, or a log has a grain.
 local function wayOf(mode, less, plain, buckets)
   if less then return nil end
   for _, b in ipairs(buckets) do

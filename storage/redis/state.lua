@@ -4,8 +4,7 @@
 -- The value at a key consists of these fields. Integers are unsigned and little-endian; their bytes are in brackets.
 --
 --   't2'     marks a value of this package; 2 is the version of the form
---   flags    the number of buckets, plus 32 if the value is wide, plus 64 if the buckets differ in their time of change
---            (1)
+--   flags    the number of buckets, plus 32 if the value is wide, plus 64 if the buckets changed at different times (1)
 --   buckets  of each its head, and its number of holds (1; above 254 it is 255 and then the number in 2 more)
 --   time     when all buckets were changed last (7). With flag 64 each bucket has its own time, before its holds
 --   holds    of each its end (7) and its N (4, or 7 if wide), bucket by bucket
@@ -293,9 +292,8 @@ local function store(key, states, rules, others, real, clocked)
   return char(1)
 end
 
--- The states and others of a key, as read returns them. If it fails it returns nil and the script's answer. The bound
--- of
--- 16 buckets is checked only if a time is given, for which those that are full do not count.
+-- The states and others of a key, as read returns them. If it fails it returns nil and the script's answer. The
+-- number of buckets is bounded by 16 only if a time is given: buckets that are full at that time do not count.
 local function load(key, rules, real)
   local v = redis.pcall('GET', key)
   if not v then return {}, {} end
