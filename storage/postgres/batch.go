@@ -183,9 +183,9 @@ func rowsOf(batch []*call) []*row {
 	return rows
 }
 
-// byID is the lock order: all statements and transactions of this package lock rows in the order of their ids. Two that
-// need the same rows meet at the first shared one, and one of them waits there before it holds any row that the other
-// still needs. So deadlocks are possible only with transactions of other programs.
+// byID is the lock order: all statements and transactions of this package lock rows in the order of their ids. Of two
+// that need the same rows, one waits at the first shared row while it holds no later one. So waits never form a circle,
+// and a deadlock is possible only with transactions of other programs.
 func byID(a, b *row) int { return bytes.Compare(a.id, b.id) }
 
 // idsOf returns the ids of rows, in the same order.

@@ -124,7 +124,7 @@ func rowsOfOne(c *call) []*row {
 	return rows
 }
 
-// transact locks rows, applies calls to them and writes them. It waits for each lock for at most lock.
+// transact locks rows, applies calls to them and writes them. The duration lock bounds the wait for each row.
 //
 // It begins again if Postgres rolls it back, up to three attempts in all, and if a row is removed before it is
 // locked. It never does after another error, because a COMMIT whose answer is lost may have been executed. Then the

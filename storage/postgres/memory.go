@@ -122,10 +122,10 @@ func (m *memory) age(own int64) {
 	}
 }
 
-// setClock measures the offset by a round trip that began at sent (law.Monotonic), ends now, and has told the
-// server's time. A long round trip is ignored. The server has read its clock before the answer arrived, so the offset
-// is too small by at most that round trip: estimates are early and never late, as long as the server's clock is not
-// set.
+// setClock measures the offset. Now is the server's time in an answer that has just arrived, and sent is when the
+// question was sent (law.Monotonic). A long round trip is ignored. The server has read its clock before the answer
+// arrived, so the offset is too small by at most the round trip: estimates are early and never late, unless a clock
+// is set.
 func (m *memory) setClock(sent, now int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

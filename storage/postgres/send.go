@@ -150,10 +150,9 @@ func unescape(raw []byte) ([]byte, error) {
 	return out, nil
 }
 
-// settings returns the parameters of sqlSettings. The server must give up before ctx ends, because pgx then closes
-// the connection: so statements may take the time that ctx has left, less a tenth of Options.Timeout (at least 5 ms).
-// A lock is waited for for at most lock. If less than a millisecond is left, nothing is sent, and the error is
-// DeadlineExceeded.
+// settings returns the parameters of sqlSettings. The server must give up before ctx ends, because pgx then closes the
+// connection. So a statement may take the time that ctx has left, less a tenth of Options.Timeout (at least 5 ms). The
+// duration lock bounds the wait for each lock. If less than a millisecond is left, the error is DeadlineExceeded.
 func (s *Storage) settings(ctx context.Context, lock time.Duration) ([]any, error) {
 	deadline, _ := ctx.Deadline()
 	left := time.Until(deadline) - max(5*time.Millisecond, s.options.Timeout/10)
