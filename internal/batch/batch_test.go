@@ -98,8 +98,8 @@ func send(ctx context.Context, q *queue, query string) <-chan outcome {
 	return out
 }
 
-// inBubble runs a test in a bubble, with a queue and its server. Only the tests of Close close the queue: the bubble
-// reports a goroutine that outlives the test, so all the others check that an idle queue has none.
+// inBubble runs a test in a bubble, with a queue and its server. No test but those of Close closes the queue: the bubble
+// reports a goroutine that outlives the test, so all the other tests check that an idle queue has none.
 func inBubble(t *testing.T, o batch.Options, test func(t *testing.T, q *queue, s *server)) {
 	t.Helper()
 	t.Parallel()
