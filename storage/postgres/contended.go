@@ -152,7 +152,7 @@ func (s *Storage) transact(ctx context.Context, calls []*call, rows []*row, lock
 			conn.Release() // race needs a connection, and the pool may have only this one
 			return s.race(ctx, calls, rows)
 		}
-		if err != nil && (again == 2 || !rolledBack(err)) {
+		if err != nil && (again >= 2 || !rolledBack(err)) {
 			s.fail(calls, err)
 			return err
 		}

@@ -216,7 +216,7 @@ func (s *Storage) enter(ctx context.Context, r *record) (now int64, err error) {
 		if conn.Conn().PgConn().TxStatus() != 'I' {
 			_, _ = conn.Exec(ctx, "ROLLBACK") // or else Release would close the connection
 		}
-		if err != nil && (again == 2 || !rolledBack(err)) {
+		if err != nil && (again >= 2 || !rolledBack(err)) {
 			return 0, err
 		}
 	}

@@ -203,7 +203,7 @@ func (r *row) read(version int64, state []byte) {
 			l.Refill, l.Tick = d.number("refill", most), d.number("tick", most)
 			l.One, l.Drain = d.number("units", most), d.number("units", most)
 		}
-		if l.Period == 0 || l.Tick == 0 || l.One == 0 || l.Period%l.Tick != 0 || l.Kind == law.Continuous && l.Drain == 0 {
+		if l.Period == 0 || l.Tick == 0 || l.One == 0 || l.Period%l.Tick != 0 || l.Kind == law.Continuous && (l.Refill == 0 || l.Drain == 0) {
 			d.fail("law")
 		}
 		b := bucket{state: law.State{Seen: d.number("time", most)}}

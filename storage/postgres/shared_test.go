@@ -787,45 +787,60 @@ func TestUpdatesStayInThePageOfTheRowAndTheTableDoesNotGrow(t *testing.T) {
 		updates, took.Round(time.Millisecond), 100*float64(hot)/float64(updates), row, table/callers/each, index/callers/each)
 }
 
-// bucketOf encodes a bucket in the form of format 1: its name, kind, period, refill, tick and grain, the time of its
-// last change, the number of its holds, and the end and N of each.
-func bucketOf(name string, numbers ...uint64) []byte {
-	out := append(binary.AppendUvarint(nil, uint64(len(name))), name...)
+// stateOf encodes a bucket in the form of row.go: the format, the name and numbers.
+func stateOf(name string, numbers ...uint64) []byte {
+	out := append(binary.AppendUvarint([]byte{2}, uint64(len(name))), name...)
 	for _, n := range numbers {
 		out = binary.AppendUvarint(out, n)
 	}
 	return out
 }
 
-// foreignStates returns values of the state column that are not in the form of this package.
-func foreignStates() map[string][]byte {
-	const hour, now, end, huge = 3_600_000_000, 1_700_000_000_000_000, 8_000_000_000_000_000, 1 << 63
-	good := append([]byte{1}, bucketOf("hourly", 0, hour, 0, 1, 1, now, 1, end, 2)...)
-	all := map[string][]byte{"another format": append([]byte{2}, good[1:]...), "no format": good[1:], "text": []byte("hourly"), "zeros": make([]byte, 40)}
+// foreignState is a value of the state column that is not in the form of this package, and the part of it that is told to be
+// wrong.
+type foreignState struct {
+	wrong string
+	state []byte
+}
+
+// foreignStates returns one for each check of the decoder. The good state, from which they are made, is accepted.
+func foreignStates() (good []byte, bad map[string]foreignState) {
+	const hour, now, end, huge, negative = 3_600_000_000, 1_700_000_000_000_000, 8_000_000_000_000_000, 1 << 63, math.MaxUint64
+	good = stateOf("hourly", 0, hour, now, 1, end, 2)
+	bad = map[string]foreignState{
+		"another format": {"format", append([]byte{1}, good[1:]...)},
+		"no format":      {"format", good[1:]},
+		"text":           {"format", []byte("hourly")},
+		"zeros":          {"format", make([]byte, 40)},
+		"more":           {"name", append(slices.Clone(good), 7)},
+	}
 	for n := 2; n < len(good); n += 3 {
-		all[fmt.Sprint("the first ", n)] = good[:n]
+		bad[fmt.Sprint("the first ", n)] = foreignState{"", good[:n]}
 	}
-	all["more"] = append(slices.Clone(good), 7)
-	for what, numbers := range map[string][]uint64{
-		"kind":            {5, hour, 0, 1, 1, now, 0},
-		"negative kind":   {math.MaxUint64, hour, 0, 1, 1, now, 0},
-		"no period":       {0, 0, 0, 1, 1, now, 0},
-		"huge period":     {0, huge, 0, 1, 1, now, 0},
-		"no refill":       {1, hour, 0, 720_000_000, 1, now, 1, 0, 5},
-		"no tick":         {0, hour, 0, 0, 1, now, 0},
-		"odd tick":        {0, hour, 0, 7001, 1, now, 0},
-		"no grain":        {0, hour, 0, 1, 0, now, 0},
-		"negative time":   {0, hour, 0, 1, 1, math.MaxUint64, 0},
-		"two levels":      {1, hour, 5, 720_000_000, 1, now, 2, 0, 5, 0, 5},
-		"huge count":      {0, hour, 0, 1, 1, now, huge},
-		"count":           {0, hour, 0, 1, 1, now, 3, end, 2},
-		"negative end":    {0, hour, 0, 1, 1, now, 1, math.MaxUint64, 2},
-		"negative tokens": {0, hour, 0, 1, 1, now, 1, end, math.MaxUint64},
-		"huge tokens":     {0, hour, 0, 1, 1, now, 1, end, huge},
+	for what, c := range map[string]struct {
+		wrong   string
+		numbers []uint64
+	}{
+		"kind":            {"kind", []uint64{5, hour, now, 0}},
+		"negative kind":   {"kind", []uint64{negative, hour, now, 0}},
+		"no period":       {"law", []uint64{0, 0, now, 0}},
+		"huge period":     {"period", []uint64{0, huge, now, 0}},
+		"no refill":       {"law", []uint64{1, hour, 0, 720_000_000, 1, 1, now, 1, 0, 5}},
+		"no tick":         {"law", []uint64{1, hour, 5, 0, 1, 1, now, 1, 0, 5}},
+		"odd tick":        {"law", []uint64{1, hour, 5, 7001, 1, 1, now, 1, 0, 5}},
+		"no units":        {"law", []uint64{1, hour, 5, 720_000_000, 0, 1, now, 1, 0, 5}},
+		"no drain":        {"law", []uint64{1, hour, 5, 720_000_000, 1, 0, now, 1, 0, 5}},
+		"two levels":      {"number of levels", []uint64{1, hour, 5, 720_000_000, 1, 1, now, 2, 0, 5, 0, 5}},
+		"negative time":   {"time", []uint64{0, hour, negative, 0}},
+		"huge count":      {"number of holds", []uint64{0, hour, now, huge}},
+		"count":           {"end", []uint64{0, hour, now, 3, end, 2}},
+		"negative end":    {"end", []uint64{0, hour, now, 1, negative, 2}},
+		"negative tokens": {"tokens", []uint64{0, hour, now, 1, end, negative}},
+		"huge tokens":     {"tokens", []uint64{0, hour, now, 1, end, huge}},
 	} {
-		all[what] = append([]byte{1}, bucketOf("hourly", numbers...)...)
+		bad[what] = foreignState{c.wrong, stateOf("hourly", c.numbers...)}
 	}
-	return all
+	return good, bad
 }
 
 func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
@@ -844,13 +859,21 @@ func TestRowsThatAreNoneOfOursAreCorruptStateAndHurtNobodyElse(t *testing.T) {
 		"Raise":  func(r storecheck.Request) error { return s.Raise(t.Context(), owesOne(r)) },
 		"Debt":   func(r storecheck.Request) error { _, err := s.Debt(t.Context(), owesOne(r)); return err },
 	}
-	var bad []storecheck.Request
-	for what, state := range foreignStates() {
-		r := storecheck.FivePerHour(t, fmt.Sprint("bad", len(bad)))
+	stored := func(identifier string, state []byte) storecheck.Request {
+		r := storecheck.FivePerHour(t, identifier)
 		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
-		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+r.Parts[0].Identifier))
+		sqlDo(t, pool, "UPDATE throttler_state SET state = $1, version = version + 1 WHERE id = $2", state, []byte(":"+identifier))
+		return r
+	}
+	good, foreign := foreignStates()
+	require.NoError(t, calls["Decide"](stored("of ours", good)))
+	var bad []storecheck.Request
+	for what, f := range foreign {
+		r := stored(fmt.Sprint("bad", len(bad)), f.state)
 		for call, do := range calls {
-			assert.ErrorIs(t, do(r), storage.ErrCorruptState, "%s: %s", what, call)
+			err := do(r)
+			assert.ErrorIs(t, err, storage.ErrCorruptState, "%s: %s", what, call)
+			assert.ErrorContains(t, err, f.wrong+" cannot be read", "%s: %s", what, call)
 		}
 		bad = append(bad, r)
 	}
