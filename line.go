@@ -25,9 +25,9 @@ type line struct {
 	// Held to reserve, and for writing to give back: so what is given back was reserved last.
 	giving sync.RWMutex
 
-	mu   sync.Mutex           // guards what follows
-	all  map[*waiter]struct{} // also those who sleep until what they have reserved is due
-	gone bool                 // all have left: whoever comes needs another line
+	mu   sync.Mutex // guards what follows
+	all  list.List  // of *waiter: also those who sleep until what they have reserved is due
+	gone bool       // all have left: whoever comes needs another line
 
 	// Those who were denied, in the order of their arrival. Some at the front ask, or pause to ask again; the others wait
 	// for their turn. When none of them asks any more the next ones do: as many as there are tokens left for, or one.
@@ -42,15 +42,21 @@ type line struct {
 // waiter is a call that waits.
 type waiter struct {
 	lines []*line
-	turns *turns        // in which it is, with what it has reserved
-	turn  chan struct{} // it is its turn to ask
-	poke  chan struct{} // there is news
+	seats []*list.Element // in all of each line
+	turn  chan struct{}   // it is its turn to ask
+	poke  chan struct{}   // there is news
 	news  atomic.Int32
 
-	attempts int           // how often it has asked
-	least    int64         // tokens that it asks of each of its buckets, at least
-	place    *list.Element // in the queue of a line or in turns; the line's mutex guards this and what follows
-	asks     bool
+	attempts int   // how often it has asked
+	least    int64 // tokens that it asks of each of its buckets, at least
+
+	// Where it is: in the queue of a line, or among those who have reserved, and between the two in both. The mutex of that
+	// line guards it.
+	queue   *line
+	inQueue *list.Element
+	turns   *turns
+	inTurns *list.Element
+	asks    bool
 }
 
 // again is the number of the next attempt.
@@ -86,53 +92,64 @@ func (ws *waiters) none(id string) bool {
 func (ws *waiters) enter(parts []Part, least int64) (w *waiter, full string) {
 	w = &waiter{least: least, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	for i := range parts {
-		l := ws.join(parts[i].id, w)
-		if l == nil {
+		if !ws.join(parts[i].id, w) {
 			ws.exit(w)
 			return nil, parts[i].id
 		}
-		w.lines = append(w.lines, l)
 	}
 	return w, ""
 }
 
-func (ws *waiters) join(id string, w *waiter) *line {
+// join gives a waiter a seat in the line of an identifier. It reports whether there was room.
+func (ws *waiters) join(id string, w *waiter) bool {
 	for {
 		found, ok := ws.lines.Load(id)
 		if !ok {
 			id = strings.Clone(id) // as the caller may use its memory again
 			ws.n.Add(1)
-			if found, ok = ws.lines.LoadOrStore(id, &line{id: id, all: make(map[*waiter]struct{})}); ok {
+			if found, ok = ws.lines.LoadOrStore(id, &line{id: id}); ok {
 				ws.n.Add(-1)
 			}
 		}
 		l := found.(*line)
 		l.mu.Lock()
-		gone, full := l.gone, ws.most > 0 && len(l.all) >= ws.most
+		gone, full := l.gone, ws.most > 0 && l.all.Len() >= ws.most
 		if !gone && !full {
-			l.all[w] = struct{}{}
+			w.lines, w.seats = append(w.lines, l), append(w.seats, l.all.PushBack(w))
 		}
 		l.mu.Unlock()
-		switch {
-		case full:
-			return nil
-		case !gone:
-			return l
+		if !gone {
+			return !full
 		}
 	}
 }
 
-// exit ends the waiting.
-func (ws *waiters) exit(w *waiter) {
-	for _, l := range w.lines {
+// exit ends the waiting, wherever the waiter is. It returns the turns whose reservations the caller has to give back, if it
+// has to. Of a crowd that leaves each takes the lock once, and does little there.
+func (ws *waiters) exit(w *waiter) (flush *turns) {
+	for i, l := range w.lines {
 		l.mu.Lock()
-		delete(l.all, w)
-		if l.gone = len(l.all) == 0; l.gone {
-			ws.lines.CompareAndDelete(l.id, l)
-			ws.n.Add(-1)
+		if w.queue == l {
+			l.leave(w, 0)
 		}
+		if w.turns != nil && w.turns.l == l && w.turns.quit(w) {
+			flush = w.turns
+		}
+		l.all.Remove(w.seats[i])
+		ws.close(l)
 		l.mu.Unlock()
 	}
+	return flush
+}
+
+// close forgets a line in which nobody is, unless something that was reserved is still to be given back. The line is locked.
+func (ws *waiters) close(l *line) {
+	if l.gone || l.all.Len() > 0 || len(l.turns) > 0 {
+		return
+	}
+	l.gone = true
+	ws.lines.CompareAndDelete(l.id, l)
+	ws.n.Add(-1)
 }
 
 // tell wakes those who wait for an identifier: all, or of what was freed the first in line.
@@ -153,8 +170,8 @@ func (ws *waiters) tell(id string, n news) {
 		}
 		return
 	}
-	for w := range l.all {
-		w.tell(n)
+	for e := l.all.Front(); e != nil; e = e.Next() {
+		e.Value.(*waiter).tell(n)
 	}
 }
 
@@ -196,7 +213,7 @@ func (l *line) join(w *waiter) (ahead int64, first bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	ahead, first = l.ahead, l.queue.Len() == 0
-	w.place = l.queue.PushBack(w)
+	w.queue, w.inQueue = l, l.queue.PushBack(w)
 	l.ahead += w.least
 	if first {
 		w.asks, l.tokens = true, 1<<62
@@ -210,18 +227,24 @@ func (l *line) denied(w *waiter) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.tokens = 0
-	if l.queue.Front() == w.place {
+	if l.queue.Front() == w.inQueue {
 		return true
 	}
 	l.asked(w)
 	return false
 }
 
-// leave takes a waiter out. It was admitted if that left any tokens.
-func (l *line) leave(w *waiter, tokens int64) {
+// admitted takes a waiter out that was admitted, which left so many tokens.
+func (l *line) admitted(w *waiter, tokens int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.queue.Remove(w.place)
+	l.leave(w, tokens)
+}
+
+// leave takes a waiter out. The line is locked.
+func (l *line) leave(w *waiter, tokens int64) {
+	l.queue.Remove(w.inQueue)
+	w.queue = nil
 	l.ahead -= w.least
 	if w.asks {
 		l.tokens = min(l.tokens, tokens)

@@ -6,6 +6,7 @@ import (
 	"container/list"
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
 )
 
@@ -24,8 +25,8 @@ type turns struct {
 	flushes bool // one of them gives those back that are due last, as many
 }
 
-// turnsOf puts a waiter and what it has reserved among those alike.
-func (w *waiter) turnsOf(v *Verdict) *turns {
+// reserved puts a waiter and what it has reserved among those alike.
+func (w *waiter) reserved(v *Verdict) {
 	l, key := w.lines[0], shape(v)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -37,19 +38,18 @@ func (w *waiter) turnsOf(v *Verdict) *turns {
 		}
 		l.turns[key] = s
 	}
-	w.place = s.waiting.PushBack(w)
+	w.turns, w.inTurns = s, s.waiting.PushBack(w)
 	before := s.due.Back()
 	for before != nil && dueAt(before.Value.(*Verdict)) > dueAt(v) {
 		before = before.Prev()
 	}
-	reserved := *v
+	due := *v
 	if before == nil {
-		s.due.PushFront(&reserved)
+		s.due.PushFront(&due)
 		s.callFirst() // it may have to get up earlier
 	} else {
-		s.due.InsertAfter(&reserved, before)
+		s.due.InsertAfter(&due, before)
 	}
-	return s
 }
 
 // shape is equal for verdicts that may be exchanged.
@@ -69,7 +69,7 @@ func dueAt(v *Verdict) int64 { return v.at + v.Delay.Microseconds() }
 func (s *turns) first(w *waiter) (at int64, mine bool) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
-	if s.over || s.waiting.Front() != w.place {
+	if s.over || s.waiting.Front() != w.inTurns {
 		return 0, false
 	}
 	return dueAt(s.due.Front().Value.(*Verdict)), true
@@ -86,10 +86,8 @@ func (s *turns) take(w *waiter) *Verdict {
 	return s.due.Remove(s.due.Front()).(*Verdict)
 }
 
-// quit takes out a waiter that leaves, and reports whether it has to give back what all such have left.
+// quit takes out a waiter that leaves, and reports whether it has to give back what all such have left. The line is locked.
 func (s *turns) quit(w *waiter) (flush bool) {
-	s.l.mu.Lock()
-	defer s.l.mu.Unlock()
 	if s.over {
 		return false
 	}
@@ -101,8 +99,9 @@ func (s *turns) quit(w *waiter) (flush bool) {
 
 // remove takes out a waiter.
 func (s *turns) remove(w *waiter) {
-	first := s.waiting.Front() == w.place
-	s.waiting.Remove(w.place)
+	first := s.waiting.Front() == w.inTurns
+	s.waiting.Remove(w.inTurns)
+	w.turns = nil
 	if first {
 		s.callFirst()
 	}
@@ -122,8 +121,8 @@ func (s *turns) callFirst() {
 	}
 }
 
-// flush is what those who have left give back: n times what v took. None is the end of it.
-func (s *turns) flush() (v *Verdict, n int) {
+// left is what those who have left are to give back: n times what v took. None is the end of it.
+func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
 	for ; s.left > 0 && !s.over; s.left-- {
@@ -134,6 +133,7 @@ func (s *turns) flush() (v *Verdict, n int) {
 	}
 	s.flushes = n > 0
 	s.forget()
+	ws.close(s.l)
 	return v, n
 }
 
@@ -162,10 +162,6 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict) (again bool,
 		return false, nil
 	}
 	s := w.turns
-	if s == nil {
-		s = w.turnsOf(v)
-	}
-	w.turns = nil
 	for {
 		at, mine := s.first(w)
 		if !mine {
@@ -174,9 +170,6 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict) (again bool,
 		news, err := t.sleep(ctx, w, at)
 		switch {
 		case err != nil:
-			if s.quit(w) {
-				t.flush(ctx, s)
-			}
 			denied(v)
 			return false, err
 		case news == askAgain:
@@ -213,13 +206,25 @@ func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) boo
 // never is after all times of an injected clock.
 const never = int64(1)<<53 - 1
 
-// flush gives back what those who leave had reserved, in one call for all who leave at a time.
-func (t *Throttler) flush(ctx context.Context, s *turns) {
+// leave ends the waiting. What those who leave together had reserved is given back in one call: so the others may leave
+// first.
+func (t *Throttler) leave(ctx context.Context, w *waiter) {
+	s := t.waiters.exit(w)
+	for more := s != nil; more; {
+		runtime.Gosched()
+		more = t.flush(ctx, s)
+	}
+}
+
+// flush gives back what those who have left until now had reserved. It reports whether there was anything.
+func (t *Throttler) flush(ctx context.Context, s *turns) bool {
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
-	for v, n := s.flush(); n > 0; v, n = s.flush() {
+	v, n := t.waiters.left(s)
+	if n > 0 {
 		t.giveBack(ctx, v, int64(n))
 	}
+	return n > 0
 }
 
 // giveBack gives back n times what v took, also when the context has ended.

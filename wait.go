@@ -85,9 +85,12 @@ func (t *Throttler) wait(ctx context.Context, v Verdict, asked bool, parts []Par
 		}
 		return v, fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
 	}
-	defer t.waiters.exit(w)
+	defer t.leave(ctx, w)
 	if asked {
 		w.attempts = 1
+		if v.Delay > 0 {
+			w.reserved(&v)
+		}
 	}
 	for again := true; again; asked = false {
 		if err = t.admit(ctx, w, &v, parts, asked); err != nil {
@@ -111,7 +114,7 @@ func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 	defer w.lines[0].giving.RUnlock()
 	err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
 	if err == nil && v.Delay > 0 {
-		w.turns = w.turnsOf(v)
+		w.reserved(v)
 	}
 	return err
 }
@@ -146,8 +149,6 @@ func (t *Throttler) admit(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 // queue waits in a line until the call is admitted.
 func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, parts []Part, asked bool) error {
 	ahead, mine := l.join(w)
-	admitted := int64(0) // tokens that were left when it was
-	defer func() { l.leave(w, admitted) }()
 	if err := t.inTime(ctx, w, v, parts, ahead, asked); err != nil {
 		return err
 	}
@@ -164,7 +165,7 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 				return err
 			}
 			if v.Allowed {
-				admitted = leastLeft(v)
+				l.admitted(w, leastLeft(v))
 				return nil
 			}
 			if err := t.inTime(ctx, w, v, parts, 0, true); err != nil {

@@ -434,3 +434,17 @@ func (s *slow) Decide(ctx context.Context, r *storage.Request, a *storage.Answer
 	<-time.After(s.takes)
 	return s.Storage.Decide(ctx, r, a)
 }
+
+func TestMoreWaitersThanCanReserveAreAllAdmittedInTheirOrder(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, w := leaky(t), &waits{start: time.Now()}
+		var want []string
+		for i := range 60 { // 40 of them reserve
+			w.begin(t.Context(), th, "a", i)
+			want = append(want, fmt.Sprint(i, " ok at ", time.Duration(i)*100*time.Millisecond))
+		}
+		<-time.After(10 * time.Second)
+		assert.Equal(t, want, w.said())
+	})
+}
