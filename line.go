@@ -132,8 +132,8 @@ func (ws *waiters) exit(w *waiter) (flush *turns) {
 		if w.queue == l {
 			l.leave(w, 0)
 		}
-		if w.turns != nil && w.turns.l == l && w.turns.quit(w) {
-			flush = w.turns
+		if s := w.turns; s != nil && s.l == l && s.quit(w) {
+			flush = s
 		}
 		l.all.Remove(w.seats[i])
 		ws.close(l)

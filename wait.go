@@ -39,7 +39,8 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict
 			return v, err
 		}
 	}
-	return t.wait(ctx, v, nobody, []Part{For(id, slices.Clone(o)...)})
+	err = t.wait(ctx, &v, nobody, []Part{For(id, slices.Clone(o)...)})
+	return v, err
 }
 
 // aheadOne is ahead for one identifier, without what that allocates.
@@ -72,35 +73,37 @@ func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err e
 			return v, err
 		}
 	}
-	return t.wait(ctx, v, nobody, parts)
+	err = t.wait(ctx, &v, nobody, parts)
+	return v, err
 }
 
 // wait is a call that may have to wait. If it was asked v is the answer.
-func (t *Throttler) wait(ctx context.Context, v Verdict, asked bool, parts []Part) (_ Verdict, err error) {
+func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Part) error {
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {
-			t.giveBack(ctx, &v, 1)
-			denied(&v)
+			t.giveBack(ctx, v, 1)
+			denied(v)
 		}
-		return v, fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
+		return fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
 	}
 	defer t.leave(ctx, w)
 	if asked {
 		w.attempts = 1
 		if v.Delay > 0 {
-			w.reserved(&v)
+			w.reserved(v)
 		}
 	}
 	for again := true; again; asked = false {
-		if err = t.admit(ctx, w, &v, parts, asked); err != nil {
-			return v, err
+		err := t.admit(ctx, w, v, parts, asked)
+		if err == nil {
+			again, err = t.due(ctx, w, v)
 		}
-		if again, err = t.due(ctx, w, &v); err != nil {
-			return v, err
+		if err != nil {
+			return err
 		}
 	}
-	return v, nil
+	return nil
 }
 
 // ahead asks once, and reserves up to the deadline where it may. A waiter then is among those who wait for their turn.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -427,12 +428,19 @@ func TestAClockThatMovesBeforeTheTimerIsMadeIsNotMissed(t *testing.T) {
 // slow is a storage that takes its time, and answers any number of calls at once.
 type slow struct {
 	*memstore.Storage
-	takes time.Duration
+	takes   time.Duration
+	charges atomic.Int64
 }
 
 func (s *slow) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	<-time.After(s.takes)
 	return s.Storage.Decide(ctx, r, a)
+}
+
+func (s *slow) Charge(ctx context.Context, c *storage.Charge) error {
+	s.charges.Add(1)
+	<-time.After(s.takes)
+	return s.Storage.Charge(ctx, c)
 }
 
 func TestMoreWaitersThanCanReserveAreAllAdmittedInTheirOrder(t *testing.T) {
@@ -446,5 +454,31 @@ func TestMoreWaitersThanCanReserveAreAllAdmittedInTheirOrder(t *testing.T) {
 		}
 		<-time.After(10 * time.Second)
 		assert.Equal(t, want, w.said())
+	})
+}
+
+func TestThoseWhoLeaveTogetherAreGivenBackTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{Storage: memstore.New(nil), takes: time.Millisecond}
+		th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1000).Continuous().Burst(1)}})
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		ctx, leave := context.WithCancel(t.Context())
+		for i := range 1000 {
+			go func() {
+				_, err := th.Wait(ctx, "a")
+				w.note(i, err)
+			}()
+		}
+		<-time.After(10 * time.Millisecond)
+		require.Len(t, w.said(), 1, "the first may act at once")
+		leave()
+		<-time.After(10 * time.Millisecond)
+		assert.Len(t, w.said(), 1000)
+		assert.LessOrEqual(t, store.charges.Load(), int64(3))
+		v, err := th.Reserve(t.Context(), "a", time.Hour)
+		require.NoError(t, err)
+		assert.Less(t, v.Delay, 4*time.Second, "all of it was given back")
 	})
 }
