@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+
+	"github.com/go-throttler/throttler/storage"
 )
 
 // turns are the waiters of one line who have reserved alike: the same costs of the same buckets. Their reservations are not
@@ -65,14 +67,24 @@ func shape(v *Verdict) string {
 // dueAt is when what was reserved may be used.
 func dueAt(v *Verdict) int64 { return v.at + v.Delay.Microseconds() }
 
-// first is when the next turn is due, if it is the waiter's.
-func (s *turns) first(w *waiter) (at int64, mine bool) {
+// first is when the next turn is due, if it is the waiter's; else never.
+func (s *turns) first(w *waiter) (at int64) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
 	if s.over || s.waiting.Front() != w.inTurns {
-		return 0, false
+		return never
 	}
-	return dueAt(s.due.Front().Value.(*Verdict)), true
+	return dueAt(s.due.Front().Value.(*Verdict))
+}
+
+// last is when the last turn is due.
+func (s *turns) last() int64 {
+	s.l.mu.Lock()
+	defer s.l.mu.Unlock()
+	if last := s.due.Back(); last != nil {
+		return dueAt(last.Value.(*Verdict))
+	}
+	return 0
 }
 
 // take is the turn of the first waiter. It is nil if all have to ask again.
@@ -156,35 +168,50 @@ func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 }
 
 // due sleeps until what was reserved may be used, and takes that or another's that is alike. All have to ask again after a
-// Reset, which has forgotten it, and after the buckets were changed.
-func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict) (again bool, err error) {
+// Reset, which has forgotten it, and after the buckets were changed. The first of them looks each second for what other
+// processes did.
+func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part) (again bool, err error) {
 	if v.Delay == 0 {
 		return false, nil
 	}
 	s := w.turns
 	for {
-		at, mine := s.first(w)
-		if !mine {
-			at = never
+		at, until := s.first(w), int64(never)
+		if at != never {
+			until = min(at, t.micros()+notice.Microseconds())
 		}
-		news, err := t.sleep(ctx, w, at)
+		news, err := t.sleep(ctx, w, until)
 		switch {
 		case err != nil:
 			denied(v)
 			return false, err
 		case news == askAgain:
 			return true, nil
-		case news >= changed:
+		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, s, parts):
 			if t.end(ctx, s, w, news == changed) {
 				return true, nil
 			}
-		case news == nothing:
+		case news == nothing && until == at:
 			if turn := s.take(w); turn != nil {
 				*v = *turn
 				return false, nil
 			}
 		}
 	}
+}
+
+// forgotten reports whether less is spent than the turns have reserved: another process has reset it, or has given so much
+// back that the next one may act. What they have reserved is not given back then, as it may be others' by now.
+func (t *Throttler) forgotten(ctx context.Context, w *waiter, s *turns, parts []Part) bool {
+	var now Verdict
+	if err := t.decideAll(ctx, &now, storage.Peek, 0, w.again(), parts); err != nil {
+		return false // the storage fails, or the buckets were changed, of which there is news
+	}
+	longest := int64(0)
+	for _, c := range now.all() {
+		longest = max(longest, c.ResetAfter)
+	}
+	return now.Allowed || longest < s.last()-now.at
 }
 
 // end makes all ask again, and gives back what they had reserved, unless a Reset has. It reports false if another does so.

@@ -97,7 +97,7 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Pa
 	for again := true; again; asked = false {
 		err := t.admit(ctx, w, v, parts, asked)
 		if err == nil {
-			again, err = t.due(ctx, w, v)
+			again, err = t.due(ctx, w, v, parts)
 		}
 		if err != nil {
 			return err

@@ -482,3 +482,51 @@ func TestThoseWhoLeaveTogetherAreGivenBackTogether(t *testing.T) {
 		assert.Less(t, v.Delay, 4*time.Second, "all of it was given back")
 	})
 }
+
+func TestWhoHasReservedNoticesWithinASecondWhatAnotherThrottlerDid(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		change func(ctx context.Context, other *throttler.Throttler, took throttler.Verdict) error
+		soon   int // how many of three are admitted within a second
+	}{
+		"reset": {func(ctx context.Context, other *throttler.Throttler, _ throttler.Verdict) error {
+			return other.Reset(ctx, "a")
+		}, 3},
+		"reset, and reserved anew": {func(ctx context.Context, other *throttler.Throttler, _ throttler.Verdict) error {
+			err := other.Reset(ctx, "a")
+			for range 6 {
+				if err == nil {
+					_, err = other.Reserve(ctx, "a", 2*time.Hour)
+				}
+			}
+			return err
+		}, 0},
+		"refund": {func(ctx context.Context, other *throttler.Throttler, took throttler.Verdict) error {
+			return other.Refund(ctx, took)
+		}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := throttler.Config{Storage: memstore.New(nil), Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Hour, 10).Continuous().Burst(5)}}
+				own, err := throttler.New(c)
+				require.NoError(t, err)
+				other, err := throttler.New(c)
+				require.NoError(t, err)
+				took, err := other.Consume("a", throttler.Cost(5))
+				require.NoError(t, err)
+				w := &waits{start: time.Now()}
+				for i := range 3 {
+					w.begin(t.Context(), own, "a", i)
+				}
+				<-time.After(10500 * time.Millisecond)
+				require.Empty(t, w.said())
+				require.NoError(t, test.change(t.Context(), other, took))
+				<-time.After(time.Second)
+				require.Len(t, w.said(), test.soon)
+				<-time.After(4 * time.Hour)
+				require.Len(t, w.said(), 3)
+			})
+		})
+	}
+}
