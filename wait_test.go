@@ -457,6 +457,20 @@ func TestMoreWaitersThanCanReserveAreAllAdmittedInTheirOrder(t *testing.T) {
 	})
 }
 
+func TestAResetIsHeardOnceByThoseBehindTheReservations(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, w := leaky(t), &waits{start: time.Now()}
+		for i := range 60 { // 40 of them reserve
+			w.begin(t.Context(), th, "a", i)
+		}
+		<-time.After(50 * time.Millisecond)
+		require.NoError(t, th.Reset(t.Context(), "a"))
+		<-time.After(5900 * time.Millisecond)
+		assert.Len(t, w.said(), 60)
+	})
+}
+
 func TestThoseWhoLeaveTogetherAreGivenBackTogether(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -529,4 +543,71 @@ func TestWhoHasReservedNoticesWithinASecondWhatAnotherThrottlerDid(t *testing.T)
 			})
 		})
 	}
+}
+
+func TestACrowdThatComesAndGoesKeepsTheLimitAndLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	for burst, b := range map[int]throttler.Bucket{
+		1:  throttler.NewBucket(time.Second, 10).Continuous().Burst(1),
+		20: throttler.NewBucket(time.Second, 10), // all come back at once, twice within a second
+	} {
+		for _, upset := range []bool{false, true} {
+			t.Run(fmt.Sprint(b.Name(), " ", upset), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) { comesAndGoes(t, b, burst, upset) })
+			})
+		}
+	}
+}
+
+// comesAndGoes is ten seconds of 100 callers, half of whose contexts end while they wait. To upset them is to reset.
+func comesAndGoes(t *testing.T, b throttler.Bucket, burst int, upset bool) {
+	t.Helper()
+	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}})
+	require.NoError(t, err)
+	end, start := time.After(10*time.Second), time.Now()
+	over, stop := context.WithCancel(t.Context())
+	var mu sync.Mutex
+	var log []time.Duration
+	var all sync.WaitGroup
+	for i := range 100 {
+		all.Go(func() {
+			for over.Err() == nil {
+				ctx, leave := context.WithCancel(over)
+				if i%2 == 0 {
+					time.AfterFunc(time.Duration(1+i)*7*time.Millisecond, leave)
+				}
+				if _, err := th.Wait(ctx, "a"); err == nil {
+					mu.Lock()
+					log = append(log, time.Since(start))
+					mu.Unlock()
+				}
+				leave()
+			}
+		})
+	}
+	for ended := false; !ended; {
+		select {
+		case <-end:
+			ended = true
+		case <-time.After(1700 * time.Millisecond):
+			if upset {
+				require.NoError(t, th.Reset(t.Context(), "a"))
+			}
+		}
+	}
+	stop()
+	all.Wait()
+	require.Greater(t, len(log), 90)
+	if !upset {
+		for i, from := range log {
+			for j, to := range log[i:] {
+				require.LessOrEqual(t, j+1, burst+int((to-from+time.Microsecond)/step), "from %v to %v", from, to)
+			}
+		}
+	}
+	<-time.After(time.Second)
+	v, err := th.Wait(t.Context(), "a")
+	require.NoError(t, err)
+	assert.Zero(t, v.Delay, "all was given back")
 }
