@@ -176,6 +176,15 @@ func TestCancellingAReservation(t *testing.T) {
 			_, d = reserves(t, th, 1)
 			assert.Equal(t, step, d, "one had come back by itself")
 		},
+		"that could act at once gives what has not come back, though others are behind it": func(t *testing.T, th *throttler.Throttler) {
+			v, _ := reserves(t, th, 2)
+			_, d := reserves(t, th, 2)
+			require.Equal(t, 2*step, d)
+			<-time.After(step / 2)
+			require.NoError(t, th.Refund(t.Context(), v))
+			_, d = reserves(t, th, 2)
+			assert.InDelta(t, 2*step, d, float64(3*time.Microsecond), "half a step after the other, not two")
+		},
 		"of all but one of three lets the others move up": func(t *testing.T, th *throttler.Throttler) {
 			reserves(t, th, 2)
 			second, _ := reserves(t, th, 2)
