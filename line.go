@@ -172,17 +172,35 @@ func (ws *waiters) tell(id string, n news) {
 		}
 		return
 	}
+	if n == wasReset { // at once, so that nobody puts a new reservation among those that are forgotten
+		for _, s := range l.turns {
+			s.over = true
+		}
+		clear(l.turns)
+	}
+	// All have the news before the first wakes up. Else it would reach those late who have already asked because others did.
 	for e := l.all.Front(); e != nil; e = e.Next() {
-		e.Value.(*waiter).tell(n)
+		e.Value.(*waiter).note(n)
+	}
+	for e := l.all.Front(); e != nil; e = e.Next() {
+		e.Value.(*waiter).wake()
 	}
 }
 
 func (w *waiter) tell(n news) {
+	w.note(n)
+	w.wake()
+}
+
+func (w *waiter) note(n news) {
 	for {
 		if old := w.news.Load(); news(old) >= n || w.news.CompareAndSwap(old, int32(n)) {
-			break
+			return
 		}
 	}
+}
+
+func (w *waiter) wake() {
 	select {
 	case w.poke <- struct{}{}:
 	default:

@@ -179,7 +179,7 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 	}
 	s := w.turns
 	for {
-		at, until := s.first(w), int64(never)
+		at, until := s.first(w), never
 		if at != never {
 			until = min(at, t.micros()+notice.Microseconds())
 		}
@@ -188,12 +188,9 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 		case err != nil:
 			denied(v)
 			return false, err
-		case news == askAgain:
-			return true, nil
 		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, s, parts):
-			if t.end(ctx, s, w, news == changed) {
-				return true, nil
-			}
+			t.end(ctx, s, w, news == changed)
+			return true, nil
 		case news == nothing && until == at:
 			if turn := s.take(w); turn != nil {
 				*v = *turn
@@ -218,9 +215,9 @@ func (t *Throttler) forgotten(ctx context.Context, w *waiter, s *turns, parts []
 	return now.Allowed || longest < s.last()-now.at
 }
 
-// end makes all waiters of s ask again, and gives back their reservations if give is set. It reports false if another waiter
-// does so.
-func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) bool {
+// end makes all waiters of s ask again, and gives back their reservations if give is set. It returns when that is done, also
+// by another waiter.
+func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) {
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
 	last, n, all := s.end()
@@ -232,7 +229,6 @@ func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) boo
 			other.tell(askAgain)
 		}
 	}
-	return n > 0
 }
 
 // never is later than any time of an injected clock.
