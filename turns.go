@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/go-throttler/throttler/storage"
 )
@@ -188,7 +189,7 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 		case err != nil:
 			denied(v)
 			return false, err
-		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, s, parts):
+		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, at, parts):
 			t.end(ctx, s, w, news == changed)
 			return true, nil
 		case news == nothing && until == at:
@@ -203,16 +204,20 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 // forgotten reports whether less is spent than is reserved here. Then another process has called Reset, or has given back so
 // much that there are tokens now. The reservations are not given back in either case: after a Reset, that would free tokens
 // which others have taken since.
-func (t *Throttler) forgotten(ctx context.Context, w *waiter, s *turns, parts []Part) bool {
+//
+// It looks no longer than until at, when the turn of w is due: a slow storage must not delay that.
+func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []Part) bool {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(at-t.micros())*time.Microsecond)
+	defer cancel()
 	var now Verdict
-	if err := t.decideAll(ctx, &now, storage.Peek, 0, w.again(), parts); err != nil {
+	if err := t.decideAll(ctx, &now, storage.Peek, 0, w.again(), parts); err != nil || now.degraded {
 		return false // the storage failed, or AddBucket made the call wrong, which is told as news
 	}
 	longest := int64(0)
 	for _, c := range now.all() {
 		longest = max(longest, c.ResetAfter)
 	}
-	return now.Allowed || longest < s.last()-now.at
+	return now.Allowed || longest < w.turns.last()-now.at
 }
 
 // end makes all waiters of s ask again, and gives back their reservations if give is set. It returns when that is done, also
