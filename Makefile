@@ -156,4 +156,4 @@ lint: ## Check formatting, go.mod and the code; golangci-lint is installed in bi
 	if [ "$$installed" != '$(GOLANGCI_LINT_VERSION)' ]; then \
 		(set -x; GOBIN='$(CURDIR)/bin' $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)); \
 	fi
-	@set -euo pipefail; for module in . $(NESTED); do (set -x; cd $$module && '$(CURDIR)/bin/golangci-lint' run ./...); done
+	@set -euo pipefail; for module in . $(NESTED); do (set -x; cd $$module && '$(CURDIR)/bin/golangci-lint' run --allow-parallel-runners ./...); done

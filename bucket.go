@@ -10,12 +10,12 @@ import (
 	"github.com/go-throttler/throttler/internal/period"
 )
 
-// Bucket is the definition of one limit. It is a value, made by NewBucket and its modifiers,
-// which apply in any order; of two that choose a kind the later one counts. A faulty bucket may be
-// passed around: it is reported, as *BucketError, by New, AddBucket or the call that uses it.
+// Bucket is the definition of one limit. It is a value, made by [NewBucket] and its modifiers. The modifiers apply in
+// any order; if several choose a kind, the last one counts. A faulty bucket may be passed around: New, AddBucket or the
+// call that uses it returns its faults as [*BucketError].
 type Bucket struct {
 	period   time.Duration
-	tokens   int64 // as given to NewBucket
+	tokens   int64 // the capacity as given to NewBucket
 	burst    int64
 	hasBurst bool
 	least    int64
@@ -23,74 +23,76 @@ type Bucket struct {
 	kind     law.Kind
 	name     string
 	named    bool
-	free     bool // of Unlimited
+	free     bool // made by Unlimited
 
-	rule   law.Rule // made of all above
+	rule   law.Rule // computed from all fields above
 	faults []error
 }
 
-// NewBucket returns a bucket of capacity tokens, which starts full. One period after the first
-// token was taken all of them come back at once (Replenish); the modifiers choose otherwise. In the
-// worst window of one period, around that moment, it admits nearly twice the capacity.
+// NewBucket returns a bucket that holds capacity tokens and starts full. All of its tokens are returned at once, one
+// period after the first of them was taken. This kind is called Replenish; the modifiers choose another. In the worst
+// window of one period, around the moment of the refill, it admits nearly twice the capacity.
 //
-// The period is from 1 µs to 366 days; a part of a microsecond counts as a whole one. The capacity
-// is from 0 to below 2^51. A bucket of capacity 0 admits nothing: each cost exceeds it (ErrCostExceedsCapacity). Continuous and SlidingWindow count in steps of the period: up to 10^13 tokens fit if the
-// period is a whole number of milliseconds. An error names a number that does.
+// The period is from 1 µs to 366 days; a fraction of a microsecond is rounded up. The capacity is from 0 to below 2^51.
+// A bucket of capacity 0 admits nothing, since every cost exceeds it (ErrCostExceedsCapacity). Continuous and
+// SlidingWindow divide the period into steps, which bounds the capacity further: 10^13 tokens fit if the period is a
+// whole number of milliseconds. The error of a capacity that does not fit names one that does.
 func NewBucket(period time.Duration, capacity int64) Bucket {
 	return Bucket{period: period, tokens: capacity}.made()
 }
 
-// Unlimited returns a bucket that admits everything and has no Level: for plans and identifiers without a limit, where
-// others have one. A call whose buckets are all Unlimited does not ask the storage. Its name is "unlimited", unless Named
-// gives it another; no other modifier changes it.
+// Unlimited returns a bucket that admits everything and has no Level. It is for plans and identifiers that have no limit
+// where others have one. A call whose buckets are all Unlimited does not ask the storage. The bucket's name is
+// "unlimited" unless Named gives it another; no other modifier changes it.
 func Unlimited() Bucket { return Bucket{free: true}.made() }
 
-// Continuous makes tokens come back evenly, NewBucket's capacity of them each period: the token
-// bucket. In the worst window of one period it admits the burst and a period's refill.
+// Continuous makes the bucket a token bucket: its tokens are refilled evenly, NewBucket's capacity of them per period.
+// In the worst window of one period it admits what it holds when full (see Burst) plus a period's refill.
 func (b Bucket) Continuous() Bucket { b.kind = law.Continuous; return b.made() }
 
-// FixedWindow makes all tokens come back at each multiple of the period since the Unix epoch. In
-// the worst window of one period, around such a moment, it admits twice the capacity.
+// FixedWindow makes all tokens return at each multiple of the period since the Unix epoch. In the worst window of one
+// period, around such a multiple, it admits twice the capacity.
 func (b Bucket) FixedWindow() Bucket { b.kind = law.FixedWindow; return b.made() }
 
-// SlidingWindow counts the tokens of the present window, of one period since a multiple of it, and
-// those of the one before, fading evenly: the sliding window counter. After a burst just before a
-// multiple of the period it admits twice the capacity within one period, but the second half
-// evenly; short bursts stay near the capacity.
+// SlidingWindow makes the bucket a sliding window counter. Windows begin at the multiples of the period. The tokens
+// taken in the present window count in full, and those of the window before fade evenly. After a burst just before a
+// multiple of the period it admits twice the capacity within one period, but the second half evenly. Within times much
+// shorter than the period it admits little more than the capacity.
 func (b Bucket) SlidingWindow() Bucket { b.kind = law.SlidingWindow; return b.made() }
 
-// SlidingLog makes each token come back one period after it was taken: up to a capacity of 256 it never admits more than
-// the capacity in any window of one period. A larger log counts in steps of period/256, so that admitted calls make at most
-// about 256 entries: what is taken at once comes back up to a step late, and what is taken evenly up to a step early, so
-// that it admits up to capacity/256 + 2 tokens more.
+// SlidingLog makes each token return one period after it was taken. Up to a capacity of 256 it never admits more than
+// the capacity in any window of one period.
+//
+// A larger log counts in steps of period/256, so that it stores at most about 256 entries. Tokens taken at once then
+// return up to a step late, and tokens taken evenly up to a step early. A window of one period therefore admits up to
+// capacity/256 + 2 tokens more than the capacity.
 func (b Bucket) SlidingLog() Bucket { b.kind = law.SlidingLog; return b.made() }
 
-// Burst makes a Continuous bucket hold n tokens in place of NewBucket's capacity, which remains the
-// refill of a period. It is at least 1, and at most what comes back in 8.9 years. With 1 calls are
-// spaced evenly.
+// Burst makes a Continuous bucket hold n tokens instead of NewBucket's capacity, which remains the refill per period. The
+// range of n is 1 to what is refilled in 8.9 years. With Burst(1) calls are spaced evenly.
 func (b Bucket) Burst(n int64) Bucket { b.burst, b.hasBurst = n, true; return b.made() }
 
-// Elastic lets the bucket shrink to at least so many tokens when Config.Load says that the process is loaded. They are those
-// of NewBucket, 1 to its capacity: the capacity, or with Continuous what comes back each period. A Burst shrinks in
-// proportion, to at least one token. What is spent stays spent, and RetryAfter is exact as long as the share stays the
-// same. Without a Config.Load nothing changes.
+// Elastic lets the bucket shrink when Config.Load reports that the process is loaded, down to least tokens. Like the
+// capacity given to NewBucket, least counts the tokens of a full bucket, or those refilled per period if the bucket is
+// Continuous. Its range is 1 to that capacity. A Burst shrinks in proportion, to at least one token. What is spent stays
+// spent, and RetryAfter is exact as long as the share does not change. Without a Config.Load nothing changes.
 //
-// It is for limits that protect this process. Quotas that were promised to somebody are not elastic.
+// Elastic is for limits that protect this process, not for quotas that were promised to somebody.
 func (b Bucket) Elastic(least int64) Bucket { b.least, b.elastic = least, true; return b.made() }
 
-// Named gives the bucket a name of 1 to 64 printable ASCII characters. What an identifier has
-// spent is found by the bucket's name, kind and period: name the buckets of plans and tiers, so that the
-// count continues under another capacity. The default is "<capacity>/<period>" as given to
-// NewBucket ("5/10s", "100/1h"), followed by "/continuous", "/fixed", "/sliding" or "/log".
+// Named gives the bucket a name of 1 to 64 printable ASCII characters. The storage finds what an identifier has spent by
+// the bucket's name, kind and period. So name the buckets of plans and tiers: the count then continues under another
+// capacity. The default name is "<capacity>/<period>" as given to NewBucket ("5/10s", "100/1h"), followed by
+// "/continuous", "/fixed", "/sliding" or "/log" for those kinds.
 func (b Bucket) Named(name string) Bucket {
 	b.name, b.named = strings.Clone(name), true
 	return b.made()
 }
 
-// Name is the name that was given, or the default.
+// Name returns the name given by Named, or the default name.
 func (b Bucket) Name() string { return b.rule.Name }
 
-// Period is the period, in whole microseconds. That of Unlimited is 0.
+// Period returns the period in whole microseconds, rounded up. For an Unlimited bucket it is 0.
 func (b Bucket) Period() time.Duration {
 	if b.rule.Period == 0 || b.free {
 		return b.period
@@ -98,13 +100,15 @@ func (b Bucket) Period() time.Duration {
 	return time.Duration(b.rule.Period) * time.Microsecond
 }
 
-// Kind is the word for how its tokens come back: "replenish", "continuous", "fixed", "sliding" or "log".
+// Kind names how the tokens are refilled: "replenish", "continuous", "fixed", "sliding" or "log". It has no meaning for
+// an Unlimited bucket.
 func (b Bucket) Kind() string { return b.kind.String() }
 
 // Unlimited reports whether the bucket was made by Unlimited.
 func (b Bucket) Unlimited() bool { return b.free }
 
-// Capacity is how many tokens a full bucket holds: those of Burst, if there is one. That of Unlimited is math.MaxInt64.
+// Capacity returns how many tokens a full bucket holds: the n of Burst, or NewBucket's capacity if there is no Burst. For
+// an Unlimited bucket it is math.MaxInt64.
 func (b Bucket) Capacity() int64 {
 	if b.free {
 		return math.MaxInt64
@@ -115,6 +119,8 @@ func (b Bucket) Capacity() int64 {
 	return b.tokens
 }
 
+// made computes the rule and the faults from the other fields. Every modifier ends with it, so that the order of modifiers
+// does not matter and a call has nothing left to compute.
 func (b Bucket) made() Bucket {
 	if b.free {
 		return b.freed()
@@ -144,7 +150,8 @@ func (b Bucket) made() Bucket {
 	return b
 }
 
-// freed is made for Unlimited. Its rule, of which only the name counts, is one that cannot be faulty otherwise.
+// freed is made for an Unlimited bucket. Only the name of its rule counts; the other numbers are valid ones, so that
+// only the name can be faulty.
 func (b Bucket) freed() Bucket {
 	name := b.name
 	if !b.named {
@@ -159,8 +166,8 @@ func (b Bucket) freed() Bucket {
 	return b
 }
 
-// inUserWords names the field that the user gave: a rule's capacity is that of Burst, if there is one,
-// and its refill that of NewBucket.
+// inUserWords renames the faulty field to the one that the user set: a rule's capacity comes from Burst if there is one,
+// and a rule's refill comes from NewBucket's capacity.
 func (b Bucket) inUserWords(fault law.Fault) error {
 	switch {
 	case fault.Field == "Capacity" && b.hasBurst:

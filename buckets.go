@@ -1,4 +1,4 @@
-// Which buckets an identifier has: known to the Throttler only.
+// Which buckets an identifier has. Only the Throttler knows them; a storage gets them with each request.
 
 package throttler
 
@@ -12,12 +12,13 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// AddBucket gives the identifier buckets of its own: the first ones replace Config.Buckets for it,
-// later ones are added. They are known to this Throttler only, until they are removed: call it in every process that
-// limits the identifier. A bucket of a name that it has replaces that one, and what was spent
-// stays spent. An identifier has at most 16 buckets, of different names; more are a *BucketError. If any
-// is faulty none is added, and all faults are returned, joined. An invalid identifier is
-// ErrInvalidIdentifier; no buckets change nothing.
+// AddBucket gives the identifier buckets of its own. The first ones replace Config.Buckets for it, and later ones are
+// added. A bucket with the name of an existing one replaces it, and what was spent stays spent. The buckets are known to
+// this Throttler only, until they are removed, so call AddBucket in every process that limits the identifier.
+//
+// An identifier has at most 16 buckets, of different names; otherwise the error is a *BucketError. If any bucket is
+// faulty none is added, and all faults are returned, joined. An invalid identifier is ErrInvalidIdentifier. A call
+// without buckets changes nothing.
 func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 	if err := validIdentifier(id); err != nil {
 		return err
@@ -30,13 +31,13 @@ func (t *Throttler) AddBucket(id string, b ...Bucket) error {
 	}
 	if len(s.buckets) > 0 {
 		t.own.Store(strings.Clone(id), s)
-		t.owned.Store(true)
+		t.owned.Store(true) // after own, so that a call that sees it also finds the set
 		t.waiters.tell(id, changed)
 	}
 	return nil
 }
 
-// Buckets returns the identifier's buckets: its own, else those of Config.Buckets.
+// Buckets returns a copy of the identifier's own buckets, or of Config.Buckets if it has none of its own.
 func (t *Throttler) Buckets(id string) []Bucket {
 	s := t.set(id)
 	if s == nil {
@@ -45,8 +46,8 @@ func (t *Throttler) Buckets(id string) []Bucket {
 	return slices.Clone(s.buckets)
 }
 
-// RemoveBucket removes the identifier's own bucket of this name and reports whether it had one.
-// After the last one Config.Buckets applies again. What was spent from it is not forgotten.
+// RemoveBucket removes the identifier's own bucket of this name and reports whether it had one. Once the last one is
+// removed Config.Buckets applies again. What was spent from the bucket is not forgotten.
 func (t *Throttler) RemoveBucket(id, name string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -69,7 +70,8 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 	return len(rest) < len(had.buckets)
 }
 
-// RemoveBuckets removes all buckets of the identifier's own.
+// RemoveBuckets removes all buckets of the identifier's own; Config.Buckets then applies again. What was spent is not
+// forgotten.
 func (t *Throttler) RemoveBuckets(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -86,7 +88,7 @@ func (t *Throttler) ownSet(id string) *set {
 	return own
 }
 
-// set is the buckets that apply to the identifier, or nil.
+// set returns the buckets that apply to the identifier, or nil.
 func (t *Throttler) set(id string) *set {
 	if s := t.ownSet(id); s != nil {
 		return s
@@ -94,15 +96,15 @@ func (t *Throttler) set(id string) *set {
 	return t.defaults
 }
 
-// set is the buckets of an identifier or of a call, ready for requests. It never changes.
+// set is the compiled buckets of an identifier or of a call. It is immutable, so it may be shared without a lock.
 type set struct {
 	buckets []Bucket
-	rules   *storage.RuleSet // of those that are not Unlimited; nil if all are, or with an err
-	elastic *elastic         // nil: no bucket is
+	rules   *storage.RuleSet // of the buckets that are not Unlimited; nil if all are, or if err is set
+	elastic *elastic         // nil if no bucket is elastic
 	err     error
 }
 
-// newSet compiles buckets and joins all their faults.
+// newSet compiles the buckets and joins all of their faults.
 func newSet(buckets []Bucket) *set {
 	s, rules := &set{buckets: buckets}, make([]law.Rule, 0, len(buckets))
 	var faults []error
@@ -130,7 +132,7 @@ func newSet(buckets []Bucket) *set {
 	return s
 }
 
-// with returns the set with more buckets; one of the same name is replaced in its place.
+// with returns a set with more buckets. A bucket whose name is taken replaces the old one at the same position.
 func (s *set) with(more []Bucket) *set {
 	if s == nil {
 		return newSet(slices.Clone(more))
@@ -141,13 +143,13 @@ func (s *set) with(more []Bucket) *set {
 		if i >= 0 && !replaced[i] {
 			buckets[i], replaced[i] = b, true
 		} else {
-			buckets = append(buckets, b) // newSet finds a name that more has twice
+			buckets = append(buckets, b) // a name that appears twice in more is a fault that newSet finds
 		}
 	}
 	return newSet(buckets)
 }
 
-// frees reports whether an Unlimited bucket has this name.
+// frees reports whether the set has an Unlimited bucket of this name.
 func (s *set) frees(name string) bool {
 	return slices.ContainsFunc(s.buckets, func(b Bucket) bool { return b.free && b.rule.Name == name })
 }

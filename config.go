@@ -1,4 +1,4 @@
-// How a Throttler is made.
+// How a Throttler is configured and made.
 
 package throttler
 
@@ -14,65 +14,67 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Policy chooses what happens to a call that cannot be decided.
+// Policy says whether a call that cannot be decided is denied or allowed.
 type Policy int
 
-// The policies. Deny, the default, makes the call fail with an error.
+// The policies. Deny, the default, makes the call fail with an error; Allow admits it without a limit.
 const (
 	Deny Policy = iota
 	Allow
 )
 
-// Config of a Throttler. The zero value limits nobody yet and keeps consumption in this process.
+// Config configures a Throttler. The zero value is valid: consumption stays in this process, and there are no buckets
+// until AddBucket or Using brings some.
 type Config struct {
-	// Name separates the consumption of throttlers that share a storage; equal names share it. At
+	// Name separates the throttlers of one storage: equal names share consumption, different names do not. It has at
 	// most 64 characters of A-Z, a-z, 0-9, "_", "." and "-".
 	Name string
 
-	// Storage keeps what has been spent. Nil is a new runtime storage.
+	// Storage keeps what has been spent. If it is nil, New makes a runtime storage, which keeps it in this process.
 	Storage storage.Storage
 
-	// Cost of a call that has no Cost option, in tokens. 0 is 1; below 0 is an error of New; above a
-	// capacity each call but Charge is ErrCostExceedsCapacity.
+	// Cost is the cost of a call without a Cost or AtMost option, in tokens. 0 means 1; below 0 is an error of New. If
+	// it exceeds a capacity, each such call but Charge is ErrCostExceedsCapacity.
 	Cost int64
 
-	// Buckets are for every identifier that has none of its own: at most 16 for an identifier, of
-	// different names; more are a *BucketError.
+	// Buckets are the buckets of every identifier that has none of its own: at most 16, of different names; otherwise
+	// the error is a *BucketError.
 	Buckets []Bucket
 
-	// OnUnknownIdentifier is for an identifier without any buckets: Deny returns
-	// ErrUnknownIdentifier, Allow a Verdict that is Allowed and has no Levels.
+	// OnUnknownIdentifier is the policy for an identifier without buckets. Deny returns ErrUnknownIdentifier. Allow
+	// returns a Verdict that is Allowed and has no Levels.
 	OnUnknownIdentifier Policy
 
-	// OnStorageError is for a decision that failed with ErrUnavailable: Deny returns the error,
-	// Allow a Verdict that is Allowed and Degraded and has no Levels. Cancelled and invalid calls
-	// always fail, and so do Charge, Refund and Reset.
+	// OnStorageError is the policy for a decision that failed with ErrUnavailable. Deny returns the error. Allow
+	// returns a Verdict that is Allowed and Degraded and has no Levels. Cancelled and invalid calls always fail, and so
+	// do Charge, Refund and Reset.
 	OnStorageError Policy
 
-	// Clock replaces the storage's own clock, mostly in tests. Throttlers of one Name on one
-	// storage use the same clock. In a testing/synctest bubble none is needed, if the Throttler is
-	// made in the bubble.
+	// Clock replaces the storage's own clock, mostly in tests. Throttlers of one Name on one storage must use the same
+	// clock. In a testing/synctest bubble none is needed if the Throttler is made in the bubble.
 	Clock Clock
 
-	// Load, if not nil, tells what share of their limits elastic buckets have now (Bucket.Elastic): 1 all, 0 the least of
-	// each, in steps of a 64th, rounded down. NaN is 1. It is called in each decision, once for an identifier with such
-	// buckets, and must be quick and safe for concurrent use: package load has one. A call that costs more than a shrunk
-	// bucket holds is decided by the full limits, and so is a Charge.
+	// Load, if not nil, returns the share of their limits that elastic buckets have now (Bucket.Elastic). 1 is the full
+	// limit, 0 is the least of each bucket, and values in between are rounded down to a multiple of 1/64. NaN counts as
+	// 1. Each decision calls it once for each identifier with elastic buckets, so it must be quick and safe for
+	// concurrent use; package load has an implementation. A call that costs more than a shrunk bucket holds is decided
+	// by the full limits, and so is a Charge.
 	Load func() float64
 
-	// MaxWaiters is how many calls of Wait and WaitAll may wait for one identifier; 0 sets no limit. One more gets
-	// ErrTooManyWaiters unless it is admitted at once.
+	// MaxWaiters is how many calls of Wait and WaitAll may wait for one identifier; 0 means any number. A further call
+	// gets ErrTooManyWaiters unless it is admitted at once.
 	MaxWaiters int
 
-	// Observe, if not nil, is called once after each decision and change of what is spent, also one that failed (a
-	// Refund of several parts makes a change each), by the goroutine of the call, and must be safe for
-	// concurrent use. It gets the context of the call, and an Event that is valid until it returns. Observers joins several.
+	// Observe, if not nil, is called after every decision, Charge, Refund and Reset, successful or not, in the caller's
+	// goroutine. A Refund of several parts calls it once per part, and a Wait once per attempt and once at its end. It
+	// must be safe for concurrent use. It gets the context of the call, and an Event that is valid until it returns.
+	// Observers joins several functions into one.
 	Observe func(context.Context, *Event)
 }
 
 var validName = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 
-// New returns a Throttler, or all faults of the configuration joined.
+// New returns a Throttler. Its error joins all faults of the configuration.
 func New(c Config) (*Throttler, error) {
 	t := &Throttler{
 		name: strings.Clone(c.Name), storage: c.Storage, cost: c.Cost, clock: c.Clock, load: c.Load, observe: c.Observe,
@@ -83,7 +85,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
-	t.direct = t.memory != nil && t.clock == nil && t.observe == nil
+	t.direct = t.memory != nil && t.clock == nil
 	if t.cost == 0 {
 		t.cost = 1
 	}

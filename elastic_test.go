@@ -16,7 +16,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// share is a Load that tests set.
+// share is a Load that a test sets.
 type share struct{ bits atomic.Uint64 }
 
 func (s *share) set(f float64) { s.bits.Store(math.Float64bits(f)) }
@@ -178,7 +178,7 @@ func TestAnElasticBucketOfWrongLeastIsAFault(t *testing.T) {
 	}
 }
 
-// Whatever is admitted while shares change at random, the full limits alone admit too, to the last call.
+// Every call that is admitted while the share changes at random is also admitted by the full limits alone.
 func TestTogglingSharesNeverAdmitsMoreThanTheFullLimits(t *testing.T) {
 	t.Parallel()
 	kinds := []func(throttler.Bucket) throttler.Bucket{
@@ -227,19 +227,19 @@ func TestADecisionByAShareAllocatesNothing(t *testing.T) {
 	require.NoError(t, err)
 	for _, share := range []float64{1, 0.5, 0} {
 		s.set(share)
-		assert.Equal(t, share > 0, allowed(t, th, "user:42"), share) // which makes the rules
+		assert.Equal(t, share > 0, allowed(t, th, "user:42"), share) // makes the rules of this share
 		assert.Zero(t, testing.AllocsPerRun(1000, func() { _, _ = th.Consume("user:42") }), share)
 	}
 }
 
-// Two processes on one state, of which one has half of the limits: together they admit the full limits, of which the loaded
-// one has less or nothing. docs/load.md has the figures.
+// Two processes share one state, and one of them is loaded and has half of the limits. Together they admit the full limits;
+// the loaded one admits less of them, or nothing. docs/load.md has the figures.
 func TestALoadedProcessLeavesASharedLimitToTheOthers(t *testing.T) {
 	t.Parallel()
 	second := throttler.NewBucket(time.Second, 100)
 	for name, c := range map[string]struct {
 		bucket throttler.Bucket
-		loaded float64 // a second, of 100 together
+		loaded float64 // admissions a second, out of 100 for both
 	}{
 		"replenish": {second, 25}, "fixed": {second.FixedWindow(), 25},
 		"continuous": {second.Continuous(), 0}, "sliding": {second.SlidingWindow(), 0}, "log": {second.SlidingLog(), 0},

@@ -9,34 +9,59 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// BucketError is a fault in the definition of a bucket, or in the way a call uses one: the Bucket, the
-// Field and the Reason. See storage.BucketError.
+// BucketError is a fault in the definition of a bucket, or in the way a call uses one. Its fields are the Bucket's name,
+// the faulty Field, and the Reason: what was given and what is allowed. See [storage.BucketError].
 type BucketError = storage.BucketError
 
-// The errors, always wrapped with the particulars: test with errors.Is. A faulty bucket is a
-// *BucketError.
+// The errors of this package. They are always wrapped with the particulars, so compare with errors.Is. A faulty bucket is
+// a [*BucketError] instead.
 var (
-	ErrUnknownIdentifier   = errors.New("throttler: unknown identifier")                                   // it has no buckets, and Config has none for it
-	ErrInvalidIdentifier   = errors.New("throttler: invalid identifier")                                   // empty, over 1024 bytes, twice in one call, or over 256 of them
-	ErrInvalidCost         = errors.New("throttler: invalid cost")                                         // below zero, or a refund above what was taken
-	ErrCostExceedsCapacity = errors.New("throttler: cost exceeds capacity")                                // waiting never helps; the Verdict beside it has the Levels
-	ErrDebtLimit           = errors.New("throttler: debt limit")                                           // a Charge that was recorded in part: a *DebtError
-	ErrInvalidReserve      = errors.New("throttler: invalid time to reserve within")                       // below 0, or over 366 days
-	ErrTooManyWaiters      = errors.New("throttler: too many waiters")                                     // of a Wait: Config.MaxWaiters wait for the identifier
-	ErrInvalidClock        = errors.New("throttler: the injected clock is outside the years 1970 to 2184") // Config.Clock reads a time outside 1970 to 2184
-	ErrUnavailable         = storage.ErrUnavailable                                                        // the storage could not decide
-	ErrCorruptState        = storage.ErrCorruptState                                                       // the storage holds a value that is not ours; never the runtime storage
-	ErrClosed              = storage.ErrClosed                                                             // the storage was closed; never the runtime storage
+	// ErrUnknownIdentifier means that the identifier has no buckets, and Config has none for it.
+	ErrUnknownIdentifier = errors.New("throttler: unknown identifier")
+
+	// ErrInvalidIdentifier means that an identifier is empty, has over 1024 bytes or appears twice in one call, or the
+	// call has over 256 identifiers.
+	ErrInvalidIdentifier = errors.New("throttler: invalid identifier")
+
+	// ErrInvalidCost means that a cost is below zero, or a refund is above what was taken.
+	ErrInvalidCost = errors.New("throttler: invalid cost")
+
+	// ErrCostExceedsCapacity means that a cost is above the capacity of a bucket, so waiting never helps.
+	// The Verdict returned with it has the Levels.
+	ErrCostExceedsCapacity = errors.New("throttler: cost exceeds capacity")
+
+	// ErrDebtLimit means that a Charge was recorded only in part. The error joins a *DebtError for each bucket
+	// concerned.
+	ErrDebtLimit = errors.New("throttler: debt limit")
+
+	// ErrInvalidReserve means that the time within which to reserve is below 0 or over 366 days.
+	ErrInvalidReserve = errors.New("throttler: invalid time to reserve within")
+
+	// ErrTooManyWaiters means that Config.MaxWaiters calls wait for the identifier already.
+	ErrTooManyWaiters = errors.New("throttler: too many waiters")
+
+	// ErrInvalidClock means that Config.Clock reads a time outside the years 1970 to 2184.
+	ErrInvalidClock = errors.New("throttler: the injected clock is outside the years 1970 to 2184")
+
+	// ErrUnavailable means that the storage could not decide.
+	ErrUnavailable = storage.ErrUnavailable
+
+	// ErrCorruptState means that the storage holds a value that this module did not write. The runtime
+	// storage never returns it.
+	ErrCorruptState = storage.ErrCorruptState
+
+	// ErrClosed means that the storage was closed. The runtime storage never returns it.
+	ErrClosed = storage.ErrClosed
 )
 
-// ErrLimited is what a LimitedError is, for errors.Is.
+// ErrLimited is what errors.Is finds in a [LimitedError].
 var ErrLimited = errors.New("throttler: limited")
 
-// LimitedError is a denial for callers that want an error: return &LimitedError{Verdict: v} when v is not
-// Allowed. Consume itself never returns it.
+// LimitedError is a denial for callers that want an error: return &LimitedError{Verdict: v} if v is not Allowed. Consume
+// itself never returns it.
 type LimitedError struct{ Verdict Verdict }
 
-// Error says who was limited, by which bucket and for how long.
+// Error names the identifier that was denied and the bucket that denied it, and says for how long.
 func (e *LimitedError) Error() string {
 	id, bucket := deniedBy(&e.Verdict)
 	return fmt.Sprintf("%v: %.64q by bucket %q, retry after %v", ErrLimited, id, bucket, e.Verdict.RetryAfter)
@@ -45,12 +70,12 @@ func (e *LimitedError) Error() string {
 // Unwrap returns ErrLimited.
 func (e *LimitedError) Unwrap() error { return ErrLimited }
 
-// DebtError is what a Charge returns for a bucket that owes too much: at most 4 capacities are ever out of one, or what
-// comes back in 4 periods if that is more.
+// DebtError reports a bucket that did not record all of a Charge. At most 4 capacities of a bucket can be outstanding, or
+// what is refilled in 4 periods if that is more.
 type DebtError struct {
 	Identifier, Bucket string
-	Asked, Recorded    int64 // tokens
-	Limit              int64 // tokens that may be out
+	Asked, Recorded    int64 // tokens of the Charge
+	Limit              int64 // tokens that may be outstanding
 }
 
 // Error says how much of the charge was recorded.
@@ -61,7 +86,9 @@ func (e *DebtError) Error() string {
 // Unwrap returns ErrDebtLimit.
 func (e *DebtError) Unwrap() error { return ErrDebtLimit }
 
-// unrecorded is the error of a Charge that some buckets did not take whole, of which the counts then tell what is.
+// unrecorded returns a DebtError for each bucket that recorded only a part of a Charge. For such a bucket the storage
+// counts Remaining as if the whole charge, up to the limit, were recorded (see storage.Count); unrecorded corrects it to
+// what is recorded.
 func unrecorded(v *Verdict) error {
 	var faults []error
 	n := 0

@@ -1,4 +1,4 @@
-// What Observe is told.
+// Events: what Config.Observe gets.
 
 package throttler
 
@@ -14,11 +14,11 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Op names what an Event is about.
+// Op names the operation that an Event reports.
 type Op string
 
-// The values of Op. A Wait is one OpWait at its end; each of its attempts is an OpConsume before, or an OpPeek when it has
-// to queue, with an Attempt above 0.
+// The values of Op. A Wait is reported as one OpWait, at its end. Each of its attempts is reported before that, with an
+// Attempt above 0: as OpConsume, or as OpPeek when it only looks how long it would have to queue.
 const (
 	OpConsume Op = "consume"
 	OpPeek    Op = "peek"
@@ -32,27 +32,40 @@ func opOf(m storage.Mode) Op {
 	return [...]Op{storage.Take: OpConsume, storage.Peek: OpPeek, storage.Force: OpCharge}[m]
 }
 
-// Event is what Observe is told of a call. It is used again when Observe has returned: an Observe that keeps one copies
-// *e. The identifiers in it may be the caller's strings: where callers use their memory again, as on fasthttp, an
-// Observe that keeps one clones it.
+// Event is what Observe gets about one call. It is reused after Observe has returned, so an Observe that keeps an Event
+// must copy *e. Its identifiers may share the caller's memory. Where callers reuse that memory, as on fasthttp, an Observe
+// that keeps an identifier must clone it.
 type Event struct {
-	Name       string        // Config.Name of the Throttler
-	Op         Op            // of the call
-	Attempt    int           // 1, 2, … for the attempts of a Wait, which are no calls of their own; else 0, also for OpWait
-	Identifier string        // of several parts the first, or the one that denied; Buckets names all
-	Cost       int64         // the largest cost asked of a bucket, or given back to one, in tokens; Buckets has all
-	Bucket     string        // denied: the bucket with the longest RetryAfter; Buckets has all that denied
-	Verdict    Verdict       // as the caller got it; empty after an error; of OpRefund the refunded one
-	Err        error         // also when a policy allowed the call
-	Duration   time.Duration // of the call, storage included; of OpWait from its beginning
-	Time       time.Time     // when the call ended, by the clock that measures Duration: it is never set, so compare it with others of the process
+	Name string // Config.Name of the Throttler
+	Op   Op
+
+	// Attempt counts the attempts of a Wait from 1. An attempt is not a call of its own. For all other events, also for
+	// the OpWait at the end, it is 0.
+	Attempt int
+
+	// Identifier is the one whose bucket denied with the longest RetryAfter, otherwise that of the first part. Buckets
+	// yields all of them.
+	Identifier string
+
+	Cost   int64  // the largest cost asked of one bucket, or given back to one, in tokens; Buckets yields all
+	Bucket string // the bucket that denied with the longest RetryAfter, empty if none did; Buckets yields all
+
+	// Verdict is the caller's. It is empty after an error. For OpRefund it is the refunded one.
+	Verdict Verdict
+
+	Err      error         // the failure, also if a policy then allowed the call
+	Duration time.Duration // of the call, storage included; of OpWait from its beginning
+
+	// Time is when the call ended. It comes from the monotonic clock that measures Duration, which ignores changes of
+	// the system's time. So compare it only with other such times of this process.
+	Time time.Time
 
 	refund *storage.Charge // of OpRefund
 }
 
-// Buckets yields each bucket that answered, and what it was asked for, in tokens. A bucket that denied has a RetryAfter
-// above 0. After an error there are none, but for a *DebtError and a Wait that gave up. For OpRefund they are those of
-// Identifier, with their levels before the refund and what was to be given back. It allocates nothing.
+// Buckets yields each bucket that answered, with the tokens it was asked for. A bucket that denied has a RetryAfter above
+// 0. After an error it yields nothing, except after a *DebtError and for a Wait that gave up. For OpRefund it yields the
+// buckets of Identifier, with their levels before the refund and the tokens to be given back. It does not allocate.
 func (e *Event) Buckets() iter.Seq2[Level, int64] {
 	return func(yield func(Level, int64) bool) {
 		for l, cost := range e.Verdict.All() {
@@ -78,12 +91,12 @@ func (e *Event) givenBack(bucket string) int64 {
 	return 0
 }
 
-// Bypassed says that the call was allowed and no bucket asked, as Config.OnUnknownIdentifier or Config.OnStorageError has
-// it. Of OnStorageError Err is the failure, but for OpWait, whose attempts have it.
+// Bypassed reports whether the call was allowed without asking a bucket, by Config.OnUnknownIdentifier or
+// Config.OnStorageError. In the second case Err is the failure, except for OpWait: there the attempts have it.
 func (e *Event) Bypassed() bool { return e.Verdict.Allowed && len(e.Verdict.parts()) == 0 }
 
-// Result is "allowed", "denied", "bypassed" or "error", for the labels of metrics. A Wait that gave up, as its context
-// ended or would have, is denied. A Charge, a Refund and a Reset that did not fail are allowed.
+// Result is "allowed", "denied", "bypassed" or "error", for the labels of metrics. A Wait that gave up because its context
+// ended, or would have ended before its turn, is "denied". A Charge, Refund or Reset without an error is "allowed".
 func (e *Event) Result() string {
 	switch {
 	case e.Bypassed():
@@ -98,9 +111,9 @@ func (e *Event) Result() string {
 	return "denied"
 }
 
-// ErrorType is the kind of Err, for the labels of metrics: "unavailable", "corrupt", "closed", "cancelled",
-// "unknown_identifier", "debt_limit", "invalid" for all other errors of a call that was wrong, or "other". It is empty
-// without an Err.
+// ErrorType classifies Err for the labels of metrics. It is "unavailable", "corrupt", "closed", "cancelled",
+// "unknown_identifier" or "debt_limit"; "invalid" for an invalid identifier, cost, clock or bucket and for a cost above a
+// capacity; and "other" for anything else. It is empty if there is no Err.
 func (e *Event) ErrorType() string {
 	if e.Err == nil {
 		return ""
@@ -124,17 +137,18 @@ var errorTypes = [...]struct {
 	err  error
 	name string
 }{
-	{ErrUnavailable, "unavailable"}, // before the end of a context, which may be its cause
+	{ErrUnavailable, "unavailable"}, // first, since the end of a context may be its cause
 	{ErrCorruptState, "corrupt"}, {ErrClosed, "closed"}, {ErrUnknownIdentifier, "unknown_identifier"}, {ErrDebtLimit, "debt_limit"},
 	{ErrInvalidIdentifier, "invalid"}, {ErrInvalidCost, "invalid"}, {ErrCostExceedsCapacity, "invalid"}, {ErrInvalidClock, "invalid"},
+	{ErrInvalidReserve, "invalid"},
 }
 
 func endOfContext(err error) bool {
 	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// Observers returns a function for Config.Observe that calls each of o, in order. Those that are nil are left out; it is
-// nil if all are.
+// Observers returns a function for Config.Observe that calls each of o in order. Nil functions are left out; if all are
+// nil the result is nil.
 func Observers(o ...func(context.Context, *Event)) func(context.Context, *Event) {
 	o = slices.DeleteFunc(slices.Clone(o), func(f func(context.Context, *Event)) bool { return f == nil })
 	switch len(o) {
@@ -150,15 +164,16 @@ func Observers(o ...func(context.Context, *Event)) func(context.Context, *Event)
 	}
 }
 
-// first is the identifier of the first part. Of a request without parts it is one that is unknown and allowed.
+// first returns the identifier of the first part. In a request without parts this is an unknown identifier that the policy
+// allows, which Throttler.add left there.
 func first(v *Verdict) string {
 	if v.more != nil {
 		return v.more.parts[0].Identifier
 	}
-	return v.one[0].Identifier
+	return v.few[0].Identifier
 }
 
-// largestCost is the most that v was asked of one bucket.
+// largestCost returns the largest cost that v was asked of one bucket.
 func largestCost(v *Verdict) (cost int64) {
 	for _, c := range v.asked() {
 		cost = max(cost, c)
@@ -166,7 +181,7 @@ func largestCost(v *Verdict) (cost int64) {
 	return cost
 }
 
-// deniedBy is the identifier and the bucket with the longest RetryAfter, if any has one.
+// deniedBy returns the bucket with the longest RetryAfter and its identifier, or empty strings if no bucket denied.
 func deniedBy(v *Verdict) (id, bucket string) {
 	for l := range v.All() {
 		if l.RetryAfter > 0 && l.RetryAfter == v.RetryAfter {
@@ -176,17 +191,17 @@ func deniedBy(v *Verdict) (id, bucket string) {
 	return id, bucket
 }
 
-// events are used again, as each that is handed to a function of the user would be allocated.
+// events are reused: an Event passed to a user's function escapes, so each would be an allocation.
 var events = sync.Pool{New: func() any { return new(Event) }}
 
-// event is one to tell. It is set field by field, as tell sets the rest: to clear it takes longer.
+// event returns an event to fill. Only the fields that tell does not set are set here: clearing the whole takes longer.
 func (t *Throttler) event(op Op, attempt int, id string, cost int64) *Event {
 	e := events.Get().(*Event)
 	e.Name, e.Op, e.Attempt, e.Identifier, e.Cost, e.Bucket, e.refund = t.name, op, attempt, id, cost, "", nil
 	return e
 }
 
-// tell hands an event with its answer to Observe. The call began at start and ended at end, by law.Elapsed.
+// tell passes an event and its verdict to Observe. The call lasted from start to end, both by law.Elapsed.
 func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, start, end time.Duration) {
 	e.Verdict, e.Err, e.Duration, e.Time = *v, err, end-start, law.TimeAt(end)
 	if v.RetryAfter > 0 {
@@ -198,17 +213,17 @@ func (t *Throttler) tell(ctx context.Context, e *Event, v *Verdict, err error, s
 	events.Put(e)
 }
 
-// Report tells Observe of a call that was denied before the Throttler was asked, and why: for middleware that does not know
-// whom a request counts for. The Event is an OpConsume with this Err.
+// Report passes a call to Observe that was denied, for the reason err, before the Throttler was asked. It is for middleware
+// that cannot tell which identifier a request counts for. The Event is an OpConsume with this Err.
 func (t *Throttler) Report(ctx context.Context, id string, err error) {
 	t.rejected(ctx, OpConsume, 0, id, err)
 }
 
-// rejected observes a call that was wrong.
+// rejected observes a call that was wrong and never reached the storage.
 func (t *Throttler) rejected(ctx context.Context, op Op, attempt int, id string, err error) {
 	t.tidy()
 	if t.observe != nil {
-		now := law.Elapsed() // it took no time that is worth to be counted
+		now := law.Elapsed() // the call is reported with a Duration of 0
 		t.tell(ctx, t.event(op, attempt, id, 0), &Verdict{}, err, now, now)
 	}
 }

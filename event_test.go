@@ -18,7 +18,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// watched is a Throttler that keeps its events.
+// watched returns a Throttler and the events that it has reported.
 func watched(t *testing.T, c throttler.Config) (*throttler.Throttler, *[]throttler.Event) {
 	t.Helper()
 	var mu sync.Mutex
@@ -33,7 +33,7 @@ func watched(t *testing.T, c throttler.Config) (*throttler.Throttler, *[]throttl
 	return th, seen
 }
 
-// told is each event in a few words.
+// told returns each event in a few words.
 func told(events []throttler.Event) (out []string) {
 	for _, e := range events {
 		s := fmt.Sprint(e.Op, " ", e.Attempt, " ", e.Identifier, " cost ", e.Cost, " allowed ", e.Verdict.Allowed)
@@ -129,7 +129,7 @@ func TestTheLookOfAWaitThatQueuesIsItsFirstAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		th, seen := watched(t, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 1).Named("b")}})
 		require.True(t, allowed(t, th, "a"))
-		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second) // without a deadline there is no look
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second) // without a deadline a Wait does not peek
 		defer cancel()
 		for range 2 {
 			go func() { _, _ = th.Wait(ctx, "a") }()
@@ -152,7 +152,7 @@ func TestTheLookOfAWaitThatQueuesIsItsFirstAttempt(t *testing.T) {
 	})
 }
 
-// buckets is what an event says of each bucket.
+// buckets returns what an event says about each bucket.
 func buckets(e *throttler.Event) (out []string) {
 	for l, cost := range e.Buckets() {
 		s := fmt.Sprint(l.Identifier, " ", l.Bucket, " asked ", cost)
@@ -237,6 +237,7 @@ func TestTheResultAndTheErrorTypeOfAnEvent(t *testing.T) {
 		"error debt_limit":         {one, func(l *throttler.Throttler) { assert.ErrorAs(t, l.Charge(t.Context(), "a", charged), &over) }},
 		"error invalid":            {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(2)) }},
 		"error invalid of CostOf":  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.CostOf("none", 1)) }},
+		"error invalid of Reserve": {one, func(l *throttler.Throttler) { _, _ = l.Reserve(t.Context(), "a", -1) }},
 		"error other":              {one, func(l *throttler.Throttler) { l.Report(t.Context(), "a", errors.New("nobody")) }},
 	} {
 		th, seen := watched(t, c.config)
@@ -257,7 +258,7 @@ func TestAnEventHasNothingOfTheOneBefore(t *testing.T) {
 		require.NoError(t, th.Refund(t.Context(), v))
 	}
 	other, of := watched(t, throttler.Config{Name: "other", OnUnknownIdentifier: throttler.Allow})
-	for range 20 { // a processor's last event is used for its next one, unless the race detector forbids it
+	for range 20 { // the pool reuses a processor's last event for its next one, except under the race detector
 		full()
 		require.NoError(t, other.Reset(t.Context(), "b"))
 		full()

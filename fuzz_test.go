@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// shaped is a bucket of fuzzed words, modifiers in either order.
+// shaped returns a bucket made by fuzzed modifiers, applied in either order.
 func shaped(period, capacity, burst int64, name string, shape uint8) throttler.Bucket {
 	b := throttler.NewBucket(time.Duration(period), capacity)
 	if shape&8 != 0 {
@@ -38,7 +38,7 @@ func shaped(period, capacity, burst int64, name string, shape uint8) throttler.B
 	return b
 }
 
-// FuzzBucket: any words make either a bucket that works or a BucketError.
+// FuzzBucket checks that any modifiers make either a bucket that works or a BucketError.
 func FuzzBucket(f *testing.F) {
 	f.Add(int64(10*time.Second), int64(5), int64(1), "b", uint8(0))
 	f.Add(int64(time.Second), int64(10), int64(20), "", uint8(1|8))
@@ -74,8 +74,8 @@ func FuzzBucket(f *testing.F) {
 	})
 }
 
-// FuzzConsume: any costs and identifiers are decided or a typed error, never more than the capacity
-// is taken within a moment, and nothing panics.
+// FuzzConsume checks that any costs and identifiers are decided or give a typed error, that never more than the capacity is
+// taken at one moment, and that nothing panics.
 func FuzzConsume(f *testing.F) {
 	f.Add("user:42", int64(1), int64(1), int64(5), uint8(0))
 	f.Add("", int64(-1), int64(math.MaxInt64), int64(math.MaxInt64), uint8(1))

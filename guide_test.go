@@ -24,9 +24,9 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// The code of docs/guide.md, in its order, and then what its sentences say.
+// The code of docs/guide.md in its order, followed by tests of what its sentences say.
 
-// guided runs the code of an example on a throttler whose clock stands still, and prints its error.
+// guided runs the code of an example on a throttler whose clock stands still, and prints the error if there is one.
 func guided(c throttler.Config, code func(context.Context, *throttler.Throttler, *clock.Mock) error) {
 	mock := clock.NewMock()
 	c.Clock = mock
@@ -47,7 +47,7 @@ func ask(h http.Handler, what string) *httptest.ResponseRecorder {
 	return w
 }
 
-// statuses prints those of the answers to n requests.
+// statuses prints the statuses of the answers to n requests.
 func statuses(h http.Handler, n int, what string) {
 	all := make([]int, n)
 	for i := range all {
@@ -418,7 +418,7 @@ func Example_guideRefuse() {
 	// [3600]
 }
 
-// inProcess is a transport that asks a handler.
+// inProcess is a transport that calls a handler.
 type inProcess struct{ http.Handler }
 
 func (h inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -645,7 +645,7 @@ func TestTheFourthCallWaitsForAMinute(t *testing.T) {
 	})
 }
 
-// guide is docs/guide.md, but for the section that internal/adapters checks.
+// guide returns docs/guide.md without the section that internal/adapters checks.
 func guide(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("docs/guide.md")
@@ -959,7 +959,7 @@ func TestTheMistakesOfTheGuideDoWhatItSays(t *testing.T) {
 
 func everybody(*http.Request) string { return "everybody" }
 
-// from is a request from an address, by the header perhaps of another.
+// from returns a request from an address, whose header may name another one.
 func from(remote, forwarded string) *http.Request {
 	r := httptest.NewRequest(http.MethodGet, "/", nil)
 	r.RemoteAddr = remote
@@ -967,7 +967,7 @@ func from(remote, forwarded string) *http.Request {
 	return r
 }
 
-// code is the status of an answer to a request with an API key.
+// code returns the status of the answer to a request with an API key.
 func code(h http.Handler, key string) int {
 	r := httptest.NewRequest(http.MethodGet, "/", nil)
 	r.Header.Set("X-API-Key", key)

@@ -1,4 +1,4 @@
-// Buckets as text: the words of configuration files.
+// Buckets as text, for configuration files.
 
 package throttler
 
@@ -17,7 +17,7 @@ import (
 
 const unlimited = "unlimited"
 
-// kinds are the words of ParseBucket for the kinds.
+// kinds maps the words of ParseBucket to kinds.
 var kinds = map[string]law.Kind{
 	"replenish":  law.Replenish,
 	"continuous": law.Continuous,
@@ -26,7 +26,7 @@ var kinds = map[string]law.Kind{
 	"log":        law.SlidingLog,
 }
 
-// ParseBucket reads a bucket from words:
+// ParseBucket reads a bucket from text such as:
 //
 //	5/10s                             NewBucket(10*time.Second, 5)
 //	100/1h sliding                    NewBucket(time.Hour, 100).SlidingWindow()
@@ -35,13 +35,13 @@ var kinds = map[string]law.Kind{
 //	0/1s                              admits nothing
 //	unlimited                         Unlimited()
 //
-// First comes capacity/period. The period is one of time.ParseDuration, or has days or weeks before it, "1d12h"; a unit
-// alone is one of it, "100/h" or "100/hour". Then come, in any order: the kind, which is replenish (the default),
-// continuous, fixed, sliding or log; "burst n"; and "named x", where x has no spaces or is a Go string in quotes. Case does
-// not count, but in a name.
+// The text begins with capacity/period. The period has the form of time.ParseDuration, optionally with weeks and days
+// before it ("1d12h"), or is a unit alone, which means one of it ("100/h", "100/hour"). These may follow in any order: the
+// kind, which is replenish (the default), continuous, fixed, sliding or log; "burst n"; and "named x", where x has no
+// spaces or is a Go string in quotes. Case matters only in names.
 //
-// The error is a *BucketError, or several joined, also for a bucket that NewBucket would find faulty. It names the nearest
-// right word.
+// The error is a *BucketError, or several joined. It also covers a bucket that NewBucket would find faulty. For a
+// misspelled word it names the nearest one that is allowed.
 func ParseBucket(s string) (Bucket, error) {
 	p := parser{given: s}
 	p.bucket(s)
@@ -54,7 +54,7 @@ func ParseBucket(s string) (Bucket, error) {
 	return p.b, nil
 }
 
-// String is the bucket in the words of ParseBucket.
+// String returns the bucket in the form that ParseBucket reads. Elastic has no such form and is left out.
 func (b Bucket) String() string {
 	var out strings.Builder
 	if b.free {
@@ -81,7 +81,7 @@ func quotedName(name string) string {
 	return name
 }
 
-// parser collects the faults of one text.
+// parser builds a bucket and collects the faults of its text.
 type parser struct {
 	given  string
 	b      Bucket
@@ -115,7 +115,7 @@ func (p *parser) bucket(s string) {
 	}
 }
 
-// word is the first word of s, and what follows it.
+// word returns the first word of s and what follows it, both without surrounding spaces.
 func word(s string) (first, rest string) {
 	s = strings.TrimSpace(s)
 	if i := strings.IndexAny(s, " \t\r\n"); i >= 0 {
@@ -184,7 +184,8 @@ func meant(given string, words []string) string {
 	return ""
 }
 
-// units are those of a period that is one unit, and those that time.ParseDuration does not know.
+// units are the words that mean one unit as a period. Only days and weeks are also looked up to read a count of them, as
+// time.ParseDuration knows the others.
 var units = map[string]time.Duration{
 	"us": time.Microsecond, "µs": time.Microsecond, "ms": time.Millisecond, "s": time.Second, "m": time.Minute, "h": time.Hour,
 	"d": day, "w": 7 * day,
@@ -195,7 +196,8 @@ var unitNames = []string{"second", "minute", "hour", "day", "week"}
 
 const day = 24 * time.Hour
 
-// parsePeriod reads a duration that may begin with days or weeks, or a unit alone.
+// parsePeriod reads a duration that may begin with weeks and days, or a unit alone. Counts of weeks and of days are below
+// 2048 each, so that their sum cannot overflow.
 func parsePeriod(s string) (time.Duration, bool) {
 	if d, ok := units[s]; ok {
 		return d, true

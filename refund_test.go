@@ -10,7 +10,7 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// kinds make a bucket of each kind.
+// kinds has a modifier for each kind of bucket.
 var kinds = []func(throttler.Bucket) throttler.Bucket{
 	func(b throttler.Bucket) throttler.Bucket { return b },
 	throttler.Bucket.Continuous, throttler.Bucket.FixedWindow, throttler.Bucket.SlidingWindow, throttler.Bucket.SlidingLog,
@@ -99,7 +99,7 @@ func TestAChargeUnderASmallerLimitForgetsNothing(t *testing.T) {
 	assert.Equal(t, []int64{0}, left(t, th, "user:42"))
 }
 
-// A verdict of a sliding window is given back whole although the bucket is full before the last of it has faded.
+// What a sliding window gave is refunded whole, although the bucket is full before the last of it has faded.
 func TestARefundFindsTheHoldOfItsKind(t *testing.T) {
 	t.Parallel()
 	for _, kind := range kinds {

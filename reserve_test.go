@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// reserver is a throttler of 10 tokens a second, 2 at once, and what it answers, step by step.
+// reserver returns a Throttler with the given buckets, or with one of 10 tokens a second, 2 at once.
 func reserver(t *testing.T, b ...throttler.Bucket) *throttler.Throttler {
 	t.Helper()
 	if b == nil {
@@ -27,7 +27,7 @@ func reserver(t *testing.T, b ...throttler.Bucket) *throttler.Throttler {
 	return th
 }
 
-// reserves takes n tokens ahead, within a minute, and returns when they are due.
+// reserves makes a reservation of n tokens within a minute, and returns when they are due.
 func reserves(t *testing.T, th *throttler.Throttler, n int64) (throttler.Verdict, time.Duration) {
 	t.Helper()
 	v, err := th.Reserve(t.Context(), "a", time.Minute, throttler.Cost(n))
@@ -36,7 +36,7 @@ func reserves(t *testing.T, th *throttler.Throttler, n int64) (throttler.Verdict
 	return v, v.Delay
 }
 
-const step = 100 * time.Millisecond // in which one token comes back
+const step = 100 * time.Millisecond // the time in which one token is refilled
 
 func TestReserveTellsWhenItsTokensMayBeUsed(t *testing.T) {
 	t.Parallel()
@@ -111,8 +111,8 @@ func TestOtherBucketsAdmitAReserveAsAConsume(t *testing.T) {
 	})
 }
 
-// What peers promise of their reservations, with 10 tokens a second and 2 at once. Each step is at a number of tenths of
-// a second.
+// What other libraries promise about their reservations, for 10 tokens a second and 2 at once. The time of each step is in
+// tenths of a second.
 func TestCancellingAReservation(t *testing.T) {
 	t.Parallel()
 	for name, story := range map[string]func(t *testing.T, th *throttler.Throttler){
@@ -312,7 +312,7 @@ func TestALaterOptionReplacesAtMost(t *testing.T) {
 	require.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
 }
 
-// waits are calls of Wait, and what became of each.
+// waits records the results of calls of Wait, and when they came.
 type waits struct {
 	mu    sync.Mutex
 	start time.Time
@@ -329,7 +329,7 @@ func (w *waits) note(what any, err error) {
 	w.log = append(w.log, fmt.Sprint(what, " ", text, " at ", time.Since(w.start)))
 }
 
-// said is all that is known when nobody can go on.
+// said returns the results so far, once all goroutines of the bubble are blocked.
 func (w *waits) said() []string {
 	synctest.Wait()
 	w.mu.Lock()

@@ -14,11 +14,11 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// memory is that of a server which uses it for one request after the other, as those on fasthttp do: what is in it is
-// a string for as long as a call takes.
+// memory is a buffer that a server reuses for one request after the other, as servers on fasthttp do. A string in it is
+// valid only as long as the call takes.
 type memory []byte
 
-// use lends the string to a call, and writes something else of its length over it afterwards.
+// use lends the string to a call and then overwrites it by something else of the same length.
 func (m memory) use(s string, call func(string)) {
 	copy(m, s)
 	call(unsafe.String(&m[0], len(s)))
@@ -100,7 +100,7 @@ func TestWaitersStayInLineThoughMemoryIsUsedAgain(t *testing.T) {
 		th, start := leaky(t), time.Now()
 		require.True(t, allowed(t, th, "printer"))
 		order := make(chan string, 10)
-		for i := range 5 { // each in memory of its own, which is used again once it was admitted
+		for i := range 5 { // each in a buffer of its own, which is reused once the call was admitted
 			go func() {
 				make(memory, 64).use("printer", func(id string) {
 					_, err := th.Wait(t.Context(), id)

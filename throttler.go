@@ -1,5 +1,5 @@
-// Package throttler limits rates: several buckets for each identifier ("5 per 10 s AND 100 per
-// hour"), from which a call takes its cost all or none.
+// Package throttler is a rate limiter in which an identifier may have several buckets, such as "5 per 10 s AND
+// 100 per hour". A call takes its cost from all of these buckets or from none.
 //
 //	t, err := throttler.New(throttler.Config{})
 //	err = t.AddBucket("user:42", throttler.NewBucket(10*time.Second, 5), throttler.NewBucket(time.Hour, 100))
@@ -7,12 +7,12 @@
 //	if err != nil { … }                          // the storage failed, or the call is wrong
 //	if !v.Allowed { … v.RetryAfter … }           // a denial is a verdict, not an error
 //
-// Which buckets an identifier has is known to the Throttler only: those of AddBucket, else those of
-// Config.Buckets, or for one call those of Using. What has been spent is kept by the storage, under
-// the identifier and the bucket's name; a storage shared by several processes shares consumption,
-// so each process defines the buckets and all of them spend from one.
+// Only the Throttler knows which buckets an identifier has: those of [Using] for one call, otherwise those of
+// [Throttler.AddBucket], otherwise those of [Config].Buckets. The storage keeps only what has been spent, under the
+// identifier and the bucket's name, kind and period. Several processes may share a storage. Each of them then defines
+// the buckets itself, and all of them spend from the same ones.
 //
-// All numbers are integers and all times whole microseconds: RetryAfter is exact.
+// All numbers are integers and all times are whole microseconds, so RetryAfter is exact.
 package throttler
 
 import (
@@ -30,12 +30,13 @@ import (
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
-// Throttler is safe for concurrent use. It is made by New only, and holds no resources of its own.
+// Throttler decides which calls are allowed. It is safe for concurrent use. It must be made by [New]. It holds no
+// resources of its own, so it has no Close.
 type Throttler struct {
 	name     string
 	storage  storage.Storage
-	memory   *runtime.Storage // the storage, if it is one: called without copies
-	direct   bool             // by its own clock, and nobody observes
+	memory   *runtime.Storage // storage, if it is the runtime storage: called without copies; otherwise nil
+	direct   bool             // memory is set and uses its own clock: decideOne may be tried
 	cost     int64
 	defaults *set // nil: none
 	unknown  Policy
@@ -46,37 +47,40 @@ type Throttler struct {
 
 	waiters waiters
 
-	owned atomic.Bool // whether own has ever held a set: most throttlers never ask it
-	own   sync.Map    // identifier -> *set, of AddBucket
-	mu    sync.Mutex  // held to change own
+	owned atomic.Bool // whether own has ever held a set; most throttlers never do, and skip the look-up
+	own   sync.Map    // identifier -> *set, from AddBucket
+	mu    sync.Mutex  // held to change own; reading own needs no lock
 }
 
-// Consume takes the cost of a call from all buckets of the identifier, or from none. It returns an
-// error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
-// fails in the middle may have taken the cost, once.
+// Consume takes the cost of a call from all buckets of the identifier, or from none. A denial is a Verdict that is not
+// Allowed. An error means that the call is wrong or that the storage failed. If a storage outside the process fails
+// during the call, the cost may have been taken, at most once.
 func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
 	err = t.decide(context.Background(), &v, storage.Take, id, o)
 	return v, err
 }
 
-// ConsumeContext is Consume that gives up when the context is done. A call that gave up in the
-// middle may have been charged, once.
+// ConsumeContext is Consume that gives up when ctx is done. A call that gave up while the storage was deciding may have
+// been charged, at most once.
 func (t *Throttler) ConsumeContext(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
 	err = t.decide(ctx, &v, storage.Take, id, o)
 	return v, err
 }
 
-// Peek answers what Consume with the same options would answer now, and takes nothing: the Levels
-// of an allowed Peek are those after the cost. With Cost(0) they are those now.
+// Peek answers what Consume with the same options would answer now, and takes nothing. The Levels of an allowed Peek
+// are those that the buckets would have after the cost; with Cost(0) they are the present ones.
 func (t *Throttler) Peek(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
 	err = t.decide(ctx, &v, storage.Peek, id, o)
 	return v, err
 }
 
-// Charge takes the cost, 0 or more, from all buckets, even where too little is left: for costs that are
-// known only afterwards. That may leave a debt (Level.Debt), and calls are denied until it is paid. No more than 4
-// capacities of a bucket are ever out, or 4 periods' refill where that is more: what exceeds them is not recorded, and
-// the error joins a *DebtError for each bucket of which that is so. In a bucket that is not Continuous the debt is forgiven after one period, SlidingWindow two.
+// Charge takes the cost, 0 or more, from all buckets even if they hold less. It is for costs that are known only
+// afterwards. A bucket that held less then has a debt (Level.Debt), and its calls are denied until the debt has been
+// refilled.
+//
+// At most 4 capacities of a bucket can be outstanding, or what is refilled in 4 periods if that is more. What exceeds
+// this is not recorded; the error then joins a [*DebtError] for each bucket concerned. A Continuous bucket refills its
+// debt token by token. In the other kinds a debt is forgiven after one period, in SlidingWindow after two.
 func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	var v Verdict
 	err := t.decide(ctx, &v, storage.Force, id, o)
@@ -84,8 +88,8 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 	return err
 }
 
-// ConsumeAll takes from all buckets of all parts, or from none. An identifier may stand in one part
-// only, and there are at most 256 parts.
+// ConsumeAll takes the costs from all buckets of all parts, or from none. There are at most 256 parts, and each
+// identifier may appear in one part only; otherwise the error is ErrInvalidIdentifier.
 func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, _ error) {
 	err := t.decideAll(ctx, &v, storage.Take, 0, 0, parts)
 	return v, err
@@ -97,7 +101,7 @@ func (t *Throttler) PeekAll(ctx context.Context, parts ...Part) (v Verdict, _ er
 	return v, err
 }
 
-// ChargeAll is Charge for several identifiers, in one change.
+// ChargeAll is Charge for several identifiers, in one atomic change.
 func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
 	var v Verdict
 	err := t.decideAll(ctx, &v, storage.Force, 0, 0, parts)
@@ -107,7 +111,8 @@ func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
 	return err
 }
 
-// decideAll is decide for several parts. Only where a level is all that there is, it is a reservation within the time.
+// decideAll is decide for several parts. If within, in microseconds, is above 0 and all buckets can be reserved ahead,
+// it makes a reservation.
 func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode, within int64, attempt int, parts []Part) error {
 	for i := range parts {
 		err := t.add(v, mode, parts[i].id, parts[i].options)
@@ -117,13 +122,13 @@ func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode
 			return err
 		}
 	}
-	if reservable(v) {
+	if within > 0 && reservable(v) {
 		v.within = within
 	}
 	return t.ask(ctx, v, mode, attempt)
 }
 
-// reservable says that all buckets are Continuous, and have to give whole costs.
+// reservable reports whether v can be reserved ahead: all of its buckets are Continuous, and no part has AtMost.
 func reservable(v *Verdict) bool {
 	for _, p := range v.parts() {
 		if p.AtMost || slices.ContainsFunc(p.Rules.Rules, func(r law.Rule) bool { return r.Kind != law.Continuous }) {
@@ -133,11 +138,15 @@ func reservable(v *Verdict) bool {
 	return true
 }
 
-// Reserve takes the cost now, all or none, if it may be used within most: that is Verdict.Delay after the decision. Only a
-// Continuous bucket is reserved ahead, at most 4 periods' refill or 4 capacities of it; one of another kind has to have the
-// cost now. What is reserved is spent for all others. A denial changes nothing, and after RetryAfter the same Reserve is
-// admitted, if nobody else takes. Most is from 0, which is Consume, to 366 days, in whole microseconds; another is
-// ErrInvalidReserve. Refund cancels.
+// Reserve takes the cost now, all or nothing, if the caller may use it within most. Verdict.Delay says how long after
+// the decision that is. What is reserved is spent for everybody else, and [Throttler.Refund] cancels it.
+//
+// Only Continuous buckets are reserved ahead, each by at most 4 capacities, or by what is refilled in 4 periods if that
+// is more. A bucket of another kind must hold the cost now. A denial changes nothing; the same Reserve is admitted
+// after RetryAfter if nobody else takes tokens.
+//
+// The range of most is 0, which makes it Consume, to 366 days, in whole microseconds. A time outside of it is
+// ErrInvalidReserve.
 func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, o ...Option) (v Verdict, err error) {
 	within := most.Microseconds()
 	if most < 0 || within > law.MaxWithin {
@@ -150,24 +159,76 @@ func (t *Throttler) Reserve(ctx context.Context, id string, most time.Duration, 
 	return v, err
 }
 
-// decide answers into a zero Verdict, which also is the request: so it is nowhere copied, and Consume is inlined
-// into its caller.
+// decide answers into *v, which must be zero and also holds the request. Nothing is therefore copied, and Consume is
+// small enough to be inlined into its caller.
 func (t *Throttler) decide(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) error {
+	if t.direct && mode != storage.Force && t.decideOne(ctx, v, mode, id, o) {
+		return nil
+	}
 	if err := t.add(v, mode, id, o); err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
 		return t.wrong(ctx, v, mode, 0, id, o, err)
 	}
 	return t.ask(ctx, v, mode, 0)
 }
 
-// wrong is the end of a call that no storage is asked about. The attempt is that of a Wait, else 0.
+// decideOne is decide for the common call: one cost for at most four buckets of an identifier that the runtime storage
+// already holds, by the storage's own clock. For any other call, and for a wrong one, it changes nothing and returns
+// false.
+func (t *Throttler) decideOne(ctx context.Context, v *Verdict, mode storage.Mode, id string, o []Option) bool {
+	s, cost := t.defaults, t.cost
+	if t.owned.Load() {
+		s = t.set(id)
+	}
+	for i := range o {
+		switch o := &o[i]; o.kind {
+		case costOption:
+			cost = o.n
+		case usingOption:
+			s = o.set
+		default:
+			return false
+		}
+	}
+	// The conversions to unsigned integers make one comparison refuse an empty identifier too, and below a negative cost.
+	if s == nil || s.rules == nil || uint(len(id)-1) >= law.MaxIdentifier || ctx.Err() != nil {
+		return false
+	}
+	rules := s.rules
+	if s.elastic != nil && t.load != nil {
+		rules = s.elastic.at(t.load())
+	}
+	n := len(rules.Rules)
+	if n > inline || uint64(cost) > uint64(rules.Least) {
+		return false
+	}
+	v.few[0].Identifier, v.few[0].Rules, v.nParts, v.nBuckets = id, rules, 1, uint8(n)
+	v.costs = [inline]int64{cost, cost, cost, cost}
+	start := law.Elapsed()
+	v.at = law.MonotonicAt(start)
+	allowed, done := t.memory.DecideOne(t.name, mode, v.at, v.within, false, &v.few[0], v.costs[:n], v.counts[:n])
+	if !done {
+		v.nParts, v.nBuckets = 0, 0 // so that add finds an empty request
+		return false
+	}
+	v.Allowed, v.source, v.peeked = allowed, runtime.Source, mode == storage.Peek
+	if !allowed || v.within != 0 {
+		v.waits()
+	}
+	if t.observe != nil {
+		t.tell(ctx, t.event(opOf(mode), 0, id, cost), v, nil, start, law.Elapsed())
+	}
+	return true
+}
+
+// wrong ends a call that is wrong and never reaches the storage. The attempt is that of a Wait, otherwise 0.
 func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, id string, o []Option, err error) error {
 	t.rejected(ctx, opOf(mode), attempt, id, err)
-	*v = t.tooCostly(ctx, err, For(id, slices.Clone(o)...)) // cloned, as the caller's are on its stack
+	*v = t.tooCostly(ctx, err, For(id, slices.Clone(o)...)) // cloned, so that o can stay on the caller's stack
 	return err
 }
 
-// tooCostly tells what the buckets have to a call that asks for more than one of them holds. After other errors, and if the
-// storage fails, it tells nothing.
+// tooCostly returns the present levels to a call whose cost exceeds the capacity of a bucket. After any other error, or
+// if the storage fails, it returns a zero Verdict.
 func (t *Throttler) tooCostly(ctx context.Context, err error, parts ...Part) (v Verdict) {
 	if !errors.Is(err, ErrCostExceedsCapacity) {
 		return v
@@ -184,7 +245,7 @@ func (t *Throttler) tooCostly(ctx context.Context, err error, parts ...Part) (v 
 	return v
 }
 
-// setOf is the buckets of a call, and its cost for those that CostOf does not name.
+// setOf returns the buckets of a call, and the cost of those that CostOf does not name.
 func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
 	cost = t.cost
 	for i := range options {
@@ -203,7 +264,7 @@ func (t *Throttler) setOf(id string, options []Option) (s *set, cost int64) {
 	return s, cost
 }
 
-// add makes an identifier a part of the request that v is. One without buckets that is allowed makes none.
+// add appends an identifier to the request in v. An unknown identifier that the policy allows adds nothing.
 func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Option) error {
 	if id == "" || len(id) > law.MaxIdentifier {
 		return validIdentifier(id)
@@ -213,19 +274,19 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		s, cost = t.setOf(id, options)
 	}
 	if s == nil || len(s.buckets) == 0 {
-		if v.more == nil && v.one[0].Rules == nil {
-			v.one[0].Identifier = id // for Observe
+		if len(v.parts()) == 0 {
+			v.few[0].Identifier = id // read by first, for Observe
 		}
 		return t.unknownIdentifier(id, cost)
 	}
 	if s.err != nil {
 		return s.err
 	}
-	if s.rules == nil {
+	if s.rules == nil { // all buckets are Unlimited: no storage is asked
 		return s.costsOf(nil, id, cost, options)
 	}
 	rules := s.rules
-	if s.elastic != nil && t.load != nil && mode != storage.Force {
+	if s.elastic != nil && t.load != nil && mode != storage.Force { // a Charge is recorded up to 4 full capacities
 		rules = s.elastic.at(t.load())
 	}
 	costs, err := v.add(id, rules)
@@ -245,13 +306,13 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 			return lawful(s.validCosts(v, costs, id))
 		}
 	}
-	if len(options) > 0 || cost < 0 || cost > rules.Least {
+	if len(options) > 0 || cost < 0 || cost > rules.Least { // any other cost is valid for every bucket
 		return s.validCosts(v, costs, id)
 	}
 	return nil
 }
 
-// contentWithLess says that AtMost is the last word on the cost.
+// contentWithLess reports whether the last option that sets the cost is AtMost.
 func contentWithLess(options []Option) (atMost bool) {
 	for i := range options {
 		if k := options[i].kind; k == costOption || k == atMostOption {
@@ -261,7 +322,7 @@ func contentWithLess(options []Option) (atMost bool) {
 	return atMost
 }
 
-// lawful is the error of costs that may be above a capacity.
+// lawful drops the error of a cost above a capacity, which AtMost permits.
 func lawful(err error) error {
 	if errors.Is(err, ErrCostExceedsCapacity) {
 		return nil
@@ -269,7 +330,8 @@ func lawful(err error) error {
 	return err
 }
 
-// costsOf sets the costs of the buckets that options name. Those of Unlimited buckets only must not be below 0.
+// costsOf sets the costs that CostOf options name. The names of Unlimited buckets are valid too; their costs are only
+// checked, and must not be below 0.
 func (s *set) costsOf(costs []int64, id string, cost int64, options []Option) error {
 	if s.rules == nil && cost < 0 {
 		return fmt.Errorf("%w: %d, must be 0 or more", ErrInvalidCost, cost)
@@ -316,7 +378,8 @@ func validIdentifier(id string) error {
 	return nil
 }
 
-// validCosts returns the error of the first cost that is wrong. One above a capacity is not for a Charge.
+// validCosts returns the first negative cost as an error, otherwise the first one above a capacity. Callers of a Charge
+// ignore the latter.
 func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
 	for i, cost := range costs {
 		if cost < 0 {
@@ -329,18 +392,8 @@ func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
 	return err
 }
 
-// ask has the storage decide on the request that v is, and observes.
+// ask lets the storage decide the request in v, and calls Observe.
 func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
-	if !t.direct || mode == storage.Force || len(v.parts()) == 0 {
-		return t.askAnyhow(ctx, v, mode, attempt)
-	}
-	if err := t.inMemory(ctx, v, mode, false, law.Monotonic()); err != nil {
-		return t.orAllow(ctx, v, mode, err)
-	}
-	return nil
-}
-
-func (t *Throttler) askAnyhow(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	if t.observe != nil {
 		return t.askObserved(ctx, v, mode, attempt)
 	}
@@ -355,10 +408,11 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 	return err
 }
 
-// answer is the storage's. The time is that of this process, or 0 if it has not been read; a storage in the process decides
-// by it, unless there is a Config.Clock.
+// answer lets the storage decide the request in v. A real above 0 is the process's own clock as the caller has just read
+// it, in microseconds. A storage in the process decides by it, which saves a second reading, unless there is a
+// Config.Clock.
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
-	if len(v.parts()) == 0 {
+	if len(v.parts()) == 0 { // nothing limits the call
 		t.tidy()
 		*v = Verdict{Allowed: true}
 		return nil
@@ -382,17 +436,12 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, r
 	return err
 }
 
-// inMemory has the runtime storage decide in place, on the caller's stack. It makes the identifiers copies.
+// inMemory lets the runtime storage decide in place, on the caller's stack. The storage copies identifiers that it keeps.
 func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
-	var r storage.Request // field by field, as a literal would be made elsewhere and copied
+	var r storage.Request // filled field by field: a literal would be built elsewhere and copied
 	var a storage.Answer
 	r.Name, r.Mode, r.Clocked, r.Now, r.Within = t.name, mode, clocked, now, v.within
-	if v.more == nil {
-		n := len(v.one[0].Rules.Rules)
-		r.Parts, r.Costs, a.Counts = v.one[:], v.costs[:n], v.counts[:n]
-	} else {
-		r.Parts, r.Costs, a.Counts = v.more.parts, v.more.costs, v.more.counts
-	}
+	r.Parts, r.Costs, a.Counts = v.parts(), v.asked(), v.all()
 	if err := t.memory.Decide(ctx, &r, &a); err != nil {
 		*v = Verdict{}
 		return err
@@ -401,7 +450,7 @@ func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode,
 	return nil
 }
 
-// elsewhere has any storage decide, on copies: it may go on with them after the caller has left.
+// elsewhere lets any other storage decide, on copies: it may still use them after the caller has left with its context.
 func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
 	own := *v
 	parts := own.parts()
@@ -419,7 +468,8 @@ func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode
 	return nil
 }
 
-// orAllow allows what the policy says of a storage that failed.
+// orAllow turns the failure of the storage into an admission if the policy says so. Charges, and calls whose context is
+// done, fail in any case.
 func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, err error) error {
 	if err != nil && t.failed == Allow && mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
 		*v, err = Verdict{Allowed: true, degraded: true}, nil
@@ -427,7 +477,7 @@ func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, 
 	return err
 }
 
-// now tells the injected clock's time; without one the storage has its own.
+// now returns the time of the injected clock. If there is none, clocked is false and the storage uses its own clock.
 func (t *Throttler) now() (micros int64, clocked bool, err error) {
 	if t.clock == nil {
 		return 0, false, nil
@@ -440,7 +490,8 @@ func (t *Throttler) now() (micros int64, clocked bool, err error) {
 	return micros, true, err
 }
 
-// tidy is for calls that do not ask the runtime storage, or do not tell it the time: it forgets who is full as calls come.
+// tidy lets the runtime storage remove full identifiers after a call that did not reach it or did not tell it the time.
+// Memory then shrinks whatever calls come.
 func (t *Throttler) tidy() {
 	if t.memory == nil {
 		return

@@ -36,7 +36,7 @@ func throttled(t *testing.T, b ...throttler.Bucket) (*throttler.Throttler, *cloc
 	return th, mock
 }
 
-// setClock may be set back, and at no cost.
+// setClock is a clock that can be set back, and that costs nothing to read.
 type setClock struct {
 	clock.Clock
 	now time.Time
@@ -668,15 +668,15 @@ func TestADecisionAllocatesNothing(t *testing.T) {
 	require.Positive(t, sum)
 }
 
-func TestADecisionOnTwoIdentifiersAllocatesOnce(t *testing.T) {
+func TestADecisionOnTwoIdentifiersAllocatesNothing(t *testing.T) {
 	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1<<40), throttler.NewBucket(time.Minute, 1<<40)}})
 	require.NoError(t, err)
-	assert.InDelta(t, 1, testing.AllocsPerRun(1000, func() {
+	assert.Zero(t, testing.AllocsPerRun(1000, func() {
 		_, _ = th.ConsumeAll(t.Context(), throttler.For("user:42"), throttler.For("org:7"))
-	}), 0)
+	}))
 }
 
-func TestADecisionOnMoreThanFourBucketsAllocatesTwice(t *testing.T) {
+func TestADecisionOnMoreThanFourBucketsAllocatesOnce(t *testing.T) {
 	for _, n := range []int{5, 16} {
 		var all []throttler.Bucket
 		for i := range n {
@@ -684,7 +684,7 @@ func TestADecisionOnMoreThanFourBucketsAllocatesTwice(t *testing.T) {
 		}
 		th, err := throttler.New(throttler.Config{Buckets: all})
 		require.NoError(t, err)
-		assert.InDelta(t, 2, testing.AllocsPerRun(1000, func() { _, _ = th.Consume("user:42") }), 0, n)
+		assert.InDelta(t, 1, testing.AllocsPerRun(1000, func() { _, _ = th.Consume("user:42") }), 0, n)
 	}
 }
 

@@ -1,4 +1,4 @@
-// What a call answers: the Verdict and its Levels.
+// The answer to a call: Verdict and Level.
 
 package throttler
 
@@ -13,64 +13,68 @@ import (
 )
 
 const (
-	inline   = 4   // buckets that a Verdict has without allocating
+	inline   = 4   // buckets that fit into a Verdict without an allocation
 	maxParts = 256 // identifiers of one call
 )
 
-// Verdict is the answer to a call. It is a value, owned by the caller. The zero Verdict is a denial
-// that nobody made.
+// Verdict is the answer to a call. It is a value that the caller owns. The zero Verdict is a denial without Levels, which
+// calls return with most errors.
 type Verdict struct {
-	// Allowed says that the cost was taken from every bucket. Otherwise nothing was taken.
+	// Allowed reports whether the cost was taken from every bucket, or for a Peek would be. Otherwise nothing was taken.
 	Allowed bool
 
-	// RetryAfter is how long after the decision the same call is admitted, if nobody else takes:
-	// exact to the microsecond, zero when allowed.
+	// RetryAfter is how long after the decision the same call is admitted if nobody else takes tokens. It is exact to
+	// the microsecond, and zero if the call is allowed.
 	RetryAfter time.Duration
 
-	// Delay is how long after the decision what a Reserve took may be used. It is zero for other calls, and when denied.
+	// Delay is how long after the decision the tokens taken by a Reserve may be used. It is zero for other calls, and if
+	// the call is denied.
 	Delay time.Duration
 
 	degraded bool
 	peeked   bool
+	nParts   uint8 // parts in few
+	nBuckets uint8 // entries in costs and counts
 	source   string
 	at       int64 // when the storage decided: storage.Answer.At
 	within   int64 // storage.Request.Within
 	tokens   int64 // storage.Answer.Tokens
 
-	// The request and what the storage counted, bucket by bucket. Of a call with several parts or
-	// more than four buckets all of that is in more, and the fields here are not used.
-	one    [1]storage.Part // without rules if there are no parts
+	// The request, and what the storage counted for each bucket. For more than two parts or more than four buckets all of
+	// it is in more, and the fields here are unused. A Verdict must stay small: copying it is a part of every call.
+	few    [2]storage.Part
 	costs  [inline]int64
 	counts [inline]storage.Count
 	more   *more
 }
 
-// more has room for two parts of four buckets together, so that they take one allocation.
+// more holds a large request. It has room for some parts that together have as many buckets as one identifier can have, so
+// that such a request takes one allocation.
 type more struct {
 	parts  []storage.Part
 	costs  []int64
 	counts []storage.Count
 
-	someParts  [2]storage.Part
-	someCosts  [inline]int64
-	someCounts [inline]storage.Count
+	someParts  [inline]storage.Part
+	someCosts  [law.MaxBuckets]int64
+	someCounts [law.MaxBuckets]storage.Count
 }
 
-// Level is the state of one bucket right after a decision.
+// Level is the state of one bucket right after a decision. Amounts are in tokens.
 type Level struct {
 	Identifier, Bucket string
-	Limit, Remaining   int64         // tokens: the capacity, and what may still be taken now
-	Full               int64         // the capacity that the bucket was given: Limit, unless it has shrunk (Bucket.Elastic)
-	Debt               int64         // tokens that have to come back before Remaining rises from 0: a Charge may leave some
+	Limit, Remaining   int64         // the capacity, and what may still be taken now
+	Full               int64         // the capacity as defined; above Limit while the bucket is shrunk (Bucket.Elastic)
+	Debt               int64         // tokens to be refilled before Remaining rises from 0, as a Charge may leave
 	Period             time.Duration // the bucket's period
-	Window             time.Duration // in which an empty bucket becomes full: the Period, but for a Burst
-	ResetAfter         time.Duration // until the bucket is full again, if nobody takes
-	NextAfter          time.Duration // until one token more than Remaining may be taken, if nobody takes; zero if full
-	RetryAfter         time.Duration // until this bucket admits the denied cost; zero if it did
+	Window             time.Duration // time in which an empty bucket becomes full: the Period, unless it has a Burst
+	ResetAfter         time.Duration // until the bucket is full, if nobody takes tokens
+	NextAfter          time.Duration // until Remaining rises by one token, if nobody takes tokens; zero if full
+	RetryAfter         time.Duration // until this bucket admits the denied cost; zero if it admitted it
 }
 
-// Levels returns the level of each bucket, in the order of the request. Up to four buckets it
-// allocates nothing, as long as the result does not outlive the caller.
+// Levels returns the level of each bucket, in the order of the request. For up to four buckets it does not allocate, as
+// long as the result does not outlive the caller.
 func (v *Verdict) Levels() []Level { return v.levels(make([]Level, 0, inline)) }
 
 func (v *Verdict) levels(out []Level) []Level {
@@ -80,7 +84,7 @@ func (v *Verdict) levels(out []Level) []Level {
 	return out
 }
 
-// All yields the level of each bucket and its cost, in tokens, in the order of the request. It allocates nothing.
+// All yields the level of each bucket and the tokens it was asked for, in the order of the request. It does not allocate.
 func (v *Verdict) All() iter.Seq2[Level, int64] {
 	return func(yield func(Level, int64) bool) {
 		n, costs, counts := 0, v.asked(), v.all()
@@ -108,8 +112,8 @@ func level(id string, r *law.Rule, c *storage.Count) Level {
 	}
 }
 
-// Tokens is how many tokens were taken, from the bucket that gave most: the cost, or less by AtMost. It is 0 if v is not
-// Allowed, and of a Peek what would have been taken.
+// Tokens returns how many tokens were taken from the bucket that gave most: the cost, or less with AtMost. For a Peek it is
+// what would have been taken. It is 0 if v is not Allowed.
 func (v *Verdict) Tokens() (most int64) {
 	if !v.Allowed {
 		return 0
@@ -124,7 +128,7 @@ func (v *Verdict) Tokens() (most int64) {
 	return most
 }
 
-// took is what was taken from bucket n, through all parts, which is one of part i.
+// took returns what was taken from bucket n, counted through all parts, which belongs to part i.
 func (v *Verdict) took(i, n int) int64 {
 	cost := v.asked()[n]
 	if v.parts()[i].AtMost {
@@ -135,21 +139,30 @@ func (v *Verdict) took(i, n int) int64 {
 
 func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
 
-// Source names the kind of storage that answered: "runtime", "redis" or "postgres". It is empty if none did.
+// Source names the kind of storage that answered: "runtime", "redis" or "postgres". It is empty if no storage did.
 func (v *Verdict) Source() string { return v.source }
 
-// Degraded says that the answer is not the storage's regular one: a policy or a fallback gave it.
+// Degraded reports whether the answer is not the storage's regular one, but that of a policy or of a fallback.
 func (v *Verdict) Degraded() bool { return v.degraded }
 
-// Taken says that the costs were taken: v is Allowed, by a storage, and not the answer to a Peek.
+// Taken reports whether costs were taken: v is Allowed, a storage decided it, and it is not the answer to a Peek.
 func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && len(v.parts()) > 0 }
 
-// add makes an identifier a part of the request, and returns its costs, which are 0.
+// add appends an identifier to the request and returns its costs, which are 0. The slice is valid until the next add, which
+// may move the costs.
 func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err error) {
-	n := len(rules.Rules)
-	if one := &v.one[0]; one.Rules == nil && v.more == nil && n <= inline {
-		one.Identifier, one.Rules = id, rules
-		return v.costs[:n], nil
+	for i := range v.parts() {
+		if v.parts()[i].Identifier == id {
+			return nil, fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, id)
+		}
+	}
+	from, n := int(v.nBuckets), len(rules.Rules)
+	if v.more == nil && int(v.nParts) < len(v.few) && from+n <= inline {
+		p := &v.few[v.nParts]
+		p.Identifier, p.Rules = id, rules
+		v.nParts++
+		v.nBuckets += uint8(n)
+		return v.costs[from : from+n], nil
 	}
 	return v.addMore(id, rules)
 }
@@ -157,86 +170,65 @@ func (v *Verdict) add(id string, rules *storage.RuleSet) (costs []int64, err err
 func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	if v.more == nil {
 		m := &more{}
-		m.parts, m.costs, m.counts = m.someParts[:0], m.someCosts[:0], m.someCounts[:0]
-		if one := &v.one[0]; one.Rules != nil {
-			copy(m.add(one.Identifier, one.Rules), v.costs[:])
-			m.parts[0].AtMost = one.AtMost
-		}
+		m.parts = append(m.someParts[:0], v.parts()...) // the slices begin in m itself
+		m.costs = append(m.someCosts[:0], v.asked()...)
+		m.counts = m.someCounts[:len(m.costs)]
 		v.more = m
 	}
-	if len(v.more.parts) == maxParts {
+	m := v.more
+	if len(m.parts) == maxParts {
 		return nil, fmt.Errorf("%w: over %d of them in one call", ErrInvalidIdentifier, maxParts)
 	}
-	for i := range v.more.parts {
-		if v.more.parts[i].Identifier == id {
-			return nil, fmt.Errorf("%w: %.64q stands in two parts of one call", ErrInvalidIdentifier, id)
-		}
-	}
-	return v.more.add(id, rules), nil
-}
-
-// add adds a part and returns its costs, which are 0 and lie there until the next part is added.
-func (m *more) add(id string, rules *storage.RuleSet) []int64 {
 	from, n := len(m.costs), len(rules.Rules)
 	m.parts = append(m.parts, storage.Part{Identifier: id, Rules: rules})
-	if from == 0 && n > len(m.someCosts) {
-		room := &struct {
-			costs  [law.MaxBuckets]int64
-			counts [law.MaxBuckets]storage.Count
-		}{}
-		m.costs, m.counts = room.costs[:0], room.counts[:0]
-	}
 	m.costs = slices.Grow(m.costs, n)[:from+n]
 	m.counts = slices.Grow(m.counts, n)[:from+n]
-	clear(m.costs[from:])
-	return m.costs[from:]
+	clear(m.costs[from:]) // the room that Grow makes may hold anything
+	return m.costs[from:], nil
 }
 
-// parts are those of the request.
+// parts returns the parts of the request.
 func (v *Verdict) parts() []storage.Part {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.parts
-	case v.one[0].Rules != nil:
-		return v.one[:]
 	}
-	return nil
+	return v.few[:v.nParts]
 }
 
-// asked are the costs, and all the counts, of all buckets through all parts in order.
+// asked returns the costs of all buckets, through all parts in order; all returns their counts.
 func (v *Verdict) asked() []int64 {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.costs
-	case v.one[0].Rules != nil:
-		return v.costs[:len(v.one[0].Rules.Rules)]
 	}
-	return nil
+	return v.costs[:v.nBuckets]
 }
 
 func (v *Verdict) all() []storage.Count {
-	switch {
-	case v.more != nil:
+	if v.more != nil {
 		return v.more.counts
-	case v.one[0].Rules != nil:
-		return v.counts[:len(v.one[0].Rules.Rules)]
 	}
-	return nil
+	return v.counts[:v.nBuckets]
 }
 
-// answered takes over what a storage says beside the counts, which are in place. The source is not read from the answer,
-// or the compiler would take it for something that refers to the counts, and keep v on the heap.
+// answered takes over what a storage says besides the counts, which it has written in place. The source is a parameter of
+// its own on purpose: if it were read from a, escape analysis would conclude that v keeps what a points to, which includes
+// the counts in v itself, and would move every Verdict to the heap.
 func (v *Verdict) answered(a *storage.Answer, source string, mode storage.Mode) {
 	v.Allowed, v.source, v.degraded, v.at, v.peeked = a.Allowed, source, a.Degraded, a.At, mode == storage.Peek
 	v.tokens = a.Tokens
-	if a.Allowed && v.within == 0 {
-		return
+	if !a.Allowed || v.within != 0 {
+		v.waits()
 	}
+}
+
+// waits sets RetryAfter, or the Delay of a reservation, to the longest wait of any bucket.
+func (v *Verdict) waits() {
 	wait := &v.RetryAfter
-	if a.Allowed {
+	if v.Allowed {
 		wait = &v.Delay
 	}
-	for i := range a.Counts {
-		*wait = max(*wait, duration(a.Counts[i].RetryAfter))
+	counts := v.all()
+	for i := range counts {
+		*wait = max(*wait, duration(counts[i].RetryAfter))
 	}
 }

@@ -19,7 +19,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// leaky is one call each 100 ms.
+// leaky admits one call per 100 ms.
 func leaky(t *testing.T) *throttler.Throttler {
 	t.Helper()
 	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1)}})
@@ -400,7 +400,7 @@ func TestAWaitThatIsContentWithLessTakesWhatIsThere(t *testing.T) {
 	})
 }
 
-// jumpy is a clock that is moved after it was read and before a timer is made.
+// jumpy is a clock that moves after it was read and before a timer is made.
 type jumpy struct {
 	*clock.Mock
 	by time.Duration
@@ -425,7 +425,7 @@ func TestAClockThatMovesBeforeTheTimerIsMadeIsNotMissed(t *testing.T) {
 	}
 }
 
-// slow is a storage that takes its time, and answers any number of calls at once.
+// slow is a storage that answers late, and any number of calls at the same time.
 type slow struct {
 	*memstore.Storage
 	takes   time.Duration

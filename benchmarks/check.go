@@ -7,20 +7,20 @@ import (
 	"time"
 )
 
-// check is what came of askers who together asked for more than the tighter of two limits admits, on several
-// identifiers.
+// check is the result of many goroutines that together asked for more than the tighter of two limits admits, on several
+// identifiers. It shows whether a contender admits too much or too little under concurrency.
 type check struct {
 	idle         bool
 	want         int
-	least, most  int // admitted on an identifier
-	asked, wrong int // calls in all, and those that were errors
+	least, most  int // admitted on one identifier
+	asked, wrong int // all calls, and those that returned an error
 }
 
 const (
 	askers  = 64
-	asks    = 10 // of each
+	asks    = 10 // calls of each asker
 	admits  = 100
-	between = 2 * time.Hour // no token comes back
+	between = 2 * time.Hour // period: no token is refilled during the check
 )
 
 func (c check) String() string {
@@ -43,7 +43,8 @@ func (c check) String() string {
 	return text
 }
 
-// mark is what stands at a name in the tables.
+// mark returns the sign that follows a contender's name in the tables: † if it admitted too much, ‡ if it admitted too
+// little or returned errors.
 func (c check) mark() string {
 	switch {
 	case c.idle:
@@ -56,7 +57,7 @@ func (c check) mark() string {
 	return ""
 }
 
-// checkAll checks every contender, on so many identifiers.
+// checkAll checks every contender, each on this many identifiers.
 func checkAll(ctx context.Context, all []contender, identifiers int) (map[string]check, error) {
 	out := map[string]check{}
 	for _, c := range all {
@@ -88,7 +89,7 @@ func (c *check) ask(by contender, identifiers int) error {
 	return nil
 }
 
-// together lets all ask at once.
+// together lets all askers ask for one identifier at the same time.
 func together(a allow, id string) (admitted, wrong int) {
 	var wg sync.WaitGroup
 	start, tallies := make(chan struct{}), make([]tally, askers)

@@ -7,37 +7,37 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// limit is n calls in each period.
+// limit is n calls per period.
 type limit struct {
 	n      int64
 	period time.Duration
 }
 
-// plenty are limits that admit all that a turn asks for.
+// plenty returns limits that admit every call of a turn.
 func plenty(buckets int, n int64) []limit {
 	all := []limit{{n, 10 * time.Second}, {n, time.Hour}, {n, time.Minute}, {n, 10 * time.Minute},
 		{n, 20 * time.Minute}, {n, 30 * time.Minute}, {n, 2 * time.Hour}, {n, 10 * time.Hour}}
 	return all[:buckets]
 }
 
-// tight are limits of which the first admits one call only.
+// tight returns limits of which the first one admits a single call.
 func tight(buckets int) []limit {
 	return []limit{{1, time.Hour}, {1e9, 10 * time.Hour}}[:buckets]
 }
 
-// allow decides about one call of an identifier.
+// allow decides one call for an identifier.
 type allow func(id string) (bool, error)
 
 // contender is one way to decide.
 type contender struct {
 	name   string
-	module string // whose version the report names; none for this module and for what is written here
-	idle   bool   // a floor, which decides nothing
+	module string // the report names its version; empty for this module and for code written here
+	idle   bool   // a floor: it does the least that any limiter must do, and decides nothing
 	open   func([]limit) (allow, func(), error)
 }
 
-// us is this module with its defaults. It is not inlined into the list of contenders: in a closure of the package's
-// initialisation the compiler does not inline Consume, as it does in a handler.
+// us returns this module with its defaults. It must not be inlined into the list of contenders: in a closure of the
+// package's initialization the compiler does not inline Consume, but in a handler it does.
 //
 //go:noinline
 func us(name string, c func() (throttler.Config, func(), error)) contender {
@@ -57,7 +57,7 @@ func us(name string, c func() (throttler.Config, func(), error)) contender {
 	}}
 }
 
-// each is a peer that has a limiter for each limit: they are asked in turn, until one refuses.
+// each returns a peer that has a limiter for each limit. They are asked in turn, until one denies.
 func each(name, module string, open func(limit) (allow, func(), error)) contender {
 	return contender{name: name, module: module, open: func(limits []limit) (allow, func(), error) {
 		var all []allow
@@ -85,7 +85,7 @@ func inTurn(all []allow) allow {
 	}
 }
 
-// closers are what remains to be done, the last one first.
+// closers are the functions to be called at the end, the last one first.
 type closers []func()
 
 func (c closers) close() {
@@ -96,7 +96,7 @@ func (c closers) close() {
 
 func nothing() {}
 
-// entrant is a contender that is open.
+// entrant is an opened contender.
 type entrant struct {
 	contender
 	allow allow

@@ -8,7 +8,7 @@ import (
 	"slices"
 )
 
-// curve is the rows at each place of the axis.
+// curve has the rows at each place on the axis.
 type curve struct {
 	at   []int
 	rows [][]row
@@ -28,7 +28,7 @@ func (b *bench) growth(ctx context.Context) error {
 	return nil
 }
 
-// moreBuckets is the hot identifier, on one processor.
+// moreBuckets measures one identifier with more and more buckets, on one processor.
 func (b *bench) moreBuckets(ctx context.Context) (out curve, err error) {
 	ids := uniform(1)
 	for _, n := range []int{1, 2, 3, 4, 6, 8} {
@@ -47,15 +47,15 @@ func (b *bench) moreBuckets(ctx context.Context) (out curve, err error) {
 	return out, nil
 }
 
-// sizes of moreIdentifiers. The last one takes half a minute, and so is reached in the first round only, and by
-// those of far only.
+// The sizes of moreIdentifiers. The last one takes half a minute, so only the contenders in far reach it, in the first round
+// only.
 var (
 	sizes = []int{1000, 10_000, 100_000, million, 10 * million}
 	far   = []string{"throttler", "x/time/rate in a map", "go-limiter, memory", "counters by hand"}
 )
 
-// moreIdentifiers grows each contender from the first size to the last in one round and makes decisions
-// at each of them, on identifiers that are all as likely.
+// moreIdentifiers grows each contender from the first size to the last in one round, and makes decisions at each size. All
+// identifiers are equally likely.
 func (b *bench) moreIdentifiers(ctx context.Context) (out curve, err error) {
 	if !b.wants("growth/identifiers") {
 		return out, nil
@@ -95,7 +95,7 @@ func (b *bench) moreIdentifiers(ctx context.Context) (out curve, err error) {
 	return out, nil
 }
 
-// growTo stops before the memory of the machine is exceeded.
+// growTo returns a turn for each size. It stops before the machine's memory is exceeded.
 func (b *bench) growTo(ctx context.Context, sizes []int, c *contender, ids [][]string) (out []turn, err error) {
 	before := heap()
 	a, done, err := c.open(plenty(2, 1e9))
@@ -123,14 +123,15 @@ func (b *bench) growTo(ctx context.Context, sizes []int, c *contender, ids [][]s
 	return out, ctx.Err()
 }
 
-// fits says whether the memory of the machine suffices when what came to the heap since before gets so many
-// times as much. The heap may grow to twice of what lives in it until it is collected.
+// fits reports whether the machine's memory suffices if what was added to the heap since before grows by this factor. Until
+// it is collected, a heap may grow to twice its live size.
 func fits(before, times float64) bool {
 	free := available()
 	return free == 0 || 3*times*(heap()-before) < free
 }
 
-// someOf are 2^16 identifiers of n, so that the strings themselves take as much of the caches for each n.
+// someOf returns 2^16 random identifiers out of n. The number is fixed, so that the strings themselves take the same part of
+// the processor's caches for each n.
 func someOf(n int) []string {
 	random := rand.New(rand.NewPCG(1, uint64(n)))
 	out := make([]string, 1<<16)

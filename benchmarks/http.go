@@ -25,7 +25,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// middleware limits each address by two limits, in this process.
+// middleware has two limits for each address, in this process.
 type middleware struct {
 	name string
 	wrap func(http.Handler) (http.Handler, error)
@@ -60,7 +60,7 @@ func throttlerMiddleware(fields throttlerhttp.Fields) func(http.Handler) (http.H
 	}
 }
 
-// fieldsOnly is the floor of middleware that tells clients their limits: it sets two fields, which are always the same.
+// fieldsOnly is the floor for middleware that tells clients their limits. It sets two fields to constant values.
 func fieldsOnly(h http.Handler) (http.Handler, error) {
 	policy, level := []string{`"100000000/10s";q=100000000;w=10, "100000000/1h";q=100000000;w=3600`}, []string{`"100000000/10s";r=99999999;t=10, "100000000/1h";r=99999999;t=3600`}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -70,7 +70,7 @@ func fieldsOnly(h http.Handler) (http.Handler, error) {
 	}), nil
 }
 
-// nested is a middleware for each limit, around another.
+// nested puts a middleware for each limit around another.
 func nested(one func(limit, http.Handler) (http.Handler, error)) func(http.Handler) (http.Handler, error) {
 	return func(h http.Handler) (_ http.Handler, err error) {
 		for _, l := range plenty(2, 1e8) {
@@ -135,7 +135,7 @@ func (b *bench) http(ctx context.Context) error {
 		all = append(all, contender{name: m.name})
 	}
 	turns, err := rounds(ctx, b, name, len(all), func(i int) (turn, error) {
-		url, done, err := serve(middlewares[i]) // a new limiter, as in the process
+		url, done, err := serve(middlewares[i]) // a new limiter for each turn, as for the cases in process
 		if err != nil {
 			return turn{}, fmt.Errorf("%s: %w", all[i].name, err)
 		}
@@ -149,7 +149,7 @@ func (b *bench) http(ctx context.Context) error {
 	return nil
 }
 
-// serve answers each request with two bytes.
+// serve starts a server that answers each request with two bytes.
 func serve(m middleware) (url string, done func(), err error) {
 	h, err := m.wrap(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") }))
 	if err != nil {
@@ -164,7 +164,7 @@ func serve(m middleware) (url string, done func(), err error) {
 	return "http://" + l.Addr().String() + "/", func() { _ = s.Close() }, nil
 }
 
-// request lets wrk ask for a second, which is the least that it does.
+// request lets wrk send requests for a second, which is the shortest time it accepts.
 func request(ctx context.Context, wrk, url string) (t turn, err error) {
 	before := ownTime()
 	out, err := exec.CommandContext(ctx, wrk, "-t1", "-c64", "-d1s", "--latency", url).CombinedOutput()

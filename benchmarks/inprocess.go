@@ -13,19 +13,19 @@ import (
 
 const million = 1_000_000
 
-// place is under what a case in the process runs.
+// place is the conditions of a case in process: how many buckets an identifier has, and how many processors decide.
 type place struct{ buckets, procs int }
 
 func (p place) String() string { return fmt.Sprintf("buckets=%d/procs=%d", p.buckets, p.procs) }
 
 func places() []place { return []place{{1, 1}, {2, 1}, {1, 2}, {2, 2}} }
 
-// grid is the rows of each place.
+// grid has the rows of each place.
 type grid map[place][]row
 
 func (b *bench) wants(name string) bool { return b.only.MatchString(name) }
 
-// quick is the length of a turn in the process.
+// quick returns the length of a turn in process.
 func (b *bench) quick() time.Duration { return b.d / 4 }
 
 func (b *bench) inProcess(ctx context.Context) error {
@@ -53,7 +53,7 @@ func (b *bench) inProcess(ctx context.Context) error {
 	return nil
 }
 
-// hot makes all decisions on one identifier.
+// hot measures decisions that are all on one identifier.
 func (b *bench) hot(ctx context.Context, name string, want bool, limits func(n int) []limit) (grid, error) {
 	out, ids := grid{}, uniform(1)
 	for _, p := range places() {
@@ -86,14 +86,14 @@ func rowsOf(all []contender, turns [][]turn) []row {
 	return rows
 }
 
-// hotTurn is with a limiter that is new, so that no turn depends on another.
+// hotTurn plays a turn on a new limiter, so that no turn depends on an earlier one.
 func (b *bench) hotTurn(c *contender, limits []limit, procs int, ids []string, want bool) (turn, error) {
 	a, done, err := c.open(limits)
 	if err != nil {
 		return turn{}, err
 	}
 	defer done()
-	if _, err := a(ids[0]); err != nil { // takes the one token of a tight limit
+	if _, err := a(ids[0]); err != nil { // takes the only token of a tight limit
 		return turn{}, err
 	}
 	return spinOn(procs, b.quick(), ids, want || c.idle, a)
@@ -103,13 +103,13 @@ func spinOn(procs int, d time.Duration, ids []string, want bool, a allow) (turn,
 	runtime.GC()
 	runtime.GOMAXPROCS(procs)
 	work := func(stop *atomic.Bool) tally { return spin(ids, want, a, stop) }
-	_, _, _ = load(procs, d/10, work) // does not count
+	_, _, _ = load(procs, d/10, work) // a warm-up, which does not count
 	t, _, err := load(procs, d, work)
 	return t, t.check(err)
 }
 
-// zipf makes decisions on a million identifiers, and tells what memory they take. A contender is filled
-// once a round, for the turns on one processor and on two.
+// zipf measures decisions on a million identifiers, and the memory that these take. A contender is filled once per round,
+// for the turns on one processor and on two.
 func (b *bench) zipf(ctx context.Context) (grid, error) {
 	out, ids := grid{}, []string(nil)
 	for _, buckets := range []int{1, 2} {
@@ -140,7 +140,7 @@ func (b *bench) zipf(ctx context.Context) (grid, error) {
 }
 
 func (b *bench) zipfTurns(ctx context.Context, c *contender, limits []limit, ids []string) (out [2]turn, err error) {
-	_ = heap() // what finalizers keep the first time
+	_ = heap() // a first collection frees what finalizers still keep
 	before := heap()
 	a, done, err := c.open(limits)
 	if err != nil {
@@ -160,11 +160,11 @@ func (b *bench) zipfTurns(ctx context.Context, c *contender, limits []limit, ids
 	return out, err
 }
 
-// fill makes one decision on each identifier. Each is a string of its own, as one that came with a request,
-// so that who keeps it pays for it.
+// fill makes one decision on each identifier. Each identifier is a new string, as if it came with a request, so its memory
+// counts for a contender that keeps it.
 func fill(ctx context.Context, a allow, from, to int) error {
 	runtime.GOMAXPROCS(runtime.NumCPU())
-	if free := available(); free > 0 { // collecting garbage would take most of the time
+	if free := available(); free > 0 { // no garbage collection here: it would take most of the time
 		defer debug.SetMemoryLimit(debug.SetMemoryLimit(int64(heap() + free/2)))
 		defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	}
@@ -179,7 +179,7 @@ func fill(ctx context.Context, a allow, from, to int) error {
 	return nil
 }
 
-// heap is what lives of it.
+// heap returns the bytes that are live on the heap.
 func heap() float64 {
 	runtime.GC()
 	var m runtime.MemStats
@@ -187,7 +187,7 @@ func heap() float64 {
 	return float64(m.HeapAlloc)
 }
 
-// available is the memory that the machine has left, in bytes; 0 where it is not known.
+// available returns the machine's free memory in bytes, or 0 if it is not known.
 func available() (n float64) {
 	info, err := os.ReadFile("/proc/meminfo")
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// machine describes what this runs on.
+// machine describes the machine that this runs on.
 func machine() string {
 	text := fmt.Sprintf("%d processors", runtime.NumCPU())
 	if model := find("/proc/cpuinfo", "model name"); model != "" {
@@ -26,7 +26,7 @@ func machine() string {
 	return text + ", " + runtime.Version()
 }
 
-// find returns what a file says after "key:".
+// find returns what follows "key:" in a file.
 func find(file, key string) string {
 	text, _ := os.ReadFile(file)
 	for line := range strings.Lines(string(text)) {
@@ -37,7 +37,7 @@ func find(file, key string) string {
 	return ""
 }
 
-// commit is what is checked out here.
+// commit names the commit that is checked out.
 func commit() string {
 	out, err := exec.Command("git", "describe", "--always", "--tags", "--dirty=, with changes that are not committed").Output()
 	if err != nil {
@@ -46,7 +46,7 @@ func commit() string {
 	return strings.TrimSpace(string(out))
 }
 
-// versions are those of the modules that this program is built from.
+// versions returns the versions of the modules that this program is built from.
 func versions() map[string]string {
 	out := map[string]string{}
 	if info, ok := debug.ReadBuildInfo(); ok {

@@ -1,6 +1,5 @@
-// Command benchmarks puts this module beside its peers, in one run on one machine, and writes
-// docs/benchmarks.md with its charts. It starts the servers that it needs. "make bench" runs it; a quick
-// look at one part is
+// Command benchmarks compares this module with its peers, in one run on one machine, and writes docs/benchmarks.md with its
+// charts. It starts the servers that it needs. "make bench" runs it. For a quick look at one part, run
 //
 //	go run . -only redis -rounds 3 -d 100ms
 package main
@@ -32,7 +31,7 @@ func main() {
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends at once
+	context.AfterFunc(ctx, stop) // a second signal then ends the process at once
 	if err := b.run(ctx, *out); err != nil {
 		if ctx.Err() != nil {
 			err = errors.New("interrupted")
@@ -47,11 +46,11 @@ type bench struct {
 	rounds int
 	d      time.Duration
 	only   *regexp.Regexp
-	first  int // the number of the first round, which says who begins
+	first  int // the number of the first round: it decides which contender begins
 	report report
 }
 
-// fewer is half as many rounds, for what takes long.
+// fewer returns a run with half as many rounds, for slow cases.
 func (b *bench) fewer() *bench { return &bench{rounds: (b.rounds + 1) / 2, d: b.d} }
 
 func (b *bench) check(out string) error {

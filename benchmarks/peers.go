@@ -19,8 +19,8 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// inProcess are those that decide in this process, each as its README does it. What limits one thing only
-// is kept in a map by identifiers.
+// inProcess are the contenders that decide in this process, each used as its README shows. A limiter that has no identifiers
+// is kept in a map by identifier.
 var inProcess = []contender{
 	us("throttler", func() (throttler.Config, func(), error) { return throttler.Config{}, nothing, nil }),
 	keyed("x/time/rate in a map", "golang.org/x/time", func(l limit) *rate.Limiter {
@@ -37,7 +37,7 @@ var inProcess = []contender{
 	{name: "floor: time.Since", idle: true, open: clock},
 }
 
-// keyed is a map of limiters, behind a mutex.
+// keyed returns a contender that is a map of limiters behind a mutex.
 func keyed[T any](name, module string, one func(limit) T, allowed func(T) bool) contender {
 	return contender{name: name, module: module, open: func(limits []limit) (allow, func(), error) {
 		var mu sync.Mutex
@@ -74,7 +74,7 @@ func goLimiter(l limit) (allow, func(), error) {
 	}, func() { _ = store.Close(context.Background()) }, err
 }
 
-// throttledMemory forgets nothing: with the 65,536 identifiers of the README it would, of a million.
+// throttledMemory has no bound on its identifiers. With the 65,536 of the README it would forget most of a million.
 func throttledMemory(l limit) (allow, func(), error) {
 	store, err := memstore.NewCtx(0)
 	if err != nil {
@@ -108,14 +108,14 @@ func ululeOn(store limiter.Store, l limit) allow {
 	}
 }
 
-// chiRate is asked without the fields of an answer, which its README lets one omit.
+// chiRate leaves out the header fields of an answer, as its README allows.
 func chiRate(l limit) (allow, func(), error) {
 	limiter := httprate.NewRateLimiter(int(l.n), l.period, httprate.WithResponseHeaders(httprate.ResponseHeaders{}))
 	request, err := http.NewRequest(http.MethodGet, "/", nil)
 	return func(id string) (bool, error) { return !limiter.OnLimit(nil, request, id), nil }, nothing, err
 }
 
-// counters are fixed windows in a map of 64 shards: what one writes who needs no more.
+// counters are fixed windows in a map of 64 shards: what a programmer writes by hand if that is all that is needed.
 func counters(l limit) (allow, func(), error) {
 	type counter struct {
 		window time.Duration
@@ -124,7 +124,7 @@ func counters(l limit) (allow, func(), error) {
 	type shard struct {
 		sync.Mutex
 		counters map[string]*counter
-		_        [48]byte // two in one cache line would wait for each other
+		_        [48]byte // padding, since shards on one cache line would slow each other down
 	}
 	var shards [64]shard
 	for i := range shards {

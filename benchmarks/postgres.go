@@ -17,8 +17,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// onPostgresAt are those that decide in a Postgres, each with a pool of its own. There is no peer in Go: the
-// patterns are those of other languages, written here as their sources do it. A floor decides nothing.
+// onPostgresAt returns the contenders that decide in a Postgres, each with a pool of its own. There is no peer in Go, so the
+// others are libraries of other languages, rewritten here with the statements of their sources. A floor decides nothing.
 func onPostgresAt(url string) []contender {
 	pattern := func(name string, idle bool, open func(*pgxpool.Pool, []limit) (allow, error)) contender {
 		return contender{name: name, idle: idle, open: func(limits []limit) (allow, func(), error) {
@@ -46,13 +46,13 @@ func throttlerOnPostgres(url string, o pgstore.Options) func() (throttler.Config
 		if err != nil {
 			return throttler.Config{}, nil, err
 		}
-		o.Timeout = 10 * time.Second // the patterns have none
+		o.Timeout = 10 * time.Second // the other contenders have no timeout
 		store, err := pgstore.New(context.Background(), pool, &o)
 		return throttler.Config{Storage: store}, func() { _ = store.Close(context.Background()); pool.Close() }, err
 	}
 }
 
-// upserts are those of rate-limiter-flexible (Node): a statement for each limit.
+// upserts works as rate-limiter-flexible (Node) does: one upsert for each limit.
 func upserts(pool *pgxpool.Pool, limits []limit) (allow, error) {
 	const upsert = `INSERT INTO upserts VALUES ($1, $2, $3) ON CONFLICT (key) DO UPDATE SET
 		points = CASE WHEN upserts.expire <= $4 THEN $2 ELSE upserts.points + $2 END,
@@ -71,7 +71,7 @@ func upserts(pool *pgxpool.Pool, limits []limit) (allow, error) {
 	}, err
 }
 
-// forUpdate is Bucket4j (Java): the state of all limits is a row, which is locked, read and written.
+// forUpdate works as Bucket4j (Java) does: one row has the state of all limits, and is locked, read and written.
 func forUpdate(pool *pgxpool.Pool, limits []limit) (allow, error) {
 	ctx := context.Background()
 	_, err := pool.Exec(ctx, "CREATE TABLE IF NOT EXISTS buckets (id text PRIMARY KEY, state bytea)")
@@ -102,7 +102,7 @@ func forUpdate(pool *pgxpool.Pool, limits []limit) (allow, error) {
 	}, err
 }
 
-// take counts in windows, whose end and number are 16 bytes for each limit.
+// take counts in windows. For each limit the state has 16 bytes: the end of the window, in microseconds, and the count.
 func take(state []byte, limits []limit) ([]byte, bool) {
 	if state == nil {
 		state = make([]byte, 16*len(limits))
@@ -165,8 +165,8 @@ func (b *bench) onPostgres(ctx context.Context) error {
 	return nil
 }
 
-// failover is Redis alone beside failover over the same Redis, while nothing fails. Its turns are longer, so
-// that what it tells Postgres ten times a second is in them, and what is left of that is waited for.
+// failover compares Redis alone with failover over the same Redis, while nothing fails. Failover writes to Postgres ten times
+// a second. Turns are longer so that they contain these writes, and before each turn the pending ones are waited for.
 func (b *bench) failover(ctx context.Context) error {
 	cases := b.wanted("failover", []crowd{{1000, 1}, {1000, 64}, {1, 1}, {1, 64}})
 	if len(cases) == 0 {

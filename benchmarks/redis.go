@@ -16,7 +16,7 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// onRedisAt are those that decide in a Redis, each with a client of its own. A floor calls a script that does
+// onRedisAt returns the contenders that decide in a Redis, each with a client of its own. A floor calls a script that does
 // nothing.
 func onRedisAt(url string) []contender {
 	with := func(open func(*goredis.Client, limit) (allow, error)) func(limit) (allow, func(), error) {
@@ -53,7 +53,7 @@ func throttlerOnRedis(url string) func() (throttler.Config, func(), error) {
 	}
 }
 
-// prefix keeps the limits of a peer apart.
+// prefix keeps the keys of a peer's limits apart.
 func prefix(l limit) string { return l.period.String() + ":" }
 
 func redisRate(client *goredis.Client, l limit) (allow, error) {
@@ -103,7 +103,7 @@ func autoPipeline(client *goredis.Client, _ limit) (allow, error) {
 	}, err
 }
 
-// rueidisAt shares connections by itself when calls are concurrent.
+// rueidisAt is the floor of rueidis, which pipelines concurrent calls on shared connections by itself.
 func rueidisAt(url string) (allow, func(), error) {
 	o, err := rueidis.ParseURL(url)
 	if err != nil {
@@ -120,7 +120,7 @@ func rueidisAt(url string) (allow, func(), error) {
 	}, client.Close, nil
 }
 
-// crowd is under what a case with a server runs.
+// crowd is the conditions of a case with a server.
 type crowd struct{ identifiers, goroutines int }
 
 func (c crowd) String() string {
@@ -136,7 +136,7 @@ func crowds(many int) (all []crowd) {
 	return all
 }
 
-// wanted are those cases of the name that are to run.
+// wanted returns the cases that the flag -only selects.
 func (b *bench) wanted(name string, all []crowd) (out []crowd) {
 	for _, c := range all {
 		if b.wants(name + "/" + c.String()) {
@@ -169,14 +169,14 @@ func (b *bench) onRedis(ctx context.Context) error {
 	return nil
 }
 
-// result is the rows of a case with a server.
+// result has the rows of a case with a server.
 type result struct {
 	crowd crowd
 	rows  []row
 }
 
-// onServer opens all contenders once, and lets each make a decision on every identifier before it counts.
-// Settle is called before each turn.
+// onServer opens all contenders once and plays all cases. Before anything counts each contender makes a decision on every
+// identifier. settle is called before each turn.
 func (b *bench) onServer(ctx context.Context, name string, all []contender, cases []crowd, limits []limit,
 	d time.Duration, used func() time.Duration, settle func()) (out []result, err error) {
 	entrants, done, err := open(all, limits)

@@ -12,17 +12,17 @@ import (
 	"time"
 )
 
-// report is docs/benchmarks.md in the making.
+// report builds docs/benchmarks.md.
 type report struct {
 	body    bytes.Buffer
-	charts  map[string]string // by the names of the files
-	modules map[string]bool   // whose versions it names
+	charts  map[string]string // by file name
+	modules map[string]bool   // modules whose versions it names
 	servers map[string]bool
 }
 
 func (r *report) printf(format string, args ...any) { fmt.Fprintf(&r.body, format, args...) }
 
-// chart puts a picture into the text.
+// chart adds a picture to the text.
 func (r *report) chart(file, title, svg string) {
 	if r.charts == nil {
 		r.charts = map[string]string{}
@@ -31,7 +31,7 @@ func (r *report) chart(file, title, svg string) {
 	r.printf("![%s](benchmarks/%s)\n\n", title, file)
 }
 
-// table writes rows of cells, of which the first row is the head. All columns but the first are numbers.
+// table writes rows of cells. The first row is the header, and all columns but the first are numbers.
 func (r *report) table(rows [][]string) {
 	for i, cells := range rows {
 		r.printf("| %s |\n", strings.Join(cells, " | "))
@@ -42,7 +42,7 @@ func (r *report) table(rows [][]string) {
 	r.printf("\n")
 }
 
-// spreads collects how far the ratios of a table differ from round to round.
+// spreads collects how much the ratios in a table vary from round to round.
 type spreads []float64
 
 func (s spreads) String() string {
@@ -78,7 +78,7 @@ func (r *report) inProcess(allowed, denied, zipf grid, checks map[string]check) 
 	r.checks(checks, inProcess)
 }
 
-// grid is a table with a column for each place.
+// grid writes a table with a column for each place.
 func (r *report) grid(title string, g grid, checks map[string]check) {
 	if len(g) == 0 {
 		return
@@ -106,7 +106,7 @@ func (r *report) grid(title string, g grid, checks map[string]check) {
 	r.printf("%v", spread)
 }
 
-// timeCell is the time of row i, and its ratio to that of the first.
+// timeCell returns the time of row i, and its ratio to that of the first row.
 func timeCell(rows []row, i int, spread *spreads) string {
 	if len(rows[i].turns) == 0 {
 		return "–"
@@ -120,7 +120,7 @@ func timeCell(rows []row, i int, spread *spreads) string {
 	return text + failures(&rows[i])
 }
 
-// failures says how many of the calls failed, if any did.
+// failures says what part of the calls failed, or nothing if none did.
 func failures(r *row) string {
 	switch share := r.median(turn.share); {
 	case share == 0:
@@ -192,7 +192,7 @@ func (r *report) curve(what, title string, c curve) {
 	r.printf("%v", spread)
 }
 
-// server is the tables of all cases with one server.
+// server writes the tables of all cases with one server.
 func (r *report) server(name, version string, results []result, checks map[string]check) {
 	if r.servers == nil {
 		r.servers = map[string]bool{}
@@ -218,7 +218,7 @@ func (r *report) server(name, version string, results []result, checks map[strin
 	r.checks(checks, all)
 }
 
-// crowdChart is of the results with so many identifiers, which come first.
+// crowdChart draws the results with this many identifiers.
 func (r *report) crowdChart(name string, identifiers int, results []result) {
 	var c curve
 	for _, one := range results {
@@ -289,7 +289,7 @@ func (r *report) noHTTP() {
 	r.printf("## HTTP\n\nIt was left out: there was no wrk on the machine.\n\n")
 }
 
-// finish adds what stands before and after, and writes or prints it all.
+// finish adds the beginning and the end of the report, and writes it to a folder or prints it.
 func (r *report) finish(b *bench, began time.Time, out string) error {
 	if r.body.Len() == 0 {
 		return fmt.Errorf("no case matches %q", b.only)
@@ -372,7 +372,7 @@ func title(s string) string {
 	return s
 }
 
-// number has three digits, or all that stand before the point.
+// number formats x with three digits, or with all of its digits before the point if these are more.
 func number(x float64) string {
 	switch {
 	case x >= 1000:

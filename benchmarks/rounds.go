@@ -8,17 +8,17 @@ import (
 	"time"
 )
 
-var start = time.Now() // of the program
+var start = time.Now() // when the program started
 
-// row is what one contender did in a case, a turn each round.
+// row is what one contender did in a case: a turn for each round.
 type row struct {
 	contender
 
 	turns []turn
 }
 
-// rounds lets n contenders play, in each round another one first, and in every second one backwards, so that
-// none always follows the same other.
+// rounds lets n contenders play a turn in each round. In each round another one begins, and every second round goes
+// backwards, so that no contender always follows the same other one.
 func rounds[T any](ctx context.Context, b *bench, name string, n int, play func(i int) (T, error)) ([][]T, error) {
 	fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(start).Seconds(), name)
 	out := make([][]T, n)
@@ -51,8 +51,8 @@ func (r *row) values(of func(turn) float64) []float64 {
 	return out
 }
 
-// against is how many times the decisions of other this row made: the median of the ratios of each round, and
-// how far from it, as a part of it, the middle half of them reaches.
+// against compares the decisions per second of r with those of other. The ratio is the median of the ratios within each
+// round. The spread is how far the middle half of these ratios reaches from it, as a fraction of it.
 func (r *row) against(other *row) (ratio, spread float64) {
 	all := make([]float64, len(r.turns))
 	for i := range all {
@@ -62,7 +62,7 @@ func (r *row) against(other *row) (ratio, spread float64) {
 	return ratio, max(quantile(all, 0.75)-ratio, ratio-quantile(all, 0.25)) / ratio
 }
 
-// quantile is between the two nearest values where q falls between them.
+// quantile returns the q-quantile of the values. Between two values it interpolates.
 func quantile(all []float64, q float64) float64 {
 	if len(all) == 0 {
 		return 0

@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/internal/servers"
 )
 
-// server is one that was started for this run, and what its processes took of the processors so far: below 0
+// server is a server that was started for this run. used returns the processor time of its processes so far, or less than 0
 // if that is not known.
 type server struct {
 	url     string
@@ -51,7 +51,7 @@ func startRedis(ctx context.Context) (*server, error) {
 	return &server{s.URL(), "Redis " + info("server", "redis_version"), used, func() { _ = client.Close(); _ = s.Close() }}, nil
 }
 
-// redisClient is what each contender gets one of.
+// redisClient returns a client. Each contender gets one of its own.
 func redisClient(url string) (*goredis.Client, error) {
 	o, err := goredis.ParseURL(url)
 	if err != nil {
@@ -77,11 +77,11 @@ func startPostgres(ctx context.Context) (*server, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
-	// What a process took that has ended is not seen; the connections of the pools stay.
+	// The time of a process that has ended is lost, but the pools keep their connections, and with them the processes.
 	return &server{s.URL(), "Postgres " + version, func() time.Duration { return family(pid) }, func() { _ = s.Close() }}, nil
 }
 
-// postgresPool is what each contender gets one of.
+// postgresPool returns a pool. Each contender gets one of its own.
 func postgresPool(url string) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
@@ -91,14 +91,15 @@ func postgresPool(url string) (*pgxpool.Pool, error) {
 	return pgxpool.NewWithConfig(context.Background(), config)
 }
 
-// family is the processor time of a process and its children, which have one thread each.
+// family returns the processor time of a process and its children, which have one thread each. It is below 0 if that is not
+// known.
 func family(pid int) (sum time.Duration) {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	sum = -1
 	for _, path := range stats {
 		stat, err := os.ReadFile(path)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
 		var state string
 		var self, parent int
@@ -107,7 +108,7 @@ func family(pid int) (sum time.Duration) {
 		if self != pid && parent != pid {
 			continue
 		}
-		var ran int64 // of schedstat and not of stat, which counts hundredths of a second
+		var ran int64 // nanoseconds from schedstat, since stat counts hundredths of a second
 		if scheduled, err := os.ReadFile(filepath.Join(filepath.Dir(path), "schedstat")); err == nil {
 			_, _ = fmt.Sscan(string(scheduled), &ran)
 			sum = max(sum, 0) + time.Duration(ran)

@@ -8,8 +8,7 @@ import (
 	"strings"
 )
 
-// The background is part of a picture, so that it can be read on any page. throttler is blue, those that
-// decide nothing are dashed.
+// A picture has its own background, so that it can be read on any page. throttler is blue, and floors are dashed.
 const svgHead = `<svg xmlns="http://www.w3.org/2000/svg" width="640" height="%[1]d" viewBox="0 0 640 %[1]d" role="img">
 <title>%[2]s</title>
 <style>
@@ -33,7 +32,7 @@ func svgStart(height int, title, what string) *strings.Builder {
 	return &s
 }
 
-// class is how row i of all is drawn.
+// class returns the style of row i: ours, a floor's or a peer's.
 func class(rows []row, i int) string {
 	switch {
 	case i == 0:
@@ -44,7 +43,7 @@ func class(rows []row, i int) string {
 	return ""
 }
 
-// barChart has a bar for each row, as long as the figure.
+// barChart draws a bar for each row, as long as its figure.
 func barChart(title, what, format string, rows []row, figure func(turn) float64) string {
 	const step, from, long = 24, 190, 370
 	most := 0.0
@@ -77,13 +76,13 @@ func grouped(digits string) string {
 	return thousands(n)
 }
 
-// Places of a line chart, in pixels.
+// The area of a line chart that has the lines, in pixels.
 const (
 	plotLeft, plotRight = 70, 470
 	plotTop, plotBottom = 62, 292
 )
 
-// lineChart has a line for each row, through its figure at each place. Both axes are logarithms.
+// lineChart draws a line for each row, through its figure at each place. Both axes are logarithmic.
 func lineChart(title, what, axis string, c curve, figure func(turn) float64) string {
 	low, high := extent(c, figure)
 	x := func(n int) float64 {
@@ -105,7 +104,7 @@ func lineChart(title, what, axis string, c curve, figure func(turn) float64) str
 	return s.String() + "</svg>\n"
 }
 
-// extent is a little more than what the figures reach.
+// extent returns a range that is a little wider than the range of the figures.
 func extent(c curve, figure func(turn) float64) (low, high float64) {
 	low = math.Inf(1)
 	for _, rows := range c.rows {
@@ -134,7 +133,7 @@ func drawGrid(s *strings.Builder, c curve, axis string, low, high float64, x fun
 	fmt.Fprintf(s, `<text class="mid" x="%d" y="%d">%s</text>`+"\n", (plotLeft+plotRight)/2, plotBottom+32, axis)
 }
 
-// label stands at the end of a line.
+// label is the name at the end of a line.
 type label struct {
 	text, class string
 	y           float64
@@ -156,7 +155,7 @@ func drawLine(s *strings.Builder, c curve, i int, figure func(turn) float64, x f
 	return l, true
 }
 
-// drawLabels keeps them apart.
+// drawLabels draws the labels and keeps them apart. First it moves each down if it is too close to the one above it.
 func drawLabels(s *strings.Builder, labels []label) {
 	slices.SortFunc(labels, func(a, b label) int { return int(math.Copysign(1, a.y-b.y)) })
 	const apart = 14
@@ -165,7 +164,7 @@ func drawLabels(s *strings.Builder, labels []label) {
 			labels[i].y = max(labels[i].y, labels[i-1].y+apart)
 		}
 	}
-	for i := len(labels) - 1; i >= 0; i-- { // those that were pushed below the plot push the others up
+	for i := len(labels) - 1; i >= 0; i-- { // then labels that are below the plot move up, and so do those above them
 		lowest := float64(plotBottom)
 		if i < len(labels)-1 {
 			lowest = labels[i+1].y - apart

@@ -13,11 +13,11 @@ import (
 
 // turn is what one contender did in one turn.
 type turn struct {
-	decisions, failed int // failed are errors and wrong verdicts, which are not among the decisions
+	decisions, failed int // failed counts errors and wrong verdicts, which are not decisions
 	elapsed           time.Duration
-	p50, p99          time.Duration // of the time for a decision
-	client, server    time.Duration // of processors; server is below 0 where it is not known
-	bytes             float64       // of an identifier
+	p50, p99          time.Duration // of the time that a decision took
+	client, server    time.Duration // processor time; server is below 0 if it is not known
+	bytes             float64       // memory of one identifier
 }
 
 func (t turn) perSecond() float64 { return float64(t.decisions) / t.elapsed.Seconds() }
@@ -26,7 +26,7 @@ func (t turn) nanoseconds() float64 {
 }
 func (t turn) share() float64 { return float64(t.failed) / max(1, float64(t.failed+t.decisions)) }
 
-// check returns an error if all calls failed. That some do is told in the report.
+// check returns an error if all calls failed. If only some did, the report says so.
 func (t turn) check(err error) error {
 	if t.decisions > 0 {
 		return nil
@@ -38,10 +38,10 @@ func (t turn) check(err error) error {
 type tally struct {
 	decisions, failed int
 	took              []time.Duration
-	err               error // one of those that failed
+	err               error // of one of the failed calls
 }
 
-// load lets so many goroutines work until the time is over, and waits for them.
+// load lets this many goroutines work for the time d, and waits for them.
 func load(goroutines int, d time.Duration, work func(stop *atomic.Bool) tally) (t turn, took []time.Duration, err error) {
 	var stop atomic.Bool
 	var wg sync.WaitGroup
@@ -60,7 +60,8 @@ func load(goroutines int, d time.Duration, work func(stop *atomic.Bool) tally) (
 	return t, took, err
 }
 
-// spin makes decisions in this process, on the identifiers from any place on. Their number is a power of two.
+// spin makes decisions in this process, on the identifiers in turn from a random one on. Their number must be a power of two.
+// It looks at stop only every 64 decisions, since reading it takes time.
 func spin(ids []string, want bool, a allow, stop *atomic.Bool) (t tally) {
 	at := rand.IntN(len(ids))
 	for !stop.Load() {
@@ -76,7 +77,7 @@ func spin(ids []string, want bool, a allow, stop *atomic.Bool) (t tally) {
 	return t
 }
 
-// wait makes decisions that take longer, and measures each.
+// wait makes decisions that take longer than those of spin, and measures each of them.
 func wait(ids []string, a allow, stop *atomic.Bool) (t tally) {
 	for at := rand.IntN(len(ids)); !stop.Load(); at++ {
 		began := time.Now()
@@ -90,11 +91,11 @@ func wait(ids []string, a allow, stop *atomic.Bool) (t tally) {
 	return t
 }
 
-// onServer is a turn with a server, whose processor time the meter tells. A fifth of the time before it does
-// not count.
+// onServer plays a turn with a server. meter returns the server's processor time. A warm-up of a fifth of the time comes
+// first.
 func onServer(goroutines int, d time.Duration, ids []string, a allow, meter func() time.Duration) (turn, error) {
 	work := func(stop *atomic.Bool) tally { return wait(ids, a, stop) }
-	_, _, _ = load(goroutines, d/5, work) // does not count
+	_, _, _ = load(goroutines, d/5, work) // the warm-up, which does not count
 	server, client := meter(), ownTime()
 	t, took, err := load(goroutines, d, work)
 	if err := t.check(err); err != nil {
@@ -109,7 +110,7 @@ func onServer(goroutines int, d time.Duration, ids []string, a allow, meter func
 	return t, nil
 }
 
-// ownTime is the processor time of this process.
+// ownTime returns the processor time of this process.
 func ownTime() time.Duration {
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
@@ -118,7 +119,7 @@ func ownTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// uniform are identifiers of 16 bytes, drawn at random from n, and skewed by Zipf's law.
+// uniform returns identifiers that are drawn at random from n; skewed draws them by Zipf's law.
 func uniform(n int) []string {
 	if n == 1 {
 		return []string{identifier(0)}
@@ -144,7 +145,7 @@ func drawn(draw func() int) []string {
 	return out
 }
 
-// identifier is "user:" and eleven digits.
+// identifier returns "user:" and eleven digits, 16 bytes in all.
 func identifier(n int) string {
 	text := []byte("user:00000000000")
 	for i := len(text) - 1; n > 0; i-- {

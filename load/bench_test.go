@@ -9,8 +9,8 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// BenchmarkTheCostOfALoad decides in turns without a Load and with one. Of each it takes the quickest turn, which nobody
-// disturbed: on a busy machine the difference of two benchmarks tells nothing.
+// BenchmarkTheCostOfALoad decides in turns without a Load and with one, and compares the quickest turn of each, which
+// nothing disturbed. On a busy machine the difference of two separate benchmarks would mean nothing.
 func BenchmarkTheCostOfALoad(b *testing.B) {
 	replenish, continuous := throttler.NewBucket(time.Minute, 1<<40), throttler.NewBucket(time.Second, 1<<30).Continuous()
 	for _, c := range []struct {
@@ -24,7 +24,7 @@ func BenchmarkTheCostOfALoad(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			share := 1.0
 			without, with := decisions(b, nil, c.bucket), decisions(b, func() float64 { return share }, c.bucket)
-			with() // most identifiers are there before the load is
+			with() // most identifiers exist before there is a load
 			share = c.share
 			b.ReportAllocs()
 			quickest, quickestWith := time.Hour, time.Hour
@@ -37,10 +37,10 @@ func BenchmarkTheCostOfALoad(b *testing.B) {
 	}
 }
 
-// turn is how many decisions are a turn.
+// turn is the number of decisions in a turn.
 const turn = 1000
 
-// decisions returns a function that tells how long a turn took.
+// decisions returns a function that makes a turn and returns how long it took.
 func decisions(b *testing.B, load func() float64, bucket throttler.Bucket) func() time.Duration {
 	t, err := throttler.New(throttler.Config{Load: load, Buckets: []throttler.Bucket{bucket.Elastic(1)}})
 	require.NoError(b, err)

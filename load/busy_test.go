@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// busy has many more goroutines than processors compute for a while.
+// busy lets many more goroutines than there are processors compute for a while.
 func busy(t *testing.T, goroutines int) {
 	t.Helper()
 	var running sync.WaitGroup
@@ -22,7 +22,7 @@ func busy(t *testing.T, goroutines int) {
 	running.Wait()
 }
 
-// burn computes.
+// burn keeps a processor busy.
 func burn(rounds int) {
 	x := 1.0
 	for range rounds {

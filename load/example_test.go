@@ -35,7 +35,7 @@ func example() error {
 		Load: follows.Share,
 		Buckets: []throttler.Bucket{
 			throttler.NewBucket(time.Second, 50).Continuous().Elastic(2), // 50 a second, under load fewer, but at least 2
-			throttler.NewBucket(24*time.Hour, 10_000).Named("quota"),     // what was sold stays as it is
+			throttler.NewBucket(24*time.Hour, 10_000).Named("quota"),     // a quota that was sold does not shrink
 		},
 	})
 	if err != nil {
@@ -49,7 +49,7 @@ func example() error {
 	return nil
 }
 
-// The latency of the handler is a signal too: it sees what waits for a database.
+// The latency of the handler is a signal too. It notices requests that wait for a database.
 func ExampleLatency() {
 	if err := exampleLatency(http.NewServeMux()); err != nil {
 		fmt.Println(err)
@@ -84,7 +84,8 @@ func exampleLatency(mux http.Handler) error {
 	return nil
 }
 
-// Whatever a program knows of its load is a signal, such as the length of a queue beside the length that it should have.
+// Anything that a program knows about its load may be a signal, such as the length of a queue divided by the length that it
+// should have.
 func ExampleSignal() {
 	jobs := make(chan func(), 1000)
 	queue := load.Signal(func() float64 { return float64(len(jobs)) / 100 })

@@ -1,4 +1,4 @@
-// Package load lets limits follow the load of this process.
+// Package load lets the limits of a Throttler follow the load of this process.
 //
 //	c, err := load.New(load.Scheduler(20*time.Millisecond), nil)
 //	if err != nil { … }
@@ -8,12 +8,13 @@
 //		Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 50).Continuous().Elastic(2)},
 //	})
 //
-// A Controller asks a Signal once an interval. While that says that the load is too much, the share of their limits that
-// elastic buckets have falls by a factor; otherwise it rises by a step, up to 1: additive increase, multiplicative decrease.
-// So an overloaded process takes from those who ask for most, and those below the shrunk limits notice nothing.
+// A [Controller] asks a [Signal] once per interval. While the signal reports too much load, the share of their limits that
+// elastic buckets have is multiplied by Options.Down; otherwise it rises by Options.Up, to at most 1. This is additive
+// increase, multiplicative decrease. An overloaded process thus takes from the clients that ask for most, and clients that
+// stay below the shrunk limits notice nothing.
 //
-// It fails towards the limits as they are given. A Signal that panics or is NaN counts as no load. One that blocks leaves the
-// share as it is, and one that always says too much ends at Options.Least.
+// A faulty Signal does little harm. One that panics or returns NaN counts as no load. One that blocks leaves the share as
+// it is. One that always reports too much ends at Options.Least.
 package load
 
 import (
@@ -25,34 +26,34 @@ import (
 	"time"
 )
 
-// Options of a Controller. The zero value and nil are the defaults. After a sudden overload these take 4 s from the full
-// limits to a 64th, and 10 s back.
+// Options configures a Controller. The zero value and nil mean the defaults. With these an overload takes the share from 1
+// to 1/64 in about 4 s, and from 0 it is back at 1 after 10 s without one.
 type Options struct {
-	// Interval is the time between two looks at the Signal, at least 1 ms; 0 is 200 ms. It should be no shorter than the
-	// Signal lags behind: with a latency of a second a shorter one overshoots.
+	// Interval is the time between two calls of the Signal, at least 1 ms; 0 means 200 ms. It should not be shorter than
+	// the Signal's delay: if requests take a second, a latency signal is a second late, and a shorter interval overshoots.
 	Interval time.Duration
 
-	// Down is the factor by which the share falls, above 0 and below 1; 0 is 0.8. Up is the step by which it rises, above 0
-	// and at most 1; 0 is 0.02.
+	// Down is the factor by which the share falls, above 0 and below 1; 0 means 0.8. Up is the step by which it rises,
+	// above 0 and at most 1; 0 means 0.02.
 	Down, Up float64
 
-	// Least is the smallest share, 0 to 1. At 0 buckets shrink to what their Elastic says.
+	// Least is the smallest share, 0 to 1. At a share of 0 a bucket has the tokens given to its Elastic.
 	Least float64
 
-	// Observe, if not nil, is called after each look, by the goroutine of the Controller: for metrics.
+	// Observe, if not nil, is called after each call of the Signal, in the goroutine of the Controller. It is for metrics.
 	Observe func(share, signal float64)
 }
 
-// Controller computes a share from a Signal. It is safe for concurrent use, and made by New only. It has one goroutine,
+// Controller computes a share from a Signal. It is safe for concurrent use and must be made by New. It has one goroutine,
 // which Close ends.
 type Controller struct {
 	options Options
 	signal  Signal
-	share   atomic.Uint64 // the bits of a float64
+	share   atomic.Uint64 // a float64, by math.Float64bits
 	stop    context.CancelFunc
 }
 
-// New starts a Controller, whose share is 1 at first, or returns all faults of the options, joined.
+// New starts a Controller, whose share is 1 at first. Its error joins all faults of the options.
 func New(s Signal, o *Options) (*Controller, error) {
 	c := &Controller{signal: s}
 	if o != nil {
@@ -68,7 +69,7 @@ func New(s Signal, o *Options) (*Controller, error) {
 	return c, nil
 }
 
-// faults sets the defaults and returns what is wrong.
+// faults sets the defaults and returns the faults of the options.
 func (c *Controller) faults() (faults []error) {
 	o := &c.options
 	if o.Interval == 0 {
@@ -93,17 +94,17 @@ func (c *Controller) faults() (faults []error) {
 	return faults
 }
 
-// Share is for Config.Load of a Throttler: from Options.Least to 1.
+// Share returns the present share, from Options.Least to 1. It is the Config.Load of a Throttler.
 func (c *Controller) Share() float64 { return math.Float64frombits(c.share.Load()) }
 
 func (c *Controller) set(share float64) { c.share.Store(math.Float64bits(share)) }
 
-// Close ends the Controller, whose share is 1 afterwards. It waits for nothing: where a Signal is just being asked, that is so
-// once it has answered. More than one Close is one.
+// Close ends the Controller, and its share becomes 1 again. Close does not wait: if the Signal is being called, the share
+// becomes 1 once that call has returned. Further calls of Close do nothing.
 func (c *Controller) Close() { c.stop() }
 
 func (c *Controller) run(ctx context.Context) {
-	defer c.set(1)
+	defer c.set(1) // limits must not stay shrunk when nothing measures the load any more
 	tick := time.NewTicker(c.options.Interval)
 	defer tick.Stop()
 	for {
@@ -116,10 +117,10 @@ func (c *Controller) run(ctx context.Context) {
 	}
 }
 
-// look changes the share by what the signal says.
+// look calls the Signal and changes the share accordingly.
 func (c *Controller) look() {
 	signal, share := c.signal.safely(), c.Share()
-	if signal > 1 { // NaN is not
+	if signal > 1 { // false for NaN
 		share = max(c.options.Least, share*c.options.Down)
 	} else {
 		share = min(1, share+c.options.Up)

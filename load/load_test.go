@@ -18,14 +18,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const interval = 200 * time.Millisecond
 
-// settable is a Signal that tests set.
+// settable is a Signal that a test sets.
 type settable struct{ bits atomic.Uint64 }
 
 func (s *settable) set(f float64) { s.bits.Store(math.Float64bits(f)) }
 func (s *settable) now() float64  { return math.Float64frombits(s.bits.Load()) }
 
-// controlled runs a test in a bubble with a Controller, whose looks are in the middle of the intervals of the test.
-// Time in a bubble is virtual: no test here waits.
+// controlled runs a test in a bubble with a Controller, which calls its Signal in the middle of the test's intervals. Time in
+// a bubble is virtual, so no test here waits.
 func controlled(t *testing.T, s load.Signal, o *load.Options, test func(c *load.Controller, wait func(intervals int))) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {

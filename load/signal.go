@@ -1,4 +1,4 @@
-// What says how loaded the process is.
+// Signals: functions that say how loaded the process is.
 
 package load
 
@@ -11,15 +11,15 @@ import (
 	"time"
 )
 
-// Signal tells how loaded the process is: 1 is as much as should be, and above it is too much. NaN says nothing. A Controller
-// calls it once an interval, from one goroutine; those of this package tell what happened since their last call, so each
-// Controller needs its own. It should return at once.
+// Signal returns how loaded the process is. 1 is the load that it should have at most, and anything above is too much. NaN
+// means unknown. A Controller calls it once per interval, from one goroutine, and it should return at once. The signals of
+// this package report what happened since their last call, so each Controller needs a Signal of its own.
 //
-// Any function is one, such as the length of a queue divided by the length that it should have, or the used part of the
-// processor divided by 0.8.
+// Any function may be a Signal: for example the length of a queue divided by the length that it should have at most, or
+// the used fraction of the processor divided by 0.8.
 type Signal func() float64
 
-// safely is what the signal tells, NaN if it panics.
+// safely returns the signal, or NaN if it panics.
 func (s Signal) safely() (now float64) {
 	defer func() {
 		if recover() != nil {
@@ -29,7 +29,7 @@ func (s Signal) safely() (now float64) {
 	return s()
 }
 
-// Most is the largest of several signals that say something. One that panics is left out.
+// Most returns the largest of several signals. NaN, and a signal that panics, is left out; it is NaN if all are.
 func Most(signals ...Signal) Signal {
 	signals = slices.Clone(signals)
 	return func() float64 {
@@ -43,18 +43,19 @@ func Most(signals ...Signal) Signal {
 	}
 }
 
-// Scheduler tells how long goroutines waited to run, when they could: the 90th percentile of the last interval, divided by
-// the target, which is above 0. It sees a processor that does not suffice, whoever else uses it, and needs no right or
-// library. It does not see goroutines that wait for a lock, a pool or a server: Latency does.
+// Scheduler returns a Signal of how long runnable goroutines waited for a processor: the 90th percentile since the last
+// call, divided by target, which must be above 0. It notices when the processors do not suffice, whichever process uses
+// them, and needs no privileges and no library. It does not notice goroutines that wait for a lock, a pool or a server;
+// Latency does.
 //
-// Goroutines wait for some milliseconds where a processor is busy, and for hundreds where it does not suffice: 20 ms is a
-// good target.
+// On a busy processor goroutines wait for some milliseconds, and for hundreds of them when the processor does not suffice.
+// So 20 ms is a good target. The percentiles come from the metric /sched/latencies:seconds of package runtime/metrics.
 func Scheduler(target time.Duration) Signal {
 	waited := []metrics.Sample{{Name: "/sched/latencies:seconds"}}
 	var w window
 	return func() float64 {
 		metrics.Read(waited)
-		if waited[0].Value.Kind() != metrics.KindFloat64Histogram { // of a runtime that has no such metric
+		if waited[0].Value.Kind() != metrics.KindFloat64Histogram { // a future runtime may drop the metric
 			return math.NaN()
 		}
 		h := waited[0].Value.Float64Histogram()
@@ -66,13 +67,13 @@ func Scheduler(target time.Duration) Signal {
 	}
 }
 
-// Latency is told how long things took, and makes a Signal of it. Took suits Options.Took of the package throttlerhttp. The
-// zero value is ready. It is safe for concurrent use, and not to be copied.
+// Latency records how long things took and makes a Signal of it. Its Took fits Options.Took of package throttlerhttp. The
+// zero value is ready to use. It is safe for concurrent use and must not be copied.
 type Latency struct {
 	counts [octaves * steps]atomic.Uint64
 }
 
-// Each octave of nanoseconds is counted in steps.
+// Durations are counted in a histogram: each octave of nanoseconds, from one power of two to the next, has equal steps.
 const (
 	octaves = 61
 	steps   = 8
@@ -81,8 +82,8 @@ const (
 // Took records a duration. It allocates nothing and takes no lock.
 func (l *Latency) Took(d time.Duration) { l.counts[step(d)].Add(1) }
 
-// Signal tells the 90th percentile of what was recorded since it was last asked, rounded down by up to an eighth, and
-// divided by the target, which is above 0. It is 0 if nothing was: what never ends is not seen.
+// Signal returns a Signal of the 90th percentile of what was recorded since its last call, rounded down by up to an eighth
+// and divided by target, which must be above 0. It is 0 if nothing was recorded, so work that never ends goes unnoticed.
 func (l *Latency) Signal(target time.Duration) Signal {
 	var w window
 	now := make([]uint64, len(l.counts))
@@ -98,23 +99,24 @@ func (l *Latency) Signal(target time.Duration) Signal {
 	}
 }
 
-// step is where a duration is counted: durations below 16 ns each for itself, others by their first four bits.
+// step returns the step that counts a duration. Below 16 ns each nanosecond has a step of its own; above, a duration's
+// first four bits choose it.
 func step(d time.Duration) int {
 	n := uint64(max(0, d))
 	shift := max(0, bits.Len64(n)-4)
 	return shift*steps + int(n>>shift)
 }
 
-// lowest is the shortest duration that is counted in a step.
+// lowest returns the shortest duration that is counted in a step.
 func lowest(step int) time.Duration {
 	shift := max(0, step/steps-1)
 	return time.Duration(step-shift*steps) << shift
 }
 
-// window tells what was counted since it was last asked.
+// window turns total counts into counts since its last call.
 type window struct{ before []uint64 }
 
-// p90 is the place in which 90 % of what was counted is reached, -1 if there is nothing.
+// p90 returns the index at which 90 % of what was counted since the last call is reached, or -1 if that is nothing.
 func (w *window) p90(counts []uint64) (at int) {
 	if w.before == nil {
 		w.before = make([]uint64, len(counts))

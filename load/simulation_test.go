@@ -16,10 +16,10 @@ import (
 	"github.com/go-throttler/throttler/load"
 )
 
-// The simulated server has 10 workers, and a line of requests before them. A request takes 20 ms of a worker, and 40 ms from
-// 60 s to 180 s, when the capacity is so halved from 500 to 250 requests a second. 95 users ask 2 times a second each, and
-// twice again after a second without an answer; 5 users ask 200 times a second. Each may ask 50 times a second. An answer
-// within a second is good.
+// The simulated server has 10 workers and a queue of requests before them. A request takes a worker 20 ms, but 40 ms from
+// 60 s to 180 s, which halves the capacity from 500 to 250 requests a second. 95 users ask 2 times a second each, and try
+// up to twice again after a second without an answer. 5 users ask 200 times a second each. The limit of each user is 50
+// requests a second. An answer within a second is good.
 const (
 	many, few = 95, 5
 	workers   = 10
@@ -29,7 +29,7 @@ const (
 	after     = 120 * time.Second
 )
 
-// event is what happens at a time.
+// event is something that happens at a given time.
 type event struct {
 	at time.Duration
 	do func()
@@ -48,14 +48,14 @@ func (e *events) Pop() any {
 	return x
 }
 
-// request is one that may be tried again.
+// request is a request, which its user may try again.
 type request struct {
 	user, tries int
 	born        time.Duration
 	answered    bool
 }
 
-// server is a simulation, in the time of a bubble.
+// server is the simulation. It runs in the virtual time of a bubble.
 type server struct {
 	t       *testing.T
 	limiter *throttler.Throttler
@@ -67,7 +67,7 @@ type server struct {
 	line    []*request
 	busy    int
 	most    int      // requests inside at once, 0 if any number
-	good    [2][]int // answers in each second, of the many and of the few
+	good    [2][]int // good answers in each second: to the 95 users, and to the 5
 }
 
 func (s *server) at(t time.Duration, do func()) { heap.Push(&s.due, event{t, do}) }
@@ -102,7 +102,7 @@ func (s *server) run(end time.Duration) {
 	}
 }
 
-// arrive is a request that comes, maybe again.
+// arrive lets a request arrive, for the first time or again.
 func (s *server) arrive(r *request) {
 	v, err := s.limiter.Consume("user:" + strconv.Itoa(r.user))
 	require.NoError(s.t, err)
@@ -122,7 +122,7 @@ func (s *server) arrive(r *request) {
 	}
 }
 
-// serve has idle workers begin what is in the line.
+// serve lets idle workers begin requests from the queue.
 func (s *server) serve() {
 	for s.busy < workers && len(s.line) > 0 {
 		r := s.line[0]
@@ -150,7 +150,7 @@ func (s *server) answer(r *request) {
 	s.serve()
 }
 
-// rate is the good answers a second of a class in a time.
+// rate returns the good answers per second to a class of users within a period of time.
 func (s *server) rate(class int, from, to time.Duration) float64 {
 	sum := 0
 	for _, n := range s.good[class][int(from/time.Second):int(to/time.Second)] {
@@ -159,8 +159,8 @@ func (s *server) rate(class int, from, to time.Duration) float64 {
 	return float64(sum) / (to - from).Seconds()
 }
 
-// simulated plays the server with limits that follow its latency, or with the same limits alone, and with at most so many
-// requests inside.
+// simulated runs the server with limits that follow its latency, or with the same limits unchanged, and with at most so
+// many requests inside.
 func simulated(t *testing.T, elastic bool, most int) (s *server) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {

@@ -73,13 +73,13 @@ func TestCredentialsThatSayTheSameAreOneKey(t *testing.T) {
 		key := throttlerhttp.APIKey(header)
 		of := func(value string) string {
 			r := arriving("", "")
-			r.Header[http.CanonicalHeaderKey(header)] = []string{value} // as it stands
+			r.Header[http.CanonicalHeaderKey(header)] = []string{value} // the value unchanged
 			return key(r)
 		}
 		for _, same := range [][]string{
 			{"Bearer abc", "bearer abc", "BEARER abc", "bEaReR  abc", "Bearer\tabc", " Bearer \t abc \t"},
 			{basic("u:p"), "basic dTpw", "BASIC  dTpw "},
-			{"Basic dTpwcA==", "basic dTpwcB=="}, // bits that nobody reads
+			{"Basic dTpwcA==", "basic dTpwcB=="}, // differ only in padding bits, which a decoder ignores
 		} {
 			for _, value := range same {
 				assert.Equal(t, of(same[0]), of(value), "%q", value)
@@ -118,7 +118,7 @@ func TestAllLinesOfXForwardedForAreOneList(t *testing.T) {
 	t.Parallel()
 	key := throttlerhttp.Address(&throttlerhttp.AddressOptions{Trusted: prefixes("10.0.0.0/8")})
 	list := []string{"198.51.100.1", "192.0.2.7", "10.0.0.3", "10.0.0.2"}
-	for split := range 1 << (len(list) - 1) { // at each of these commas a line ends
+	for split := range 1 << (len(list) - 1) { // the commas at which a new line begins
 		lines := []string{list[0]}
 		for i, entry := range list[1:] {
 			if split&(1<<i) != 0 {

@@ -27,7 +27,7 @@ func limitedByAddress(t testing.TB, n int64, routes ...throttlerhttp.Route) (htt
 	return h, httptest.NewRequest(http.MethodGet, "/api/data", nil)
 }
 
-// BenchmarkMiddleware is what the middleware adds to a request: two buckets, the runtime storage, the default
+// BenchmarkMiddleware measures what the middleware adds to a request, with two buckets, the runtime storage and the default
 // fields.
 func BenchmarkMiddleware(b *testing.B) {
 	for name, routes := range map[string][]throttlerhttp.Route{
@@ -54,7 +54,7 @@ func TestRequestsOfManySharesAddNoMoreAllocations(t *testing.T) {
 		share = math.Mod(share, 1) + 1.0/64
 		h.ServeHTTP(w, r)
 	}
-	for range 64 { // in which the rules are made
+	for range 64 { // makes the rules before anything is measured
 		next()
 	}
 	assert.LessOrEqual(t, testing.AllocsPerRun(1000, next), 3.0)

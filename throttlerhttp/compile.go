@@ -1,4 +1,4 @@
-// Making the limits from the Options, once, and naming the faults of the Options.
+// Compiling the Options into limits, once, and reporting their faults.
 
 package throttlerhttp
 
@@ -17,7 +17,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// compile makes the limits, so that nothing is left to do for a request but to choose.
+// compile makes all limits in advance, so that a request only has to choose one.
 func (m *middleware) compile() error {
 	var faults []error
 	if m.t == nil {
@@ -42,24 +42,25 @@ func (m *middleware) compile() error {
 	return errors.Join(append(faults, c.tooMany())...)
 }
 
-// compiler makes the limits of a middleware.
+// compiler holds what is needed only while the limits of a middleware are made.
 type compiler struct {
 	*middleware
 
-	probe  *throttler.Throttler // tells the rules of buckets
-	owners map[string]different // by how a fault calls those who share an identifier
+	probe  *throttler.Throttler // checks buckets
+	owners map[string]different // buckets that share an identifier, by what a fault calls their owner
 }
 
-// different are the buckets that one identifier may come to have: each is its name, kind and period.
+// different is the set of buckets that one identifier may come to have.
 type different map[state]bool
 
+// state is what tells buckets apart in a storage.
 type state struct {
 	name   string
 	kind   string
 	period time.Duration
 }
 
-// using is the Option of buckets of an owner, or what is wrong with them.
+// using returns the Option for an owner's buckets, or the faults of the buckets.
 func (c *compiler) using(owner string, buckets []throttler.Bucket) ([]throttler.Option, error) {
 	set := throttler.Using(buckets...)
 	if _, err := c.probe.Peek(context.Background(), "anybody", set, throttler.Cost(0)); err != nil {
@@ -74,7 +75,7 @@ func (c *compiler) using(owner string, buckets []throttler.Bucket) ([]throttler.
 	return []throttler.Option{set}, nil
 }
 
-// tooMany are the faults of owners that have too many buckets for one identifier.
+// tooMany returns a fault for each owner with more buckets than one identifier may have.
 func (c *compiler) tooMany() error {
 	var faults []error
 	for _, owner := range slices.Sorted(maps.Keys(c.owners)) {
@@ -85,7 +86,7 @@ func (c *compiler) tooMany() error {
 	return errors.Join(faults...)
 }
 
-// unrouted makes the limit of the requests that no route matches.
+// unrouted makes the limit of requests that no route matches.
 func (c *compiler) unrouted() error {
 	var faults []error
 	sets := map[string][]throttler.Option{}
@@ -146,7 +147,7 @@ func (c *compiler) own(l *limit, r *Route) error {
 		return nil
 	}
 	l.added = own
-	for _, set := range append(slices.Collect(maps.Values(c.Tiers)), c.Buckets) { // in one answer, each needs a name
+	for _, set := range append(slices.Collect(maps.Values(c.Tiers)), c.Buckets) { // names in one answer must differ
 		for _, b := range set {
 			if slices.ContainsFunc(buckets, func(own throttler.Bucket) bool { return own.Name() == b.Name() }) {
 				return fmt.Errorf("it Adds a bucket %q to one of this name", b.Name())
@@ -156,7 +157,7 @@ func (c *compiler) own(l *limit, r *Route) error {
 	return nil
 }
 
-// override sets what the route has in place of the Options, apart from buckets.
+// override sets what the route has instead of the Options, apart from buckets.
 func (l *limit) override(r *Route) error {
 	l.free = r.Free
 	if r.Key != nil {
@@ -194,7 +195,7 @@ func (r *Route) scoped() []throttler.Bucket {
 	return out
 }
 
-// register gives the limit to the requests that match the pattern.
+// register maps the pattern to the limit.
 func (m *middleware) register(pattern string, l *limit) (err error) {
 	if right, hint := usualPattern(pattern); right != pattern {
 		return fmt.Errorf("it would not match what it seems to: a pattern of http.ServeMux is written %q%s", right, hint)
@@ -211,7 +212,7 @@ func (m *middleware) register(pattern string, l *limit) (err error) {
 		m.spared[method] = l
 		return nil
 	}
-	defer func() { // a ServeMux panics for what is no pattern, or conflicts with another
+	defer func() { // Handle panics on an invalid pattern, and on one that conflicts with another
 		if fault := recover(); fault != nil {
 			err = fmt.Errorf("%v", fault)
 		}
@@ -221,11 +222,12 @@ func (m *middleware) register(pattern string, l *limit) (err error) {
 	return nil
 }
 
-// plain is a pattern of a method and a literal path. No other pattern matches such a request better, so a map finds the
-// route that the ServeMux would, without allocating.
+// plain is a pattern of a method and a literal path. No other pattern matches its requests better, so a map finds the
+// route that the ServeMux would find, without allocating.
 type plain struct{ method, path string }
 
-// plainRoutes are the routes with such patterns. If any pattern has a host there are none: it would match better.
+// plainRoutes returns the routes with such patterns. If any pattern has a host it returns none, since a pattern with a host
+// would win.
 func plainRoutes(routes map[string]*limit) map[plain]*limit {
 	found := map[plain]*limit{}
 	for pattern, l := range routes {
@@ -240,5 +242,5 @@ func plainRoutes(routes map[string]*limit) map[plain]*limit {
 	return found
 }
 
-// name is what the route is called in identifiers and names of buckets.
+// name returns the route's name in identifiers and in names of buckets.
 func (r *Route) name() string { return cmp.Or(r.Name, strings.ReplaceAll(r.Pattern, "\t", " ")) }

@@ -1,6 +1,6 @@
 package throttlerhttp
 
-// Remembered is how many gates and routes a Transport knows.
+// Remembered returns how many gates and routes a Transport remembers.
 func Remembered(t *Transport) int {
 	t.gates.mu.Lock()
 	defer t.gates.mu.Unlock()

@@ -86,7 +86,7 @@ func TestTOfAnAdmittedCallIsItsNextToken(t *testing.T) {
 	assert.Equal(t, map[string]map[string]int64{"level": {"r": 9, "t": 1}, "log": {"r": 1, "t": 50}}, parsed(t, ask(h, "GET /"), "RateLimit"))
 }
 
-// inside returns limits that are around each other, the first one outermost.
+// inside returns nested limits, the first one outermost.
 func inside(t *testing.T, h http.Handler, all ...throttlerhttp.Options) http.Handler {
 	for i := len(all) - 1; i >= 0; i-- {
 		h = serve(t, throttler.Config{Clock: clock.NewMock()}, all[i], h)
@@ -123,7 +123,7 @@ func TestOfTwoLimitsOfOneNameTheSmallerIsTold(t *testing.T) {
 	}
 }
 
-// proxied is a limit around a ReverseProxy to a server.
+// proxied returns a limit around a ReverseProxy to a server.
 func proxied(t *testing.T, o throttlerhttp.Options, upstream http.Handler) http.Handler {
 	server := httptest.NewServer(upstream)
 	t.Cleanup(server.Close)
@@ -134,7 +134,7 @@ func proxied(t *testing.T, o throttlerhttp.Options, upstream http.Handler) http.
 	return serve(t, throttler.Config{Clock: clock.NewMock()}, o, proxy)
 }
 
-// sent asks a handler through a server.
+// sent sends a request to a handler through a real server.
 func sent(t *testing.T, h http.Handler) reply {
 	server := httptest.NewServer(h)
 	defer server.Close()

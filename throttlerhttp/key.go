@@ -1,4 +1,4 @@
-// Whom a request counts for, and the identifiers that the Throttler knows them by.
+// The client that a request counts for, and its identifiers in the Throttler.
 
 package throttlerhttp
 
@@ -17,14 +17,14 @@ import (
 )
 
 // Key names the client that a request counts for, such as "user:42". It returns "" if it knows none; First then tries its
-// next key. If the Key of the middleware returns "" that is a fault of the program: the request is answered 500 and not
-// counted.
+// next key. If the Key of the middleware itself returns "", this is a fault of the program: the request is answered 500
+// and not counted.
 //
-// A nil Key knows no client. Those of this package are safe for concurrent use, and keep nothing between requests. A
-// name may have any bytes and any length (RouteIdentifier).
+// A nil Key knows no client. The keys of this package are safe for concurrent use, and keep nothing between requests. A
+// name may have any bytes and any length (see [RouteIdentifier]).
 type Key func(*http.Request) string
 
-// of is the name, "" from a nil Key.
+// of returns the name, or "" if the Key is nil.
 func (k Key) of(r *http.Request) string {
 	if k == nil {
 		return ""
@@ -32,8 +32,9 @@ func (k Key) of(r *http.Request) string {
 	return k(r)
 }
 
-// User is "user:" and the id that is found in the context of the request, where the authentication has put it:
-// "user:42". It is "" when id returns "", as for visitors who are not logged in, or is nil.
+// User returns a Key that is "user:" followed by the id in the context of the request, such as "user:42". Middleware that
+// authenticates must have put the id there. The name is "" if id is nil or returns "", as for visitors who are not logged
+// in.
 func User(id func(context.Context) string) Key {
 	return func(r *http.Request) string {
 		if id == nil {
@@ -46,18 +47,20 @@ func User(id func(context.Context) string) Key {
 	}
 }
 
-// APIKey is "key:" and a hash of the header's value, the first 16 bytes of its SHA-256 in hex: identifiers appear in
-// errors, logs and storages, and an API key is a secret. API keys have to be long and random, because a short one can be
-// guessed from its hash. Spaces around the value do not count. The name is "" if the header is missing or empty.
+// APIKey returns a Key that is "key:" followed by a hash of the header's value: the first 16 bytes of its SHA-256 in hex. It
+// is hashed because an API key is a secret, and identifiers appear in errors, logs and storages. API keys have to be long
+// and random, since a short one can be guessed from its hash. Spaces around the value do not count. The name is "" if the
+// header is missing or empty.
 //
-// Of several lines the first counts, as for Header.Get. The authentication should read that line too: if it reads
-// another one, clients can make up the first.
+// If there are several lines the first one counts, as for Header.Get. The authentication should read that line too: if it
+// reads another one, clients can make up the first.
 //
-// Authorization and Proxy-Authorization have a scheme, which has no case (RFC 9110, section 11.1), and any spaces
-// after it: "Bearer abc" and "bearer  abc" are one key. Basic credentials are compared as they are decoded. A
-// scheme whose value changes with each request, such as Digest, makes a new key with each.
+// Authorization and Proxy-Authorization begin with a scheme, whose case does not matter (RFC 9110, section 11.1), and any
+// number of spaces after it: "Bearer abc" and "bearer  abc" are one key. Basic credentials are decoded before they are
+// compared. If a scheme's value changes with each request, as that of Digest does, each request has a new key.
 //
-// Nothing here checks that the key was ever issued. A client that makes up a key for each request gets a fresh limit for
+// APIKey does not check that the key was ever issued. A client that makes up a key for each request gets a fresh limit for
+// each one, also if the key is joined with Address. Use APIKey behind an authentication that rejects unknown keys.
 // each one, also if the key is joined with Address. Use APIKey behind the authentication that rejects unknown keys.
 func APIKey(header string) Key {
 	header = http.CanonicalHeaderKey(header)
@@ -79,8 +82,8 @@ func APIKey(header string) Key {
 	}
 }
 
-// appendCredentials appends the value of a field such as Authorization in the one form of all that say the same.
-// What has no scheme stays as it is.
+// appendCredentials appends the value of a field such as Authorization in one form for all values that mean the same. A
+// value without a scheme stays as it is.
 func appendCredentials(b []byte, value string) []byte {
 	end := strings.IndexAny(value, " \t")
 	if end < 0 {
@@ -98,54 +101,55 @@ func appendCredentials(b []byte, value string) []byte {
 	b, value = append(b, ' '), strings.TrimLeft(value[end:], " \t")
 	if basic {
 		if decoded, err := base64.StdEncoding.AppendDecode(b, []byte(value)); err == nil {
-			decoded[len(b)-1] = ':' // and nothing that could not be decoded is the same
+			decoded[len(b)-1] = ':' // a Basic value that cannot be decoded keeps its space here, so the two never meet
 			return decoded
 		}
 	}
 	return append(b, value...)
 }
 
-// AddressOptions says which proxies Address believes, and what it takes for one client. The zero value believes
-// nobody. Address copies it.
+// AddressOptions says which proxies Address trusts, and which addresses are one client. The zero value trusts no proxy.
+// Address copies it.
 type AddressOptions struct {
-	// Trusted are the addresses of proxies of your own, whose word about the address is believed. There are none
-	// by default, and then no header is read. List the proxies and nothing wider: whoever reaches this server
-	// from a trusted address may claim to be anybody. An invalid prefix has no addresses. One of link-local
-	// addresses has those of all interfaces, since prefixes have no zone.
+	// Trusted are the addresses of your own proxies, whose word about the client's address is believed. There are
+	// none by default, and then no header is read. List the proxies and nothing wider: whoever reaches this server
+	// from a trusted address may claim to be anybody. An invalid prefix has no addresses. A prefix of link-local
+	// addresses covers those of all interfaces, since prefixes have no zone.
 	Trusted []netip.Prefix
 
-	// Header is the header that they set, by default X-Forwarded-For: addresses separated by commas, of which
-	// the last is that of the nearest proxy's peer. A header with one address, such as X-Real-IP or
-	// CF-Connecting-IP, is a list of one. Each trusted proxy has to add the address of its peer or to replace
-	// what is there: one that passes on the header as it came lets clients choose their address. The syntax of
-	// the header Forwarded is not read: with it all requests that come by a proxy count for the proxy.
+	// Header is the header that the proxies set, by default X-Forwarded-For. It has addresses separated by commas;
+	// the last one is the peer of the nearest proxy. A header with one address, such as X-Real-IP or
+	// CF-Connecting-IP, is a list of one. Each trusted proxy has to append the address of its peer or to replace the
+	// header. If one passes on the header as it came, clients can choose their address. The syntax of the header
+	// Forwarded is not read: with it all requests that come through a proxy count for the proxy.
 	Header string
 
-	// IPv6Bits, from 1 to 128, is the length of the prefix that the IPv6 addresses of one client share. By
-	// default it is 64, the least that a client gets from its provider: it may change the rest with each
-	// request. Less than 1 means 64, more than 128 means 128.
+	// IPv6Bits, from 1 to 128, is the length of the prefix that the IPv6 addresses of one client share. Below 1 it
+	// means the default, 64; above 128 it means 128. A provider gives each client at least a /64, and the client may
+	// change the other bits with each request.
 	IPv6Bits int
 }
 
-// Address is the address of the client: "ip:192.0.2.1", and of IPv6 the prefix, "ip:2001:db8:1:2::/64". With
-// nil options, or without Trusted, it is that of Request.RemoteAddr, and no header can change it.
+// Address returns a Key that is the address of the client: "ip:192.0.2.1", or for IPv6 the prefix,
+// "ip:2001:db8:1:2::/64". With nil options, or without Trusted, it is Request.RemoteAddr, and no header can change it.
 //
-// With Trusted the search begins at RemoteAddr. While an address is trusted it goes on to the next one of the header,
-// from the last to the first, over all lines. The first address that is not trusted is the client's: the client may have
-// written everything before it. If all are trusted the client's is the first of the header.
+// With Trusted the search for the client begins at RemoteAddr. As long as an address is trusted, the search goes on to the
+// next entry of the header, from the last entry to the first, over all lines. The first address that is not trusted is the
+// client's, because the client may have written everything before it. If all are trusted, the first entry of the header is
+// the client's.
 //
-// Addresses may have a port; those of IPv6 are in brackets then. Any other entry, such as "unknown" or nothing, ends the
-// search, and the trusted address after it counts: what stands before the entry may be written by a client that its
-// proxy hides.
+// Addresses may have a port; IPv6 addresses are then in brackets. Any other entry, such as "unknown" or an empty one, ends
+// the search, and the trusted address after it counts. The proxy that wrote such an entry hides its client, and this client
+// may have written everything before it.
 //
-// IPv4 in IPv6, ::ffff:192.0.2.1, is IPv4. The zone of a link-local address, the %eth0 of fe80::1%eth0, is left out: it
+// IPv4 in IPv6, ::ffff:192.0.2.1, is IPv4. The zone of a link-local address, the %eth0 of fe80::1%eth0, is left out. It
 // means something on one machine only, and a client could write a new one into the header with each request.
 //
-// RemoteAddr has a port, or none if middleware that reads headers has set it, such as RealIP of chi and ProxyHeaders of
+// RemoteAddr has a port, unless it was set by middleware that reads headers, such as RealIP of chi or ProxyHeaders of
 // gorilla. These believe any client that writes the header, and then so does this key.
 //
-// The name is "" if RemoteAddr is no address, also with Trusted, and no header is read then: on a unix socket it is "@",
-// "" or a path. Use another key there, or First of this one and a Key that answers for all.
+// If RemoteAddr is not an address the name is "" and no header is read, even with Trusted. On a unix socket RemoteAddr is
+// "@", "" or a path. Use another key there, or First of this one and a Key that answers for all.
 func Address(o *AddressOptions) Key {
 	if o == nil {
 		o = &AddressOptions{}
@@ -159,14 +163,14 @@ func Address(o *AddressOptions) Key {
 	}
 	for _, p := range o.Trusted {
 		if p.Addr().Is4In6() && p.Bits() >= 96 {
-			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96) // as the addresses that it is compared with
+			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96) // parseAddress unmaps the addresses too
 		}
 		a.trusted = append(a.trusted, p)
 	}
 	return a.key
 }
 
-// addresses are the options of an Address, none of them left to a default.
+// addresses is AddressOptions with the defaults filled in.
 type addresses struct {
 	trusted []netip.Prefix
 	header  string // canonical
@@ -190,7 +194,8 @@ func (a *addresses) key(r *http.Request) string {
 	return string(network.AppendTo(name))
 }
 
-// walk goes from a trusted address through the lines of the header, from the last entry to the first.
+// walk returns the client's address, beginning at a trusted address and going through the header from the last entry to the
+// first.
 func (a *addresses) walk(addr netip.Addr, lines []string) netip.Addr {
 	for _, line := range slices.Backward(lines) {
 		for more := true; more; {
@@ -219,9 +224,8 @@ func (a *addresses) trusts(addr netip.Addr) bool {
 	return false
 }
 
-// parseAddress reads 192.0.2.1, 192.0.2.1:80, 2001:db8::1, [2001:db8::1] or [2001:db8::1]:80. IPv4 in IPv6 becomes
-// IPv4, and a zone is left out before it is parsed, which would allocate. The address of anything else is not
-// valid.
+// parseAddress reads 192.0.2.1, 192.0.2.1:80, 2001:db8::1, [2001:db8::1] or [2001:db8::1]:80. IPv4 in IPv6 becomes IPv4.
+// A zone is cut off before parsing, since parsing it would allocate. Anything else becomes an address that is not valid.
 func parseAddress(s string) netip.Addr {
 	host, port := s, ""
 	bracket := strings.HasPrefix(s, "[")
@@ -247,7 +251,7 @@ func parseAddress(s string) netip.Addr {
 	return addr.Unmap()
 }
 
-// First is the name by the first key that knows one, and "" if none does, or there are none. First(User(id),
+// First returns a Key that is the name from the first of the keys that knows one, or "" if none does. First(User(id),
 // Address(nil)) limits users by their id and everybody else by address.
 func First(keys ...Key) Key {
 	keys = slices.Clone(keys)
@@ -261,12 +265,12 @@ func First(keys ...Key) Key {
 	}
 }
 
-// Join is the names by all keys together, separated by spaces: "user:42 ip:192.0.2.1" is a user at one address.
-// It is "" if one of them is "", or there are none.
+// Join returns a Key that is the names from all keys, separated by spaces: "user:42 ip:192.0.2.1" is a user at one address.
+// It is "" if one of the names is "", or there are no keys.
 //
-// Two different lists of names never make the same name, whatever is in them and whatever their lengths: in
-// each a space becomes %20 and a percent sign %25. A name that was not joined is not escaped, and may look like
-// a joined one if it has spaces; where both count in one place, as by First, put Join around it as well.
+// Two different lists of names never make the same name, whatever the names contain and however long they are, because in
+// each name a space becomes %20 and a percent sign %25. A name that was not joined is not escaped, and may look like a
+// joined one if it has spaces. If both are used in one place, as in First, put Join around the single name as well.
 func Join(keys ...Key) Key {
 	keys = slices.Clone(keys)
 	return func(r *http.Request) string {
@@ -300,18 +304,19 @@ func appendEscaped(b []byte, name string) []byte {
 	return b
 }
 
-// RouteIdentifier is the identifier by which the Throttler knows a key on a route with buckets of its own, for Peek and
-// Reset: RouteIdentifier("user:42", "POST /login"). The route is the Name of a Route, or its Pattern if it has no Name.
-// For the route "" it is the identifier of all other buckets, those of Options and of the Throttler.
+// RouteIdentifier returns the identifier that the Throttler uses for a key on a route with buckets of its own. It is for
+// Peek and Reset: RouteIdentifier("user:42", "POST /login"). The route is the Name of a Route, or its Pattern if it has no
+// Name. For the route "" it is the identifier for all other buckets, those of Options and of the Throttler.
 //
-// It is the key, and for a route a NUL and the route after it. No two pairs of a key and a route have the same: a key of
-// more than 900 bytes or with a NUL is replaced by its hash, and so is a route with a NUL or too long for the 1024 bytes
-// of an identifier. So no client can choose a key that is another client's route.
+// The identifier is the key, for a route followed by a NUL and the route. Two different pairs of a key and a route never
+// have the same identifier, so a client cannot choose a key that is another client's route. To ensure this, a key with a
+// NUL or of more than 900 bytes is replaced by its hash, and so is a route with a NUL or too long for the 1024 bytes of an
+// identifier.
 func RouteIdentifier(key, route string) string {
 	const longestKey = 900
 	hashed := ""
 	if len(key) > longestKey || strings.IndexByte(key, 0) >= 0 {
-		key, hashed = hexSum(key), "\x00" // after the first NUL: no key that is not hashed has two
+		key, hashed = hexSum(key), "\x00" // a second NUL after the first one, which no other identifier has
 	}
 	if route == "" && hashed == "" {
 		return key

@@ -17,7 +17,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// arriving is a request from the remote address with these lines of a header.
+// arriving returns a request from the remote address with these lines of a header.
 func arriving(remote, header string, lines ...string) *http.Request {
 	r := httptest.NewRequest(http.MethodGet, "/", nil)
 	r.RemoteAddr = remote
@@ -27,7 +27,7 @@ func arriving(remote, header string, lines ...string) *http.Request {
 	return r
 }
 
-// saying is a Key that knows this name.
+// saying returns a Key that always has this name.
 func saying(name string) throttlerhttp.Key { return func(*http.Request) string { return name } }
 
 func sayingAll(names []string) (keys []throttlerhttp.Key) {
@@ -46,7 +46,7 @@ func prefixes(s ...string) (p []netip.Prefix) {
 
 type userKey struct{}
 
-// userOf is the user in the context, as an authentication would have put him there.
+// userOf returns the user in the context, where an authentication would have put the name.
 func userOf(ctx context.Context) string {
 	id, _ := ctx.Value(userKey{}).(string)
 	return id
@@ -112,7 +112,7 @@ func TestAddressIsThatOfTheConnection(t *testing.T) {
 		"[192.0.2.1]:1234":                "",
 		"[192.0.2.1]":                     "",
 		"2001:db8::1":                     "ip:2001:db8::/64",
-		"2001:db8::1:1234":                "ip:2001:db8::/64", // an address as a whole
+		"2001:db8::1:1234":                "ip:2001:db8::/64", // read as one address, not as an address with a port
 		"2001:db8:1:2:3:4:5:6:1234":       "",
 		"[2001:db8::1]":                   "ip:2001:db8::/64",
 		"[2001:db8::1]1234":               "",
@@ -314,7 +314,7 @@ func TestJoinNeverMakesOneKeyOfTwoTuples(t *testing.T) {
 	assert.NotEqual(t, throttlerhttp.Join(ab, saying("c"))(nil), throttlerhttp.Join(saying("a"), throttlerhttp.Join(saying("b"), saying("c")))(nil))
 }
 
-// It measures, and is therefore not parallel.
+// Not parallel, since it measures.
 func TestAKeyAllocatesNothingButItsName(t *testing.T) {
 	address := throttlerhttp.Address(nil)
 	behind := throttlerhttp.Address(&throttlerhttp.AddressOptions{Trusted: prefixes("10.0.0.0/8")})
@@ -345,7 +345,7 @@ func TestAKeyAllocatesNothingButItsName(t *testing.T) {
 	}
 }
 
-// believed is Address said in another way: all entries in a row, nearest first.
+// believed is a second implementation of Address, which collects all entries in a row, nearest first.
 func believed(remote string, lines []string, trusted []netip.Prefix) netip.Addr {
 	row := append(strings.Split(strings.Join(lines, ","), ","), remote)
 	slices.Reverse(row)
@@ -366,7 +366,7 @@ func believed(remote string, lines []string, trusted []netip.Prefix) netip.Addr 
 	return at
 }
 
-// entryOf is the address of an entry, with a port or without.
+// entryOf returns the address of an entry, which may have a port.
 func entryOf(entry string) netip.Addr {
 	if port, err := netip.ParseAddrPort(entry); err == nil {
 		return port.Addr()
@@ -384,8 +384,8 @@ func entryOf(entry string) netip.Addr {
 	return addr
 }
 
-// FuzzAddress: without Trusted only RemoteAddr matters; with it the answer is that of a second implementation,
-// and the address either of RemoteAddr or of an entry.
+// FuzzAddress checks that without Trusted only RemoteAddr matters. With it the answer must be that of a second
+// implementation, and the address must be that of RemoteAddr or of an entry.
 func FuzzAddress(f *testing.F) {
 	f.Add("192.0.2.1:1234", "198.51.100.1", "", 0)
 	f.Add("10.0.0.1:1", "198.51.100.1, [2001:db8::1]:80, 10.0.0.3:80", "10.0.0.2, ::ffff:10.0.0.4", 128)
@@ -418,7 +418,7 @@ func FuzzAddress(f *testing.F) {
 	})
 }
 
-// FuzzJoin: of each key its tuple can be read again, and so different tuples make different keys.
+// FuzzJoin checks that the names can be read back from each joined key, so that different names make different keys.
 func FuzzJoin(f *testing.F) {
 	f.Add("user:42", "ip:192.0.2.1", "user:42 ip:192.0.2.1", "a", uint8(2))
 	f.Add("a ", "b", "a", " b", uint8(2))

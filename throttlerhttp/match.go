@@ -1,4 +1,4 @@
-// Finding the limit of a request, in whatever form its path is written.
+// Finding the limit of a request, however its path is written.
 
 package throttlerhttp
 
@@ -10,14 +10,16 @@ import (
 	"strings"
 )
 
-// errPath is the error of a request that two routes apply to.
+// errPath is the error of a request that two routes apply to, one by the path as written and one by the path without
+// escapes.
 var errPath = errors.New("throttlerhttp: the path is of one Route as it stands, and of another one without escapes")
 
 // of returns the limit that applies to a request, or nil if two routes do.
 //
-// A ServeMux matches escaped paths, and the router behind the middleware may not. Nobody may get around a limit by
-// "/api%2Fsearch" or "/static/%2e%2e/api", so an unusual path is matched in its usual form as well. A matching route
-// wins over no route, and no route wins over a Free route.
+// A ServeMux matches the path with its escapes, but the router behind the middleware may match it without them. To keep
+// "/api%2Fsearch" or "/static/%2e%2e/api" from evading a limit, an unusual path is matched in its usual form as well. If
+// the two results differ, a matching route wins over no route, and no route wins over a Free route. Two different routes
+// leave it open which one the handler will see, so of returns nil.
 func (m *middleware) of(r *http.Request) *limit {
 	if m.mux == nil {
 		return m.others
@@ -39,7 +41,8 @@ func (m *middleware) of(r *http.Request) *limit {
 	return nil
 }
 
-// match is the limit for the path as it stands: that of a route, or that a Free route has for the method.
+// match returns the limit for the path as it stands. A Free route for a whole method wins over any
+// match but a route of the same method.
 func (m *middleware) match(r *http.Request) *limit {
 	l := m.matching(r)
 	if spared := m.spared[r.Method]; spared != nil && l.method != r.Method {
@@ -61,8 +64,8 @@ func (m *middleware) matching(r *http.Request) *limit {
 	return m.others
 }
 
-// usualForm returns the request in its usual form, or a copy that is: with a clean path without escapes, a host in lower
-// case without a dot at its end, and not the method CONNECT, whose paths a ServeMux does not clean.
+// usualForm returns the request if it has the usual form, otherwise a copy that has it: a clean path without escapes, a
+// host in lower case without a dot at its end, and a method other than CONNECT, whose paths a ServeMux does not clean.
 func usualForm(r *http.Request) *http.Request {
 	clean := r.URL.Path
 	if !strings.HasPrefix(clean, "/") {
@@ -84,17 +87,17 @@ func usualForm(r *http.Request) *http.Request {
 	u.Path, u.RawPath = clean, ""
 	usual.URL, usual.Host = &u, host
 	if r.Method == http.MethodConnect {
-		usual.Method = "of CONNECT" // so that routes for all methods match
+		usual.Method = "of CONNECT" // no pattern has this method, so only routes for all methods match
 	}
 	return &usual
 }
 
-// folded returns the request, or a copy whose path lacks what IgnoreCase and IgnoreSlash ignore.
+// folded returns the request, or a copy whose path is changed as IgnoreCase and IgnoreSlash say.
 func (m *middleware) folded(r *http.Request) *http.Request {
 	p, raw := m.fold(r.URL.Path), r.URL.RawPath
 	if raw != "" {
 		raw = m.fold(raw)
-		if unescaped, err := url.PathUnescape(raw); err == nil { // else it has been made by hand, and is ignored
+		if unescaped, err := url.PathUnescape(raw); err == nil { // an invalid RawPath was set by hand, and is ignored
 			p = unescaped
 		}
 	}
@@ -117,8 +120,8 @@ func (m *middleware) fold(p string) string {
 	return p
 }
 
-// lower is s in lower case, with one letter for all that differ only in case: a router may take K, k and the Kelvin sign
-// for equal.
+// lower returns s in lower case. Letters that differ only in case become equal, because a router may compare them so: K, k
+// and the Kelvin sign all become k.
 func lower(s string) string {
 	for i := range len(s) {
 		if c := s[i]; 'A' <= c && c <= 'Z' || c >= 0x80 {

@@ -1,14 +1,14 @@
-// Making one list of the limits of several limiters: of nested middlewares, a handler that asks for itself, a server
-// behind a ReverseProxy.
+// Merging the limits of several limiters into one list: nested middlewares, a handler that asks a Throttler itself, a
+// server behind a ReverseProxy.
 
 package throttlerhttp
 
 import "github.com/dunglas/httpsfv"
 
-// mostBytes of a field of somebody else's are read.
+// mostBytes is how many bytes of a field written by another limiter are read at most: parsing takes time and memory.
 const mostBytes = 16 << 10
 
-// list reads the lines of a field. If they are no list, or too long, the field is ignored as a whole.
+// list parses the lines of a field. If they are not a list, or are too long, the whole field is ignored.
 func list(lines []string) httpsfv.List {
 	n := 0
 	for _, line := range lines {
@@ -21,8 +21,8 @@ func list(lines []string) httpsfv.List {
 	return l
 }
 
-// merge adds the fields that a limiter has said to the limits and policies of others. Of two limits of one name it has
-// the one of which less remains, and the policy of that one.
+// merge adds the fields of one limiter to the limits and policies of others. If two limits have one name, the result has the
+// one of which less remains, and its policy.
 func merge(limits, policies httpsfv.List, own [2]string) [2]string {
 	var limit, policy named
 	for _, m := range limits {
@@ -32,7 +32,7 @@ func merge(limits, policies httpsfv.List, own [2]string) [2]string {
 		policy.put(m)
 	}
 	ownLimits, _ := httpsfv.UnmarshalList(own[1:])
-	ownPolicies, _ := httpsfv.UnmarshalList(own[:1]) // of the same names, in the same order
+	ownPolicies, _ := httpsfv.UnmarshalList(own[:1]) // with the same names, in the same order
 	for i, m := range ownLimits {
 		if limit.lower(m) || policy.of(m) == nil {
 			policy.put(ownPolicies[i])
@@ -46,7 +46,7 @@ func merge(limits, policies httpsfv.List, own [2]string) [2]string {
 	return [2]string{p, l}
 }
 
-// without returns the limits that are not among others, by their names and numbers.
+// without returns the limits that are not in others. Limits are compared by name and by their numbers.
 func without(limits, others httpsfv.List) (rest httpsfv.List) {
 	var remove named
 	for _, m := range others {
@@ -60,13 +60,13 @@ func without(limits, others httpsfv.List) (rest httpsfv.List) {
 	return rest
 }
 
-// named is a list with one item of each name.
+// named is a list with at most one item per name.
 type named struct {
 	list httpsfv.List
 	at   map[policyName]int
 }
 
-// policyName is the name of a policy, and the key of one of its partitions.
+// policyName is the name of a policy and the partition key, "pk" in the draft.
 type policyName struct{ name, partition string }
 
 func nameOf(m httpsfv.Member) (n policyName) {
@@ -79,7 +79,7 @@ func nameOf(m httpsfv.Member) (n policyName) {
 	return n
 }
 
-// of is the item with the name of m, or nil. What has no name is like nothing else.
+// of returns the item with the same name as m, or nil. An item without a name equals no other.
 func (l *named) of(m httpsfv.Member) httpsfv.Member {
 	if i, ok := l.at[nameOf(m)]; ok {
 		return l.list[i]
@@ -87,7 +87,7 @@ func (l *named) of(m httpsfv.Member) httpsfv.Member {
 	return nil
 }
 
-// put puts m into the list, in place of the item of its name.
+// put adds m to the list, or replaces the item of its name.
 func (l *named) put(m httpsfv.Member) {
 	name := nameOf(m)
 	if i, ok := l.at[name]; ok {
@@ -103,7 +103,8 @@ func (l *named) put(m httpsfv.Member) {
 	l.list = append(l.list, m)
 }
 
-// lower puts a limit into the list unless that has one of its name of which no more remains.
+// lower puts a limit into the list, unless the list has one of its name that is at least as near to denying. It
+// reports whether it did.
 func (l *named) lower(m httpsfv.Member) bool {
 	if old := l.of(m); old != nil && !nearer(m, old) {
 		return false
@@ -112,13 +113,13 @@ func (l *named) lower(m httpsfv.Member) bool {
 	return true
 }
 
-// nearer reports whether less remains of a than of b, or as little for longer.
+// nearer reports whether less remains of a than of b, or equally little for a longer time.
 func nearer(a, b httpsfv.Member) bool {
 	r, s := number(a, "r"), number(b, "r")
 	return r < s || r == s && number(a, "t") > number(b, "t")
 }
 
-// number is a parameter of an item, or -1.
+// number returns an integer parameter of an item, or -1 if there is none.
 func number(m httpsfv.Member, name string) int64 {
 	if item, ok := m.(httpsfv.Item); ok {
 		value, _ := item.Params.Get(name)

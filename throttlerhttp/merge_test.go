@@ -36,7 +36,7 @@ func TestThePolicyIsThatOfTheLimitThatIsTold(t *testing.T) {
 	}
 }
 
-// bomb is a list of n limits or policies.
+// bomb returns a list of n limits or policies.
 func bomb(n int, parameters string) string {
 	var list strings.Builder
 	for i := range n {
@@ -75,7 +75,7 @@ func TestTransportIgnoresAListThatIsTooLong(t *testing.T) {
 		tr := throttlerhttp.NewTransport(tripper(func(*http.Request) (*http.Response, error) {
 			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Ratelimit": {field}}, Body: http.NoBody}, nil
 		}), nil)
-		for range 10 { // the second would wait for a minute
+		for range 10 { // if the list counted, the second request would wait for a minute
 			r, err := http.NewRequest(http.MethodGet, "http://example.com/", nil)
 			require.NoError(t, err)
 			resp, err := tr.RoundTrip(r)
@@ -96,7 +96,8 @@ func TestPoliciesWithoutLimitsStay(t *testing.T) {
 	}
 }
 
-// FuzzFieldsOfOthers has whatever others put into an answer be one list with the limits of the middleware, or ignored.
+// FuzzFieldsOfOthers checks that whatever others put into an answer is merged with the limits of the middleware into one
+// list, or ignored.
 func FuzzFieldsOfOthers(f *testing.F) {
 	for _, lines := range [][2]string{
 		{`"b";r=3;t=5`, `"b";q=77`}, {`"b";r=1, "b";r=0`, `"b"`}, {`"b";r=3;pk=:YQ==:`, ``}, {`b;r=1, 5, :YQ==:, ("b" "c");r=0`, `?1`}, {`"";r=0`, `"";q=1`}, {`"b`, `"`},

@@ -1,4 +1,4 @@
-// Writing the patterns of other routers as those of http.ServeMux, for the faults of New.
+// Rewriting patterns of other routers as patterns of http.ServeMux, for the errors of New.
 
 package throttlerhttp
 
@@ -11,7 +11,7 @@ import (
 	"unicode"
 )
 
-// splitPattern returns the method of a pattern, "" for all, and what stands behind it: the host and the path.
+// splitPattern returns the method of a pattern, "" if it is for all, and what follows it: the host and the path.
 func splitPattern(pattern string) (method, rest string) {
 	i := strings.IndexAny(pattern, " \t")
 	if i < 0 {
@@ -20,22 +20,23 @@ func splitPattern(pattern string) (method, rest string) {
 	return pattern[:i], strings.TrimLeft(pattern[i:], " \t")
 }
 
-// lowerPath is the pattern with a path in lower case.
+// lowerPath returns the pattern with its path in lower case.
 func lowerPath(pattern string) string {
 	i := max(0, strings.IndexByte(pattern, '/'))
 	return pattern[:i] + lower(pattern[i:])
 }
 
-// usualPattern returns how http.ServeMux writes the pattern of another router, or one that it takes and never matches,
-// and a hint. It returns other patterns as they are.
+// usualPattern returns a pattern in the form of http.ServeMux, and a hint for the error. The pattern may be written for
+// another router, or be one that a ServeMux accepts but never matches. Any other pattern is returned unchanged.
 func usualPattern(pattern string) (right, hint string) {
 	right, hint = usualOnce(pattern)
-	for range 4 { // where one mistake hid another
+	for range 4 { // one mistake may hide another
 		right, _ = usualOnce(right)
 	}
 	return right, hint
 }
 
+// usualOnce corrects the mistakes that it finds in one pass, first in the method, then in the host and the path.
 func usualOnce(pattern string) (right, hint string) {
 	trimmed := strings.TrimSpace(pattern)
 	method, rest := splitPattern(trimmed)
@@ -69,7 +70,7 @@ func usualOnce(pattern string) (right, hint string) {
 	return right, hint
 }
 
-// usualSpaces is what stands behind the method without further methods before it and a version of HTTP behind it.
+// usualSpaces returns what follows the method, without further methods before it and without an HTTP version after it.
 func usualSpaces(rest string) string {
 	words := strings.Fields(rest)
 	all := len(words)
@@ -79,13 +80,13 @@ func usualSpaces(rest string) string {
 	if len(words) > 1 && strings.HasPrefix(words[1], "HTTP/") {
 		words = words[:1]
 	}
-	if len(words) == all { // of a path with a space
+	if len(words) == all { // nothing was removed: a space belongs to the path
 		return rest
 	}
 	return strings.Join(words, "%20")
 }
 
-// usualMethod is the method in upper case, and "" for what other routers call all of them.
+// usualMethod returns the method in upper case, or "" for a word by which other routers mean all methods.
 func usualMethod(method string) (right, hint string) {
 	method = strings.TrimRight(strings.ToUpper(method), ":")
 	if i := strings.IndexAny(method, "|,"); i >= 0 {
@@ -98,7 +99,7 @@ func usualMethod(method string) (right, hint string) {
 	return method, ""
 }
 
-// methodBefore finds the method in "POST/login", "POST:/login" and "POST".
+// methodBefore splits off the method in "POST/login", "POST:/login" and "POST".
 func methodBefore(s string) (method, rest string) {
 	method, rest = s, "/"
 	if i := strings.IndexByte(s, '/'); i >= 0 {
@@ -117,9 +118,9 @@ func isMethod(s string) bool {
 	}, s)
 }
 
-// usualRest is the host, if there is one, and the path.
+// usualRest returns the host, if there is one, and the path.
 func usualRest(method, rest string) string {
-	rest = strings.TrimRight(strings.TrimLeft(rest, "^"), "$")
+	rest = strings.TrimRight(strings.TrimLeft(rest, "^"), "$") // the anchors of a regular expression
 	if _, after, ok := strings.Cut(rest, "://"); ok {
 		if rest = after; !strings.Contains(rest, "/") {
 			rest += "/"
@@ -129,7 +130,7 @@ func usualRest(method, rest string) string {
 	if i := strings.IndexByte(rest, '/'); i >= 0 {
 		host, p = rest[:i], rest[i:]
 	}
-	if method != http.MethodConnect { // whose requests a ServeMux takes as they come
+	if method != http.MethodConnect { // a ServeMux matches the host and path of CONNECT as they are
 		host, p = usualHost(host, p)
 	}
 	p = usualSegments(usualBraces(p))
@@ -143,14 +144,14 @@ func usualRest(method, rest string) string {
 	return host + p
 }
 
-// usualHost is a host in lower case, without the port, which a ServeMux does not look at. What has no dot, and is
-// not localhost, is the first segment of a path.
+// usualHost returns the host in lower case and without the port, which a ServeMux ignores. A host without a dot, other than
+// localhost, is taken for the first segment of the path.
 func usualHost(host, p string) (string, string) {
 	if host == "" || strings.ContainsAny(host, "[]") || strings.Count(host, ":") > 1 {
 		return host, p // IPv6
 	}
 	if strings.HasPrefix(host, "*.") {
-		return "", p // it has no wildcards
+		return "", p // a ServeMux has no wildcards in hosts
 	}
 	host, _, _ = strings.Cut(host, ":")
 	usual := strings.TrimRight(strings.ToLower(host), ".")
@@ -174,7 +175,7 @@ func usualBraces(p string) string {
 	}
 }
 
-// closingBrace is where the brace at from is closed, or below zero.
+// closingBrace returns the index of the brace that closes the one at from, or -1.
 func closingBrace(p string, from int) int {
 	depth := 0
 	for i := max(from, 0); i < len(p); i++ {
@@ -190,7 +191,7 @@ func closingBrace(p string, from int) int {
 	return -1
 }
 
-// wildcard is the segment for what other routers put in its name.
+// wildcard returns the segment for a wildcard that other routers call name.
 func wildcard(name string) string {
 	if name == "$" {
 		return "{$}"
@@ -215,7 +216,7 @@ func wildcard(name string) string {
 	return "{" + name + rest + "}"
 }
 
-// usualSegments writes what stands between the slashes, and leaves out a query.
+// usualSegments rewrites the segments of a path, and drops a query or fragment.
 func usualSegments(p string) string {
 	for i := range len(p) {
 		if p[i] == '?' && !strings.HasSuffix(p[:i], "(") || p[i] == '#' && !strings.HasPrefix(p[i+1:], "{") {
@@ -236,18 +237,18 @@ func usualSegment(s string, last bool) string {
 		inner = s[1 : len(s)-1]
 	}
 	switch {
-	case s == "" || s[0] == '{':
+	case s == "" || s[0] == '{': // empty, or in the form of a ServeMux already
 		return s
-	case s[0] == '#' && strings.HasPrefix(inner, "{"):
+	case s[0] == '#' && strings.HasPrefix(inner, "{"): // #{id}
 		return s[1:]
-	case strings.HasPrefix(s, "(?P<"):
+	case strings.HasPrefix(s, "(?P<"): // (?P<id>[0-9]+)
 		name, _, _ := strings.Cut(s[len("(?P<"):], ">")
 		return wildcard(name)
-	case s[0] == '$':
+	case s[0] == '$': // $id
 		return wildcard(s[1:])
-	case strings.Contains(s, "|"):
+	case strings.Contains(s, "|"): // (a|b)
 		return wildcard("")
-	case s[0] == '<' && strings.HasSuffix(s, ">") && inner != "":
+	case s[0] == '<' && strings.HasSuffix(s, ">") && inner != "": // <id>, <int:id>, <path:rest>
 		kind, name, typed := strings.Cut(inner, ":")
 		if !typed {
 			name = kind
@@ -256,14 +257,14 @@ func usualSegment(s string, last bool) string {
 			name += "..."
 		}
 		return wildcard(name)
-	case s[0] == '[' && strings.HasSuffix(s, "]") && inner != "":
+	case s[0] == '[' && strings.HasSuffix(s, "]") && inner != "": // [id], [[...rest]]
 		return wildcard(strings.Trim(inner, "[]"))
-	case s[0] == ':':
+	case s[0] == ':': // :id, :rest*
 		if last && strings.HasSuffix(s, "*") {
 			return wildcard(s[1:] + "...")
 		}
 		return wildcard(s[1:])
-	case strings.Contains(s, `\`):
+	case strings.Contains(s, `\`): // \d+
 		return wildcard("")
 	case strings.Contains(s, "*"):
 		return usualStar(s, last)
@@ -271,7 +272,7 @@ func usualSegment(s string, last bool) string {
 	return unescaped(strings.ReplaceAll(s, ":", "%3A"))
 }
 
-// usualStar writes a segment with a star: at the end of a path it is for all that begins so.
+// usualStar rewrites a segment with a star. At the end of a path a star means all paths that begin so.
 func usualStar(s string, last bool) string {
 	before, name, _ := strings.Cut(s, "*")
 	switch {
@@ -285,8 +286,8 @@ func usualStar(s string, last bool) string {
 	return strings.TrimRight(before, "(.") + "/"
 }
 
-// unescaped is a segment without the escapes that only hide a character. Those that stay are of characters that
-// cannot be written otherwise, or have another meaning.
+// unescaped returns a segment without needless escapes. It keeps those of characters that cannot be written otherwise or
+// have another meaning.
 func unescaped(s string) string {
 	var out strings.Builder
 	for i := 0; i < len(s); i++ {

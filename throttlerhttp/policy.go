@@ -1,4 +1,4 @@
-// The fields of Draft10 for the buckets of one limiter.
+// The Draft10 fields for the buckets of one limiter.
 
 package throttlerhttp
 
@@ -13,12 +13,12 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// policy is the part of the fields that depends on the limits alone.
+// policy is the part of the fields that depends on the limits only. It is built once and reused by many answers.
 type policy struct {
-	of    []throttler.Level // of which Bucket, Full and Window count: a policy does not change with the load
+	of    []throttler.Level // only Bucket, Full and Window count: a policy does not change with the load
 	field string            // RateLimit-Policy
-	items []string          // of RateLimit, up to their numbers
-	twice bool              // two parts have a bucket of one name
+	items []string          // the items of RateLimit, up to the number that remains
+	twice bool              // two parts have a bucket of the same name
 }
 
 func newPolicy(levels []throttler.Level) *policy {
@@ -37,7 +37,7 @@ func newPolicy(levels []throttler.Level) *policy {
 	return p
 }
 
-// is reports whether the policy is that of some levels.
+// is reports whether this is the policy of the levels.
 func (p *policy) is(levels []throttler.Level) bool {
 	if len(p.of) != len(levels) {
 		return false
@@ -51,7 +51,7 @@ func (p *policy) is(levels []throttler.Level) bool {
 	return true
 }
 
-// limits is RateLimit.
+// limits returns the value of RateLimit.
 func (p *policy) limits(levels []throttler.Level) string {
 	var buf [256]byte
 	out := buf[:0]
@@ -65,7 +65,7 @@ func (p *policy) limits(levels []throttler.Level) string {
 	return string(out)
 }
 
-// names reports whether a field has the limits of this policy and no others, with whatever numbers.
+// names reports whether a RateLimit field has exactly the limits of this policy, with any numbers.
 func (p *policy) names(limits string) bool {
 	for _, item := range p.items {
 		after, ok := strings.CutPrefix(limits, item)
@@ -81,7 +81,7 @@ func (p *policy) names(limits string) bool {
 	return limits == ""
 }
 
-// next is the time until one more token may be taken, at most the time until a denied call may be made again.
+// next returns the time until one more token may be taken, but not more than the time until a denied call is admitted.
 func next(l *throttler.Level) time.Duration {
 	if l.RetryAfter > 0 {
 		return min(l.NextAfter, l.RetryAfter)
@@ -92,20 +92,22 @@ func next(l *throttler.Level) time.Duration {
 // separator stands between the items of a list.
 const separator = ", "
 
-// largest is the largest integer of structured fields.
+// largest is the largest integer that structured fields can hold (RFC 9651, section 3.3.1).
 const largest = 999_999_999_999_999
 
-// quoted is the name of a bucket as a string of structured fields (RFC 9651): names are printable ASCII.
+// quoted returns the name of a bucket as a string of structured fields (RFC 9651, section 3.3.3). Names are printable ASCII,
+// so a string can hold any of them.
 func quoted(name string) string {
 	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`).Replace(name) + `"`
 }
 
-// policies remembers the first ones. Most requests are limited by a few sets of limits.
+// policies caches the first policies that are needed, at most mostPolicies. It suffices, as most requests are limited by a
+// few sets of limits.
 type policies struct{ known atomic.Pointer[[]*policy] }
 
 const mostPolicies = 16
 
-// of is the policy of the levels of a verdict.
+// of returns the policy of a verdict's levels.
 func (p *policies) of(v *throttler.Verdict, levels []throttler.Level) *policy {
 	known := p.known.Load()
 	if known != nil {
@@ -116,13 +118,13 @@ func (p *policies) of(v *throttler.Verdict, levels []throttler.Level) *policy {
 		}
 	}
 	made := newPolicy(levels)
-	if !v.Degraded() { // a fallback may make rules for one verdict
+	if !v.Degraded() { // a fallback may make rules for one verdict only, which would fill the cache
 		p.add(known, made)
 	}
 	return made
 }
 
-// add keeps a policy, unless another was kept since known was loaded.
+// add caches a policy, unless another one was cached since known was loaded: a lost race only means to build it again.
 func (p *policies) add(known *[]*policy, made *policy) {
 	all := []*policy{made}
 	if known != nil {
@@ -133,7 +135,7 @@ func (p *policies) add(known *[]*policy, made *policy) {
 	}
 }
 
-// seconds is d in seconds, rounded up.
+// seconds returns d in seconds, rounded up.
 func seconds(d time.Duration) int64 {
 	s := int64(d / time.Second)
 	if d%time.Second > 0 {

@@ -14,23 +14,24 @@ import (
 )
 
 // recorder is the ResponseWriter of an admitted request. Before the header of the answer is sent it asks RefundIf, and
-// makes one set of the fields of all limiters.
+// merges the fields of all limiters into one set. It belongs to one request and, like any ResponseWriter, is not safe for
+// concurrent use.
 type recorder struct {
 	http.ResponseWriter
 
 	l        *limit
 	r        *http.Request
-	id       string             // that the request has counted for
-	v        *throttler.Verdict // to refund, or nil without a RefundIf
+	id       string             // the identifier of the first part of the decision
+	v        *throttler.Verdict // to be refunded; nil if there is no RefundIf
 	said     said
 	admitted time.Time // set if the middleware has a Took
-	status   int       // of the answer, 0 until it begins
-	told     bool      // an informational answer was sent, after which a ReverseProxy removes all fields
+	status   int       // of the answer; 0 until the answer begins
+	told     bool      // an informational (1xx) answer was sent; a ReverseProxy then removes all fields
 	refunded bool
-	returned bool // the handler has, without a panic
+	returned bool // the handler returned and did not panic
 }
 
-// recorded returns the recorder that w is, or that is inside of it.
+// recorded returns the outermost recorder in the chain of ResponseWriters that begins with w, or nil.
 func recorded(w http.ResponseWriter) *recorder {
 	for {
 		switch inner := w.(type) {
@@ -46,7 +47,7 @@ func recorded(w http.ResponseWriter) *recorder {
 
 func (r *recorder) self() *recorder { return r }
 
-// asked reports whether the middleware is outside of itself, and has counted this request for the same key there.
+// asked reports whether the same middleware is also further out, and counted this request for the same identifier there.
 func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
 		if outer.l != l || outer.id == "" {
@@ -108,18 +109,18 @@ func (r *recorder) push(target string, o *http.PushOptions) error {
 	return r.ResponseWriter.(http.Pusher).Push(target, o)
 }
 
-// ReadFrom is for io.Copy. It begins the answer when there is something to send: after a copy that fails before that, the
-// handler may still answer otherwise.
+// ReadFrom is for io.Copy. It begins the answer only when there are bytes to send, so that the handler may still answer
+// otherwise after a copy that fails before that.
 func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
 	if r.status == 0 {
-		const first = 512 // which net/http looks at as well
+		const first = 512 // net/http reads as many to detect the content type, before it begins its answer
 		n, err = io.Copy(struct{ io.Writer }{r}, io.LimitReader(from, first))
 		if err != nil || n < first {
 			return n, err
 		}
 	}
 	var rest int64
-	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok {
+	if w, ok := r.ResponseWriter.(io.ReaderFrom); ok { // that of net/http uses sendfile where it can
 		rest, err = w.ReadFrom(from)
 	} else {
 		rest, err = io.Copy(r.ResponseWriter, from)
@@ -127,14 +128,14 @@ func (r *recorder) ReadFrom(from io.Reader) (n int64, err error) {
 	return n + rest, err
 }
 
-// CloseNotify is for routers that demand it, such as gin.
+// CloseNotify is for routers that require it, such as gin.
 func (r *recorder) CloseNotify() <-chan bool {
 	gone := make(chan bool, 1)
 	context.AfterFunc(r.r.Context(), func() { gone <- true })
 	return gone
 }
 
-// begin is called before the header of the answer is sent. Only the first status counts.
+// begin runs once, right before the header of the answer is sent. Only the first status counts, as with any ResponseWriter.
 func (r *recorder) begin(status int) {
 	if r.status != 0 {
 		return
@@ -152,27 +153,28 @@ func (r *recorder) begin(status int) {
 	now.put(r.Header(), &r.said, r.told, status)
 }
 
-// refund asks RefundIf, and returns what the buckets say after what was given back, which is done once.
+// refund asks RefundIf and gives the cost back at most once. It returns the state of the buckets after it, or a zero Verdict
+// if nothing was given back. The client may have left by then, so it ignores that the request's context has ended.
 func (r *recorder) refund(status int) (after throttler.Verdict) {
 	v := r.v
 	if v == nil || r.refunded || !r.l.refundIf(status) {
 		return after
 	}
 	r.refunded = true
-	if r.l.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe has the error
+	if r.l.m.t.Refund(context.WithoutCancel(r.r.Context()), *v) != nil || !v.Taken() { // Observe gets the error
 		return after
 	}
-	after, _ = r.l.look(r.r, v) // without an answer the fields stay as they are
+	after, _ = r.l.look(r.r, v) // after an error the fields stay as they are
 	return after
 }
 
-// end is called when the handler has returned, or has panicked.
+// end is called when the handler has returned or panicked.
 func (r *recorder) end() {
 	switch {
 	case !r.returned && r.status == 0:
 		r.begin(http.StatusInternalServerError)
 	case !r.returned && r.status < 400:
-		r.refund(http.StatusInternalServerError) // nothing of it may have been sent
+		r.refund(http.StatusInternalServerError) // the client may have got none of the answer that has begun
 	case r.status == 0 && r.r.Context().Err() != nil:
 		r.begin(statusClientClosed)
 	default:
@@ -180,12 +182,12 @@ func (r *recorder) end() {
 	}
 }
 
-// statusClientClosed is what nginx logs for a client that did not wait for the answer.
+// statusClientClosed is the status that nginx logs for a client that left before the answer.
 const statusClientClosed = 499
 
-// as returns the recorder with those of the methods of http.Flusher, http.Hijacker and http.Pusher that its
-// ResponseWriter has, because handlers ask for them. A Hijacker is also one that only http.ResponseController finds, which
-// else would go around the recorder.
+// as returns the recorder with those methods of http.Flusher, http.Hijacker and http.Pusher that its ResponseWriter has,
+// since handlers test for them. It is an http.Hijacker even if only http.ResponseController finds one further inside.
+// Otherwise Hijack would bypass the recorder.
 func (r *recorder) as() http.ResponseWriter {
 	_, f := r.ResponseWriter.(http.Flusher)
 	_, p := r.ResponseWriter.(http.Pusher)
@@ -209,7 +211,7 @@ func (r *recorder) as() http.ResponseWriter {
 	return r
 }
 
-// can reports whether w has an interface, as http.ResponseController finds it.
+// can reports whether w has an interface, searching through Unwrap as http.ResponseController does.
 func can[T any](w http.ResponseWriter) bool {
 	for {
 		if _, ok := w.(T); ok {
@@ -223,8 +225,8 @@ func can[T any](w http.ResponseWriter) bool {
 	}
 }
 
-// The types that as returns are named after the first letters of the interfaces that they have. Each is one pointer, so
-// that it allocates nothing.
+// The types that as returns are named after the first letters of their interfaces. Each is a single pointer, so converting
+// it to an interface does not allocate.
 type (
 	withF   struct{ *recorder }
 	withH   struct{ *recorder }

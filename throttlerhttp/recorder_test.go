@@ -27,7 +27,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// has names the interfaces of a ResponseWriter.
+// has returns the names of the interfaces that a ResponseWriter has.
 func has(w http.ResponseWriter) (names []string) {
 	for name, ok := range map[string]func() bool{
 		"Flusher":  func() bool { _, ok := w.(http.Flusher); return ok },
@@ -249,7 +249,7 @@ func TestTheWriterIsThatOfTheProtocol(t *testing.T) {
 	}
 }
 
-// outer has only Unwrap.
+// outer is a ResponseWriter with no method of its own but Unwrap.
 type outer struct{ http.ResponseWriter }
 
 func (o outer) Unwrap() http.ResponseWriter { return o.ResponseWriter }
@@ -317,7 +317,7 @@ func TestTheSameMiddlewareInsideAsksForAnotherRouteOrKey(t *testing.T) {
 	assert.Equal(t, "97", fmt.Sprint(parsed(t, ask(h, "GET /", "User", "42"), "RateLimit")["100/1h"]["r"]))
 }
 
-// everything is a blank writer that has all interfaces of the server's.
+// everything is a blank writer with all interfaces that the server's writer has.
 type everything struct {
 	blank
 	flusher
@@ -340,7 +340,7 @@ func TestRequestsThatAHandlerMakesCount(t *testing.T) {
 	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{Key: whoever, Buckets: buckets(perHour(3))})
 	require.NoError(t, err)
 	var h http.Handler
-	h = limit(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { // "GET /batch" asks for "GET /" often
+	h = limit(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { // "GET /batch" calls "GET /" several times
 		if r.URL.Path == "/batch" {
 			for range 10 {
 				h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/", nil).WithContext(r.Context()))
@@ -351,7 +351,7 @@ func TestRequestsThatAHandlerMakesCount(t *testing.T) {
 	assert.Equal(t, http.StatusTooManyRequests, ask(h, "GET /").StatusCode)
 }
 
-// refunds counts the refunds of a Throttler.
+// refunds returns an Observe that counts the refunds of a Throttler.
 func refunds(n *int) func(context.Context, *throttler.Event) {
 	return func(_ context.Context, e *throttler.Event) {
 		if e.Op == throttler.OpRefund {
@@ -452,7 +452,7 @@ func TestARefundIsMadeBeforeTheHeaderIsSentAndOnce(t *testing.T) {
 	assert.Equal(t, []int{200}, told)
 }
 
-// unrefundable is a storage that gives nothing back.
+// unrefundable is a storage that fails to give tokens back.
 type unrefundable struct{ storage.Storage }
 
 func (unrefundable) Charge(context.Context, *storage.Charge) error { return throttler.ErrUnavailable }

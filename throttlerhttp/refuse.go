@@ -14,20 +14,21 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Refusal is why a request did not reach the handler: it was denied, or could not be decided.
+// Refusal is the reason why a request did not reach the handler: it was denied, or could not be decided.
 type Refusal struct {
-	// Status is 429 for a denied request, 413 if its cost exceeds a capacity, so that waiting does not help, 400 if
-	// the cost is below zero, 403 if the key has no buckets, or one of capacity 0, 503 if the storage could not decide, else 500.
+	// Status is 429 for a denied request; 413 if its cost exceeds a capacity, so that waiting does not help; 400 if the
+	// cost is below zero; 403 if the key has no buckets, or a bucket of capacity 0; 503 if the storage could not decide;
+	// 500 otherwise.
 	Status int
 
-	// Err is a *throttler.LimitedError with the Verdict of a 429, else what the Throttler returned, or ErrNoKey.
-	// It names the identifier and parts of the program: do not show it to clients.
+	// Err is a *throttler.LimitedError with the Verdict if the Status is 429, otherwise what the Throttler returned, or
+	// ErrNoKey. It names the identifier and parts of the program: do not show it to clients.
 	Err error
 
-	// Verdict is that of a 429. With a 413 its Levels tell what there is.
+	// Verdict is the denial if the Status is 429. For 413, and for 403 by a capacity of 0, it has the present Levels.
 	Verdict throttler.Verdict
 
-	// RetryAfter is the Retry-After of a 429, in seconds, else 0.
+	// RetryAfter is the value of Retry-After in seconds if the Status is 429, otherwise 0.
 	RetryAfter int64
 }
 
@@ -43,20 +44,20 @@ func (r *Refusal) Limits() []string {
 }
 
 // Refuse is for handlers that ask a Throttler themselves. It answers a denied request as the middleware does: 429 with
-// Retry-After, the fields and a body. Inside a middleware of New they are those of its Options.Fields and of Refuse of its
-// Options or Route, if each ResponseWriter between has a method Unwrap, as for http.ResponseController. Elsewhere they are
-// Draft10 and Problem.
+// Retry-After, the fields and a body. Inside a middleware of New it uses Options.Fields, and Refuse of the Options or the
+// Route, provided that every ResponseWriter in between has a method Unwrap, as for http.ResponseController. Elsewhere it
+// uses Draft10 and Problem.
 func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
 	l := &limit{m: &middleware{}, refuse: Problem}
 	if outer := recorded(w); outer != nil {
-		l.m, l.refuse = outer.l.m, outer.l.refuse // its policies are for verdicts of its own
+		l.m, l.refuse = outer.l.m, outer.l.refuse // but not its policies, which are cached for verdicts of its own
 	}
 	l.answer(w, r, v, nil)
 }
 
-// RetryAfterSeconds is the Retry-After of a denial: its RetryAfter in seconds, rounded up, and at least 1. For a Verdict
-// that is Allowed it is 0.
+// RetryAfterSeconds returns the Retry-After of a denial: its RetryAfter in seconds, rounded up, and at least 1. For a
+// Verdict that is Allowed it returns 0.
 func RetryAfterSeconds(v throttler.Verdict) int64 {
 	if v.Allowed {
 		return 0
@@ -64,6 +65,7 @@ func RetryAfterSeconds(v throttler.Verdict) int64 {
 	return max(1, seconds(v.RetryAfter))
 }
 
+// answer sets the fields of a request that is not served, and lets refuse write the rest. A nil err means a denial.
 func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdict, err error) {
 	h := w.Header()
 	forget(w)
@@ -82,19 +84,19 @@ func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdi
 	l.refuse(w, r, refusal)
 }
 
-// admitsNothing reports whether a bucket has a capacity of 0: no smaller request would be admitted.
+// admitsNothing reports whether a bucket has a capacity of 0, so that not even a smaller request would be admitted.
 func admitsNothing(v *throttler.Verdict) bool {
 	return slices.ContainsFunc(v.Levels(), func(l throttler.Level) bool { return l.Limit == 0 })
 }
 
-// ofBody are the fields that describe a body, or say how long it may be kept.
+// ofBody are the fields that describe a body or say how long it may be cached.
 var ofBody = [...]string{
 	"Content-Length", "Content-Range", "Content-Disposition", "Content-Language", "Content-Location", "Content-Type", "Content-Md5",
 	"Etag", "Last-Modified", "Accept-Ranges", "Digest", "Content-Digest", "Repr-Digest", "Transfer-Encoding", "Trailer",
 	"Age", "Expires", "Pragma", "Cdn-Cache-Control", "Surrogate-Control",
 }
 
-// forget removes the fields of a body that is not sent, and those that let caches keep it.
+// forget removes the fields of a body that is not sent, and forbids caches to keep the answer.
 func forget(w http.ResponseWriter) {
 	h := w.Header()
 	for _, name := range ofBody {
@@ -106,8 +108,8 @@ func forget(w http.ResponseWriter) {
 	}
 }
 
-// mayEncode reports whether something around the limiters has wrapped the ResponseWriter: it may compress whatever is
-// written, and then Content-Encoding is true of every body.
+// mayEncode reports whether something has wrapped the ResponseWriter around the limiters. It may compress whatever is
+// written, so that Content-Encoding is true for every body.
 func mayEncode(w http.ResponseWriter) bool {
 	for rec := recorded(w); rec != nil; rec = recorded(w) {
 		if w != rec.as() {
@@ -130,6 +132,7 @@ func mayEncode(w http.ResponseWriter) bool {
 	return false
 }
 
+// status maps the error of a decision to the status of the answer. Nil means a denial.
 func status(err error) int {
 	switch {
 	case err == nil:
@@ -147,8 +150,8 @@ func status(err error) int {
 	return http.StatusInternalServerError
 }
 
-// Problem answers with application/problem+json (RFC 9457). That of a 429 is of the type quota-exceeded of
-// draft-ietf-httpapi-ratelimit-headers-10, and names the buckets that denied.
+// Problem answers with application/problem+json (RFC 9457). For a 429 the problem has the type quota-exceeded of
+// draft-ietf-httpapi-ratelimit-headers-10 and names the buckets that denied.
 func Problem(w http.ResponseWriter, _ *http.Request, r Refusal) {
 	problem := struct {
 		Type       string   `json:"type"`
@@ -164,8 +167,8 @@ func Problem(w http.ResponseWriter, _ *http.Request, r Refusal) {
 	write(w, r.Status, "application/problem+json", problem)
 }
 
-// JSON answers with {"error":"Too Many Requests","limits":["5/10s"],"retry_after":8}; the last two only if the
-// request was limited.
+// JSON answers with {"error":"Too Many Requests","limits":["5/10s"],"retry_after":8}. The last two are left out unless the
+// request was denied.
 func JSON(w http.ResponseWriter, _ *http.Request, r Refusal) {
 	write(w, r.Status, "application/json", struct {
 		Error      string   `json:"error"`
@@ -179,5 +182,5 @@ func write(w http.ResponseWriter, status int, kind string, body any) {
 	w.Header().Set("Content-Type", kind)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	_, _ = w.Write(text) // fails when the client has gone: there is nobody to tell
+	_, _ = w.Write(text) // fails if the client has left, and then nobody can be told
 }

@@ -34,7 +34,7 @@ func TestRetryAfterSecondsIsRoundedUpOnce(t *testing.T) {
 	assert.Zero(t, throttlerhttp.RetryAfterSeconds(throttler.Verdict{Allowed: true}))
 }
 
-// asks is a handler that asks for itself.
+// asks returns a handler that asks a Throttler itself.
 func asks(t testing.TB, c throttler.Config) http.Handler {
 	t.Helper()
 	limiter, err := throttler.New(c)
@@ -232,7 +232,7 @@ func TestACostAboveACapacityTellsTheLimits(t *testing.T) {
 	}
 }
 
-// closed is a storage that cannot be looked at.
+// closed is a storage whose Peeks fail with ErrClosed.
 type closed struct{ storage.Storage }
 
 func (c closed) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {

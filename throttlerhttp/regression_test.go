@@ -78,7 +78,7 @@ func TestAddsWithTiersKeepsTheLimitsOfTheThrottler(t *testing.T) {
 		Tiers:  map[string][]throttler.Bucket{"premium": buckets(perHour(50))},
 		Routes: []throttlerhttp.Route{{Pattern: "/search", Adds: true, Buckets: buckets(perHour(100))}}})
 	if err != nil {
-		return // a fault that is named is as good
+		return // an error of New is as good: it names the fault
 	}
 	assert.Equal(t, 1, admitted(limit(ok), 5, "GET /search"))
 }
@@ -176,7 +176,7 @@ func TestThePolicyOfABurstIsExact(t *testing.T) {
 	assert.Equal(t, map[string]map[string]int64{"b": {"q": 50, "w": 55}}, parsed(t, ask(h, "GET /"), "RateLimit-Policy"))
 }
 
-// stalled is a body that nothing comes of until it is closed.
+// stalled is a body from which nothing can be read until it is closed.
 type stalled struct {
 	closed chan struct{}
 	close  func()

@@ -14,8 +14,8 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// TestMemoryOfARequestMayBeUsedForTheNextOne has requests as adapters to fasthttp make them: all their strings are
-// in memory that is used again once they were answered.
+// TestMemoryOfARequestMayBeUsedForTheNextOne sends requests as adapters to fasthttp make them: all of their strings are in
+// memory that is reused once they were answered.
 func TestMemoryOfARequestMayBeUsedForTheNextOne(t *testing.T) {
 	t.Parallel()
 	id := func(r *http.Request) string { return r.Header.Get("X-User") }

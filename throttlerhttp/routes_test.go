@@ -21,7 +21,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// manyRoutes are n routes of one bucket each, and the requests for them.
+// manyRoutes returns n routes of one bucket each, and the requests for them.
 func manyRoutes(n int, adds bool) (routes []throttlerhttp.Route, requests []string) {
 	for i := range n {
 		path := fmt.Sprint("/route/", i)
@@ -102,7 +102,7 @@ func TestNoKeyAndRouteHaveTheIdentifierOfAnother(t *testing.T) {
 		long(899), long(900), long(901), long(960), long(1022), long(1023), long(1024), long(5000), long(900) + "\x00",
 	}
 	routes := []string{"", "b", "\x00", "\x00b", "b\x00", "\x01b", "\x01", "\x00\x00b", "GET /users/{id}", "a", long(62), long(122), long(123), long(1024), long(3000)}
-	for _, key := range keys[:8] { // what an attacker would call himself
+	for _, key := range keys[:8] { // names that an attacker might choose
 		for _, route := range routes {
 			keys = append(keys, throttlerhttp.RouteIdentifier(key, route))
 		}
@@ -148,7 +148,7 @@ func TestNobodyIsChargedOnTheRouteOfAnother(t *testing.T) {
 	t.Parallel()
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{
 		Key: func(r *http.Request) string { return "user:" + r.URL.Query().Get("id") },
-		// the bucket of the route would be found if the identifiers met
+		// if the identifiers were equal, the bucket of the route would be found
 		Buckets: buckets(perHour(1).Named("POST /login x")),
 		Routes:  []throttlerhttp.Route{{Pattern: "POST /login", Buckets: buckets(perHour(1).Named("x"))}},
 	}, ok)
@@ -253,7 +253,7 @@ func TestALiteralStarOrColonIsWrittenAsAnEscape(t *testing.T) {
 	}
 }
 
-// FuzzPattern: whatever a pattern is, New does not panic, and what it says is written otherwise it takes in that way.
+// FuzzPattern checks that New never panics, and that it accepts the form of a pattern that its error proposes.
 func FuzzPattern(f *testing.F) {
 	for _, seed := range []string{"/api/*", "GET /users/:id", "{", "/{a:[{]}", "<>", "/<:>/[]", "%", "/%2", "GET\t/x", "/$a|(?P<x>", "a b c", "://", "*.*/*.*", "^$", "//", "..", ":", "\\", "/:", "?/", "http://", "a:b:c/d"} {
 		f.Add(seed)
@@ -296,7 +296,7 @@ func TestThePathIsComparedInTheFormTheRouterDecidesBy(t *testing.T) {
 		{throttlerhttp.Options{IgnoreSlash: true}, [][]string{plain, slashed}, [][]string{cased, both}, "POST /login"},
 		{throttlerhttp.Options{IgnoreCase: true, IgnoreSlash: true}, [][]string{plain, cased, slashed, both}, nil, "POST /login"},
 	} {
-		for _, all := range []bool{false, true} { // besides a route for everything else
+		for _, all := range []bool{false, true} { // without and with a route for everything else
 			c.o.Buckets = buckets(perHour(1 << 40))
 			c.o.Routes = []throttlerhttp.Route{{Pattern: c.want, Name: "login", Buckets: buckets(perHour(1 << 40))}}
 			if all {
@@ -307,7 +307,7 @@ func TestThePathIsComparedInTheFormTheRouterDecidesBy(t *testing.T) {
 				for _, path := range paths {
 					r := ask(h, "POST "+path)
 					if r.StatusCode == http.StatusBadRequest && all {
-						continue // of two routes
+						continue // the path belongs to two routes
 					}
 					assert.Equal(t, i < len(c.are), strings.Contains(r.Header.Get("RateLimit"), `"login `), "%s, %+v", path, c.o.Routes)
 				}
@@ -422,12 +422,12 @@ func TestEachAnswerThatIsNotOfTheHandlerOrA429IsToldToOnError(t *testing.T) {
 	}
 }
 
-// slow is a storage that answers when the context ends.
+// slow is a storage that answers only when the context ends.
 type slow struct {
 	storage.Storage
 
 	asked chan struct{}
-	err   error // besides that of the context
+	err   error // joined with that of the context
 }
 
 func (s slow) Decide(ctx context.Context, _ *storage.Request, _ *storage.Answer) error {

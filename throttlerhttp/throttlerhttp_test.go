@@ -28,7 +28,7 @@ import (
 
 var ok = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })
 
-// whoever counts all requests for one identifier.
+// whoever is a Key that counts all requests for one identifier.
 func whoever(*http.Request) string { return "user:42" }
 
 // serve returns a handler with a limit.
@@ -63,7 +63,7 @@ func ask(h http.Handler, what string, fields ...string) reply {
 	return reply{w.Code, w.Header(), w.Body}
 }
 
-// admitted is how many of n requests are.
+// admitted returns how many of n requests are admitted.
 func admitted(h http.Handler, n int, what string, fields ...string) (count int) {
 	for range n {
 		if ask(h, what, fields...).StatusCode == http.StatusOK {
@@ -100,7 +100,7 @@ func TestWithoutOptionsEachAddressHasTheBucketsOfTheThrottler(t *testing.T) {
 	assert.Equal(t, http.StatusOK, w.Code)
 }
 
-// parsed reads a field as RFC 9651 says.
+// parsed parses a field as a list by RFC 9651.
 func parsed(t testing.TB, r reply, field string) map[string]map[string]int64 {
 	t.Helper()
 	list, err := httpsfv.UnmarshalList(r.Header.Values(field))

@@ -12,7 +12,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerotel"
 )
 
-// BenchmarkObserve is a decision on two limits that nobody observes, that an empty function does, and that is counted.
+// BenchmarkObserve measures a decision on two limits: without an Observe, with an empty function, and with metrics.
 func BenchmarkObserve(b *testing.B) {
 	m, err := throttlerotel.New(&throttlerotel.Options{MeterProvider: metric.NewMeterProvider(metric.WithReader(metric.NewManualReader()))})
 	require.NoError(b, err)

@@ -1,6 +1,6 @@
 package throttlerotel
 
-// What is counted for each Event.
+// What an Event adds to the metrics.
 
 import (
 	"context"
@@ -16,8 +16,9 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Observe is for Config.Observe, of one Throttler or of several, which their names tell apart. A denial is an event
-// "throttler.denied" on the span of the context, if there is one that records; the status of the span stays as it is.
+// Observe is the Config.Observe of a Throttler, or of several, which their names tell apart. If the span of the context is
+// recording, a denial becomes an event "throttler.denied" on it. The status of the span does not change. Observe is safe for
+// concurrent use.
 func (m *Metrics) Observe(ctx context.Context, e *throttler.Event) {
 	result := e.Result()
 	c := m.calls.get(call{e.Name, e.Op, result, e.Verdict.Source()}, newCalls)
@@ -35,7 +36,7 @@ func (m *Metrics) Observe(ctx context.Context, e *throttler.Event) {
 	}
 }
 
-// observeAsked counts what is no wait, and so asked a storage once at most.
+// observeAsked counts an event that is not the end of a Wait, and therefore asked a storage at most once.
 func (m *Metrics) observeAsked(ctx context.Context, e *throttler.Event, c *calls) {
 	if e.Duration > 0 {
 		m.duration.Record(ctx, e.Duration.Seconds(), c.duration...)
@@ -45,6 +46,8 @@ func (m *Metrics) observeAsked(ctx context.Context, e *throttler.Event, c *calls
 	}
 }
 
+// observeWait records the end of a Wait with its own words for the result: "admitted", "deadline" if it could not be admitted
+// in time, "gave_up" if its context was cancelled, or that of the Event.
 func (m *Metrics) observeWait(ctx context.Context, e *throttler.Event, result string) {
 	name := nameKey.String(e.Name)
 	m.waiting.Add(ctx, -1, metric.WithAttributes(name))
@@ -60,6 +63,7 @@ func (m *Metrics) observeWait(ctx context.Context, e *throttler.Event, result st
 	m.wait.Record(ctx, e.Duration.Seconds(), metric.WithAttributes(name, resultKey.String(result)))
 }
 
+// observeBuckets counts what the event says about each bucket. A Peek takes and denies nothing, so it adds nothing.
 func (m *Metrics) observeBuckets(ctx context.Context, e *throttler.Event, result string) {
 	asks := e.Op == throttler.OpConsume || e.Op == throttler.OpWait
 	allowed := result == "allowed"
@@ -98,7 +102,8 @@ func (c call) attributes() attribute.Set {
 	return attribute.NewSet(nameKey.String(c.name), opKey.String(string(c.op)), resultKey.String(c.result), sourceKey.String(c.source))
 }
 
-// calls is how many there were, and the options with which their time is recorded.
+// calls counts the calls of one kind and has the options with which their duration is recorded. The options are kept,
+// because making them for each call would allocate.
 type calls struct {
 	decided  atomic.Int64
 	duration []metric.RecordOption
@@ -112,17 +117,18 @@ type failure struct{ name, kind string }
 
 type bucket struct{ name, bucket string }
 
-// tokens is what happened to a bucket.
+// tokens counts what happened to one bucket.
 type tokens struct{ denials, taken, refunded, near atomic.Int64 }
 
 func (t *tokens) took(l *throttler.Level, cost int64) {
 	t.taken.Add(cost)
-	if 5*l.Remaining < l.Limit {
+	if 5*l.Remaining < l.Limit { // less than a fifth is left
 		t.near.Add(1)
 	}
 }
 
-// bucket is that of the name, or "other" where MaxBuckets have attributes of their own.
+// bucket returns the counts of a bucket. Once MaxBuckets buckets have attributes of their own, a further one is counted as
+// "other".
 func (m *Metrics) bucket(name, of string) *tokens {
 	k := bucket{name, of}
 	if b := m.buckets.known()[k]; b != nil {
@@ -134,7 +140,8 @@ func (m *Metrics) bucket(name, of string) *tokens {
 	return m.buckets.get(k, func(bucket) *tokens { return new(tokens) })
 }
 
-// kept is what is made once for each key, in a map that is never changed, so that nobody waits to read it.
+// kept is a map of values that are made once per key. A map that readers can see never changes: get replaces it by a copy
+// with one more key. Reading therefore takes no lock.
 type kept[K comparable, V any] struct {
 	all atomic.Pointer[map[K]V]
 	mu  sync.Mutex // held to replace the map

@@ -1,6 +1,6 @@
 package throttlerotel
 
-// What storages tell of themselves.
+// Figures that storages report about themselves.
 
 import (
 	"context"
@@ -11,9 +11,10 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// Storage adds what a storage tells of itself, with the attribute throttler.storage, each time that metrics are read: how
-// many identifiers the one in the process holds, and the state of failover. Others tell nothing yet. A storage of the same
-// name is replaced, and nil is none.
+// Storage adds the figures that a storage reports about itself, with the attribute throttler.storage. They are read each
+// time the metrics are: the runtime storage reports how many identifiers it holds, and failover reports its state. Other
+// storages report nothing yet. A storage replaces an earlier one of the same name; nil removes it. Storage is safe for
+// concurrent use.
 func (m *Metrics) Storage(name string, storage any) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -22,7 +23,7 @@ func (m *Metrics) Storage(name string, storage any) {
 	}
 }
 
-// figures makes an instrument for each figure that is known, by the name that storages have for it.
+// figures makes an instrument for each figure that a storage may report, and maps the storage's name of the figure to it.
 func (m *Metrics) figures(meter metric.Meter) error {
 	var faults []error
 	known, all := map[string]metric.Float64Observable{}, []metric.Observable(nil)

@@ -1,12 +1,12 @@
-// Package throttlerotel tells OpenTelemetry what Throttlers decide: in metrics, and in an event on the caller's span when
-// a call is denied. It uses the API only; the SDK and its exporters are the program's.
+// Package throttlerotel reports the decisions of Throttlers to OpenTelemetry: as metrics, and for each denial as an event on
+// the caller's span. It uses only the API; the program brings the SDK and its exporters.
 //
 //	m, err := throttlerotel.New(nil)
 //	t, err := throttler.New(throttler.Config{Name: "api", Observe: m.Observe})
 //	m.Storage("main", store)
 //
-// No attribute has an identifier: there are as many as anybody likes to invent. The names of Throttlers, operations and
-// storages are of code, and so are nearly always those of buckets, of which no more than Options.MaxBuckets are attributes.
+// Identifiers are never attributes, because clients may invent any number of them. The names of Throttlers, operations and
+// storages come from code. So do nearly all names of buckets; at most Options.MaxBuckets of them are attributes.
 package throttlerotel
 
 import (
@@ -21,7 +21,7 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// The attributes. What fails has error.type too.
+// The attributes. Errors also have error.type, as OpenTelemetry names it.
 const (
 	nameKey    = attribute.Key("throttler.name")
 	opKey      = attribute.Key("throttler.op")
@@ -33,24 +33,26 @@ const (
 	errorKey   = attribute.Key("error.type")
 )
 
-// DefaultMaxBuckets is Options.MaxBuckets if that is 0.
+// DefaultMaxBuckets is used if Options.MaxBuckets is 0.
 const DefaultMaxBuckets = 100
 
-// Options of New. A nil *Options is the defaults.
+// Options configures New. Nil means the defaults.
 type Options struct {
-	// MeterProvider makes the instruments. Nil is the global one.
+	// MeterProvider makes the instruments. Nil means the global one.
 	MeterProvider metric.MeterProvider
 
-	// MaxBuckets is how many buckets have attributes of their own, over all Throttlers. The first ones have; all others
-	// count as bucket "other" of their Throttler. 0 is DefaultMaxBuckets; below 0 is an error of New.
+	// MaxBuckets is how many buckets, over all Throttlers, have an attribute value of their own. The buckets seen first
+	// have one. All later ones count as bucket "other" of their Throttler. 0 means DefaultMaxBuckets; below 0 is an error
+	// of New.
 	MaxBuckets int
 }
 
-// Metrics counts what it observes. It is safe for concurrent use, and made by New only.
+// Metrics counts what it observes. It is safe for concurrent use and must be made by New.
 type Metrics struct {
 	maxBuckets int
 
-	// What is counted is told when metrics are read: to add to an instrument takes far longer than to an integer.
+	// Counts are kept here and reported when the metrics are read, because adding to an instrument takes far longer than
+	// adding to an integer.
 	calls   kept[call, *calls]
 	failed  kept[failure, *atomic.Int64]
 	buckets kept[bucket, *tokens]
@@ -58,11 +60,11 @@ type Metrics struct {
 	waiting        metric.Int64UpDownCounter
 	duration, wait metric.Float64Histogram
 
-	mu       sync.Mutex // held for what follows
+	mu       sync.Mutex // guards what follows
 	storages map[string]any
 }
 
-// New makes the instruments.
+// New makes the instruments. It returns an error if an option is invalid or the MeterProvider refuses an instrument.
 func New(o *Options) (*Metrics, error) {
 	m := &Metrics{maxBuckets: DefaultMaxBuckets, storages: map[string]any{}}
 	provider := otel.GetMeterProvider()
@@ -100,7 +102,7 @@ func (m *Metrics) instruments(meter metric.Meter) error {
 	return errors.Join(append(faults, err)...)
 }
 
-// counters are those that are told when metrics are read.
+// counters makes the counters that are reported when the metrics are read.
 func (m *Metrics) counters(meter metric.Meter) error {
 	var faults []error
 	var all []metric.Observable
@@ -117,7 +119,7 @@ func (m *Metrics) counters(meter metric.Meter) error {
 	failed := counter("errors", "{error}", "Calls that failed by type, also those that a policy allowed.")
 	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		for c, n := range m.calls.known() {
-			if decided := n.decided.Load(); decided > 0 { // not so where there were attempts only
+			if decided := n.decided.Load(); decided > 0 { // 0 if the only such calls were attempts of a Wait
 				o.ObserveInt64(decisions, decided, metric.WithAttributeSet(c.attributes()))
 			}
 		}

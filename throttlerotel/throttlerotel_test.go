@@ -25,7 +25,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerotel"
 )
 
-// measured is the metrics of a Throttler, and who reads them.
+// measured returns a Throttler with metrics, and a reader of them.
 func measured(t *testing.T, c throttler.Config, most int) (*metric.ManualReader, *throttlerotel.Metrics, *throttler.Throttler) {
 	t.Helper()
 	r := metric.NewManualReader()
@@ -46,7 +46,7 @@ func read(t *testing.T, r metric.Reader) []metricdata.Metrics {
 	return all.ScopeMetrics[0].Metrics
 }
 
-// figures are all that is not 0, and of histograms the counts.
+// figures returns all values that are not 0, and for histograms the counts.
 func figures(t *testing.T, r metric.Reader) (out []string) {
 	t.Helper()
 	add := func(name string, attributes attribute.Set, n any) {
@@ -84,7 +84,7 @@ func figures(t *testing.T, r metric.Reader) (out []string) {
 	return out
 }
 
-// failover tells what the failover storage tells, without servers.
+// failover reports figures as the failover storage does, without servers.
 type failover struct{}
 
 func (failover) Stats() iter.Seq2[string, float64] {

@@ -1,4 +1,4 @@
-// Package throttlerslog writes what fails to a log of package log/slog, at a bounded rate.
+// Package throttlerslog logs errors of Throttlers by package log/slog, at a bounded rate.
 package throttlerslog
 
 import (
@@ -10,15 +10,16 @@ import (
 	"github.com/go-throttler/throttler/internal/seldom"
 )
 
-// Observe returns a function for Config.Observe, of one Throttler or of several. It logs errors, also those that a policy
-// allowed: of each Throttler and type (Event.ErrorType) at most one line a second, which says how many were left out before
-// it. Denials and calls that were cancelled are no errors. A line is of level Error if the storage failed, and else Warn.
+// Observe returns a function for the Config.Observe of one Throttler or of several. It logs errors, including those that a
+// policy then allowed. For each Throttler and type of error (Event.ErrorType) it writes at most one line per second, which
+// says how many were left out before it. Denials and cancelled calls are not logged. The level is Error if the storage
+// failed, and Warn otherwise. The function is safe for concurrent use.
 //
-// The text of an error may have the identifier.
+// The text of an error may contain the identifier.
 func Observe(log *slog.Logger) func(context.Context, *throttler.Event) {
 	var lines sync.Map // nameAndType -> *seldom.Line
 	return func(ctx context.Context, e *throttler.Event) {
-		if e.Err == nil || e.Op == throttler.OpWait { // whose attempts have been logged
+		if e.Err == nil || e.Op == throttler.OpWait { // the attempts of a Wait were logged already
 			return
 		}
 		kind := e.ErrorType()

@@ -18,7 +18,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerslog"
 )
 
-// logged is a log without times, and what it has.
+// logged returns a log without times, and a function that returns its lines.
 func logged() (*slog.Logger, func() []string) {
 	var b bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {

@@ -18,11 +18,11 @@ import (
 const (
 	who      = "demo"
 	callers  = 16
-	attempts = 400 // a second, of all callers together
-	rate     = 100 // tokens a second, and at once
+	attempts = 400 // calls per second of all callers together
+	rate     = 100 // tokens per second, and the capacity
 )
 
-// demo is one run.
+// demo is one run of the demonstration.
 type demo struct {
 	plan
 	redis     *servers.Server
@@ -32,20 +32,20 @@ type demo struct {
 	began     time.Time
 
 	mu       sync.Mutex // guards what follows
-	second   counts     // the present one
+	second   counts     // counts of the present second
 	all      counts
 	admitted []call
-	failure  error // the first that a caller saw
+	failure  error // the first error that a caller got
 }
 
-// counts are of a second, or of all.
+// counts are the results of one second, or of the whole run.
 type counts struct {
 	redis, postgres, denied, errors int
 	longest                         time.Duration
 	events                          []string
 }
 
-// run prints a line each second until the load has ended. It is an error if Redis cannot be killed or started.
+// run prints a line each second until the load has ended. It fails if Redis cannot be killed or started.
 func (d *demo) run(ctx context.Context) error {
 	load, stop := context.WithTimeout(ctx, d.end)
 	defer stop()
@@ -80,7 +80,7 @@ func (d *demo) run(ctx context.Context) error {
 	return failed
 }
 
-// calls are those of one caller. Not even the end cuts one short.
+// calls makes the calls of one caller until the load ends. The end lets a call that has begun finish, so that it is counted.
 func (d *demo) calls(load context.Context, i int) {
 	const pause = callers * time.Second / attempts
 	sleep(load, time.Duration(i)*pause/callers)
@@ -121,7 +121,7 @@ func (d *demo) count(v *throttler.Verdict, err error, c call) {
 	}
 }
 
-// faults are what happens to Redis.
+// faults kills Redis and starts it again.
 func (d *demo) faults(load context.Context) error {
 	if !sleep(load, d.kill) {
 		return nil
@@ -137,7 +137,7 @@ func (d *demo) faults(load context.Context) error {
 	return d.redis.Start()
 }
 
-// observe is told by the storage what changes.
+// observe notes who decides, as the storage reports it.
 func (d *demo) observe(e failover.Event) {
 	switch e.Kind {
 	case failover.PrimaryLost:
@@ -158,7 +158,7 @@ func (d *demo) head() {
 	d.row("s", "Redis", "Postgres", "denied", "errors", "longest", "pending", "state", "what happens")
 }
 
-// line prints the present second and begins the next.
+// line prints the counts of the present second and begins the next one.
 func (d *demo) line(n int) {
 	d.mu.Lock()
 	c := d.second
@@ -178,10 +178,11 @@ func (d *demo) row(columns ...any) {
 }
 
 func (d *demo) print(format string, args ...any) {
-	_, _ = fmt.Fprintf(d.stdout, format, args...) // fails when nobody reads: the end comes all the same
+	_, _ = fmt.Fprintf(d.stdout, format, args...) // fails if nobody reads the output; the run ends as planned all the same
 }
 
-// judge prints what was admitted and what the limit of this time is. It is an error if they do not agree.
+// judge prints what was admitted and what the limit allows in that time. It fails if more was admitted than the documented
+// bound, or if a caller got an error.
 func (d *demo) judge(ctx context.Context) error {
 	v, err := d.throttler.Peek(ctx, who, throttler.Cost(0))
 	if err != nil {
@@ -214,7 +215,7 @@ func (d *demo) judge(ctx context.Context) error {
 	return errors.Join(faults...)
 }
 
-// sleep reports whether the time has passed before the context is done.
+// sleep reports whether the time passed before the context was done.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():

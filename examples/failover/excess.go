@@ -9,15 +9,17 @@ import (
 	"github.com/go-throttler/throttler/storage/failover"
 )
 
-// call is when one that was admitted began and ended, since the beginning.
+// call is when an admitted call began and ended, measured from the start of the run.
 type call struct{ began, ended time.Duration }
 
-// margin is the interval of the documented bound: no more is admitted too much than both stores admit in so long,
-// which is twice the time until Postgres learns what Redis admitted.
+// margin is the interval in the documented bound: the excess is at most what both stores admit in this time. It is twice
+// the time until Postgres learns what Redis admitted.
 const margin = 2 * (failover.DefaultFlushInterval + failover.DefaultPrimaryTimeout)
 
-// excess is by how many tokens the limit was exceeded in the interval in which it was most. A decision is somewhere
-// between the beginning and the end of its call, so an interval is from a beginning to an end.
+// excess returns by how many tokens the limit was exceeded, in the interval where it was exceeded most. A decision happens
+// somewhere between the beginning and the end of its call, so an interval is from a beginning to an end. From call i to
+// call n, in the order of their ends, n+1-i calls were admitted, and the limit allows rate + rate·(ended(n) - began(i)). The
+// loop keeps the best rate·began(i) - i, so that one pass finds the largest difference.
 func excess(calls []call) int {
 	sorted := byEnd(calls)
 	worst, best := 0.0, math.Inf(-1)
@@ -28,7 +30,7 @@ func excess(calls []call) int {
 	return int(worst)
 }
 
-// most is how many calls ended in the interval of this length in which it was most.
+// most returns the largest number of calls that ended within any interval of this length.
 func most(calls []call, d time.Duration) (n int) {
 	sorted, first := byEnd(calls), 0
 	for i, c := range sorted {
@@ -40,7 +42,7 @@ func most(calls []call, d time.Duration) (n int) {
 	return n
 }
 
-// span is from the first beginning to the last end.
+// span returns the time from the first beginning to the last end.
 func span(calls []call) time.Duration {
 	if len(calls) == 0 {
 		return 0

@@ -1,14 +1,15 @@
-// Failover shows that a limit holds while Redis is killed and later comes back empty, and that no caller notices:
-// meanwhile Postgres decides. Sixteen callers ask 400 times a second for one identifier, to which 100 are allowed.
+// Failover shows that a limit holds while Redis is killed and later comes back empty. Postgres decides in the meantime, and
+// no caller notices. Sixteen callers make 400 calls a second for one identifier, which is allowed 100.
 //
-//	make demo-failover                                             # installs redis-server and postgresql if need be
+//	make demo-failover                                             # installs redis-server and postgresql if they are missing
 //	go run ./examples/failover                                     # takes 16 seconds
 //	go run ./examples/failover -kill 2s -restart 20s -for 30s      # Redis is away for longer
 //
-// It starts a Redis and a Postgres of its own on free ports of 127.0.0.1, and leaves nothing of them behind, also
-// after Ctrl-C. Each line is a second: what Redis and Postgres admitted, what was denied, how many callers
-// got an error, the longest call, of how many identifiers Postgres had still to be charged, and whether the storage
-// is degraded. The exit status is 1 if more was admitted than docs/failover.md allows, or if a caller got an error.
+// It starts a Redis and a Postgres of its own on free ports of 127.0.0.1 and removes them at the end, also after Ctrl-C.
+//
+// Each line is one second. Its columns are what Redis and Postgres admitted, what was denied, how many callers got an error,
+// the longest call, how many identifiers have admissions that Postgres has not recorded yet, and whether the storage is
+// degraded. The exit status is 1 if more was admitted than docs/failover.md allows, or if a caller got an error.
 package main
 
 import (
@@ -33,7 +34,7 @@ import (
 )
 
 func main() {
-	// A second signal changes nothing, and an output that nobody reads is no sudden end: folders would be left.
+	// Neither a second signal nor a closed output may end the program at once, since the servers' folders would be left.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE)
 	defer stop()
@@ -45,11 +46,11 @@ func main() {
 
 var errInterrupted = errors.New("interrupted")
 
-// plan is when something happens to Redis, and when the load ends, since its beginning; and how long a call waits for
-// Postgres.
+// plan says when Redis is killed and restarted and when the load ends, all measured from its beginning, and how long a call
+// waits for Postgres.
 type plan struct{ kill, restart, end, patience time.Duration }
 
-// run starts the servers, and closes them whatever happens.
+// run starts the servers and runs the demonstration. It closes the servers whatever happens.
 func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	var p plan
 	flags := flag.NewFlagSet("failover", flag.ExitOnError)
@@ -65,7 +66,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 		if err == nil && ctx.Err() == nil {
 			return
 		}
-		select { // a Ctrl-C ends the servers too, perhaps before this program hears of it, and what fails then is of no interest
+		select { // Ctrl-C also ends the servers, perhaps before this program gets it; errors are then only a result of that
 		case <-ctx.Done():
 			err = errInterrupted
 		case <-time.After(100 * time.Millisecond):
@@ -88,7 +89,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	return d.show(ctx, postgres.URL())
 }
 
-// show runs the load and judges what it has seen.
+// show runs the load and judges the result.
 func (d *demo) show(ctx context.Context, postgresURL string) (err error) {
 	logging.Disable() // go-redis writes to stderr whenever it cannot connect
 	primary, err := redisstore.Open(d.redis.URL(), nil)
@@ -109,7 +110,7 @@ func (d *demo) show(ctx context.Context, postgresURL string) (err error) {
 	if d.store, err = failover.New(primary, ledger, &failover.Options{LedgerTimeout: d.patience, Observe: d.observe}); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.store.Close(context.WithoutCancel(ctx))) }() // it takes a second at most
+	defer func() { err = errors.Join(err, d.store.Close(context.WithoutCancel(ctx))) }() // takes at most a second
 	d.throttler, err = throttler.New(throttler.Config{Storage: d.store, Buckets: []throttler.Bucket{
 		throttler.NewBucket(time.Second, rate).Continuous(),
 		throttler.NewBucket(time.Hour, 10_000).Named("hour"),
@@ -117,7 +118,7 @@ func (d *demo) show(ctx context.Context, postgresURL string) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, err := d.throttler.Peek(ctx, who); err != nil { // connects, and takes nothing
+	if _, err := d.throttler.Peek(ctx, who); err != nil { // opens the connections, and takes nothing
 		return err
 	}
 	if err := d.run(ctx); err != nil {

@@ -18,7 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestMain is the program itself when the environment says so.
+// TestMain runs the program itself if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("FAILOVER_DEMO") != "" {
 		main()
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// program is the demonstration in a process group of its own, and with a folder of its own for temporary files.
+// program is the demonstration as a process in a group of its own, with a folder of its own for temporary files.
 type program struct {
 	*exec.Cmd
 	dir    string
@@ -49,7 +49,7 @@ func start(t *testing.T, args ...string) *program {
 	return p
 }
 
-// until reads the output until a line has the text, or to its end.
+// until reads the output up to a line with the text, or to its end.
 func (p *program) until(text string) (lines []string) {
 	for p.stdout.Scan() {
 		lines = append(lines, p.stdout.Text())
@@ -60,7 +60,7 @@ func (p *program) until(text string) (lines []string) {
 	return lines
 }
 
-// assertNothingIsLeft waits a moment for the shell that removes the last folder.
+// assertNothingIsLeft allows a moment for the shell that removes the last folder.
 func (p *program) assertNothingIsLeft(t *testing.T) {
 	assert.Eventually(t, func() bool {
 		files, err := filepath.Glob(filepath.Join(p.dir, "*"))
@@ -76,7 +76,7 @@ func TestTheLimitHoldsAndNoCallerNotices(t *testing.T) {
 	require.NoError(t, p.Wait(), "%s\n%s", &p.stderr, text)
 	assert.Empty(t, p.stderr.String())
 	for _, event := range []string{"Redis is killed", "Postgres decides", "Redis starts, empty", "Redis decides again"} {
-		assert.Contains(t, text, event) // on a machine that is overloaded more than once
+		assert.Contains(t, text, event) // more than once on an overloaded machine
 	}
 	for _, line := range lines {
 		assert.LessOrEqual(t, len(line), 100)
@@ -89,8 +89,8 @@ The limit (held, in all and in each interval|was exceeded by \d+; the bound is \
 	p.assertNothingIsLeft(t)
 }
 
-// A terminal sends the signal of Ctrl-C to all processes: Redis and Postgres end by themselves then. Others send it to
-// the program only.
+// For Ctrl-C a terminal signals all processes, so that Redis and Postgres end by themselves. Other senders signal only the
+// program.
 func TestCtrlCLeavesNothing(t *testing.T) {
 	t.Parallel()
 	for _, when := range []string{"Starting", "Postgres decides"} {

@@ -15,7 +15,7 @@ func answer(w http.ResponseWriter, status int, body any) {
 	text, _ := json.Marshal(body) // cannot fail
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(text) // fails when the client has gone: there is nobody to tell
+	_, _ = w.Write(text) // fails if the client has left, and then nobody can be told
 }
 
 func say(text string) http.HandlerFunc {
@@ -47,7 +47,7 @@ func logged(log *slog.Logger, next http.Handler) http.Handler {
 	})
 }
 
-// recorder remembers for the log how a request ended.
+// recorder keeps the status and the error of a request for the log.
 type recorder struct {
 	http.ResponseWriter
 
@@ -60,7 +60,7 @@ func (r *recorder) WriteHeader(status int) {
 	r.ResponseWriter.WriteHeader(status)
 }
 
-// failed gives the log the reason of a failure, which is not for clients.
+// failed adds the reason of a failure to the log. Clients must not see it.
 func failed(w http.ResponseWriter, err error) {
 	if rec, ok := w.(*recorder); ok {
 		rec.err = err

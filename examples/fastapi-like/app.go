@@ -11,12 +11,12 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// client is whom a request counts for: an API key, as a hash, since it is a secret and stands in the log, else
-// the address. X-Forwarded-For is not believed, because anybody can send it. The same is true of a key that
-// nobody checks: a real service first makes sure that it has issued the key.
+// client is what a request counts for: the API key if there is one, otherwise the address. A key is hashed, since it is a
+// secret and appears in the log. X-Forwarded-For is not read, because anybody can send it. Anybody can also send a key that
+// nobody checks, so a real service first makes sure that it has issued the key.
 var client = throttlerhttp.First(throttlerhttp.APIKey("X-API-Key"), throttlerhttp.Address(nil))
 
-// routers is the service. The limits, the handler and the page /docs are all made of this table.
+// routers describes the service. The limits, the handler and the page /docs are all made from this table.
 func routers() []router {
 	app := throttler.NewBucket(time.Minute, 100).Named("app")
 	api := throttler.NewBucket(time.Minute, 30).Named("api")
@@ -81,7 +81,7 @@ func work(w http.ResponseWriter, _ *http.Request) {
 	answer(w, http.StatusOK, message{fmt.Sprintf("The golden ratio is %.3f.", x)})
 }
 
-// weight is the cost of a request. A cost below zero is refused as an error.
+// weight returns the cost of a request. For a faulty weight it is below zero, which the middleware answers as an error.
 func weight(r *http.Request) int64 {
 	text := r.URL.Query().Get("weight")
 	if text == "" {
@@ -94,7 +94,7 @@ func weight(r *http.Request) int64 {
 	return n
 }
 
-// plan stands in for a look at the account of who is logged in. Everything else is free.
+// plan stands in for looking up the account of the user who is logged in. Anything but premium is free.
 func plan(r *http.Request) string {
 	if r.Header.Get("X-Plan") == "premium" {
 		return "premium"

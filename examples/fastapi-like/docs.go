@@ -16,8 +16,8 @@ import (
 //go:embed docs.html
 var docsHTML string
 
-// docs is the page that lists the routes, calls them and shows what is left of their limits. It has all it
-// needs in itself, and its policy lets it load nothing and talk to nobody but this service.
+// docs returns the page that lists the routes, calls them and shows what is left of their limits. The page is a single
+// file. Its Content-Security-Policy lets it load nothing else, and connect to this service only.
 func docs(table []router) (http.Handler, error) {
 	page, err := template.New("docs.html").Parse(docsHTML)
 	if err != nil {
@@ -33,11 +33,11 @@ func docs(table []router) (http.Handler, error) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("Content-Security-Policy", policy)
 		w.Header().Set("Cache-Control", "no-cache")
-		_, _ = w.Write(out.Bytes()) // fails when the client has gone: there is nobody to tell
+		_, _ = w.Write(out.Bytes()) // fails if the client has left, and then nobody can be told
 	}), nil
 }
 
-// hash is what a policy calls the text of the page's only element of a kind.
+// hash returns the source expression by which a Content-Security-Policy allows the page's only element of this kind.
 func hash(page, kind string) string {
 	_, rest, _ := strings.Cut(page, "<"+kind+">")
 	text, _, _ := strings.Cut(rest, "</"+kind+">")
@@ -45,7 +45,7 @@ func hash(page, kind string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-// shown is a limit on the page: Bucket is its name in the RateLimit fields, Label what people read.
+// shown is a limit on the page. Bucket is its name in the RateLimit fields, and Label is what the page shows.
 type shown struct {
 	Bucket, Label string
 	Capacity      int64

@@ -1,14 +1,13 @@
-// Fastapi-like is a small web service with rate limits: for the whole app, for a router and for single routes,
-// as with Depends in FastAPI. app.go declares them in one table. The counts are in the memory of the process,
-// or in a Redis or Postgres that any number of processes share, or in both: then Redis decides, and Postgres
-// while Redis cannot.
+// Fastapi-like is a small web service with rate limits for the whole app, for a router and for single routes, as with
+// Depends in FastAPI. app.go declares them in one table. The counts are kept in the memory of the process, or in a Redis or
+// Postgres that any number of processes share, or in both. With both Redis decides, and Postgres while Redis cannot.
 //
-//	go run ./examples/fastapi-like                      # on localhost:8000; -addr :8000 is on all interfaces
+//	go run ./examples/fastapi-like                      # on localhost:8000; -addr :8000 listens on all interfaces
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
-//	go run ./examples/fastapi-like -storage failover    # both of these; Redis may come and go, Postgres has to be there at the start
+//	go run ./examples/fastapi-like -storage failover    # both of these; Redis may be down at any time, Postgres must be up at the start
 //	go run ./examples/fastapi-like -elastic             # the limit of /api/work shrinks while the process is loaded
-//	open http://localhost:8000/docs                     # all routes, to be called, and what is left of each limit
+//	open http://localhost:8000/docs                     # lists and calls all routes, and shows what is left of each limit
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
 //	for i in $(seq 20); do curl -s -o /dev/null -w '%{http_code}\n' localhost:8000/api/data; done
 //	curl -i -H 'X-API-Key: another' localhost:8000      # another client, with limits of its own
@@ -36,14 +35,14 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from now on a second signal kills
+	context.AfterFunc(ctx, stop) // a second signal then kills the process
 	if err := run(ctx, os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "fastapi-like:", err)
 		os.Exit(1)
 	}
 }
 
-// run serves until the context is done, then finishes the requests that have begun.
+// run serves until the context is done. It then waits for the requests that have begun.
 func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	flags := flag.NewFlagSet("fastapi-like", flag.ExitOnError)
 	addr := flags.String("addr", "localhost:8000", "listen on this `address`; port 0 picks a free one")
@@ -58,7 +57,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeStore(context.WithoutCancel(ctx))) }() // it takes a second at most
+	defer func() { err = errors.Join(err, closeStore(context.WithoutCancel(ctx))) }() // takes at most a second
 	config := throttler.Config{Storage: store}
 	latency := &load.Latency{}
 	if *elastic {
@@ -84,8 +83,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	}
 	server := &http.Server{
 		Handler:           handler,
-		ReadHeaderTimeout: 3 * time.Second, // the timeouts are below the 5 s of Shutdown, so that
-		ReadTimeout:       3 * time.Second, // no client can hold up the end
+		ReadHeaderTimeout: 3 * time.Second, // the timeouts are shorter than the 5 s of Shutdown, so
+		ReadTimeout:       3 * time.Second, // that no client can delay the end
 		WriteTimeout:      3 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,

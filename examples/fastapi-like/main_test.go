@@ -38,7 +38,7 @@ const (
 	secret = "s3cret-key"
 )
 
-// TestMain is the program itself when the environment says so.
+// TestMain runs the program itself if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv("FASTAPI_LIKE") != "" {
 		main()
@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// program is the example in a process of its own.
+// program is the example as a process of its own.
 type program struct {
 	*exec.Cmd
 	address string
@@ -62,7 +62,7 @@ func command(t *testing.T, args ...string) *program {
 	return p
 }
 
-// start returns when the program listens.
+// start returns once the program listens.
 func start(t *testing.T, args ...string) *program {
 	p := command(t, append(args, "-addr", "127.0.0.1:0")...)
 	stdout, err := p.StdoutPipe()
@@ -98,7 +98,7 @@ type response struct {
 	body   string
 }
 
-// call asks like curl: by a new connection, from a new port.
+// call sends a request as curl does: on a new connection, from a new port.
 func (p *program) call(t *testing.T, method, path string, header ...string) response {
 	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+p.address+path, nil)
 	require.NoError(t, err)
@@ -118,7 +118,7 @@ func setHeader(r *http.Request, header []string) {
 	}
 }
 
-// checkJSON also checks that the answer is what a client of any kind can read.
+// checkJSON checks the status and the body of an answer, and its header fields.
 func checkJSON(t *testing.T, got response, status int, body string) {
 	require.Equal(t, status, got.status, got.body)
 	require.Equal(t, body, got.body)
@@ -156,12 +156,12 @@ func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testin
 		before = seconds
 	}
 
-	// None of these is another client.
+	// All of these are the same client.
 	checkJSON(t, call("GET", "/", "X-Forwarded-For", "203.0.113.7", "X-Real-IP", "203.0.113.7", "Forwarded", "for=203.0.113.7"), http.StatusTooManyRequests, limit)
 	checkJSON(t, call("GET", "/", "X-API-Key", ""), http.StatusTooManyRequests, limit)
 	checkJSON(t, call("GET", "/?who=me"), http.StatusTooManyRequests, limit)
 
-	// These are.
+	// These are other clients.
 	for _, key := range []string{secret, secret + "-2", "127.0.0.1", "ip:127.0.0.1"} {
 		for range 5 {
 			checkJSON(t, call("GET", "/", "X-API-Key", key), http.StatusOK, hello)
@@ -169,7 +169,7 @@ func TestTheProgramAdmitsFiveOfTwentyCallsOfEachClientAndStopsWhenTold(t *testin
 		checkJSON(t, call("GET", "/", "X-API-Key", key), http.StatusTooManyRequests, limit)
 	}
 
-	// These are no calls that count.
+	// These calls do not count.
 	checkJSON(t, call("GET", "/nope"), http.StatusNotFound, `{"message":"Not found."}`)
 	checkJSON(t, call("POST", "/nope"), http.StatusNotFound, `{"message":"Not found."}`)
 	got := call("POST", "/")
@@ -227,13 +227,13 @@ func TestAnOccupiedPortIsAReadableErrorAndExitCode1(t *testing.T) {
 func TestASecondSignalKillsAProgramThatWaitsForAClient(t *testing.T) {
 	t.Parallel()
 	p := start(t)
-	// A connection that says nothing yet is one that Shutdown waits for.
+	// Shutdown waits for a connection that has sent nothing yet.
 	silent, err := new(net.Dialer).DialContext(t.Context(), "tcp", p.address)
 	require.NoError(t, err)
 	defer func() { _ = silent.Close() }()
-	p.call(t, "GET", "/nope") // accepted later than the silent one
+	p.call(t, "GET", "/nope") // accepted after the silent connection
 
-	again := time.NewTicker(20 * time.Millisecond) // the second may come before the first was handled
+	again := time.NewTicker(20 * time.Millisecond) // the second signal may come before the first was handled
 	go func() {
 		for p.Process.Signal(syscall.SIGTERM) == nil {
 			<-again.C
@@ -250,7 +250,7 @@ func (c *fakeClock) Now() time.Time                       { return c.now }
 func (c *fakeClock) After(time.Duration) <-chan time.Time { panic("the example never waits") }
 func (c *fakeClock) forward(d time.Duration)              { c.now = c.now.Add(d) }
 
-// service is the handler, without a network.
+// service returns the handler, to be called without a network.
 func service(t *testing.T, c throttler.Config, log io.Writer) func(header ...string) response {
 	limiter, err := throttler.New(c)
 	require.NoError(t, err)
@@ -310,7 +310,7 @@ func TestWaitingExactlyRetryAfterSecondsIsEnoughAndASecondLessIsNot(t *testing.T
 	}
 }
 
-// broken is a storage that fails, and tells whose call it was.
+// broken is a storage that fails, and records whose call it was.
 type broken struct{ storage.Storage }
 
 func (broken) Decide(_ context.Context, r *storage.Request, _ *storage.Answer) error {
@@ -363,7 +363,7 @@ func TestNobodyNoticesThatRedisIsKilledAndComesBackEmpty(t *testing.T) {
 	begin, calls := time.Now(), 0
 	call := func(times int) {
 		for range times {
-			got := p.call(t, "GET", "/api/data", "X-API-Key", t.Name()) // Postgres may be shared, and knows other tests
+			got := p.call(t, "GET", "/api/data", "X-API-Key", t.Name()) // the key keeps tests apart that share a Postgres
 			if calls++; time.Since(begin) < time.Minute {
 				require.Equal(t, map[bool]int{true: http.StatusOK, false: http.StatusTooManyRequests}[calls <= 10], got.status, got.body)
 			}
@@ -383,7 +383,7 @@ func TestNobodyNoticesThatRedisIsKilledAndComesBackEmpty(t *testing.T) {
 	require.NoError(t, p.Wait())
 }
 
-// said reads the log until it has a message, and returns all of them.
+// said reads the log up to a given message, and returns all messages.
 func (p *program) said(t *testing.T, message string) (messages []any) {
 	for !slices.Contains(messages, any(message)) {
 		messages = append(messages, p.line(t)["msg"])
@@ -421,7 +421,7 @@ func TestAStorageThatIsNotThereIsSaidAtTheStart(t *testing.T) {
 	}
 }
 
-// site asks the handler on any path, without a network.
+// site returns a function that calls the handler for any path, without a network.
 func site(t *testing.T, clock throttler.Clock) func(path string, header ...string) response {
 	limiter, err := throttler.New(throttler.Config{Clock: clock})
 	require.NoError(t, err)

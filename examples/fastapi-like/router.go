@@ -15,18 +15,18 @@ type limits []throttler.Bucket
 // router is a group of routes and their limits.
 type router struct {
 	Name, About string
-	Limits      limits // of routes without limits of their own
+	Limits      limits // for routes without limits of their own
 	Tier        func(*http.Request) string
-	Tiers       map[string][]throttler.Bucket // in place of Limits, if Tier names one
+	Tiers       map[string][]throttler.Bucket // instead of Limits, if Tier names one
 	Routes      []route
 }
 
 // route answers GET on one path.
 type route struct {
 	Path, About string
-	Limits      limits // in place of the router's
-	Adds        bool   // besides them
-	Free        bool   // none
+	Limits      limits // instead of the router's
+	Adds        bool   // Limits are added to the router's
+	Free        bool   // not limited
 	Cost        func(*http.Request) int64
 	Input       *input                                           // what /docs asks for
 	Refuse      func(http.ResponseWriter, throttlerhttp.Refusal) // a 429 of its own
@@ -39,7 +39,7 @@ type input struct {
 	Choices  []string
 }
 
-// Pattern is that of the http.ServeMux.
+// Pattern returns the route's pattern for http.ServeMux.
 func (r *route) Pattern() string {
 	if r.Path == "/" {
 		return "GET /{$}"
@@ -47,7 +47,8 @@ func (r *route) Pattern() string {
 	return "GET " + r.Path
 }
 
-// options are those of the middleware. One without pay costs nothing: it tells the levels, and takes nothing.
+// options returns the options of the middleware. Without pay a request costs 0, so that the answer shows the levels and takes
+// nothing.
 func (g *router) options(pay bool, took func(time.Duration)) *throttlerhttp.Options {
 	o := &throttlerhttp.Options{Key: client, Buckets: g.Limits, Tier: g.Tier, Tiers: g.Tiers, Refuse: g.refuse, Took: took}
 	if !pay {
@@ -63,7 +64,7 @@ func (g *router) options(pay bool, took func(time.Duration)) *throttlerhttp.Opti
 	return o
 }
 
-// refuse answers in place of the handler.
+// refuse answers a request instead of the handler.
 func (g *router) refuse(w http.ResponseWriter, r *http.Request, f throttlerhttp.Refusal) {
 	switch {
 	case f.Status == http.StatusTooManyRequests:
@@ -84,8 +85,8 @@ func (g *router) refuse(w http.ResponseWriter, r *http.Request, f throttlerhttp.
 	}
 }
 
-// newHandler makes the service of its table, which tells how long its handlers took. A second middleware, which takes
-// nothing, is for /docs.
+// newHandler makes the service from the table. It calls took with the time that each handler took. A second middleware,
+// which takes nothing, tells the page /docs the levels.
 func newHandler(t *throttler.Throttler, log *slog.Logger, took func(time.Duration)) (http.Handler, error) {
 	table := routers()
 	served, levels := http.NewServeMux(), http.NewServeMux()

@@ -16,7 +16,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// open returns the storage of a kind, and what closes it.
+// open returns a storage of the given kind, and a function that closes it.
 func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Logger) (storage.Storage, func(context.Context) error, error) {
 	switch kind {
 	case "runtime":
@@ -55,8 +55,9 @@ func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func(conte
 	}, nil
 }
 
-// newPool tells nothing of a URL that pgx cannot read. The errors of pgx quote it, and hide only what certainly is
-// a password. One with an @ that is not encoded has its rest in the host or in the name of the database.
+// newPool keeps passwords out of its errors. The errors of pgx quote a URL that pgx cannot parse, and hide only what
+// certainly is a password. If a password has an @ that is not encoded, its rest is parsed as the host or as the name of the
+// database.
 func newPool(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	_, rest, _ := strings.Cut(url, "://")
 	_, path, _ := strings.Cut(rest, "/")
@@ -70,7 +71,7 @@ func newPool(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	return pool, nil
 }
 
-// openFailover does not ask Redis for anything: it may be down. Postgres may not, as its table is made here.
+// openFailover does not connect to Redis, which may be down. Postgres must be up, since its table is made here.
 func openFailover(ctx context.Context, redisURL, postgresURL string, log *slog.Logger) (storage.Storage, func(context.Context) error, error) {
 	primary, err := redisstore.Open(redisURL, nil)
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// wrongURLs have a password of which "secret" is a part.
+// wrongURLs are URLs that cannot be used, with a password that contains "secret".
 var wrongURLs = map[string][]string{
 	"redis": {"redis://:p/secret#x@127.0.0.1", "redis://:secret@127.0.0.1:port", "redis://:%zzsecret@127.0.0.1", "redis://127.0.0.1?passwrod=secret", "redis:secret@127.0.0.1"},
 	"postgres": {

@@ -18,27 +18,27 @@ const (
 	patience  = time.Second
 )
 
-// demo asks one server.
+// demo sends the load to one server.
 type demo struct {
 	url    string
 	client *http.Client
 	stdout io.Writer
-	most   float64 // answers a second that the server can give
+	most   float64 // answers that the server can give per second
 
 	mu  sync.Mutex // guards now
 	now counts
 }
 
-// counts are of a second, or of several.
+// counts are the results of one second, or of several.
 type counts struct {
-	good         [2]int // to the many and to the few
+	good         [2]int // good answers: to the 95 users, and to the 5
 	late, denied int
-	took         []time.Duration // by what was admitted
+	took         []time.Duration // time of each admitted request
 	failed       error
 }
 
-// result is what was seen: good answers a second in the overload, and the time within which 99 % of the admitted requests
-// were answered, before the overload and in it.
+// result has the good answers per second in the overload, and the time within which 99 % of the admitted requests were
+// answered, before the overload and in it.
 type result struct {
 	good         [2]float64
 	calm, loaded time.Duration
@@ -48,7 +48,8 @@ func newDemo(url string, stdout io.Writer) *demo {
 	return &demo{url: url, stdout: stdout, client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Timeout: patience}}
 }
 
-// measure finds out how much the server can answer: two callers ask one request after the other, each of another user.
+// measure finds out how many answers per second the server can give. Two callers send one request after the other, each as
+// a new user, so that no limit denies any.
 func (d *demo) measure(ctx context.Context) error {
 	const length, callers = 2 * time.Second, 2
 	brief, stop := context.WithTimeout(ctx, length)
@@ -70,7 +71,7 @@ func (d *demo) measure(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// run plays the calm, the overload and the calm after it, and prints a line each second.
+// run sends the normal load, the overload and the normal load again, and prints a line each second.
 func (d *demo) run(ctx context.Context, calm, overload time.Duration) (r result, err error) {
 	_, _ = fmt.Fprintf(d.stdout, "It can give %.0f answers a second.\n", d.most)
 	_, _ = fmt.Fprintf(d.stdout, "%6s %18s %18s %8s %8s %12s\n", "second", "95 users, good/s", "5 users, good/s", "late", "denied", "99 % within")
@@ -92,7 +93,7 @@ func (d *demo) run(ctx context.Context, calm, overload time.Duration) (r result,
 	return d.seconds(ctx, int(calm/time.Second), int(overload/time.Second))
 }
 
-// seconds prints the lines.
+// seconds prints a line each second and returns the result.
 func (d *demo) seconds(ctx context.Context, calm, overload int) (r result, err error) {
 	var before, loaded counts
 	tick := time.NewTicker(time.Second)
@@ -119,7 +120,8 @@ func (d *demo) seconds(ctx context.Context, calm, overload int) (r result, err e
 	return result{[2]float64{float64(loaded.good[0]) / seconds, float64(loaded.good[1]) / seconds}, before.p99(), loaded.p99()}, nil
 }
 
-// user asks at random moments, whether there was an answer or not, and tries again if there was none.
+// user sends requests at random moments, without waiting for the answers of earlier ones. A request without an answer is
+// sent again up to retries times.
 func (d *demo) user(ctx context.Context, class, number int, rate float64, retries int) {
 	var running sync.WaitGroup
 	defer running.Wait()
@@ -135,7 +137,7 @@ func (d *demo) user(ctx context.Context, class, number int, rate float64, retrie
 	}
 }
 
-// sleep reports whether the context has not ended meanwhile.
+// sleep reports whether the time passed before the context was done.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():
@@ -145,7 +147,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// ask sends one request. It reports whether there is no need to try again.
+// ask sends one request. It returns false if it should be tried again.
 func (d *demo) ask(ctx context.Context, class int, key string) bool {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, d.url, http.NoBody)
 	if err != nil {
@@ -159,7 +161,7 @@ func (d *demo) ask(ctx context.Context, class int, key string) bool {
 		_, err = io.Copy(io.Discard, res.Body)
 		_ = res.Body.Close()
 	}
-	if ctx.Err() != nil { // it is over
+	if ctx.Err() != nil { // the run has ended: this request does not count
 		return true
 	}
 	return d.count(class, status, time.Since(began), err)
@@ -187,7 +189,7 @@ func (d *demo) count(class, status int, took time.Duration, err error) (done boo
 	return err == nil
 }
 
-// take returns what was counted since the last time.
+// take returns the counts since the last call, and starts over.
 func (d *demo) take() counts {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -202,7 +204,7 @@ func (c *counts) add(o *counts) {
 	c.took = append(c.took, o.took...)
 }
 
-// p99 is the time within which 99 % of the admitted requests were answered.
+// p99 returns the time within which 99 % of the admitted requests were answered.
 func (c *counts) p99() time.Duration {
 	if len(c.took) == 0 {
 		return 0

@@ -1,13 +1,15 @@
-// Load shows limits that follow the load of a process: it asks the example fastapi-like for half as much again as that can
-// answer, first without -elastic and then with it.
+// Load shows limits that follow the load of a process. It sends the example fastapi-like one and a half times the requests
+// that it can answer, first without -elastic and then with it.
 //
 //	make demo-load                                            # takes about a minute
-//	make demo-load FLAGS='-for 30s -check'                    # and fails if elastic limits did not help
+//	make demo-load FLAGS='-for 30s -check'                    # also fails if elastic limits did not help
 //
-// The server has one processor. 95 users together ask for 40 % of what it can answer, and try again after a second without
-// an answer, twice. From the fifth second on 5 users ask for 110 %. Each line is a second: good answers, which came
-// within a second, to the 95 and to the 5; how many were late; how many the limit denied; and the time within which 99 % of
-// the admitted requests were answered.
+// The server has one processor. 95 users together send 40 % of what it can answer, and repeat a request up to twice if there
+// is no answer after a second. After the first five seconds 5 more users send 110 % together.
+//
+// Each line is one second. Its columns are the good answers, which came within a second, to the 95 and to the 5 users; how
+// many answers were late; how many requests were denied by the limit; and the time within which 99 % of the admitted
+// requests were answered.
 package main
 
 import (
@@ -34,7 +36,7 @@ func main() {
 	}
 }
 
-// run shows the server without elastic limits and with them.
+// run measures the server without elastic limits and with them, and prints both.
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("load", flag.ExitOnError)
 	server := flags.String("server", "bin/fastapi-like", "the `program` to ask")
@@ -64,7 +66,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	return nil
 }
 
-// helped returns what is wrong with elastic limits, beside what was seen without.
+// helped returns an error unless r, with elastic limits, is clearly better than the result without them.
 func (r *result) helped(without *result) error {
 	switch {
 	case without.loaded < patience:
@@ -77,7 +79,7 @@ func (r *result) helped(without *result) error {
 	return nil
 }
 
-// show starts a server, asks it, and ends it.
+// show starts a server, sends it the load, and ends it.
 func show(ctx context.Context, server, arg string, calm, overload time.Duration, stdout io.Writer) (r result, err error) {
 	address, end, err := start(ctx, server, arg)
 	if err != nil {
@@ -92,7 +94,7 @@ func show(ctx context.Context, server, arg string, calm, overload time.Duration,
 	return d.run(ctx, calm, overload)
 }
 
-// start runs a server with one processor on a free port, and returns its address and how to end it.
+// start starts a server with one processor on a free port. It returns the server's address and a function that ends it.
 func start(ctx context.Context, server, arg string) (address string, end func() error, err error) {
 	c := exec.CommandContext(ctx, server, "-addr", "127.0.0.1:0", arg)
 	c.Env = append(os.Environ(), "GOMAXPROCS=1")
@@ -107,22 +109,22 @@ func start(ctx context.Context, server, arg string) (address string, end func() 
 	}
 	end = func() error {
 		_ = c.Cancel()
-		if err := c.Wait(); ctx.Err() == nil { // else it ended with this program
+		if err := c.Wait(); ctx.Err() == nil { // otherwise this program is being ended, and its error does not count
 			return err
 		}
 		return nil
 	}
 	lines := bufio.NewReader(stdout)
-	first, _ := lines.ReadBytes('\n') // without one the next line fails
+	first, _ := lines.ReadBytes('\n') // an empty line fails below
 	var listening struct{ Address string }
 	if err := json.Unmarshal(first, &listening); err != nil || listening.Address == "" {
 		return "", nil, errors.Join(fmt.Errorf("the server said %.200q, and not where it listens", first), end())
 	}
-	go func() { _, _ = io.Copy(io.Discard, lines) }() // until the server ends
+	go func() { _, _ = io.Copy(io.Discard, lines) }() // so that the server never blocks on its output
 	return listening.Address, end, nil
 }
 
-// told is a duration in milliseconds. Nobody waits for longer than patience.
+// told formats a duration in milliseconds. No request waits for longer than patience.
 func told(d time.Duration) string {
 	if d >= patience {
 		return "over 1 s"

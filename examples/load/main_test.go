@@ -23,7 +23,8 @@ func server(t *testing.T) string {
 	return path
 }
 
-// What it shows depends on the machine, which tests share: `make demo-load FLAGS=-check` looks at it.
+// The figures are not checked here, since they depend on the machine, which tests share: `make demo-load FLAGS=-check` does
+// that.
 func TestTheDemonstrationShowsBothInALineASecond(t *testing.T) {
 	t.Parallel()
 	var out strings.Builder

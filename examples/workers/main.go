@@ -1,5 +1,5 @@
-// Workers shows five processes that call somebody else's API and together keep to 2 calls a second and 100 a minute, by
-// one Redis. None is refused: each waits for its turn, and all get about as many.
+// Workers shows five processes that call somebody else's API. By one Redis they keep to 2 calls a second and 100 a minute
+// together. No call is denied: each waits for its turn, and all workers get about the same number.
 //
 //	go run ./examples/workers                       # takes 15 seconds; starts a redis-server and the API itself
 //	go run ./examples/workers -for 1m -workers 3 -rate 10
@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// work is one worker: it calls the API as often as its limit lets it.
+// work is one worker. It calls the API as often as the limit allows.
 func work(redis, api, duration, perSecond string) error {
 	d, err1 := time.ParseDuration(duration)
 	rate, err2 := strconv.ParseInt(perSecond, 10, 64)
@@ -52,7 +52,7 @@ func work(redis, api, duration, perSecond string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
-	store, err := redisstore.Open(redis, nil)
+	store, err := redisstore.Open(redis, &redisstore.Options{Timeout: 5 * time.Second}) // who waits anyway can wait for Redis
 	if err != nil {
 		return err
 	}
@@ -107,7 +107,7 @@ func run(args []string, out io.Writer) (sent []int, err error) {
 	return calls.tell(out, *rate)
 }
 
-// start runs copies of this program until all have ended.
+// start runs copies of this program and waits until all have ended.
 func start(workers int, args ...string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -126,7 +126,7 @@ func start(workers int, args ...string) error {
 	return errors.Join(failed...)
 }
 
-// log is the API, which notes who called when.
+// log is the API. It records who called when.
 type log struct {
 	mu sync.Mutex
 	at []time.Time
@@ -170,7 +170,7 @@ func (l *log) shares() (sent []int) {
 	return slices.Sorted(maps.Values(count))
 }
 
-// most is the largest number of calls in any window of a length.
+// most returns the largest number of calls in any window of this length.
 func (l *log) most(window time.Duration) (most int) {
 	from := 0
 	for i := range l.at {

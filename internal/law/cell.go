@@ -95,11 +95,20 @@ func DecideCells(mode Mode, now, within int64, counts []Count, parts []Asked) (a
 	if !Clocked(now) {
 		return false, false
 	}
+	if len(counts) <= OneBuckets {
+		var before [OneBuckets]Cell
+		return decideCells(mode, now, within, counts, parts, before[:])
+	}
 	var room [MaxBuckets]Cell
 	before := room[:]
 	if len(counts) > len(room) {
 		before = make([]Cell, len(counts))
 	}
+	return decideCells(mode, now, within, counts, parts, before)
+}
+
+// decideCells is DecideCells with room for a cell of each bucket.
+func decideCells(mode Mode, now, within int64, counts []Count, parts []Asked, before []Cell) (allowed, known bool) {
 	n, did := 0, taken
 	for i := 0; i < len(parts) && did == taken; i++ {
 		took := 0
@@ -169,71 +178,84 @@ const (
 	unknown // the cell cannot tell
 )
 
-// take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed.
+// take is all steps for one bucket, as if it were the only one. If it is not taken nothing has changed. The kinds whose
+// tokens come back at once are here, as nearly all buckets are of them.
 func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
 	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
 		return unknown
 	}
-	var spent, level int64
-	switch r.Kind { // 3
+	switch r.Kind {
 	case Continuous:
-		level = r.drained(c.B, c.Seen, now)
-		spent = ceil(level, r.One)
+		return c.takeLevel(count, r, cost, mode, now, within)
 	case SlidingWindow:
-		spent = c.unfaded(r, now)
-	default:
-		if c.A > now {
-			if spent = c.B; !r.joins(Hold{c.A, c.B}, now) {
-				return unknown
-			}
+		return c.takeWindows(count, r, cost, mode, now, within)
+	}
+	spent, end := int64(0), c.A // 3
+	if end > now {
+		if spent = c.B; !r.joins(Hold{end, spent}, now) {
+			return unknown
 		}
 	}
-	if cost == 0 {
-		c.count(count, r, spent, now)
-		return taken
+	if cost == 0 || cost > r.Capacity-spent && mode != Force { // 4
+		return c.leave(count, r, spent, cost, now, within)
 	}
-	if cost > r.Capacity-spent && mode != Force { // 4
-		if within > 0 {
-			return c.reserve(count, r, spent, cost, now, within)
-		}
-		c.deny(count, r, spent, cost, now)
-		return denied
+	if spent == 0 { // 5
+		end = r.end(now)
 	}
-	recorded := r.recorded(cost, spent)
-	switch r.Kind { // 5
-	case Continuous:
-		if c.B = level + recorded*r.One; c.A <= now || level == 0 {
-			c.A = 0
-		}
-	case SlidingWindow:
-		c.A, c.B = c.turned(r.end(now)-r.end(c.Seen), r.Period)
-		c.B += recorded
-	default:
-		if spent == 0 {
-			c.A = r.end(now)
-		}
-		c.B = spent + recorded
-	}
-	c.Seen = now
-	if r.atOnce() {
-		back := r.returns(Hold{c.A, c.B}, 0) - now
-		count.ResetAfter, count.NextAfter, count.HeldFor = back, back, c.A-now
-	} else {
-		c.count(count, r, spent+recorded, now)
-		count.HeldFor = c.goneAt(&r.Law) - now
-	}
-	count.Remaining = r.Capacity - spent - min(cost, r.Ceiling())
+	c.Seen, c.A, c.B = now, end, spent+r.recorded(cost, spent)
+	back := r.returns(Hold{c.A, c.B}, 0) - now
+	*count = Count{Remaining: r.left(spent, cost), ResetAfter: back, NextAfter: back, HeldFor: end - now}
 	return taken
 }
 
-// reserve takes what a level does not have yet. What denies a reservation tells another time, which is left to Decide.
-func (c *Cell) reserve(count *Count, r *Rule, spent, cost, now, within int64) outcome {
-	if r.Kind != Continuous || cost > r.Capacity-ceil(r.drained(c.B, c.Seen, now+within), r.One) || cost > r.Ceiling()-spent {
+// takeLevel is steps 3 to 5 for a Continuous bucket, whose level may be reserved ahead.
+func (c *Cell) takeLevel(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
+	level := r.drained(c.B, c.Seen, now) // 3
+	spent := ceil(level, r.One)
+	reserved := cost > r.Capacity-spent && mode != Force
+	if cost == 0 || reserved && (within == 0 || cost > r.Capacity-ceil(r.drained(c.B, c.Seen, now+within), r.One) || cost > r.Ceiling()-spent) { // 4
+		return c.leave(count, r, spent, cost, now, within)
+	}
+	recorded := r.recorded(cost, spent) // 5
+	if c.B = level + recorded*r.One; c.A <= now || level == 0 {
+		c.A = 0
+	}
+	c.Seen = now
+	c.count(count, r, spent+recorded, now)
+	count.Remaining, count.HeldFor = r.left(spent, cost), count.ResetAfter
+	if reserved {
+		count.RetryAfter = c.back(r, r.Capacity) - now
+	}
+	return taken
+}
+
+// takeWindows is steps 3 to 5 for a SlidingWindow.
+func (c *Cell) takeWindows(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
+	spent := c.unfaded(r, now)                                 // 3
+	if cost == 0 || cost > r.Capacity-spent && mode != Force { // 4
+		return c.leave(count, r, spent, cost, now, within)
+	}
+	recorded := r.recorded(cost, spent) // 5
+	c.A, c.B = c.turned(r.end(now)-r.end(c.Seen), r.Period)
+	c.B += recorded
+	c.Seen = now
+	c.count(count, r, spent+recorded, now)
+	count.Remaining, count.HeldFor = r.left(spent, cost), c.goneAt(&r.Law)-now
+	return taken
+}
+
+// leave counts what is, in a bucket from which nothing is taken: it is not asked for anything, or it denies. What denies a
+// reservation tells another time, which is left to Decide.
+func (c *Cell) leave(count *Count, r *Rule, spent, cost, now, within int64) outcome {
+	switch {
+	case cost == 0:
+		c.count(count, r, spent, now)
+		return taken
+	case within > 0:
 		return unknown
 	}
-	c.take(count, r, cost, Force, now, 0)
-	count.RetryAfter = c.back(r, r.Capacity) - now
-	return taken
+	c.deny(count, r, spent, cost, now)
+	return denied
 }
 
 // deny counts what is, in a bucket that denies a cost.

@@ -169,7 +169,20 @@ func (r *Rule) Ceiling() int64 {
 }
 
 // recorded is how much of a cost is recorded beside what is spent.
-func (r *Rule) recorded(cost, spent int64) int64 { return min(cost, max(0, r.Ceiling()-spent)) }
+func (r *Rule) recorded(cost, spent int64) int64 {
+	if cost <= r.Capacity-spent {
+		return cost
+	}
+	return min(cost, max(0, r.Ceiling()-spent))
+}
+
+// left is what remains of the capacity when a cost is taken beside what is spent: below zero it is a debt.
+func (r *Rule) left(spent, cost int64) int64 {
+	if cost > r.Capacity {
+		cost = min(cost, r.Ceiling())
+	}
+	return r.Capacity - spent - cost
+}
 
 // scale is n·a/b rounded down, and whether that left something, for n and a from 0 on and n·a/b below 2^63.
 func scale(n, a, b int64) (quotient int64, more bool) {

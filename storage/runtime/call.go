@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,40 +21,49 @@ type call struct {
 	places  []place // of each identifier
 }
 
-// lock locks the shards of all places, each once and in the order of their indexes, so that no two
-// calls wait for each other.
-func (c *call) lock() {
+// lock locks the shards of all places, each once.
+func (c *call) lock(s *Storage) {
 	if len(c.places) == 1 {
 		c.places[0].shard.mu.Lock()
 		return
 	}
-	for _, sh := range c.order() {
-		sh.mu.Lock()
+	for _, i := range c.order() {
+		s.shards[i].mu.Lock()
 	}
 }
 
-func (c *call) unlock() {
+func (c *call) unlock(s *Storage) {
 	if len(c.places) == 1 {
 		c.places[0].shard.mu.Unlock()
 		return
 	}
-	for _, sh := range c.order() {
-		sh.mu.Unlock()
+	for _, i := range c.order() {
+		s.shards[i].mu.Unlock()
 	}
 }
 
-func (c *call) order() []*shard {
-	out := make([]*shard, len(c.places))
+func (c *call) order() (locked []uint8) {
+	locked = make([]uint8, 0, len(c.places))
 	for i := range c.places {
-		out[i] = c.places[i].shard
+		locked = inOrder(locked, uint8(c.places[i].shard.index))
 	}
-	return ordered(out)
+	return locked
 }
 
-// ordered sorts shards by their index, and leaves out those that are there twice.
-func ordered(all []*shard) []*shard {
-	slices.SortFunc(all, func(a, b *shard) int { return cmp.Compare(a.index, b.index) })
-	return slices.Compact(all)
+// inOrder puts the number of a shard among others, unless it is there. All calls lock shards in the order of their numbers,
+// so that no two wait for each other.
+func inOrder(locked []uint8, shard uint8) []uint8 {
+	i := len(locked)
+	for i > 0 && locked[i-1] >= shard {
+		i--
+	}
+	if i < len(locked) && locked[i] == shard {
+		return locked
+	}
+	locked = append(locked, 0)
+	copy(locked[i+1:], locked[i:])
+	locked[i] = shard
+	return locked
 }
 
 // place is where the state of one identifier is.
@@ -79,12 +87,12 @@ func (s *Storage) place(p *place, name, id string, rules *storage.RuleSet) {
 // begin locks the call's shards and loads the states of its draws.
 func (s *Storage) begin(c *call) error {
 	for searched := false; ; searched = true {
-		c.lock()
+		c.lock(s)
 		need := s.locate(c)
 		if need == 0 {
 			break
 		}
-		c.unlock()
+		c.unlock(s)
 		if searched || !s.findRoom(c, need) {
 			return fmt.Errorf("%w: no room for %.64q: the runtime storage may hold %d identifiers, and of those looked at too few are full", storage.ErrUnavailable, strings.Clone(c.places[0].id), s.max)
 		}
@@ -121,7 +129,7 @@ func (s *Storage) leave(c *call) {
 		}
 	}
 	due := c.places[0].shard.due(c.clocked, len(c.places))
-	c.unlock()
+	c.unlock(s)
 	if due {
 		s.tidy(c.name, c.clocked, c.now, s.most)
 	}

@@ -84,57 +84,63 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 // again is the short way for nearly all calls: one identifier that is there, or a few, with the buckets of the request and
 // states that fit into cells. It reports false, and has done nothing, when that is not so.
 func (s *Storage) again(now int64, r *storage.Request, a *storage.Answer) (done bool) {
-	if n := len(r.Parts); n != 1 {
-		return n > 1 && n <= inline && s.together(now, r, a)
+	switch n := len(r.Parts); {
+	case n == 1 && len(r.Costs) <= inline:
+		a.Allowed, done = s.DecideOne(r.Name, r.Mode, now, r.Within, r.Clocked, &r.Parts[0], r.Costs, a.Counts)
+	case n > 0 && n <= inline:
+		done = s.together(now, r, a)
 	}
-	p := &r.Parts[0]
-	h := hash(s.seed, r.Name, p.Identifier)
+	return done
+}
+
+// DecideOne is Decide for nearly all calls, from what a throttler has without a Request: one identifier that is there, with
+// up to four buckets, which are those of the part and whose states fit into cells. Now is the time by the clock of the
+// request, or of this process. It reports that it is not done, and has done nothing, when that is not so.
+func (s *Storage) DecideOne(name string, mode storage.Mode, now, within int64, clocked bool, p *storage.Part, costs []int64, counts []storage.Count) (allowed, done bool) {
+	h := maphash.String(s.seed, p.Identifier) // as hash does, which is not inlined
+	if name != "" {
+		h = hash(s.seed, name, p.Identifier)
+	}
 	sh := &s.shards[h>>56]
 	sh.mu.Lock()
-	i := sh.number(uint32(h), r.Name, p.Identifier)
-	if i < 0 {
-		sh.mu.Unlock()
-		return false
-	}
-	e := sh.entry(i)
-	if !p.AtMost && (e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules)) {
-		cells := e.all(len(r.Costs))
-		if len(cells) <= law.OneBuckets {
-			a.Allowed, done = law.DecideOne(r.Mode, now, r.Within, a.Counts, p.Rules, r.Costs, cells)
-		} else {
-			a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, []law.Asked{{Rules: p.Rules, Costs: r.Costs, Cells: cells}})
-		}
+	e := sh.find(uint32(h), name, p.Identifier)
+	if e != nil && !p.AtMost && (e.layout.rules.SameLaws(p.Rules) || e.layout.is(p.Rules)) {
+		allowed, done = law.DecideOne(mode, now, within, counts, p.Rules, costs, e.all(len(costs)))
 	}
 	if !done {
 		sh.mu.Unlock()
-		return false
+		return false, false
 	}
 	p.Identifier = e.id
-	due := sh.due(r.Clocked, 1)
+	due := sh.due(clocked, 1)
 	sh.mu.Unlock()
 	if due {
-		s.tidy(r.Name, r.Clocked, now, s.most)
+		s.tidy(name, clocked, now, s.most)
 	}
-	return true
+	return allowed, true
 }
 
-// together is again for a few identifiers.
+// together is again for a few identifiers, or more buckets.
 func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (done bool) {
-	var places [inline]place
-	var few [inline]*shard
-	n := len(r.Parts)
-	for i := range n {
-		s.place(&places[i], r.Name, r.Parts[i].Identifier, r.Parts[i].Rules)
-		few[i] = places[i].shard
+	var tags [inline]uint32
+	var all, order [inline]uint8
+	locked := order[:0]
+	for i := range r.Parts {
+		h := hash(s.seed, r.Name, r.Parts[i].Identifier)
+		tags[i], all[i] = uint32(h), uint8(h>>56)
+		locked = inOrder(locked, all[i])
 	}
-	locked := ordered(few[:n])
-	for _, sh := range locked {
-		sh.mu.Lock()
+	for _, i := range locked {
+		s.shards[i].mu.Lock()
 	}
-	done = decideAt(places[:n], now, r, a)
-	due := done && locked[0].due(r.Clocked, n)
-	for _, sh := range locked {
-		sh.mu.Unlock()
+	var entries [inline]*entry
+	for i := range r.Parts {
+		entries[i] = s.shards[all[i]].find(tags[i], r.Name, r.Parts[i].Identifier)
+	}
+	done = decideIn(entries[:len(r.Parts)], now, r, a)
+	due := done && s.shards[locked[0]].due(r.Clocked, len(r.Parts))
+	for _, i := range locked {
+		s.shards[i].mu.Unlock()
 	}
 	if due {
 		s.tidy(r.Name, r.Clocked, now, s.most)
@@ -142,25 +148,24 @@ func (s *Storage) together(now int64, r *storage.Request, a *storage.Answer) (do
 	return done
 }
 
-// decideAt decides in the cells of all places, whose shards are locked.
-func decideAt(places []place, now int64, r *storage.Request, a *storage.Answer) (done bool) {
+// decideIn decides in the cells of the entries of all parts, whose shards are locked. One that is not there is nil.
+func decideIn(entries []*entry, now int64, r *storage.Request, a *storage.Answer) (done bool) {
 	var few [inline]law.Asked
 	n := 0
-	for i := range places {
-		p := &places[i]
-		p.entry = p.shard.find(p.tag, r.Name, p.id)
-		if p.entry == nil || r.Parts[i].AtMost || !p.entry.layout.rules.SameLaws(p.rules) && !p.entry.layout.is(p.rules) {
+	for i, e := range entries {
+		p := &r.Parts[i]
+		if e == nil || p.AtMost || !e.layout.rules.SameLaws(p.Rules) && !e.layout.is(p.Rules) {
 			return false
 		}
 		from := n
-		n += len(p.rules.Rules)
-		few[i] = law.Asked{Rules: p.rules, Costs: r.Costs[from:n], Cells: p.entry.all(n - from)}
+		n += len(p.Rules.Rules)
+		few[i].Rules, few[i].Costs, few[i].Cells = p.Rules, r.Costs[from:n], e.all(n-from)
 	}
-	if a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, few[:len(places)]); !done {
+	if a.Allowed, done = law.DecideCells(r.Mode, now, r.Within, a.Counts, few[:len(entries)]); !done {
 		return false
 	}
-	for i := range places {
-		r.Parts[i].Identifier = places[i].entry.id
+	for i, e := range entries {
+		r.Parts[i].Identifier = e.id
 	}
 	return true
 }
@@ -256,7 +261,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	s.place(&p, name, identifier, nil)
 	p.shard.mu.Lock()
 	defer p.shard.mu.Unlock()
-	if i := p.shard.number(p.tag, name, identifier); i >= 0 {
+	if e, i := p.shard.lookup(p.tag, name, identifier); e != nil {
 		p.shard.remove(i)
 		s.live.Add(-1)
 	}

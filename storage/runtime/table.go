@@ -74,24 +74,26 @@ func (sh *shard) entry(i int) *entry { return &sh.chunks[i/chunk][i%chunk] }
 
 // find returns an identifier's entry, or nil.
 func (sh *shard) find(tag uint32, name, id string) *entry {
-	if i := sh.number(tag, name, id); i >= 0 {
-		return sh.entry(i)
-	}
-	return nil
+	e, _ := sh.lookup(tag, name, id)
+	return e
 }
 
-// number returns the number of an identifier's entry, or -1.
-func (sh *shard) number(tag uint32, name, id string) int {
+// lookup returns an identifier's entry and its number, or nil.
+func (sh *shard) lookup(tag uint32, name, id string) (*entry, int) {
 	mask := uint32(len(sh.slots) - 1)
-	for at := tag & mask; len(sh.slots) > 0 && sh.slots[at] != 0; at = (at + 1) & mask {
-		if slot := sh.slots[at]; uint32(slot>>32) == tag {
+	for at := tag & mask; at < uint32(len(sh.slots)); at = (at + 1) & mask {
+		slot := sh.slots[at]
+		if slot == 0 {
+			break
+		}
+		if uint32(slot>>32) == tag {
 			i := int(uint32(slot)) - 1
 			if e := sh.entry(i); e.id == id && e.layout.name == name {
-				return i
+				return e, i
 			}
 		}
 	}
-	return -1
+	return nil, -1
 }
 
 func (sh *shard) tag(e *entry) uint32 { return uint32(hash(sh.storage.seed, e.layout.name, e.id)) }
