@@ -22,7 +22,7 @@ BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover demo-load demo-observe lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-wait bench-observe bench-check demo-failover demo-load demo-observe lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -117,6 +117,10 @@ bench-go: ## Run the Go benchmarks that match BENCH=. for BENCHTIME=1s each
 	packages=$$($(call find,Benchmark) | sed 's/:[^:]*$$//' | sort -u); \
 	[ -n "$$packages" ] || { echo 'found no benchmark' >&2; exit 1; }; \
 	(set -x; $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem $$packages)
+
+# On one processor, as what is measured is late on one that is busy.
+bench-wait: servers ## Put Wait beside its peers, Consume and bare goroutines: rates, calls with tokens, a crowd that leaves
+	cd benchmarks && $(GO) test -run '^$$' -bench '^Benchmark(Wait|WaitWithTokens|Leave)$$' -benchtime 5x -cpu 1 -timeout 30m .
 
 bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function, metrics, watch
 	@set -euo pipefail; for module in throttlerprom throttlerotel watch; do \

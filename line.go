@@ -1,4 +1,4 @@
-// The calls of Wait that wait: who is in line for an identifier, and who has to be told what.
+// The callers that wait: which line they are in, whose turn it is to ask, and how news reaches them.
 
 package throttler
 
@@ -10,50 +10,57 @@ import (
 	"sync/atomic"
 )
 
-// waiters are the calls that wait, in a line for each identifier. No lock is shared by two identifiers, so that a crowd that
-// leaves one holds up nobody at another.
+// waiters has a line for each identifier that somebody waits for. Two identifiers share no lock, so a crowd that leaves one
+// delays nobody at another.
 type waiters struct {
 	most  int          // Config.MaxWaiters
 	lines sync.Map     // identifier -> *line
-	n     atomic.Int64 // of lines, at least: most throttlers have none
+	n     atomic.Int64 // upper bound of the number of lines; mostly 0, which saves looking into lines
 }
 
-// line is those who wait for one identifier.
+// line has the callers that wait for one identifier.
 type line struct {
 	id string
 
-	// Held to reserve, and for writing to give back: so what is given back was reserved last.
+	// Held for reading to reserve, and for writing to give back. So nothing is reserved while the last reservations are given
+	// back.
 	giving sync.RWMutex
 
-	mu   sync.Mutex           // guards what follows
-	all  map[*waiter]struct{} // also those who sleep until what they have reserved is due
-	gone bool                 // all have left: whoever comes needs another line
+	mu   sync.Mutex // guards what follows
+	all  list.List  // of *waiter: those in the queue, in turns, and those that ask
+	gone bool       // removed from waiters.lines: newcomers need another line
 
-	// Those who were denied, in the order of their arrival. Some at the front ask, or pause to ask again; the others wait
-	// for their turn. When none of them asks any more the next ones do: as many as there are tokens left for, or one.
+	// The denied callers, in the order of their arrival. Some at the front ask, or pause before they ask again; the others
+	// wait for their turn. When nobody asks any more, the next ones do: as many as there are tokens for, but at least one.
 	queue  list.List
 	asking int
-	tokens int64 // that were left when the last of them was admitted; 0 if one was denied
-	ahead  int64 // that all in the queue ask of each bucket, at least
+	tokens int64 // left when the last of those who ask was admitted; 0 if one was denied
+	ahead  int64 // tokens that all in the queue take from each bucket, at least
 
-	turns map[string]*turns // those who sleep, by the shape of what they have reserved
+	turns map[string]*turns // the callers that have reserved, by the shape of their reservation
 }
 
-// waiter is a call that waits.
+// waiter is one call of Wait that has to wait.
 type waiter struct {
 	lines []*line
-	turns *turns        // in which it is, with what it has reserved
-	turn  chan struct{} // it is its turn to ask
-	poke  chan struct{} // there is news
+	seats []*list.Element // its places in line.all, one for each of lines
+	turn  chan struct{}   // receives when it is this waiter's turn to ask
+	poke  chan struct{}   // receives when news has changed
 	news  atomic.Int32
 
-	attempts int           // how often it has asked
-	least    int64         // tokens that it asks of each of its buckets, at least
-	place    *list.Element // in the queue of a line or in turns; the line's mutex guards this and what follows
-	asks     bool
+	attempts int   // how often it has asked
+	least    int64 // tokens that it takes from each of its buckets, at least
+
+	// Where it waits: in the queue of a line, or in turns. One that reserves while it is in the queue is in both for a moment.
+	// The waiter itself sets queue and turns; the mutex of the line guards the rest.
+	queue   *line
+	inQueue *list.Element
+	turns   *turns
+	inTurns *list.Element
+	asks    bool
 }
 
-// again is the number of the next attempt.
+// again counts an attempt and returns its number, from 1. A call that is no waiter yet makes its first.
 func (w *waiter) again() int {
 	if w == nil {
 		return 1
@@ -62,15 +69,15 @@ func (w *waiter) again() int {
 	return w.attempts
 }
 
-// news is what happened to the buckets of a waiter.
+// news is what happened to the buckets of a waiter. A higher one replaces a lower one that was not read yet.
 type news int32
 
 const (
 	nothing  news = iota
-	freed         // there may be tokens
-	changed       // the buckets are others
-	wasReset      // what was reserved is forgotten
-	askAgain      // what was reserved was given back
+	freed         // there may be tokens, or a place at the front
+	changed       // AddBucket or RemoveBucket was called
+	wasReset      // the storage has forgotten the reservations
+	askAgain      // another waiter has ended the turns: reserve anew
 )
 
 // none reports whether nobody waits for an identifier.
@@ -82,60 +89,72 @@ func (ws *waiters) none(id string) bool {
 	return !found
 }
 
-// enter makes a waiter of a call. It returns nil, and for which identifier, if too many wait already.
+// enter makes a call a waiter. If too many wait for one of its identifiers, it returns nil and that identifier.
 func (ws *waiters) enter(parts []Part, least int64) (w *waiter, full string) {
 	w = &waiter{least: least, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	for i := range parts {
-		l := ws.join(parts[i].id, w)
-		if l == nil {
+		if !ws.join(parts[i].id, w) {
 			ws.exit(w)
 			return nil, parts[i].id
 		}
-		w.lines = append(w.lines, l)
 	}
 	return w, ""
 }
 
-func (ws *waiters) join(id string, w *waiter) *line {
+// join gives a waiter a seat in the line of an identifier. It reports whether there was room.
+func (ws *waiters) join(id string, w *waiter) bool {
 	for {
 		found, ok := ws.lines.Load(id)
 		if !ok {
-			id = strings.Clone(id) // as the caller may use its memory again
+			id = strings.Clone(id) // the caller may reuse the memory of its own
 			ws.n.Add(1)
-			if found, ok = ws.lines.LoadOrStore(id, &line{id: id, all: make(map[*waiter]struct{})}); ok {
+			if found, ok = ws.lines.LoadOrStore(id, &line{id: id}); ok {
 				ws.n.Add(-1)
 			}
 		}
 		l := found.(*line)
 		l.mu.Lock()
-		gone, full := l.gone, ws.most > 0 && len(l.all) >= ws.most
+		gone, full := l.gone, ws.most > 0 && l.all.Len() >= ws.most
 		if !gone && !full {
-			l.all[w] = struct{}{}
+			w.lines, w.seats = append(w.lines, l), append(w.seats, l.all.PushBack(w))
 		}
 		l.mu.Unlock()
-		switch {
-		case full:
-			return nil
-		case !gone:
-			return l
+		if !gone {
+			return !full
 		}
 	}
 }
 
-// exit ends the waiting.
-func (ws *waiters) exit(w *waiter) {
-	for _, l := range w.lines {
+// exit takes a waiter out of everything that it is in. If it returns turns, the caller has to flush them. It takes the lock of
+// a line once and does constant work under it, since a crowd may leave at the same time.
+func (ws *waiters) exit(w *waiter) (flush *turns) {
+	for i, l := range w.lines {
 		l.mu.Lock()
-		delete(l.all, w)
-		if l.gone = len(l.all) == 0; l.gone {
-			ws.lines.CompareAndDelete(l.id, l)
-			ws.n.Add(-1)
+		if w.queue == l {
+			l.leave(w, 0)
 		}
+		if s := w.turns; s != nil && s.l == l && s.quit(w) {
+			flush = s
+		}
+		l.all.Remove(w.seats[i])
+		ws.close(l)
 		l.mu.Unlock()
 	}
+	return flush
 }
 
-// tell wakes those who wait for an identifier: all, or of what was freed the first in line.
+// close removes an empty line. A line is kept while reservations of it are still to be given back: newcomers have to wait for
+// that, or they would reserve behind them. The caller holds the line's mutex.
+func (ws *waiters) close(l *line) {
+	if l.gone || l.all.Len() > 0 || len(l.turns) > 0 {
+		return
+	}
+	l.gone = true
+	ws.lines.CompareAndDelete(l.id, l)
+	ws.n.Add(-1)
+}
+
+// tell wakes the waiters of an identifier. Freed tokens concern the first in the queue only.
 func (ws *waiters) tell(id string, n news) {
 	if ws.n.Load() == 0 {
 		return
@@ -153,24 +172,42 @@ func (ws *waiters) tell(id string, n news) {
 		}
 		return
 	}
-	for w := range l.all {
-		w.tell(n)
+	if n == wasReset { // at once, so that nobody puts a new reservation among those that are forgotten
+		for _, s := range l.turns {
+			s.over = true
+		}
+		clear(l.turns)
+	}
+	// All have the news before the first wakes up. Else it would reach those late who have already asked because others did.
+	for e := l.all.Front(); e != nil; e = e.Next() {
+		e.Value.(*waiter).note(n)
+	}
+	for e := l.all.Front(); e != nil; e = e.Next() {
+		e.Value.(*waiter).wake()
 	}
 }
 
 func (w *waiter) tell(n news) {
+	w.note(n)
+	w.wake()
+}
+
+func (w *waiter) note(n news) {
 	for {
 		if old := w.news.Load(); news(old) >= n || w.news.CompareAndSwap(old, int32(n)) {
-			break
+			return
 		}
 	}
+}
+
+func (w *waiter) wake() {
 	select {
 	case w.poke <- struct{}{}:
 	default:
 	}
 }
 
-// behind is a line of the waiter in which others are.
+// behind returns a line of the waiter in whose queue others are, or nil.
 func (w *waiter) behind() *line {
 	for _, l := range w.lines {
 		l.mu.Lock()
@@ -183,7 +220,7 @@ func (w *waiter) behind() *line {
 	return nil
 }
 
-// lineOf is the waiter's line of an identifier.
+// lineOf returns the waiter's line of an identifier.
 func (w *waiter) lineOf(id string) *line {
 	if i := slices.IndexFunc(w.lines, func(l *line) bool { return l.id == id }); i >= 0 {
 		return w.lines[i]
@@ -191,12 +228,13 @@ func (w *waiter) lineOf(id string) *line {
 	return w.lines[0]
 }
 
-// join puts a waiter at the end. It reports how many tokens those before it ask of each bucket, and whether there is nobody.
+// join puts a waiter at the end of the queue. It returns how many tokens those before it take from each bucket, at least, and
+// whether it is the first.
 func (l *line) join(w *waiter) (ahead int64, first bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	ahead, first = l.ahead, l.queue.Len() == 0
-	w.place = l.queue.PushBack(w)
+	w.queue, w.inQueue = l, l.queue.PushBack(w)
 	l.ahead += w.least
 	if first {
 		w.asks, l.tokens = true, 1<<62
@@ -205,23 +243,29 @@ func (l *line) join(w *waiter) (ahead int64, first bool) {
 	return ahead, first
 }
 
-// denied reports whether a waiter that was denied may ask again, after a pause: only the first.
+// denied is called by a waiter that was denied. It reports whether the waiter is the first, and so may ask again after a pause.
 func (l *line) denied(w *waiter) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.tokens = 0
-	if l.queue.Front() == w.place {
+	if l.queue.Front() == w.inQueue {
 		return true
 	}
 	l.asked(w)
 	return false
 }
 
-// leave takes a waiter out. It was admitted if that left any tokens.
-func (l *line) leave(w *waiter, tokens int64) {
+// admitted takes a waiter out of the queue whose admission left so many tokens.
+func (l *line) admitted(w *waiter, tokens int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.queue.Remove(w.place)
+	l.leave(w, tokens)
+}
+
+// leave takes a waiter out of the queue. The caller holds the mutex.
+func (l *line) leave(w *waiter, tokens int64) {
+	l.queue.Remove(w.inQueue)
+	w.queue = nil
 	l.ahead -= w.least
 	if w.asks {
 		l.tokens = min(l.tokens, tokens)
@@ -229,7 +273,7 @@ func (l *line) leave(w *waiter, tokens int64) {
 	}
 }
 
-// asked says that a waiter no longer asks, and begins the next turn if none does.
+// asked is called for a waiter that no longer asks. If it was the last that did, the next ones may ask.
 func (l *line) asked(w *waiter) {
 	w.asks = false
 	if l.asking--; l.asking > 0 {

@@ -14,8 +14,13 @@ import (
 // Refund gives back what v took. With options it gives back what they name and nothing else: Cost(n) n to every bucket,
 // CostOf(bucket, n) n to that one. More than was taken is ErrInvalidCost. Tokens that have already come back by themselves
 // are not given back; a Continuous bucket's share that drained in the meantime is known to a tick, nearly always one
-// microsecond. Refund also cancels a Reserve. Those who have reserved after it keep their turns, so as much less is given
-// back. The verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
+// microsecond.
+//
+// Refund also cancels a Reserve. Those who have reserved after it keep their turns, so as much less is given back. A call
+// that could act at once does not give less: if others hold reservations, its tokens may be used at about the same time as
+// those, and the burst is exceeded by what was given back, once. In the long run the rate is kept.
+//
+// The verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
 // A verdict that took nothing, a denial or a Peek, gives nothing back. After an error of the storage some of several parts
 // may have been given back: do not try again.
 func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {

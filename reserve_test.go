@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/benbjohnson/clock"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -165,6 +166,35 @@ func TestCancellingAReservation(t *testing.T) {
 			_, d := reserves(t, th, 1)
 			assert.Equal(t, step, d)
 		},
+		"after its time gives what has not come back since": func(t *testing.T, th *throttler.Throttler) {
+			reserves(t, th, 2)
+			v, _ := reserves(t, th, 2)
+			<-time.After(3 * step)
+			require.NoError(t, th.Refund(t.Context(), v))
+			_, d := reserves(t, th, 2)
+			assert.Zero(t, d)
+			_, d = reserves(t, th, 1)
+			assert.Equal(t, step, d, "one had come back by itself")
+		},
+		"that could act at once gives what has not come back, though others are behind it": func(t *testing.T, th *throttler.Throttler) {
+			v, _ := reserves(t, th, 2)
+			_, d := reserves(t, th, 2)
+			require.Equal(t, 2*step, d)
+			<-time.After(step / 2)
+			require.NoError(t, th.Refund(t.Context(), v))
+			_, d = reserves(t, th, 2)
+			assert.InDelta(t, 2*step, d, float64(3*time.Microsecond), "half a step after the other, not two")
+		},
+		"of all but one of three lets the others move up": func(t *testing.T, th *throttler.Throttler) {
+			reserves(t, th, 2)
+			second, _ := reserves(t, th, 2)
+			third, d := reserves(t, th, 2)
+			require.Equal(t, 4*step, d)
+			require.NoError(t, th.Refund(t.Context(), third))
+			require.NoError(t, th.Refund(t.Context(), second))
+			_, d = reserves(t, th, 2)
+			assert.InDelta(t, 2*step, d, float64(3*time.Microsecond))
+		},
 		"after another limit gives its place back": func(t *testing.T, th *throttler.Throttler) {
 			reserves(t, th, 2)
 			v, _ := reserves(t, th, 2)
@@ -196,6 +226,38 @@ func TestARaisedLimitCountsForWhatIsReservedNext(t *testing.T) {
 		_, d := reserves(t, th, 1)
 		assert.Equal(t, 4*step, d)
 	})
+}
+
+func TestAnotherBurstCountsForWhatIsReservedNext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th := reserver(t)
+		reserves(t, th, 2)
+		_, d := reserves(t, th, 2)
+		require.Equal(t, 2*step, d)
+		require.NoError(t, th.AddBucket("a", throttler.NewBucket(time.Second, 10).Continuous().Burst(4).Named("b")))
+		_, d = reserves(t, th, 4)
+		assert.Equal(t, 4*step, d)
+		_, err := th.Reserve(t.Context(), "a", time.Minute, throttler.Cost(5))
+		assert.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+	})
+}
+
+func TestAClockThatStepsBackGivesNoReservationTwice(t *testing.T) {
+	t.Parallel()
+	mock := clock.NewMock()
+	mock.Set(time.Unix(1000, 0))
+	th, err := throttler.New(throttler.Config{Clock: mock, Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(2)}})
+	require.NoError(t, err)
+	reserves(t, th, 2)
+	v, d := reserves(t, th, 1)
+	require.Equal(t, step, d)
+	mock.Set(time.Unix(1000, 0).Add(-step))
+	_, d = reserves(t, th, 1)
+	assert.Equal(t, 3*step, d, "by the clock that stepped back, so 2 after the first")
+	require.NoError(t, th.Refund(t.Context(), v))
+	_, d = reserves(t, th, 1)
+	assert.Equal(t, 4*step, d, "one is behind it")
 }
 
 func TestAtMostTakesWhatIsThere(t *testing.T) {

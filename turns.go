@@ -1,4 +1,4 @@
-// Those who wait for what they have reserved.
+// The callers that have reserved and wait until they may act.
 
 package throttler
 
@@ -6,26 +6,30 @@ import (
 	"container/list"
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
+	"time"
+
+	"github.com/go-throttler/throttler/storage"
 )
 
-// turns are the waiters of one line who have reserved alike: the same costs of the same buckets. Their reservations are not
-// their own. When one is due the first waiter takes it, and a waiter that leaves gives back the one that is due last. So
-// leaving holds up nobody, and nothing that was reserved is lost. The line's mutex guards it.
+// turns are waiters of one line with equal reservations: the same costs from the same buckets. Nobody owns a particular
+// reservation. The first waiter takes the one that is due first, and one that leaves gives up the one that is due last. So
+// those behind a waiter that leaves move up, and no reserved token is wasted. The line's mutex guards all fields.
 type turns struct {
 	l   *line
 	key string
 
 	waiting list.List // of *waiter, in the order of their arrival
-	due     list.List // of *Verdict, in the order of their time: as many
-	over    bool      // all have to ask again
+	due     list.List // of *Verdict, the reservations, by when they are due
+	over    bool      // the reservations are void: all have to ask again
 
-	left    int  // waiters that have left, and whose reservations are still there
-	flushes bool // one of them gives those back that are due last, as many
+	left    int  // waiters that have left, but whose reservations are still in due
+	flushes bool // a caller of flush is going to give them back
 }
 
-// turnsOf puts a waiter and what it has reserved among those alike.
-func (w *waiter) turnsOf(v *Verdict) *turns {
+// reserved puts a waiter and its reservation among the equal ones.
+func (w *waiter) reserved(v *Verdict) {
 	l, key := w.lines[0], shape(v)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -37,22 +41,21 @@ func (w *waiter) turnsOf(v *Verdict) *turns {
 		}
 		l.turns[key] = s
 	}
-	w.place = s.waiting.PushBack(w)
+	w.turns, w.inTurns = s, s.waiting.PushBack(w)
 	before := s.due.Back()
 	for before != nil && dueAt(before.Value.(*Verdict)) > dueAt(v) {
 		before = before.Prev()
 	}
-	reserved := *v
+	due := *v
 	if before == nil {
-		s.due.PushFront(&reserved)
-		s.callFirst() // it may have to get up earlier
+		s.due.PushFront(&due)
+		s.callFirst() // it may have to wake up earlier
 	} else {
-		s.due.InsertAfter(&reserved, before)
+		s.due.InsertAfter(&due, before)
 	}
-	return s
 }
 
-// shape is equal for verdicts that may be exchanged.
+// shape is equal for verdicts whose reservations may be exchanged.
 func shape(v *Verdict) string {
 	var key strings.Builder
 	for _, p := range v.parts() {
@@ -62,20 +65,30 @@ func shape(v *Verdict) string {
 	return key.String()
 }
 
-// dueAt is when what was reserved may be used.
+// dueAt is when a reservation may be used.
 func dueAt(v *Verdict) int64 { return v.at + v.Delay.Microseconds() }
 
-// first is when the next turn is due, if it is the waiter's.
-func (s *turns) first(w *waiter) (at int64, mine bool) {
+// first is when the next reservation is due if w is the first waiter, else never.
+func (s *turns) first(w *waiter) (at int64) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
-	if s.over || s.waiting.Front() != w.place {
-		return 0, false
+	if s.over || s.waiting.Front() != w.inTurns {
+		return never
 	}
-	return dueAt(s.due.Front().Value.(*Verdict)), true
+	return dueAt(s.due.Front().Value.(*Verdict))
 }
 
-// take is the turn of the first waiter. It is nil if all have to ask again.
+// last is when the last reservation is due; 0 if there is none.
+func (s *turns) last() int64 {
+	s.l.mu.Lock()
+	defer s.l.mu.Unlock()
+	if last := s.due.Back(); last != nil {
+		return dueAt(last.Value.(*Verdict))
+	}
+	return 0
+}
+
+// take gives the first waiter the reservation that is due. It returns nil if all have to ask again.
 func (s *turns) take(w *waiter) *Verdict {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -86,10 +99,9 @@ func (s *turns) take(w *waiter) *Verdict {
 	return s.due.Remove(s.due.Front()).(*Verdict)
 }
 
-// quit takes out a waiter that leaves, and reports whether it has to give back what all such have left.
+// quit takes out a waiter that leaves without a reservation. It reports whether the waiter has to flush, which one of a crowd
+// does for all. The caller holds the mutex.
 func (s *turns) quit(w *waiter) (flush bool) {
-	s.l.mu.Lock()
-	defer s.l.mu.Unlock()
 	if s.over {
 		return false
 	}
@@ -99,31 +111,34 @@ func (s *turns) quit(w *waiter) (flush bool) {
 	return flush
 }
 
-// remove takes out a waiter.
+// remove takes out a waiter, and wakes the next one if it was the first.
 func (s *turns) remove(w *waiter) {
-	first := s.waiting.Front() == w.place
-	s.waiting.Remove(w.place)
+	first := s.waiting.Front() == w.inTurns
+	s.waiting.Remove(w.inTurns)
+	w.turns = nil
 	if first {
 		s.callFirst()
 	}
 	s.forget()
 }
 
-// forget lets the line forget turns that nobody needs.
+// forget removes turns without waiters and reservations from the line.
 func (s *turns) forget() {
 	if s.waiting.Len() == 0 && s.left == 0 && s.l.turns[s.key] == s {
 		delete(s.l.turns, s.key)
 	}
 }
 
+// callFirst wakes the first waiter, to look when the next reservation is due.
 func (s *turns) callFirst() {
 	if first := s.waiting.Front(); first != nil {
 		first.Value.(*waiter).tell(freed)
 	}
 }
 
-// flush is what those who have left give back: n times what v took. None is the end of it.
-func (s *turns) flush() (v *Verdict, n int) {
+// left takes out the reservations of those who have left, the ones that are due last: n times what v took. With n = 0 the flush
+// has ended.
+func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
 	for ; s.left > 0 && !s.over; s.left-- {
@@ -134,11 +149,12 @@ func (s *turns) flush() (v *Verdict, n int) {
 	}
 	s.flushes = n > 0
 	s.forget()
+	ws.close(s.l)
 	return v, n
 }
 
-// end makes all ask again. It returns what they had reserved, n times what v took, and those who are to be told; none if
-// another has done so.
+// end makes the reservations void. It returns them, n times what v took, and all waiters, who have to be told. If another caller
+// has ended the turns already, it returns nothing.
 func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -155,37 +171,28 @@ func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 	return s.due.Back().Value.(*Verdict), s.due.Len(), all
 }
 
-// due sleeps until what was reserved may be used, and takes that or another's that is alike. All have to ask again after a
-// Reset, which has forgotten it, and after the buckets were changed.
-func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict) (again bool, err error) {
+// due sleeps until it is the waiter's turn, and then v is the reservation that it takes. All waiters have to ask again when the
+// buckets were changed, and after a Reset, which has voided the reservations. Once a second the first waiter looks for what
+// other processes did.
+func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part) (again bool, err error) {
 	if v.Delay == 0 {
 		return false, nil
 	}
 	s := w.turns
-	if s == nil {
-		s = w.turnsOf(v)
-	}
-	w.turns = nil
 	for {
-		at, mine := s.first(w)
-		if !mine {
-			at = never
+		at, until := s.first(w), never
+		if at != never {
+			until = min(at, t.micros()+notice.Microseconds())
 		}
-		news, err := t.sleep(ctx, w, at)
+		news, err := t.sleep(ctx, w, until)
 		switch {
 		case err != nil:
-			if s.quit(w) {
-				t.flush(ctx, s)
-			}
 			denied(v)
 			return false, err
-		case news == askAgain:
+		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, at, parts):
+			t.end(ctx, s, w, news == changed)
 			return true, nil
-		case news >= changed:
-			if t.end(ctx, s, w, news == changed) {
-				return true, nil
-			}
-		case news == nothing:
+		case news == nothing && until == at:
 			if turn := s.take(w); turn != nil {
 				*v = *turn
 				return false, nil
@@ -194,8 +201,28 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict) (again bool,
 	}
 }
 
-// end makes all ask again, and gives back what they had reserved, unless a Reset has. It reports false if another does so.
-func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) bool {
+// forgotten reports whether less is spent than is reserved here. Then another process has called Reset, or has given back so
+// much that there are tokens now. The reservations are not given back in either case: after a Reset, that would free tokens
+// which others have taken since.
+//
+// It looks no longer than until at, when the turn of w is due: a slow storage must not delay that.
+func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []Part) bool {
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(at-t.micros())*time.Microsecond)
+	defer cancel()
+	var now Verdict
+	if err := t.decideAll(ctx, &now, storage.Peek, 0, w.again(), parts); err != nil || now.degraded {
+		return false // the storage failed, or AddBucket made the call wrong, which is told as news
+	}
+	longest := int64(0)
+	for _, c := range now.all() {
+		longest = max(longest, c.ResetAfter)
+	}
+	return now.Allowed || longest < w.turns.last()-now.at
+}
+
+// end makes all waiters of s ask again, and gives back their reservations if give is set. It returns when that is done, also
+// by another waiter.
+func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) {
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
 	last, n, all := s.end()
@@ -207,22 +234,33 @@ func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) boo
 			other.tell(askAgain)
 		}
 	}
-	return n > 0
 }
 
-// never is after all times of an injected clock.
+// never is later than any time of an injected clock.
 const never = int64(1)<<53 - 1
 
-// flush gives back what those who leave had reserved, in one call for all who leave at a time.
-func (t *Throttler) flush(ctx context.Context, s *turns) {
-	s.l.giving.Lock()
-	defer s.l.giving.Unlock()
-	for v, n := s.flush(); n > 0; v, n = s.flush() {
-		t.giveBack(ctx, v, int64(n))
+// leave ends the waiting. One waiter gives back the reservations of all who leave at the same time, in one call. It yields
+// first, so that the others of a crowd have left by then: otherwise each would make a call of its own.
+func (t *Throttler) leave(ctx context.Context, w *waiter) {
+	s := t.waiters.exit(w)
+	for more := s != nil; more; {
+		runtime.Gosched()
+		more = t.flush(ctx, s)
 	}
 }
 
-// giveBack gives back n times what v took, also when the context has ended.
+// flush gives back the reservations of those who have left. It reports whether there were any.
+func (t *Throttler) flush(ctx context.Context, s *turns) bool {
+	s.l.giving.Lock()
+	defer s.l.giving.Unlock()
+	v, n := t.waiters.left(s)
+	if n > 0 {
+		t.giveBack(ctx, v, int64(n))
+	}
+	return n > 0
+}
+
+// giveBack gives back n times what v took, even if the context has ended.
 func (t *Throttler) giveBack(ctx context.Context, v *Verdict, n int64) {
 	ctx = context.WithoutCancel(ctx)
 	charges, err := t.refunds(v, nil)
@@ -237,5 +275,5 @@ func (t *Throttler) giveBack(ctx context.Context, v *Verdict, n int64) {
 	}
 }
 
-// denied makes a verdict whose tokens were given back a denial.
+// denied turns a verdict into a denial, after its tokens were given back.
 func denied(v *Verdict) { v.Allowed, v.RetryAfter, v.Delay = false, v.Delay, 0 }

@@ -1,4 +1,4 @@
-// Waiting until a call is admitted. Who was denied is in line.go, who has reserved in turns.go.
+// Waiting until a call is admitted. line.go has the queue of denied callers, turns.go the callers with a reservation.
 
 package throttler
 
@@ -16,33 +16,38 @@ import (
 // Wait blocks until the call is admitted and takes the cost. It returns an error, never a denied Verdict
 // without one. Without a deadline it waits as long as it must. It waits by Config.Clock.
 //
-// Where all buckets are Continuous it reserves (see Reserve) and sleeps until that moment: calls are admitted in the order
-// of their arrival, also those of other processes. With Continuous().Burst(1) it is a leaky bucket. If the context ends
-// first, the tokens are given back as by Refund. For other buckets, with AtMost, and where no more can be reserved, calls
-// that were denied form a line, one an identifier and Throttler. The first in it asks again when RetryAfter has passed, and
-// as many as there are tokens for ask together. Nothing orders the lines of several processes.
+// If all buckets are Continuous, Wait reserves (see Reserve) and sleeps until the reserved moment. Calls are admitted in the
+// order of their arrival, including those of other processes. With Continuous().Burst(1) this is a leaky bucket. If the
+// context ends first, the tokens are given back as by Refund.
 //
-// A Reset, an AddBucket and a RemoveBucket of this Throttler count at once for those who wait, a Refund and a Charge for the
-// line. A line notices within a second what others do.
+// Other buckets, calls with AtMost, and calls that find no more to reserve use a line: denied calls queue up, one line for
+// each identifier and Throttler. The first in the line asks again after RetryAfter. When tokens are back, as many calls as
+// there are tokens ask together. The lines of several processes are not ordered.
 //
-// When the context's deadline is nearer than RetryAfter, or than those before it in the line allow, it returns at once
-// the denied Verdict and an error that wraps context.DeadlineExceeded. A context that ends later
-// returns its own error; leaving holds up nobody. With Config.Clock the deadline must be by that clock too. If
-// Config.MaxWaiters wait for the identifier it returns ErrTooManyWaiters.
+// A Reset, an AddBucket and a RemoveBucket of this Throttler take effect at once; so do its Refund and Charge for a line. A
+// line notices within a second what other processes do. Callers with a reservation notice within a second that a Refund has
+// freed tokens, and that another process has called Reset. They cannot notice a Reset if others have taken as much again
+// since: then those act beside them.
+//
+// If the context's deadline comes before RetryAfter, or before the calls ahead in the line can be admitted, Wait returns
+// the denied Verdict at once, with an error that wraps context.DeadlineExceeded. If the context ends later, Wait returns the
+// context's error; a caller that leaves delays nobody. With Config.Clock the deadline must be by that clock too. If
+// Config.MaxWaiters callers wait for the identifier already, the error is ErrTooManyWaiters.
 func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
 	if t.observe != nil {
 		return t.WaitAll(ctx, For(id, slices.Clone(o)...))
 	}
 	nobody := t.waiters.none(id)
-	if nobody { // nearly always, nobody waits and nobody has to
+	if nobody { // the usual case: nobody waits, and the call is admitted at once
 		if err = t.aheadOne(ctx, &v, id, o); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	return t.wait(ctx, v, nobody, []Part{For(id, slices.Clone(o)...)})
+	err = t.wait(ctx, &v, nobody, []Part{For(id, slices.Clone(o)...)})
+	return v, err
 }
 
-// aheadOne is ahead for one identifier, without what that allocates.
+// aheadOne is ahead for one identifier, without its allocations.
 func (t *Throttler) aheadOne(ctx context.Context, v *Verdict, id string, o []Option) error {
 	if err := t.add(v, storage.Take, id, o); err != nil {
 		return t.wrong(ctx, v, storage.Take, 1, id, o, err)
@@ -53,7 +58,7 @@ func (t *Throttler) aheadOne(ctx context.Context, v *Verdict, id string, o []Opt
 	return t.ask(ctx, v, storage.Take, 1)
 }
 
-// WaitAll is Wait until all buckets of all parts admit: it takes from all of them, or from none. It waits in the line of the
+// WaitAll is Wait for several identifiers: it takes from all buckets of all parts, or from none. It waits in the line of the
 // identifier that denied it first.
 func (t *Throttler) WaitAll(ctx context.Context, parts ...Part) (v Verdict, err error) {
 	if t.observe == nil || len(parts) == 0 {
@@ -72,51 +77,58 @@ func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err e
 			return v, err
 		}
 	}
-	return t.wait(ctx, v, nobody, parts)
+	err = t.wait(ctx, &v, nobody, parts)
+	return v, err
 }
 
-// wait is a call that may have to wait. If it was asked v is the answer.
-func (t *Throttler) wait(ctx context.Context, v Verdict, asked bool, parts []Part) (_ Verdict, err error) {
+// wait makes the call a waiter. If asked, the call was decided already and v is the answer.
+func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Part) error {
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {
-			t.giveBack(ctx, &v, 1)
-			denied(&v)
+			t.giveBack(ctx, v, 1)
+			denied(v)
 		}
-		return v, fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
+		return fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
 	}
-	defer t.waiters.exit(w)
+	defer t.leave(ctx, w)
 	if asked {
 		w.attempts = 1
+		if v.Delay > 0 {
+			w.reserved(v)
+		}
 	}
 	for again := true; again; asked = false {
-		if err = t.admit(ctx, w, &v, parts, asked); err != nil {
-			return v, err
+		err := t.admit(ctx, w, v, parts, asked)
+		if err == nil {
+			again, err = t.due(ctx, w, v, parts)
 		}
-		if again, err = t.due(ctx, w, &v); err != nil {
-			return v, err
+		if err != nil {
+			return err
 		}
 	}
-	return v, nil
+	return nil
 }
 
-// ahead asks once, and reserves up to the deadline where it may. A waiter then is among those who wait for their turn.
+// ahead asks once. Where that is possible it reserves, as far ahead as the deadline, and puts w among those who wait for their
+// turn.
 func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Part) error {
 	*v = Verdict{}
 	within := t.within(ctx)
 	if w == nil || len(w.lines) == 0 {
 		return t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
 	}
+	w.news.Store(int32(nothing)) // the answer will know of it
 	w.lines[0].giving.RLock()
 	defer w.lines[0].giving.RUnlock()
 	err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
 	if err == nil && v.Delay > 0 {
-		w.turns = w.turnsOf(v)
+		w.reserved(v)
 	}
 	return err
 }
 
-// within is the time until the deadline, as far as it may be reserved ahead.
+// within is how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.
 func (t *Throttler) within(ctx context.Context) int64 {
 	if left, ok := t.left(ctx); ok {
 		return max(0, min(left.Microseconds(), law.MaxWithin))
@@ -124,7 +136,7 @@ func (t *Throttler) within(ctx context.Context) int64 {
 	return law.MaxWithin
 }
 
-// admit asks until the call is admitted: at once, if nobody is in line before it. If it was asked v is the answer.
+// admit asks until the call is admitted. It asks at once if nobody is in line before it. If asked, v is already the answer.
 func (t *Throttler) admit(ctx context.Context, w *waiter, v *Verdict, parts []Part, asked bool) error {
 	l := w.behind()
 	if l == nil && !asked {
@@ -146,8 +158,6 @@ func (t *Throttler) admit(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 // queue waits in a line until the call is admitted.
 func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, parts []Part, asked bool) error {
 	ahead, mine := l.join(w)
-	admitted := int64(0) // tokens that were left when it was
-	defer func() { l.leave(w, admitted) }()
 	if err := t.inTime(ctx, w, v, parts, ahead, asked); err != nil {
 		return err
 	}
@@ -164,7 +174,7 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 				return err
 			}
 			if v.Allowed {
-				admitted = leastLeft(v)
+				l.admitted(w, leastLeft(v))
 				return nil
 			}
 			if err := t.inTime(ctx, w, v, parts, 0, true); err != nil {
@@ -172,7 +182,7 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 			}
 		}
 		if mine = l.denied(w); mine {
-			// A storage that says no time, against the contract, is not asked without end.
+			// The lower bound is for a storage that breaks the contract and names no time: it is not asked in a busy loop.
 			retry := min(max(v.RetryAfter, time.Millisecond/8), notice)
 			if _, err := t.sleep(ctx, w, t.micros()+retry.Microseconds()); err != nil {
 				return err
@@ -181,14 +191,14 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 	}
 }
 
-// notice is how long a line does not notice what others do.
+// notice is within what time waiters notice what other processes do.
 const notice = time.Second
 
-// inTime fails if the deadline is nearer than the call can be admitted, after those ahead in the line have taken so many
-// tokens. V is the answer to the call, if it was asked; then it tells how long it would have to wait.
+// inTime fails if the call cannot be admitted before its deadline, given that the calls ahead of it take so many tokens. If
+// asked, v is the answer to the call. Afterwards v says how long the call would have to wait.
 func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []Part, ahead int64, asked bool) error {
 	left, ok := t.left(ctx)
-	if !ok && (asked || t.observe == nil) { // Observe is told of each call that waits
+	if !ok && (asked || t.observe == nil) { // Observe is told the levels of each call that waits
 		return ctx.Err()
 	}
 	if !asked || reservable(v) {
@@ -205,8 +215,8 @@ func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []P
 	return nil
 }
 
-// least is how many tokens a call asks of each bucket that others of its identifiers ask too: none, if it has buckets of
-// its own.
+// least is how many tokens a call takes, at least, from each bucket of its identifiers. It is 0 for a call that brings its
+// own buckets, since it takes nothing from those of the others.
 func (t *Throttler) least(parts []Part) (n int64) {
 	n = math.MaxInt32
 	for i := range parts {
@@ -226,7 +236,7 @@ func (t *Throttler) least(parts []Part) (n int64) {
 	return max(n, 0)
 }
 
-// left is the time until the deadline, if there is one.
+// left returns the time until the deadline, if there is one.
 func (t *Throttler) left(ctx context.Context) (time.Duration, bool) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -238,7 +248,7 @@ func (t *Throttler) left(ctx context.Context) (time.Duration, bool) {
 	return time.Until(deadline), true
 }
 
-// earliest is a time before which a bucket cannot have given what those ahead and then the call take.
+// earliest is a lower bound of the wait: before it, the buckets cannot have refilled what the calls ahead take and one token.
 func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 	n := 0
 	for _, p := range v.parts() {
@@ -253,22 +263,22 @@ func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 	return wait
 }
 
-// comesBack is how many microseconds so many tokens more than a bucket has take to come back, at least.
+// comesBack is how many microseconds a bucket needs, at least, to refill n tokens more than it has.
 func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
 	if n <= 0 {
 		return 0
 	}
-	periods := (n - 1) / r.Capacity // after the first tokens that come back, which may be all
+	periods := (n - 1) / r.Capacity // after the first refill, which may be of the whole capacity
 	switch r.Kind {
 	case law.Continuous:
 		return int64(float64(n-1) / float64(r.Refill) * float64(r.Period))
-	case law.SlidingWindow, law.SlidingLog: // around a moment they give nearly twice as much, or a grain early
+	case law.SlidingWindow, law.SlidingLog: // these may refill nearly twice the capacity within a period, or a grain early
 		periods = max(0, periods-1)
 	}
 	return c.NextAfter + min(periods, math.MaxInt32)*r.Period
 }
 
-// leastLeft is how many tokens the buckets had left, of those that were asked.
+// leastLeft is the smallest number of tokens left in the buckets that the call took from.
 func leastLeft(v *Verdict) int64 {
 	least := int64(math.MaxInt64)
 	for n, cost := range v.asked() {
@@ -279,7 +289,7 @@ func leastLeft(v *Verdict) int64 {
 	return least
 }
 
-// micros is the time by the Throttler's clock, by which a verdict's at is too.
+// micros is the time by the Throttler's clock, the same clock as Verdict.at.
 func (t *Throttler) micros() int64 {
 	if now, clocked, err := t.now(); clocked && err == nil {
 		return now
@@ -287,7 +297,7 @@ func (t *Throttler) micros() int64 {
 	return law.Monotonic()
 }
 
-// sleep sleeps until a time of micros, which may be never, the end of the context, or news for the waiter.
+// sleep sleeps until the time of micros, which may be never. The end of the context and news for w wake it earlier.
 func (t *Throttler) sleep(ctx context.Context, w *waiter, until int64) (news, error) {
 	for {
 		now := t.micros()
@@ -305,14 +315,15 @@ func (t *Throttler) sleep(ctx context.Context, w *waiter, until int64) (news, er
 			return nothing, ctx.Err()
 		case <-w.poke:
 			stop()
-			if n := news(w.news.Swap(int32(nothing))); n != nothing { // else it was heard already
+			if n := news(w.news.Swap(int32(nothing))); n != nothing { // nothing: an earlier poke has delivered it
 				return n, nil
 			}
 		}
 	}
 }
 
-// movedAtOnce is by how many microseconds an injected clock was moved, and did not go, while a timer was made.
+// movedAtOnce is a jump in microseconds. An injected clock that advances this much while a timer is made was moved, so the timer
+// may be too late.
 const movedAtOnce = 1000
 
 func (t *Throttler) timer(until, now int64) (over <-chan time.Time, stop func() bool) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -427,10 +428,186 @@ func TestAClockThatMovesBeforeTheTimerIsMadeIsNotMissed(t *testing.T) {
 // slow is a storage that answers late, and any number of calls at the same time.
 type slow struct {
 	*memstore.Storage
-	takes time.Duration
+	takes   time.Duration
+	charges atomic.Int64
 }
 
 func (s *slow) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	<-time.After(s.takes)
 	return s.Storage.Decide(ctx, r, a)
+}
+
+func (s *slow) Charge(ctx context.Context, c *storage.Charge) error {
+	s.charges.Add(1)
+	<-time.After(s.takes)
+	return s.Storage.Charge(ctx, c)
+}
+
+func TestMoreWaitersThanCanReserveAreAllAdmittedInTheirOrder(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, w := leaky(t), &waits{start: time.Now()}
+		var want []string
+		for i := range 60 { // 40 of them reserve
+			w.begin(t.Context(), th, "a", i)
+			want = append(want, fmt.Sprint(i, " ok at ", time.Duration(i)*100*time.Millisecond))
+		}
+		<-time.After(10 * time.Second)
+		assert.Equal(t, want, w.said())
+	})
+}
+
+func TestAResetIsHeardOnceByThoseBehindTheReservations(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, w := leaky(t), &waits{start: time.Now()}
+		for i := range 60 { // 40 of them reserve
+			w.begin(t.Context(), th, "a", i)
+		}
+		<-time.After(50 * time.Millisecond)
+		require.NoError(t, th.Reset(t.Context(), "a"))
+		<-time.After(5900 * time.Millisecond)
+		assert.Len(t, w.said(), 60)
+	})
+}
+
+func TestThoseWhoLeaveTogetherAreGivenBackTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{Storage: memstore.New(nil), takes: time.Millisecond}
+		th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1000).Continuous().Burst(1)}})
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		ctx, leave := context.WithCancel(t.Context())
+		for i := range 1000 {
+			go func() {
+				_, err := th.Wait(ctx, "a")
+				w.note(i, err)
+			}()
+		}
+		<-time.After(10 * time.Millisecond)
+		require.Len(t, w.said(), 1, "the first may act at once")
+		leave()
+		<-time.After(10 * time.Millisecond)
+		assert.Len(t, w.said(), 1000)
+		assert.LessOrEqual(t, store.charges.Load(), int64(3))
+		v, err := th.Reserve(t.Context(), "a", time.Hour)
+		require.NoError(t, err)
+		assert.Less(t, v.Delay, 4*time.Second, "all of it was given back")
+	})
+}
+
+func TestWhoHasReservedNoticesWithinASecondWhatAnotherThrottlerDid(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		change func(ctx context.Context, other *throttler.Throttler, took throttler.Verdict) error
+		soon   int // how many of three are admitted within a second
+	}{
+		"reset": {func(ctx context.Context, other *throttler.Throttler, _ throttler.Verdict) error {
+			return other.Reset(ctx, "a")
+		}, 3},
+		"reset, and reserved anew": {func(ctx context.Context, other *throttler.Throttler, _ throttler.Verdict) error {
+			err := other.Reset(ctx, "a")
+			for range 6 {
+				if err == nil {
+					_, err = other.Reserve(ctx, "a", 2*time.Hour)
+				}
+			}
+			return err
+		}, 0},
+		"refund": {func(ctx context.Context, other *throttler.Throttler, took throttler.Verdict) error {
+			return other.Refund(ctx, took)
+		}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				c := throttler.Config{Storage: memstore.New(nil), Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Hour, 10).Continuous().Burst(5)}}
+				own, err := throttler.New(c)
+				require.NoError(t, err)
+				other, err := throttler.New(c)
+				require.NoError(t, err)
+				took, err := other.Consume("a", throttler.Cost(5))
+				require.NoError(t, err)
+				w := &waits{start: time.Now()}
+				for i := range 3 {
+					w.begin(t.Context(), own, "a", i)
+				}
+				<-time.After(10500 * time.Millisecond)
+				require.Empty(t, w.said())
+				require.NoError(t, test.change(t.Context(), other, took))
+				<-time.After(time.Second)
+				require.Len(t, w.said(), test.soon)
+				<-time.After(4 * time.Hour)
+				require.Len(t, w.said(), 3)
+			})
+		})
+	}
+}
+
+func TestACrowdThatComesAndGoesKeepsTheLimitAndLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	for burst, b := range map[int]throttler.Bucket{
+		1:  throttler.NewBucket(time.Second, 10).Continuous().Burst(1),
+		20: throttler.NewBucket(time.Second, 10), // all come back at once, twice within a second
+	} {
+		for _, upset := range []bool{false, true} {
+			t.Run(fmt.Sprint(b.Name(), " ", upset), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) { comesAndGoes(t, b, burst, upset) })
+			})
+		}
+	}
+}
+
+// comesAndGoes is ten seconds of 100 callers, half of whose contexts end while they wait. To upset them is to reset.
+func comesAndGoes(t *testing.T, b throttler.Bucket, burst int, upset bool) {
+	t.Helper()
+	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}})
+	require.NoError(t, err)
+	end, start := time.After(10*time.Second), time.Now()
+	over, stop := context.WithCancel(t.Context())
+	var mu sync.Mutex
+	var log []time.Duration
+	var all sync.WaitGroup
+	for i := range 100 {
+		all.Go(func() {
+			for over.Err() == nil {
+				ctx, leave := context.WithCancel(over)
+				if i%2 == 0 {
+					time.AfterFunc(time.Duration(1+i)*7*time.Millisecond, leave)
+				}
+				if _, err := th.Wait(ctx, "a"); err == nil {
+					mu.Lock()
+					log = append(log, time.Since(start))
+					mu.Unlock()
+				}
+				leave()
+			}
+		})
+	}
+	for ended := false; !ended; {
+		select {
+		case <-end:
+			ended = true
+		case <-time.After(1700 * time.Millisecond):
+			if upset {
+				require.NoError(t, th.Reset(t.Context(), "a"))
+			}
+		}
+	}
+	stop()
+	all.Wait()
+	require.Greater(t, len(log), 90)
+	if !upset {
+		for i, from := range log {
+			for j, to := range log[i:] {
+				require.LessOrEqual(t, j+1, burst+int((to-from+time.Microsecond)/step), "from %v to %v", from, to)
+			}
+		}
+	}
+	<-time.After(time.Second)
+	v, err := th.Wait(t.Context(), "a")
+	require.NoError(t, err)
+	assert.Zero(t, v.Delay, "all was given back")
 }

@@ -21,6 +21,17 @@ func TestMain(m *testing.M) {
 func TestFiveWorkersKeepTheLimitTogether(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
-	require.NoError(t, run([]string{"-for", "4s"}, &out))
+	_, err := run([]string{"-for", "4s"}, &out)
+	require.NoError(t, err)
 	assert.Regexp(t, `^[5-8] calls, by the workers: \[`, out.String())
+}
+
+func TestFiveWorkersGetSharesWithin20PercentOfEachOther(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	sent, err := run([]string{"-for", "6s", "-rate", "20"}, &out)
+	require.NoError(t, err)
+	require.Len(t, sent, 5)
+	assert.Greater(t, sent[0], 5, out.String())
+	assert.LessOrEqual(t, float64(sent[4]-sent[0]), 0.2*float64(sent[4]), out.String())
 }

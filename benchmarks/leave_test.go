@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-throttler/throttler"
+)
+
+const leavers = 100_000
+
+// BenchmarkLeave is how long 100,000 waiters take to leave when their context is cancelled, and how much too late another
+// identifier's Wait of a millisecond ends meanwhile. Beside it, in turns, is the floor: as many goroutines that only select on
+// the same context and a timer, first on stacks as Go begins them, then on stacks as large as a decision makes them. It
+// tells the least of all rounds, and fails above 3 times the floor.
+//
+//	cd benchmarks && go test -run xxx -bench Leave -benchtime 5x -cpu 1 .
+func BenchmarkLeave(b *testing.B) {
+	for name, bucket := range map[string]throttler.Bucket{
+		"reserved": throttler.NewBucket(time.Hour, 2*leavers).Continuous().Burst(1),
+		"in line":  throttler.NewBucket(time.Hour, 1),
+	} {
+		b.Run(name, func(b *testing.B) {
+			least := map[string]float64{}
+			for range b.N {
+				for name, w := range map[string]waiting{"": waits(b, bucket), "floor-": floor(0), "deep-floor-": floor(1)} {
+					all, late := leave(w)
+					for metric, d := range map[string]time.Duration{"ms": all, "late-ms": late} {
+						ms := d.Seconds() * 1000
+						if before, ok := least[name+metric]; !ok || ms < before {
+							least[name+metric] = ms
+						}
+					}
+				}
+			}
+			for name, ms := range least {
+				b.ReportMetric(ms, name)
+			}
+			b.ReportMetric(least["ms"]/least["floor-ms"], "floors")
+			if b.N > 2 && least["ms"] > 3*least["floor-ms"] {
+				b.Errorf("they left in %.0f ms, and goroutines that only wait in %.0f", least["ms"], least["floor-ms"])
+			}
+		})
+	}
+}
+
+// waiting is how a crowd waits until its context ends, and another for a millisecond.
+type waiting struct {
+	crowd func(context.Context)
+	other func()
+}
+
+func waits(b *testing.B, bucket throttler.Bucket) waiting {
+	b.Helper()
+	t, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{bucket}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := t.AddBucket("other", throttler.NewBucket(time.Second, 1000).Continuous().Burst(1)); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := t.Consume("crowd"); err != nil {
+		b.Fatal(err)
+	}
+	return waiting{
+		crowd: func(ctx context.Context) { _, _ = t.Wait(ctx, "crowd") },
+		other: func() { _, _ = t.Wait(context.Background(), "other") },
+	}
+}
+
+// floor waits by a select, on a stack that has first been so deep, in KiB, as all below it is.
+func floor(deep int) waiting {
+	return waiting{
+		crowd: func(ctx context.Context) {
+			for range deep {
+				descend(4)
+			}
+			onStack(ctx, deep)
+		},
+		other: func() { <-time.After(time.Millisecond) },
+	}
+}
+
+// descend makes the stack deeper by so many KiB.
+func descend(deep int) byte {
+	var frame [1024]byte
+	if deep > 0 {
+		frame[deep] = descend(deep - 1)
+	}
+	return frame[deep]
+}
+
+func onStack(ctx context.Context, deep int) byte {
+	var frame [1024]byte
+	if deep > 0 {
+		frame[deep] = onStack(ctx, deep-1)
+		return frame[deep]
+	}
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return frame[0]
+}
+
+// leave is how long a crowd takes to leave, and how much too late another's wait was at most.
+func leave(w waiting) (all, late time.Duration) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var begun, left, others sync.WaitGroup
+	for range leavers {
+		begun.Add(1)
+		left.Go(func() {
+			begun.Done()
+			w.crowd(ctx)
+		})
+	}
+	begun.Wait()
+	time.Sleep(time.Second) // until the last of them waits
+	stop := make(chan struct{})
+	var lates []time.Duration
+	others.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				start := time.Now()
+				w.other()
+				lates = append(lates, time.Since(start)-time.Millisecond)
+			}
+		}
+	})
+	time.Sleep(10 * time.Millisecond)
+	start := time.Now()
+	cancel()
+	left.Wait()
+	all = time.Since(start)
+	close(stop)
+	others.Wait()
+	return all, slices.Max(lates)
+}
