@@ -133,11 +133,15 @@ func (s *Storage) flush(ctx context.Context) {
 			size = 1
 			continue
 		}
-		if err != nil {
-			rejected = err
-		}
 		for _, e := range f.batch[:size] {
-			s.journal.finish(e, err)
+			fault := err
+			if fault == nil {
+				fault = e.fault
+			}
+			if fault != nil {
+				rejected = fault
+			}
+			s.journal.finish(e, fault)
 		}
 		f.batch, relayed = f.batch[size:], relayed+raised
 	}
@@ -178,8 +182,7 @@ func (s *Storage) flushed(err error, lag int64, relayed int) {
 }
 
 // write charges the ledger with a batch, once (Rule 2), and returns the debt of each entry afterwards. If the ledger
-// leaves out an entry, since it cannot read the row, the answer has no amounts for it. The others are charged, and the
-// entry ends like one that was recorded.
+// leaves out an entry, the answer has no amounts for it. The others are charged, and the entry has a fault.
 func (s *Storage) write(ctx context.Context, batch []*entry) ([]replica.Debt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -205,6 +208,9 @@ func (s *Storage) write(ctx context.Context, batch []*entry) ([]replica.Debt, er
 	from := 0
 	for i, e := range batch {
 		debts[i] = e.debt(answers[from:ends[i]])
+		if slices.ContainsFunc(answers[from:ends[i]], func(d replica.Debt) bool { return d.Amounts == nil }) {
+			e.fault = fmt.Errorf("%w: the ledger left out identifier %.64q: its row cannot be read, or would have too many buckets", storage.ErrCorruptState, e.identifier)
+		}
 		from = ends[i]
 	}
 	return debts, nil

@@ -76,6 +76,7 @@ type entry struct {
 	buckets  []bucket         // one for each bucket that any call of the entry named
 	inline   [2]bucket        // the first memory of buckets: most identifiers need no more
 	dequeued bool             // it is in flight or finished; the queue may still contain it
+	fault    error            // why the ledger left the entry out of a batch that it has recorded, or nil
 
 	waiters []*waiter
 	raise   bool // Redis is raised to the ledger's debt, whatever Redis has shown

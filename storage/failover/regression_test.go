@@ -3,6 +3,7 @@ package failover_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -33,7 +34,18 @@ func (l strict) Record(ctx context.Context, origin string, seq int64, batch []st
 			return nil, storage.TooManyBuckets(batch[i].Rules, n)
 		}
 	}
-	return l.link.Record(ctx, origin, seq, batch)
+	readable := slices.DeleteFunc(slices.Clone(batch), func(c storage.Charge) bool { return c.Identifier == "unreadable" })
+	answers, err := l.link.Record(ctx, origin, seq, readable)
+	if err != nil || len(readable) == len(batch) {
+		return answers, err
+	}
+	debts := make([]replica.Debt, len(batch))
+	for i := range batch {
+		if batch[i].Identifier != "unreadable" {
+			debts[i], answers = answers[0], answers[1:]
+		}
+	}
+	return debts, nil
 }
 
 func (l strict) Raise(ctx context.Context, d replica.Debt) error {
@@ -296,6 +308,23 @@ func TestRegressionACorruptRowLosesNothingOfOthers(t *testing.T) {
 		p.pg.set(fine)
 		time.Sleep(2 * time.Second)
 		assert.EqualValues(t, 30, w.owes(w.pg, "a"))
+	})
+}
+
+func TestRegressionWhatTheLedgerLeavesOutIsForgotten(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		var fault error
+		p := w.strictProcess(&failover.Options{Observe: func(e failover.Event) {
+			if e.Kind == failover.Flushed && e.Err != nil {
+				fault = e.Err
+			}
+		}})
+		require.True(t, w.do(p, "unreadable", 1))
+		require.True(t, w.do(p, "a", 30))
+		time.Sleep(2 * time.Second)
+		assert.EqualValues(t, 30, w.owes(w.pg, "a"))
+		assert.EqualValues(t, 1, p.storage.State().Forgotten)
+		assert.ErrorIs(t, fault, storage.ErrCorruptState)
 	})
 }
 
