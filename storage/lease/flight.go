@@ -166,18 +166,25 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 	}
 	sent, err := s.question(ctx, f, atMost)
 	if err == nil && !f.answer.Allowed && (f.back != nil || !atMost) {
-		if f.back != nil {
-			_ = s.giveBack(ctx, f.back)
-			f.back = nil
-		}
+		s.bringBack(f)
 		clear(f.extra)
 		sent, err = s.question(ctx, f, false)
 	}
-	if c := s.land(f, sent, err); c != nil {
-		_ = s.giveBack(ctx, c)
-	}
+	s.land(f, sent, err)
+}
+
+// bringBack gives back what the pool had left, and waits until all that it has given back is there.
+func (s *Storage) bringBack(f *flight) {
+	p, sh := f.pool, f.pool.shard
+	sh.mu.Lock()
 	if f.back != nil {
-		_ = s.giveBack(ctx, f.back)
+		s.giveBack(p, f.back)
+		f.back = nil
+	}
+	done := p.returning
+	sh.mu.Unlock()
+	if done != nil {
+		<-done
 	}
 }
 
@@ -198,16 +205,19 @@ func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent in
 	return sent, err
 }
 
-// land makes what a flight has brought the lease of its pool, and wakes who waits. It returns what is to be given back at
-// once, as the pool has other rules by now or the storage is closed.
-func (s *Storage) land(f *flight, sent int64, err error) (c *storage.Charge) {
+// land makes what a flight has brought the lease of its pool, and wakes who waits. It is given back at once if the pool has
+// other rules by now or the storage is closed.
+func (s *Storage) land(f *flight, sent int64, err error) {
 	p, sh, a := f.pool, f.pool.shard, &f.answer
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	defer close(f.done)
 	p.flight, f.err = nil, err
+	if f.back != nil {
+		s.giveBack(p, f.back)
+	}
 	if err != nil {
-		return nil
+		return
 	}
 	same := p.rules == f.rules
 	if same {
@@ -217,19 +227,18 @@ func (s *Storage) land(f *flight, sent int64, err error) (c *storage.Charge) {
 		if same {
 			p.deny(f.costs, a, s)
 		}
-		return nil
+		return
 	}
 	l := grantOf(f.rules.Rules, f.extra, a, sent, s.life)
 	l.countIn(f.rules.Rules, a.Counts)
 	switch {
 	case p.resets != f.resets: // it may have been forgotten
 	case !same || sh.closed:
-		c = l.back(p.key, f.rules, law.Monotonic())
+		s.giveBack(p, l.back(p.key, f.rules, law.Monotonic()))
 	case slices.ContainsFunc(f.extra, func(n int64) bool { return n > 0 }):
 		p.lease = l
 		sh.leased[p] = struct{}{}
 	}
-	return c
 }
 
 // tell is the answer for the call that began the flight.
@@ -269,9 +278,7 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 	for p := range sh.leased {
 		if now >= p.lease.end || now-p.used > s.half {
-			if c := p.empty(now); c != nil {
-				s.giveBackLater(c)
-			}
+			s.giveBack(p, p.empty(now))
 		}
 	}
 	if !forget {
@@ -285,34 +292,57 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 }
 
-// release gives back what this process holds of a request's identifiers, and reports whether it held anything.
-func (s *Storage) release(ctx context.Context, r *storage.Request) (some bool) {
+// release gives back the leases of a request's identifiers, or only waits for those that are being given back. It reports
+// whether there were any.
+func (s *Storage) release(ctx context.Context, r *storage.Request, leases bool) bool {
+	var all []chan struct{}
 	for i := range r.Parts {
 		sh := s.shardOf(r.Parts[i].Identifier)
 		sh.mu.Lock()
-		var c *storage.Charge
 		if p := sh.pools[key{r.Name, r.Parts[i].Identifier}]; p != nil {
-			c = p.empty(law.Monotonic())
+			if leases && !sh.closed {
+				s.giveBack(p, p.empty(law.Monotonic()))
+			}
+			if p.returning != nil {
+				all = append(all, p.returning)
+			}
 		}
 		sh.mu.Unlock()
-		if c != nil {
-			_ = s.giveBack(ctx, c)
-			some = true
+	}
+	for _, done := range all {
+		select {
+		case <-done:
+		case <-ctx.Done():
 		}
 	}
-	return some
+	return len(all) > 0
 }
 
-// giveBackLater gives back in the background. The shard is locked, and not closed.
-func (s *Storage) giveBackLater(c *storage.Charge) {
-	s.running.Go(func() { _ = s.giveBack(context.Background(), c) })
-}
-
-// giveBack gives back, and never twice: after an error it is not known whether it was done. Then the tokens are back when
-// they come back by themselves.
-func (s *Storage) giveBack(ctx context.Context, c *storage.Charge) error {
-	s.returned.Add(1)
-	return s.charge(ctx, c)
+// giveBack keeps Rule 5, in the background: so a caller that leaves loses no tokens. It gives back once: after an error it is
+// not known whether it was done, and the tokens are back when they come back by themselves. The charge is nil for nothing.
+// The shard is locked, and not closed unless the goroutine that calls is one of the storage's.
+func (s *Storage) giveBack(p *pool, c *storage.Charge) {
+	if c == nil {
+		return
+	}
+	before, done := p.returning, make(chan struct{})
+	p.returning = done
+	s.running.Go(func() {
+		if before != nil {
+			<-before
+		}
+		s.returned.Add(1)
+		err := s.charge(s.lasting, c)
+		p.shard.mu.Lock()
+		defer p.shard.mu.Unlock()
+		if p.returning == done {
+			p.returning = nil
+		}
+		if err != nil && p.shard.closed {
+			s.lost.CompareAndSwap(nil, &err)
+		}
+		close(done)
+	})
 }
 
 func (s *Storage) shardOf(identifier string) *shard {

@@ -103,9 +103,12 @@ type Storage struct {
 	// A goroutine is started under the lock of a shard that is not closed. So after Close has closed them all, none is.
 	running  sync.WaitGroup
 	closed   atomic.Bool
-	closing  chan struct{} // closed to end the sweeper
-	ended    chan struct{} // closed when the first Close is done
-	closeErr error         // the result of Close, for those who read from ended
+	closing  chan struct{}         // closed to end the sweeper
+	lasting  context.Context       // of what is given back; it ends when Close gives up
+	giveUp   func()                // ends it
+	lost     atomic.Pointer[error] // the first failure to give back since Close began
+	ended    chan struct{}         // closed when the first Close is done
+	closeErr error                 // the result of Close, for those who read from ended
 }
 
 var _ storage.Storage = (*Storage)(nil)
@@ -138,6 +141,7 @@ func New(shared storage.Storage, o *Options) (*Storage, error) {
 	for i := range s.shards {
 		s.shards[i].pools, s.shards[i].leased = make(map[key]*pool), make(map[*pool]struct{})
 	}
+	s.lasting, s.giveUp = context.WithCancel(context.Background())
 	s.running.Go(s.sweep)
 	return s, nil
 }
@@ -237,11 +241,14 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 		return s.shared.Decide(ctx, r, a)
 	}
 	again := r.Mode != storage.Force
-	if r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts) {
-		again = !s.release(ctx, r) && again
+	switch {
+	case r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts):
+		again = !s.release(ctx, r, true) && again
+	case r.Mode == storage.Peek:
+		s.release(ctx, r, false)
 	}
 	sent, err := s.ask(ctx, r, a)
-	if err == nil && !a.Allowed && again && s.release(ctx, r) {
+	if err == nil && !a.Allowed && again && s.release(ctx, r, true) {
 		sent, err = s.ask(ctx, r, a)
 	}
 	if err == nil {
@@ -305,7 +312,7 @@ func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	}
 	for _, a := range c.Amounts {
 		if a.N > 0 && !c.Clocked {
-			s.release(ctx, &storage.Request{Name: c.Name, Parts: []storage.Part{{Identifier: c.Identifier}}})
+			s.release(ctx, &storage.Request{Name: c.Name, Parts: []storage.Part{{Identifier: c.Identifier}}}, true)
 			break
 		}
 	}
@@ -372,21 +379,15 @@ func (s *Storage) Close(ctx context.Context) error {
 		}
 	}
 	defer close(s.ended)
+	defer s.giveUp()
 	close(s.closing)
-	var first atomic.Pointer[error]
 	for i := range s.shards {
 		sh := &s.shards[i]
 		sh.mu.Lock()
-		sh.closed = true
 		for p := range sh.leased {
-			if c := p.empty(law.Monotonic()); c != nil {
-				s.running.Go(func() {
-					if err := s.giveBack(ctx, c); err != nil {
-						first.CompareAndSwap(nil, &err)
-					}
-				})
-			}
+			s.giveBack(p, p.empty(law.Monotonic()))
 		}
+		sh.closed = true
 		sh.mu.Unlock()
 	}
 	all := make(chan struct{})
@@ -397,7 +398,7 @@ func (s *Storage) Close(ctx context.Context) error {
 		s.closeErr = ctx.Err()
 		return s.closeErr
 	}
-	if err := first.Load(); err != nil {
+	if err := s.lost.Load(); err != nil {
 		s.closeErr = fmt.Errorf("throttler: lease: Close could not give back everything: %w", *err)
 	}
 	return s.closeErr

@@ -18,12 +18,13 @@ type key struct{ name, identifier string }
 // pool is one identifier. The lock of its shard guards it.
 type pool struct {
 	key
-	shard   *shard
-	rules   *storage.RuleSet
-	buckets []bucket
-	lease   lease
-	flight  *flight // the question for a lease that is on its way, if any
-	resets  int     // how often the identifier was reset, so that a lease from before is not used
+	shard     *shard
+	rules     *storage.RuleSet
+	buckets   []bucket
+	lease     lease
+	flight    *flight       // the question for a lease that is on its way, if any
+	returning chan struct{} // closed when all that was given back is back; nil: it is
+	resets    int           // how often the identifier was reset, so that a lease from before is not used
 
 	since         int64 // when this half Lifetime began
 	calls, before int64 // calls in it, and in the one before
@@ -60,9 +61,7 @@ func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *po
 			p.buckets[i].asked = hot * r.Costs[i]
 		}
 	case p.rules != part.Rules && !sh.closed:
-		if c := p.empty(now); c != nil {
-			s.giveBackLater(c)
-		}
+		s.giveBack(p, p.empty(now))
 		if p.flight != nil {
 			p.flight.free = nil
 		}
@@ -104,7 +103,7 @@ func (s *Storage) add(sh *shard, r *storage.Request, now int64) *pool {
 
 // idle says that nothing would be lost with the pool.
 func (p *pool) idle(now, after int64) bool {
-	return p.flight == nil && len(p.lease.grants) == 0 && p.until <= now && now-p.used > after
+	return p.flight == nil && p.returning == nil && len(p.lease.grants) == 0 && p.until <= now && now-p.used > after
 }
 
 // count counts a call.
@@ -137,7 +136,7 @@ func (p *pool) turn(toTheNext bool) {
 // admits keeps Rule 2: the lease decides if it has the cost in every bucket.
 func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 	l := &p.lease
-	if now >= l.end {
+	if now >= l.end || r.Mode == storage.Peek && p.returning != nil { // which tells less than there is
 		return false
 	}
 	for i := range l.grants {
