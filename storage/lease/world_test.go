@@ -72,6 +72,10 @@ type link struct {
 
 // way is as long as there, or back: now and then as much as ten times the shortest, up to 25 ms.
 func (l *link) way() {
+	if l.rnd == nil {
+		time.Sleep(l.shortest / 2)
+		return
+	}
 	l.mu.Lock()
 	d := l.shortest / 2
 	d += time.Duration(l.rnd.Int64N(int64(d)))
@@ -302,8 +306,8 @@ func excess(all []take, r *law.Rule, ends []int64) (most int64) {
 				sum += int64(float64(sums[window-1]) * float64((window+1)*r.Period-t.at-1) / float64(r.Period))
 			}
 		case law.Replenish:
-			j, ok := slices.BinarySearch(ends, t.at+1)
-			if j == len(ends) || !ok && ends[j]-r.Period > t.at {
+			j, _ := slices.BinarySearch(ends, t.at+1)
+			if j == len(ends) || ends[j]-r.Period > t.at {
 				return all[len(all)-1].at // outside of all periods
 			}
 			sums[ends[j]] += t.n
