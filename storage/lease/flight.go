@@ -17,7 +17,6 @@ const margin = 1000
 // lease is what a process may hand out. The zero lease is none.
 type lease struct {
 	end      int64   // it may be used before that
-	trip     int64   // how long the question for it took
 	degraded bool    // a fallback of the shared storage gave it
 	grants   []grant // one for each bucket
 }
@@ -33,7 +32,7 @@ type grant struct {
 // grantOf is what an answer brought that was asked for more than the call's cost. All ends are counted from before the
 // question: the shared storage decided later, so there they are later.
 func grantOf(rules []law.Rule, extra []int64, a *storage.Answer, sent, life int64) lease {
-	l := lease{end: sent + life, trip: law.Monotonic() - sent, degraded: a.Degraded, grants: make([]grant, len(extra))}
+	l := lease{end: sent + life, degraded: a.Degraded, grants: make([]grant, len(extra))}
 	for i, n := range extra {
 		r, c := &rules[i], &a.Counts[i]
 		l.grants[i] = grant{n, sent + c.HeldFor, sent + c.ResetAfter, sent + c.NextAfter}
@@ -79,13 +78,13 @@ func (l *lease) countIn(rules []law.Rule, counts []storage.Count) {
 	}
 }
 
-// back is what gives the lease back, or nil if there is nothing to give. A level has drained on the way as much as in the
-// time that the question took, or about: what is back by itself is not to be given back a second time.
+// back is what gives the lease back, or nil if there is nothing to give. What has come back by itself is not given back a
+// second time. On the way a level drains further; but held is too early by as much as the question was on its way.
 func (l *lease) back(k key, rules *storage.RuleSet, now int64) *storage.Charge {
 	amounts, some := make([]storage.Amount, len(l.grants)), false
 	for i := range l.grants {
 		g := &l.grants[i]
-		if in := g.held - now - l.trip; g.left > 0 && in > 0 {
+		if in := g.held - now; g.left > 0 && in > 0 {
 			amounts[i], some = storage.Amount{N: -g.left, In: in}, true
 		}
 	}

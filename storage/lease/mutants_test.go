@@ -23,10 +23,11 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 		{"2, a SlidingWindow's lease ends with the window", "flight.go", "end -= r.Period", "_ = r.Period"},
 		{"2, what is used is gone", "pool.go", "		g.left -= cost\n", ""},
 		{"3, a SlidingLog is not leased", "pool.go", "r.Kind == law.SlidingLog ||", ""},
+		{"3, nor what could be given back to another period", "pool.go", "r.Period < 2*life", "r.Period < life"},
 		{"3, what the answer brought is leased, not what was asked for", "flight.go", "min(f.costs[i]+f.extra[i], f.answer.Tokens) - f.costs[i]", "f.extra[i]"},
 		{"3, a lease from before a Reset is not used", "flight.go", "case p.resets != f.resets:", "case p.resets < 0:"},
 		{"5, what is given back is not used", "flight.go", "	p.lease = lease{}\n", ""},
-		{"5, what has come back by itself is not given back", "flight.go", "in := g.held - now - l.trip;", "in := g.held - now + 3600_000_000;"},
+		{"5, what has come back by itself is not given back", "flight.go", "in := g.held - now;", "in := g.held - now + 3600_000_000;"},
 		{"5, once", "flight.go", "		err := s.charge(s.lasting, c)\n", "		_ = s.charge(s.lasting, c)\n		err := s.charge(s.lasting, c)\n"},
 	} {
 		t.Run(m.rule, func(t *testing.T) {

@@ -64,26 +64,31 @@ func (s *server) of(id string) *storage.Spent {
 // link is the way of a process to the server, of which nothing arrives any more once it is cut.
 type link struct {
 	*server
+	cut atomic.Bool
+
+	mu       sync.Mutex    // guards what follows
 	shortest time.Duration // there and back
-	cut      atomic.Bool
-	mu       sync.Mutex
-	rnd      *rand.Rand
+	rnd      *rand.Rand    // nil: it is always the shortest
 }
 
 // way is as long as there, or back: now and then as much as ten times the shortest, up to 25 ms.
 func (l *link) way() {
-	if l.rnd == nil {
-		time.Sleep(l.shortest / 2)
-		return
-	}
 	l.mu.Lock()
 	d := l.shortest / 2
-	d += time.Duration(l.rnd.Int64N(int64(d)))
-	if l.rnd.IntN(20) == 0 {
-		d += time.Duration(l.rnd.Int64N(int64(5 * l.shortest)))
+	if l.rnd != nil {
+		d += time.Duration(l.rnd.Int64N(int64(d)))
+		if l.rnd.IntN(20) == 0 {
+			d += time.Duration(l.rnd.Int64N(int64(5 * l.shortest)))
+		}
 	}
 	l.mu.Unlock()
 	time.Sleep(min(d, 25*time.Millisecond).Truncate(time.Microsecond))
+}
+
+func (l *link) takes(d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.shortest = d
 }
 
 var errCut = fmt.Errorf("%w: the process has crashed", storage.ErrUnavailable)
