@@ -35,6 +35,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // the storage, if it is one: called without copies
+	quick    quick            // the storage, if it knows some answers at once
 	direct   bool             // by its own clock, and nobody observes
 	cost     int64
 	defaults *set // nil: none
@@ -401,8 +402,44 @@ func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode,
 	return nil
 }
 
+// quick is a storage that knows some answers at once: a *lease.Storage.
+type quick interface {
+	// DecideNow reports whether it has decided. It keeps nothing of the request, and puts copies in place of the identifiers.
+	DecideNow(r *storage.Request, a *storage.Answer) bool
+}
+
+// scratch is a request of one part and its answer. What an interface is given is kept on the heap, so it is used again.
+type scratch struct {
+	request storage.Request
+	answer  storage.Answer
+	parts   [1]storage.Part
+	costs   [inline]int64
+	counts  [inline]storage.Count
+}
+
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
+// atOnce asks a storage that may know the answer, and reports whether it does.
+func (t *Throttler) atOnce(v *Verdict, mode storage.Mode, now int64) bool {
+	s, n := scratches.Get().(*scratch), len(v.one[0].Rules.Rules)
+	s.parts, s.costs = v.one, v.costs
+	s.request = storage.Request{Name: t.name, Mode: mode, Now: now, Within: v.within, Parts: s.parts[:], Costs: s.costs[:n]}
+	s.answer = storage.Answer{Counts: s.counts[:n]}
+	done := t.quick.DecideNow(&s.request, &s.answer)
+	if done {
+		v.one, v.counts = s.parts, s.counts
+		v.answered(&s.answer, s.answer.Source, mode)
+	}
+	s.parts[0] = storage.Part{}
+	scratches.Put(s)
+	return done
+}
+
 // elsewhere has any storage decide, on copies: it may go on with them after the caller has left.
 func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
+	if t.quick != nil && v.more == nil && !clocked && ctx.Err() == nil && t.atOnce(v, mode, now) {
+		return nil
+	}
 	own := *v
 	parts := own.parts()
 	for i := range parts {

@@ -126,7 +126,7 @@ type flight struct {
 }
 
 // start starts a flight, if it is worth to take ahead. The shard is locked.
-func (s *Storage) start(ctx context.Context, sh *shard, p *pool, costs []int64, now int64) *flight {
+func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) *flight {
 	extra := p.ahead(s, costs, now)
 	if extra == nil {
 		return nil

@@ -166,6 +166,28 @@ func (s *Storage) validate() error {
 	return errors.Join(faults...)
 }
 
+// DecideNow decides, and reports true, if that needs no question to the shared storage. It keeps nothing of the request, and
+// puts a copy in place of the identifier: so a Throttler asks it first, and allocates nothing if it knows the answer.
+func (s *Storage) DecideNow(r *storage.Request, a *storage.Answer) bool {
+	if r.Clocked || len(r.Parts) != 1 || r.Mode == storage.Force {
+		return false
+	}
+	part, now := &r.Parts[0], r.Now
+	if now == 0 {
+		now = law.Monotonic()
+	}
+	sh := s.shardOf(part.Identifier)
+	sh.mu.Lock()
+	p := sh.pools[key{r.Name, part.Identifier}]
+	known := p != nil && p.rules == part.Rules && !sh.closed && p.decides(r, a, now)
+	if known {
+		p.count(r.Costs, now, s.half)
+		part.Identifier = p.identifier
+	}
+	sh.mu.Unlock()
+	return known
+}
+
 // Decide implements storage.Storage. A request of several parts, a Force and one with a time of the caller's are the shared
 // storage's, and so is a Reserve or an AtMost of which the lease does not have the whole cost.
 func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
@@ -176,7 +198,6 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 		return s.pass(ctx, r, a)
 	}
 	part := &r.Parts[0]
-	simple := r.Within == 0 && !part.AtMost
 	h := maphash.String(s.seed, part.Identifier)
 	sh := &s.shards[h>>56]
 	for waited := false; ; waited = true {
@@ -193,25 +214,17 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 		if !waited {
 			p.count(r.Costs, now, s.half)
 		}
-		if p.admits(r, a, now) {
-			sh.local++
+		if p.decides(r, a, now) {
 			sh.mu.Unlock()
 			return nil
 		}
-		if simple && p.denies(r, a, now) {
-			sh.remembered++
-			sh.mu.Unlock()
-			return nil
-		}
-		f, own := p.flight, false
-		if simple && r.Mode == storage.Take {
-			if f == nil {
-				f = s.start(ctx, sh, p, r.Costs, now)
-				own = f != nil
-			} else if waited || !f.claim(part.Rules, r.Costs) {
-				f = nil
-			}
-		} else {
+		f, own := p.flight, p.flight == nil
+		switch {
+		case r.Mode != storage.Take || !plain(r):
+			f = nil
+		case own:
+			f = s.start(ctx, p, r.Costs, now)
+		case waited || !f.claim(part.Rules, r.Costs):
 			f = nil
 		}
 		sh.mu.Unlock()
@@ -257,6 +270,9 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	return err
 }
 
+// plain says that a request of one part is for its cost, now.
+func plain(r *storage.Request) bool { return r.Within == 0 && !r.Parts[0].AtMost }
+
 func anyAtMost(parts []storage.Part) bool {
 	for i := range parts {
 		if parts[i].AtMost {
@@ -283,7 +299,7 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 		from, rules := n, part.Rules.Rules
 		n += len(rules)
 		sh := s.shardOf(part.Identifier)
-		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && r.Within == 0 && !part.AtMost
+		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r)
 		sh.mu.Lock()
 		p := sh.pools[key{r.Name, part.Identifier}]
 		if p == nil && denied {

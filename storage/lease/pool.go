@@ -133,6 +133,19 @@ func (p *pool) turn(toTheNext bool) {
 	}
 }
 
+// decides answers a request, if that needs nobody else.
+func (p *pool) decides(r *storage.Request, a *storage.Answer, now int64) bool {
+	switch {
+	case p.admits(r, a, now):
+		p.shard.local++
+	case plain(r) && p.denies(r, a, now):
+		p.shard.remembered++
+	default:
+		return false
+	}
+	return true
+}
+
 // admits keeps Rule 2: the lease decides if it has the cost in every bucket.
 func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 	l := &p.lease
