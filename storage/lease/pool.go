@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	hot   = 16     // calls in a half Lifetime and the one before, from which on it is worth to take ahead
+	hot   = 8      // calls in a half Lifetime and the one before, from which on it is worth to take ahead
 	share = 8      // a lease is at most one part in so many of what was last seen to remain
 	pause = 10_000 // microseconds: the longest that tokens which come back a few at a time may gather
 )

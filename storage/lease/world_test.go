@@ -206,6 +206,7 @@ func (w *world) start() *process {
 	p.Storage, err = lease.New(p.link, &w.options)
 	require.NoError(w.t, err)
 	w.processes = append(w.processes, p)
+	w.t.Cleanup(func() { _ = p.Close(context.Background()) })
 	return p
 }
 
