@@ -12,8 +12,8 @@ import (
 )
 
 // Storage adds what a storage tells of itself, with the attribute throttler.storage, each time that metrics are read: how
-// many identifiers the one in the process holds, and the state of failover. Others tell nothing yet. A storage of the same
-// name is replaced, and nil is none.
+// many identifiers the one in the process holds, and the states of failover and of leases. Others tell nothing yet. A storage
+// of the same name is replaced, and nil is none.
 func (m *Metrics) Storage(name string, storage any) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -46,6 +46,12 @@ func (m *Metrics) figures(meter metric.Meter) error {
 	counter("failover_transitions_total", "failover.transitions", "{transition}", "Changes of who decides.")
 	counter("failover_relayed_total", "failover.relayed", "{identifier}", "Identifiers that were raised in Redis, as Postgres knew of more.")
 	counter("failover_forgotten_total", "failover.forgotten", "{admission}", "Admissions that Postgres never records.")
+	gauge("lease_identifiers", "lease.identifiers", "{identifier}", "Identifiers that the process knows what it may decide of.")
+	gauge("lease_tokens", "lease.tokens", "{token}", "Tokens that are leased and not used.")
+	counter("lease_calls_total", "lease.calls", "{call}", "Calls to the shared storage.")
+	counter("lease_local_total", "lease.local", "{call}", "Calls admitted by a lease.")
+	counter("lease_remembered_total", "lease.remembered", "{call}", "Calls denied by a denial that is remembered.")
+	counter("lease_returned_total", "lease.returned", "{lease}", "Leases given back.")
 	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		m.observeStorages(o, known)
 		return nil
