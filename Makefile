@@ -97,7 +97,7 @@ servers: ## Install with apt-get what the tests start, unless it is there: redis
 
 simulate: ## Run SEEDS=20000 of the simulations of failover and of leases: about half an hour
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBoundHoldsWhateverFails|TestAllIsBack)' ./storage/failover
-	THROTTLER_SEEDS=$$(( $(SEEDS) / 10 )) $(GO) test -timeout=3h -run '^TestTheBoundHoldsUnderLeases' ./storage/failover
+	THROTTLER_SEEDS=$$(( $(SEEDS) / 20 )) $(GO) test -timeout=3h -run '^TestTheBoundHoldsUnderLeases' ./storage/failover
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^TestTheBound' ./storage/lease
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
