@@ -54,7 +54,7 @@ type Throttler struct {
 
 // Consume takes the cost of a call from all buckets of the identifier, or from none. It returns an
 // error when the call is wrong or the storage failed; a denial is a Verdict. A storage outside the process that
-// fails in the middle may have taken the cost, once.
+// fails in the middle may have taken the cost, once; leases may have taken tokens ahead with it.
 func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
 	err = t.decide(context.Background(), &v, storage.Take, id, o)
 	return v, err
