@@ -17,7 +17,7 @@ func Example() {
 		fmt.Println(err)
 		return
 	}
-	defer store.Close(context.Background())
+	defer func() { _ = store.Close(context.Background()) }() // gives back what is left; then close the shared one
 	t, err := throttler.New(throttler.Config{
 		Storage: store,
 		Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1_000_000)},

@@ -1,7 +1,6 @@
 package lease_test
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"testing"
 	"testing/synctest"
@@ -55,7 +54,7 @@ func TestCallsToTheSharedStorageAreFew(t *testing.T) {
 				w.check()
 				admitted := len(w.admitted["id"])
 				calls := float64(w.server.calls.Load()) / float64(admitted+w.denied)
-				t.Log(fmt.Sprintf("%.4f calls a decision, %d admitted of %d", calls, admitted, admitted+w.denied))
+				t.Logf("%.4f calls a decision, %d admitted of %d", calls, admitted, admitted+w.denied)
 				assert.LessOrEqual(t, calls, c.most)
 				assert.GreaterOrEqual(t, admitted, c.least)
 			})
