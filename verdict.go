@@ -135,7 +135,7 @@ func (v *Verdict) took(i, n int) int64 {
 
 func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
 
-// Source names the kind of storage that answered: "runtime", "redis" or "postgres". It is empty if none did.
+// Source names the kind of storage that answered: "runtime", "redis", "postgres" or "lease". It is empty if none did.
 func (v *Verdict) Source() string { return v.source }
 
 // Degraded says that the answer is not the storage's regular one: a policy or a fallback gave it.

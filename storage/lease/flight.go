@@ -194,7 +194,8 @@ func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent in
 	for i := range q.Costs {
 		q.Costs[i] = f.costs[i] + f.extra[i]
 	}
-	sent, err = s.ask(ctx, q, &f.answer)
+	sent = law.Monotonic()
+	err = s.ask(ctx, q, &f.answer)
 	if atMost && err == nil && f.answer.Allowed {
 		for i := range f.extra {
 			f.extra[i] = min(f.costs[i]+f.extra[i], f.answer.Tokens) - f.costs[i]

@@ -169,7 +169,7 @@ func (s *Storage) validate() error {
 // DecideNow decides, and reports true, if that needs no question to the shared storage. It keeps nothing of the request, and
 // puts a copy in place of the identifier: so a Throttler asks it first, and allocates nothing if it knows the answer.
 func (s *Storage) DecideNow(r *storage.Request, a *storage.Answer) bool {
-	if r.Clocked || len(r.Parts) != 1 || r.Mode == storage.Force {
+	if s.pools.Load() == 0 || r.Clocked || len(r.Parts) != 1 || r.Mode == storage.Force {
 		return false
 	}
 	part, now := &r.Parts[0], r.Now
@@ -209,7 +209,7 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 		p := s.poolOf(sh, h, r, now)
 		if p == nil || sh.closed {
 			sh.mu.Unlock()
-			return s.pass(ctx, r, a)
+			return s.stranger(ctx, r, a)
 		}
 		if !waited {
 			p.count(r.Costs, now, s.half)
@@ -242,6 +242,20 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 	}
 }
 
+// stranger has the shared storage decide on an identifier of which nothing is known here. Nearly all of many identifiers
+// are such.
+func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	if s.closed.Load() {
+		return storage.ErrClosed
+	}
+	s.calls.Add(1)
+	err := s.shared.Decide(ctx, r, a)
+	if err == nil && !a.Allowed {
+		s.learn(r, a)
+	}
+	return err
+}
+
 // pass has the shared storage decide. Nobody is denied for what this process holds: then that is given back, and the
 // shared storage is asked once more. A Reserve, an AtMost and a Force would be told of less than there is, so they are
 // preceded by that.
@@ -250,8 +264,7 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 		return storage.ErrClosed
 	}
 	if r.Clocked { // by a clock of which leases know nothing
-		s.calls.Add(1)
-		return s.shared.Decide(ctx, r, a)
+		return s.ask(ctx, r, a)
 	}
 	again := r.Mode != storage.Force
 	switch {
@@ -260,12 +273,12 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	case r.Mode == storage.Peek:
 		s.release(ctx, r, false)
 	}
-	sent, err := s.ask(ctx, r, a)
+	err := s.ask(ctx, r, a)
 	if err == nil && !a.Allowed && again && s.release(ctx, r, true) {
-		sent, err = s.ask(ctx, r, a)
+		err = s.ask(ctx, r, a)
 	}
 	if err == nil {
-		s.learn(r, a, sent)
+		s.learn(r, a)
 	}
 	return err
 }
@@ -282,17 +295,19 @@ func anyAtMost(parts []storage.Part) bool {
 	return false
 }
 
-// ask asks the shared storage, and returns when. The time of the request is not passed on, as it is over by now.
-func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer) (sent int64, err error) {
+// ask asks the shared storage. The time of a request without a clock is not passed on, as it is over by now.
+func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	s.calls.Add(1)
-	q := *r
-	q.Now = 0
-	sent = law.Monotonic()
-	return sent, s.shared.Decide(ctx, &q, a)
+	if r.Now != 0 && !r.Clocked {
+		later := *r
+		later.Now = 0
+		r = &later
+	}
+	return s.shared.Decide(ctx, r, a)
 }
 
 // learn takes over what the shared storage has said. What this process holds is not gone, and so it is counted in.
-func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
+func (s *Storage) learn(r *storage.Request, a *storage.Answer) {
 	n := 0
 	for i := range r.Parts {
 		part := &r.Parts[i]
@@ -303,7 +318,7 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 		sh.mu.Lock()
 		p := sh.pools[key{r.Name, part.Identifier}]
 		if p == nil && denied {
-			p = s.add(sh, r, sent)
+			p = s.add(sh, r, law.Monotonic())
 		}
 		if p != nil && p.rules == part.Rules {
 			if r.Mode != storage.Peek {
