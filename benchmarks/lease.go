@@ -32,7 +32,7 @@ func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.
 		return err
 	}
 	defer s.close()
-	all := []contender{us("throttler, leases", withLeases(plain(s.url))), us("throttler, "+kind+" alone", plain(s.url))}
+	all := []contender{us("throttler, leases", withLeases(plain(s.url))), us("throttler, "+kind+" alone", named("alone", plain(s.url)))}
 	if len(admitted) > 0 {
 		results, err := b.onServer(ctx, name, all, admitted, plenty(2, 1e8), 3*b.d, s.used, nothing)
 		if err != nil {
@@ -72,8 +72,17 @@ func withLeases(plain func() (throttler.Config, func(), error)) func() (throttle
 			done()
 			return config, nil, err
 		}
-		config.Name, config.Storage = "leases", store
+		config.Name, config.Storage = "ahead", store
 		return config, func() { _ = store.Close(context.Background()); done() }, nil
+	}
+}
+
+// named has consumption of its own, under keys as long as those of leases.
+func named(name string, plain func() (throttler.Config, func(), error)) func() (throttler.Config, func(), error) {
+	return func() (throttler.Config, func(), error) {
+		config, done, err := plain()
+		config.Name = name
+		return config, done, err
 	}
 }
 
