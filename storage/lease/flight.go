@@ -16,6 +16,7 @@ const margin = 1000
 
 // lease is what a process may hand out. The zero lease is none.
 type lease struct {
+	rules    *storage.RuleSet
 	end      int64   // it may be used before that
 	degraded bool    // a fallback of the shared storage gave it
 	grants   []grant // one for each bucket
@@ -31,10 +32,10 @@ type grant struct {
 
 // grantOf is what an answer brought that was asked for more than the call's cost. All ends are counted from before the
 // question: the shared storage decided later, so there they are later.
-func grantOf(rules []law.Rule, extra []int64, a *storage.Answer, sent, life int64) lease {
-	l := lease{end: sent + life, degraded: a.Degraded, grants: make([]grant, len(extra))}
+func grantOf(rules *storage.RuleSet, extra []int64, a *storage.Answer, sent, life int64) lease {
+	l := lease{rules: rules, end: sent + life, degraded: a.Degraded, grants: make([]grant, len(extra))}
 	for i, n := range extra {
-		r, c := &rules[i], &a.Counts[i]
+		r, c := &rules.Rules[i], &a.Counts[i]
 		l.grants[i] = grant{n, sent + c.HeldFor, sent + c.ResetAfter, sent + c.NextAfter}
 		if n == 0 || r.Kind == law.Continuous {
 			continue // a level drains: there is no moment at which a token is back
@@ -68,11 +69,11 @@ func (g *grant) count(r *law.Rule, rest int64, took bool, now int64) storage.Cou
 }
 
 // countIn counts what is left of the lease as there, in what the shared storage has told.
-func (l *lease) countIn(rules []law.Rule, counts []storage.Count) {
+func (l *lease) countIn(counts []storage.Count) {
 	for i := range l.grants {
-		left, c := l.grants[i].left, &counts[i]
-		ahead := drains(&rules[i], left)
-		c.Remaining = min(c.Remaining+left, max(c.Remaining, rules[i].Capacity))
+		left, c, r := l.grants[i].left, &counts[i], &l.rules.Rules[i]
+		ahead := drains(r, left)
+		c.Remaining = min(c.Remaining+left, max(c.Remaining, r.Capacity))
 		c.ResetAfter, c.HeldFor = max(0, c.ResetAfter-ahead), max(0, c.HeldFor-ahead)
 		c.NextAfter = min(c.NextAfter, c.ResetAfter)
 	}
@@ -80,7 +81,7 @@ func (l *lease) countIn(rules []law.Rule, counts []storage.Count) {
 
 // back is what gives the lease back, or nil if there is nothing to give. What has come back by itself is not given back a
 // second time. On the way a level drains further; but held is too early by as much as the question was on its way.
-func (l *lease) back(k key, rules *storage.RuleSet, now int64) *storage.Charge {
+func (l *lease) back(k key, now int64) *storage.Charge {
 	amounts, some := make([]storage.Amount, len(l.grants)), false
 	for i := range l.grants {
 		g := &l.grants[i]
@@ -91,20 +92,20 @@ func (l *lease) back(k key, rules *storage.RuleSet, now int64) *storage.Charge {
 	if !some {
 		return nil
 	}
-	return &storage.Charge{Name: k.name, Identifier: k.identifier, Rules: rules, Amounts: amounts}
+	return &storage.Charge{Name: k.name, Identifier: k.identifier, Rules: l.rules, Amounts: amounts}
 }
 
-// drop forgets the lease of a pool.
-func (p *pool) drop() {
+// any says that something is left.
+func (l *lease) any() bool {
+	return slices.ContainsFunc(l.grants, func(g grant) bool { return g.left > 0 })
+}
+
+// empty takes the lease out of a pool.
+func (p *pool) empty() lease {
+	l := p.lease
 	p.lease = lease{}
 	delete(p.shard.leased, p)
-}
-
-// empty takes the lease out of a pool, to be given back.
-func (p *pool) empty(now int64) *storage.Charge {
-	c := p.lease.back(p.key, p.rules, now)
-	p.drop()
-	return c
+	return l
 }
 
 // flight is a question for a call's cost and a lease. It does not end with the call's context: so a caller that leaves
@@ -112,10 +113,11 @@ func (p *pool) empty(now int64) *storage.Charge {
 type flight struct {
 	pool   *pool
 	rules  *storage.RuleSet
-	resets int             // pool.resets when it began
-	costs  []int64         // of the call
-	extra  []int64         // what it takes ahead
-	back   *storage.Charge // what the pool had left, but not enough for the call
+	resets int     // pool.resets when it began
+	costs  []int64 // of the call
+	extra  []int64 // what it takes ahead
+	back   lease   // what the pool had left, but not enough for the call
+	away   bool    // something is being given back
 
 	// Rule 4. What the flight takes and nobody waits for, guarded by the lock of the shard; nil once nobody shall.
 	free []int64
@@ -132,7 +134,7 @@ func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) 
 		return nil
 	}
 	f := &flight{pool: p, rules: p.rules, resets: p.resets, costs: slices.Clone(costs), extra: extra, free: slices.Clone(extra),
-		back: p.empty(now), done: make(chan struct{}), answer: storage.Answer{Counts: make([]storage.Count, len(costs))}}
+		back: p.empty(), away: p.returning != nil, done: make(chan struct{}), answer: storage.Answer{Counts: make([]storage.Count, len(costs))}}
 	p.flight = f
 	ctx = context.WithoutCancel(ctx)
 	s.running.Go(func() { s.fly(ctx, f) })
@@ -164,7 +166,7 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 		atMost = atMost && (cost == 1 || cost == 0 && f.extra[i] == 0)
 	}
 	sent, err := s.question(ctx, f, atMost)
-	if err == nil && !f.answer.Allowed && (f.back != nil || !atMost) {
+	if err == nil && !f.answer.Allowed && (f.back.any() || f.away || !atMost) {
 		s.bringBack(f)
 		clear(f.extra)
 		sent, err = s.question(ctx, f, false)
@@ -176,10 +178,8 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 func (s *Storage) bringBack(f *flight) {
 	p, sh := f.pool, f.pool.shard
 	sh.mu.Lock()
-	if f.back != nil {
-		s.giveBack(p, f.back)
-		f.back = nil
-	}
+	s.giveBack(p, f.back)
+	f.back = lease{}
 	done := p.returning
 	sh.mu.Unlock()
 	if done != nil {
@@ -213,9 +213,7 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 	defer sh.mu.Unlock()
 	defer close(f.done)
 	p.flight, f.err = nil, err
-	if f.back != nil {
-		s.giveBack(p, f.back)
-	}
+	s.giveBack(p, f.back)
 	if err != nil {
 		return
 	}
@@ -229,13 +227,13 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 		}
 		return
 	}
-	l := grantOf(f.rules.Rules, f.extra, a, sent, s.life)
-	l.countIn(f.rules.Rules, a.Counts)
+	l := grantOf(f.rules, f.extra, a, sent, s.life)
+	l.countIn(a.Counts)
 	switch {
 	case p.resets != f.resets: // it may have been forgotten
 	case !same || sh.closed:
-		s.giveBack(p, l.back(p.key, f.rules, law.Monotonic()))
-	case slices.ContainsFunc(f.extra, func(n int64) bool { return n > 0 }):
+		s.giveBack(p, l)
+	case l.any():
 		p.lease = l
 		sh.leased[p] = struct{}{}
 	}
@@ -278,7 +276,7 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 	for p := range sh.leased {
 		if now >= p.lease.end || now-p.used > s.half {
-			s.giveBack(p, p.empty(now))
+			s.giveBack(p, p.empty())
 		}
 	}
 	if !forget {
@@ -292,16 +290,14 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 }
 
-// release gives back the leases of a request's identifiers, or only waits for those that are being given back. It reports
-// whether there were any.
-func (s *Storage) release(ctx context.Context, r *storage.Request, leases bool) bool {
-	var all []chan struct{}
+// returning is what is being given back of a request's identifiers, with their leases if these shall be.
+func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{}) {
 	for i := range r.Parts {
 		sh := s.shardOf(r.Parts[i].Identifier)
 		sh.mu.Lock()
 		if p := sh.pools[key{r.Name, r.Parts[i].Identifier}]; p != nil {
 			if leases && !sh.closed {
-				s.giveBack(p, p.empty(law.Monotonic()))
+				s.giveBack(p, p.empty())
 			}
 			if p.returning != nil {
 				all = append(all, p.returning)
@@ -309,20 +305,24 @@ func (s *Storage) release(ctx context.Context, r *storage.Request, leases bool) 
 		}
 		sh.mu.Unlock()
 	}
+	return all
+}
+
+// wait waits until all is back, or the caller leaves.
+func wait(ctx context.Context, all []chan struct{}) {
 	for _, done := range all {
 		select {
 		case <-done:
 		case <-ctx.Done():
 		}
 	}
-	return len(all) > 0
 }
 
 // giveBack keeps Rule 5, in the background: so a caller that leaves loses no tokens. It gives back once: after an error it is
-// not known whether it was done, and the tokens are back when they come back by themselves. The charge is nil for nothing.
-// The shard is locked, and not closed unless the goroutine that calls is one of the storage's.
-func (s *Storage) giveBack(p *pool, c *storage.Charge) {
-	if c == nil {
+// not known whether it was done, and the tokens are back when they come back by themselves. The shard is locked, and not
+// closed unless the goroutine that calls is one of the storage's.
+func (s *Storage) giveBack(p *pool, l lease) {
+	if !l.any() {
 		return
 	}
 	before, done := p.returning, make(chan struct{})
@@ -331,8 +331,11 @@ func (s *Storage) giveBack(p *pool, c *storage.Charge) {
 		if before != nil {
 			<-before
 		}
-		s.returned.Add(1)
-		err := s.charge(s.lasting, c)
+		var err error
+		if c := l.back(p.key, law.Monotonic()); c != nil {
+			s.returned.Add(1)
+			err = s.charge(s.lasting, c)
+		}
 		p.shard.mu.Lock()
 		defer p.shard.mu.Unlock()
 		if p.returning == done {

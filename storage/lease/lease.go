@@ -266,16 +266,17 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	if r.Clocked { // by a clock of which leases know nothing
 		return s.ask(ctx, r, a)
 	}
-	again := r.Mode != storage.Force
-	switch {
-	case r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts):
-		again = !s.release(ctx, r, true) && again
-	case r.Mode == storage.Peek:
-		s.release(ctx, r, false)
+	first := r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts)
+	away := s.returning(r, first)
+	if first || r.Mode == storage.Peek {
+		wait(ctx, away)
 	}
 	err := s.ask(ctx, r, a)
-	if err == nil && !a.Allowed && again && s.release(ctx, r, true) {
-		err = s.ask(ctx, r, a)
+	if err == nil && !a.Allowed && r.Mode != storage.Force {
+		if away = append(away, s.returning(r, true)...); len(away) > 0 {
+			wait(ctx, away)
+			err = s.ask(ctx, r, a)
+		}
 	}
 	if err == nil {
 		s.learn(r, a)
@@ -311,8 +312,8 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer) {
 	n := 0
 	for i := range r.Parts {
 		part := &r.Parts[i]
-		from, rules := n, part.Rules.Rules
-		n += len(rules)
+		from := n
+		n += len(part.Rules.Rules)
 		sh := s.shardOf(part.Identifier)
 		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r)
 		sh.mu.Lock()
@@ -327,7 +328,7 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer) {
 			if denied {
 				p.deny(r.Costs, a, s)
 			}
-			p.lease.countIn(rules, a.Counts[from:n])
+			p.lease.countIn(a.Counts[from:n])
 		}
 		sh.mu.Unlock()
 	}
@@ -343,7 +344,7 @@ func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	}
 	for _, a := range c.Amounts {
 		if a.N > 0 && !c.Clocked {
-			s.release(ctx, &storage.Request{Name: c.Name, Parts: []storage.Part{{Identifier: c.Identifier}}}, true)
+			wait(ctx, s.returning(&storage.Request{Name: c.Name, Parts: []storage.Part{{Identifier: c.Identifier}}}, true))
 			break
 		}
 	}
@@ -393,7 +394,7 @@ func (s *Storage) forget(name, identifier string) {
 	if p := sh.pools[key{name, identifier}]; p != nil {
 		p.until = 0
 		p.resets++
-		p.drop()
+		p.empty()
 	}
 }
 
@@ -416,7 +417,7 @@ func (s *Storage) Close(ctx context.Context) error {
 		sh := &s.shards[i]
 		sh.mu.Lock()
 		for p := range sh.leased {
-			s.giveBack(p, p.empty(law.Monotonic()))
+			s.giveBack(p, p.empty())
 		}
 		sh.closed = true
 		sh.mu.Unlock()

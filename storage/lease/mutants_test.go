@@ -28,7 +28,7 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 		{"3, a lease from before a Reset is not used", "flight.go", "case p.resets != f.resets:", "case p.resets < 0:"},
 		{"5, what is given back is not used", "flight.go", "	p.lease = lease{}\n", ""},
 		{"5, what has come back by itself is not given back", "flight.go", "in := g.held - now;", "in := g.held - now + 3600_000_000;"},
-		{"5, once", "flight.go", "		err := s.charge(s.lasting, c)\n", "		_ = s.charge(s.lasting, c)\n		err := s.charge(s.lasting, c)\n"},
+		{"5, once", "flight.go", "			err = s.charge(s.lasting, c)\n", "			_ = s.charge(s.lasting, c)\n			err = s.charge(s.lasting, c)\n"},
 	} {
 		t.Run(m.rule, func(t *testing.T) {
 			source, err := os.ReadFile(m.file)

@@ -61,7 +61,7 @@ func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *po
 			p.buckets[i].asked = hot * r.Costs[i]
 		}
 	case p.rules != part.Rules && !sh.closed:
-		s.giveBack(p, p.empty(now))
+		s.giveBack(p, p.empty())
 		if p.flight != nil {
 			p.flight.free = nil
 		}
