@@ -108,8 +108,8 @@ func (p *pool) empty() lease {
 	return l
 }
 
-// flight is a question for a call's cost and a lease. It does not end with the call's context: so a caller that leaves
-// loses no tokens. What is written until done is closed is the goroutine's of the flight.
+// flight is a question for a call's cost and a lease. It does not end with the call's context, but when Close gives up: so a
+// caller that leaves loses no tokens. What is written until done is closed is the goroutine's of the flight.
 type flight struct {
 	pool   *pool
 	rules  *storage.RuleSet
@@ -127,6 +127,20 @@ type flight struct {
 	err    error
 }
 
+// flightFor is the flight that a call is to wait for, nil for none, and whether it is the call's own. Who has waited once
+// waits for no other. The shard is locked.
+func (s *Storage) flightFor(ctx context.Context, p *pool, r *storage.Request, now int64, waited bool) (f *flight, own bool) {
+	switch f = p.flight; {
+	case r.Mode != storage.Take || !plain(r):
+		return nil, false
+	case f == nil:
+		return s.start(ctx, p, r.Costs, now), true
+	case waited || !f.claim(r.Parts[0].Rules, r.Costs):
+		return nil, false
+	}
+	return f, false
+}
+
 // start starts a flight, if it is worth to take ahead. The shard is locked.
 func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) *flight {
 	extra := p.ahead(s, costs, now)
@@ -136,8 +150,12 @@ func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) 
 	f := &flight{pool: p, rules: p.rules, resets: p.resets, costs: slices.Clone(costs), extra: extra, free: slices.Clone(extra),
 		back: p.empty(), away: p.returning != nil, done: make(chan struct{}), answer: storage.Answer{Counts: make([]storage.Count, len(costs))}}
 	p.flight = f
-	ctx = context.WithoutCancel(ctx)
-	s.running.Go(func() { s.fly(ctx, f) })
+	s.running.Go(func() {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		defer cancel()
+		defer context.AfterFunc(s.lasting, cancel)()
+		s.fly(ctx, f)
+	})
 	return f
 }
 
@@ -170,6 +188,9 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 		s.bringBack(f)
 		clear(f.extra)
 		sent, err = s.question(ctx, f, false)
+	}
+	if err != nil && ctx.Err() != nil {
+		err = storage.ErrClosed
 	}
 	s.land(f, sent, err)
 }

@@ -218,15 +218,7 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 			sh.mu.Unlock()
 			return nil
 		}
-		f, own := p.flight, p.flight == nil
-		switch {
-		case r.Mode != storage.Take || !plain(r):
-			f = nil
-		case own:
-			f = s.start(ctx, p, r.Costs, now)
-		case waited || !f.claim(part.Rules, r.Costs):
-			f = nil
-		}
+		f, own := s.flightFor(ctx, p, r, now, waited)
 		sh.mu.Unlock()
 		if f == nil {
 			return s.pass(ctx, r, a)

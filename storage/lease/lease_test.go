@@ -105,11 +105,19 @@ func TestACallAfterCloseIsErrClosed(t *testing.T) {
 	require.ErrorIs(t, s.Reset(t.Context(), "", "a"), storage.ErrClosed)
 }
 
-// failing is a storage of which the charges fail, or last until its context ends.
+// failing is a storage of which the charges fail, or all calls last until their context ends.
 type failing struct {
 	storage.Storage
 	fails atomic.Bool
 	hangs atomic.Bool
+}
+
+func (f *failing) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	if f.hangs.Load() {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return f.Storage.Decide(ctx, r, a)
 }
 
 func (f *failing) Charge(ctx context.Context, c *storage.Charge) error {
@@ -142,10 +150,19 @@ func TestCloseEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		shared := &failing{Storage: runtime.New(nil)}
-		shared.hangs.Store(true)
 		s, err := lease.New(shared, nil)
 		require.NoError(t, err)
 		require.Equal(t, 100, storecheck.Take(t, s, storecheck.Hourly(t, "a", 1000), 100))
+		for s.State().Tokens > 0 {
+			require.Equal(t, 1, storecheck.Take(t, s, storecheck.Hourly(t, "a", 1000), 1))
+		}
+		require.Equal(t, 100, storecheck.Take(t, s, storecheck.Hourly(t, "b", 1000), 100))
+		shared.hangs.Store(true)
+		go func() {
+			_, err := storecheck.Decide(context.Background(), s, storecheck.Hourly(t, "a", 1000))
+			assert.ErrorIs(t, err, storage.ErrClosed)
+		}()
+		synctest.Wait()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		began := time.Now()
