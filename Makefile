@@ -48,7 +48,8 @@ endef
 define test-32-bit
 	@[ "$$($(GO) env GOHOSTOS)/$$($(GO) env GOHOSTARCH)" != linux/amd64 ] || (set -ex; export GOARCH=386 CGO_ENABLED=0; $(GO) vet ./...; \
 		THROTTLER_SEEDS=20 $(GO) test -skip '^(TestWithoutOneOfTheRules|TestTheStoragePasses)' \
-			. ./storage ./internal/law ./storage/runtime ./storage/failover ./throttlerhttp ./internal/batch)
+			. ./storage ./internal/law ./storage/runtime ./storage/failover ./throttlerhttp ./internal/batch; \
+		THROTTLER_SEEDS=20 $(GO) test -run '^(TestRule|TestTheBound|TestNew|TestStats)' ./storage/lease)
 endef
 
 help: ## Show this list (the default)
@@ -94,8 +95,10 @@ servers: ## Install with apt-get what the tests start, unless it is there: redis
 	@[ -n "$$NGINX" ] || command -v nginx /usr/sbin/nginx >/dev/null || internal/servers/install.sh nginx
 	@[ -n "$$CADDY" ] || command -v caddy >/dev/null || internal/servers/install.sh caddy
 
-simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an hour
-	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBound|TestAllIsBack)' ./storage/failover
+simulate: ## Run SEEDS=20000 of the simulations of failover and of leases: about half an hour
+	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBoundHoldsWhateverFails|TestAllIsBack)' ./storage/failover
+	THROTTLER_SEEDS=$$(( $(SEEDS) / 20 )) $(GO) test -timeout=3h -run '^TestTheBoundHoldsUnderLeases' ./storage/failover
+	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^TestTheBound' ./storage/lease
 
 fuzz: ## Fuzz each target for FUZZTIME=5m
 	$(fuzz)

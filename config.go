@@ -85,6 +85,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
+	t.quick, _ = t.storage.(quick)
 	t.direct = t.memory != nil && t.clock == nil
 	if t.cost == 0 {
 		t.cost = 1

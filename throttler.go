@@ -36,6 +36,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // storage, if it is the runtime storage: called without copies; otherwise nil
+	quick    quick            // storage, if it knows some answers at once; otherwise nil
 	direct   bool             // memory is set and uses its own clock: decideOne may be tried
 	cost     int64
 	defaults *set // nil: none
@@ -54,7 +55,7 @@ type Throttler struct {
 
 // Consume takes the cost of a call from all buckets of the identifier, or from none. A denial is a Verdict that is not
 // Allowed. An error means that the call is wrong or that the storage failed. If a storage outside the process fails
-// during the call, the cost may have been taken, at most once.
+// during the call, the cost may have been taken, at most once; leases may have taken tokens ahead with it.
 func (t *Throttler) Consume(id string, o ...Option) (v Verdict, err error) {
 	err = t.decide(context.Background(), &v, storage.Take, id, o)
 	return v, err
@@ -450,8 +451,44 @@ func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode,
 	return nil
 }
 
+// quick is a storage that knows some answers at once: a *lease.Storage.
+type quick interface {
+	// DecideNow reports whether it has decided. It keeps nothing of the request, and replaces identifiers by copies.
+	DecideNow(r *storage.Request, a *storage.Answer) bool
+}
+
+// scratch is a request of one part and its answer. The arguments of an interface's method are allocated, so they are reused.
+type scratch struct {
+	request storage.Request
+	answer  storage.Answer
+	parts   [1]storage.Part
+	costs   [inline]int64
+	counts  [inline]storage.Count
+}
+
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
+// atOnce asks a storage that may know the answer, and reports whether it does.
+func (t *Throttler) atOnce(v *Verdict, mode storage.Mode, now int64) bool {
+	s, n := scratches.Get().(*scratch), v.nBuckets
+	s.parts[0], s.costs = v.few[0], v.costs
+	s.request = storage.Request{Name: t.name, Mode: mode, Now: now, Within: v.within, Parts: s.parts[:], Costs: s.costs[:n]}
+	s.answer = storage.Answer{Counts: s.counts[:n]}
+	done := t.quick.DecideNow(&s.request, &s.answer)
+	if done {
+		v.few[0], v.counts = s.parts[0], s.counts
+		v.answered(&s.answer, s.answer.Source, mode)
+	}
+	s.parts[0] = storage.Part{}
+	scratches.Put(s)
+	return done
+}
+
 // elsewhere lets any other storage decide, on copies: it may still use them after the caller has left with its context.
 func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
+	if t.quick != nil && v.more == nil && v.nParts == 1 && !clocked && ctx.Err() == nil && t.atOnce(v, mode, now) {
+		return nil
+	}
 	own := *v
 	parts := own.parts()
 	for i := range parts {

@@ -139,7 +139,7 @@ func (v *Verdict) took(i, n int) int64 {
 
 func duration(micros int64) time.Duration { return time.Duration(micros) * time.Microsecond }
 
-// Source names the kind of storage that answered: "runtime", "redis" or "postgres". It is empty if no storage did.
+// Source names the kind of storage that answered: "runtime", "redis", "postgres" or "lease". It is empty if no storage did.
 func (v *Verdict) Source() string { return v.source }
 
 // Degraded reports whether the answer is not the storage's regular one, but that of a policy or of a fallback.

@@ -65,7 +65,7 @@ func (b *bench) check(out string) error {
 
 func (b *bench) run(ctx context.Context, out string) error {
 	began := time.Now()
-	for _, part := range []func(context.Context) error{b.inProcess, b.growth, b.onRedis, b.failover, b.onPostgres, b.http} {
+	for _, part := range []func(context.Context) error{b.inProcess, b.growth, b.onRedis, b.failover, b.onPostgres, b.leased, b.http} {
 		if err := part(ctx); err != nil {
 			return err
 		}

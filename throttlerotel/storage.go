@@ -12,7 +12,7 @@ import (
 )
 
 // Storage adds the figures that a storage reports about itself, with the attribute throttler.storage. They are read each
-// time the metrics are: the runtime storage reports how many identifiers it holds, and failover reports its state. Other
+// time the metrics are: the runtime storage reports how many identifiers it holds, and failover and leases report their states. Other
 // storages report nothing yet. A storage replaces an earlier one of the same name; nil removes it. Storage is safe for
 // concurrent use.
 func (m *Metrics) Storage(name string, storage any) {
@@ -47,6 +47,12 @@ func (m *Metrics) figures(meter metric.Meter) error {
 	counter("failover_transitions_total", "failover.transitions", "{transition}", "Changes of who decides.")
 	counter("failover_relayed_total", "failover.relayed", "{identifier}", "Identifiers that were raised in Redis, as Postgres knew of more.")
 	counter("failover_forgotten_total", "failover.forgotten", "{admission}", "Admissions that Postgres never records.")
+	gauge("lease_identifiers", "lease.identifiers", "{identifier}", "Identifiers that the process knows what it may decide of.")
+	gauge("lease_tokens", "lease.tokens", "{token}", "Tokens that are leased and not used.")
+	counter("lease_calls_total", "lease.calls", "{call}", "Calls to the shared storage.")
+	counter("lease_local_total", "lease.local", "{call}", "Calls admitted by a lease.")
+	counter("lease_remembered_total", "lease.remembered", "{call}", "Calls denied by a denial that is remembered.")
+	counter("lease_returned_total", "lease.returned", "{lease}", "Leases given back.")
 	_, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		m.observeStorages(o, known)
 		return nil

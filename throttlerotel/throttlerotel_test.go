@@ -21,6 +21,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage/lease"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerotel"
 )
@@ -102,6 +103,10 @@ func TestTheNamesAndUnitsOfInstrumentsAreThese(t *testing.T) {
 	r, m, th := measured(t, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 3)}}, 0)
 	m.Storage("main", failover{})
 	m.Storage("memory", memstore.New(nil))
+	leases, err := lease.New(memstore.New(nil), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, leases.Close(context.Background())) }()
+	m.Storage("leases", leases)
 	v, err := th.Wait(t.Context(), "a", throttler.Cost(3))
 	require.NoError(t, err)
 	_, _ = th.Consume("a")
@@ -126,6 +131,12 @@ func TestTheNamesAndUnitsOfInstrumentsAreThese(t *testing.T) {
 		"throttler.failover.relayed {identifier}",
 		"throttler.failover.transitions {transition}",
 		"throttler.identifiers {identifier}",
+		"throttler.lease.calls {call}",
+		"throttler.lease.identifiers {identifier}",
+		"throttler.lease.local {call}",
+		"throttler.lease.remembered {call}",
+		"throttler.lease.returned {lease}",
+		"throttler.lease.tokens {token}",
 		"throttler.near_limit {decision}",
 		"throttler.refunded_tokens {token}",
 		"throttler.tokens {token}",

@@ -159,6 +159,12 @@ var stats = func() map[string]stat {
 		{"failover_transitions_total", "Changes of who decides.", prometheus.CounterValue},
 		{"failover_relayed_total", "Identifiers that were raised in Redis, as Postgres knew of more.", prometheus.CounterValue},
 		{"failover_forgotten_total", "Admissions that Postgres never records.", prometheus.CounterValue},
+		{"lease_identifiers", "Identifiers that the process knows what it may decide of.", prometheus.GaugeValue},
+		{"lease_tokens", "Tokens that are leased and not used.", prometheus.GaugeValue},
+		{"lease_calls_total", "Calls to the shared storage.", prometheus.CounterValue},
+		{"lease_local_total", "Calls admitted by a lease.", prometheus.CounterValue},
+		{"lease_remembered_total", "Calls denied by a denial that is remembered.", prometheus.CounterValue},
+		{"lease_returned_total", "Leases given back.", prometheus.CounterValue},
 	} {
 		all[s.name] = stat{prometheus.NewDesc("throttler_"+s.name, s.help, []string{"storage"}, nil), s.kind}
 	}

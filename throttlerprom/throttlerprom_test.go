@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage/lease"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerprom"
 )
@@ -70,6 +71,10 @@ func TestTheNamesOfMetricsAndLabelsAreThese(t *testing.T) {
 	r, m, th := measured(t, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}}, nil)
 	m.Storage("main", failover{})
 	m.Storage("memory", memstore.New(nil))
+	leases, err := lease.New(memstore.New(nil), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, leases.Close(context.Background())) }()
+	m.Storage("leases", leases)
 	_, _ = th.Wait(t.Context(), "a")
 	_, _ = th.Consume("")
 	families, err := r.Gather()
@@ -95,6 +100,12 @@ func TestTheNamesOfMetricsAndLabelsAreThese(t *testing.T) {
 		"throttler_failover_relayed_total counter storage",
 		"throttler_failover_transitions_total counter storage",
 		"throttler_identifiers gauge storage",
+		"throttler_lease_calls_total counter storage",
+		"throttler_lease_identifiers gauge storage",
+		"throttler_lease_local_total counter storage",
+		"throttler_lease_remembered_total counter storage",
+		"throttler_lease_returned_total counter storage",
+		"throttler_lease_tokens gauge storage",
 		"throttler_limit_full_tokens gauge bucket,name",
 		"throttler_limit_period_seconds gauge bucket,name",
 		"throttler_limit_tokens gauge bucket,name",

@@ -6,6 +6,7 @@
 //	go run ./examples/fastapi-like -storage redis       # -redis-url redis://localhost:6379 is the default
 //	go run ./examples/fastapi-like -storage postgres    # -postgres-url postgres://localhost:5432/postgres is the default
 //	go run ./examples/fastapi-like -storage failover    # both of these; Redis may be down at any time, Postgres must be up at the start
+//	go run ./examples/fastapi-like -storage redis -lease # busy clients are decided in the process, by tokens that it takes ahead
 //	go run ./examples/fastapi-like -elastic             # the limit of /api/work shrinks while the process is loaded
 //	open http://localhost:8000/docs                     # lists and calls all routes, and shows what is left of each limit
 //	curl -i localhost:8000                              # 200 {"message":"Hello User, you have access!"}
@@ -49,11 +50,15 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	kind := flags.String("storage", "runtime", "keep the counts in this `place`: runtime (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
 	redisURL := flags.String("redis-url", "redis://localhost:6379", "with -storage redis or failover: the `URL` of a server, a cluster or sentinels")
 	postgresURL := flags.String("postgres-url", "postgres://localhost:5432/postgres", "with -storage postgres or failover: the `URL` of a database")
+	leases := flags.Bool("lease", false, "decide busy clients in the process, by tokens that are taken ahead from a shared -storage")
 	elastic := flags.Bool("elastic", false, "let the limit of /api/work shrink while this process is loaded")
 	_ = flags.Parse(args)
 
 	log := slog.New(slog.NewJSONHandler(stdout, nil))
 	store, closeStore, err := open(ctx, *kind, *redisURL, *postgresURL, log)
+	if err == nil && *leases {
+		store, closeStore, err = ahead(ctx, store, closeStore)
+	}
 	if err != nil {
 		return err
 	}

@@ -335,6 +335,10 @@ func TestTwoProcessesShareOneLimit(t *testing.T) {
 		t.Parallel()
 		shareOneLimit(t, "-storage", "redis", "-redis-url", servers.RedisURL(t))
 	})
+	t.Run("in Redis, by leases", func(t *testing.T) {
+		t.Parallel()
+		shareOneLimit(t, "-storage", "redis", "-redis-url", servers.RedisURL(t), "-lease")
+	})
 	t.Run("in Postgres", func(t *testing.T) {
 		t.Parallel()
 		shareOneLimit(t, "-storage", "postgres", "-postgres-url", servers.PostgresURL(t))

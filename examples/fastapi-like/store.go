@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
+	"github.com/go-throttler/throttler/storage/lease"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
@@ -37,6 +38,15 @@ func open(ctx context.Context, kind, redisURL, postgresURL string, log *slog.Log
 		return openFailover(ctx, redisURL, postgresURL, log)
 	}
 	return nil, nil, fmt.Errorf("-storage is %q, must be runtime, redis, postgres or failover", kind)
+}
+
+// ahead puts leases before a storage. They are given back first.
+func ahead(ctx context.Context, shared storage.Storage, closeShared func(context.Context) error) (storage.Storage, func(context.Context) error, error) {
+	s, err := lease.New(shared, nil)
+	if err != nil {
+		return nil, nil, errors.Join(err, closeShared(ctx))
+	}
+	return s, func(ctx context.Context) error { return errors.Join(s.Close(ctx), closeShared(ctx)) }, nil
 }
 
 func openPostgres(ctx context.Context, url string) (*pgstore.Storage, func(context.Context) error, error) {

@@ -55,6 +55,9 @@ func Run(t *testing.T, open func(testing.TB) storage.Storage) {
 		{"holds sixteen buckets of an identifier and no more", sixteenBuckets},
 		{"uses a clock of its own when none is injected", ownClock},
 		{"gives back by that clock while others take", refundsByOwnClock},
+		{"admits exactly the limit to a crowd by that clock", crowdByOwnClock},
+		{"agrees with Decide by that clock", sequenceByOwnClock},
+		{"takes from several by that clock", jointByOwnClock},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

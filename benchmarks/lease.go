@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+
+	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage/lease"
+	pgstore "github.com/go-throttler/throttler/storage/postgres"
+)
+
+// leased is a storage alone beside leases from it: hot, warm and cold identifiers that are admitted, and a hot one that is
+// refused. Its turns are longer, as an identifier is leased once it was asked for some times in a tenth of a second.
+func (b *bench) leased(ctx context.Context) error {
+	if err := b.leasedFrom(ctx, "redis", startRedis, throttlerOnRedis); err != nil {
+		return err
+	}
+	return b.leasedFrom(ctx, "postgres", startPostgres, func(url string) func() (throttler.Config, func(), error) {
+		return throttlerOnPostgres(url, pgstore.Options{TablePrefix: "logged"})
+	})
+}
+
+func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.Context) (*server, error),
+	plain func(url string) func() (throttler.Config, func(), error)) error {
+	name := "lease-" + kind
+	admitted := b.wanted(name, []crowd{{1, 1}, {1, 64}, {1000, 1}, {1000, 64}, {100_000, 1}, {100_000, 64}})
+	denied := b.wanted(name+"-refused", []crowd{{1, 1}, {1, 64}})
+	if len(admitted)+len(denied) == 0 {
+		return nil
+	}
+	s, err := start(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	all := []contender{us("throttler, leases", withLeases(plain(s.url))), us("throttler, "+kind+" alone", named("alone", plain(s.url)))}
+	if len(admitted) > 0 {
+		results, err := b.onServer(ctx, name, all, admitted, plenty(2, 1e8), 3*b.d, s.used, nothing)
+		if err != nil {
+			return err
+		}
+		checks, err := checkAll(ctx, all, 10)
+		if err != nil {
+			return err
+		}
+		b.report.server("Leases, "+kind, s.version, results, checks)
+	}
+	if len(denied) > 0 {
+		for i := range all {
+			all[i] = refusing(all[i])
+		}
+		results, err := b.onServer(ctx, name+"-refused", all, denied, tight(2), 3*b.d, s.used, nothing)
+		if err != nil {
+			return err
+		}
+		b.report.printf("### One hot identifier of %s, refused\n\n", kind)
+		for _, one := range results {
+			b.report.crowd(one, nil)
+		}
+	}
+	return nil
+}
+
+// withLeases puts leases before a storage.
+func withLeases(plain func() (throttler.Config, func(), error)) func() (throttler.Config, func(), error) {
+	return func() (throttler.Config, func(), error) {
+		config, done, err := plain()
+		if err != nil {
+			return config, done, err
+		}
+		store, err := lease.New(config.Storage, nil)
+		if err != nil {
+			done()
+			return config, nil, err
+		}
+		config.Name, config.Storage = "ahead", store
+		return config, func() { _ = store.Close(context.Background()); done() }, nil
+	}
+}
+
+// named has consumption of its own, under keys as long as those of leases.
+func named(name string, plain func() (throttler.Config, func(), error)) func() (throttler.Config, func(), error) {
+	return func() (throttler.Config, func(), error) {
+		config, done, err := plain()
+		config.Name = name
+		return config, done, err
+	}
+}
+
+// refusing is a contender that has to refuse.
+func refusing(c contender) contender {
+	return contender{name: c.name, module: c.module, open: func(l []limit) (allow, func(), error) {
+		a, done, err := c.open(l)
+		return func(id string) (bool, error) {
+			ok, err := a(id)
+			return !ok, err
+		}, done, err
+	}}
+}
