@@ -20,7 +20,8 @@ type service struct {
 	config *config
 	engine *rules.Engine
 	limit  http.Handler // answers what is in the context of a request
-	fault  func(error)  // is told of what is not the fault of the caller
+	fault  func(error)     // is told of what is not the fault of the caller
+	count  func(*decision) // is told of all
 }
 
 // The errors of requests that no rule could be asked about.
@@ -34,7 +35,7 @@ func malformed(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, args...))
 }
 
-func newService(t *throttler.Throttler, e *rules.Engine, c *config, fault func(error)) (*service, error) {
+func newService(t *throttler.Throttler, e *rules.Engine, c *config, count func(*decision), fault func(error)) (*service, error) {
 	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
 		Decide: func(r *http.Request) (throttler.Verdict, error) { d := decided(r); return d.v, d.err },
 		Refuse: func(w http.ResponseWriter, r *http.Request, refusal throttlerhttp.Refusal) {
@@ -47,7 +48,7 @@ func newService(t *throttler.Throttler, e *rules.Engine, c *config, fault func(e
 		return nil, err
 	}
 	return &service{
-		config: c, engine: e, fault: fault,
+		config: c, engine: e, count: count, fault: fault,
 		limit: limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { decided(r).admit(w, r) })),
 	}, nil
 }
@@ -64,6 +65,11 @@ type decision struct {
 
 func (d *decision) denied() bool {
 	return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity)
+}
+
+// bypassed reports whether the storage failed, and the request was allowed without a limit.
+func (d *decision) bypassed() bool {
+	return d.v.Allowed && d.v.Degraded() && !slices.ContainsFunc(d.applied, func(a rules.Applied) bool { return a.Rule.Unlimited || len(a.Levels) > 0 })
 }
 
 type decisionKey struct{}
@@ -99,6 +105,9 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 		d.err = fmt.Errorf("%w: denied by %q", throttler.ErrCostExceedsCapacity, d.deniedBy())
 	case d.err != nil:
 		d.v.Allowed = false
+	}
+	if r.Mode != rules.Peek {
+		s.count(d)
 	}
 	return d
 }
