@@ -51,7 +51,7 @@ type activity struct {
 
 	mu    sync.Mutex // guards what follows, and is held to replace byRule
 	named map[ruleName]*counts
-	lost  counts // of nobody
+	lost  counts            // of nobody
 	tick  int               // how often second was called
 	at    [window]time.Time // when
 }

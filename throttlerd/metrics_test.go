@@ -97,10 +97,7 @@ func TestTheNamesOfMetricsAreThese(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", written(t, countedRules))
 	d.post(t, "/v1/decide", `{"domain":"x","entries":{"path":"/small"}}`)
-	var names []string
-	for _, line := range d.scrape(t, "# TYPE throttlerd_") {
-		names = append(names, line)
-	}
+	names := d.scrape(t, "# TYPE throttlerd_")
 	require.Equal(t, []string{"ready gauge", "rule_decisions_total counter", "rules gauge", "rules_stale gauge"}, names)
 	faults, err := testutil.GatherAndLint(d.registry)
 	require.NoError(t, err)

@@ -134,7 +134,8 @@ func rowOf(a *ruleActivity, r *rules.Rule) row {
 	out.File, out.Line, out.Note = r.File, r.Line, ""
 	var limits []string
 	for i := range r.Limits {
-		limits = append(limits, r.Limits[i].String())
+		words, _, _ := strings.Cut(r.Limits[i].String(), " named ") // mostly that of the rule
+		limits = append(limits, words)
 	}
 	out.Limits = strings.Join(limits, ", ")
 	switch {

@@ -19,7 +19,7 @@ import (
 type service struct {
 	config *config
 	engine *rules.Engine
-	limit  http.Handler // answers what is in the context of a request
+	limit  http.Handler    // answers what is in the context of a request
 	fault  func(error)     // is told of what is not the fault of the caller
 	count  func(*decision) // is told of all
 }
