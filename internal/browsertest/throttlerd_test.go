@@ -43,9 +43,11 @@ func daemon(t *testing.T) (admin, api string) {
 	return addresses["admin"], addresses["http"]
 }
 
+const request = `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`
+
 // decide asks the daemon, as a gateway would.
-func decide(t *testing.T, api, body string) int {
-	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, api+"/v1/decide", strings.NewReader(body))
+func decide(t *testing.T, api string) int {
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, api+"/v1/decide", strings.NewReader(request))
 	require.NoError(t, err)
 	out, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(r)
 	require.NoError(t, err)
@@ -79,9 +81,8 @@ func TestTheAdminPageShowsExplainsAndEditsRules(t *testing.T) {
 	asked := requested(t, ctx)
 	login(t, ctx, admin)
 
-	const request = `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`
 	for _, status := range []int{200, 200, 429} {
-		require.Equal(t, status, decide(t, api, request))
+		require.Equal(t, status, decide(t, api))
 	}
 	small := `[...document.querySelectorAll('#activity tbody tr')].find(row => row.textContent.includes('small'))`
 	until(t, ctx, "it shows what the rule did", small+`.querySelector('[data-label=admitted]').textContent === '2'`)
@@ -99,11 +100,11 @@ func TestTheAdminPageShowsExplainsAndEditsRules(t *testing.T) {
 	require.Equal(t, "limit", text(t, ctx, `document.querySelector('#text').value.slice(document.querySelector('#text').selectionStart).slice(0, 5)`), "it goes there")
 	edit(t, ctx, strings.Replace(twoRules, "limits: [2/1h]", "limits: [3/1h]", 1))
 	until(t, ctx, "it has no fault", checked+`.includes('2 rules in all') && !`+mayn)
-	require.Equal(t, 429, decide(t, api, request), "it was only checked")
+	require.Equal(t, 429, decide(t, api), "it was only checked")
 	require.NoError(t, chromedp.Run(ctx, chromedp.Click(`#save`)))
 	until(t, ctx, "it is saved", checked+`.includes('Saved')`)
 	until(t, ctx, "and explained", match+`.includes('0 of 3')`)
-	require.Equal(t, 200, decide(t, api, request), "it counts, and what was spent stays spent")
+	require.Equal(t, 200, decide(t, api), "it counts, and what was spent stays spent")
 
 	put(t, admin, "api.yaml", strings.Replace(twoRules, "2/1h", "9/1h", 1))
 	edit(t, ctx, strings.Replace(twoRules, "2/1h", "4/1h", 1))
@@ -157,7 +158,7 @@ func TestTheAdminPageFitsPhonesAndScreensInLightAndDark(t *testing.T) {
 	ctx := browser(t)
 	login(t, ctx, admin)
 	for range 3 {
-		decide(t, api, `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`)
+		decide(t, api)
 	}
 	background := make(map[string]string)
 	for _, scheme := range []string{"light", "dark"} {
