@@ -16,7 +16,7 @@ import (
 //
 // A denial is a Verdict, also where a cost exceeds a capacity, and so in a bucket of capacity 0. Its RetryAfter is then
 // 0, as waiting does not help. Errors are those of the Throttler: ErrInvalidCost, also for an entry that should be a
-// cost and is no number; ErrInvalidIdentifier for over 256 identifiers; ErrUnavailable and its like. What a Charge of
+// cost and is no number; ErrInvalidIdentifier for over 256 descriptors or identifiers; ErrUnavailable and its like. What a Charge of
 // several buckets records in part is an error that joins a *throttler.DebtError for each.
 //
 // Shadow and Quota rules are decided after the others have admitted, each by itself; an error of the storage then leaves
@@ -33,7 +33,7 @@ func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Ap
 		p.spread(&v, tooLarge)
 		err = nil
 	}
-	if v.Allowed && !v.Degraded() {
+	if bypassed := v.Degraded() && len(v.Levels()) == 0; v.Allowed && !bypassed {
 		p.shadows(ctx)
 	}
 	return v, p.applied, err
@@ -46,6 +46,7 @@ type plan struct {
 	applied []Applied
 	partOf  []int // of each applied rule, -1 if it asks nothing
 	parts   []part
+	asked   int // parts that are not silent
 }
 
 // part is what is asked of one identifier.
@@ -57,7 +58,14 @@ type part struct {
 
 func (p *part) silent() bool { return p.rule.Shadow || p.rule.Quota }
 
+// maxParts is as many identifiers as a Throttler decides on together. More descriptors are refused before they are
+// compared with each other, which takes the square of their number.
+const maxParts = 256
+
 func (p *plan) make(set *Set, r *Request) error {
+	if n := len(r.Descriptors); n > maxParts {
+		return fmt.Errorf("%w: the request has %d descriptors, must have at most %d", throttler.ErrInvalidIdentifier, n, maxParts)
+	}
 	descriptors := r.Descriptors
 	if r.Entries != nil || len(descriptors) == 0 {
 		descriptors = append([]Descriptor{{Entries: r.Entries, Cost: r.Cost}}, descriptors...)
@@ -100,6 +108,9 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 		index = p.part(rule, rule.identifier(d.Entries), cost)
 	}
 	p.partOf = append(p.partOf, index)
+	if p.asked > maxParts {
+		return fmt.Errorf("%w: the rules limit over %d of them", throttler.ErrInvalidIdentifier, maxParts)
+	}
 	return nil
 }
 
@@ -116,6 +127,9 @@ func (p *plan) part(rule *Rule, id string, cost int64) int {
 		}
 	}
 	p.parts = append(p.parts, part{id, rule, cost})
+	if !p.parts[len(p.parts)-1].silent() {
+		p.asked++
+	}
 	return len(p.parts) - 1
 }
 

@@ -1,6 +1,7 @@
 package rules_test
 
 import (
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -117,4 +118,23 @@ func TestOneRuleMayReplaceAllOthers(t *testing.T) {
 	assert.Equal(t, []string{"a", "b"}, ids(set.Match("", nil)))
 	assert.Equal(t, []string{"office"}, ids(set.Match("", entries("x", "y"))))
 	assert.Equal(t, []string{rules.DefaultDomain}, set.Domains())
+}
+
+func TestTooManyDescriptorsAreRefusedBeforeTheyAreCompared(t *testing.T) {
+	t.Parallel()
+	e := engine(t, "rules: [{name: a, per: user, limits: 1/1h}, {name: b, per: user, limits: 1/1h}, {name: c, per: user, shadow: true, limits: 1/1h}]")
+	ask := func(n int) error {
+		var all []rules.Descriptor
+		for i := range n {
+			all = append(all, rules.Descriptor{Entries: entries("user", strconv.Itoa(i))})
+		}
+		_, _, err := e.Decide(t.Context(), rules.Request{Descriptors: all})
+		return err
+	}
+	require.NoError(t, ask(128), "of two rules each, and one that never denies")
+	require.ErrorIs(t, ask(129), throttler.ErrInvalidIdentifier)
+	require.ErrorContains(t, ask(257), "257 descriptors")
+	many := rules.Request{Descriptors: make([]rules.Descriptor, 1_000_000)} // compared with each other they would take hours
+	_, _, err := e.Decide(t.Context(), many)
+	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
 }
