@@ -20,9 +20,12 @@ RATELIMIT_VERSION     := v1.4.1-0.20260122083618-3fb702589d36
 GOLANGCI_LINT_VERSION := v2.12.0
 BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
+# The program that throttlerd is compared with. It is built in seconds once its modules are there, and else in a minute.
+RATELIMIT ?= $(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd
+
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-check demo-failover demo-load demo-observe lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-observe bench-ratelimit bench-check demo-failover demo-load demo-observe lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -54,11 +57,11 @@ endef
 help: ## Show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: servers ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
+test: servers $(RATELIMIT) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(test-32-bit)
-	cd throttlerd && $(GO) test -race ./...
+	cd throttlerd && RATELIMIT='$(RATELIMIT)' $(GO) test -race -tags=ratelimit ./...
 	cd throttlerprom && $(GO) test -race ./...
 	cd throttlerotel && $(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
@@ -69,11 +72,10 @@ test: servers ## Vet, test with the race detector and on 32 bits, fuzz each targ
 	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
 
-test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
+test-long: servers $(RATELIMIT) ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
 	$(MAKE) simulate
-	GOBIN='$(CURDIR)/bin' $(GO) install github.com/envoyproxy/ratelimit/src/service_cmd@$(RATELIMIT_VERSION)
-	cd throttlerd && RATELIMIT='$(CURDIR)/bin/service_cmd' THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit -count=$(COUNT) -timeout=1h ./...
+	cd throttlerd && RATELIMIT='$(RATELIMIT)' THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit -count=$(COUNT) -timeout=1h ./...
 	cd throttlerprom && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd throttlerotel && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
@@ -93,6 +95,9 @@ servers: ## Install with apt-get what the tests start, unless it is there: redis
 	@command -v prometheus promtool >/dev/null || internal/servers/install.sh prometheus
 	@[ -n "$$NGINX" ] || command -v nginx /usr/sbin/nginx >/dev/null || internal/servers/install.sh nginx
 	@[ -n "$$CADDY" ] || command -v caddy >/dev/null || internal/servers/install.sh caddy
+
+$(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd:
+	GOBIN='$(@D)' $(GO) install github.com/envoyproxy/ratelimit/src/service_cmd@$(RATELIMIT_VERSION)
 
 simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an hour
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBound|TestAllIsBack)' ./storage/failover
@@ -122,6 +127,9 @@ bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function,
 	@set -euo pipefail; for module in throttlerprom throttlerotel watch; do \
 		(set -x; cd $$module && $(GO) test -run '^$$' -bench Observe -benchtime $(BENCHTIME) -cpu 1 .); \
 	done
+
+bench-ratelimit: servers $(RATELIMIT) ## Measure throttlerd beside envoyproxy/ratelimit, in turns of ROUNDS=5, for two minutes
+	cd throttlerd && RATELIMIT='$(RATELIMIT)' $(GO) test -tags=ratelimit -run '^$$' -bench BesideEnvoyproxyRatelimit -benchtime 1x .
 
 bench-check: ## Fail if the hot path got slower since BASE, by default the last tag: in turns, by benchstat
 	@set -euo pipefail; \

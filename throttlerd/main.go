@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -65,12 +66,18 @@ type usageError struct{ error }
 
 func usage(format string, args ...any) error { return &usageError{fmt.Errorf(format, args...)} }
 
+// ballast is memory that is never touched, and so not there, but counts for the garbage collector: without it a daemon that
+// holds little would collect garbage a hundred times a second under load, for a tenth of its time.
+const ballast = 32 << 20 // bytes
+
 // serve answers until the context is done.
 func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	c, err := parse(args, os.Getenv, stderr)
 	if err != nil {
 		return err
 	}
+	untouched := make([]byte, ballast)
+	defer runtime.KeepAlive(untouched)
 	d, err := newDaemon(ctx, c, slog.New(slog.NewJSONHandler(stdout, nil)))
 	if err != nil {
 		return err

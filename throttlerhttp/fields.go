@@ -4,6 +4,7 @@ package throttlerhttp
 
 import (
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -47,8 +48,7 @@ type said struct {
 
 // say puts the fields of a verdict into an answer. It allocates a string for Draft10.
 func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throttler.Level) {
-	p := l.policies.of(v, levels)
-	s.tell(l.m.Fields, p, levels)
+	p := s.tell(l, v, levels)
 	var before said
 	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) {
 		before.draft[1] = have[0] // of this limiter, or an equal one: a recorder outside finds the smaller of both
@@ -56,17 +56,35 @@ func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throt
 	s.put(h, &before, true, 0)
 }
 
-// tell writes the fields of levels, but into no answer yet.
-func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
+// tell writes the fields of levels, but into no answer yet, and returns the policy of Draft10.
+func (s *said) tell(l *limit, v *throttler.Verdict, levels []throttler.Level) *policy {
+	f, p, lowest := l.m.Fields, l.policies.of(v, levels), levels
+	if p.twice {
+		lowest = lowestOf(levels)
+		p = l.policies.of(v, lowest)
+	}
 	if f == 0 || f&Draft10 != 0 {
-		s.draft = [2]string{p.field, p.limits(levels)}
-		if p.twice {
-			s.draft = merge(nil, nil, s.draft)
-		}
+		s.draft = [2]string{p.field, p.limits(lowest)}
 	}
 	if f&(XSeconds|XUnix) != 0 {
 		s.x = f.ofNearest(levels)
 	}
+	return p
+}
+
+// lowestOf has one level of each name, of several the one of which less remains, or as little for longer.
+func lowestOf(levels []throttler.Level) (lowest []throttler.Level) {
+	for i := range levels {
+		l := &levels[i]
+		j := slices.IndexFunc(lowest, func(have throttler.Level) bool { return have.Bucket == l.Bucket })
+		switch {
+		case j < 0:
+			lowest = append(lowest, *l)
+		case l.Remaining < lowest[j].Remaining || l.Remaining == lowest[j].Remaining && next(l) > next(&lowest[j]):
+			lowest[j] = *l
+		}
+	}
+	return lowest
 }
 
 // put replaces what was said before in an answer, which may be s itself, by s. If others have added fields it makes one
