@@ -17,11 +17,16 @@ BENCHTIME ?= 1s
 NESTED := throttlerd throttlerprom throttlerotel watch examples/observed internal/faulttest internal/adapters internal/browsertest benchmarks
 
 RATELIMIT_VERSION     := v1.4.1-0.20260122083618-3fb702589d36
+GRPCURL_VERSION       := v1.9.3
 GOLANGCI_LINT_VERSION := v2.12.0
 BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
 # The program that throttlerd is compared with. It is built in seconds once its modules are there, and else in a minute.
 RATELIMIT ?= $(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd
+
+# The clients that ask throttlerd: a program, and packages of npm for Node.
+GRPCURL      ?= $(CURDIR)/bin/grpcurl-$(GRPCURL_VERSION)/grpcurl
+NODE_MODULES ?= $(CURDIR)/bin/node/node_modules
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -54,14 +59,16 @@ define test-32-bit
 			. ./storage ./internal/law ./storage/runtime ./storage/failover ./throttlerhttp ./internal/batch)
 endef
 
+others = RATELIMIT='$(RATELIMIT)' GRPCURL='$(GRPCURL)' NODE_PATH='$(NODE_MODULES)'
+
 help: ## Show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: servers $(RATELIMIT) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
+test: servers $(RATELIMIT) $(GRPCURL) $(NODE_MODULES) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(test-32-bit)
-	cd throttlerd && RATELIMIT='$(RATELIMIT)' $(GO) test -race -tags=ratelimit ./...
+	cd throttlerd && $(others) $(GO) test -race -tags=ratelimit,clients ./...
 	cd throttlerprom && $(GO) test -race ./...
 	cd throttlerotel && $(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
@@ -72,10 +79,10 @@ test: servers $(RATELIMIT) ## Vet, test with the race detector and on 32 bits, f
 	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
 
-test-long: servers $(RATELIMIT) ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
+test-long: servers $(RATELIMIT) $(GRPCURL) $(NODE_MODULES) ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
 	$(MAKE) simulate
-	cd throttlerd && RATELIMIT='$(RATELIMIT)' THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit -count=$(COUNT) -timeout=1h ./...
+	cd throttlerd && $(others) THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit,clients -count=$(COUNT) -timeout=1h ./...
 	cd throttlerprom && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd throttlerotel && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
@@ -87,17 +94,27 @@ test-long: servers $(RATELIMIT) ## Test COUNT=20 times, fuzz each target for FUZ
 	GO='$(GO)' internal/servers/others.sh
 
 # A server that runs, or a program in another place, is named in the environment.
-servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus, nginx, caddy
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus, nginx, caddy, nodejs
 	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
 	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
 	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
 	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || internal/servers/install.sh chromium
 	@command -v prometheus promtool >/dev/null || internal/servers/install.sh prometheus
 	@[ -n "$$NGINX" ] || command -v nginx /usr/sbin/nginx >/dev/null || internal/servers/install.sh nginx
+	@{ command -v node && command -v npm; } >/dev/null || internal/servers/install.sh nodejs npm
 	@[ -n "$$CADDY" ] || command -v caddy >/dev/null || internal/servers/install.sh caddy
 
 $(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd:
 	GOBIN='$(@D)' $(GO) install github.com/envoyproxy/ratelimit/src/service_cmd@$(RATELIMIT_VERSION)
+
+$(CURDIR)/bin/grpcurl-$(GRPCURL_VERSION)/grpcurl:
+	GOBIN='$(@D)' $(GO) install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
+
+# In a folder of its own: npm is to write nothing into the tree.
+$(CURDIR)/bin/node/node_modules: throttlerd/testdata/node/package-lock.json
+	mkdir -p '$(@D)' && cp throttlerd/testdata/node/package*.json '$(@D)'
+	npm ci --prefix '$(@D)' --ignore-scripts --no-audit --no-fund
+	@touch '$@'
 
 simulate: ## Run SEEDS=20000 of the failover's simulation: about a quarter of an hour
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBound|TestAllIsBack)' ./storage/failover
