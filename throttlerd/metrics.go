@@ -21,7 +21,7 @@ const maxBuckets = 1000
 // newMetrics registers everything. The daemon has a registry of its own, as tests have several daemons.
 func (d *daemon) newMetrics(store storage.Storage) (m *throttlerprom.Metrics, err error) {
 	d.registry = prometheus.NewRegistry()
-	if m, err = throttlerprom.New(d.registry, &throttlerprom.Options{MaxBuckets: maxBuckets}); err != nil {
+	if m, err = throttlerprom.New(d.registry, &throttlerprom.Options{MaxBuckets: maxBuckets, NativeHistograms: true}); err != nil {
 		return nil, err
 	}
 	m.Storage(d.config.storage, store)
