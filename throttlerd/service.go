@@ -17,11 +17,13 @@ import (
 
 // service decides for all listeners. It is safe for concurrent use.
 type service struct {
-	config *config
-	engine *rules.Engine
-	limit  http.Handler    // answers what is in the context of a request
-	fault  func(error)     // is told of what is not the fault of the caller
-	count  func(*decision) // is told of all
+	config    *config
+	throttler *throttler.Throttler
+	engine    *rules.Engine
+	receipts  receipts
+	limit     http.Handler    // answers what is in the context of a request
+	fault     func(error)     // is told of what is not the fault of the caller
+	count     func(*decision) // is told of all
 }
 
 // The errors of requests that no rule could be asked about.
@@ -29,6 +31,8 @@ var (
 	errUnknownDomain = errors.New("the domain has no rules")
 	errMalformed     = errors.New("the request is wrong")
 	errInternal      = errors.New("a fault of throttlerd")
+
+	errUnknownReceipt = errors.New("the receipt is unknown, used, or older than 10 minutes")
 )
 
 func malformed(format string, args ...any) error {
@@ -48,7 +52,7 @@ func newService(t *throttler.Throttler, e *rules.Engine, c *config, count func(*
 		return nil, err
 	}
 	return &service{
-		config: c, engine: e, count: count, fault: fault,
+		config: c, throttler: t, engine: e, count: count, fault: fault,
 		limit: limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { decided(r).admit(w, r) })),
 	}, nil
 }
@@ -141,7 +145,7 @@ func statusOf(err error, otherwise int) int {
 		return otherwise
 	case errors.Is(err, errMalformed), errors.Is(err, throttler.ErrInvalidCost), errors.Is(err, throttler.ErrInvalidIdentifier), errors.As(err, new(*throttler.BucketError)):
 		return http.StatusBadRequest
-	case errors.Is(err, errUnknownDomain):
+	case errors.Is(err, errUnknownDomain), errors.Is(err, errUnknownReceipt):
 		return http.StatusNotFound
 	case errors.As(err, new(*throttler.DebtError)):
 		return http.StatusUnprocessableEntity
