@@ -20,7 +20,7 @@ type service struct {
 	config    *config
 	throttler *throttler.Throttler
 	engine    *rules.Engine
-	receipts  receipts
+	receipts  *receipts
 	limit     http.Handler    // answers what is in the context of a request
 	fault     func(error)     // is told of what is not the fault of the caller
 	count     func(*decision) // is told of all
@@ -52,7 +52,7 @@ func newService(t *throttler.Throttler, e *rules.Engine, c *config, count func(*
 		return nil, err
 	}
 	return &service{
-		config: c, throttler: t, engine: e, count: count, fault: fault,
+		config: c, throttler: t, engine: e, receipts: &receipts{}, count: count, fault: fault,
 		limit: limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { decided(r).admit(w, r) })),
 	}, nil
 }
