@@ -27,8 +27,8 @@ rules:
 - {name: login, when: {path: /login}, per: [address], limits: [3/1h]}
 `
 
-// daemon starts throttlerd with rules in its memory, and returns the addresses of the admin page and of its API.
-func daemon(t *testing.T) (admin, api string) {
+// daemon starts throttlerd with rules from a source, and returns the addresses of the admin page and of its API.
+func daemon(t *testing.T, source string) (admin, api string) {
 	rules := filepath.Join(t.TempDir(), "api.yaml")
 	require.NoError(t, os.WriteFile(rules, []byte(twoRules), 0o600))
 	addresses := map[string]string{}
@@ -39,7 +39,7 @@ func daemon(t *testing.T) (admin, api string) {
 			addresses[said.For] = "http://" + said.Address
 		}
 		return said.Msg == "ready"
-	}, []string{"THROTTLERD_ADMIN_TOKEN=" + token}, "-rules", rules, "-source", "memory", "-grpc", "", "-http", "127.0.0.1:0", "-admin", "127.0.0.1:0")
+	}, []string{"THROTTLERD_ADMIN_TOKEN=" + token}, "-rules", rules, "-source", source, "-grpc", "", "-http", "127.0.0.1:0", "-admin", "127.0.0.1:0")
 	return addresses["admin"], addresses["http"]
 }
 
@@ -76,7 +76,7 @@ const (
 
 func TestTheAdminPageShowsExplainsAndEditsRules(t *testing.T) {
 	t.Parallel()
-	admin, api := daemon(t)
+	admin, api := daemon(t, "memory")
 	ctx := browser(t)
 	asked := requested(t, ctx)
 	login(t, ctx, admin)
@@ -154,7 +154,7 @@ func put(t *testing.T, admin, name, text string) {
 
 func TestTheAdminPageFitsPhonesAndScreensInLightAndDark(t *testing.T) {
 	t.Parallel()
-	admin, api := daemon(t)
+	admin, api := daemon(t, "memory")
 	ctx := browser(t)
 	login(t, ctx, admin)
 	for range 3 {
@@ -178,4 +178,17 @@ func TestTheAdminPageFitsPhonesAndScreensInLightAndDark(t *testing.T) {
 		}
 	}
 	require.NotEqual(t, background["light"], background["dark"])
+}
+
+func TestTheAdminPageChecksFilesAndDoesNotSaveThem(t *testing.T) {
+	t.Parallel()
+	admin, _ := daemon(t, "files")
+	ctx := browser(t)
+	login(t, ctx, admin)
+	require.NoError(t, chromedp.Run(ctx, chromedp.WaitVisible(`#readonly`)))
+	edit(t, ctx, strings.Replace(twoRules, "limits: [2/1h]", "limits: [2/1hr]", 1))
+	until(t, ctx, "it names the fault", faults+`.includes('line 3')`)
+	edit(t, ctx, strings.Replace(twoRules, "limits: [2/1h]", "limits: [3/1h]", 1))
+	until(t, ctx, "it has no fault", checked+`.includes('2 rules in all')`)
+	require.True(t, is(t, ctx, mayn), "it is the file that has to be changed")
 }
