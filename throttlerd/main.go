@@ -22,14 +22,23 @@ import (
 	"strings"
 	"syscall"
 
+	goredis "github.com/redis/go-redis/v9"
+
 	"github.com/go-throttler/throttler/rules"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // from now on a second signal kills
+	goredis.SetLogger(silent{})
 	os.Exit(command(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
+
+// silent keeps the client of Redis from writing a line for each connection that fails: what it cannot do is an error of a
+// call, which the log of the daemon tells once a second.
+type silent struct{}
+
+func (silent) Printf(context.Context, string, ...any) {}
 
 // command does what the arguments say and returns the exit status: 0, 1 for a failure, 2 for wrong arguments.
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
