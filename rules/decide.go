@@ -226,9 +226,12 @@ func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 
 // give gives all rules of a part its levels.
 func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
-	denied := false
+	denied, cost := false, p.parts[index].cost
+	if p.stepOf(&p.parts[index]) == look {
+		cost = 1
+	}
 	for i := range levels {
-		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < p.parts[index].cost
+		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < cost
 	}
 	for i := range p.applied {
 		if p.partOf[i] == index {

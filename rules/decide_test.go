@@ -186,4 +186,8 @@ func TestWhatOnlyLooksTellsTheLevels(t *testing.T) {
 		_, _, err = e.Decide(t.Context(), rules.Request{Cost: new(int64(12))})
 		require.NoError(t, err)
 	}
+	v, applied, err := engine(t, "rules: [{name: none, limits: [0/1h], mode: charge}]").Decide(t.Context(), rules.Request{Cost: new(int64(0))})
+	require.NoError(t, err)
+	require.False(t, v.Allowed)
+	require.True(t, applied[0].Denied, "there never is a token")
 }
