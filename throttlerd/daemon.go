@@ -187,9 +187,9 @@ func (d *daemon) listen(ctx context.Context) error {
 	return err
 }
 
-// streamWorkers is how many goroutines of gRPC stay between calls. Each call in a new one would let its stack grow anew,
-// which was a seventh of the time of a call. Calls beyond them get one of their own.
-const streamWorkers = 128
+// streamWorkers is how many goroutines of gRPC stay between calls, more than usually wait for a storage at a time. In a new
+// one for each call the stack would grow anew, which was a seventh of the time of a call. Calls beyond them get one.
+const streamWorkers = 512
 
 // windowSize is what a client may send before it is told to go on. A fixed size, as with a moving one the server pings the
 // client at every request to find the best.
