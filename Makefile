@@ -17,12 +17,19 @@ BENCHTIME ?= 1s
 NESTED := throttlerd throttlerprom throttlerotel watch examples/observed internal/faulttest internal/adapters internal/browsertest benchmarks
 
 RATELIMIT_VERSION     := v1.4.1-0.20260122083618-3fb702589d36
+GRPCURL_VERSION       := v1.9.3
 GOLANGCI_LINT_VERSION := v2.12.0
 BENCHSTAT_VERSION     := v0.0.0-20260908200009-22c9c6c9d4da
 
+# The program that throttlerd is compared with. It is built in seconds once its modules are there, and else in a minute.
+RATELIMIT ?= $(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd
+
+# A client that asks throttlerd.
+GRPCURL ?= $(CURDIR)/bin/grpcurl-$(GRPCURL_VERSION)/grpcurl
+
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-wait bench-observe bench-check demo-failover demo-load demo-observe lint
+.PHONY: help test test-long servers simulate fuzz bench bench-redis bench-postgres bench-go bench-wait bench-observe bench-ratelimit bench-check demo-failover demo-load demo-observe lint
 
 # $(call find,Fuzz) prints package:function for each fuzz target, $(call find,Benchmark) for each
 # benchmark. They are found and not listed, so that none is forgotten.
@@ -52,14 +59,16 @@ define test-32-bit
 		THROTTLER_SEEDS=20 $(GO) test -run '^(TestRule|TestTheBound|TestNew|TestStats)' ./storage/lease)
 endef
 
+others = RATELIMIT='$(RATELIMIT)' GRPCURL='$(GRPCURL)'
+
 help: ## Show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: servers ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
+test: servers $(RATELIMIT) $(GRPCURL) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(test-32-bit)
-	cd throttlerd && $(GO) test -race ./...
+	cd throttlerd && $(others) $(GO) test -race -tags=ratelimit,clients ./...
 	cd throttlerprom && $(GO) test -race ./...
 	cd throttlerotel && $(GO) test -race ./...
 	cd internal/faulttest && $(GO) test -race ./...
@@ -70,11 +79,10 @@ test: servers ## Vet, test with the race detector and on 32 bits, fuzz each targ
 	cd benchmarks && $(GO) vet ./...
 	$(fuzz)
 
-test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
+test-long: servers $(RATELIMIT) $(GRPCURL) ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, test with other versions of Redis and Postgres
 	THROTTLER_LONG=1 $(GO) test -race -count=$(COUNT) -timeout=3h ./...
 	$(MAKE) simulate
-	GOBIN='$(CURDIR)/bin' $(GO) install github.com/envoyproxy/ratelimit/src/service_cmd@$(RATELIMIT_VERSION)
-	cd throttlerd && RATELIMIT='$(CURDIR)/bin/service_cmd' THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit -count=$(COUNT) -timeout=1h ./...
+	cd throttlerd && $(others) THROTTLER_LONG=1 $(GO) test -race -tags=ratelimit,clients -count=$(COUNT) -timeout=1h ./...
 	cd throttlerprom && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
 	cd throttlerotel && $(GO) test -race -count=$(COUNT) ./...
 	cd internal/faulttest && $(GO) test -race -count=$(COUNT) -timeout=1h ./...
@@ -86,14 +94,21 @@ test-long: servers ## Test COUNT=20 times, fuzz each target for FUZZTIME=1m, tes
 	GO='$(GO)' internal/servers/others.sh
 
 # A server that runs, or a program in another place, is named in the environment.
-servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus, nginx, caddy
+servers: ## Install with apt-get what the tests start, unless it is there: redis-server, postgresql, pgbouncer, chromium, prometheus, nginx, caddy, nodejs
 	@[ -n "$$REDIS_SERVER$$THROTTLER_REDIS_URL" ] || command -v redis-server >/dev/null || internal/servers/install.sh redis-server
 	@[ -n "$$POSTGRES_BIN$$THROTTLER_POSTGRES_URL" ] || command -v postgres /usr/lib/postgresql/*/bin/postgres >/dev/null || internal/servers/install.sh postgresql
 	@[ -n "$$PGBOUNCER$$THROTTLER_POSTGRES_URL" ] || command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || internal/servers/install.sh pgbouncer
 	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || internal/servers/install.sh chromium
 	@command -v prometheus promtool >/dev/null || internal/servers/install.sh prometheus
 	@[ -n "$$NGINX" ] || command -v nginx /usr/sbin/nginx >/dev/null || internal/servers/install.sh nginx
+	@command -v node >/dev/null || internal/servers/install.sh nodejs
 	@[ -n "$$CADDY" ] || command -v caddy >/dev/null || internal/servers/install.sh caddy
+
+$(CURDIR)/bin/ratelimit-$(RATELIMIT_VERSION)/service_cmd:
+	GOBIN='$(@D)' $(GO) install github.com/envoyproxy/ratelimit/src/service_cmd@$(RATELIMIT_VERSION)
+
+$(CURDIR)/bin/grpcurl-$(GRPCURL_VERSION)/grpcurl:
+	GOBIN='$(@D)' $(GO) install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
 
 simulate: ## Run SEEDS=20000 of the simulations of failover and of leases: about half an hour
 	THROTTLER_SEEDS=$(SEEDS) $(GO) test -timeout=3h -run '^(TestTheBoundHoldsWhateverFails|TestAllIsBack)' ./storage/failover
@@ -129,6 +144,9 @@ bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function,
 	@set -euo pipefail; for module in throttlerprom throttlerotel watch; do \
 		(set -x; cd $$module && $(GO) test -run '^$$' -bench Observe -benchtime $(BENCHTIME) -cpu 1 .); \
 	done
+
+bench-ratelimit: servers $(RATELIMIT) ## Measure throttlerd beside envoyproxy/ratelimit, in turns of ROUNDS=5, for two minutes
+	cd throttlerd && RATELIMIT='$(RATELIMIT)' $(GO) test -tags=ratelimit -run '^$$' -bench BesideEnvoyproxyRatelimit -benchtime 1x .
 
 bench-check: ## Fail if the hot path got slower since BASE, by default the last tag: in turns, by benchstat
 	@set -euo pipefail; \

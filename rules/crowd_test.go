@@ -91,6 +91,29 @@ func TestACrowdIsChargedExactlyForWhatIsAdmitted(t *testing.T) {
 	}
 }
 
+func TestShadowsAreDecidedWhilePostgresAnswersForRedis(t *testing.T) {
+	t.Parallel()
+	gone, err := redisstore.Open("redis://127.0.0.1:1", nil) // nobody can listen there
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, gone.Close(context.Background())) })
+	s, err := failover.New(gone, postgres(t), &failover.Options{LedgerTimeout: storecheck.Patient})
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, s.Close(context.Background())) })
+	l, err := throttler.New(throttler.Config{Storage: s, Name: fmt.Sprint("shadows", time.Now().UnixNano())})
+	require.NoError(t, err)
+	e, err := rules.NewEngine(l, rules.NewMemory(rules.File{Name: "a", Data: []byte("rules: [{name: a, limits: 9/1d}, {name: b, limits: 1/1d, shadow: true}]")}), nil)
+	require.NoError(t, err)
+	t.Cleanup(e.Close)
+	for _, denied := range []bool{false, true} {
+		v, applied, err := e.Decide(t.Context(), rules.Request{})
+		require.NoError(t, err)
+		require.True(t, v.Allowed)
+		require.True(t, v.Degraded())
+		require.Len(t, applied[1].Levels, 1)
+		require.Equal(t, denied, applied[1].Denied)
+	}
+}
+
 func TestAHundredThousandLimitsOfRequestsTakeBoundedMemory(t *testing.T) { //nolint:paralleltest // it measures memory
 	memory := memstore.New(nil)
 	l, err := throttler.New(throttler.Config{Storage: memory})

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/go-throttler/throttler"
@@ -16,8 +17,10 @@ import (
 //
 // A denial is a Verdict, also where a cost exceeds a capacity, and so in a bucket of capacity 0. Its RetryAfter is then
 // 0, as waiting does not help. Errors are those of the Throttler: ErrInvalidCost, also for an entry that should be a
-// cost and is no number; ErrInvalidIdentifier for over 256 identifiers; ErrUnavailable and its like. What a Charge of
-// several buckets records in part is an error that joins a *throttler.DebtError for each.
+// cost and is no number; ErrInvalidIdentifier for over 256 descriptors or identifiers; ErrUnavailable and its like. What a
+// Charge of several buckets records in part is an error that joins a *throttler.DebtError for each.
+//
+// What Charge rules are asked for is charged after the others were asked, whatever these answered, and has no Levels.
 //
 // Shadow and Quota rules are decided after the others have admitted, each by itself; an error of the storage then leaves
 // Applied without Levels.
@@ -28,12 +31,14 @@ func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Ap
 	if err := p.make(e.set.Load(), &r); err != nil {
 		return throttler.Verdict{}, nil, err
 	}
-	v, err := p.ask(ctx)
-	if tooLarge := errors.Is(err, throttler.ErrCostExceedsCapacity); err == nil || tooLarge {
-		p.spread(&v, tooLarge)
-		err = nil
+	v, err := p.ask(ctx, look)
+	if err == nil && v.Allowed && (p.has(decide) || !p.has(look)) {
+		v, err = p.ask(ctx, decide)
 	}
-	if v.Allowed && !v.Degraded() {
+	if _, uncharged := p.ask(ctx, charge); uncharged != nil {
+		v.Allowed, err = false, errors.Join(err, uncharged)
+	}
+	if bypassed := v.Degraded() && len(v.Levels()) == 0; v.Allowed && !bypassed {
 		p.shadows(ctx)
 	}
 	return v, p.applied, err
@@ -46,6 +51,7 @@ type plan struct {
 	applied []Applied
 	partOf  []int // of each applied rule, -1 if it asks nothing
 	parts   []part
+	asked   int // parts that are not silent
 }
 
 // part is what is asked of one identifier.
@@ -57,7 +63,36 @@ type part struct {
 
 func (p *part) silent() bool { return p.rule.Shadow || p.rule.Quota }
 
+// step is when a part is asked for.
+type step int
+
+const (
+	look   step = iota // a Charge rule and a cost of 0: whether there is a token, before anything is taken
+	decide             // most
+	charge             // after that, whatever it was
+	shadow             // by itself, if all was admitted
+)
+
+func (p *plan) stepOf(part *part) step {
+	switch {
+	case part.silent():
+		return shadow
+	case p.mode == Charge, p.mode == Consume && part.rule.Charge && part.cost > 0:
+		return charge
+	case p.mode == Consume && part.rule.Charge:
+		return look
+	}
+	return decide
+}
+
+// maxParts is as many identifiers as a Throttler decides on together. More descriptors are refused before they are
+// compared with each other, which takes the square of their number.
+const maxParts = 256
+
 func (p *plan) make(set *Set, r *Request) error {
+	if n := len(r.Descriptors); n > maxParts {
+		return fmt.Errorf("%w: the request has %d descriptors, must have at most %d", throttler.ErrInvalidIdentifier, n, maxParts)
+	}
 	descriptors := r.Descriptors
 	if r.Entries != nil || len(descriptors) == 0 {
 		descriptors = append([]Descriptor{{Entries: r.Entries, Cost: r.Cost}}, descriptors...)
@@ -100,6 +135,9 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 		index = p.part(rule, rule.identifier(d.Entries), cost)
 	}
 	p.partOf = append(p.partOf, index)
+	if p.asked > maxParts {
+		return fmt.Errorf("%w: the rules limit over %d of them", throttler.ErrInvalidIdentifier, maxParts)
+	}
 	return nil
 }
 
@@ -116,6 +154,9 @@ func (p *plan) part(rule *Rule, id string, cost int64) int {
 		}
 	}
 	p.parts = append(p.parts, part{id, rule, cost})
+	if !p.parts[len(p.parts)-1].silent() {
+		p.asked++
+	}
 	return len(p.parts) - 1
 }
 
@@ -127,40 +168,54 @@ func add(a, b int64) int64 {
 	return a + b
 }
 
-// ask asks for all parts but the silent ones.
-func (p *plan) ask(ctx context.Context) (v throttler.Verdict, err error) {
+func (p *plan) has(s step) bool {
+	return slices.ContainsFunc(p.parts, func(part part) bool { return p.stepOf(&part) == s })
+}
+
+// ask asks for the parts of a step, and gives the rules the levels of their buckets.
+func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error) {
 	var asked []throttler.Part
 	for i := range p.parts {
-		if part := &p.parts[i]; !part.silent() {
-			asked = append(asked, throttler.For(part.id, part.rule.using, throttler.Cost(part.cost)))
+		if part := &p.parts[i]; p.stepOf(part) == s {
+			cost := part.cost
+			if s == look {
+				cost = 1
+			}
+			asked = append(asked, throttler.For(part.id, part.rule.using, throttler.Cost(cost)))
 		}
 	}
 	if len(asked) == 0 {
-		v.Allowed = true
-		return v, ctx.Err()
-	}
-	switch p.mode {
-	case Consume:
-		return p.engine.t.ConsumeAll(ctx, asked...)
-	case Peek:
-		return p.engine.t.PeekAll(ctx, asked...)
-	case Charge:
-		err = p.engine.t.ChargeAll(ctx, asked...)
-		v.Allowed = err == nil
+		if v.Allowed = true; s == decide {
+			err = ctx.Err() // which a storage would have told
+		}
 		return v, err
 	}
-	return v, fmt.Errorf("rules: Request.Mode is %d, must be Consume, Peek or Charge", p.mode)
+	switch {
+	case s == charge:
+		return v, p.engine.t.ChargeAll(ctx, asked...)
+	case s == look || p.mode == Peek:
+		v, err = p.engine.t.PeekAll(ctx, asked...)
+	case p.mode == Consume:
+		v, err = p.engine.t.ConsumeAll(ctx, asked...)
+	default:
+		return v, fmt.Errorf("rules: Request.Mode is %d, must be Consume, Peek or Charge", p.mode)
+	}
+	if tooLarge := errors.Is(err, throttler.ErrCostExceedsCapacity); err == nil || tooLarge {
+		p.spread(&v, s, tooLarge)
+		err = nil
+	}
+	return v, err
 }
 
-// spread gives the rules the levels of their buckets.
-func (p *plan) spread(v *throttler.Verdict, tooLarge bool) {
+// spread gives the rules of a step the levels of their buckets.
+func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 	levels := v.Levels()
 	if len(levels) == 0 {
 		return
 	}
 	for i := range p.parts {
 		part := &p.parts[i]
-		if part.silent() {
+		if p.stepOf(part) != s {
 			continue
 		}
 		n := len(part.rule.Limits)
@@ -171,9 +226,12 @@ func (p *plan) spread(v *throttler.Verdict, tooLarge bool) {
 
 // give gives all rules of a part its levels.
 func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
-	denied := false
+	denied, cost := false, p.parts[index].cost
+	if p.stepOf(&p.parts[index]) == look {
+		cost = 1
+	}
 	for i := range levels {
-		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < p.parts[index].cost
+		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < cost
 	}
 	for i := range p.applied {
 		if p.partOf[i] == index {
@@ -198,10 +256,10 @@ func (p *plan) shadows(ctx context.Context) {
 
 func (p *plan) shadow(ctx context.Context, part *part) (throttler.Verdict, error) {
 	options := []throttler.Option{part.rule.using, throttler.Cost(part.cost)}
-	switch p.mode {
-	case Peek:
+	switch {
+	case p.mode == Peek:
 		return p.engine.t.Peek(ctx, part.id, options...)
-	case Charge:
+	case p.mode == Charge || part.rule.Charge:
 		return throttler.Verdict{}, p.engine.t.Charge(ctx, part.id, options...)
 	}
 	return p.engine.t.ConsumeContext(ctx, part.id, options...)

@@ -1,6 +1,7 @@
 package rules_test
 
 import (
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -117,4 +118,76 @@ func TestOneRuleMayReplaceAllOthers(t *testing.T) {
 	assert.Equal(t, []string{"a", "b"}, ids(set.Match("", nil)))
 	assert.Equal(t, []string{"office"}, ids(set.Match("", entries("x", "y"))))
 	assert.Equal(t, []string{rules.DefaultDomain}, set.Domains())
+}
+
+func TestTooManyDescriptorsAreRefusedBeforeTheyAreCompared(t *testing.T) {
+	t.Parallel()
+	e := engine(t, "rules: [{name: a, per: user, limits: 1/1h}, {name: b, per: user, limits: 1/1h}, {name: c, per: user, shadow: true, limits: 1/1h}]")
+	ask := func(n int) error {
+		var all []rules.Descriptor
+		for i := range n {
+			all = append(all, rules.Descriptor{Entries: entries("user", strconv.Itoa(i))})
+		}
+		_, _, err := e.Decide(t.Context(), rules.Request{Descriptors: all})
+		return err
+	}
+	require.NoError(t, ask(128), "of two rules each, and one that never denies")
+	require.ErrorIs(t, ask(129), throttler.ErrInvalidIdentifier)
+	require.ErrorContains(t, ask(257), "257 descriptors")
+	many := rules.Request{Descriptors: make([]rules.Descriptor, 1_000_000)} // compared with each other they would take hours
+	_, _, err := e.Decide(t.Context(), many)
+	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
+}
+
+func TestARuleOfModeChargeTakesWhateverThereIs(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{
+		"rules: [{name: tokens, per: user, limits: [10/1h], mode: charge}, {name: calls, per: user, limits: [3/1h]}]",
+		"domain: default\ndescriptors: [{key: user, rate_limit: 10/1h, mode: charge}]\n---\nrules: [{name: calls, per: user, limits: [3/1h]}]",
+	} {
+		e := engine(t, text)
+		ask := func(mode rules.Mode, cost int64) (throttler.Verdict, []bool) {
+			v, applied, err := e.Decide(t.Context(), rules.Request{Mode: mode, Cost: &cost, Entries: entries("user", "42")})
+			require.NoError(t, err)
+			denied := map[string]bool{}
+			for _, a := range applied {
+				denied[a.Rule.ID] = a.Denied
+			}
+			return v, []bool{denied["tokens"] || denied["user"], denied["calls"]}
+		}
+		v, _ := ask(rules.Consume, 0)
+		assert.True(t, v.Allowed)
+		assert.NotEmpty(t, v.Levels())
+		v, denied := ask(rules.Consume, 3)
+		assert.True(t, v.Allowed)
+		assert.Equal(t, []bool{false, false}, denied)
+		v, denied = ask(rules.Consume, 20)
+		assert.False(t, v.Allowed, "the other rule denies")
+		assert.Equal(t, []bool{false, true}, denied, "and it is charged all the same")
+		v, denied = ask(rules.Consume, 0)
+		assert.False(t, v.Allowed, "a debt of 13")
+		assert.Equal(t, []bool{true, false}, denied)
+		assert.Positive(t, v.RetryAfter)
+		v, denied = ask(rules.Peek, 1)
+		assert.False(t, v.Allowed)
+		assert.Equal(t, []bool{true, true}, denied)
+	}
+}
+
+func TestWhatOnlyLooksTellsTheLevels(t *testing.T) {
+	t.Parallel()
+	e := engine(t, "rules: [{name: tokens, limits: [10/1h], mode: charge}]")
+	for _, remaining := range []int64{10, 0} {
+		v, applied, err := e.Decide(t.Context(), rules.Request{Cost: new(int64(0))})
+		require.NoError(t, err)
+		require.Equal(t, remaining > 0, v.Allowed)
+		require.Len(t, v.Levels(), 1)
+		require.Equal(t, max(0, remaining-1), applied[0].Levels[0].Remaining, "as after one more")
+		_, _, err = e.Decide(t.Context(), rules.Request{Cost: new(int64(12))})
+		require.NoError(t, err)
+	}
+	v, applied, err := engine(t, "rules: [{name: none, limits: [0/1h], mode: charge}]").Decide(t.Context(), rules.Request{Cost: new(int64(0))})
+	require.NoError(t, err)
+	require.False(t, v.Allowed)
+	require.True(t, applied[0].Denied, "there never is a token")
 }

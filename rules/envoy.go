@@ -132,6 +132,7 @@ func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path
 		{"value_to_metric", func(n *yaml.Node) { r.ValueToMetric = f.boolean(n, "value_to_metric") }},
 		{"share_threshold", func(n *yaml.Node) { share, shareAt = f.boolean(n, "share_threshold"), n }},
 		{"metadata", func(n *yaml.Node) { r.Metadata = f.metadata(n) }},
+		{"mode", func(n *yaml.Node) { r.Charge = f.mode(n) }},
 	})
 	if has == nil {
 		return

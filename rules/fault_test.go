@@ -91,7 +91,7 @@ func TestFaultsAreDataToo(t *testing.T) {
 	require.NoError(t, err)
 	assert.JSONEq(t, `[
 		{"file": "b.yaml", "line": 1, "column": 9, "problem": "the rule has no limits, and is not unlimited"},
-		{"file": "b.yaml", "line": 1, "column": 19, "problem": "\"limit\" is no word of a rule, which are name, when, per, limits, unlimited, replaces, cost, shadow, metadata, path, descriptors", "meant": "limits"},
+		{"file": "b.yaml", "line": 1, "column": 19, "problem": "\"limit\" is no word of a rule, which are name, when, per, limits, unlimited, replaces, cost, shadow, mode, metadata, path, descriptors", "meant": "limits"},
 		{"file": "a.yaml", "line": 0, "column": 0, "problem": "has no rules: it is empty"}
 	]`, string(text))
 }

@@ -12,6 +12,7 @@ import (
 	"go.yaml.in/yaml/v4"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/nearest"
 )
 
 // nativeFile reads one document.
@@ -68,6 +69,7 @@ func (f *nativeFile) rule(n *yaml.Node) {
 		{"replaces", func(n *yaml.Node) { f.listOrOne(n, "replaces", func(n *yaml.Node) { replaces = append(replaces, n) }) }},
 		{"cost", func(n *yaml.Node) { r.cost = f.cost(n) }},
 		{"shadow", func(n *yaml.Node) { r.Shadow = f.boolean(n, "shadow") }},
+		{"mode", func(n *yaml.Node) { r.Charge = f.mode(n) }},
 		{"metadata", func(n *yaml.Node) { r.Metadata = f.metadata(n) }},
 		{"path", func(*yaml.Node) {}},
 		{"descriptors", func(*yaml.Node) {}},
@@ -245,6 +247,16 @@ func (f *nativeFile) cost(n *yaml.Node) cost {
 	}
 	key, _ := f.text(n, "cost")
 	return cost{factor: 1, key: key}
+}
+
+// mode reports whether it is to charge.
+func (r *reader) mode(n *yaml.Node) bool {
+	words := []string{"consume", "charge"}
+	text, ok := r.text(n, "mode")
+	if ok && !slices.Contains(words, text) {
+		r.fault(n, nearest.Word(text, words), "mode is %.64q, must be consume or charge", text)
+	}
+	return text == "charge"
 }
 
 func (r *reader) metadata(n *yaml.Node) (m map[string]any) {

@@ -69,6 +69,10 @@ type Rule struct {
 	// that it would.
 	Quota bool
 
+	// Charge rules take what they are asked for, whatever there is, and never deny a cost above 0: for costs that are
+	// known only afterwards, and may leave a debt. A cost of 0 is denied while there is not one token.
+	Charge bool
+
 	// Metadata is for whoever asks: the engine does not look at it.
 	Metadata map[string]any
 

@@ -152,9 +152,9 @@ func TestTheSchemaAllowsWhatTheParserReads(t *testing.T) {
 func TestTheSchemaKnowsTheWordsOfTheParser(t *testing.T) {
 	t.Parallel()
 	whole := []string{
-		"domain: d\naddresses: [a]\nrules: [{name: n, when: {k: [v]}, per: [k], limits: [5/10s], replaces: [\"*\"], cost: 2, metadata: {}}, {name: s, limits: [5/1s], shadow: true}, {name: u, unlimited: true}]",
+		"domain: d\naddresses: [a]\nrules: [{name: n, when: {k: [v]}, per: [k], limits: [5/10s], replaces: [\"*\"], cost: 2, mode: charge, metadata: {}}, {name: s, limits: [5/1s], shadow: true}, {name: u, unlimited: true}]",
 		"rules: [{name: n, path: p, descriptors: [{key: k, value: v, unit: day, requests_per_unit: 5}]}]",
-		"domain: d\ndescriptors: [{key: k, value: v*, shadow_mode: true, quota_mode: true, detailed_metric: true, value_to_metric: true, share_threshold: true, metadata: {}, descriptors: [{key: k, rate_limit: {unit: day, requests_per_unit: 5, name: n, replaces: [{name: m}], algorithm: continuous, burst: 7}}, {key: l, rate_limits: [5/10s, {unlimited: false, unit: day}]}]}]",
+		"domain: d\ndescriptors: [{key: k, value: v*, shadow_mode: true, quota_mode: true, detailed_metric: true, value_to_metric: true, share_threshold: true, metadata: {}, mode: consume, descriptors: [{key: k, rate_limit: {unit: day, requests_per_unit: 5, name: n, replaces: [{name: m}], algorithm: continuous, burst: 7}}, {key: l, rate_limits: [5/10s, {unlimited: false, unit: day}]}]}]",
 	}
 	words := regexp.MustCompile(`([a-z_]+): `)
 	tried := 0
@@ -178,7 +178,7 @@ func TestTheSchemaKnowsTheWordsOfTheParser(t *testing.T) {
 	for _, wrong := range []string{
 		"17", "[]", "{}", "rules: 1", "rules: [1]", "rules: [{name: a}]", "rules: [{name: a, limits: []}]", "rules: [{name: a, limits: [5]}]", "rules: [{name: a, limits: [x]}]",
 		"rules: [{name: \"\", limits: [5/1s]}]", "rules: [{name: a, limits: [5/1s], when: {a: []}}]", "rules: [{name: a, limits: [5/1s], when: [a]}]", "rules: [{name: a, limits: [5/1s], cost: -1}]",
-		"rules: [{name: a, limits: [5/1s], shadow: maybe}]", "rules: [{name: a, limits: [5/1s], metadata: 1}]", "rules: [{name: a, limits: [5/1s], per: {a: b}}]", "domain: \"\"\nrules: []",
+		"rules: [{name: a, limits: [5/1s], shadow: maybe}]", "rules: [{name: a, limits: [5/1s], mode: change}]", "rules: [{name: a, limits: [5/1s], metadata: 1}]", "rules: [{name: a, limits: [5/1s], per: {a: b}}]", "domain: \"\"\nrules: []",
 		"domain: d\ndescriptors: [{value: v}]", "domain: d\ndescriptors: [{key: k, rate_limit: {unit: days}}]", "descriptors: []", "domain: d\ndescriptors: [{key: k, rate_limit: {unit: day, burst: 0}}]",
 		"domain: d\ndescriptors: [{key: k, rate_limit: {unit: day, algorithm: leaky}}]", "domain: d\ndescriptors: [{key: k, rate_limit: {unit: day, requests_per_unit: -1}}]", "domain: " + strings.Repeat("x", 256) + "\nrules: []",
 	} {

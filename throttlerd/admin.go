@@ -1,11 +1,10 @@
-// The admin API: its own listener, its own token. Without a token there is none.
+// The admin API and its page: their own listener, their own token. Without a token there is none.
 
 package main
 
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"io"
 	"log/slog"
@@ -14,24 +13,38 @@ import (
 	"sync"
 
 	"github.com/go-throttler/throttler/rules"
+	"github.com/go-throttler/throttler/watch"
 )
 
 const maxRules = 8 << 20 // bytes of a file
 
-// admin is the API.
+// admin is the API. newAdmin and serves make one.
 type admin struct {
-	engine *rules.Engine
-	source rules.Source
-	store  rules.Store // nil if the rules cannot be changed here
-	token  [sha256.Size]byte
-	log    *slog.Logger
+	engine   *rules.Engine
+	source   rules.Source
+	store    rules.Store // nil if the rules cannot be changed here
+	token    [sha256.Size]byte
+	sessions sessions
+	log      *slog.Logger
+	activity *activity
+
+	live  *watch.Watch
+	ended context.Context //nolint:containedctx // of all who look at the live page
+	leave func()          // ends it
 
 	changing sync.Mutex // held from compiling a change to storing it
 }
 
-func newAdmin(e *rules.Engine, s rules.Source, token string, log *slog.Logger) *admin {
-	store, _ := s.(rules.Store)
-	return &admin{engine: e, source: s, store: store, token: sha256.Sum256([]byte(token)), log: log}
+func newAdmin(token string, log *slog.Logger, activity *activity, live *watch.Watch) *admin {
+	a := &admin{token: sha256.Sum256([]byte(token)), log: log, activity: activity, live: live}
+	a.ended, a.leave = context.WithCancel(context.Background())
+	return a
+}
+
+// serves names the rules.
+func (a *admin) serves(e *rules.Engine, s rules.Source) {
+	a.engine, a.source = e, s
+	a.store, _ = s.(rules.Store)
 }
 
 func (a *admin) handler() http.Handler {
@@ -43,23 +56,52 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /v1/match", a.match)
 	mux.HandleFunc("GET /v1/levels", a.levels)
 	mux.HandleFunc("DELETE /v1/levels", a.reset)
-	return a.guarded(mux)
+	mux.HandleFunc("GET /{$}", a.page)
+	mux.HandleFunc("GET /page/rules", a.pageRules)
+	mux.HandleFunc("GET /page/match", a.pageMatch)
+	mux.HandleFunc("/debug/throttler/", a.watch)
+	mux.HandleFunc("POST /logout", a.logout)
+	anybody := http.NewServeMux()
+	anybody.HandleFunc("GET /login", func(w http.ResponseWriter, _ *http.Request) { writePage(w, "login", http.StatusOK, "") })
+	anybody.HandleFunc("POST /login", a.login)
+	anybody.Handle("/", a.guarded(mux))
+	return a.sameOrigin(anybody)
 }
 
-// guarded asks for the token before anything else is looked at, in a time that does not depend on it.
+// sameOrigin refuses what the page of another origin makes a browser send, also that of another port of this host.
+func (a *admin) sameOrigin(h http.Handler) http.Handler {
+	p := http.NewCrossOriginProtection()
+	p.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a.audit(r, "refused", slog.String("path", r.URL.EscapedPath()), slog.String("origin", r.Header.Get("Origin")))
+		problem(w, http.StatusForbidden, "a page of another origin may not send this")
+	}))
+	return p.Handler(h)
+}
+
+// guarded asks for the token before anything else is looked at, in a time that does not depend on it. Browsers that want
+// a page are sent to say it.
 func (a *admin) guarded(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
-		scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-		sum := sha256.Sum256([]byte(strings.TrimSpace(given)))
-		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(sum[:], a.token[:]) != 1 {
+		switch {
+		case a.knows(r):
+			h.ServeHTTP(w, r)
+		case r.Method == http.MethodGet && r.Header.Get("Authorization") == "" && strings.Contains(r.Header.Get("Accept"), "text/html"):
+			http.Redirect(w, r, "/login", http.StatusSeeOther)
+		default:
 			a.audit(r, "refused", slog.String("path", r.URL.EscapedPath()))
 			w.Header().Set("WWW-Authenticate", `Bearer realm="throttlerd"`)
 			problem(w, http.StatusUnauthorized, "the admin API needs its token: Authorization: Bearer …")
-			return
 		}
-		h.ServeHTTP(w, r)
 	})
+}
+
+// watch is the live page. Who looks at it would hold up the end.
+func (a *admin) watch(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(a.ended, cancel)()
+	a.live.ServeHTTP(w, r.WithContext(ctx))
 }
 
 // audit logs a change, or a try.
@@ -171,7 +213,8 @@ func (a *admin) remove(w http.ResponseWriter, r *http.Request) { a.change(w, r, 
 
 // change puts a file, or removes it if that is nil, if all files together are right then.
 func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
-	if a.store == nil {
+	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
+	if a.store == nil && !dry {
 		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
 		return
 	}
@@ -181,7 +224,6 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
 	}
 	a.changing.Lock()
 	defer a.changing.Unlock()
-	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
 	set, before, err := a.changed(r.Context(), name, f)
 	if err == nil {
 		err = before.Matches(ifMatch)
@@ -212,7 +254,7 @@ func tagOf(f *rules.File) string {
 
 // changed are the rules as they would be, and the file as it is, nil if there is none.
 func (a *admin) changed(ctx context.Context, name string, f *rules.File) (*rules.Set, *rules.File, error) {
-	files, err := a.store.Files(ctx)
+	files, err := a.source.Files(ctx)
 	if err != nil {
 		return nil, nil, err
 	}

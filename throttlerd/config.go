@@ -30,6 +30,7 @@ type config struct {
 
 	storage, redisURL, postgresURL string
 	redisTag                       bool
+	redisTimeout, postgresTimeout  time.Duration // 0 is the default of the storage
 
 	onStorageError, onUnknownDomain string
 
@@ -84,6 +85,8 @@ func (c *config) define(flags *flag.FlagSet) (tokenFile *string) {
 	flags.StringVar(&c.storage, "storage", "runtime", "where the counts are: `runtime` (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
 	flags.StringVar(&c.redisURL, "redis-url", "", "the `URL` of a server, a cluster or sentinels; or put it in THROTTLERD_REDIS_URL")
 	flags.StringVar(&c.postgresURL, "postgres-url", "", "the `URL` of a database; or put it in THROTTLERD_POSTGRES_URL")
+	flags.DurationVar(&c.redisTimeout, "redis-timeout", 0, "how long Redis may take; 0 is 250ms, or 50ms of a failover")
+	flags.DurationVar(&c.postgresTimeout, "postgres-timeout", 0, "how long Postgres may take; 0 is 500ms, or 200ms of a failover")
 	flags.BoolVar(&c.redisTag, "redis-slot-by-domain", false, "keep all counts of a domain in one slot of a Redis cluster, so that several rules may limit one request")
 	flags.StringVar(&c.onStorageError, "on-storage-error", "deny", "`deny` (Envoy: OVER_LIMIT, HTTP: 503), error (Envoy: UNAVAILABLE, so that its failure_mode_deny decides; HTTP: 503), or allow")
 	flags.StringVar(&c.onUnknownDomain, "on-unknown-domain", "deny", "`deny` or allow requests of a domain that has no rules")
@@ -154,8 +157,10 @@ func (c *config) check() error {
 	if (c.tlsCert == "") != (c.tlsKey == "") || c.tlsClientCA != "" && c.tlsCert == "" {
 		fault("-tls-cert and -tls-key go together, and -tls-client-ca needs them")
 	}
-	if c.drain < 0 {
-		fault("-drain is %v, must be 0 or more", c.drain)
+	for flag, d := range map[string]time.Duration{"drain": c.drain, "redis-timeout": c.redisTimeout, "postgres-timeout": c.postgresTimeout} {
+		if d < 0 {
+			fault("-%s is %v, must be 0 or more", flag, d)
+		}
 	}
 	return errors.Join(faults...)
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
@@ -25,6 +26,9 @@ import (
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/rules"
+	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/failover"
+	"github.com/go-throttler/throttler/watch"
 )
 
 // daemon is what serves. newDaemon makes one, and serve ends it.
@@ -33,11 +37,13 @@ type daemon struct {
 	log     *slog.Logger
 	closing closing // storages and sources
 
-	engine    *rules.Engine
-	throttler *throttler.Throttler
-	service   *service
-	admin     *admin // nil without a token
+	engine   *rules.Engine
+	service  *service
+	admin    *admin // nil without a token
+	activity *activity
+	registry *prometheus.Registry
 
+	probed    *throttler.Throttler
 	readiness readiness
 	grpcReady *health.Server
 
@@ -55,7 +61,7 @@ type listener struct {
 
 // newDaemon opens everything and listens, but answers nobody yet.
 func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error) {
-	d := &daemon{config: c, log: log, grpcReady: health.NewServer()}
+	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: health.NewServer()}
 	err := d.open(ctx)
 	if err == nil {
 		err = d.listen(ctx)
@@ -72,25 +78,53 @@ func (d *daemon) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	policy := throttler.Deny
-	if d.config.onStorageError == "allow" {
-		policy = throttler.Allow
+	if d.probed, err = throttler.New(throttler.Config{Name: "rules", Storage: store}); err != nil {
+		return err
 	}
-	if d.throttler, err = throttler.New(throttler.Config{Name: "rules", Storage: store, OnStorageError: policy, Observe: d.observe()}); err != nil {
+	decides, err := d.newThrottler(store)
+	if err != nil {
 		return err
 	}
 	source, err := openSource(ctx, d.config, &d.closing)
 	if err != nil {
 		return err
 	}
-	if d.engine, err = rules.NewEngine(d.throttler, source, &rules.Options{OnLoad: d.loaded}); err != nil {
+	if d.engine, err = rules.NewEngine(decides, source, &rules.Options{OnLoad: d.loaded}); err != nil {
 		return err
 	}
-	if d.config.adminToken != "" && d.config.admin != "" {
-		d.admin = newAdmin(d.engine, source, d.config.adminToken, d.log)
+	d.activity.loaded(d.engine.Rules())
+	if d.admin != nil {
+		d.admin.serves(d.engine, source)
 	}
-	d.service, err = newService(d.throttler, d.engine, d.config, faults(d.log))
+	d.service, err = newService(decides, d.engine, d.config, d.activity.count, faults(d.log))
 	return err
+}
+
+// newThrottler is what decides, and who observes it. Without an admin API nobody could see the live page.
+func (d *daemon) newThrottler(store storage.Storage) (*throttler.Throttler, error) {
+	m, err := d.newMetrics(store)
+	if err != nil {
+		return nil, err
+	}
+	observers := []func(context.Context, *throttler.Event){m.Observe, d.bypassed()}
+	if d.config.adminToken != "" && d.config.admin != "" {
+		live := watch.New(&watch.Options{State: stateOf(store)})
+		observers = append(observers, live.Observe)
+		d.admin = newAdmin(d.config.adminToken, d.log, d.activity, live)
+	}
+	policy := throttler.Deny
+	if d.config.onStorageError == "allow" {
+		policy = throttler.Allow
+	}
+	return throttler.New(throttler.Config{Name: "rules", Storage: store, OnStorageError: policy, Observe: throttler.Observers(observers...)})
+}
+
+// stateOf is what a storage tells of itself, nil if that is nothing.
+func stateOf(s storage.Storage) func() any {
+	if f, ok := s.(*failover.Storage); ok {
+		return func() any { return f.State() }
+	}
+	return nil
 }
 
 // loaded tells of newer rules.
@@ -99,6 +133,7 @@ func (d *daemon) loaded(set *rules.Set, err error) {
 		d.log.Error("the rules stay as they are, since the new ones are wrong", "error", err.Error())
 		return
 	}
+	d.activity.loaded(set)
 	d.log.Info("the rules are loaded", "rules", len(set.Rules()), "etag", set.ETag())
 }
 
@@ -118,14 +153,14 @@ func faults(log *slog.Logger) func(error) {
 	}
 }
 
-// observe tells of requests that were let through undecided.
-func (d *daemon) observe() func(context.Context, *throttler.Event) {
+// bypassed tells of requests that were let through undecided.
+func (d *daemon) bypassed() func(context.Context, *throttler.Event) {
 	if d.config.onStorageError != "allow" {
 		return nil
 	}
 	tell := faults(d.log)
 	return func(_ context.Context, e *throttler.Event) {
-		if e.Err != nil && e.Verdict.Degraded() {
+		if e.Err != nil && e.Bypassed() {
 			tell(fmt.Errorf("allowed without a limit: %w", e.Err))
 		}
 	}
@@ -143,18 +178,28 @@ func (d *daemon) listen(ctx context.Context) error {
 	mux.HandleFunc("/auth", d.service.auth)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("OK\n")) })
 	mux.HandleFunc("GET /readyz", d.ready)
+	mux.Handle("GET /metrics", d.metrics())
 	err = errors.Join(d.listenGRPC(ctx, secure), d.listenHTTP(ctx, "http", d.config.http, mux, secure))
 	if d.admin != nil {
 		err = errors.Join(err, d.listenHTTP(ctx, "admin", d.config.admin, d.admin.handler(), nil))
+		d.servers[len(d.servers)-1].RegisterOnShutdown(d.admin.leave)
 	}
 	return err
 }
+
+// streamWorkers is how many goroutines of gRPC stay between calls, more than usually wait for a storage at a time. In a new
+// one for each call the stack would grow anew, which was a seventh of the time of a call. Calls beyond them get one.
+const streamWorkers = 512
+
+// windowSize is what a client may send before it is told to go on. A fixed size, as with a moving one the server pings the
+// client at every request to find the best.
+const windowSize = 1 << 20 // bytes
 
 func (d *daemon) listenGRPC(ctx context.Context, secure *tls.Config) error {
 	if d.config.grpc == "" {
 		return nil
 	}
-	var options []grpc.ServerOption
+	options := []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.InitialWindowSize(windowSize), grpc.InitialConnWindowSize(windowSize)}
 	if secure != nil {
 		options = append(options, grpc.Creds(credentials.NewTLS(secure)))
 	}
@@ -199,7 +244,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	defer tasks.Wait()
 	defer stop()
 	d.probe(running)
-	tasks.Go(func() { d.watch(running) })
+	tasks.Go(func() { d.eachSecond(running) })
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -254,6 +299,9 @@ func (d *daemon) close(ctx context.Context) error {
 	}
 	if d.engine != nil {
 		d.engine.Close()
+	}
+	if d.admin != nil {
+		d.admin.leave()
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

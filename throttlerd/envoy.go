@@ -40,9 +40,13 @@ type envoy struct {
 }
 
 // ShouldRateLimit answers Envoy. An error is returned only to a caller that has gone, and for a storage that fails if
-// -on-storage-error says so.
+// -on-storage-error says so. The storage ends a call by its own timeout: a decision that is never left halfway needs no
+// goroutine besides the one of the call, which on Redis was a quarter of its time.
 func (s envoy) ShouldRateLimit(ctx context.Context, r *ratelimitv3.RateLimitRequest) (*ratelimitv3.RateLimitResponse, error) {
-	d := s.decideEnvoy(ctx, r)
+	if err := ctx.Err(); err != nil {
+		return nil, status.FromContextError(err).Err()
+	}
+	d := s.decideEnvoy(context.WithoutCancel(ctx), r)
 	if err := ctx.Err(); d.err != nil && err != nil {
 		return nil, status.FromContextError(err).Err()
 	}

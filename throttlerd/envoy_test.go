@@ -158,3 +158,23 @@ func TestTheHealthOfGRPC(t *testing.T) {
 		return err == nil && out.GetStatus() == healthv1.HealthCheckResponse_SERVING
 	}, "it serves")
 }
+
+// TestWhatEnvoySendsAfterTheStreamIsCharged asks as Envoy does where a filter has apply_on_stream_done: before with
+// hits_addend 0, and afterwards with what the answer has cost.
+func TestWhatEnvoySendsAfterTheStreamIsCharged(t *testing.T) {
+	t.Parallel()
+	c := start(t, nil, "-rules", written(t, "domain: x\nrules: [{name: tokens, per: [user], limits: [1000/1h], mode: charge}]\n")).envoy(t)
+	ask := func(hits uint64) *ratelimitv3.RateLimitResponse {
+		r := ask("x", "user", "42")
+		r.Descriptors[0].HitsAddend = wrapperspb.UInt64(hits)
+		return should(t, c, r)
+	}
+	require.Equal(t, codeOK, ask(0).GetOverallCode())
+	require.Equal(t, codeOK, ask(900).GetOverallCode())
+	require.Equal(t, codeOK, ask(0).GetOverallCode(), "100 are left")
+	require.Equal(t, codeOK, ask(700).GetOverallCode(), "what has happened is charged, and leaves a debt")
+	over := ask(0)
+	require.Equal(t, codeOver, over.GetOverallCode(), "until it is paid nothing new begins")
+	require.Equal(t, "tokens", over.GetStatuses()[0].GetCurrentLimit().GetName())
+	require.Positive(t, over.GetStatuses()[0].GetDurationUntilReset().AsDuration())
+}

@@ -253,7 +253,9 @@ func TestWithFailoverNobodySeesThatRedisDies(t *testing.T) {
 		}
 		require.True(t, time.Now().Before(deadline), d.log)
 	}
-	require.Equal(t, 200, d.get(t, "/readyz").status)
+	d.probe(t.Context()) // as each second
+	require.Equal(t, 200, d.get(t, "/readyz").status, "Postgres in place of Redis is ready")
+	require.Equal(t, []string{"1"}, d.scrape(t, `throttler_failover_degraded{storage="failover"} `))
 }
 
 func TestTwoDaemonsWithATableAgree(t *testing.T) {

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -18,17 +17,18 @@ import (
 // readiness is what the last look at the storage found.
 type readiness struct{ failed atomic.Pointer[string] } // nil: it answered
 
-const lookEach = time.Second
+const lookEach = time.Second // activity.second wants that
 
 var probed = throttler.Using(throttler.NewBucket(time.Second, 1).Named("readiness"))
 
-// watch looks at the storage until the context is done.
-func (d *daemon) watch(ctx context.Context) {
+// eachSecond looks at the storage until the context is done.
+func (d *daemon) eachSecond(ctx context.Context) {
 	tick := time.NewTicker(lookEach)
 	defer tick.Stop()
 	for {
 		select {
-		case <-tick.C:
+		case now := <-tick.C:
+			d.activity.second(now)
 			d.probe(ctx)
 		case <-ctx.Done():
 			return
@@ -36,14 +36,11 @@ func (d *daemon) watch(ctx context.Context) {
 	}
 }
 
-// probe asks the storage something that changes nothing.
+// probe asks the storage something that changes nothing. Postgres in place of a Redis that failed is ready.
 func (d *daemon) probe(ctx context.Context) {
 	asking, cancel := context.WithTimeout(ctx, lookEach)
 	defer cancel()
-	v, err := d.throttler.Peek(asking, "readiness", probed, throttler.Cost(0))
-	if err == nil && v.Degraded() {
-		err = errors.New("the storage does not answer")
-	}
+	_, err := d.probed.Peek(asking, "readiness", probed, throttler.Cost(0))
 	if ctx.Err() != nil {
 		return
 	}

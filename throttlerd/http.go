@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -67,9 +68,23 @@ func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 // asking is the body of POST /v1/decide: one descriptor, or several.
 type asking struct {
 	Domain string `json:"domain"`
-	Mode   string `json:"mode"` // consume, the default, peek or charge
+	Mode   string `json:"mode"` // consume, the default, peek, charge or refund
 	descriptor
 	Descriptors []descriptor `json:"descriptors"`
+	Receipt     wanted       `json:"receipt"` // true to get one; of a refund the one that was got
+}
+
+// wanted is true, or a text.
+type wanted struct {
+	wants bool
+	id    string
+}
+
+func (w *wanted) UnmarshalJSON(data []byte) error {
+	if json.Unmarshal(data, &w.wants) == nil || json.Unmarshal(data, &w.id) == nil {
+		return nil
+	}
+	return errors.New("receipt must be true, or in a refund the text that was got")
 }
 
 // descriptor is one description of a request.
@@ -117,7 +132,10 @@ var modes = map[string]rules.Mode{"": rules.Consume, "consume": rules.Consume, "
 func (a *asking) request() (rules.Request, error) {
 	mode, known := modes[a.Mode]
 	if !known {
-		return rules.Request{}, malformed("mode is %.64q, must be consume, peek or charge", a.Mode)
+		return rules.Request{}, malformed("mode is %.64q, must be consume, peek, charge or refund", a.Mode)
+	}
+	if a.Receipt.id != "" || a.Receipt.wants && mode != rules.Consume {
+		return rules.Request{}, malformed("receipt must be true, and the mode consume; or the mode is refund")
 	}
 	all := a.Descriptors
 	if a.Entries != nil || a.Cost != nil || a.Limit != "" {
@@ -146,6 +164,7 @@ type answered struct {
 	Allowed    bool          `json:"allowed"`
 	Degraded   bool          `json:"degraded,omitempty"`    // by -on-storage-error allow
 	RetryAfter float64       `json:"retry_after,omitempty"` // seconds
+	Receipt    string        `json:"receipt,omitempty"`
 	Rules      []appliedJSON `json:"rules"`
 }
 
@@ -188,15 +207,20 @@ func (s *service) decideHTTP(w http.ResponseWriter, r *http.Request) {
 	if !readJSON(w, r, &a) {
 		return
 	}
-	asked, err := a.request()
-	d := &decision{err: err}
-	if err == nil {
-		d = s.decide(r.Context(), asked)
+	var d *decision
+	if a.Mode == "refund" {
+		d = s.refund(r.Context(), &a)
+	} else {
+		d = s.decideAsked(r.Context(), &a)
+	}
+	body := d.body()
+	if a.Receipt.wants && d.err == nil && d.v.Taken() {
+		body.Receipt = s.receipts.give(d.v, time.Now())
 	}
 	write := func(w http.ResponseWriter, status int) {
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(status)
-		writeJSON(w, d.body())
+		writeJSON(w, body)
 	}
 	d.admit = func(w http.ResponseWriter, _ *http.Request) { write(w, http.StatusOK) }
 	d.refuse = func(w http.ResponseWriter, _ *http.Request, refusal throttlerhttp.Refusal) {
@@ -207,6 +231,31 @@ func (s *service) decideHTTP(w http.ResponseWriter, r *http.Request) {
 		problem(w, refusal.Status, title(d.err))
 	}
 	s.answer(w, r, d)
+}
+
+func (s *service) decideAsked(ctx context.Context, a *asking) *decision {
+	asked, err := a.request()
+	if err != nil {
+		return &decision{err: err}
+	}
+	return s.decide(ctx, asked)
+}
+
+// refund gives back what a receipt is for. A receipt is used up also where the storage fails: some of it may have been
+// given back.
+func (s *service) refund(ctx context.Context, a *asking) (d *decision) {
+	if a.Receipt.id == "" || a.Entries != nil || a.Cost != nil || a.Limit != "" || len(a.Descriptors) > 0 {
+		return &decision{err: malformed("a refund has a receipt and nothing else")}
+	}
+	d = &decision{}
+	v, ok := s.receipts.take(a.Receipt.id, time.Now())
+	if !ok {
+		d.err = errUnknownReceipt
+	} else if d.err = s.throttler.Refund(context.WithoutCancel(ctx), v); d.err != nil {
+		s.fault(d.err)
+	}
+	d.v.Allowed = d.err == nil
+	return d
 }
 
 // newServer bounds what a client can hold up.

@@ -4,8 +4,11 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
 )
 
 func TestDecideConsumesPeeksAndCharges(t *testing.T) {
@@ -61,4 +64,53 @@ func TestWhatAClientSendsIsBounded(t *testing.T) {
 	}
 	a := d.get(t, "/auth?domain=api", "X-Forwarded-Uri", "/"+strings.Repeat("x", 100<<10))
 	require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, a.status)
+}
+
+func TestAReceiptGivesBackOnce(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "domain: x\nrules:\n- {name: calls, per: [user], limits: [2/1h]}\n- {name: bytes, per: [user], cost: bytes, limits: [100/1h continuous]}\n"))
+	const request = `{"domain":"x","entries":{"user":"42","bytes":"60"},"receipt":true}`
+	first := d.post(t, "/v1/decide", request)
+	require.Equal(t, 200, first.status, first.body)
+	receipt, _ := first.json(t)["receipt"].(string)
+	require.NotEmpty(t, receipt)
+	denied := d.post(t, "/v1/decide", request)
+	require.Equal(t, 429, denied.status, "60 bytes more are too many")
+	require.NotContains(t, denied.body, "receipt")
+	refund := `{"mode":"refund","receipt":"` + receipt + `"}`
+	back := d.post(t, "/v1/decide", refund)
+	require.Equal(t, 200, back.status, back.body)
+	require.JSONEq(t, `{"allowed":true,"rules":[]}`, back.body)
+	again := d.post(t, "/v1/decide", refund)
+	require.Equal(t, 404, again.status, "a receipt is used once")
+	require.Contains(t, again.body, "used")
+	left := d.post(t, "/v1/decide", `{"domain":"x","entries":{"user":"42"},"cost":0,"mode":"peek"}`)
+	require.Contains(t, left.body, `"limit":2,"remaining":2`)
+	require.Contains(t, left.body, `"limit":100,"remaining":100`)
+	for _, wrong := range []string{
+		`{"mode":"refund"}`, `{"mode":"refund","receipt":true}`, `{"mode":"refund","receipt":"x","cost":1}`, `{"mode":"refund","receipt":"x","entries":{}}`,
+		`{"entries":{},"receipt":"x"}`, `{"entries":{},"receipt":1}`, `{"entries":{},"mode":"peek","receipt":true}`,
+	} {
+		require.Equal(t, 400, d.post(t, "/v1/decide", wrong).status, wrong)
+	}
+	require.Equal(t, 404, d.post(t, "/v1/decide", `{"mode":"refund","receipt":"nobody gave it"}`).status)
+}
+
+func TestReceiptsEndAndAreFew(t *testing.T) {
+	t.Parallel()
+	var r receipts
+	now := time.Now()
+	first := r.give(throttler.Verdict{}, now)
+	_, ok := r.take(first, now.Add(receiptLasts))
+	require.False(t, ok, "it is too old")
+	second := r.give(throttler.Verdict{}, now)
+	for range maxReceipts {
+		r.give(throttler.Verdict{}, now)
+	}
+	require.Len(t, r.order, maxReceipts)
+	require.LessOrEqual(t, len(r.given), maxReceipts)
+	_, ok = r.take(second, now)
+	require.False(t, ok, "the oldest is forgotten")
+	r.give(throttler.Verdict{}, now.Add(receiptLasts))
+	require.Len(t, r.given, 1, "those that are too old are too")
 }

@@ -330,3 +330,15 @@ func TestTheEndAnswersWhatHasBegun(t *testing.T) {
 	require.NoError(t, <-stopped)
 	require.Contains(t, d.log.String(), `"stopped"`)
 }
+
+func overwrite(t *testing.T, file, text string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	require.NoError(t, err)
+	return string(data)
+}

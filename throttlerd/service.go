@@ -17,10 +17,13 @@ import (
 
 // service decides for all listeners. It is safe for concurrent use.
 type service struct {
-	config *config
-	engine *rules.Engine
-	limit  http.Handler // answers what is in the context of a request
-	fault  func(error)  // is told of what is not the fault of the caller
+	config    *config
+	throttler *throttler.Throttler
+	engine    *rules.Engine
+	receipts  *receipts
+	limit     http.Handler    // answers what is in the context of a request
+	fault     func(error)     // is told of what is not the fault of the caller
+	count     func(*decision) // is told of all
 }
 
 // The errors of requests that no rule could be asked about.
@@ -28,13 +31,15 @@ var (
 	errUnknownDomain = errors.New("the domain has no rules")
 	errMalformed     = errors.New("the request is wrong")
 	errInternal      = errors.New("a fault of throttlerd")
+
+	errUnknownReceipt = errors.New("the receipt is unknown, used, or older than 10 minutes")
 )
 
 func malformed(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, args...))
 }
 
-func newService(t *throttler.Throttler, e *rules.Engine, c *config, fault func(error)) (*service, error) {
+func newService(t *throttler.Throttler, e *rules.Engine, c *config, count func(*decision), fault func(error)) (*service, error) {
 	limit, err := throttlerhttp.New(t, &throttlerhttp.Options{
 		Decide: func(r *http.Request) (throttler.Verdict, error) { d := decided(r); return d.v, d.err },
 		Refuse: func(w http.ResponseWriter, r *http.Request, refusal throttlerhttp.Refusal) {
@@ -47,7 +52,7 @@ func newService(t *throttler.Throttler, e *rules.Engine, c *config, fault func(e
 		return nil, err
 	}
 	return &service{
-		config: c, engine: e, fault: fault,
+		config: c, throttler: t, engine: e, receipts: &receipts{}, count: count, fault: fault,
 		limit: limit(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { decided(r).admit(w, r) })),
 	}, nil
 }
@@ -64,6 +69,11 @@ type decision struct {
 
 func (d *decision) denied() bool {
 	return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity)
+}
+
+// bypassed reports whether the storage failed, and the request was allowed without a limit.
+func (d *decision) bypassed() bool {
+	return d.v.Allowed && d.v.Degraded() && !slices.ContainsFunc(d.applied, func(a rules.Applied) bool { return a.Rule.Unlimited || len(a.Levels) > 0 })
 }
 
 type decisionKey struct{}
@@ -100,6 +110,9 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	case d.err != nil:
 		d.v.Allowed = false
 	}
+	if r.Mode != rules.Peek {
+		s.count(d)
+	}
 	return d
 }
 
@@ -132,7 +145,7 @@ func statusOf(err error, otherwise int) int {
 		return otherwise
 	case errors.Is(err, errMalformed), errors.Is(err, throttler.ErrInvalidCost), errors.Is(err, throttler.ErrInvalidIdentifier), errors.As(err, new(*throttler.BucketError)):
 		return http.StatusBadRequest
-	case errors.Is(err, errUnknownDomain):
+	case errors.Is(err, errUnknownDomain), errors.Is(err, errUnknownReceipt):
 		return http.StatusNotFound
 	case errors.As(err, new(*throttler.DebtError)):
 		return http.StatusUnprocessableEntity

@@ -49,7 +49,7 @@ func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *clos
 		if err != nil {
 			return nil, err
 		}
-		s, err := failover.New(primary, ledger, &failover.Options{Observe: changes(log)})
+		s, err := failover.New(primary, ledger, &failover.Options{PrimaryTimeout: c.redisTimeout, LedgerTimeout: c.postgresTimeout, Observe: changes(log)})
 		if err != nil {
 			return nil, err
 		}
@@ -68,7 +68,7 @@ func opened[S storage.Storage](s S, err error) (storage.Storage, error) {
 }
 
 func openRedis(c *config, closing *closing) (*redisstore.Storage, error) {
-	o := &redisstore.Options{}
+	o := &redisstore.Options{Timeout: c.redisTimeout}
 	if c.redisTag {
 		o.HashTag = rules.HashTag
 	}
@@ -85,9 +85,9 @@ func openPostgres(ctx context.Context, c *config, closing *closing) (*pgstore.St
 	if err != nil {
 		return nil, err
 	}
-	s, err := pgstore.New(ctx, pool, nil)
+	s, err := pgstore.New(ctx, pool, &pgstore.Options{Timeout: c.postgresTimeout})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("-storage postgres: %w", err)
 	}
 	closing.then(s.Close)
 	return s, nil

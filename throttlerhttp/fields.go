@@ -4,6 +4,7 @@ package throttlerhttp
 
 import (
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -47,8 +48,7 @@ type said struct {
 
 // say adds the fields of a verdict to an answer. For Draft10 it allocates one string.
 func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throttler.Level) {
-	p := l.policies.of(v, levels)
-	s.tell(l.m.Fields, p, levels)
+	p := s.tell(l, v, levels)
 	var before said
 	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) {
 		before.draft[1] = have[0] // by this limiter or an equal one: put replaces it, and a recorder outside merges
@@ -56,17 +56,35 @@ func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throt
 	s.put(h, &before, true, 0)
 }
 
-// tell fills s with the fields of levels. It adds them to no answer yet.
-func (s *said) tell(f Fields, p *policy, levels []throttler.Level) {
+// tell fills s with the fields of levels and returns the policy of Draft10. It adds them to no answer yet.
+func (s *said) tell(l *limit, v *throttler.Verdict, levels []throttler.Level) *policy {
+	f, p, lowest := l.m.Fields, l.policies.of(v, levels), levels
+	if p.twice {
+		lowest = lowestOf(levels)
+		p = l.policies.of(v, lowest)
+	}
 	if f == 0 || f&Draft10 != 0 {
-		s.draft = [2]string{p.field, p.limits(levels)}
-		if p.twice {
-			s.draft = merge(nil, nil, s.draft)
-		}
+		s.draft = [2]string{p.field, p.limits(lowest)}
 	}
 	if f&(XSeconds|XUnix) != 0 {
 		s.x = f.ofNearest(levels)
 	}
+	return p
+}
+
+// lowestOf has one level of each name, of several the one of which less remains, or as little for longer.
+func lowestOf(levels []throttler.Level) (lowest []throttler.Level) {
+	for i := range levels {
+		l := &levels[i]
+		j := slices.IndexFunc(lowest, func(have throttler.Level) bool { return have.Bucket == l.Bucket })
+		switch {
+		case j < 0:
+			lowest = append(lowest, *l)
+		case l.Remaining < lowest[j].Remaining || l.Remaining == lowest[j].Remaining && next(l) > next(&lowest[j]):
+			lowest[j] = *l
+		}
+	}
+	return lowest
 }
 
 // put writes s into an answer, replacing what this limiter said before, which may be s itself. If others have added fields,

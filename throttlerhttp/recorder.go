@@ -148,7 +148,7 @@ func (r *recorder) begin(status int) {
 	v := r.refund(status)
 	if levels := v.Levels(); len(levels) > 0 {
 		now = &said{}
-		now.tell(r.l.m.Fields, r.l.policies.of(&v, levels), levels)
+		now.tell(r.l, &v, levels)
 	}
 	now.put(r.Header(), &r.said, r.told, status)
 }

@@ -16,10 +16,12 @@ import (
 func BenchmarkObserve(b *testing.B) {
 	m, err := throttlerprom.New(prometheus.NewRegistry(), nil)
 	require.NoError(b, err)
+	native, err := throttlerprom.New(prometheus.NewRegistry(), &throttlerprom.Options{NativeHistograms: true})
+	require.NoError(b, err)
 	for _, c := range []struct {
 		name    string
 		observe func(context.Context, *throttler.Event)
-	}{{"nobody", nil}, {"empty", func(context.Context, *throttler.Event) {}}, {"prometheus", m.Observe}} {
+	}{{"nobody", nil}, {"empty", func(context.Context, *throttler.Event) {}}, {"prometheus", m.Observe}, {"native", native.Observe}} {
 		b.Run(c.name, func(b *testing.B) {
 			t, err := throttler.New(throttler.Config{Name: "api", Observe: c.observe, Buckets: []throttler.Bucket{
 				throttler.NewBucket(10*time.Second, 1<<40), throttler.NewBucket(time.Hour, 1<<40),

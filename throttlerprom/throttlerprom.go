@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -30,6 +31,10 @@ type Options struct {
 	// MaxBuckets is how many buckets have labels of their own, over all Throttlers. The first ones have; all others count
 	// as bucket "other" of their Throttler. 0 is DefaultMaxBuckets; below 0 is an error of New.
 	MaxBuckets int
+
+	// NativeHistograms gives the duration of decisions native buckets too, each a tenth wider than the one before, for a
+	// Prometheus that scrapes them. They cost a decision about 30 ns, and a few kilobytes for each source.
+	NativeHistograms bool
 }
 
 // Metrics counts what it observes. It is safe for concurrent use, a prometheus.Collector, and made by New only.
@@ -61,7 +66,7 @@ func New(r prometheus.Registerer, o *Options) (*Metrics, error) {
 		return nil, fmt.Errorf("throttlerprom: Options.MaxBuckets is %d, must be 0 or more", m.maxBuckets)
 	}
 	m.decided.Store(&map[decidedBy]*decided{})
-	m.make()
+	m.make(o != nil && o.NativeHistograms)
 	err := r.Register(m)
 	if there := (prometheus.AlreadyRegisteredError{}); errors.As(err, &there) {
 		if m, ok := there.ExistingCollector.(*Metrics); ok {
@@ -74,17 +79,19 @@ func New(r prometheus.Registerer, o *Options) (*Metrics, error) {
 	return m, nil
 }
 
-func (m *Metrics) make() {
+func (m *Metrics) make(native bool) {
 	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "throttler_" + name, Help: help}, labels)
 	}
 	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
 		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "throttler_" + name, Help: help}, labels)
 	}
-	histogram := func(name, help string, from float64, labels ...string) *prometheus.HistogramVec {
-		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "throttler_" + name, Help: help, Buckets: prometheus.ExponentialBuckets(from, 4, 11),
-		}, labels)
+	histogram := func(name, help string, from float64, native bool, labels ...string) *prometheus.HistogramVec {
+		o := prometheus.HistogramOpts{Name: "throttler_" + name, Help: help, Buckets: prometheus.ExponentialBuckets(from, 4, 11)}
+		if native {
+			o.NativeHistogramBucketFactor, o.NativeHistogramMaxBucketNumber, o.NativeHistogramMinResetDuration = 1.1, 160, time.Hour
+		}
+		return prometheus.NewHistogramVec(o, labels)
 	}
 	m.decisions = counter("decisions_total", "Calls by their result. The attempts of a wait are not counted, and the source is the store that answered.", "name", "op", "result", "source")
 	m.denials = counter("denials_total", "Denials by each bucket that denied, which may be several of one call.", "name", "bucket")
@@ -96,8 +103,8 @@ func (m *Metrics) make() {
 	m.fullLimit = gauge("limit_full_tokens", "Capacity of the bucket without load, as last seen: limit_tokens, but for elastic buckets.", "name", "bucket")
 	m.period = gauge("limit_period_seconds", "Period of the bucket as last seen.", "name", "bucket")
 	m.waiting = gauge("waiting", "Calls of Wait that have not returned.", "name")
-	m.duration = histogram("decision_duration_seconds", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6, "source")
-	m.wait = histogram("wait_duration_seconds", "Time from the beginning of a wait to its result.", 1e-4, "name", "result")
+	m.duration = histogram("decision_duration_seconds", "Time that one call of the Throttler took, storage included, by the store that answered.", 1e-6, native, "source")
+	m.wait = histogram("wait_duration_seconds", "Time from the beginning of a wait to its result.", 1e-4, false, "name", "result")
 }
 
 func (m *Metrics) collectors() []prometheus.Collector {

@@ -296,3 +296,21 @@ func heap() int64 {
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
 }
+
+func TestNativeHistogramsAreAnOption(t *testing.T) {
+	t.Parallel()
+	for _, native := range []bool{false, true} {
+		r, _, th := measured(t, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}}, &throttlerprom.Options{NativeHistograms: native})
+		_, err := th.Consume("a")
+		require.NoError(t, err)
+		families, err := r.Gather()
+		require.NoError(t, err)
+		for _, f := range families {
+			if f.GetName() == "throttler_decision_duration_seconds" {
+				h := f.GetMetric()[0].GetHistogram()
+				require.Equal(t, native, len(h.GetPositiveSpan()) > 0)
+				require.Len(t, h.GetBucket(), 11, "the classic ones are there")
+			}
+		}
+	}
+}

@@ -1,6 +1,6 @@
-// Package browsertest_test opens pages of the examples in a real browser: /docs of examples/fastapi-like, and the
-// page of package watch in examples/observed. It is a module of its own, so that the root module does not depend on
-// chromedp, which drives Chromium. It does not import the root module: it builds the examples and runs them.
+// Package browsertest_test opens pages in a real browser: /docs of examples/fastapi-like, the page of package watch in
+// examples/observed, and the admin page of throttlerd. It is a module of its own, so that the root module does not depend
+// on chromedp, which drives Chromium. It does not import the root module: it builds the programs and runs them.
 package browsertest_test
 
 import (
@@ -42,12 +42,18 @@ func start(t *testing.T) string {
 
 // run runs an example in a process of its own until the test ends, and returns the first line that it prints.
 func run(t *testing.T, example string, args ...string) []byte {
-	program := filepath.Join(t.TempDir(), example)
+	return runProgram(t, "examples/"+example, func([]byte) bool { return true }, nil, append(args, "-addr", "127.0.0.1:0")...)
+}
+
+// runProgram is run for any folder, which returns the first line that is wanted.
+func runProgram(t *testing.T, folder string, wanted func(line []byte) bool, env []string, args ...string) []byte {
+	program := filepath.Join(t.TempDir(), "program")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".")
-	build.Dir = "../../examples/" + example
+	build.Dir = "../../" + folder
 	out, err := build.CombinedOutput()
 	require.NoError(t, err, "%s", out)
-	run := exec.CommandContext(t.Context(), program, append(args, "-addr", "127.0.0.1:0")...)
+	run := exec.CommandContext(t.Context(), program, args...)
+	run.Env = append(os.Environ(), env...)
 	stdout, err := run.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, run.Start())
@@ -58,13 +64,16 @@ func run(t *testing.T, example string, args ...string) []byte {
 		_ = run.Wait() // always an error, as it was killed
 	})
 	lines := bufio.NewScanner(stdout)
-	require.True(t, lines.Scan(), "the program has ended")
-	first := bytes.Clone(lines.Bytes())
+	var line []byte
+	for !wanted(line) || line == nil {
+		require.True(t, lines.Scan(), "the program has ended")
+		line = bytes.Clone(lines.Bytes())
+	}
 	rest.Go(func() {
 		for lines.Scan() { // or a full pipe would block the program
 		}
 	})
-	return first
+	return line
 }
 
 // chromium returns the program that $CHROMIUM names, or else the one that is installed.

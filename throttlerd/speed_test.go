@@ -1,0 +1,245 @@
+//go:build ratelimit
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
+	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/go-throttler/throttler/internal/servers"
+)
+
+const speedRules = `domain: d
+descriptors:
+- key: user
+  rate_limit: {unit: day, requests_per_unit: 100000000}
+- key: org
+  rate_limit: {unit: day, requests_per_unit: 100000000}
+`
+
+// contender is a server that is measured.
+type contender struct {
+	name  string
+	cpu   func() (server, redis time.Duration) // that they have used of processors
+	conns []*grpc.ClientConn
+}
+
+// measured is one round of a contender.
+type measured struct{ rate, p50, p99, cpu, redis float64 } // a second; milliseconds; microseconds of processors a call
+
+// BenchmarkBesideEnvoyproxyRatelimit measures throttlerd beside the real envoyproxy/ratelimit on one Redis, in turns:
+// calls of two descriptors, by 1, 64 and 256 callers, each with a connection of its own. "make bench-ratelimit" runs it.
+func BenchmarkBesideEnvoyproxyRatelimit(b *testing.B) {
+	server := servers.Redis(b)
+	var contenders []*contender
+	for _, c := range []struct {
+		name  string
+		start func() (address string, pid int)
+		redis bool
+	}{
+		{"envoyproxy/ratelimit", func() (string, int) { return startRatelimit(b, server.Addr(), speedRules) }, true},
+		{"throttlerd, redis", func() (string, int) {
+			return startProgram(b, "-storage", "redis", "-redis-url", server.URL(), "-redis-timeout", "10s")
+		}, true},
+		{"throttlerd, runtime", func() (string, int) { return startProgram(b) }, false},
+	} {
+		if !strings.Contains(c.name, os.Getenv("ONLY")) {
+			continue
+		}
+		address, pid := c.start()
+		contenders = append(contenders, &contender{c.name, func() (daemon, redis time.Duration) {
+			if c.redis {
+				redis = usedByRedis(b, server)
+			}
+			return used(b, pid), redis
+		}, dialAll(b, address)})
+	}
+	all := []int{1, 64, 256}
+	if n, err := strconv.Atoi(os.Getenv("CALLERS")); err == nil {
+		all = []int{n}
+	}
+	for _, callers := range all {
+		results := make([][]measured, len(contenders))
+		for range rounds(b) {
+			for i, c := range contenders {
+				results[i] = append(results[i], c.measure(b, callers))
+			}
+		}
+		for i, c := range contenders {
+			m := median(results[i])
+			b.Logf("%3d callers  %-20s  %7.0f/s  %5.2f times  p50 %6.2f ms  p99 %6.2f ms  processors %4.0f µs a call and %4.0f µs of Redis", callers, c.name, m.rate, ratio(results[i], results[0]), m.p50, m.p99, m.cpu, m.redis)
+		}
+	}
+}
+
+func rounds(b *testing.B) int {
+	n, err := strconv.Atoi(os.Getenv("ROUNDS"))
+	if err != nil {
+		n = 5
+	}
+	require.Positive(b, n)
+	return n
+}
+
+// median is that of each figure.
+func median(all []measured) (m measured) {
+	of := func(f func(measured) float64) float64 {
+		var values []float64
+		for _, one := range all {
+			values = append(values, f(one))
+		}
+		slices.Sort(values)
+		return values[len(values)/2]
+	}
+	return measured{of(func(m measured) float64 { return m.rate }), of(func(m measured) float64 { return m.p50 }), of(func(m measured) float64 { return m.p99 }), of(func(m measured) float64 { return m.cpu }), of(func(m measured) float64 { return m.redis })}
+}
+
+// ratio is the median of the quotients of each round, in which both met the same machine.
+func ratio(a, b []measured) float64 {
+	var all []float64
+	for i := range a {
+		all = append(all, a[i].rate/b[i].rate)
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+const turn = 2 * time.Second
+
+func (c *contender) measure(b *testing.B, callers int) measured {
+	b.Helper()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.Context()), turn)
+	defer cancel()
+	var mu sync.Mutex
+	var took []time.Duration
+	var all sync.WaitGroup
+	cpu, redis := c.cpu()
+	began := time.Now()
+	for i := range callers {
+		all.Go(func() {
+			mine := call(ctx, ratelimitv3.NewRateLimitServiceClient(c.conns[i]))
+			mu.Lock()
+			defer mu.Unlock()
+			took = append(took, mine...)
+		})
+	}
+	all.Wait()
+	elapsed := time.Since(began)
+	cpuAfter, redisAfter := c.cpu()
+	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(len(took)) }
+	require.NotEmpty(b, took)
+	slices.Sort(took)
+	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+	return measured{float64(len(took)) / elapsed.Seconds(), ms(took[len(took)/2]), ms(took[len(took)*99/100]), each(cpuAfter - cpu), each(redisAfter - redis)}
+}
+
+// used is the time of processors that a process has used.
+func used(b *testing.B, pid int) time.Duration {
+	b.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	require.NoError(b, err, "this needs Linux")
+	_, rest, _ := strings.Cut(string(data), ") ")
+	fields := strings.Fields(rest)
+	user, err := strconv.Atoi(fields[11])
+	require.NoError(b, err)
+	system, err := strconv.Atoi(fields[12])
+	require.NoError(b, err)
+	return time.Duration(user+system) * 10 * time.Millisecond // as Linux has it on all that Go runs on
+}
+
+func usedByRedis(b *testing.B, s *servers.Server) time.Duration {
+	b.Helper()
+	c := redis.NewClient(&redis.Options{Addr: s.Addr()})
+	defer func() { _ = c.Close() }()
+	info := c.InfoMap(context.WithoutCancel(b.Context()), "cpu")
+	require.NoError(b, info.Err())
+	seconds := 0.0
+	for _, name := range []string{"used_cpu_user", "used_cpu_sys"} {
+		n, err := strconv.ParseFloat(info.Item("CPU", name), 64)
+		require.NoError(b, err)
+		seconds += n
+	}
+	return time.Duration(seconds * float64(time.Second))
+}
+
+// call asks until the context ends, for one of 1,000 users and of 100 organisations.
+func call(ctx context.Context, client ratelimitv3.RateLimitServiceClient) (took []time.Duration) {
+	for ctx.Err() == nil {
+		r := &ratelimitv3.RateLimitRequest{Domain: "d", Descriptors: []*commonv3.RateLimitDescriptor{
+			described("user", strconv.Itoa(rand.IntN(1000))), described("org", strconv.Itoa(rand.IntN(100))), //nolint:gosec // a load
+		}}
+		began := time.Now()
+		out, err := client.ShouldRateLimit(context.WithoutCancel(ctx), r)
+		if err != nil || out.GetOverallCode() != codeOK {
+			panic(fmt.Sprint("a call was not admitted: ", out, err))
+		}
+		took = append(took, time.Since(began))
+	}
+	return took
+}
+
+func dialAll(b *testing.B, address string) (conns []*grpc.ClientConn) {
+	b.Helper()
+	for range 256 {
+		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithInitialWindowSize(windowSize), grpc.WithInitialConnWindowSize(windowSize)) // as Envoy has it, which sends no pings to find a better one
+		require.NoError(b, err)
+		b.Cleanup(func() { _ = conn.Close() })
+		conns = append(conns, conn)
+	}
+	return conns
+}
+
+// startProgram starts throttlerd in a process of its own, as envoyproxy/ratelimit is, and returns its gRPC address.
+func startProgram(b *testing.B, flags ...string) (address string, pid int) {
+	b.Helper()
+	program := os.Getenv("THROTTLERD")
+	if program == "" {
+		program = filepath.Join(b.TempDir(), "throttlerd")
+		out, err := exec.CommandContext(b.Context(), "go", "build", "-o", program, ".").CombinedOutput()
+		require.NoError(b, err, "%s", out)
+	}
+	rules := filepath.Join(b.TempDir(), "d.yaml")
+	require.NoError(b, os.WriteFile(rules, []byte(speedRules), 0o600))
+	ctx, cancel := context.WithCancel(context.WithoutCancel(b.Context()))
+	c := exec.CommandContext(ctx, program, append([]string{"-rules", rules, "-grpc", "127.0.0.1:0", "-http", "127.0.0.1:0"}, flags...)...)
+	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
+	stdout, err := c.StdoutPipe()
+	require.NoError(b, err)
+	require.NoError(b, c.Start())
+	b.Cleanup(func() { cancel(); _ = c.Wait() })
+	lines := bufio.NewScanner(stdout)
+	for lines.Scan() {
+		var said struct{ For, Address string }
+		require.NoError(b, json.Unmarshal(lines.Bytes(), &said))
+		if said.For == "grpc" {
+			go func() {
+				for lines.Scan() { // so that the log never blocks the program
+				}
+			}()
+			return said.Address, c.Process.Pid
+		}
+	}
+	require.FailNow(b, "throttlerd has ended")
+	return "", 0
+}
