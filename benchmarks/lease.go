@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"strings"
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/storage/lease"
@@ -11,17 +12,17 @@ import (
 // leased is a storage alone beside leases from it: hot, warm and cold identifiers that are admitted, and a hot one that is
 // refused. Its turns are longer, as an identifier is leased once it was asked for some times in a tenth of a second.
 func (b *bench) leased(ctx context.Context) error {
-	if err := b.leasedFrom(ctx, "redis", startRedis, throttlerOnRedis); err != nil {
+	if err := b.leasedFrom(ctx, "Redis", startRedis, throttlerOnRedis); err != nil {
 		return err
 	}
-	return b.leasedFrom(ctx, "postgres", startPostgres, func(url string) func() (throttler.Config, func(), error) {
+	return b.leasedFrom(ctx, "Postgres", startPostgres, func(url string) func() (throttler.Config, func(), error) {
 		return throttlerOnPostgres(url, pgstore.Options{TablePrefix: "logged"})
 	})
 }
 
 func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.Context) (*server, error),
 	plain func(url string) func() (throttler.Config, func(), error)) error {
-	name := "lease-" + kind
+	name := "lease-" + strings.ToLower(kind)
 	admitted := b.wanted(name, []crowd{{1, 1}, {1, 64}, {1000, 1}, {1000, 64}, {100_000, 1}, {100_000, 64}})
 	denied := b.wanted(name+"-refused", []crowd{{1, 1}, {1, 64}})
 	if len(admitted)+len(denied) == 0 {
@@ -42,7 +43,7 @@ func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.
 		if err != nil {
 			return err
 		}
-		b.report.server("Leases, "+kind, s.version, results, checks)
+		b.report.server("Leases on "+kind, s.version, results, checks)
 	}
 	if len(denied) > 0 {
 		for i := range all {
@@ -52,7 +53,7 @@ func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.
 		if err != nil {
 			return err
 		}
-		b.report.printf("### One hot identifier of %s, refused\n\n", kind)
+		b.report.printf("### One hot identifier on %s, refused\n\n", kind)
 		for _, one := range results {
 			b.report.crowd(one, nil)
 		}

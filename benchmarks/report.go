@@ -227,7 +227,7 @@ func (r *report) crowdChart(name string, identifiers int, results []result) {
 		}
 	}
 	if len(c.at) > 1 {
-		file := fmt.Sprintf("%s-%d.svg", strings.ToLower(name), identifiers)
+		file := fmt.Sprintf("%s-%d.svg", strings.ReplaceAll(strings.ToLower(name), " ", "-"), identifiers)
 		r.chart(file, name, lineChart(name+", two buckets, "+count(identifiers, "identifier"), "decisions a second: more is better", "goroutines", c, turn.perSecond))
 	}
 }
