@@ -13,7 +13,9 @@ import (
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -177,4 +179,14 @@ func TestWhatEnvoySendsAfterTheStreamIsCharged(t *testing.T) {
 	require.Equal(t, codeOver, over.GetOverallCode(), "until it is paid nothing new begins")
 	require.Equal(t, "tokens", over.GetStatuses()[0].GetCurrentLimit().GetName())
 	require.Positive(t, over.GetStatuses()[0].GetDurationUntilReset().AsDuration())
+}
+
+func TestACallWhoseTimeIsOverIsNotDecided(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "domain: x\nrules: [{name: a, limits: [1/1h]}]\n"))
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := envoy{service: d.service}.ShouldRateLimit(over, ask("x", "k", "v"))
+	require.Equal(t, codes.Canceled, status.Code(err))
+	require.Equal(t, codeOK, should(t, d.envoy(t), ask("x", "k", "v")).GetOverallCode(), "nothing was taken")
 }

@@ -141,3 +141,13 @@ func TestARuleThatGoesIsForgottenAndTheRateIsOfTenSeconds(t *testing.T) {
 	require.Len(t, a.all(now), 1)
 	require.Equal(t, "b", a.all(now)[0].id)
 }
+
+func TestTheRatesAreThoseOfNow(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, countedRules))
+	eventually(t, func() bool {
+		d.activity.mu.Lock()
+		defer d.activity.mu.Unlock()
+		return d.activity.tick > 0
+	}, "the counts are looked at each second")
+}

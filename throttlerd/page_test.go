@@ -166,9 +166,11 @@ func TestThePageShowsWhatRulesDoAndExplainsARequest(t *testing.T) {
 	require.Contains(t, a.body, "must be /never")
 	a = d.administer(t, "GET", "/page/match?domain=x&entry=path%3D/never", "")
 	require.Contains(t, a.body, "asks for more than there can be")
-	a = d.administer(t, "GET", "/page/match?domain=x&entry=path%3D%3Cb%3E", "")
-	require.Contains(t, a.body, "Admitted</strong> by all rules")
-	require.NotContains(t, a.body, "<b>")
+	for range 2 { // nothing is taken
+		a = d.administer(t, "GET", "/page/match?domain=x&entry=path%3D%3Cb%3E", "")
+		require.Contains(t, a.body, "Admitted</strong> by all rules")
+		require.NotContains(t, a.body, "<b>")
+	}
 	require.Contains(t, d.administer(t, "GET", "/page/match?domain=x&entry=path", "").body, "must be key=value")
 	require.Len(t, d.scrape(t, "throttlerd_rule_decisions_total"), 6, "looking counts nothing")
 }
