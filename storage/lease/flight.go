@@ -240,7 +240,7 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 	}
 	same := p.rules == f.rules
 	if same {
-		p.heard(a.Counts)
+		p.heard(a.Counts, sent)
 	}
 	if !a.Allowed {
 		if same {

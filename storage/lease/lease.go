@@ -241,9 +241,10 @@ func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.A
 		return storage.ErrClosed
 	}
 	s.calls.Add(1)
+	sent := law.Monotonic()
 	err := s.shared.Decide(ctx, r, a)
 	if err == nil && !a.Allowed {
-		s.learn(r, a)
+		s.learn(r, a, sent)
 	}
 	return err
 }
@@ -263,15 +264,17 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	if first || r.Mode == storage.Peek {
 		wait(ctx, away)
 	}
+	sent := law.Monotonic()
 	err := s.ask(ctx, r, a)
 	if err == nil && !a.Allowed && r.Mode != storage.Force {
 		if away = append(away, s.returning(r, true)...); len(away) > 0 {
 			wait(ctx, away)
+			sent = law.Monotonic()
 			err = s.ask(ctx, r, a)
 		}
 	}
 	if err == nil {
-		s.learn(r, a)
+		s.learn(r, a, sent)
 	}
 	return err
 }
@@ -299,8 +302,8 @@ func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer
 	return s.shared.Decide(ctx, r, a)
 }
 
-// learn takes over what the shared storage has said. What this process holds is not gone, and so it is counted in.
-func (s *Storage) learn(r *storage.Request, a *storage.Answer) {
+// learn takes over what the shared storage has said to a question that was sent at a time. What this process holds is not gone, and so it is counted in.
+func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 	n := 0
 	for i := range r.Parts {
 		part := &r.Parts[i]
@@ -315,7 +318,7 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer) {
 		}
 		if p != nil && p.rules == part.Rules {
 			if r.Mode != storage.Peek {
-				p.heard(a.Counts[from:n])
+				p.heard(a.Counts[from:n], sent)
 			}
 			if denied {
 				p.deny(r.Costs, a, s)
@@ -345,21 +348,24 @@ func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 
 // charge charges the shared storage. What was denied before may be admitted afterwards.
 func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
+	sh, k := s.shardOf(c.Identifier), key{c.Name, c.Identifier}
+	sh.mu.Lock()
+	began := sh.pools[k]
+	at := law.Monotonic()
+	if began != nil {
+		began.charging++
+	}
+	sh.mu.Unlock()
 	s.calls.Add(1)
 	err := s.shared.Charge(ctx, c)
-	sh := s.shardOf(c.Identifier)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	p := sh.pools[key{c.Name, c.Identifier}]
-	if p == nil {
-		return err
+	if began != nil {
+		began.charging--
 	}
-	p.until = 0
-	if err == nil && p.rules == c.Rules {
-		for i := range p.buckets {
-			b := &p.buckets[i]
-			b.rest = min(b.rest-c.Amounts[i].Clamp().N, p.rules.Rules[i].Capacity)
-		}
+	if p := sh.pools[k]; p != nil {
+		p.until = 0
+		p.wasCharged(c, at, err)
 	}
 	return err
 }

@@ -26,6 +26,13 @@ type pool struct {
 	returning chan struct{} // closed when all that was given back is back; nil: it is
 	resets    int           // how often the identifier was reset, so that a lease from before is not used
 
+	// A Charge and a question that overlap may have reached the shared storage in either order. So nobody knows whether
+	// the answer has the Charge counted in.
+	charging int   // calls of Charge on their way
+	charged  int64 // when the last of them ended
+	heardAt  int64 // when rest was last heard of
+	vague    bool  // rest may be wrong by a Charge, so no Peek is told it
+
 	since         int64 // when this half Lifetime began
 	calls, before int64 // calls in it, and in the one before
 	used          int64 // when something was asked last
@@ -149,7 +156,7 @@ func (p *pool) decides(r *storage.Request, a *storage.Answer, now int64) bool {
 // admits keeps Rule 2: the lease decides if it has the cost in every bucket.
 func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 	l := &p.lease
-	if now >= l.end || r.Mode == storage.Peek && p.returning != nil { // which tells less than there is
+	if now >= l.end || r.Mode == storage.Peek && (p.returning != nil || p.vague) { // it would be told less or more than there is
 		return false
 	}
 	for i := range l.grants {
@@ -225,10 +232,26 @@ func (p *pool) gather() int64 {
 	return most
 }
 
-// heard takes over what remains in the shared storage.
-func (p *pool) heard(counts []storage.Count) {
+// heard takes over what remains in the shared storage, as the answer to a question that was sent at a time says.
+func (p *pool) heard(counts []storage.Count, sent int64) {
+	p.heardAt, p.vague = law.Monotonic(), p.charging > 0 || p.charged >= sent
 	for i := range counts {
 		p.buckets[i].rest = counts[i].Remaining
+	}
+}
+
+// wasCharged changes what remains by a Charge that began at a time, if nothing was heard meanwhile.
+func (p *pool) wasCharged(c *storage.Charge, began int64, err error) {
+	p.charged = law.Monotonic()
+	if err != nil || p.heardAt >= began {
+		p.vague = true
+		return
+	}
+	if p.rules == c.Rules {
+		for i := range p.buckets {
+			b := &p.buckets[i]
+			b.rest = min(b.rest-c.Amounts[i].Clamp().N, p.rules.Rules[i].Capacity)
+		}
 	}
 }
 

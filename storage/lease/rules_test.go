@@ -199,6 +199,27 @@ func TestRule2RemainingCountsTheOwnLeaseIn(t *testing.T) {
 	})
 }
 
+// Nobody knows whether an answer that arrives while something is given back has it counted in.
+func TestRule2APeekDoesNotCountTwiceWhatIsGivenBackMeanwhile(t *testing.T) {
+	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
+		p := w.steady()
+		left := 1000 - w.leases(p)
+		p.link.takes(20 * time.Millisecond)
+		part := storecheck.NewPart("id", w.rules, 0)
+		go func() {
+			assert.NoError(t, p.Charge(t.Context(), &storage.Charge{Name: "sim", Identifier: "id", Rules: part.Rules, Amounts: []storage.Amount{{N: -5, In: time.Hour.Microseconds()}}}))
+		}()
+		time.Sleep(12 * time.Millisecond) // the server has it
+		p.link.takes(time.Millisecond)
+		v := w.take(p, "id", 200)
+		require.True(t, v.Allowed)
+		time.Sleep(20 * time.Millisecond) // the answer is there
+		v, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Mode: storage.Peek, Parts: []storecheck.Part{part}})
+		require.NoError(t, err)
+		assert.Equal(t, left+5-200, v.Count(0).Remaining, "by %s", v.Source())
+	})
+}
+
 func TestRule3ALeaseIsAnEighthOfWhatRemainsAtMost(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 100_000, func(t *testing.T, w *world) {
 		var processes []*process
