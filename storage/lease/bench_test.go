@@ -16,12 +16,12 @@ import (
 
 var plenty = []throttler.Bucket{throttler.NewBucket(10*time.Second, 1<<40), throttler.NewBucket(time.Hour, 1<<40)}
 
-// inProcess are the storage in the process and leases from one, to be compared.
+// inProcess returns the storage in the process, and leases from such a storage, for comparison.
 func inProcess(tb testing.TB) map[string]storage.Storage {
 	return map[string]storage.Storage{"runtime": runtime.New(nil), "lease": over(tb, runtime.New(nil), nil)}
 }
 
-// BenchmarkHotKey is what a decision costs a caller.
+// BenchmarkHotKey measures a decision through a Throttler, as a caller sees it.
 func BenchmarkHotKey(b *testing.B) {
 	for name, s := range inProcess(b) {
 		b.Run(name, func(b *testing.B) {
@@ -37,7 +37,7 @@ func BenchmarkHotKey(b *testing.B) {
 	}
 }
 
-// BenchmarkDecide is what it costs the storage.
+// BenchmarkDecide measures a decision of the storage alone.
 func BenchmarkDecide(b *testing.B) {
 	for name, s := range inProcess(b) {
 		b.Run(name, func(b *testing.B) {

@@ -12,18 +12,18 @@ import (
 	"github.com/go-throttler/throttler/storage/lease"
 )
 
-// TestCallsToTheSharedStorageAreFew holds the calls a decision to what docs/lease.md says, in four processes that are 1 ms
-// away, and what is admitted to what the shared storage alone would admit.
+// TestCallsToTheSharedStorageAreFew checks the number of calls to the shared storage per decision that docs/lease.md states,
+// for four processes with a round trip of 1 ms. They must also admit about as much as the shared storage alone would.
 func TestCallsToTheSharedStorageAreFew(t *testing.T) {
 	t.Parallel()
 	const seconds = 3
 	for _, c := range []struct {
 		name     string
 		kind     law.Kind
-		capacity int64   // and what comes back a second
-		rate     float64 // calls a second
-		most     float64 // calls to the shared storage a decision
-		least    int     // admitted
+		capacity int64   // also the refill per second
+		rate     float64 // calls per second
+		most     float64 // upper bound of calls to the shared storage per decision
+		least    int     // lower bound of admitted calls
 	}{
 		{"half the limit", law.Continuous, 10_000, 5_000, 0.02, 5_000 * seconds * 97 / 100},
 		{"200 times the limit", law.Continuous, 100, 20_000, 0.15, 100 + 100*seconds*98/100},

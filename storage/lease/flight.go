@@ -10,46 +10,48 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// margin is how many microseconds before its tokens are back a lease ends. In the longest Lifetime of 10 s clocks of
-// servers and processes drift apart by as much, at a ten-thousandth.
+// margin is how many microseconds a lease ends before the shared storage refills its tokens. The clocks of a server and a
+// process drift apart by this much in 10 s, the longest Lifetime, if their rates differ by a ten-thousandth.
 const margin = 1000
 
-// lease is what a process may hand out. The zero lease is none.
+// lease is the tokens of one identifier that this process may hand out. The zero lease has none. Times are in microseconds,
+// by law.Monotonic.
 type lease struct {
 	rules    *storage.RuleSet
-	end      int64   // it may be used before that
-	degraded bool    // a fallback of the shared storage gave it
-	grants   []grant // one for each bucket
+	end      int64   // the lease may be used before this time
+	degraded bool    // a fallback of the shared storage granted it
+	grants   []grant // one per bucket
 }
 
 // grant is the part of a lease from one bucket.
 type grant struct {
-	left int64 // tokens not used
-	held int64 // when all of them are back by themselves, not later than in truth
-	full int64 // when the bucket is full, as the answer that brought the lease told
-	next int64 // when it has one token more
+	left int64 // unused tokens
+	held int64 // when all of them are refilled without being given back; may be early, never late
+	full int64 // when the bucket is full, by the answer that granted the lease
+	next int64 // when the bucket has one token more
 }
 
-// grantOf is what an answer brought that was asked for more than the call's cost. All ends are counted from before the
-// question: the shared storage decided later, so there they are later.
+// grantOf returns the lease from an answer that granted the tokens extra besides the call's cost. All times are counted from
+// sent, when the request was sent. The shared storage decided later than that, so the tokens really expire later, and an
+// early end is safe.
 func grantOf(rules *storage.RuleSet, extra []int64, a *storage.Answer, sent, life int64) lease {
 	l := lease{rules: rules, end: sent + life, degraded: a.Degraded, grants: make([]grant, len(extra))}
 	for i, n := range extra {
 		r, c := &rules.Rules[i], &a.Counts[i]
 		l.grants[i] = grant{n, sent + c.HeldFor, sent + c.ResetAfter, sent + c.NextAfter}
 		if n == 0 || r.Kind == law.Continuous {
-			continue // a level drains: there is no moment at which a token is back
+			continue // a level drains steadily, so the tokens are not refilled at one moment
 		}
 		end := sent + c.HeldFor - margin
 		if r.Kind == law.SlidingWindow {
-			end -= r.Period // after its window a token counts less and less, but one that is used then would be a whole one
+			end -= r.Period // after its window a token counts only in part, but a token used then would count in full
 		}
 		l.end = min(l.end, end)
 	}
 	return l
 }
 
-// drains is how long n tokens of a level drain.
+// drains returns how many microseconds a Continuous bucket takes to drain n tokens, rounded up to a tick; 0 for other kinds.
 func drains(r *law.Rule, n int64) int64 {
 	if r.Kind != law.Continuous || n == 0 {
 		return 0
@@ -57,7 +59,8 @@ func drains(r *law.Rule, n int64) int64 {
 	return (n*r.One + r.Drain - 1) / r.Drain * r.Tick
 }
 
-// count is what a decision by the lease tells. What is left will be given back, and so it counts as if it were there.
+// count returns the Count that a decision by the lease reports. The unused tokens of the lease are counted as remaining, since
+// they will be used or given back. rest is what was last seen to remain in the shared storage.
 func (g *grant) count(r *law.Rule, rest int64, took bool, now int64) storage.Count {
 	ahead := drains(r, g.left)
 	c := storage.Count{Remaining: min(r.Capacity, rest+g.left), ResetAfter: max(0, g.full-now-ahead)}
@@ -68,7 +71,7 @@ func (g *grant) count(r *law.Rule, rest int64, took bool, now int64) storage.Cou
 	return c
 }
 
-// countIn counts what is left of the lease as there, in what the shared storage has told.
+// countIn adds the unused tokens of the lease to counts, which come from the shared storage.
 func (l *lease) countIn(counts []storage.Count) {
 	for i := range l.grants {
 		left, c, r := l.grants[i].left, &counts[i], &l.rules.Rules[i]
@@ -79,8 +82,11 @@ func (l *lease) countIn(counts []storage.Count) {
 	}
 }
 
-// back is what gives the lease back, or nil if there is nothing to give. What has come back by itself is not given back a
-// second time. On the way a level drains further; but held is too early by as much as the question was on its way.
+// back returns the Charge that gives the lease back, or nil if there is nothing to give. Tokens that were refilled already are
+// not given back a second time.
+//
+// A level goes on draining while the Charge is on its way, so the Charge may ask for too much. held makes up for that: it
+// is too early by the time that the request for the lease was on its way.
 func (l *lease) back(k key, now int64) *storage.Charge {
 	amounts, some := make([]storage.Amount, len(l.grants)), false
 	for i := range l.grants {
@@ -95,12 +101,12 @@ func (l *lease) back(k key, now int64) *storage.Charge {
 	return &storage.Charge{Name: k.name, Identifier: k.identifier, Rules: l.rules, Amounts: amounts}
 }
 
-// any says that something is left.
+// any reports whether the lease has unused tokens.
 func (l *lease) any() bool {
 	return slices.ContainsFunc(l.grants, func(g grant) bool { return g.left > 0 })
 }
 
-// empty takes the lease out of a pool.
+// empty removes the lease from the pool and returns it. The shard is locked.
 func (p *pool) empty() lease {
 	l := p.lease
 	p.lease = lease{}
@@ -108,18 +114,20 @@ func (p *pool) empty() lease {
 	return l
 }
 
-// flight is a question for a call's cost and a lease. It does not end with the call's context, but when Close gives up: so a
-// caller that leaves loses no tokens. What is written until done is closed is the goroutine's of the flight.
+// flight is one request to the shared storage for a call's cost and a lease. It does not end with the call's context but
+// when Close gives up, so no tokens are lost if the caller leaves. Only the flight's goroutine writes extra, back, answer
+// and err. Others may read answer and err once done is closed.
 type flight struct {
 	pool   *pool
 	rules  *storage.RuleSet
-	resets int     // pool.resets when it began
+	resets int     // pool.resets when the flight began
 	costs  []int64 // of the call
-	extra  []int64 // what it takes ahead
-	back   lease   // what the pool had left, but not enough for the call
-	away   bool    // something is being given back
+	extra  []int64 // tokens that it takes ahead
+	back   lease   // the pool's previous lease, which did not cover the call
+	away   bool    // a return was in progress when the flight began
 
-	// Rule 4. What the flight takes and nobody waits for, guarded by the lock of the shard; nil once nobody shall.
+	// Rule 4. free has the tokens of extra that no waiting call has claimed yet. It is nil once no further call may wait for
+	// this flight. The lock of the shard guards it.
 	free []int64
 
 	done   chan struct{}
@@ -127,8 +135,8 @@ type flight struct {
 	err    error
 }
 
-// flightFor is the flight that a call is to wait for, nil for none, and whether it is the call's own. Who has waited once
-// waits for no other. The shard is locked.
+// flightFor returns the flight that a call has to wait for, or nil, and whether the call started it itself. A call that has
+// waited already joins no other call's flight. The shard is locked.
 func (s *Storage) flightFor(ctx context.Context, p *pool, r *storage.Request, now int64, waited bool) (f *flight, own bool) {
 	switch f = p.flight; {
 	case r.Mode != storage.Take || !plain(r):
@@ -141,7 +149,8 @@ func (s *Storage) flightFor(ctx context.Context, p *pool, r *storage.Request, no
 	return f, false
 }
 
-// start starts a flight, if it is worth to take ahead. The shard is locked.
+// start starts a flight if there are tokens to take ahead, and returns nil otherwise. The shard is locked. The pool's lease
+// goes into the flight, so that no two leases of a pool exist at a time.
 func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) *flight {
 	extra := p.ahead(s, costs, now)
 	if extra == nil {
@@ -159,7 +168,7 @@ func (s *Storage) start(ctx context.Context, p *pool, costs []int64, now int64) 
 	return f
 }
 
-// claim keeps Rule 4: it reports whether the flight takes enough for one more call.
+// claim implements rule 4. It reports whether the flight takes enough tokens for one more call, and sets them aside for it.
 func (f *flight) claim(rules *storage.RuleSet, costs []int64) bool {
 	if f.free == nil || f.rules != rules {
 		return false
@@ -175,9 +184,10 @@ func (f *flight) claim(rules *storage.RuleSet, costs []int64) bool {
 	return true
 }
 
-// fly asks for the cost and the lease. If that is denied it gives back what this process holds, and asks for the cost alone.
+// fly asks for the cost and the lease. If that is denied, it gives back what this process holds and asks for the cost alone.
 //
-// Where the cost is one token AtMost does both in one question: it brings what there is, if that is one at least.
+// If the cost is one token, one AtMost request does both: it grants as many tokens as there are, if there is at least one.
+// After a denied AtMost there is nothing to ask for again, unless tokens were given back.
 func (s *Storage) fly(ctx context.Context, f *flight) {
 	atMost := true
 	for i, cost := range f.costs {
@@ -189,13 +199,13 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 		clear(f.extra)
 		sent, err = s.question(ctx, f, false)
 	}
-	if err != nil && ctx.Err() != nil {
+	if err != nil && ctx.Err() != nil { // only Close cancels ctx
 		err = storage.ErrClosed
 	}
 	s.land(f, sent, err)
 }
 
-// bringBack gives back what the pool had left, and waits until all that it has given back is there.
+// bringBack gives the previous lease back, and waits until all returns of the pool have reached the shared storage.
 func (s *Storage) bringBack(f *flight) {
 	p, sh := f.pool, f.pool.shard
 	sh.mu.Lock()
@@ -208,7 +218,7 @@ func (s *Storage) bringBack(f *flight) {
 	}
 }
 
-// question asks, and sets extra to what the answer brought.
+// question sends one request, and reduces extra to what the answer granted. It returns the time just before it was sent.
 func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent int64, err error) {
 	q := &storage.Request{Name: f.pool.name, Costs: make([]int64, len(f.costs)),
 		Parts: []storage.Part{{Identifier: f.pool.identifier, Rules: f.rules, AtMost: atMost}}}
@@ -222,19 +232,20 @@ func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent in
 			f.extra[i] = min(f.costs[i]+f.extra[i], f.answer.Tokens) - f.costs[i]
 		}
 	}
-	f.answer.Tokens = 0 // the caller has not asked for AtMost
+	f.answer.Tokens = 0 // the caller's own request was no AtMost
 	return sent, err
 }
 
-// land makes what a flight has brought the lease of its pool, and wakes who waits. It is given back at once if the pool has
-// other rules by now or the storage is closed.
+// land makes the granted tokens the lease of the pool, and wakes the calls that wait for the flight. The tokens are given back
+// at once if the pool has other rules by now or the storage is closed. They are dropped if the identifier was reset during
+// the flight: then the shared storage may count them as free already, and giving them back would free them twice.
 func (s *Storage) land(f *flight, sent int64, err error) {
 	p, sh, a := f.pool, f.pool.shard, &f.answer
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	defer close(f.done)
 	p.flight, f.err = nil, err
-	s.giveBack(p, f.back)
+	s.giveBack(p, f.back) // empty if bringBack has done so
 	if err != nil {
 		return
 	}
@@ -260,7 +271,7 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 	}
 }
 
-// tell is the answer for the call that began the flight.
+// tell copies the answer for the call that started the flight, or returns the flight's error, which all its callers get.
 func (f *flight) tell(a *storage.Answer) error {
 	if f.err != nil {
 		return f.err
@@ -272,7 +283,8 @@ func (f *flight) tell(a *storage.Answer) error {
 	return nil
 }
 
-// sweep keeps Rule 5: it gives back what nobody uses, and what is over. And it forgets pools that are not used.
+// sweep implements rule 5: every half Lifetime it gives back leases that are over or were not used for half a Lifetime. It also
+// removes idle pools, from a sixteenth of the shards at a time.
 func (s *Storage) sweep() {
 	tick := time.NewTicker(time.Duration(s.half) * time.Microsecond)
 	defer tick.Stop()
@@ -292,7 +304,7 @@ func (s *Storage) sweep() {
 func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	if sh.closed {
+	if sh.closed { // Close has given everything back
 		return
 	}
 	for p := range sh.leased {
@@ -311,7 +323,8 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 }
 
-// returning is what is being given back of a request's identifiers, with their leases if these shall be.
+// returning returns the done channels of the returns in progress for a request's identifiers. If leases is set, it gives
+// their leases back first.
 func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{}) {
 	for i := range r.Parts {
 		sh := s.shardOf(r.Parts[i].Identifier)
@@ -329,7 +342,7 @@ func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{
 	return all
 }
 
-// wait waits until all is back, or the caller leaves.
+// wait waits until all returns are done, or ctx ends.
 func wait(ctx context.Context, all []chan struct{}) {
 	for _, done := range all {
 		select {
@@ -339,9 +352,12 @@ func wait(ctx context.Context, all []chan struct{}) {
 	}
 }
 
-// giveBack keeps Rule 5, in the background: so a caller that leaves loses no tokens. It gives back once: after an error it is
-// not known whether it was done, and the tokens are back when they come back by themselves. The shard is locked, and not
-// closed unless the goroutine that calls is one of the storage's.
+// giveBack implements rule 5. It gives a lease back in the background, so no tokens are lost if the caller leaves. It tries
+// only once: after an error it is unknown whether the tokens were given back, and a second return could free them twice.
+// Without it the shared storage refills them as if they had been used.
+//
+// Each return of a pool waits for the one before, so that the last one's done channel stands for all of them. The shard is
+// locked. It is not closed, unless the caller is one of the storage's goroutines.
 func (s *Storage) giveBack(p *pool, l lease) {
 	if !l.any() {
 		return
@@ -353,6 +369,7 @@ func (s *Storage) giveBack(p *pool, l lease) {
 			<-before
 		}
 		var err error
+		// The Charge is made only now: while this return waited, more tokens may have been refilled.
 		if c := l.back(p.key, law.Monotonic()); c != nil {
 			s.returned.Add(1)
 			err = s.charge(s.lasting, c)

@@ -1,5 +1,5 @@
-// Package lease decides in the process what is asked often, with tokens that it takes ahead from a shared storage, and
-// remembers denials.
+// Package lease decides frequent calls in the process. It takes tokens ahead from a shared storage and remembers
+// denials, so most calls for a busy identifier need no round trip.
 //
 //	store, err := lease.New(redis, nil) // in front of redis, postgres or a failover.Storage
 //	t, err := throttler.New(throttler.Config{Storage: store})
@@ -7,25 +7,25 @@
 //
 // The words of the package:
 //
-// The shared storage is the one that processes share. It alone knows what was spent, and it is asked for everything that
-// is not decided here.
+// The shared storage is the one that the processes share. It alone knows how many tokens were spent, and it decides
+// every call that this package cannot decide in the process.
 //
-// A pool is what this process knows of one identifier: what was asked lately, its lease, and the last denial.
+// A pool is what this process knows about one identifier: its recent demand, its lease, and its last denial.
 //
-// A lease is tokens that the shared storage counts as spent, and that this process may hand out until the lease ends: for
-// at most Options.Lifetime, and never longer than until the tokens are back in the shared storage by themselves.
+// A lease is a number of tokens that the shared storage counts as spent and that this process may hand out. It lasts for
+// at most Options.Lifetime, and never beyond the moment when the shared storage refills the tokens.
 //
-// The protocol is five rules, which docs/lease.md states under the same numbers:
+// The protocol has five rules. docs/lease.md describes them under the same numbers:
 //
-//	1  a denial is believed until it may be over         pool.go
-//	2  a lease decides while it has the whole cost       pool.go
-//	3  what is hot takes tokens ahead with its own cost  pool.go, flight.go
-//	4  others wait only for what takes enough for them   flight.go
-//	5  what is not used is given back, once              flight.go
+//	1  a denial is believed until it may be over                       pool.go
+//	2  a lease decides a call if it covers the whole cost              pool.go
+//	3  a call for a hot identifier takes tokens ahead with its cost    pool.go, flight.go
+//	4  a call waits for a lease only if the lease provides for it      flight.go
+//	5  unused tokens are given back, once                              flight.go
 //
-// What is admitted from Replenish, FixedWindow, SlidingWindow and SlidingLog buckets is what the shared storage could have
-// admitted by itself, whatever the number of processes. A Continuous bucket admits in any time w at most its capacity and
-// what comes back in w and a Lifetime. docs/lease.md names the exceptions.
+// Replenish, FixedWindow, SlidingWindow and SlidingLog buckets admit nothing that the shared storage could not have
+// admitted itself, however many processes there are. A Continuous bucket admits, in any time w, at most its capacity plus
+// the refill of w and one Lifetime. docs/lease.md lists the exceptions.
 package lease
 
 import (
@@ -42,7 +42,7 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Source is what Verdict.Source says of a decision that was made in this process.
+// Source is the Verdict.Source of a decision that was made in this process.
 const Source = "lease"
 
 // Defaults of Options.
@@ -53,78 +53,81 @@ const (
 
 const defaultMaxIdentifiers = 65536
 
-// Options of a Storage. The zero value and nil are the defaults.
+// Options configures a Storage. The zero value, and a nil pointer, select the defaults.
 type Options struct {
-	// Lifetime is the longest that a token is leased, 10 ms to 10 s, by default DefaultLifetime. A longer one asks the
-	// shared storage less often, and lets Continuous buckets admit more too early: what comes back in a Lifetime.
+	// Lifetime is how long a token may be leased at most, 10 ms to 10 s. Zero means DefaultLifetime. With a longer
+	// Lifetime the shared storage is called less often, but Continuous buckets may admit more too early: up to the
+	// refill of one Lifetime.
 	Lifetime time.Duration
 
-	// MaxDenial is how long a denial is believed at most, 1 ms to 1 min, by default DefaultMaxDenial. It is how late this
-	// process notices that another one has given back, refunded or reset.
+	// MaxDenial is how long a denial is believed at most, 1 ms to 1 min. Zero means DefaultMaxDenial. It bounds how late
+	// this process notices that another process gave tokens back, refunded or reset.
 	MaxDenial time.Duration
 
-	// MaxIdentifiers bounds how many identifiers are remembered. Further ones are decided by the shared storage. Zero
+	// MaxIdentifiers bounds how many identifiers have a pool. The shared storage decides all calls for further ones. Zero
 	// means 65,536.
 	MaxIdentifiers int
 
-	// DenialsOnly takes nothing ahead, and only remembers denials: then every admission is the shared storage's.
+	// DenialsOnly disables leases: only denials are remembered, and the shared storage decides every admission.
 	DenialsOnly bool
 }
 
-// OptionError is a fault in what New was given.
+// OptionError describes one invalid argument of New.
 type OptionError struct {
-	Field  string // Shared or a field of Options
-	Reason string // what was given and what is allowed
+	Field  string // Shared, or the name of a field of Options
+	Reason string // the value that was given and the values that are allowed
 }
 
 func (e *OptionError) Error() string {
 	return fmt.Sprintf("throttler: lease: %s %s", e.Field, e.Reason)
 }
 
-// Storage is made by New and is safe for concurrent use.
+// Storage decides by leases from a shared storage. New creates it. It is safe for concurrent use.
 //
-// A call takes no longer than the shared storage does, but for two cases: one that is denied while this process holds a
-// lease gives that back and asks once more, and one that waits for a lease may find that it brought less. An error of the
-// shared storage is passed on. A call that fails was charged at most its cost and the lease that it took along.
+// A call takes no longer than the same call to the shared storage, with two exceptions. If it is denied while this
+// process holds a lease, the lease is given back and the call asks again. If it waits for another call's lease, that
+// lease may turn out too small, and the call then asks the shared storage itself. Errors of the shared storage are passed
+// on. A call that fails was charged at most its cost and the lease that it asked for.
 type Storage struct {
 	shared  storage.Storage
 	options Options
 	life    int64 // Lifetime, in microseconds
-	half    int64 // of it: what was asked in this time is taken ahead
+	half    int64 // half a Lifetime: the demand of this time is taken ahead
 	denial  int64 // MaxDenial, in microseconds
 
 	seed   maphash.Seed
 	shards [256]shard
-	cold   [1 << 14]atomic.Uint64 // how often identifiers without a pool ask: see warms
+	cold   [1 << 14]atomic.Uint64 // call counts of identifiers without a pool; see warms
 	pools  atomic.Int64
 
-	calls, returned atomic.Int64 // of State
+	calls, returned atomic.Int64 // State.Calls and State.Returned
 
-	// A goroutine is started under the lock of a shard that is not closed. So after Close has closed them all, none is.
+	// New starts the first goroutine. Others are started under the lock of a shard that is not closed, or by a goroutine
+	// that running already counts. So once Close has closed all shards, running cannot rise from zero during Wait.
 	running  sync.WaitGroup
 	closed   atomic.Bool
-	closing  chan struct{}         // closed to end the sweeper
-	lasting  context.Context       // of what is given back; it ends when Close gives up
-	giveUp   func()                // ends it
+	closing  chan struct{}         // closed by Close to stop the sweeper
+	lasting  context.Context       // context of the returns; canceled when Close gives up
+	giveUp   func()                // cancels lasting
 	lost     atomic.Pointer[error] // the first failure to give back since Close began
-	ended    chan struct{}         // closed when the first Close is done
-	closeErr error                 // the result of Close, for those who read from ended
+	ended    chan struct{}         // closed when the first Close has finished
+	closeErr error                 // result of the first Close; read it only after ended is closed
 }
 
 var _ storage.Storage = (*Storage)(nil)
 
-// shard is a part of the identifiers.
+// shard holds the pools of one part of the identifiers.
 type shard struct {
-	mu                sync.Mutex // guards all of the shard and of its pools. Nobody waits for anything while holding it
+	mu                sync.Mutex // guards the shard and its pools; never held during I/O or while waiting for a goroutine
 	pools             map[key]*pool
-	leased            map[*pool]struct{} // those that have a lease
-	local, remembered int64              // of State
+	leased            map[*pool]struct{} // the pools that have a lease, so that sweeps and State need not visit the others
+	local, remembered int64              // State.Local and State.Remembered
 	closed            bool
 	_                 [16]byte // so that shards do not share a cache line
 }
 
-// New returns a storage that decides by leases from the shared one. Whoever made that closes it, after this one. All
-// faults are returned, joined; each is an *OptionError.
+// New returns a Storage that decides by leases from shared. The caller still owns shared and closes it, after closing the
+// Storage. New returns all faults of its arguments joined; each is an *OptionError.
 func New(shared storage.Storage, o *Options) (*Storage, error) {
 	s := &Storage{shared: shared, seed: maphash.MakeSeed(), closing: make(chan struct{}), ended: make(chan struct{})}
 	if o != nil {
@@ -166,8 +169,9 @@ func (s *Storage) validate() error {
 	return errors.Join(faults...)
 }
 
-// DecideNow decides, and reports true, if that needs no question to the shared storage. It keeps nothing of the request, and
-// puts a copy in place of the identifier: so a Throttler asks it first, and allocates nothing if it knows the answer.
+// DecideNow decides a request if that needs no call to the shared storage, and reports whether it did. It retains nothing
+// of the request, and if it decides it replaces the identifier by the pool's copy. A Throttler calls it first, and such a
+// decision allocates nothing.
 func (s *Storage) DecideNow(r *storage.Request, a *storage.Answer) bool {
 	if s.pools.Load() == 0 || r.Clocked || len(r.Parts) != 1 || r.Mode == storage.Force {
 		return false
@@ -188,8 +192,8 @@ func (s *Storage) DecideNow(r *storage.Request, a *storage.Answer) bool {
 	return known
 }
 
-// Decide implements storage.Storage. A request of several parts, a Force and one with a time of the caller's are the shared
-// storage's, and so is a Reserve or an AtMost of which the lease does not have the whole cost.
+// Decide implements storage.Storage. The shared storage decides requests with several parts, Force requests, and requests
+// with the caller's own clock. It also decides a Reserve or an AtMost whose whole cost the lease does not cover.
 func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -200,9 +204,11 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 	part := &r.Parts[0]
 	h := maphash.String(s.seed, part.Identifier)
 	sh := &s.shards[h>>56]
+	// A call waits for at most one flight that another call started. If the lease then cannot decide, the call starts its
+	// own flight or asks the shared storage. So a call that misses the tokens of a lease does not wait forever.
 	for waited := false; ; waited = true {
 		now := r.Now
-		if now == 0 || waited {
+		if now == 0 || waited { // after a wait the time in the request is over
 			now = law.Monotonic()
 		}
 		sh.mu.Lock()
@@ -234,8 +240,8 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 	}
 }
 
-// stranger has the shared storage decide on an identifier of which nothing is known here. Nearly all of many identifiers
-// are such.
+// stranger lets the shared storage decide on an identifier that has no pool. It is the fast path of a service with many
+// identifiers, since nearly all of theirs have none.
 func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if s.closed.Load() {
 		return storage.ErrClosed
@@ -249,17 +255,19 @@ func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.A
 	return err
 }
 
-// pass has the shared storage decide. Nobody is denied for what this process holds: then that is given back, and the
-// shared storage is asked once more. A Reserve, an AtMost and a Force would be told of less than there is, so they are
-// preceded by that.
+// pass lets the shared storage decide. No call is denied because of tokens that this process holds: after a denial pass
+// gives the leases back and asks once more. A Reserve, an AtMost and a Force get an answer that depends on how many
+// tokens there are, so pass gives the leases back before it asks for them.
 func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if s.closed.Load() {
 		return storage.ErrClosed
 	}
-	if r.Clocked { // by a clock of which leases know nothing
+	if r.Clocked { // leases live by this process's clock, not by the caller's
 		return s.ask(ctx, r, a)
 	}
 	first := r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts)
+	// A Take does not wait for returns in progress, since it is usually admitted without them. If it is denied, it waits
+	// for them and asks again. A Peek waits, so that its answer includes them.
 	away := s.returning(r, first)
 	if first || r.Mode == storage.Peek {
 		wait(ctx, away)
@@ -279,7 +287,7 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	return err
 }
 
-// plain says that a request of one part is for its cost, now.
+// plain reports whether a request with one part asks for exactly its cost, without waiting.
 func plain(r *storage.Request) bool { return r.Within == 0 && !r.Parts[0].AtMost }
 
 func anyAtMost(parts []storage.Part) bool {
@@ -291,7 +299,8 @@ func anyAtMost(parts []storage.Part) bool {
 	return false
 }
 
-// ask asks the shared storage. The time of a request without a clock is not passed on, as it is over by now.
+// ask calls the shared storage. It drops the time of a request that was stamped by this process's clock: that time is
+// already in the past.
 func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	s.calls.Add(1)
 	if r.Now != 0 && !r.Clocked {
@@ -302,7 +311,8 @@ func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer
 	return s.shared.Decide(ctx, r, a)
 }
 
-// learn takes over what the shared storage has said to a question that was sent at a time. What this process holds is not gone, and so it is counted in.
+// learn updates the pools with the shared storage's answer to a request sent at the time sent. It also adds the tokens
+// that this process holds to the counts of the answer, since they can still be used.
 func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 	n := 0
 	for i := range r.Parts {
@@ -313,7 +323,7 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r)
 		sh.mu.Lock()
 		p := sh.pools[key{r.Name, part.Identifier}]
-		if p == nil && denied {
+		if p == nil && denied { // a pool for the denial alone: it may save the next calls a round trip
 			p = s.add(sh, r, law.Monotonic())
 		}
 		if p != nil && p.rules == part.Rules {
@@ -329,7 +339,8 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 	}
 }
 
-// Charge implements storage.Storage. Before something is spent the lease is given back.
+// Charge implements storage.Storage. A Charge that spends tokens first gives the lease back, so that the shared storage
+// charges the full balance. A refund need not wait for that.
 func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -346,7 +357,10 @@ func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 	return s.charge(ctx, c)
 }
 
-// charge charges the shared storage. What was denied before may be admitted afterwards.
+// charge charges the shared storage. Afterwards it drops the remembered denial, because tokens may have become free.
+//
+// The pool is looked up again when the call is done: it may have been forgotten, or made, in the meantime. charging is
+// counted on the pool that was there at the beginning.
 func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
 	sh, k := s.shardOf(c.Identifier), key{c.Name, c.Identifier}
 	sh.mu.Lock()
@@ -370,8 +384,8 @@ func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
 	return err
 }
 
-// Reset implements storage.Storage. The lease is forgotten with the rest, and not given back: so is one that was taken while
-// the shared storage forgets.
+// Reset implements storage.Storage. It drops the lease without giving it back, since the shared storage forgets that the
+// tokens were spent. It drops it again afterwards, for a lease that was taken while the shared storage was resetting.
 func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -396,9 +410,9 @@ func (s *Storage) forget(name, identifier string) {
 	}
 }
 
-// Close gives back what is leased. Further calls get ErrClosed. It waits for leases that are on their way, as long as its
-// context allows; the error says that something could not be given back, which then comes back by itself. A second Close
-// waits for the first and returns the same.
+// Close gives all leases back. Later calls return ErrClosed. It waits for requests in flight until ctx ends, and then
+// returns the error of ctx. Its error may also say that some tokens could not be given back; the shared storage refills
+// those as if they had been used. Another Close waits for the first, until its own ctx ends, and returns the same error.
 func (s *Storage) Close(ctx context.Context) error {
 	if s.closed.Swap(true) {
 		select {
@@ -417,7 +431,7 @@ func (s *Storage) Close(ctx context.Context) error {
 		for p := range sh.leased {
 			s.giveBack(p, p.empty())
 		}
-		sh.closed = true
+		sh.closed = true // from here on no lease is added: land gives it back instead
 		sh.mu.Unlock()
 	}
 	all := make(chan struct{})

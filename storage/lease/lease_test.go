@@ -65,7 +65,7 @@ func TestADenialThatIsRememberedAllocatesNothing(t *testing.T) {
 	v, err := l.Consume("user:42")
 	require.NoError(t, err)
 	require.True(t, v.Allowed)
-	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { v, err = l.Consume("user:42") }), 0.1) // it is asked for again each second
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { v, err = l.Consume("user:42") }), 0.1) // one call a second asks the server
 	require.NoError(t, err)
 	assert.False(t, v.Allowed)
 	assert.Equal(t, lease.Source, v.Source())
@@ -104,7 +104,7 @@ func TestACallAfterCloseIsErrClosed(t *testing.T) {
 	require.ErrorIs(t, s.Reset(t.Context(), "", "a"), storage.ErrClosed)
 }
 
-// failing is a storage of which the charges fail, or all calls last until their context ends.
+// failing is a storage whose Charges fail if fails is set, and whose calls all block until their context ends if hangs is set.
 type failing struct {
 	storage.Storage
 	fails atomic.Bool
@@ -167,7 +167,7 @@ func TestCloseEndsWithItsContext(t *testing.T) {
 		began := time.Now()
 		require.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded)
 		assert.Equal(t, time.Second, time.Since(began))
-		synctest.Wait() // and leaves no goroutine, of which the bubble would tell
+		synctest.Wait() // a goroutine left behind would fail the synctest bubble
 	})
 }
 
@@ -195,7 +195,7 @@ func TestAnErrorOfTheSharedStorageIsTold(t *testing.T) {
 		w.asks(p, int(p.State().Tokens))
 		w.crash(p)
 		part := storecheck.NewPart("id", w.rules, 1)
-		for range 5 { // by a question for a lease
+		for range 5 { // the first asks for a lease as well
 			w.load.Go(func() {
 				_, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Parts: []storecheck.Part{part}})
 				assert.ErrorIs(t, err, storage.ErrUnavailable)

@@ -12,7 +12,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The tests are tested: without one of the things that keep the bound, the simulation or a test of single rules fails.
+// The test checks the other tests. Each mutant removes one of the safeguards of the bound, and the simulation or a test of a
+// single rule must fail.
 func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{

@@ -24,8 +24,8 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// A node is a process of a service, which decides by leases. It is this test's program again, with the URL of its server
-// in its environment, and reads orders and writes answers, a line of JSON each.
+// A node is one process of a service that decides by leases. It is another copy of this test binary, started with the URL of
+// its server in the environment. It reads orders and writes answers, one line of JSON each.
 
 const environment = "THROTTLER_LEASE_NODE"
 
@@ -47,7 +47,7 @@ type order struct {
 	Period  time.Duration
 	Limit   int64
 	Workers int
-	Calls   int // of each worker
+	Calls   int // per worker
 }
 
 type answer struct {
@@ -64,7 +64,7 @@ func (o *order) request() (storecheck.Request, error) {
 	return storecheck.Request{Name: "node", Parts: []storecheck.Part{storecheck.NewPart(o.ID, []law.Rule{r}, 1)}}, nil
 }
 
-// obey does what it is told.
+// obey carries out an order.
 func (o *order) obey(s *lease.Storage) (a answer) {
 	r, err := o.request()
 	if err != nil {
@@ -88,7 +88,7 @@ func (o *order) obey(s *lease.Storage) (a answer) {
 				take()
 			}
 		})
-	case "lease": // ends with one
+	case "lease": // asks until the process has a lease
 		for range 1000 {
 			if take(); s.State().Tokens > 0 {
 				break
@@ -102,7 +102,7 @@ func (o *order) obey(s *lease.Storage) (a answer) {
 	return a
 }
 
-// runNode opens a storage, and does what it is told until it is told to close or nobody orders any more.
+// runNode opens a storage and carries out orders until one is to close, or until its input ends.
 func runNode(url string) error {
 	ctx := context.Background()
 	shared, done, err := openShared(ctx, url)
@@ -150,7 +150,7 @@ func openShared(ctx context.Context, url string) (storage.Storage, func(context.
 	return s, func(ctx context.Context) error { defer pool.Close(); return s.Close(ctx) }, err
 }
 
-// node is one that runs.
+// node is a running node, as the test sees it.
 type node struct {
 	t   testing.TB
 	cmd *exec.Cmd
@@ -158,7 +158,7 @@ type node struct {
 	out *json.Decoder
 }
 
-// startNode starts a process, which is killed after the test.
+// startNode starts a node. The process is killed after the test.
 func startNode(t testing.TB, url string) *node {
 	t.Helper()
 	program, err := os.Executable()
@@ -180,7 +180,7 @@ func startNode(t testing.TB, url string) *node {
 
 func (n *node) signal(s syscall.Signal) { require.NoError(n.t, n.cmd.Process.Signal(s)) }
 
-// begin gives an order, and end reads the answer.
+// begin sends an order. end reads its answer.
 func (n *node) begin(o order) { require.NoError(n.t, n.in.Encode(o)) }
 
 func (n *node) end() (a answer) {

@@ -2,17 +2,17 @@ package lease
 
 import "iter"
 
-// State describes a Storage, for metrics.
+// State describes a Storage at one moment, for metrics. The counters start at zero when New returns and never decrease.
 type State struct {
-	Identifiers int   // that are remembered
-	Tokens      int64 // leased and not used, of all buckets
-	Calls       int64 // to the shared storage
-	Local       int64 // calls admitted by a lease, Peeks among them
-	Remembered  int64 // calls denied by a denial that is remembered
-	Returned    int64 // leases given back
+	Identifiers int   // that have a pool
+	Tokens      int64 // leased and unused, summed over all buckets
+	Calls       int64 // calls to the shared storage: decisions, charges and resets
+	Local       int64 // calls admitted by a lease, including Peeks
+	Remembered  int64 // calls denied by a remembered denial
+	Returned    int64 // attempts to give a lease back
 }
 
-// State returns the present state, without I/O.
+// State returns the current state. It does no I/O.
 func (s *Storage) State() State {
 	out := State{Identifiers: int(s.pools.Load()), Calls: s.calls.Load(), Returned: s.returned.Load()}
 	for i := range s.shards {
@@ -30,7 +30,7 @@ func (s *Storage) State() State {
 	return out
 }
 
-// Stats yields the present State in numbers, by the names that metrics have for them.
+// Stats yields the fields of the current State under their metric names.
 func (s *Storage) Stats() iter.Seq2[string, float64] {
 	return func(yield func(string, float64) bool) {
 		state := s.State()

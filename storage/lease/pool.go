@@ -8,50 +8,51 @@ import (
 )
 
 const (
-	hot   = 8      // calls in a half Lifetime and the one before, from which on it is worth to take ahead
-	share = 8      // a lease is at most one part in so many of what was last seen to remain
-	pause = 10_000 // microseconds: the longest that tokens which come back a few at a time may gather
+	hot   = 8      // an identifier is hot from this many calls in two half Lifetimes on: this one and the last
+	share = 8      // a lease takes at most 1/share of the tokens that were last seen to remain
+	pause = 10_000 // microseconds a denial is extended to at most, while refilled tokens gather
 )
 
 type key struct{ name, identifier string }
 
-// pool is one identifier. The lock of its shard guards it.
+// pool is what this process knows about one identifier. The lock of its shard guards it.
 type pool struct {
 	key
 	shard     *shard
 	rules     *storage.RuleSet
 	buckets   []bucket
 	lease     lease
-	flight    *flight       // the question for a lease that is on its way, if any
-	returning chan struct{} // closed when all that was given back is back; nil: it is
-	resets    int           // how often the identifier was reset, so that a lease from before is not used
+	flight    *flight       // the request for a lease in progress, or nil
+	returning chan struct{} // closed when the last return has finished; nil if none is in progress
+	resets    int           // number of Resets; a lease that was requested before the last one is not used
 
-	// A Charge and a question that overlap may have reached the shared storage in either order. So nobody knows whether
-	// the answer has the Charge counted in.
-	charging int   // calls of Charge on their way
+	// If a Charge and a request overlap, the shared storage may have processed them in either order, so it is unknown
+	// whether the answer includes the Charge. vague marks that case.
+	charging int   // calls of Charge in progress
 	charged  int64 // when the last of them ended
-	heardAt  int64 // when rest was last heard of
-	vague    bool  // rest may be wrong by a Charge, so no Peek is told it
+	heardAt  int64 // when the last answer set rest
+	vague    bool  // rest may be off by a Charge, so a Peek asks the shared storage
 
 	since         int64 // when this half Lifetime began
-	calls, before int64 // calls in it, and in the one before
-	used          int64 // when something was asked last
+	calls, before int64 // calls in this half Lifetime, and in the one before
+	used          int64 // time of the last call
 
-	// Rule 1. The last denial, told at denied, is believed until then.
+	// Rule 1. The last denial was made at the time denied and is believed until the time until.
 	denied, until int64
-	degraded      bool // a fallback of the shared storage gave it
+	degraded      bool // a fallback of the shared storage made the denial
 }
 
-// bucket is what is known of one bucket of a pool.
+// bucket is what a pool knows about one bucket.
 type bucket struct {
-	rest          int64 // what remained in the shared storage, when it was last heard of
-	asked, before int64 // tokens asked in this half Lifetime, and in the one before
-	cost          int64 // what was denied
+	rest          int64 // tokens that remained in the shared storage at its last answer
+	asked, before int64 // tokens asked for in this half Lifetime, and in the one before
+	cost          int64 // the cost that was denied
 	denial        storage.Count
 }
 
-// poolOf is the pool of a request's identifier, if it has one or asks often enough for one. A pool is of one set of rules:
-// what it holds by others is given back.
+// poolOf returns the pool of a request's identifier. It adds a pool if the identifier is asked for often enough, and
+// returns nil if there is none. A pool has one set of rules at a time: if the request has other rules, the lease from the
+// old ones is given back, and no more calls join a flight for them.
 func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *pool {
 	part := &r.Parts[0]
 	p := sh.pools[key{r.Name, part.Identifier}]
@@ -64,7 +65,7 @@ func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *po
 			return nil
 		}
 		p.calls = hot
-		for i := range p.buckets { // about
+		for i := range p.buckets { // an estimate, since the earlier calls' costs were not recorded
 			p.buckets[i].asked = hot * r.Costs[i]
 		}
 	case p.rules != part.Rules && !sh.closed:
@@ -78,8 +79,10 @@ func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *po
 	return p
 }
 
-// warms counts a call of an identifier that has no pool, and reports whether it asks often. The count is halved with each
-// half Lifetime. Identifiers may share one: that costs memory for the pool of one that asks less, and nothing else.
+// warms counts a call for an identifier without a pool, and reports whether the identifier is hot. The count halves at each
+// half Lifetime, and drops to zero after two without a call. Two identifiers may share a counter: then one gets a pool
+// although it is not hot, which only costs memory. A cell is not updated atomically as a whole; a lost count only delays
+// the pool by a call.
 func (s *Storage) warms(h uint64, now int64) bool {
 	cell, tick := &s.cold[h%uint64(len(s.cold))], uint32(now/s.half)
 	old := cell.Load()
@@ -95,7 +98,8 @@ func (s *Storage) warms(h uint64, now int64) bool {
 	return n+1 >= hot
 }
 
-// add makes a pool, unless there are too many.
+// add adds a pool, or returns nil if there are MaxIdentifiers already. The strings are cloned, because the caller may reuse
+// their memory.
 func (s *Storage) add(sh *shard, r *storage.Request, now int64) *pool {
 	if s.pools.Load() >= int64(s.options.MaxIdentifiers) {
 		return nil
@@ -108,12 +112,12 @@ func (s *Storage) add(sh *shard, r *storage.Request, now int64) *pool {
 	return p
 }
 
-// idle says that nothing would be lost with the pool.
+// idle reports whether the pool can be removed without losing anything.
 func (p *pool) idle(now, after int64) bool {
 	return p.flight == nil && p.returning == nil && len(p.lease.grants) == 0 && p.until <= now && now-p.used > after
 }
 
-// count counts a call.
+// count adds a call to the demand of this half Lifetime, after starting a new one if the old is over.
 func (p *pool) count(costs []int64, now, half int64) {
 	if ago := now - p.since; ago >= half {
 		p.turn(ago < 2*half)
@@ -126,6 +130,7 @@ func (p *pool) count(costs []int64, now, half int64) {
 	}
 }
 
+// turn starts a new half Lifetime. If it does not directly follow the current one, the demand in between was zero.
 func (p *pool) turn(toTheNext bool) {
 	if !toTheNext {
 		p.calls = 0
@@ -140,7 +145,7 @@ func (p *pool) turn(toTheNext bool) {
 	}
 }
 
-// decides answers a request, if that needs nobody else.
+// decides answers a request from the lease or the remembered denial, and reports whether it could.
 func (p *pool) decides(r *storage.Request, a *storage.Answer, now int64) bool {
 	switch {
 	case p.admits(r, a, now):
@@ -153,10 +158,11 @@ func (p *pool) decides(r *storage.Request, a *storage.Answer, now int64) bool {
 	return true
 }
 
-// admits keeps Rule 2: the lease decides if it has the cost in every bucket.
+// admits implements rule 2: the lease admits the call if it covers the cost in every bucket. A Peek takes nothing, and is not
+// answered here while the known balance may be wrong.
 func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 	l := &p.lease
-	if now >= l.end || r.Mode == storage.Peek && (p.returning != nil || p.vague) { // it would be told less or more than there is
+	if now >= l.end || r.Mode == storage.Peek && (p.returning != nil || p.vague) { // the balance may be wrong
 		return false
 	}
 	for i := range l.grants {
@@ -180,7 +186,8 @@ func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 	return true
 }
 
-// denies keeps Rule 1: the same question gets the same answer until it may be over.
+// denies implements rule 1: a call with the same costs is denied as before until the denial may be over. The waits in the
+// answer are reduced by the denial's age.
 func (p *pool) denies(r *storage.Request, a *storage.Answer, now int64) bool {
 	if now >= p.until {
 		return false
@@ -203,8 +210,9 @@ func (p *pool) denies(r *storage.Request, a *storage.Answer, now int64) bool {
 	return true
 }
 
-// deny remembers a denial, and tells how long it is believed. Near a limit tokens come back one by one. A process that
-// asked for each would be denied most of them, as others do the same; so they gather for a while.
+// deny remembers a denial until its RetryAfter has passed, for MaxDenial at most. Near a limit tokens are refilled one by
+// one. If every process asked for each of them, most of those calls would be denied. So deny raises RetryAfter to at least
+// gather, in the answer as well, which lets a few tokens accumulate. With DenialsOnly RetryAfter stays unchanged.
 func (p *pool) deny(costs []int64, a *storage.Answer, s *Storage) {
 	retry, gather := int64(0), int64(0)
 	for i := range a.Counts {
@@ -223,7 +231,8 @@ func (p *pool) deny(costs []int64, a *storage.Answer, s *Storage) {
 	p.until = min(p.denied+max(retry, gather), law.Monotonic()+s.denial)
 }
 
-// gather is pause, or an eighth of what fills the bucket that is full first.
+// gather returns how many microseconds a denial lasts at least: pause, but no more than an eighth of the shortest fill time
+// of the buckets.
 func (p *pool) gather() int64 {
 	most := int64(pause)
 	for i := range p.rules.Rules {
@@ -232,7 +241,8 @@ func (p *pool) gather() int64 {
 	return most
 }
 
-// heard takes over what remains in the shared storage, as the answer to a question that was sent at a time says.
+// heard records the tokens that remain in the shared storage, from its answer to a request sent at the time sent. They are
+// vague if a Charge was in progress at any time between the request and its answer.
 func (p *pool) heard(counts []storage.Count, sent int64) {
 	p.heardAt, p.vague = law.Monotonic(), p.charging > 0 || p.charged >= sent
 	for i := range counts {
@@ -240,7 +250,8 @@ func (p *pool) heard(counts []storage.Count, sent int64) {
 	}
 }
 
-// wasCharged changes what remains by a Charge that began at a time, if nothing was heard meanwhile.
+// wasCharged applies a Charge that began at the time began to the tokens known to remain. If it failed, or an answer arrived
+// during it, it is unknown whether the balance includes the Charge already: then the balance becomes vague instead.
 func (p *pool) wasCharged(c *storage.Charge, began int64, err error) {
 	p.charged = law.Monotonic()
 	if err != nil || p.heardAt >= began {
@@ -255,16 +266,21 @@ func (p *pool) wasCharged(c *storage.Charge, began int64, err error) {
 	}
 }
 
-// ahead keeps Rule 3: what a call takes ahead along with its cost, or nil for nothing. It is what was asked in the last half
-// Lifetime, at most an eighth of what was last seen to remain, in equal proportion from all buckets: so of a bucket of
-// which all ask little remains for others, and a bucket that gives less than the others strands none of their tokens.
+// ahead implements rule 3. It returns the tokens of each bucket that a call takes ahead along with its cost, or nil for none.
+// That is the demand of the last half Lifetime, but at most 1/share of the tokens that were last seen to remain. So in a
+// bucket that every process draws on, most tokens stay available to the others.
 //
-// The lease begins with a use, the call's own: a period of a Replenish bucket never starts for nothing.
+// All buckets are scaled down by the same factor. A bucket with few tokens would otherwise strand the tokens leased from
+// the others, since a lease decides only while it covers the cost in every bucket.
+//
+// The tokens are taken together with a call's own cost, so a lease never starts the period of a Replenish bucket that no
+// call has used.
 func (p *pool) ahead(s *Storage, costs []int64, now int64) []int64 {
 	if s.options.DenialsOnly || p.calls+p.before < hot || !leasable(p.rules.Rules, s.life) {
 		return nil
 	}
-	left := float64(max(0, s.half-(now-p.since))) / float64(s.half) // of this half Lifetime
+	// The fraction of this half Lifetime that is still to come. It weights the demand of the one before.
+	left := float64(max(0, s.half-(now-p.since))) / float64(s.half)
 	scale, want := 1.0, [law.MaxBuckets]float64{}
 	for i := range p.buckets {
 		b := &p.buckets[i]
@@ -287,9 +303,10 @@ func (p *pool) ahead(s *Storage, costs []int64, now int64) []int64 {
 	return out
 }
 
-// leasable says that the buckets can be leased. Who counts in a SlidingLog wants every call in its place. And where a hold
-// that is given back too late could be taken for the next one there is no lease: a Refund finds its hold by when it ends,
-// to half a period.
+// leasable reports whether these buckets may be leased. A SlidingLog is never leased, because its purpose is to record when
+// each call was made. Buckets of a period under two Lifetimes are not leased either, except Continuous ones. A return
+// finds its tokens by the time when they expire, accurate to half a period, so a late one could match those of the next
+// period.
 func leasable(rules []law.Rule, life int64) bool {
 	for i := range rules {
 		if r := &rules[i]; r.Kind == law.SlidingLog || r.Kind != law.Continuous && r.Period < 2*life {

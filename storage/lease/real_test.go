@@ -19,7 +19,7 @@ import (
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
-// onServers runs a test on a Redis and on a Postgres, and gives it a storage there without leases.
+// onServers runs a test on Redis and on Postgres. plain is a storage on the same server without leases.
 func onServers(t *testing.T, test func(t *testing.T, url string, plain storage.Storage)) {
 	t.Parallel()
 	t.Run("redis", func(t *testing.T) {
@@ -34,10 +34,10 @@ func onServers(t *testing.T, test func(t *testing.T, url string, plain storage.S
 	})
 }
 
-// unique is an identifier that no other test has.
+// unique returns an identifier that no other test uses.
 func unique(name string) string { return fmt.Sprint(name, time.Now().UnixNano()) }
 
-// limited is an order for a bucket of which nothing comes back during a test.
+// limited returns an order for a bucket that refills nothing during a test.
 func limited(kind law.Kind, limit int64) order {
 	o := order{ID: unique(kind.String()), Kind: kind, Period: storecheck.Period(), Limit: limit}
 	if kind == law.Continuous {
@@ -51,7 +51,7 @@ func (o order) with(do string, workers, calls int) order {
 	return o
 }
 
-// spent is how many tokens are out.
+// spent returns how many tokens the shared storage counts as spent.
 func (o order) spent(t testing.TB, plain storage.Storage) int64 {
 	t.Helper()
 	r, err := o.request()
@@ -154,7 +154,7 @@ func TestALeaseOutlivesARedisThatIsStopped(t *testing.T) {
 	require.NoError(t, server.Thaw())
 	storecheck.Until(t, "it stays away", func() bool { return told.Ask(s, r) == nil })
 	require.NoError(t, s.Close(t.Context()))
-	// A call that failed was charged at most its cost and the lease that it took along.
+	// A failed call was charged at most its cost and the lease that it asked for.
 	spent := o.spent(t, shared)
 	assert.GreaterOrEqual(t, spent, told.Admitted.Load())
 	assert.LessOrEqual(t, spent-told.Admitted.Load(), told.Failed.Load()*1000)

@@ -17,9 +17,9 @@ import (
 	"github.com/go-throttler/throttler/storage/lease"
 )
 
-// The rules one by one, over a server that is 1 ms away, there and back.
+// The tests of the single rules, over a server with a round trip of 1 ms.
 
-// fixed runs a test in a world of one bucket.
+// fixed runs a test in a world with one bucket and without randomness. It begins at the start of a period.
 func fixed(t *testing.T, kind law.Kind, period time.Duration, capacity int64, test func(*testing.T, *world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -33,7 +33,7 @@ func fixed(t *testing.T, kind law.Kind, period time.Duration, capacity int64, te
 	})
 }
 
-// steady starts a process whose way is always as long.
+// steady starts a process whose round trips all take the same time.
 func (w *world) steady() *process {
 	p := w.start()
 	p.link.rnd = nil
@@ -50,13 +50,13 @@ func (w *world) asks(p *process, n int) (admitted int) {
 	return admitted
 }
 
-// source asks once, and returns who decided.
+// source asks once, and returns the Source of the verdict.
 func (w *world) source(p *process) string {
 	v := w.take(p, "id", 1)
 	return v.Source()
 }
 
-// leases asks until the process has a lease of some tokens.
+// leases asks until the process has a lease of at least 15 tokens, and returns how many calls were admitted.
 func (w *world) leases(p *process) (admitted int64) {
 	for p.State().Tokens < 15 {
 		require.Equal(w.t, 1, w.asks(p, 1))
@@ -66,7 +66,7 @@ func (w *world) leases(p *process) (admitted int64) {
 	return admitted
 }
 
-// remaining is what the server has.
+// remaining returns how many tokens remain on the server.
 func (w *world) remaining() int64 {
 	w.server.mu.Lock()
 	defer w.server.mu.Unlock()
@@ -140,7 +140,7 @@ func TestRule1RetryAfterIsTrueForAProcessAlone(t *testing.T) {
 					continue
 				}
 				time.Sleep(time.Duration(w.rnd.IntN(100)) * time.Microsecond)
-				v := ask(storage.Take, cost) // remembered, mostly
+				v := ask(storage.Take, cost) // mostly answered by the remembered denial
 				if v.Allowed || v.RetryAfter < time.Microsecond {
 					continue
 				}
@@ -175,7 +175,7 @@ func TestRule2ALeaseDecidesWithoutTheServer(t *testing.T) {
 	fixed(t, law.FixedWindow, time.Hour, 1_000_000, func(t *testing.T, w *world) {
 		p := w.steady()
 		w.leases(p)
-		for range 20 { // each lease doubles what was asked
+		for range 20 { // the leases grow with the demand, up to an eighth of the rest
 			w.asks(p, 1000)
 		}
 		before, calls := p.State(), w.server.calls.Load()
@@ -199,7 +199,7 @@ func TestRule2RemainingCountsTheOwnLeaseIn(t *testing.T) {
 	})
 }
 
-// Nobody knows whether an answer that arrives while something is given back has it counted in.
+// An answer that arrives while tokens are being given back may or may not include them.
 func TestRule2APeekDoesNotCountTwiceWhatIsGivenBackMeanwhile(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
 		p := w.steady()
@@ -209,11 +209,11 @@ func TestRule2APeekDoesNotCountTwiceWhatIsGivenBackMeanwhile(t *testing.T) {
 		go func() {
 			assert.NoError(t, p.Charge(t.Context(), &storage.Charge{Name: "sim", Identifier: "id", Rules: part.Rules, Amounts: []storage.Amount{{N: -5, In: time.Hour.Microseconds()}}}))
 		}()
-		time.Sleep(12 * time.Millisecond) // the server has it
+		time.Sleep(12 * time.Millisecond) // the server has processed the Charge
 		p.link.takes(time.Millisecond)
 		v := w.take(p, "id", 200)
 		require.True(t, v.Allowed)
-		time.Sleep(20 * time.Millisecond) // the answer is there
+		time.Sleep(20 * time.Millisecond) // the answer to the Charge has arrived
 		v, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Mode: storage.Peek, Parts: []storecheck.Part{part}})
 		require.NoError(t, err)
 		assert.Equal(t, left+5-200, v.Count(0).Remaining, "by %s", v.Source())
@@ -223,7 +223,7 @@ func TestRule2APeekDoesNotCountTwiceWhatIsGivenBackMeanwhile(t *testing.T) {
 func TestRule3ALeaseIsAnEighthOfWhatRemainsAtMost(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 100_000, func(t *testing.T, w *world) {
 		var processes []*process
-		for range 4 { // each asks for more than an eighth of what will remain
+		for range 4 { // the demand of each is more than an eighth of what will remain
 			p := w.steady()
 			processes = append(processes, p)
 			for range 20 {
@@ -232,7 +232,7 @@ func TestRule3ALeaseIsAnEighthOfWhatRemainsAtMost(t *testing.T) {
 		}
 		w.load.Wait()
 		rest := w.remaining()
-		for _, p := range processes { // the second sees what the first has left, and so on
+		for _, p := range processes { // each sees what the one before has left
 			part := storecheck.NewPart("id", w.rules, 1)
 			part.AtMost = true
 			_, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Parts: []storecheck.Part{part}})
@@ -254,8 +254,8 @@ func TestRule3ALeaseFromBeforeAResetIsNotUsed(t *testing.T) {
 		w.asks(p, int(p.State().Tokens))
 		require.Zero(t, p.State().Tokens)
 		p.link.takes(20 * time.Millisecond)
-		w.load.Go(func() { w.asks(p, 1) }) // with a lease
-		time.Sleep(11 * time.Millisecond)  // it has been taken, and the answer is on its way
+		w.load.Go(func() { w.asks(p, 1) }) // it asks for a lease as well
+		time.Sleep(11 * time.Millisecond)  // the server has granted the lease, and the answer is on its way
 		p.link.takes(time.Millisecond)
 		require.NoError(t, p.Reset(t.Context(), "sim", "id"))
 		w.load.Wait()
@@ -268,7 +268,7 @@ func TestRule3NearTheLimitOneQuestionBringsWhatThereIs(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
 		p, other := w.steady(), w.steady()
 		w.leases(p)
-		w.asks(p, int(p.State().Tokens)) // of which it asks for more than there will be
+		w.asks(p, int(p.State().Tokens)) // its demand is now higher than what will remain
 		left := w.remaining()
 		require.True(t, w.take(other, "id", left-3).Allowed)
 		calls := w.server.calls.Load()
@@ -292,7 +292,7 @@ func TestRule4WhoIsProvidedForWaitsAndOthersDoNot(t *testing.T) {
 		w.leases(p)
 		w.asks(p, int(p.State().Tokens))
 		calls := w.server.calls.Load()
-		for range 10 { // the first takes ahead for the others
+		for range 10 { // the first call takes tokens ahead for the others
 			w.load.Go(func() { w.asks(p, 1) })
 			time.Sleep(10 * time.Microsecond)
 		}
@@ -324,7 +324,7 @@ func TestRule5WhatHasDrainedIsNotGivenBack(t *testing.T) {
 		p.link.takes(20 * time.Millisecond)
 		other.link.takes(0)
 		time.Sleep(40 * time.Millisecond)
-		for range 100 { // they drain in 100 ms, and then as much that is leased
+		for range 100 { // these tokens drain in 100 ms, the leased ones after that
 			w.load.Go(func() { w.asks(p, 1) })
 		}
 		w.load.Wait()

@@ -11,7 +11,7 @@ import (
 	"github.com/go-throttler/throttler/internal/law"
 )
 
-// TestTheBoundHolds is the safety of the protocol: hostile traffic of every kind of bucket.
+// TestTheBoundHolds checks the safety of the protocol: whatever the traffic, no kind of bucket exceeds its bound.
 func TestTheBoundHolds(t *testing.T) {
 	t.Parallel()
 	from, to := seeds(t, 200)
@@ -35,7 +35,8 @@ func TestTheBoundHolds(t *testing.T) {
 	}
 }
 
-// hostile has processes storm and fall silent, some just before and after all tokens are back, and some crash.
+// hostile starts up to four processes with bursts of calls and pauses. In half of the worlds the bursts lie around the ends of
+// periods, where all tokens are refilled. Some of the processes crash.
 func (w *world) hostile() {
 	period := time.Duration(w.rules[0].Period) * time.Microsecond
 	edge := w.rnd.IntN(2) == 0

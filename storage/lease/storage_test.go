@@ -20,7 +20,7 @@ import (
 	"github.com/go-throttler/throttler/storage/storagetest"
 )
 
-// over returns a storage in front of a shared one, and closes it at the end.
+// over returns a lease storage in front of a shared one. It is closed after the test.
 func over(t testing.TB, shared storage.Storage, o *lease.Options) *lease.Storage {
 	t.Helper()
 	s, err := lease.New(shared, o)
@@ -29,7 +29,7 @@ func over(t testing.TB, shared storage.Storage, o *lease.Options) *lease.Storage
 	return s
 }
 
-// openRedis returns a storage on a server, which is closed after the test.
+// openRedis returns a storage on a Redis server. The storage is closed after the test.
 func openRedis(t testing.TB, url string) *redisstore.Storage {
 	t.Helper()
 	s, err := redisstore.Open(url, &redisstore.Options{Timeout: storecheck.Patient})
@@ -38,7 +38,7 @@ func openRedis(t testing.TB, url string) *redisstore.Storage {
 	return s
 }
 
-// openPostgres returns a storage on a server, which is closed after the test.
+// openPostgres returns a storage on a Postgres server. The storage is closed after the test.
 func openPostgres(t testing.TB, url string) *pgstore.Storage {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), url)
@@ -50,7 +50,8 @@ func openPostgres(t testing.TB, url string) *pgstore.Storage {
 	return s
 }
 
-// openFailover returns a failover that waits for its servers, which is closed after the test.
+// openFailover returns a failover storage with long timeouts, so that slow servers cause no failover. It is closed after the
+// test.
 func openFailover(t testing.TB, redisURL, postgresURL string) *failover.Storage {
 	t.Helper()
 	s, err := failover.New(openRedis(t, redisURL), openPostgres(t, postgresURL),
@@ -60,7 +61,7 @@ func openFailover(t testing.TB, redisURL, postgresURL string) *failover.Storage 
 	return s
 }
 
-// passesTheSuite runs the suite over a shared storage, and requires that leases decided a part of it.
+// passesTheSuite runs the suite of all storages over a shared one, and requires that leases decided a part of the calls.
 func passesTheSuite(t *testing.T, shared func(testing.TB) storage.Storage) {
 	var local, remembered, returned atomic.Int64
 	t.Cleanup(func() {

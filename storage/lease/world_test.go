@@ -22,9 +22,9 @@ import (
 	"github.com/go-throttler/throttler/storage/lease"
 )
 
-// The simulation runs the storage itself, in several processes before one shared storage, in virtual time. Processes storm,
-// fall silent and crash as a seed says. An independent check of what was admitted finds out whether it was too much. A seed
-// that fails is printed, and runs again with THROTTLER_SEED.
+// The simulation runs the real lease storage in virtual time, in several processes that share one storage. A seed determines
+// when the processes send bursts of calls, pause and crash. An independent check compares the admitted calls with the
+// bound. The seed of a failure is printed; THROTTLER_SEED runs it again.
 
 func seeds(t *testing.T, few int) (from, to uint64) {
 	if s := os.Getenv("THROTTLER_SEED"); s != "" {
@@ -38,20 +38,20 @@ func seeds(t *testing.T, few int) (from, to uint64) {
 	return 0, uint64(few)
 }
 
-// server is the shared storage. It has a clock of its own, which runs a little faster or slower than that of the processes.
+// server is the shared storage. Its own clock is ahead of that of the processes and runs a little faster or slower.
 type server struct {
 	ahead int64 // µs
-	drift int64 // µs a second
+	drift int64 // µs per second
 	calls atomic.Int64
 
 	mu    sync.Mutex
 	spent map[string]*storage.Spent
-	ends  map[string][]int64 // of the periods of a Replenish bucket, as they were told
+	ends  map[string][]int64 // ends of the periods of a Replenish bucket, as the answers reported them
 }
 
-// clock is the server's time when the clock of the processes tells another.
+// clock converts a time of the processes' clock to the server's clock.
 func (s *server) clock(at int64) int64 {
-	return at + s.ahead + (at-946684800_000_000)*s.drift/1_000_000 // synctest begins with the year 2000
+	return at + s.ahead + (at-946684800_000_000)*s.drift/1_000_000 // synctest begins at the start of the year 2000
 }
 
 func (s *server) of(id string) *storage.Spent {
@@ -61,17 +61,18 @@ func (s *server) of(id string) *storage.Spent {
 	return s.spent[id]
 }
 
-// link is the way of a process to the server, of which nothing arrives any more once it is cut.
+// link connects a process to the server. Once it is cut, neither requests nor answers arrive.
 type link struct {
 	*server
 	cut atomic.Bool
 
-	mu       sync.Mutex    // guards what follows
-	shortest time.Duration // there and back
-	rnd      *rand.Rand    // nil: it is always the shortest
+	mu       sync.Mutex    // guards the fields below
+	shortest time.Duration // round trip
+	rnd      *rand.Rand    // nil: all round trips are the shortest
 }
 
-// way is as long as there, or back: now and then as much as ten times the shortest, up to 25 ms.
+// way sleeps for one direction of a round trip. That takes between half of the shortest round trip and all of it, in one of
+// 20 cases up to five times as long in addition, and never more than 25 ms.
 func (l *link) way() {
 	l.mu.Lock()
 	d := l.shortest / 2
@@ -137,14 +138,14 @@ func (l *link) Reset(ctx context.Context, _, identifier string) error {
 	return l.call(ctx, func(int64) error { delete(l.spent, identifier); return nil })
 }
 
-// admission is one that a process was told.
+// admission is an admission that a process received.
 type admission struct {
 	at    int64 // by the clock of the server
 	costs [2]int64
 	local bool
 }
 
-// world is one run.
+// world is one run of the simulation.
 type world struct {
 	t        *testing.T
 	seed     uint64
@@ -157,7 +158,7 @@ type world struct {
 	processes []*process
 	load      sync.WaitGroup
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex // guards the fields below
 	admitted map[string][]admission
 	denied   int
 }
@@ -177,7 +178,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 	return w
 }
 
-// random sets rules of a kind, alone or with another bucket.
+// random sets a random rule of the kind, in a third of the worlds with a second, Continuous bucket.
 func (w *world) random(kind law.Kind) {
 	period := time.Duration(400+w.rnd.IntN(1600)) * time.Millisecond
 	capacity := 50 + w.rnd.Int64N(1000)
@@ -210,7 +211,7 @@ func (w *world) start() *process {
 	return p
 }
 
-// take asks once, and writes down what was admitted.
+// take asks once and records the verdict.
 func (w *world) take(p *process, id string, costs ...int64) storecheck.Verdict {
 	part := storecheck.NewPart(id, w.rules, 1)
 	copy(part.Costs, costs)
@@ -231,7 +232,7 @@ func (w *world) take(p *process, id string, costs ...int64) storecheck.Verdict {
 	return v
 }
 
-// storm asks so many times with a pause between the calls, and waits for no answer.
+// storm makes so many calls with random pauses of the given mean. It does not wait for the answers.
 func (w *world) storm(p *process, rnd *rand.Rand, calls int, pause time.Duration) {
 	for range calls {
 		time.Sleep(time.Duration(rnd.Int64N(2*int64(pause) + 1)))
@@ -243,13 +244,13 @@ func (w *world) storm(p *process, rnd *rand.Rand, calls int, pause time.Duration
 	}
 }
 
-// crash ends a process with what it has leased.
+// crash cuts a process off, so that its leased tokens are lost.
 func (w *world) crash(p *process) {
 	p.crashed.Store(true)
 	p.link.cut.Store(true)
 }
 
-// end waits for all calls, and closes all that has not crashed.
+// end waits for all calls and closes all processes. Close must succeed for those that have not crashed.
 func (w *world) end() {
 	w.load.Wait()
 	for _, p := range w.processes {
@@ -270,7 +271,8 @@ func (w *world) local() (n int) {
 	return n
 }
 
-// check holds what was admitted to the bound of each bucket.
+// check compares the admitted calls with the bound of each bucket. A Continuous bucket may exceed its rule by the refill of
+// one Lifetime.
 func (w *world) check() {
 	for id, all := range w.admitted {
 		slices.SortFunc(all, func(a, b admission) int { return cmp.Compare(a.at, b.at) })
@@ -290,13 +292,13 @@ func (w *world) check() {
 	}
 }
 
-// take is n tokens at a time.
+// take is n tokens taken at the time at.
 type take struct{ at, n int64 }
 
-// excess is by how much takes, which are in order, exceed a rule at the most. It knows nothing of the arithmetic of law:
-// only what the docs say of each kind.
+// excess returns by how many tokens the takes exceed a rule at most. The takes must be in order of time. It shares no
+// arithmetic with package law, and implements only what the docs say about each kind.
 func excess(all []take, r *law.Rule, ends []int64) (most int64) {
-	sums := map[int64]int64{} // of periods and windows
+	sums := map[int64]int64{} // tokens of each period or window
 	level, last := 0.0, int64(0)
 	for i, t := range all {
 		sum := int64(0)
@@ -314,7 +316,7 @@ func excess(all []take, r *law.Rule, ends []int64) (most int64) {
 		case law.Replenish:
 			j, _ := slices.BinarySearch(ends, t.at+1)
 			if j == len(ends) || ends[j]-r.Period > t.at {
-				return all[len(all)-1].at // outside of all periods
+				return all[len(all)-1].at // outside all periods: the time serves as a hopelessly large excess
 			}
 			sums[ends[j]] += t.n
 			sum = sums[ends[j]]
