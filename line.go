@@ -1,4 +1,4 @@
-// The callers that wait: which line they are in, whose turn it is to ask, and how news reaches them.
+// The waiting callers: which line they are in, whose turn it is to ask, and how they get news.
 
 package throttler
 
@@ -10,49 +10,50 @@ import (
 	"sync/atomic"
 )
 
-// waiters has a line for each identifier that somebody waits for. Two identifiers share no lock, so a crowd that leaves one
-// delays nobody at another.
+// waiters has a line for each identifier that somebody waits for. Each line has its own locks, so a crowd that leaves one
+// identifier delays nobody at another.
 type waiters struct {
 	most  int          // Config.MaxWaiters
 	lines sync.Map     // identifier -> *line
-	n     atomic.Int64 // upper bound of the number of lines; mostly 0, which saves looking into lines
+	n     atomic.Int64 // upper bound of the number of lines; it is mostly 0, which saves a lookup in lines
 }
 
-// line has the callers that wait for one identifier.
+// line has the callers that wait for one identifier. Whoever needs both locks takes giving first, then mu.
 type line struct {
 	id string
 
-	// Held for reading to reserve, and for writing to give back. So nothing is reserved while the last reservations are given
-	// back.
+	// giving is held for reading while a call reserves, and for writing while reservations are given back. So no call
+	// reserves behind reservations that are just being given back.
 	giving sync.RWMutex
 
-	mu   sync.Mutex // guards what follows
-	all  list.List  // of *waiter: those in the queue, in turns, and those that ask
-	gone bool       // removed from waiters.lines: newcomers need another line
+	mu   sync.Mutex // guards the fields below
+	all  list.List  // of *waiter: those in the queue or in turns, and those that are asking
+	gone bool       // removed from waiters.lines; newcomers need a new line
 
-	// The denied callers, in the order of their arrival. Some at the front ask, or pause before they ask again; the others
-	// wait for their turn. When nobody asks any more, the next ones do: as many as there are tokens for, but at least one.
+	// queue has the denied callers in the order of their arrival. Some at the front are asking, or pause before they ask
+	// again; the others wait for their turn. When the last of them has asked, the next ones do: as many as there are tokens,
+	// but at least one.
 	queue  list.List
 	asking int
-	tokens int64 // left when the last of those who ask was admitted; 0 if one was denied
-	ahead  int64 // tokens that all in the queue take from each bucket, at least
+	tokens int64 // fewest tokens left after an admission of those that ask; 0 if one was denied or left
+	ahead  int64 // lower bound of the tokens that the whole queue takes from each bucket
 
-	turns map[string]*turns // the callers that have reserved, by the shape of their reservation
+	turns map[string]*turns // the callers with a reservation, by the shape of it
 }
 
 // waiter is one call of Wait that has to wait.
 type waiter struct {
 	lines []*line
-	seats []*list.Element // its places in line.all, one for each of lines
-	turn  chan struct{}   // receives when it is this waiter's turn to ask
+	seats []*list.Element // its elements in line.all, one for each of lines
+	turn  chan struct{}   // receives when this waiter may ask
 	poke  chan struct{}   // receives when news has changed
 	news  atomic.Int32
 
 	attempts int   // how often it has asked
-	least    int64 // tokens that it takes from each of its buckets, at least
+	least    int64 // lower bound of the tokens that it takes from each of its buckets
 
-	// Where it waits: in the queue of a line, or in turns. One that reserves while it is in the queue is in both for a moment.
-	// The waiter itself sets queue and turns; the mutex of the line guards the rest.
+	// It waits in the queue of a line, or in turns; in both for a moment if it reserves while it is queued. Only the waiter's
+	// own goroutine sets queue and turns. The mutex of the line guards the other fields.
 	queue   *line
 	inQueue *list.Element
 	turns   *turns
@@ -60,7 +61,7 @@ type waiter struct {
 	asks    bool
 }
 
-// again counts an attempt and returns its number, from 1. A call that is no waiter yet makes its first.
+// again counts an attempt and returns its number, from 1. For a nil waiter, a call that does not wait yet, it is the first.
 func (w *waiter) again() int {
 	if w == nil {
 		return 1
@@ -69,15 +70,15 @@ func (w *waiter) again() int {
 	return w.attempts
 }
 
-// news is what happened to the buckets of a waiter. A higher one replaces a lower one that was not read yet.
+// news is what happened to the buckets of a waiter. Unread news is replaced only by higher news.
 type news int32
 
 const (
 	nothing  news = iota
-	freed         // there may be tokens, or a place at the front
+	freed         // there may be tokens, or the waiter may be at the front now
 	changed       // AddBucket or RemoveBucket was called
 	wasReset      // the storage has forgotten the reservations
-	askAgain      // another waiter has ended the turns: reserve anew
+	askAgain      // another waiter has ended the turns, so reserve again
 )
 
 // none reports whether nobody waits for an identifier.
@@ -89,7 +90,8 @@ func (ws *waiters) none(id string) bool {
 	return !found
 }
 
-// enter makes a call a waiter. If too many wait for one of its identifiers, it returns nil and that identifier.
+// enter makes a call a waiter. If MaxWaiters callers wait for one of its identifiers already, it returns nil and that
+// identifier.
 func (ws *waiters) enter(parts []Part, least int64) (w *waiter, full string) {
 	w = &waiter{least: least, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	for i := range parts {
@@ -101,12 +103,13 @@ func (ws *waiters) enter(parts []Part, least int64) (w *waiter, full string) {
 	return w, ""
 }
 
-// join gives a waiter a seat in the line of an identifier. It reports whether there was room.
+// join adds a waiter to the line of an identifier. It reports whether there was room. A line may be removed between its lookup
+// and its lock; then join looks for another.
 func (ws *waiters) join(id string, w *waiter) bool {
 	for {
 		found, ok := ws.lines.Load(id)
 		if !ok {
-			id = strings.Clone(id) // the caller may reuse the memory of its own
+			id = strings.Clone(id) // the caller may reuse the memory of its string
 			ws.n.Add(1)
 			if found, ok = ws.lines.LoadOrStore(id, &line{id: id}); ok {
 				ws.n.Add(-1)
@@ -125,8 +128,8 @@ func (ws *waiters) join(id string, w *waiter) bool {
 	}
 }
 
-// exit takes a waiter out of everything that it is in. If it returns turns, the caller has to flush them. It takes the lock of
-// a line once and does constant work under it, since a crowd may leave at the same time.
+// exit takes a waiter out of its lines, the queue and turns. If it returns turns, the caller has to flush them. It takes each
+// line's lock once and does constant work under it, since a large crowd may leave at the same time.
 func (ws *waiters) exit(w *waiter) (flush *turns) {
 	for i, l := range w.lines {
 		l.mu.Lock()
@@ -143,8 +146,8 @@ func (ws *waiters) exit(w *waiter) (flush *turns) {
 	return flush
 }
 
-// close removes an empty line. A line is kept while reservations of it are still to be given back: newcomers have to wait for
-// that, or they would reserve behind them. The caller holds the line's mutex.
+// close removes a line if it is empty. A line stays while some of its reservations have yet to be given back: newcomers have to
+// wait for that, since otherwise they would reserve behind them. The caller holds the line's mutex.
 func (ws *waiters) close(l *line) {
 	if l.gone || l.all.Len() > 0 || len(l.turns) > 0 {
 		return
@@ -154,7 +157,7 @@ func (ws *waiters) close(l *line) {
 	ws.n.Add(-1)
 }
 
-// tell wakes the waiters of an identifier. Freed tokens concern the first in the queue only.
+// tell sends news to the waiters of an identifier. Freed tokens concern only the first in the queue.
 func (ws *waiters) tell(id string, n news) {
 	if ws.n.Load() == 0 {
 		return
@@ -172,13 +175,14 @@ func (ws *waiters) tell(id string, n news) {
 		}
 		return
 	}
-	if n == wasReset { // at once, so that nobody puts a new reservation among those that are forgotten
+	if n == wasReset { // under the lock, so that no new reservation gets among the forgotten ones
 		for _, s := range l.turns {
 			s.over = true
 		}
 		clear(l.turns)
 	}
-	// All have the news before the first wakes up. Else it would reach those late who have already asked because others did.
+	// All waiters have the news before the first wakes up. Otherwise the first could make others ask again that do not
+	// have the news yet. It would reach these after they have asked, and they would ask once more.
 	for e := l.all.Front(); e != nil; e = e.Next() {
 		e.Value.(*waiter).note(n)
 	}
@@ -192,6 +196,7 @@ func (w *waiter) tell(n news) {
 	w.wake()
 }
 
+// note stores news unless there is higher unread news.
 func (w *waiter) note(n news) {
 	for {
 		if old := w.news.Load(); news(old) >= n || w.news.CompareAndSwap(old, int32(n)) {
@@ -207,7 +212,7 @@ func (w *waiter) wake() {
 	}
 }
 
-// behind returns a line of the waiter in whose queue others are, or nil.
+// behind returns one of the waiter's lines whose queue is not empty, or nil.
 func (w *waiter) behind() *line {
 	for _, l := range w.lines {
 		l.mu.Lock()
@@ -220,7 +225,7 @@ func (w *waiter) behind() *line {
 	return nil
 }
 
-// lineOf returns the waiter's line of an identifier.
+// lineOf returns the waiter's line of an identifier, or its first line if it has none of that identifier.
 func (w *waiter) lineOf(id string) *line {
 	if i := slices.IndexFunc(w.lines, func(l *line) bool { return l.id == id }); i >= 0 {
 		return w.lines[i]
@@ -228,8 +233,8 @@ func (w *waiter) lineOf(id string) *line {
 	return w.lines[0]
 }
 
-// join puts a waiter at the end of the queue. It returns how many tokens those before it take from each bucket, at least, and
-// whether it is the first.
+// join adds a waiter to the end of the queue. It returns a lower bound of the tokens that those before it take from each bucket,
+// and whether it is the first, which may ask at once.
 func (l *line) join(w *waiter) (ahead int64, first bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -243,7 +248,8 @@ func (l *line) join(w *waiter) (ahead int64, first bool) {
 	return ahead, first
 }
 
-// denied is called by a waiter that was denied. It reports whether the waiter is the first, and so may ask again after a pause.
+// denied ends a waiter's attempt that was denied. If it returns true, the waiter is the first in the queue and asks again after
+// a pause. Otherwise it has to wait for its next turn.
 func (l *line) denied(w *waiter) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -255,7 +261,7 @@ func (l *line) denied(w *waiter) bool {
 	return false
 }
 
-// admitted takes a waiter out of the queue whose admission left so many tokens.
+// admitted takes out of the queue a waiter whose admission left that many tokens.
 func (l *line) admitted(w *waiter, tokens int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -273,7 +279,8 @@ func (l *line) leave(w *waiter, tokens int64) {
 	}
 }
 
-// asked is called for a waiter that no longer asks. If it was the last that did, the next ones may ask.
+// asked ends the asking of a waiter. If it was the last that asked, the next ones may ask: one for each token left, but
+// at least one. The caller holds the mutex.
 func (l *line) asked(w *waiter) {
 	w.asks = false
 	if l.asking--; l.asking > 0 {

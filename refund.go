@@ -1,4 +1,4 @@
-// Giving back what a call took, and forgetting all that was spent.
+// Refund and Reset.
 
 package throttler
 
@@ -11,18 +11,18 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Refund gives back what v took. With options it gives back what they name and nothing else: Cost(n) n to every bucket,
-// CostOf(bucket, n) n to that one. More than was taken is ErrInvalidCost. Tokens that have already come back by themselves
-// are not given back; a Continuous bucket's share that drained in the meantime is known to a tick, nearly always one
-// microsecond.
+// Refund gives back the tokens that v took. With options it gives back only what they name: Cost(n) gives n tokens back to
+// every bucket, and CostOf(bucket, n) gives n back to that bucket. More than v took is ErrInvalidCost. Tokens that have been
+// refilled already are not given back. How much of a Continuous bucket's share has drained is known to a tick, nearly always
+// one microsecond.
 //
-// Refund also cancels a Reserve. Those who have reserved after it keep their turns, so as much less is given back. A call
-// that could act at once does not give less: if others hold reservations, its tokens may be used at about the same time as
-// those, and the burst is exceeded by what was given back, once. In the long run the rate is kept.
+// Refund also cancels a Reserve. Calls that reserved later keep their turns, and correspondingly fewer tokens are given back.
+// The refund of a call that could act at once is not reduced. If other calls hold reservations, its tokens may be used at
+// about the same time as those. That exceeds the burst by the refunded tokens, once; in the long run the rate is kept.
 //
-// The verdict must come from a Throttler of this Name and storage; refund each once: it does not remember.
-// A verdict that took nothing, a denial or a Peek, gives nothing back. After an error of the storage some of several parts
-// may have been given back: do not try again.
+// The verdict must come from a Throttler with the same Name and storage. Refund each verdict only once: Refund does not
+// remember verdicts. A verdict that took nothing, such as a denial or a Peek, gives nothing back. If the storage fails, some
+// of several parts may have been refunded; do not retry.
 func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 	if !v.Taken() {
 		return nil
@@ -43,7 +43,7 @@ func (t *Throttler) Refund(ctx context.Context, v Verdict, o ...Option) error {
 	return errors.Join(failed...)
 }
 
-// refunds are the charges of all parts, up to the first that is wrong.
+// refunds returns the charges of all parts. If one is invalid, it returns the error and the charges before it.
 func (t *Throttler) refunds(v *Verdict, options []Option) (charges []storage.Charge, err error) {
 	n := 0
 	for i, p := range v.parts() {
@@ -57,7 +57,7 @@ func (t *Throttler) refunds(v *Verdict, options []Option) (charges []storage.Cha
 	return charges, nil
 }
 
-// change gives back, observes, and tells those who wait.
+// change makes a charge that gives tokens back, reports it to Observe, and wakes the first of the waiters.
 func (t *Throttler) change(ctx context.Context, v *Verdict, c *storage.Charge) error {
 	start := law.Elapsed()
 	err := t.storage.Charge(ctx, c)
@@ -73,7 +73,9 @@ func (t *Throttler) change(ctx context.Context, v *Verdict, c *storage.Charge) e
 	return err
 }
 
-// refund makes the charge of part i, whose costs and counts begin at number from.
+// refund fills c with the charge of part i of v. The costs and counts of the part begin at index from.
+//
+// HeldFor counts from the decision, so the time since then is subtracted, unless the clock has stepped back.
 func (t *Throttler) refund(c *storage.Charge, v *Verdict, i, from int, options []Option) error {
 	p := v.parts()[i]
 	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
@@ -113,7 +115,8 @@ options:
 	return nil
 }
 
-// refundOf is what the options ask to give back to one bucket: everything if they name no cost.
+// refundOf returns how many tokens the options give back to one bucket: all that were taken if they name no cost. CostOf takes
+// precedence over Cost, and a CostOf for another bucket alone means none for this one.
 func refundOf(bucket string, taken int64, options []Option) int64 {
 	n := taken
 	for _, o := range options {
@@ -134,7 +137,8 @@ func refundOf(bucket string, taken int64, options []Option) int64 {
 	return n
 }
 
-// Reset forgets what the identifier has spent, from all of its buckets.
+// Reset makes all buckets of an identifier full. It forgets all tokens that were spent, including reserved ones. Callers of Wait
+// on this Throttler ask again at once.
 func (t *Throttler) Reset(ctx context.Context, id string) error {
 	err := validIdentifier(id)
 	start := law.Elapsed()

@@ -16,7 +16,7 @@ var kinds = []func(throttler.Bucket) throttler.Bucket{
 	throttler.Bucket.Continuous, throttler.Bucket.FixedWindow, throttler.Bucket.SlidingWindow, throttler.Bucket.SlidingLog,
 }
 
-// callOfAModel takes 1 request, 4,000 tokens and 4 cents.
+// callOfAModel is a call of a language model: it takes 1 request, 4,000 tokens and 4 cents.
 func callOfAModel(t *testing.T) (*throttler.Throttler, throttler.Verdict) {
 	t.Helper()
 	th, _ := throttled(t,
@@ -99,7 +99,7 @@ func TestAChargeUnderASmallerLimitForgetsNothing(t *testing.T) {
 	assert.Equal(t, []int64{0}, left(t, th, "user:42"))
 }
 
-// What a sliding window gave is refunded whole, although the bucket is full before the last of it has faded.
+// A sliding window's tokens are refunded in full, although the bucket is full before they have faded completely.
 func TestARefundFindsTheHoldOfItsKind(t *testing.T) {
 	t.Parallel()
 	for _, kind := range kinds {

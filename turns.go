@@ -1,4 +1,4 @@
-// The callers that have reserved and wait until they may act.
+// The callers that hold a reservation and wait until it is due.
 
 package throttler
 
@@ -13,22 +13,22 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// turns are waiters of one line with equal reservations: the same costs from the same buckets. Nobody owns a particular
-// reservation. The first waiter takes the one that is due first, and one that leaves gives up the one that is due last. So
-// those behind a waiter that leaves move up, and no reserved token is wasted. The line's mutex guards all fields.
+// turns holds the waiters of one line with equal reservations: the same costs from the same buckets. No waiter owns a
+// particular reservation. The first waiter takes the reservation that is due first, and a waiter that leaves gives up the one
+// that is due last. So the waiters behind it move up, and no reserved token is wasted. The line's mutex guards all fields.
 type turns struct {
 	l   *line
 	key string
 
 	waiting list.List // of *waiter, in the order of their arrival
-	due     list.List // of *Verdict, the reservations, by when they are due
-	over    bool      // the reservations are void: all have to ask again
+	due     list.List // of *Verdict: the reservations, earliest first
+	over    bool      // the reservations are void; all waiters have to ask again
 
-	left    int  // waiters that have left, but whose reservations are still in due
-	flushes bool // a caller of flush is going to give them back
+	left    int  // waiters that have left while their reservations are still in due
+	flushes bool // a caller has undertaken to flush, which gives these back
 }
 
-// reserved puts a waiter and its reservation among the equal ones.
+// reserved adds a waiter and its reservation to the turns of its shape.
 func (w *waiter) reserved(v *Verdict) {
 	l, key := w.lines[0], shape(v)
 	l.mu.Lock()
@@ -49,13 +49,13 @@ func (w *waiter) reserved(v *Verdict) {
 	due := *v
 	if before == nil {
 		s.due.PushFront(&due)
-		s.callFirst() // it may have to wake up earlier
+		s.callFirst() // the first waiter may have to wake up earlier
 	} else {
 		s.due.InsertAfter(&due, before)
 	}
 }
 
-// shape is equal for verdicts whose reservations may be exchanged.
+// shape returns a string that is equal for verdicts whose reservations are interchangeable.
 func shape(v *Verdict) string {
 	var key strings.Builder
 	for _, p := range v.parts() {
@@ -65,10 +65,10 @@ func shape(v *Verdict) string {
 	return key.String()
 }
 
-// dueAt is when a reservation may be used.
+// dueAt returns when a reservation may be used.
 func dueAt(v *Verdict) int64 { return v.at + v.Delay.Microseconds() }
 
-// first is when the next reservation is due if w is the first waiter, else never.
+// first returns when the next reservation is due if w is the first waiter. Otherwise it returns never.
 func (s *turns) first(w *waiter) (at int64) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -78,7 +78,7 @@ func (s *turns) first(w *waiter) (at int64) {
 	return dueAt(s.due.Front().Value.(*Verdict))
 }
 
-// last is when the last reservation is due; 0 if there is none.
+// last returns when the last reservation is due, or 0 if there is none.
 func (s *turns) last() int64 {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -88,7 +88,7 @@ func (s *turns) last() int64 {
 	return 0
 }
 
-// take gives the first waiter the reservation that is due. It returns nil if all have to ask again.
+// take removes the first waiter and returns the reservation that is due first. It returns nil if all have to ask again.
 func (s *turns) take(w *waiter) *Verdict {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -99,8 +99,8 @@ func (s *turns) take(w *waiter) *Verdict {
 	return s.due.Remove(s.due.Front()).(*Verdict)
 }
 
-// quit takes out a waiter that leaves without a reservation. It reports whether the waiter has to flush, which one of a crowd
-// does for all. The caller holds the mutex.
+// quit removes a waiter that gives up its turn. It reports whether the waiter has to flush: of a crowd that leaves, one waiter
+// does that for all. The caller holds the mutex.
 func (s *turns) quit(w *waiter) (flush bool) {
 	if s.over {
 		return false
@@ -111,7 +111,7 @@ func (s *turns) quit(w *waiter) (flush bool) {
 	return flush
 }
 
-// remove takes out a waiter, and wakes the next one if it was the first.
+// remove removes a waiter, and wakes the next one if it was the first. The caller holds the mutex.
 func (s *turns) remove(w *waiter) {
 	first := s.waiting.Front() == w.inTurns
 	s.waiting.Remove(w.inTurns)
@@ -122,22 +122,22 @@ func (s *turns) remove(w *waiter) {
 	s.forget()
 }
 
-// forget removes turns without waiters and reservations from the line.
+// forget removes the turns from the line if there are neither waiters nor reservations to give back.
 func (s *turns) forget() {
 	if s.waiting.Len() == 0 && s.left == 0 && s.l.turns[s.key] == s {
 		delete(s.l.turns, s.key)
 	}
 }
 
-// callFirst wakes the first waiter, to look when the next reservation is due.
+// callFirst wakes the first waiter, so that it looks again when the next reservation is due.
 func (s *turns) callFirst() {
 	if first := s.waiting.Front(); first != nil {
 		first.Value.(*waiter).tell(freed)
 	}
 }
 
-// left takes out the reservations of those who have left, the ones that are due last: n times what v took. With n = 0 the flush
-// has ended.
+// left removes one reservation for each waiter that has left, those due last. They amount to n times what v took. If n is 0,
+// there was nothing more to give back, and the flush has ended.
 func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -153,8 +153,8 @@ func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	return v, n
 }
 
-// end makes the reservations void. It returns them, n times what v took, and all waiters, who have to be told. If another caller
-// has ended the turns already, it returns nothing.
+// end makes the reservations void. They amount to n times what v took. It also returns all waiters, which the caller has to
+// notify. If another caller has ended the turns already, n is 0.
 func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
@@ -171,9 +171,9 @@ func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 	return s.due.Back().Value.(*Verdict), s.due.Len(), all
 }
 
-// due sleeps until it is the waiter's turn, and then v is the reservation that it takes. All waiters have to ask again when the
-// buckets were changed, and after a Reset, which has voided the reservations. Once a second the first waiter looks for what
-// other processes did.
+// due sleeps until it is the waiter's turn, and sets v to the reservation that it takes. It returns again if the waiter has to
+// ask again: the buckets were changed, or a Reset has voided the reservations. Once a second the first waiter checks what
+// other processes did, on behalf of all.
 func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part) (again bool, err error) {
 	if v.Delay == 0 {
 		return false, nil
@@ -201,17 +201,17 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 	}
 }
 
-// forgotten reports whether less is spent than is reserved here. Then another process has called Reset, or has given back so
-// much that there are tokens now. The reservations are not given back in either case: after a Reset, that would free tokens
-// which others have taken since.
+// forgotten reports whether the storage counts fewer tokens as spent than are reserved here. Then another process has called
+// Reset, or has given back so many that there are tokens now. In either case the reservations are not given back: after a
+// Reset, that would free tokens which other callers have taken since.
 //
-// It looks no longer than until at, when the turn of w is due: a slow storage must not delay that.
+// The Peek ends at the time at, when the turn of w is due, since a slow storage must not delay that.
 func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []Part) bool {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(at-t.micros())*time.Microsecond)
 	defer cancel()
 	var now Verdict
 	if err := t.decideAll(ctx, &now, storage.Peek, 0, w.again(), parts); err != nil || now.degraded {
-		return false // the storage failed, or AddBucket made the call wrong, which is told as news
+		return false // the storage failed, or AddBucket made the call invalid, and that arrives as news
 	}
 	longest := int64(0)
 	for _, c := range now.all() {
@@ -220,8 +220,8 @@ func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []
 	return now.Allowed || longest < w.turns.last()-now.at
 }
 
-// end makes all waiters of s ask again, and gives back their reservations if give is set. It returns when that is done, also
-// by another waiter.
+// end makes all waiters of s ask again, and gives back their reservations if give is set. It returns once that is done, even if
+// another waiter does it. It holds giving meanwhile, so nobody reserves again before the tokens are free.
 func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) {
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
@@ -236,11 +236,11 @@ func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) {
 	}
 }
 
-// never is later than any time of an injected clock.
+// never is later than any time that an injected clock may return.
 const never = int64(1)<<53 - 1
 
-// leave ends the waiting. One waiter gives back the reservations of all who leave at the same time, in one call. It yields
-// first, so that the others of a crowd have left by then: otherwise each would make a call of its own.
+// leave ends the waiting of a call. If many leave at the same time, one of them gives back the reservations of all in one call
+// to the storage. It yields first, so that the others have left by then; otherwise each would make a call of its own.
 func (t *Throttler) leave(ctx context.Context, w *waiter) {
 	s := t.waiters.exit(w)
 	for more := s != nil; more; {
@@ -249,7 +249,7 @@ func (t *Throttler) leave(ctx context.Context, w *waiter) {
 	}
 }
 
-// flush gives back the reservations of those who have left. It reports whether there were any.
+// flush gives back the reservations of waiters that have left. It reports whether there were any.
 func (t *Throttler) flush(ctx context.Context, s *turns) bool {
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
@@ -260,7 +260,8 @@ func (t *Throttler) flush(ctx context.Context, s *turns) bool {
 	return n > 0
 }
 
-// giveBack gives back n times what v took, even if the context has ended.
+// giveBack gives back n times what v took, even if the context has ended. Errors are ignored: the tokens are then refilled as if
+// they had been used.
 func (t *Throttler) giveBack(ctx context.Context, v *Verdict, n int64) {
 	ctx = context.WithoutCancel(ctx)
 	charges, err := t.refunds(v, nil)
@@ -275,5 +276,5 @@ func (t *Throttler) giveBack(ctx context.Context, v *Verdict, n int64) {
 	}
 }
 
-// denied turns a verdict into a denial, after its tokens were given back.
+// denied turns a reservation into a denial, after its tokens were given back: its Delay becomes the RetryAfter.
 func denied(v *Verdict) { v.Allowed, v.RetryAfter, v.Delay = false, v.Delay, 0 }

@@ -1,4 +1,4 @@
-// Waiting until a call is admitted. line.go has the queue of denied callers, turns.go the callers with a reservation.
+// Wait and WaitAll. line.go has the queue of denied callers, turns.go the callers that hold a reservation.
 
 package throttler
 
@@ -13,32 +13,33 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// Wait blocks until the call is admitted and takes the cost. It returns an error, never a denied Verdict
-// without one. Without a deadline it waits as long as it must. It waits by Config.Clock.
+// Wait blocks until the call is admitted and takes the cost. It returns a denied Verdict only together with an error.
+// Without a deadline it waits as long as necessary. Time passes by Config.Clock.
 //
 // If all buckets are Continuous, Wait reserves (see Reserve) and sleeps until the reserved moment. Calls are admitted in the
-// order of their arrival, including those of other processes. With Continuous().Burst(1) this is a leaky bucket. If the
-// context ends first, the tokens are given back as by Refund.
+// order of their arrival, across all processes. With Continuous().Burst(1) this is a leaky bucket. If the context ends
+// first, the tokens are given back as by Refund.
 //
-// Other buckets, calls with AtMost, and calls that find no more to reserve use a line: denied calls queue up, one line for
-// each identifier and Throttler. The first in the line asks again after RetryAfter. When tokens are back, as many calls as
-// there are tokens ask together. The lines of several processes are not ordered.
+// In all other cases denied calls wait in a line: for other buckets, with AtMost, and if no more can be reserved. Each
+// Throttler has one line for each identifier. The first call in the line asks again after RetryAfter. Once tokens are
+// refilled, as many calls as there are tokens ask at the same time. Lines of different processes are not ordered among
+// each other.
 //
-// A Reset, an AddBucket and a RemoveBucket of this Throttler take effect at once; so do its Refund and Charge for a line. A
-// line notices within a second what other processes do. Callers with a reservation notice within a second that a Refund has
-// freed tokens, and that another process has called Reset. They cannot notice a Reset if others have taken as much again
-// since: then those act beside them.
+// A Reset, an AddBucket or a RemoveBucket of this Throttler takes effect at once. For a line, so does its Refund or Charge.
+// A line notices within a second what other processes do. Callers with a reservation notice within a second that a Refund
+// has freed tokens, or that another process has called Reset. They miss a Reset if other callers have taken as many tokens
+// again since; then those callers act in addition to them.
 //
 // If the context's deadline comes before RetryAfter, or before the calls ahead in the line can be admitted, Wait returns
 // the denied Verdict at once, with an error that wraps context.DeadlineExceeded. If the context ends later, Wait returns the
 // context's error; a caller that leaves delays nobody. With Config.Clock the deadline must be by that clock too. If
-// Config.MaxWaiters callers wait for the identifier already, the error is ErrTooManyWaiters.
+// Config.MaxWaiters callers are already waiting for the identifier, the error is ErrTooManyWaiters.
 func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict, err error) {
 	if t.observe != nil {
 		return t.WaitAll(ctx, For(id, slices.Clone(o)...))
 	}
 	nobody := t.waiters.none(id)
-	if nobody { // the usual case: nobody waits, and the call is admitted at once
+	if nobody { // the fast path for the usual case: nobody waits, and the call is admitted at once
 		if err = t.aheadOne(ctx, &v, id, o); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
@@ -47,7 +48,7 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict
 	return v, err
 }
 
-// aheadOne is ahead for one identifier, without its allocations.
+// aheadOne does what ahead does, for one identifier and without the allocations.
 func (t *Throttler) aheadOne(ctx context.Context, v *Verdict, id string, o []Option) error {
 	if err := t.add(v, storage.Take, id, o); err != nil {
 		return t.wrong(ctx, v, storage.Take, 1, id, o, err)
@@ -81,7 +82,8 @@ func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err e
 	return v, err
 }
 
-// wait makes the call a waiter. If asked, the call was decided already and v is the answer.
+// wait makes the call a waiter and returns once it is admitted or has failed. If asked is set, the call was decided already and
+// v is the answer. If there is no room for another waiter, a reservation in v is given back.
 func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Part) error {
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
@@ -110,15 +112,18 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Pa
 	return nil
 }
 
-// ahead asks once. Where that is possible it reserves, as far ahead as the deadline, and puts w among those who wait for their
-// turn.
+// ahead asks once. If the buckets allow it, it reserves up to the deadline. If w is a waiter, it then joins those with a
+// reservation.
+//
+// It holds giving for reading from the decision until the reservation is registered. So end and flush, which hold it for
+// writing, never give reservations back between the two.
 func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Part) error {
 	*v = Verdict{}
 	within := t.within(ctx)
 	if w == nil || len(w.lines) == 0 {
 		return t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
 	}
-	w.news.Store(int32(nothing)) // the answer will know of it
+	w.news.Store(int32(nothing)) // the answer will include what happened so far
 	w.lines[0].giving.RLock()
 	defer w.lines[0].giving.RUnlock()
 	err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
@@ -128,7 +133,7 @@ func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 	return err
 }
 
-// within is how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.
+// within returns how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.
 func (t *Throttler) within(ctx context.Context) int64 {
 	if left, ok := t.left(ctx); ok {
 		return max(0, min(left.Microseconds(), law.MaxWithin))
@@ -136,7 +141,8 @@ func (t *Throttler) within(ctx context.Context) int64 {
 	return law.MaxWithin
 }
 
-// admit asks until the call is admitted. It asks at once if nobody is in line before it. If asked, v is already the answer.
+// admit asks until the call is admitted. It asks at once if nobody is in line before it; otherwise it queues. If asked is set,
+// v is already the answer.
 func (t *Throttler) admit(ctx context.Context, w *waiter, v *Verdict, parts []Part, asked bool) error {
 	l := w.behind()
 	if l == nil && !asked {
@@ -155,7 +161,8 @@ func (t *Throttler) admit(ctx context.Context, w *waiter, v *Verdict, parts []Pa
 	return t.queue(ctx, w, l, v, parts, asked)
 }
 
-// queue waits in a line until the call is admitted.
+// queue waits in a line until the call is admitted. It asks when it is the waiter's turn, and leaves the line only when it is
+// admitted: after an error, exit takes the waiter out.
 func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, parts []Part, asked bool) error {
 	ahead, mine := l.join(w)
 	if err := t.inTime(ctx, w, v, parts, ahead, asked); err != nil {
@@ -182,7 +189,7 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 			}
 		}
 		if mine = l.denied(w); mine {
-			// The lower bound is for a storage that breaks the contract and names no time: it is not asked in a busy loop.
+			// The lower bound prevents a busy loop with a storage that breaks the contract and returns no RetryAfter.
 			retry := min(max(v.RetryAfter, time.Millisecond/8), notice)
 			if _, err := t.sleep(ctx, w, t.micros()+retry.Microseconds()); err != nil {
 				return err
@@ -191,14 +198,17 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 	}
 }
 
-// notice is within what time waiters notice what other processes do.
+// notice is how long it takes waiters at most to notice what other processes do.
 const notice = time.Second
 
-// inTime fails if the call cannot be admitted before its deadline, given that the calls ahead of it take so many tokens. If
-// asked, v is the answer to the call. Afterwards v says how long the call would have to wait.
+// inTime fails if the call cannot be admitted before its deadline, given that the calls ahead of it take that many tokens.
+// If asked is set, v is the answer to the call. Afterwards v says how long the call would have to wait.
+//
+// inTime peeks if the call has not asked yet, or if it has tried to reserve. In the latter case RetryAfter says when the
+// reservation would succeed, which may be earlier than the moment when the call could act.
 func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []Part, ahead int64, asked bool) error {
 	left, ok := t.left(ctx)
-	if !ok && (asked || t.observe == nil) { // Observe is told the levels of each call that waits
+	if !ok && (asked || t.observe == nil) { // Observe gets the levels of every waiting call, so those need a Peek
 		return ctx.Err()
 	}
 	if !asked || reservable(v) {
@@ -215,8 +225,8 @@ func (t *Throttler) inTime(ctx context.Context, w *waiter, v *Verdict, parts []P
 	return nil
 }
 
-// least is how many tokens a call takes, at least, from each bucket of its identifiers. It is 0 for a call that brings its
-// own buckets, since it takes nothing from those of the others.
+// least returns a lower bound of the tokens that a call takes from each bucket of its identifiers. It is 0 for a call with its
+// own buckets (Using), since that takes nothing from the buckets of the other calls.
 func (t *Throttler) least(parts []Part) (n int64) {
 	n = math.MaxInt32
 	for i := range parts {
@@ -248,7 +258,8 @@ func (t *Throttler) left(ctx context.Context) (time.Duration, bool) {
 	return time.Until(deadline), true
 }
 
-// earliest is a lower bound of the wait: before it, the buckets cannot have refilled what the calls ahead take and one token.
+// earliest returns a lower bound of the wait: until then the buckets cannot have refilled the tokens that the calls ahead take,
+// plus one.
 func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 	n := 0
 	for _, p := range v.parts() {
@@ -263,7 +274,7 @@ func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 	return wait
 }
 
-// comesBack is how many microseconds a bucket needs, at least, to refill n tokens more than it has.
+// comesBack returns how many microseconds a bucket needs, at least, to refill n tokens more than it has.
 func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
 	if n <= 0 {
 		return 0
@@ -272,13 +283,13 @@ func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
 	switch r.Kind {
 	case law.Continuous:
 		return int64(float64(n-1) / float64(r.Refill) * float64(r.Period))
-	case law.SlidingWindow, law.SlidingLog: // these may refill nearly twice the capacity within a period, or a grain early
+	case law.SlidingWindow, law.SlidingLog: // they may refill nearly twice the capacity within a period, and a grain too early
 		periods = max(0, periods-1)
 	}
 	return c.NextAfter + min(periods, math.MaxInt32)*r.Period
 }
 
-// leastLeft is the smallest number of tokens left in the buckets that the call took from.
+// leastLeft returns the smallest number of tokens left in any bucket that the call took from.
 func leastLeft(v *Verdict) int64 {
 	least := int64(math.MaxInt64)
 	for n, cost := range v.asked() {
@@ -289,7 +300,7 @@ func leastLeft(v *Verdict) int64 {
 	return least
 }
 
-// micros is the time by the Throttler's clock, the same clock as Verdict.at.
+// micros returns the time in microseconds by the Throttler's clock, which is also the clock of Verdict.at.
 func (t *Throttler) micros() int64 {
 	if now, clocked, err := t.now(); clocked && err == nil {
 		return now
@@ -297,7 +308,7 @@ func (t *Throttler) micros() int64 {
 	return law.Monotonic()
 }
 
-// sleep sleeps until the time of micros, which may be never. The end of the context and news for w wake it earlier.
+// sleep sleeps until a time of micros, which may be never. It returns earlier if the context ends or there is news for w.
 func (t *Throttler) sleep(ctx context.Context, w *waiter, until int64) (news, error) {
 	for {
 		now := t.micros()
@@ -305,6 +316,7 @@ func (t *Throttler) sleep(ctx context.Context, w *waiter, until int64) (news, er
 			return nothing, nil
 		}
 		over, stop := t.timer(until, now)
+		// The clock may have been moved after it was read and before the timer was made. Then the duration is too long.
 		if t.clock != nil && t.micros()-now >= movedAtOnce {
 			continue
 		}
@@ -322,10 +334,11 @@ func (t *Throttler) sleep(ctx context.Context, w *waiter, until int64) (news, er
 	}
 }
 
-// movedAtOnce is a jump in microseconds. An injected clock that advances this much while a timer is made was moved, so the timer
-// may be too late.
+// movedAtOnce is in microseconds. If an injected clock advances this much while a timer is being made, somebody has moved it,
+// and the timer may fire too late.
 const movedAtOnce = 1000
 
+// timer returns a channel that receives at a time of micros, and a function that stops the timer if its clock can do that.
 func (t *Throttler) timer(until, now int64) (over <-chan time.Time, stop func() bool) {
 	d := time.Duration(until-now) * time.Microsecond
 	switch {

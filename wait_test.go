@@ -19,7 +19,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// leaky admits one call per 100 ms.
+// leaky returns a Throttler that admits one call per 100 ms.
 func leaky(t *testing.T) *throttler.Throttler {
 	t.Helper()
 	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1)}})
@@ -400,7 +400,7 @@ func TestAWaitThatIsContentWithLessTakesWhatIsThere(t *testing.T) {
 	})
 }
 
-// jumpy is a clock that moves after it was read and before a timer is made.
+// jumpy is a clock that moves between being read and making a timer.
 type jumpy struct {
 	*clock.Mock
 	by time.Duration
@@ -425,7 +425,7 @@ func TestAClockThatMovesBeforeTheTimerIsMadeIsNotMissed(t *testing.T) {
 	}
 }
 
-// slow is a storage that answers late, and any number of calls at the same time.
+// slow is a storage whose calls take a while. It serves any number of them at the same time.
 type slow struct {
 	*memstore.Storage
 	takes   time.Duration
@@ -549,7 +549,7 @@ func TestACrowdThatComesAndGoesKeepsTheLimitAndLeavesNothingBehind(t *testing.T)
 	t.Parallel()
 	for burst, b := range map[int]throttler.Bucket{
 		1:  throttler.NewBucket(time.Second, 10).Continuous().Burst(1),
-		20: throttler.NewBucket(time.Second, 10), // all come back at once, twice within a second
+		20: throttler.NewBucket(time.Second, 10), // all tokens are refilled at once, so 20 may be used within a second
 	} {
 		for _, upset := range []bool{false, true} {
 			t.Run(fmt.Sprint(b.Name(), " ", upset), func(t *testing.T) {
@@ -560,7 +560,8 @@ func TestACrowdThatComesAndGoesKeepsTheLimitAndLeavesNothingBehind(t *testing.T)
 	}
 }
 
-// comesAndGoes is ten seconds of 100 callers, half of whose contexts end while they wait. To upset them is to reset.
+// comesAndGoes runs 100 callers for ten seconds. The contexts of half of them end while they wait. With upset, Reset is called
+// every 1.7 seconds.
 func comesAndGoes(t *testing.T, b throttler.Bucket, burst int, upset bool) {
 	t.Helper()
 	th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{b}})
