@@ -1,4 +1,4 @@
-// A Transport and its rules, and the flow of one request through it.
+// Transport, its rules, and the path of a request through it.
 
 package throttlerhttp
 
@@ -16,51 +16,57 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Transport is an http.RoundTripper for clients of servers that limit rates. It waits and sends again when a server
-// denies a request, and slows down before that. Use one for each account that the server knows: its requests share what
-// the server said. NewTransport makes it. It is safe for concurrent use, leaves no goroutines behind, and does not
-// modify requests.
+// Transport is an http.RoundTripper for clients of servers that limit rates. If a server denies a request, it waits and
+// sends the request again, and it slows down before that happens. Use one Transport for each account that the server
+// knows, so that all requests of the account share what the server said. NewTransport makes one. It is safe for
+// concurrent use, leaves no goroutines behind, and does not modify requests.
 //
 // # Rules
 //
-// A denial is a 429, or a 503 with a Retry-After. Other answers, and errors, are returned.
+// A denial is a 429, or a 503 with a Retry-After. All other answers, and errors, are returned.
 //
-//  1. A 503, and a 429 without a RateLimit, closes the host (scheme, name and port). A 429 with a RateLimit closes its
-//     route (method and path) and the policies of which nothing remains, by name and partition key.
-//  2. A request waits for its host, its route, and the policies that the last answer to its route listed.
-//  3. They stay closed until the Retry-After has passed (seconds, or a date after the Date of the answer, else after this
-//     machine's clock); without one, for the longest t of a policy of which nothing remains. Nothing is sent earlier.
-//  4. A denial that names no time in the future closes for 1 s, then 2 s, 4 s and so on up to 16 s, until another answer.
-//  5. Up to 10 % are added to each wait at random, if there is room for that.
-//  6. When the time has passed one request goes first. If it is denied the others wait on. Each other answer lets one
-//     more be in flight, so those who wait follow as fast as the server serves.
-//  7. After a denial, routes whose policies are not known go one at a time. If one of them is denied too, the others wait
-//     for 1 s, then 2 s, 4 s and so on, at most for as long as that denial said.
-//  8. A denied request is sent again after a 429, which was not served; after a 503 only if the method is GET, HEAD,
-//     OPTIONS, TRACE, PUT or DELETE or there is an Idempotency-Key. A body needs a GetBody: http.NewRequest sets that
-//     for strings and bytes.
-//  9. The denial is returned at once if the wait would exceed MaxWait or the deadline of the request's context (a Timeout
-//     of the http.Client is one), or Attempts or the budget are used up.
-//  10. A request that cannot wait so long for what others were told fails at once, unsent, with a *NotSentError. One
-//     whose context ends while it waits returns the error of that.
+//  1. A 503, or a 429 without a RateLimit, closes the host (scheme, name and port). A 429 with a RateLimit closes its
+//     route (method and path), and each policy that has nothing left, by name and partition key.
+//  2. A request waits for its host, its route, and the policies in the last answer to its route.
+//  3. They stay closed until the Retry-After has passed. That is a number of seconds or a date, compared with the Date
+//     of the answer, or with this machine's clock if there is none. Without a Retry-After they stay closed for the
+//     longest t of a policy that has nothing left. Nothing is sent earlier.
+//  4. A denial that names no time in the future closes for 1 s, then 2 s, 4 s and so on up to 16 s, until there is
+//     another answer.
+//  5. Up to 10 % are added to each wait at random, if the request can wait that much longer.
+//  6. When the time has passed, one request goes first. If it is denied, the others go on waiting. Every other answer
+//     lets one more be in flight, so the waiting requests follow as fast as the server serves them.
+//  7. After a denial, requests to the host's routes with unknown policies go one at a time. If one of them is denied
+//     too, the others wait for 1 s, then 2 s, 4 s and so on, but at most for as long as that denial said.
+//  8. After a 429 a denied request is sent again, since the server did not process it. After a 503 it is sent again only
+//     if the method is GET, HEAD, OPTIONS, TRACE, PUT or DELETE, or if there is an Idempotency-Key. A request with a
+//     body needs a GetBody, which http.NewRequest sets for strings and bytes.
+//  9. The denial is returned at once if the wait would exceed MaxWait or the deadline of the request's context (which
+//     includes the Timeout of an http.Client), or if Attempts or the budget are used up.
+//  10. A request may find a host, route or policy closed by the answer to another request. If it cannot wait that long,
+//     it fails at once, unsent, with a *NotSentError. If its context ends while it waits, it returns the context's error.
 //
 // # Slowing down
 //
-// RateLimit is that of draft-ietf-httpapi-ratelimit-headers-10, a list of policies such as "5/10s";r=5;t=8, which
-// says that 5 remain, and that there will be more in 8 seconds. No more than r are sent before t has passed; then one
-// goes first. With r from 1 to 10, and t above 1, they are sent t/(r+1) apart. Of several policies the longest wait
-// counts, and a later answer replaces what an earlier one said. This is a forecast and no denial: a request that cannot
-// wait so long is sent, and the server decides; if nothing remains, one at a time.
+// The RateLimit field is that of draft-ietf-httpapi-ratelimit-headers-10. It is a list of policies such as
+// "5/10s";r=5;t=8, which says that 5 requests remain and that there will be more in 8 seconds. At most r requests are sent
+// before t has passed; then one goes first. If r is from 1 to 10 and t is above 1, they are sent t/(r+1) apart. Of several
+// policies the longest wait counts, and a later answer replaces an earlier one. This is a forecast and no denial: a request
+// that cannot wait that long is sent, and the server decides. If nothing remains, such requests are sent one at a time.
 //
-// # A limit of one's own
+// # A client-side limit
 //
-// With TransportOptions.Limit a request, each time before it is sent, also waits until a Throttler admits it: so several
-// processes that share a storage keep to a limit that the server does not tell, or tells too late. It waits for that first
-// and then for the server. What it took is given back if it is not sent. The rules 9 and 10 hold for this wait as well.
+// With TransportOptions.Limit a request also waits until a Throttler admits it, each time before it is sent. So several
+// processes that share a storage keep a limit together, even if the server does not announce it or does so too late. A
+// request waits for Limit first and then for the server. If it is not sent, the tokens it took are given back. Rules 9 and
+// 10 hold for this wait as well.
 //
-// Fields that cannot be parsed or have more than 16 KiB are ignored, and so are those of an answer with an Age above 0,
-// which a cache gave. Hosts, routes and policies that said something are 1,000 at most: of more, those whose waits end
-// first are forgotten. Of more than 1,000 routes whose policies are known, the first is.
+// # Bounds
+//
+// Fields that cannot be parsed or are longer than 16 KiB are ignored. So are the fields of an answer with an Age above 0,
+// since that came from a cache. A Transport remembers waits and forecasts of at most 1,000 hosts, routes and policies;
+// beyond that it forgets those whose waits end first. It also remembers the policies of at most 1,000 routes; beyond
+// that it forgets the route that it learned of first.
 type Transport struct {
 	base     http.RoundTripper
 	limit    *throttler.Throttler
@@ -71,33 +77,35 @@ type Transport struct {
 	gates    gates
 }
 
-// TransportOptions of a Transport. A field that is zero has its default.
+// TransportOptions configures a Transport. A zero field has its default.
 type TransportOptions struct {
-	// MaxWait bounds how long one request waits in all, before it is first sent and between its sends, without the
-	// time of the server's answers. 0 is a minute; below 0 a request is sent at once, or fails at once.
+	// MaxWait bounds how long one request waits in total, before it is first sent and between its attempts. The time
+	// that the server takes to answer does not count. Zero means a minute. If it is negative, a request is sent at once
+	// or fails at once.
 	MaxWait time.Duration
 
-	// Attempts is how often one request is sent in all. 0 is 3; 1, or below 0, never sends again.
+	// Attempts is how often one request is sent at most. Zero means 3. With 1 or a negative number no request is sent
+	// again.
 	Attempts int
 
-	// RetryPercent and RetryBurst are the budget that all requests of the Transport share, so that sending again
-	// does not add to the load of a server that denies. At most this percentage of all requests are sent again, and
-	// RetryBurst more; what is saved beyond the burst is lost. 0 is 10 % and 10; below 0 is none, and each is at
-	// most 1,000,000. Without a burst nothing is sent again.
+	// RetryPercent and RetryBurst are a retry budget that all requests of the Transport share. It keeps retries from
+	// overloading a server that denies. Each request adds RetryPercent hundredths of a retry, but no more than RetryBurst
+	// retries are saved, and that many are there at first. Zero means 10 % and 10, a negative number means none, and
+	// values above 1,000,000 count as 1,000,000. Without a burst no request is sent again.
 	RetryPercent int
 	RetryBurst   int
 
-	// Limit is a limit of one's own, in which Wait takes the cost of each send. An error of it, such as that of a storage
-	// that fails, is the error of the request. Nil is none.
+	// Limit is a client-side limit. Before each attempt Limit.Wait takes the cost. Its errors, such as a failure of its
+	// storage, become the error of the request. Nil means no limit.
 	Limit *throttler.Throttler
 
-	// Key returns for which identifier of Limit a request counts; "" counts for none. Nil is the scheme, name and port of
-	// the host, "https://api.example.com". It must be safe for concurrent use.
+	// Key returns the identifier of Limit that a request counts for. A request with the key "" is not limited. A nil Key
+	// uses the scheme, name and port of the host, such as "https://api.example.com". Key must be safe for concurrent use.
 	Key func(*http.Request) string
 }
 
-// NewTransport returns a Transport that sends by base, of which nil is http.DefaultTransport. Nil options are
-// the defaults.
+// NewTransport returns a Transport that sends requests with base, or with http.DefaultTransport if base is nil. A nil o
+// selects the defaults.
 func NewTransport(base http.RoundTripper, o *TransportOptions) *Transport {
 	if base == nil {
 		base = http.DefaultTransport
@@ -117,7 +125,7 @@ func NewTransport(base http.RoundTripper, o *TransportOptions) *Transport {
 	}
 }
 
-// orDefault is d for 0, and 0 for what is less.
+// orDefault returns d for 0, 0 for a negative n, and n otherwise.
 func orDefault[N int | time.Duration](n, d N) N {
 	if n == 0 {
 		return d
@@ -125,19 +133,19 @@ func orDefault[N int | time.Duration](n, d N) N {
 	return max(n, 0)
 }
 
-// CloseIdleConnections closes those of the base, if it can.
+// CloseIdleConnections closes the idle connections of the base, if the base can do that. http.Client calls it.
 func (t *Transport) CloseIdleConnections() {
 	if c, ok := t.base.(interface{ CloseIdleConnections() }); ok {
 		c.CloseIdleConnections()
 	}
 }
 
-// NotSentError is why a request was not sent, or not sent again: the server may not be asked before the request's
-// deadline, or within MaxWait. It wraps context.DeadlineExceeded.
+// NotSentError says why a request was not sent, or not sent again: the server, or Limit, may not be asked again before
+// the request's deadline and within MaxWait. It wraps context.DeadlineExceeded.
 type NotSentError struct {
 	Host  string    // scheme, name and port
-	At    time.Time // when the server, or Limit, may be asked again; if that is not after Until, others were asking
-	Until time.Time // until when the request could wait
+	At    time.Time // when the server, or Limit, may be asked again; if not after Until, other requests were going first
+	Until time.Time // how long the request could have waited
 }
 
 func (e *NotSentError) Error() string {
@@ -151,10 +159,10 @@ func (e *NotSentError) Error() string {
 // Unwrap returns context.DeadlineExceeded.
 func (e *NotSentError) Unwrap() error { return context.DeadlineExceeded }
 
-// Timeout is true: it makes that of the url.Error true.
+// Timeout returns true, so that the Timeout of the url.Error around the error is true as well.
 func (e *NotSentError) Timeout() bool { return true }
 
-// hostOf is the scheme, the name and the port, which is left out if it is the default of the scheme.
+// hostOf returns the scheme, the name and the port of a URL. The default port of the scheme is left out.
 func hostOf(u *url.URL) string {
 	host := strings.ToLower(u.Scheme + "://" + u.Host)
 	if port := map[string]string{"https": ":443", "http": ":80"}[strings.ToLower(u.Scheme)]; port != "" {
@@ -163,10 +171,10 @@ func hostOf(u *url.URL) string {
 	return host
 }
 
-// RoundTrip sends the request, and sends it again as the Transport says.
+// RoundTrip sends the request, waiting and retrying by the rules of Transport.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL == nil {
-		return t.base.RoundTrip(req) // which knows what to say
+		return t.base.RoundTrip(req) // the base returns the usual error
 	}
 	t.budget.earn()
 	c := newCall(t, req)
@@ -184,20 +192,20 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// call is one request.
+// call is one request on its way through the Transport, with all of its attempts.
 type call struct {
 	*Transport
 
 	req   *http.Request
 	host  string
-	route string        // the host, method and path
-	other string        // the routes of the host of which nothing is known
-	left  time.Duration // of MaxWait
+	route string        // host, method and path: the key of its gate
+	other string        // key of the gate for the host's routes with unknown policies
+	left  time.Duration // rest of MaxWait
 
-	closed closing // what its own denials said, in case the gates have been forgotten
-	paced  bool    // whether it had its turn
+	closed closing // wait that its own denials asked for; kept in case the gates are forgotten
+	paced  bool    // it had its turn in the paces of its gates
 	passed []pass  // the gates through which it was sent
-	heard  news    // of the last answer
+	heard  news    // news of the last answer
 }
 
 func newCall(t *Transport, req *http.Request) *call {
@@ -209,7 +217,8 @@ func newCall(t *Transport, req *http.Request) *call {
 	return &call{Transport: t, req: req, host: host, route: route, other: host + "\r", left: t.maxWait}
 }
 
-// hold waits until the request may be sent: first for a limit of one's own, then for the server.
+// hold waits until the request may be sent: first for Limit, then for the server. If the second wait fails, it gives back
+// what the first took.
 func (c *call) hold() error {
 	v, err := c.admitted()
 	if err != nil {
@@ -221,7 +230,7 @@ func (c *call) hold() error {
 	return err
 }
 
-// admitted waits for a limit of one's own.
+// admitted waits for Limit. It turns the end of MaxWait or of the deadline into a NotSentError.
 func (c *call) admitted() (v throttler.Verdict, err error) {
 	if c.limit == nil {
 		return v, nil
@@ -242,7 +251,7 @@ func (c *call) admitted() (v throttler.Verdict, err error) {
 	return v, err
 }
 
-// heed waits for the server.
+// heed waits until all gates of the request let it through.
 func (c *call) heed() error {
 	for {
 		s, err := c.gates.enter(c)
@@ -261,7 +270,7 @@ func (c *call) heed() error {
 	}
 }
 
-// room is how long the request can wait, and still be sent before its deadline.
+// room returns how long the request can wait and still be sent before its deadline and within MaxWait.
 func (c *call) room(now time.Time) time.Duration {
 	if deadline, ok := c.req.Context().Deadline(); ok {
 		return max(min(c.left, deadline.Sub(now)-1), 0)
@@ -269,7 +278,7 @@ func (c *call) room(now time.Time) time.Duration {
 	return max(c.left, 0)
 }
 
-// sleep waits for the end of the stay, or of the context.
+// sleep waits for the end of the stay, a change of its gate, or the end of the context.
 func (c *call) sleep(s stay) error {
 	start := time.Now()
 	defer func() { c.left -= time.Since(start) }()
@@ -285,16 +294,16 @@ func (c *call) sleep(s stay) error {
 	}
 }
 
-// send sends the request, and tells the gates of the answer.
+// send sends the request, and updates the gates with the answer.
 func (c *call) send(req *http.Request) (resp *http.Response, err error) {
-	defer func() { // also when the base panics
+	defer func() { // even if the base panics, since the request counts as in flight until then
 		c.heard = readNews(resp)
 		c.gates.leave(c)
 	}()
 	return c.base.RoundTrip(req)
 }
 
-// again reports whether the request has to be sent again.
+// again reports whether the request has to be sent again (rules 8 and 9). Only then it takes from the budget.
 func (c *call) again(resp *http.Response, sent int) bool {
 	now := time.Now()
 	return c.heard.denied && (resp.StatusCode == http.StatusTooManyRequests || c.idempotent()) && sent < c.attempts &&
@@ -313,8 +322,8 @@ func (c *call) hasBody() bool { return c.req.Body != nil && c.req.Body != http.N
 
 func (c *call) replayable() bool { return !c.hasBody() || c.req.GetBody != nil }
 
-// drain reads and closes the body of a denial: a connection is used again only after the end of the body. A body that
-// stalls is closed after a second.
+// drain reads up to 64 KiB of a denial's body and closes it, since a connection is reused only if its body was read to the
+// end. A body that stalls is closed after a second.
 func (c *call) drain(denial *http.Response) {
 	if denial.Body == nil {
 		return
@@ -328,7 +337,7 @@ func (c *call) drain(denial *http.Response) {
 	}
 }
 
-// resend sends a copy of a request that was denied.
+// resend sends a copy of a denied request, with a new body.
 func (c *call) resend() (*http.Response, error) {
 	if err := c.hold(); err != nil {
 		return nil, err
@@ -337,7 +346,7 @@ func (c *call) resend() (*http.Response, error) {
 	if c.hasBody() {
 		body, err := c.req.GetBody()
 		if err != nil {
-			c.heard = news{}
+			c.heard = news{} // hold counted the request as sent
 			c.gates.leave(c)
 			return nil, err
 		}
@@ -346,20 +355,20 @@ func (c *call) resend() (*http.Response, error) {
 	return c.send(req)
 }
 
-// retryBudget counts hundredths of sends.
+// retryBudget counts in hundredths of a retry.
 type retryBudget struct {
 	mu                  sync.Mutex
 	percent, full, left int
 }
 
-// earn is for a request that is first sent.
+// earn adds the share of a new request.
 func (b *retryBudget) earn() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.left = min(b.left+b.percent, b.full)
 }
 
-// take is for one that is sent again.
+// take pays for a retry, and reports whether there was enough.
 func (b *retryBudget) take() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -1,4 +1,4 @@
-// What a Transport remembers of hosts, routes and policies, and whom it lets through.
+// What a Transport remembers about hosts, routes and policies, and when they let requests through.
 
 package throttlerhttp
 
@@ -10,34 +10,34 @@ import (
 	"time"
 )
 
-// gate is what asked for waits: a host, a route, a policy, or all routes of a host whose policies are not known. It is
-// closed until a time (rules 3 and 4), then lets so many through as answers have come (rule 6), and paces what it lets
-// through by the last forecast.
+// gate is a host, a route, a policy, or the group of a host's routes with unknown policies. It exists only if an answer asked
+// for a wait. It is closed until a time (rules 3 and 4). After that it bounds how many requests are in flight, one more
+// with each answer (rule 6), and it paces the requests by the last forecast.
 type gate struct {
 	closing
 
-	denials int           // in a row, without one that was sent before the last
-	epoch   int           // of the last denial: an answer to what was sent before it says nothing about the time after
+	denials int           // denials in a row, without answers to requests sent before the last one
+	epoch   int           // number of denials that counted; an answer to a request of an earlier epoch proves nothing
 	sent    int           // requests in flight
 	window  int           // how many may be in flight
-	narrow  time.Time     // until when the window counts
-	longest time.Duration // that anyone waits
-	changed chan struct{} // is closed when an answer comes; nil if nobody waits
+	narrow  time.Time     // the window counts until this time
+	longest time.Duration // longest wait of any request
+	changed chan struct{} // closed when the next answer arrives; nil if nobody waits for it
 
-	passes    int64         // requests that were ever sent
+	passes    int64         // number of requests ever sent
 	remaining int64         // how many more may be sent before the reset
-	last      time.Time     // when the last one was sent, or the forecast came
-	pause     time.Duration // between two of them
+	last      time.Time     // when the last request was or will be sent, or when the forecast arrived
+	pause     time.Duration // between two requests
 	reset     time.Time     // when the forecast ends
 }
 
-// closing is a time before which nothing is sent.
+// closing is a time before which no request is sent.
 type closing struct {
 	until time.Time
-	late  time.Duration // comes on top if there is room
+	late  time.Duration // added to the wait if there is room (rule 5)
 }
 
-// later is the one that ends last.
+// later returns the closing that ends last.
 func (c closing) later(d closing) closing {
 	if d.until.After(c.until) {
 		return d
@@ -45,7 +45,7 @@ func (c closing) later(d closing) closing {
 	return c
 }
 
-// wait is how long nothing is sent, and whether there is room for that.
+// wait returns how long a request has to wait, and whether it has room for that.
 func (c closing) wait(now time.Time, room time.Duration) (time.Duration, bool) {
 	wait := c.until.Sub(now)
 	if wait+c.late <= room {
@@ -54,17 +54,19 @@ func (c closing) wait(now time.Time, room time.Duration) (time.Duration, bool) {
 	return max(wait, 0), wait <= max(room, 0)
 }
 
-// full reports whether an answer has to come first. While a forecast paces the requests there is no window.
+// full reports whether a request has to wait for an answer to another one. While a forecast paces the requests, the window
+// does not count.
 func (g *gate) full(now time.Time) bool {
 	return now.Before(g.narrow) && g.sent >= g.window && !now.Before(g.reset)
 }
 
-// oneFirst has one request go first when the gate opens. The window ends when all who waited then have given up.
+// oneFirst makes one request go first when the gate opens (rule 6). The window ends once all requests that could be waiting at
+// that time have given up.
 func (g *gate) oneFirst(opens time.Time) {
 	g.window, g.narrow = 1, later(g.narrow, opens.Add(g.longest))
 }
 
-// change is a channel that is closed when the next answer comes.
+// change returns a channel that is closed when the next answer arrives.
 func (g *gate) change() <-chan struct{} {
 	if g.changed == nil {
 		g.changed = make(chan struct{})
@@ -72,7 +74,7 @@ func (g *gate) change() <-chan struct{} {
 	return g.changed
 }
 
-// tell wakes those who wait for a change.
+// tell wakes the requests that wait for a change.
 func (g *gate) tell() {
 	if g.changed != nil {
 		close(g.changed)
@@ -80,8 +82,8 @@ func (g *gate) tell() {
 	}
 }
 
-// turn is when the next request may be sent: at its pace while something remains, else at the reset, which then all who
-// wait share.
+// turn returns when the next request may be sent: at the pace while something remains, otherwise at the reset. If shared is
+// true, that time is the reset, and all waiting requests get it.
 func (g *gate) turn(now time.Time) (at time.Time, shared bool) {
 	if !now.Before(g.reset) {
 		return now, false
@@ -93,8 +95,9 @@ func (g *gate) turn(now time.Time) (at time.Time, shared bool) {
 	return at, false
 }
 
-// deny closes the gate for the time that a denial named, or for one that doubles. A denial counts for that if it is the
-// first, or answers a request that was sent after the last one.
+// deny closes the gate for the time that a denial named. If it named none, the time is 1 s and doubles with each denial that
+// counts, up to longest. A denial counts if it is the first, or if its request was sent after the last denial: of many
+// requests denied together only one doubles the time.
 func (g *gate) deny(now time.Time, counts bool, named, longest time.Duration) {
 	if counts {
 		g.denials++
@@ -109,33 +112,33 @@ func (g *gate) deny(now time.Time, counts bool, named, longest time.Duration) {
 	g.reset = time.Time{}
 }
 
-// longestPause is the longest after denials that name no time.
+// longestPause is the longest wait after denials that name no time (rule 4).
 const longestPause = 16 * time.Second
 
-// pass is a gate through which a request was sent.
+// pass records that a request was sent through a gate.
 type pass struct {
 	*gate
 
-	at  int   // the epoch at that time
-	nth int64 // its number among the passes
+	at  int   // the gate's epoch at that time
+	nth int64 // its number among the gate's passes
 }
 
-// gates are what a Transport remembers. There is a gate only for what asked for waits.
+// gates is the memory of a Transport. Its mutex guards all gates.
 type gates struct {
-	longest time.Duration // that anyone waits, at least a minute
+	longest time.Duration // longest wait of any request, at least a minute
 
 	mu     sync.Mutex
 	known  map[string]*gate
-	routes map[string][]string // the policies that the last answer to a route listed
-	order  []string            // of the routes, the first known first
+	routes map[string][]string // keys of the policies in the last answer to a route
+	order  []string            // keys of routes, oldest first
 }
 
-// mostGates, and as many routes, bound the memory.
+// mostGates bounds the number of gates, and also the number of routes with known policies.
 const mostGates = 1000
 
 func policyOf(host string, l rateLimit) string { return host + "\x00" + l.policy }
 
-// of are the gates through which a request has to go.
+// of returns the gates that a request has to pass (rules 2 and 7).
 func (g *gates) of(c *call) (all []*gate) {
 	add := func(keys ...string) {
 		for _, key := range keys {
@@ -153,13 +156,16 @@ func (g *gates) of(c *call) (all []*gate) {
 	return all
 }
 
-// stay is how long a request waits before it looks at the gates again, and what ends that earlier. 0 is no wait.
+// stay is how long a request waits before it looks at its gates again. changed may end the wait earlier. A zero wait means
+// none.
 type stay struct {
 	wait    time.Duration
 	changed <-chan struct{}
 }
 
-// enter lets a request through, or returns how long it has to stay.
+// enter lets a request through all of its gates, or returns how long it has to wait or why it cannot. It checks in this order:
+// times when gates are closed, requests that go first, and the pace of forecasts. A request that had its turn loses it if
+// it then has to wait for a closed gate or for an answer.
 func (g *gates) enter(c *call) (stay, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -186,7 +192,7 @@ func (g *gates) enter(c *call) (stay, error) {
 	return stay{}, nil
 }
 
-// closedAt is the stay until the last of the gates opens.
+// closedAt returns the stay until the last of the closed gates opens.
 func (c *call) closedAt(all []*gate, now time.Time, room time.Duration) (s stay, err error) {
 	closed := c.closed
 	for _, at := range all {
@@ -202,7 +208,7 @@ func (c *call) closedAt(all []*gate, now time.Time, room time.Duration) (s stay,
 	return s, nil
 }
 
-// behind is the stay until an answer to those who went first.
+// behind returns the stay until there is an answer to the requests that went first.
 func (c *call) behind(all []*gate, now time.Time, room time.Duration) (stay, error) {
 	for _, at := range all {
 		if at.full(now) {
@@ -212,7 +218,7 @@ func (c *call) behind(all []*gate, now time.Time, room time.Duration) (stay, err
 	return stay{}, nil
 }
 
-// answer is the stay until the next answer to a request that was sent through the gate.
+// answer returns the stay until the next answer to a request that was sent through the gate.
 func (c *call) answer(at *gate, now time.Time, room time.Duration) (stay, error) {
 	if room == 0 {
 		return stay{}, &NotSentError{c.host, now, now}
@@ -220,8 +226,8 @@ func (c *call) answer(at *gate, now time.Time, room time.Duration) (stay, error)
 	return stay{room, at.change()}, nil
 }
 
-// turn is the stay until the last of the turns for which the request has room. A request without room for a turn is sent
-// all the same, and the server decides; where nothing remains such requests go one at a time.
+// turn returns the stay until the latest turn that the request has room for. If it has no room for a turn, it ignores that
+// forecast, and the server decides. Where nothing remains, such requests are sent one at a time.
 func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err error) {
 	for _, at := range all {
 		next, _ := at.turn(now)
@@ -233,7 +239,7 @@ func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err
 		next, shared := at.turn(now)
 		if wait := next.Sub(now); shared && wait <= room && wait > s.wait {
 			at.oneFirst(next)
-			s = stay{wait, at.change()} // the turn is taken after the reset
+			s = stay{wait, at.change()} // the request takes its turn after the reset
 		}
 	}
 	if c.paced = s.wait == 0; c.paced {
@@ -245,7 +251,8 @@ func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err
 	return s, nil
 }
 
-// take takes a turn of each gate, and returns how long the request has to wait for all for which there is room.
+// take takes a turn of each gate, and returns how long the request has to wait for those that it has room for. The
+// others count the request as well, since it is sent.
 func (c *call) take(all []*gate, now time.Time, room time.Duration) (wait time.Duration) {
 	for _, at := range all {
 		next, _ := at.turn(now)
@@ -258,7 +265,8 @@ func (c *call) take(all []*gate, now time.Time, room time.Duration) (wait time.D
 	return wait
 }
 
-// leave takes a request that was answered out of its gates, and learns from the answer.
+// leave ends the attempt of a request: it takes the request out of its gates and learns from the answer. Only an answer by the
+// server itself to a request sent after the last denial widens the window; an error or a cached answer proves nothing.
 func (g *gates) leave(c *call) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -279,7 +287,7 @@ func (g *gates) leave(c *call) {
 	c.passed, c.paced = c.passed[:0], false
 }
 
-// deny closes what a denial is about.
+// deny closes the gates that a denial is about (rules 1 and 7).
 func (g *gates) deny(c *call, n news, now time.Time) {
 	if n.all {
 		g.close(c, c.host, n.wait, longestPause, now)
@@ -303,12 +311,13 @@ func (g *gates) deny(c *call, n news, now time.Time) {
 	unknown.oneFirst(c.closed.until)
 }
 
+// close closes the gate of a key for a denial.
 func (g *gates) close(c *call, key string, named, longest time.Duration, now time.Time) {
 	at := g.at(key)
 	at.deny(now, at.epoch == 0 || c.through(at), named, longest)
 }
 
-// through returns whether the request was sent through the gate after the last denial.
+// through reports whether the request was sent through the gate after the gate's last denial.
 func (c *call) through(at *gate) bool {
 	for _, p := range c.passed {
 		if p.gate == at && p.at == at.epoch {
@@ -318,8 +327,9 @@ func (c *call) through(at *gate) bool {
 	return false
 }
 
-// learn keeps the policies of a route and their forecasts. An answer without policies changes nothing for a route that
-// had some, as it may have left them out; a route without any that is served has none, and waits for no unknown ones.
+// learn remembers the policies of a route and their forecasts. If an answer lists no policies, a route with known policies keeps
+// them, since the answer may have left them out. If an unknown route is served without any, it counts as a route that has
+// none, and no longer waits with the unknown ones.
 func (g *gates) learn(c *call, n news, now time.Time) {
 	if _, known := g.routes[c.route]; len(n.limits) == 0 && (known || !n.served || g.known[c.other] == nil) {
 		return
@@ -341,8 +351,9 @@ func (g *gates) learn(c *call, n news, now time.Time) {
 	}
 }
 
-// forecast replaces what is known of a policy. Requests sent after the one that was answered were not counted by the
-// server yet, so they are subtracted. A reset in one second may be any moment from now on: nothing is spread over it.
+// forecast replaces what is known about a policy. The server has not counted the requests that were sent after the answered
+// one, so they are subtracted. t is in whole seconds, so a reset in one second may be at any moment from now on: requests are
+// not spread over that.
 func (g *gates) forecast(c *call, policy string, l rateLimit, now time.Time) {
 	if l.reset == 0 && g.known[policy] == nil {
 		return
@@ -359,7 +370,7 @@ func (g *gates) forecast(c *call, policy string, l rateLimit, now time.Time) {
 	}
 }
 
-// at is the gate of the key.
+// at returns the gate of a key. It makes one if there is none.
 func (g *gates) at(key string) *gate {
 	at := g.known[key]
 	if at == nil {
@@ -372,7 +383,7 @@ func (g *gates) at(key string) *gate {
 	return at
 }
 
-// forget removes a tenth: the gates whose waits end first.
+// forget removes a tenth of the gates: those whose waits end first.
 func (g *gates) forget() {
 	keys := slices.SortedFunc(maps.Keys(g.known), func(a, b string) int { return g.known[a].ends().Compare(g.known[b].ends()) })
 	for _, key := range keys[:mostGates/10] {
@@ -380,7 +391,7 @@ func (g *gates) forget() {
 	}
 }
 
-// ends is when nobody has to wait any more.
+// ends returns when no request has to wait for the gate any more.
 func (g *gate) ends() time.Time {
 	if g.remaining == 0 || g.pause > 0 {
 		return later(g.until, g.reset)

@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// limitedBy is a Transport with a limit of one's own.
+// limitedBy returns a Transport with a client-side limit, and that limit.
 func limitedBy(t *testing.T, s http.RoundTripper, o throttlerhttp.TransportOptions, c throttler.Config) (*throttlerhttp.Transport, *throttler.Throttler) {
 	t.Helper()
 	th, err := throttler.New(c)

@@ -1,4 +1,4 @@
-// Reading what an answer says about limits.
+// What an answer says about limits.
 
 package throttlerhttp
 
@@ -14,15 +14,17 @@ import (
 	"github.com/dunglas/httpsfv"
 )
 
-// news is what an answer says about the next requests. The zero news is that of no answer.
+// news is what an answer says about later requests. It is zero if there was no answer.
 type news struct {
 	denied bool
-	wait   time.Duration // that a denial names, else 0
-	all    bool          // whether the denial is about the host
-	served bool          // by the server, and not by a cache
+	wait   time.Duration // the wait that a denial names, or 0
+	all    bool          // the denial concerns the whole host, not a route
+	served bool          // not denied, and answered by the server itself instead of a cache
 	limits []rateLimit
 }
 
+// readNews reads the news of an answer. The fields of a cached answer are ignored, since they are out of date; a cached 429 is
+// still a denial. A Retry-After takes precedence over RateLimit (rule 3).
 func readNews(resp *http.Response) news {
 	if resp == nil {
 		return news{}
@@ -47,13 +49,14 @@ func readNews(resp *http.Response) news {
 	return n
 }
 
-// aged returns whether the answer is that of a cache (RFC 9111, section 5.1).
+// aged reports whether an answer came from a cache: it has an Age above 0 (RFC 9111, section 5.1).
 func aged(h http.Header) bool {
 	age, ok := parseSeconds(h.Get("Age"))
 	return ok && age > 0
 }
 
-// parseRetryAfter reads seconds, or a date, which is 0 if it is past. Of several fields the longest counts.
+// parseRetryAfter returns the longest wait of the Retry-After fields, and whether there was a valid one (RFC 9110, section
+// 10.2.3). A date in the past is a wait of 0.
 func parseRetryAfter(h http.Header) (wait time.Duration, ok bool) {
 	for _, field := range h.Values("Retry-After") {
 		if after, told := parseAfter(field, h.Get("Date")); told {
@@ -63,7 +66,8 @@ func parseRetryAfter(h http.Header) (wait time.Duration, ok bool) {
 	return wait, ok
 }
 
-// parseAfter reads seconds, or a date by the clock of the server if that is known.
+// parseAfter parses a number of seconds or a date. A date is compared with the server's clock if date, the Date field, is valid,
+// otherwise with this machine's.
 func parseAfter(field, date string) (time.Duration, bool) {
 	if wait, ok := parseSeconds(field); ok {
 		return wait, true
@@ -81,20 +85,21 @@ func parseSeconds(field string) (time.Duration, bool) {
 	return wholeSeconds(n), err == nil || errors.Is(err, strconv.ErrRange)
 }
 
-// wholeSeconds are at most 68 years, so that they can be added to a time.
+// wholeSeconds returns n seconds, but at most 68 years, so that they can be added to a time without overflow.
 func wholeSeconds(n uint64) time.Duration { return time.Duration(min(n, 1<<31)) * time.Second }
 
 // rateLimit is what an answer says about one policy.
 type rateLimit struct {
-	policy    string // the name and the partition key
+	policy    string // name and partition key
 	remaining int64
-	reset     time.Duration // until there is more; 0 if that is not said
+	reset     time.Duration // until more remains; 0 if the answer does not say
 }
 
-// mostLimits of one answer are heeded.
+// mostLimits is how many policies of one answer are used at most.
 const mostLimits = 32
 
-// parseRateLimit reads a list. Of a policy that is in it twice what leaves less counts.
+// parseRateLimit parses a list of policies and skips invalid members. If it has a policy twice, the one with less remaining
+// counts; if that is equal, the one with the later reset.
 func parseRateLimit(fields []string) (limits []rateLimit) {
 	members := list(fields)
 	for _, member := range members[:min(len(members), mostLimits)] {
@@ -108,7 +113,7 @@ func parseRateLimit(fields []string) (limits []rateLimit) {
 	return slices.CompactFunc(limits, func(a, b rateLimit) bool { return a.policy == b.policy })
 }
 
-// parseLimit reads one limit, such as "5/10s";r=5;t=8.
+// parseLimit parses one policy, such as "5/10s";r=5;t=8.
 func parseLimit(member httpsfv.Member) (l rateLimit, ok bool) {
 	item, ok := member.(httpsfv.Item)
 	if !ok {

@@ -20,13 +20,13 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// answer is what a fakeServer says: a status, and fields as name and value.
+// answer is one answer of a fakeServer. fields alternates names and values.
 type answer struct {
 	status int
 	fields []string
 }
 
-// fakeServer is a base that gives these answers, then the last one for ever, and records what it gets.
+// fakeServer is a base that gives its answers in order, repeats the last one, and records the requests.
 type fakeServer struct {
 	answers []answer
 
@@ -34,8 +34,8 @@ type fakeServer struct {
 	start  time.Time
 	at     []time.Duration // when each request was sent
 	bodies []string
-	open   int // bodies of answers that were not closed
-	unread int // bytes of closed bodies that were not read
+	open   int // number of answer bodies not closed yet
+	unread int // bytes left unread in closed bodies
 	idle   bool
 	takes  time.Duration
 }
@@ -80,7 +80,7 @@ func (b *fakeBody) Close() error {
 	return nil
 }
 
-// get returns the status of a GET.
+// get sends a GET and returns the status of the answer.
 func get(ctx context.Context, tr http.RoundTripper, url string) (int, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -108,7 +108,7 @@ func limits(field string) answer { return answer{http.StatusOK, []string{"RateLi
 
 var served = answer{status: http.StatusOK}
 
-// waits asserts that what was sent came as late as that, and up to a tenth later than each wait.
+// waits asserts the time before each request that was sent: at least the given wait, and at most a tenth more.
 func waits(t *testing.T, s *fakeServer, waits ...time.Duration) {
 	t.Helper()
 	require.Len(t, s.at, len(waits))
@@ -353,7 +353,7 @@ func TestTransportLeavesTheRequestOfTheCallerAsItIs(t *testing.T) {
 	})
 }
 
-// fleet sends n GETs at once and returns how many had which status, of which 0 is a NotSentError.
+// fleet sends n GETs at once and counts the statuses of the answers. Status 0 stands for a NotSentError.
 func fleet(t *testing.T, tr http.RoundTripper, n int) map[int]int {
 	t.Helper()
 	var mu sync.Mutex
@@ -389,7 +389,7 @@ func TestTransportDoesNotStormAServerThatAlwaysRefuses(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				server := newFakeServer(answer{status: 429})
-				server.takes = time.Millisecond // so that all are under way at a time
+				server.takes = time.Millisecond // so that all are in flight at the same time
 				count := fleet(t, throttlerhttp.NewTransport(server, c.o), 100)
 				assert.Equal(t, 100, count[429]+count[0])
 				assert.LessOrEqual(t, len(server.at), c.sends)
@@ -471,7 +471,7 @@ func TestTransportWaitsForWhatTheHostSaidToAnotherBeforeItSendsAgain(t *testing.
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(10*time.Second, cancel)
 		go func() {
-			_, err := get(ctx, tr, api) // would be sent again after a second
+			_, err := get(ctx, tr, api) // it would be sent again after a second
 			assert.ErrorIs(t, err, context.Canceled)
 		}()
 		synctest.Wait()
@@ -496,7 +496,7 @@ func TestTransportWaitsForTheLongestRetryAfterWithinMaxWait(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				server := newFakeServer(c.first, c.second, served)
-				server.takes = time.Second // so that both are under way at a time
+				server.takes = time.Second // so that both are in flight at the same time
 				tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{Attempts: 1})
 				fleet(t, tr, 2)
 				_, err := get(t.Context(), tr, strings.ToUpper(api))
@@ -512,7 +512,7 @@ func TestTransportSlowsDownByRateLimit(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		fields []string
-		wait   time.Duration // of the next request
+		wait   time.Duration // before the next request
 	}{
 		"nothing remains":               {[]string{`"5/10s";r=0;t=8`}, 8 * time.Second},
 		"of one limit nothing remains":  {[]string{`"5/10s";r=0;t=8, "100/1h";r=50;t=1800`}, 8 * time.Second},
@@ -571,7 +571,7 @@ func TestTransportSpreadsWhatRemainsOverTheTimeUntilTheReset(t *testing.T) {
 		tr := throttlerhttp.NewTransport(server, nil)
 		fleet(t, tr, 1)
 		fleet(t, tr, 6)
-		for i, n := range []int{2, 4, 6, 8, 8, 8} { // 3 before the reset, and the rest with it
+		for i, n := range []int{2, 4, 6, 8, 8, 8} { // 3 before the reset, the others at the reset
 			turn := time.Duration(n) * time.Second
 			assert.GreaterOrEqual(t, server.at[i+1], turn)
 			assert.LessOrEqual(t, server.at[i+1], turn+turn/10)
@@ -587,7 +587,7 @@ func TestTransportGivesNoTurnToARequestThatCannotWaitForIt(t *testing.T) {
 		server := newFakeServer(limits(`"20/2m";r=10;t=110`), served)
 		tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{MaxWait: 15 * time.Second})
 		fleet(t, tr, 1)
-		fleet(t, tr, 3) // after 10 s, and 20 s and 30 s would be too long
+		fleet(t, tr, 3) // the turns are after 10, 20 and 30 s; only the first is within MaxWait
 		fleet(t, tr, 1)
 		waits(t, server, 0, 0, 0, 10*time.Second, 20*time.Second-server.at[3])
 	})
@@ -668,7 +668,7 @@ func TestTransportMayBeUsedByManyGoroutines(t *testing.T) {
 	})
 }
 
-// refusesFirst refuses the first request, and names no time.
+// refusesFirst denies the first request without naming a time.
 func refusesFirst() http.Handler {
 	var once sync.Once
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

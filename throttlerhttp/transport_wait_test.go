@@ -21,7 +21,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// crowd sends n GETs at once, each with a deadline, and returns the errors of those that were not sent.
+// crowd sends n GETs with a deadline at once. errs has a NotSentError for each request that was not sent.
 func crowd(t *testing.T, tr http.RoundTripper, n int, deadline time.Duration) []*throttlerhttp.NotSentError {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
@@ -44,12 +44,12 @@ func crowd(t *testing.T, tr http.RoundTripper, n int, deadline time.Duration) []
 func TestTransportCountsItsSendsToAServerThatAlwaysRefuses(t *testing.T) {
 	t.Parallel()
 	year := fmt.Sprint(365 * 24 * 3600)
-	own := map[int]int{1: 3, 200: 5} // after 1, 2, 4, 8 and 16 s; one request is sent three times at most
+	own := map[int]int{1: 3, 200: 5} // after 1, 2, 4, 8 and 16 s; a single request makes at most three attempts
 	for name, c := range map[string]struct {
 		refusal answer
-		short   time.Duration // a deadline before which nothing may be sent
+		short   time.Duration // a deadline until which nothing may be sent
 		long    time.Duration
-		sends   map[int]int // of so many callers until the longer deadline
+		sends   map[int]int // sends until the longer deadline, by the number of callers
 	}{
 		"seconds":           {limitedFor("30"), 30 * time.Second, 45 * time.Second, map[int]int{1: 1, 200: 1}},
 		"none at all":       {limitedFor("0"), time.Second, 40 * time.Second, own},
@@ -298,7 +298,7 @@ func TestTransportSendsTheNextProbeWhenOneEndsWithoutAnAnswer(t *testing.T) {
 	}
 }
 
-// says is an answer with these fields, and without a body.
+// says returns an answer with these fields and without a body.
 func says(status int, fields ...string) *http.Response {
 	h := http.Header{}
 	for i := 0; i < len(fields); i += 2 {
@@ -335,7 +335,7 @@ func TestTransportIgnoresTheFieldsOfACache(t *testing.T) {
 	}
 }
 
-// routes is a base that answers by path, and records what was sent.
+// routes is a base that answers by path and records the paths.
 type routes struct {
 	mu   sync.Mutex
 	sent []string
@@ -463,10 +463,10 @@ func TestTransportAsksUnknownRoutesOneAtATimeAfterARefusal(t *testing.T) {
 	})
 }
 
-// tokens is a base with a Continuous bucket of 10 per 5 s, and a choice of t.
+// tokens is a base with a Continuous bucket of 10 per 5 s. until chooses what its t means.
 type tokens struct {
 	mu    sync.Mutex
-	spent time.Duration // half a second is a token
+	spent time.Duration // a token is half a second
 	seen  time.Time
 	until func(spent time.Duration) time.Duration
 	sent  int
@@ -544,7 +544,7 @@ func TestTransportSendsNoMoreThanWhatRemains(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		field string
-		sent  []int // until a second, until the reset and after it
+		sent  []int // until one second, until the reset, and after it
 	}{
 		"many":              {`"a";r=40;t=20`, []int{40, 40, 100}},
 		"a second":          {`"a";r=3;t=1`, []int{3, 100, 100}},
@@ -682,7 +682,7 @@ func TestTransportIgnoresTheFieldsOfInterimAnswers(t *testing.T) {
 	}
 }
 
-// refusing is a real server that always answers so, and counts what it gets.
+// refusing starts a real server that always gives this answer, and counts its requests.
 func refusing(t *testing.T, status int, after string) (*httptest.Server, *atomic.Int64) {
 	t.Helper()
 	var sent atomic.Int64
