@@ -9,8 +9,9 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// leased is a storage alone beside leases from it: hot, warm and cold identifiers that are admitted, and a hot one that is
-// refused. Its turns are longer, as an identifier is leased once it was asked for some times in a tenth of a second.
+// leased compares leases with the shared storage alone: for hot, warm and cold identifiers whose calls are admitted, and for a
+// hot one whose calls are denied. Its turns are longer than others, because an identifier is leased only after several calls
+// in a tenth of a second.
 func (b *bench) leased(ctx context.Context) error {
 	if err := b.leasedFrom(ctx, "Redis", startRedis, throttlerOnRedis); err != nil {
 		return err
@@ -20,6 +21,7 @@ func (b *bench) leased(ctx context.Context) error {
 	})
 }
 
+// leasedFrom does this on one kind of server.
 func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.Context) (*server, error),
 	plain func(url string) func() (throttler.Config, func(), error)) error {
 	name := "lease-" + strings.ToLower(kind)
@@ -61,7 +63,7 @@ func (b *bench) leasedFrom(ctx context.Context, kind string, start func(context.
 	return nil
 }
 
-// withLeases puts leases before a storage.
+// withLeases puts a lease storage in front of a storage. It uses another Name than the storage alone.
 func withLeases(plain func() (throttler.Config, func(), error)) func() (throttler.Config, func(), error) {
 	return func() (throttler.Config, func(), error) {
 		config, done, err := plain()
@@ -78,7 +80,8 @@ func withLeases(plain func() (throttler.Config, func(), error)) func() (throttle
 	}
 }
 
-// named has consumption of its own, under keys as long as those of leases.
+// named sets a Name, so that the contender's tokens are counted separately. It is as long as that of the leases, so that the
+// keys have the same length.
 func named(name string, plain func() (throttler.Config, func(), error)) func() (throttler.Config, func(), error) {
 	return func() (throttler.Config, func(), error) {
 		config, done, err := plain()
@@ -87,7 +90,7 @@ func named(name string, plain func() (throttler.Config, func(), error)) func() (
 	}
 }
 
-// refusing is a contender that has to refuse.
+// refusing returns a contender whose calls have to be denied.
 func refusing(c contender) contender {
 	return contender{name: c.name, module: c.module, open: func(l []limit) (allow, func(), error) {
 		a, done, err := c.open(l)

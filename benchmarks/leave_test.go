@@ -12,10 +12,12 @@ import (
 
 const leavers = 100_000
 
-// BenchmarkLeave is how long 100,000 waiters take to leave when their context is cancelled, and how much too late another
-// identifier's Wait of a millisecond ends meanwhile. Beside it, in turns, is the floor: as many goroutines that only select on
-// the same context and a timer, first on stacks as Go begins them, then on stacks as large as a decision makes them. It
-// tells the least of all rounds, and fails above 3 times the floor.
+// BenchmarkLeave measures how long 100,000 waiters take to leave when their context is canceled (ms), and how late a Wait of one
+// millisecond for another identifier ends meanwhile (late-ms). For comparison it measures two floors in turn with it: as many
+// goroutines that only select on the same context and a timer, on stacks of the size with which Go starts goroutines (floor),
+// and on stacks as large as a decision makes them (deep-floor).
+//
+// It reports the minimum of all rounds. It fails if the waiters take more than 3 times as long as the floor.
 //
 //	cd benchmarks && go test -run xxx -bench Leave -benchtime 5x -cpu 1 .
 func BenchmarkLeave(b *testing.B) {
@@ -47,12 +49,13 @@ func BenchmarkLeave(b *testing.B) {
 	}
 }
 
-// waiting is how a crowd waits until its context ends, and another for a millisecond.
+// waiting has two ways to wait: crowd until its context ends, and other for a millisecond.
 type waiting struct {
 	crowd func(context.Context)
 	other func()
 }
 
+// waits returns the waiting of Wait for a bucket, with another bucket that admits a call per millisecond.
 func waits(b *testing.B, bucket throttler.Bucket) waiting {
 	b.Helper()
 	t, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{bucket}})
@@ -71,7 +74,8 @@ func waits(b *testing.B, bucket throttler.Bucket) waiting {
 	}
 }
 
-// floor waits by a select, on a stack that has first been so deep, in KiB, as all below it is.
+// floor returns the waiting of goroutines that only select. For a deep above 0 their stacks have grown before, as those of a
+// decision do, and they select that many KiB deep.
 func floor(deep int) waiting {
 	return waiting{
 		crowd: func(ctx context.Context) {
@@ -84,7 +88,7 @@ func floor(deep int) waiting {
 	}
 }
 
-// descend makes the stack deeper by so many KiB.
+// descend makes the stack grow: it recurses deep times, with a frame of a KiB each.
 func descend(deep int) byte {
 	var frame [1024]byte
 	if deep > 0 {
@@ -93,6 +97,7 @@ func descend(deep int) byte {
 	return frame[deep]
 }
 
+// onStack waits for ctx in a frame below that many others of a KiB each.
 func onStack(ctx context.Context, deep int) byte {
 	var frame [1024]byte
 	if deep > 0 {
@@ -108,7 +113,7 @@ func onStack(ctx context.Context, deep int) byte {
 	return frame[0]
 }
 
-// leave is how long a crowd takes to leave, and how much too late another's wait was at most.
+// leave returns how long a crowd takes to leave, and how late the other waits ended at most in the meantime.
 func leave(w waiting) (all, late time.Duration) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -121,7 +126,7 @@ func leave(w waiting) (all, late time.Duration) {
 		})
 	}
 	begun.Wait()
-	time.Sleep(time.Second) // until the last of them waits
+	time.Sleep(time.Second) // give the last of them time to start waiting
 	stop := make(chan struct{})
 	var lates []time.Duration
 	others.Go(func() {

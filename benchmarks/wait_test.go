@@ -15,9 +15,10 @@ import (
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 )
 
-// BenchmarkWait is which part of the rate of a leaky bucket those who wait for it get, in turns of a second for each of the
-// contenders: the median of the rounds. It fails if anybody is admitted earlier than the rate allows since the beginning. A
-// waiter that wakes up late makes the next ones seem early: early-ms is by how much at most, over all windows.
+// BenchmarkWait measures how much of the rate of a leaky bucket its waiters get, in percent. Each contender runs for a second in
+// each round; the result is the median of the rounds. It fails if any call is admitted earlier than the rate allows, counted
+// from the beginning of the run. A waiter that wakes up late makes the next ones seem early: early-ms is the largest such
+// difference in any part of the run.
 //
 //	cd benchmarks && go test -run xxx -bench 'Wait/' -benchtime 5x .
 func BenchmarkWait(b *testing.B) {
@@ -47,8 +48,8 @@ func BenchmarkWait(b *testing.B) {
 	}
 }
 
-// BenchmarkWaitWithTokens is how much longer 1,000 calls of Wait at once take than 1,000 of Consume, where there are
-// tokens for all: the least of all rounds. It fails if that is twice as long.
+// BenchmarkWaitWithTokens compares 1,000 concurrent calls of Wait with 1,000 of Consume if there are tokens for all. It reports
+// the minimum of all rounds, and fails if Wait takes more than twice as long.
 //
 //	cd benchmarks && go test -run xxx -bench WaitWithTokens -benchtime 20x .
 func BenchmarkWaitWithTokens(b *testing.B) {
@@ -84,7 +85,7 @@ func BenchmarkWaitWithTokens(b *testing.B) {
 	}
 }
 
-// atOnce is how long so many calls take that begin together.
+// atOnce returns how long that many calls take if they begin together.
 func atOnce(b *testing.B, calls int, call func() error) time.Duration {
 	b.Helper()
 	begin := make(chan struct{})
@@ -103,13 +104,13 @@ func atOnce(b *testing.B, calls int, call func() error) time.Duration {
 	return time.Since(start)
 }
 
-// store is where a throttler keeps what is spent.
+// store is a storage that a Throttler is measured with.
 type store struct {
 	name string
 	open func() (throttler.Config, func(), error)
 }
 
-// storages are the memory of the process, and a Redis and a Postgres that run until the end of the benchmark.
+// storages returns the storage in the process, and a Redis and a Postgres. The servers run until the end of the benchmark.
 func storages(b *testing.B) []store {
 	b.Helper()
 	redis, err := startRedis(context.Background())
@@ -129,7 +130,7 @@ func storages(b *testing.B) []store {
 	}
 }
 
-// throttler is one whose buckets are full.
+// throttler returns a Throttler on the storage. Its identifier "a" has a full bucket.
 func (s store) throttler(b *testing.B, bucket throttler.Bucket) *throttler.Throttler {
 	b.Helper()
 	c, done, err := s.open()
@@ -148,7 +149,7 @@ func (s store) throttler(b *testing.B, bucket throttler.Bucket) *throttler.Throt
 	return t
 }
 
-// leaky is a leaky bucket of each contender: of the peers only where they have one.
+// leaky returns the Wait of each contender for a leaky bucket. The peers have one only in the process.
 func leaky(b *testing.B, s store, perSecond int64) map[string]func(context.Context) error {
 	b.Helper()
 	t := s.throttler(b, throttler.NewBucket(time.Second, perSecond).Continuous().Burst(1))
@@ -163,7 +164,7 @@ func leaky(b *testing.B, s store, perSecond int64) map[string]func(context.Conte
 	return all
 }
 
-// logOf is when each of those who wait for a second was admitted.
+// logOf lets that many waiters call wait in a loop for a second, and returns when each call was admitted, in order.
 func logOf(waiters int, wait func(context.Context) error) (start time.Time, log []time.Time) {
 	var mu sync.Mutex
 	var done sync.WaitGroup
@@ -185,7 +186,8 @@ func logOf(waiters int, wait func(context.Context) error) (start time.Time, log 
 	return start, log
 }
 
-// judge is which part of the rate a log shows, and by how much a call was early at most, after any other.
+// judge returns how much of the rate a log has used, from 0 to 1, and by how much a call was early at most in relation to any call
+// before it.
 func judge(b *testing.B, perSecond int64, start time.Time, log []time.Time) (part float64, early time.Duration) {
 	b.Helper()
 	if len(log) == 0 {
@@ -194,7 +196,7 @@ func judge(b *testing.B, perSecond int64, start time.Time, log []time.Time) (par
 	latest := time.Duration(-1 << 62)
 	for i, at := range log {
 		late := at.Sub(start) - time.Duration(i)*time.Second/time.Duration(perSecond)
-		if late < -time.Millisecond { // the servers' clocks are others
+		if late < -time.Millisecond { // a tolerance, since the servers have clocks of their own
 			b.Errorf("call %d of %d a second was admitted %v after the beginning, %v early", i, perSecond, at.Sub(start), -late)
 		}
 		latest = max(latest, late)

@@ -1,11 +1,11 @@
-// Workers shows five processes that call somebody else's API. By one Redis they keep to 2 calls a second and 100 a minute
-// together. No call is denied: each waits for its turn, and all workers get about the same number.
+// Workers shows five processes that call somebody else's API. They share one Redis, and together they keep to 2 calls a
+// second and 100 a minute. No call is denied: each waits for its turn, and all workers make about the same number of calls.
 //
 //	go run ./examples/workers                       # takes 15 seconds; starts a redis-server and the API itself
 //	go run ./examples/workers -for 1m -workers 3 -rate 10
 //
-// It prints what each worker sent while all of them worked, and the most that the API got in any second and in any minute.
-// The exit status is 1 if that is more than the limits allow.
+// It prints how many calls each worker sent while all of them were running, and the most calls that the API got in any
+// second and in any minute. The exit status is 1 if that is more than the limits allow.
 package main
 
 import (
@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// work is one worker. It calls the API as often as the limit allows.
+// work is the main function of a worker. It calls the API as often as the limit allows, until the duration is over.
 func work(redis, api, duration, perSecond string) error {
 	d, err1 := time.ParseDuration(duration)
 	rate, err2 := strconv.ParseInt(perSecond, 10, 64)
@@ -52,7 +52,7 @@ func work(redis, api, duration, perSecond string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
-	store, err := redisstore.Open(redis, &redisstore.Options{Timeout: 5 * time.Second}) // who waits anyway can wait for Redis
+	store, err := redisstore.Open(redis, &redisstore.Options{Timeout: 5 * time.Second}) // a worker may wait for Redis, too
 	if err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func call(ctx context.Context, client *http.Client, url string) error {
 	return response.Body.Close()
 }
 
-// run starts the servers and the workers, and tells what the API got. It returns what each worker sent.
+// run starts the servers and the workers, and prints which calls the API got. It returns how many calls each worker sent.
 func run(args []string, out io.Writer) (sent []int, err error) {
 	flags := flag.NewFlagSet("workers", flag.ExitOnError)
 	workers := flags.Int("workers", 5, "start so many processes")
@@ -107,7 +107,7 @@ func run(args []string, out io.Writer) (sent []int, err error) {
 	return calls.tell(out, *rate)
 }
 
-// start runs copies of this program and waits until all have ended.
+// start runs copies of this program as workers, and waits until all have ended.
 func start(workers int, args ...string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -126,7 +126,7 @@ func start(workers int, args ...string) error {
 	return errors.Join(failed...)
 }
 
-// log is the API. It records who called when.
+// log is the API. It records when each call arrived and which worker sent it.
 type log struct {
 	mu sync.Mutex
 	at []time.Time
@@ -139,18 +139,20 @@ func (l *log) ServeHTTP(_ http.ResponseWriter, r *http.Request) {
 	l.at, l.by = append(l.at, time.Now()), append(l.by, r.URL.Path)
 }
 
+// tell prints a summary of the calls. It returns an error if they exceed the limits.
 func (l *log) tell(out io.Writer, rate int) (sent []int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	sent, second, minute := l.shares(), l.most(time.Second), l.most(time.Minute)
 	_, _ = fmt.Fprintf(out, "%d calls, by the workers: %v; at most %d in a second and %d in a minute\n", len(l.at), sent, second, minute)
-	if second > 1+rate+rate/10 || minute > 1+50*rate { // the burst, what comes back, and calls that were slow to arrive
+	if second > 1+rate+rate/10 || minute > 1+50*rate { // burst, refill, and room for calls that arrived late
 		return sent, fmt.Errorf("this is more than %d a second and %d a minute", rate, 50*rate)
 	}
 	return sent, nil
 }
 
-// shares is what each worker sent from when the last of them began until the first ended.
+// shares returns how many calls each worker sent while all of them were running: from the first call of the last worker to
+// begin until the last call of the first to end.
 func (l *log) shares() (sent []int) {
 	first, last := map[string]int{}, map[string]int{}
 	for i, who := range l.by {
