@@ -186,8 +186,8 @@ func logOf(waiters int, wait func(context.Context) error) (start time.Time, log 
 	return start, log
 }
 
-// judge returns how much of the rate a log has used, from 0 to 1, and by how much a call was early at most in relation to any call
-// before it.
+// judge returns how much of the rate a log has used, from 0 to 1, and by how much a call was early at most in relation to any
+// call before it.
 func judge(b *testing.B, perSecond int64, start time.Time, log []time.Time) (part float64, early time.Duration) {
 	b.Helper()
 	if len(log) == 0 {
