@@ -1,4 +1,4 @@
-// What each rule admits and denies: for Prometheus, and for the admin page.
+// Counts of what each rule admits and denies, for Prometheus and for the admin page.
 
 package main
 
@@ -18,16 +18,16 @@ type result int
 const (
 	allowed   result = iota // the request was admitted
 	denied                  // the rule denied it
-	spared                  // other rules denied it, and so it took nothing
-	wouldDeny               // the rule is a shadow, or of quota_mode, and would have denied it
-	bypassed                // the storage failed, and -on-storage-error allow admitted it without a limit
-	failed                  // it could not be decided
+	spared                  // other rules denied the request, so this rule took nothing
+	wouldDeny               // the rule is a shadow or has quota_mode, and would have denied the request
+	bypassed                // the storage failed, and -on-storage-error allow admitted the request without a limit
+	failed                  // the request could not be decided
 	results
 )
 
 var resultNames = [results]string{"allowed", "denied", "denied_by_others", "would_deny", "bypassed", "error"}
 
-// resultOf is what the rule did.
+// resultOf returns what the rule a did to the request.
 func resultOf(d *decision, a *rules.Applied) result {
 	switch {
 	case !d.denied():
@@ -44,34 +44,34 @@ func resultOf(d *decision, a *rules.Applied) result {
 	return allowed
 }
 
-// activity counts by rule. Rules that went are forgotten, so that it holds no more than there are rules. It is safe for
-// concurrent use.
+// activity counts results by rule. It forgets rules that are no longer loaded, so its memory is bounded by the number of
+// rules. It is safe for concurrent use.
 type activity struct {
-	byRule atomic.Pointer[map[*rules.Rule]*counts] // of the rules that count now; never changed
+	byRule atomic.Pointer[map[*rules.Rule]*counts] // of the loaded rules; replaced as a whole, its map never changes
 
-	mu    sync.Mutex // guards what follows, and is held to replace byRule
+	mu    sync.Mutex // guards the fields below; also held while byRule is replaced
 	named map[ruleName]*counts
-	lost  counts            // of nobody
-	tick  int               // how often second was called
-	at    [window]time.Time // when
+	lost  counts            // collects the results of rules that are not loaded; never shown
+	tick  int               // number of calls of second
+	at    [window]time.Time // time of each of the last calls, a ring indexed by tick
 }
 
-// overrideID is the ID of the rules that package rules makes of limits that requests bring.
+// overrideID is the ID that package rules gives to the rule of a limit that a request brings.
 const overrideID = "override"
 
-// ruleName is what a rule is found by after a reload.
+// ruleName identifies a rule across reloads.
 type ruleName struct{ domain, id string }
 
 func nameOf(r *rules.Rule) ruleName { return ruleName{r.Domain, r.ID} }
 
-// window is how many calls of second "now" has.
+// window is how many snapshots second keeps. Rates are averages since the oldest of them.
 const window = 10
 
-// counts are those of a rule.
+// counts belong to one rule.
 type counts struct {
 	of    ruleName
 	total [results]atomic.Int64
-	past  [window][results]int64 // the totals at activity.at; guarded by activity.mu
+	past  [window][results]int64 // the totals at the times in activity.at; guarded by activity.mu
 }
 
 func newActivity() *activity {
@@ -83,7 +83,8 @@ func newActivity() *activity {
 	return a
 }
 
-// loaded takes newer rules. One that keeps its name keeps its counts.
+// loaded replaces the rules. A rule whose name is in the new set keeps its counts, and so do the limits that requests
+// brought to a domain that still has rules.
 func (a *activity) loaded(set *rules.Set) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -102,7 +103,7 @@ func (a *activity) loaded(set *rules.Set) {
 	a.byRule.Store(&byRule)
 }
 
-// get needs the mutex.
+// get returns the counts of a name, and makes them if there are none. The caller holds mu.
 func (a *activity) get(name ruleName) *counts {
 	c := a.named[name]
 	if c == nil {
@@ -112,15 +113,16 @@ func (a *activity) get(name ruleName) *counts {
 	return c
 }
 
-// count counts what came of a request.
+// count adds the outcome of a request to the counts of every rule that applied to it.
 func (a *activity) count(d *decision) {
 	for i := range d.applied {
 		a.of(d.applied[i].Rule).total[resultOf(d, &d.applied[i])].Add(1)
 	}
 }
 
-// of finds the counts of a rule. A rule that is not in the files stands for limits that requests bring. Another one that
-// loaded does not know has just come or gone: without its name it is not counted, as it could stay for ever.
+// of returns the counts of a rule. Three kinds of rules are not in byRule. A rule with Line 0 is the limit of a request
+// and gets counts. A rule whose name is known was just replaced by a reload, or loads just now: the name decides. Any
+// other rule was just added or removed; it goes to lost, because an entry for a removed rule would never be deleted.
 func (a *activity) of(r *rules.Rule) *counts {
 	if c := (*a.byRule.Load())[r]; c != nil {
 		return c
@@ -133,7 +135,7 @@ func (a *activity) of(r *rules.Rule) *counts {
 	return &a.lost
 }
 
-// second has to be called each second, or nearly.
+// second takes a snapshot of the totals. It must be called about once a second.
 func (a *activity) second(now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -147,14 +149,14 @@ func (a *activity) second(now time.Time) {
 	}
 }
 
-// ruleActivity is what a rule does.
+// ruleActivity is the counts of one rule at one moment.
 type ruleActivity struct {
 	domain, id string
 	total      [results]int64
-	rate       [results]float64 // a second, of the last ten
+	rate       [results]float64 // per second, averaged over about the last ten seconds
 }
 
-// all are the counts by domain and rule, also of rules that no request was for.
+// all returns the counts of all rules, sorted by domain and ID. Rules that no request matched are included.
 func (a *activity) all(now time.Time) []ruleActivity {
 	a.mu.Lock()
 	defer a.mu.Unlock()

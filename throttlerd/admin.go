@@ -1,4 +1,4 @@
-// The admin API and its page: their own listener, their own token. Without a token there is none.
+// The admin API and its page. They have their own listener and their own token; without a token they do not exist.
 
 package main
 
@@ -16,13 +16,13 @@ import (
 	"github.com/go-throttler/throttler/watch"
 )
 
-const maxRules = 8 << 20 // bytes of a file
+const maxRules = 8 << 20 // bytes of one file
 
-// admin is the API. newAdmin and serves make one.
+// admin is the admin API. newAdmin makes one; it serves requests only after serves was called.
 type admin struct {
 	engine   *rules.Engine
 	source   rules.Source
-	store    rules.Store // nil if the rules cannot be changed here
+	store    rules.Store // nil if the rules cannot be changed through the API
 	token    [sha256.Size]byte
 	sessions sessions
 	log      *slog.Logger
@@ -30,9 +30,9 @@ type admin struct {
 
 	live  *watch.Watch
 	ended context.Context //nolint:containedctx // of all who look at the live page
-	leave func()          // ends it
+	leave func()          // cancels ended
 
-	changing sync.Mutex // held from compiling a change to storing it
+	changing sync.Mutex // held from compiling a change until it is stored, so that two changes cannot be valid alone and faulty together
 }
 
 func newAdmin(token string, log *slog.Logger, activity *activity, live *watch.Watch) *admin {
@@ -41,7 +41,7 @@ func newAdmin(token string, log *slog.Logger, activity *activity, live *watch.Wa
 	return a
 }
 
-// serves names the rules.
+// serves sets the rules that the API shows and changes.
 func (a *admin) serves(e *rules.Engine, s rules.Source) {
 	a.engine, a.source = e, s
 	a.store, _ = s.(rules.Store)
@@ -68,7 +68,8 @@ func (a *admin) handler() http.Handler {
 	return a.sameOrigin(anybody)
 }
 
-// sameOrigin refuses what the page of another origin makes a browser send, also that of another port of this host.
+// sameOrigin rejects requests that a page of another origin makes a browser send. Another port of this host is another
+// origin.
 func (a *admin) sameOrigin(h http.Handler) http.Handler {
 	p := http.NewCrossOriginProtection()
 	p.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -78,8 +79,8 @@ func (a *admin) sameOrigin(h http.Handler) http.Handler {
 	return p.Handler(h)
 }
 
-// guarded asks for the token before anything else is looked at, in a time that does not depend on it. Browsers that want
-// a page are sent to say it.
+// guarded checks the token before it looks at anything else, in a time that does not depend on the token. A browser that
+// asks for a page without a token is redirected to /login.
 func (a *admin) guarded(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
@@ -96,7 +97,8 @@ func (a *admin) guarded(h http.Handler) http.Handler {
 	})
 }
 
-// watch is the live page. Who looks at it would hold up the end.
+// watch serves the live page. Its stream never ends by itself, so it is cancelled at shutdown, which it would delay
+// otherwise.
 func (a *admin) watch(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
@@ -104,20 +106,20 @@ func (a *admin) watch(w http.ResponseWriter, r *http.Request) {
 	a.live.ServeHTTP(w, r.WithContext(ctx))
 }
 
-// audit logs a change, or a try.
+// audit logs a change, a login, or an attempt that was rejected.
 func (a *admin) audit(r *http.Request, did string, more ...slog.Attr) {
 	all := append([]slog.Attr{slog.String("did", did), slog.String("method", r.Method), slog.String("from", r.RemoteAddr)}, more...)
 	a.log.LogAttrs(r.Context(), slog.LevelInfo, "audit", all...)
 }
 
-// named is what is said of a file.
+// named describes a file.
 type named struct {
 	Name string `json:"name"`
 	ETag string `json:"etag"`
 	Data string `json:"data,omitempty"`
 }
 
-// list is GET /v1/rules: all files, and whether they are what counts.
+// list is GET /v1/rules: all files of the source, and whether these are the rules in force.
 func (a *admin) list(w http.ResponseWriter, r *http.Request) {
 	files, err := a.source.Files(r.Context())
 	if err != nil {
@@ -127,8 +129,8 @@ func (a *admin) list(w http.ResponseWriter, r *http.Request) {
 	out := struct {
 		Files    []named `json:"files"`
 		Writable bool    `json:"writable"`
-		Counts   string  `json:"counts"`          // the ETag of the rules that count
-		Error    string  `json:"error,omitempty"` // why newer ones do not
+		Counts   string  `json:"counts"`          // the ETag of the rules in force
+		Error    string  `json:"error,omitempty"` // why newer ones are not in force
 	}{Files: []named{}, Writable: a.store != nil, Counts: a.engine.Rules().ETag()}
 	for _, f := range files {
 		out.Files = append(out.Files, named{Name: f.Name, ETag: f.ETag()})
@@ -146,7 +148,7 @@ func respond(w http.ResponseWriter, status int, v any) {
 	writeJSON(w, v)
 }
 
-// read is GET /v1/rules/{name}: the file as it is.
+// read is GET /v1/rules/{name}: the file, unchanged.
 func (a *admin) read(w http.ResponseWriter, r *http.Request) {
 	files, err := a.source.Files(r.Context())
 	if err != nil {
@@ -175,7 +177,8 @@ func find(files []rules.File, name string) int {
 
 func quote(tag string) string { return `"` + tag + `"` }
 
-// condition is what the caller believes of the file: a change without a belief could undo that of somebody else.
+// condition reads which version of the file the caller wants to change. It is required: a change without one could undo
+// somebody else's change. If the header fields are missing or wrong, condition answers the request and returns false.
 func condition(w http.ResponseWriter, r *http.Request) (ifMatch string, ok bool) {
 	match, none := r.Header.Get("If-Match"), r.Header.Get("If-None-Match")
 	switch {
@@ -193,7 +196,7 @@ func condition(w http.ResponseWriter, r *http.Request) (ifMatch string, ok bool)
 	return "", false
 }
 
-// put is PUT /v1/rules/{name}. With ?dry-run nothing is changed.
+// put is PUT /v1/rules/{name}. With ?dry-run it checks the file and changes nothing.
 func (a *admin) put(w http.ResponseWriter, r *http.Request) {
 	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRules))
 	if err != nil {
@@ -208,10 +211,12 @@ func (a *admin) put(w http.ResponseWriter, r *http.Request) {
 	a.change(w, r, &rules.File{Name: name, Data: data})
 }
 
-// remove is DELETE /v1/rules/{name}. With ?dry-run nothing is changed.
+// remove is DELETE /v1/rules/{name}. With ?dry-run it checks the remaining files and changes nothing.
 func (a *admin) remove(w http.ResponseWriter, r *http.Request) { a.change(w, r, nil) }
 
-// change puts a file, or removes it if that is nil, if all files together are right then.
+// change stores f under the name in the path, or deletes that file if f is nil. It does so only if all files together
+// compile afterwards. The store checks ifMatch again as it writes, because another process may change the file at the
+// same time.
 func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
 	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
 	if a.store == nil && !dry {
@@ -237,7 +242,7 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
 	}
 	if !dry {
 		a.audit(r, "changed", slog.String("file", name), slog.String("before", tagOf(before)), slog.String("after", tagOf(f)))
-		_ = a.engine.Reload(r.Context()) // so that it counts before the answer; told by OnLoad
+		_ = a.engine.Reload(r.Context()) // so that the change is in force before the answer; OnLoad logs errors
 	}
 	if f != nil {
 		w.Header().Set("ETag", quote(f.ETag()))
@@ -252,7 +257,7 @@ func tagOf(f *rules.File) string {
 	return f.ETag()
 }
 
-// changed are the rules as they would be, and the file as it is, nil if there is none.
+// changed returns the rules as they would be after the change, and the present file of that name, nil if there is none.
 func (a *admin) changed(ctx context.Context, name string, f *rules.File) (*rules.Set, *rules.File, error) {
 	files, err := a.source.Files(ctx)
 	if err != nil {
@@ -284,7 +289,7 @@ func (a *admin) stored(ctx context.Context, name string, f *rules.File, ifMatch 
 	return a.store.Put(ctx, *f, ifMatch)
 }
 
-// failed answers what went wrong; rules that are wrong with all their faults.
+// failed answers an error. Faulty rules are answered with all of their faults.
 func (a *admin) failed(w http.ResponseWriter, err error) {
 	var wrong rules.Faults
 	switch {
@@ -300,7 +305,7 @@ func (a *admin) failed(w http.ResponseWriter, err error) {
 	}
 }
 
-// asked are ?domain= and ?entry=key=value, the latter several times.
+// asked reads ?domain= and any number of ?entry=key=value. If one is wrong, it answers the request and returns false.
 func asked(w http.ResponseWriter, r *http.Request) (domain string, entries []rules.Entry, ok bool) {
 	query := r.URL.Query()
 	entries, err := entriesOf(query["entry"])
@@ -346,7 +351,7 @@ func (a *admin) levels(w http.ResponseWriter, r *http.Request) {
 	respond(w, http.StatusOK, map[string]any{"rules": d.body().Rules})
 }
 
-// reset is DELETE /v1/levels: what the rules that apply to entries count for them is forgotten.
+// reset is DELETE /v1/levels: it clears what the rules that apply to entries have counted for them.
 func (a *admin) reset(w http.ResponseWriter, r *http.Request) {
 	domain, entries, ok := asked(w, r)
 	if !ok {

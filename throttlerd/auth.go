@@ -1,5 +1,5 @@
-// Forward-auth: GET /auth for nginx's auth_request, Caddy's forward_auth and Traefik's ForwardAuth. 200 lets the request
-// through, and anything else does not.
+// Forward-auth: GET /auth for nginx's auth_request, Caddy's forward_auth and Traefik's ForwardAuth. The gateway lets the
+// request through at status 200 and at no other.
 
 package main
 
@@ -17,11 +17,11 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// known are the entries of every forward-auth request.
+// known are the keys of the entries that every forward-auth request has.
 var known = []string{"path", "method", "host", "address", "agent"}
 
-// auth answers a gateway. With ?denied=403 it says so in place of 429 and 413: nginx takes any other status for a
-// fault. ?domain= names the domain.
+// auth answers a gateway. ?denied=403 replaces the statuses of a denial, 429 and 413, because nginx treats any status but
+// 401 and 403 as a fault. ?domain= names the domain.
 func (s *service) auth(w http.ResponseWriter, r *http.Request) {
 	asked, denied, err := s.authRequest(r)
 	d := &decision{err: err}
@@ -42,7 +42,7 @@ func (s *service) auth(w http.ResponseWriter, r *http.Request) {
 	s.answer(w, r, d)
 }
 
-// authRequest is what the gateway says of the request.
+// authRequest translates the gateway's request. denied is the status that it wants for denials, 0 if it names none.
 func (s *service) authRequest(r *http.Request) (asked rules.Request, denied int, err error) {
 	query := r.URL.Query()
 	if text := query.Get("denied"); text != "" {
@@ -91,7 +91,8 @@ func (s *service) authEntries(r *http.Request) ([]rules.Entry, error) {
 	return all, nil
 }
 
-// said is the one line of a header that the gateway sets. Without it, or with a second one, anybody may have written it.
+// said returns a header field that the gateway must set to exactly one line. A second line may come from the client, and
+// without the field the gateway is not set up to pass it on.
 func (s *service) said(r *http.Request, header string) (string, error) {
 	lines := r.Header.Values(header)
 	if len(lines) != 1 || lines[0] == "" {
@@ -100,7 +101,8 @@ func (s *service) said(r *http.Request, header string) (string, error) {
 	return lines[0], nil
 }
 
-// clean is the path as a router sees it: "//a/../b/" is "/b/".
+// clean returns the path as a router sees it: "//a/../b/" becomes "/b/". Otherwise a client could escape a rule by
+// spelling the path differently.
 func clean(p string) string {
 	c := path.Clean("/" + p)
 	if c != "/" && strings.HasSuffix(p, "/") {
@@ -109,8 +111,9 @@ func clean(p string) string {
 	return c
 }
 
-// client is the address of the client: of X-Forwarded-For the last that is no trusted proxy. Of IPv6 it is the /64, of
-// which a client may have all addresses.
+// client returns the address of the client: the last address in X-Forwarded-For that is not a trusted proxy, since each
+// proxy appends the address it saw and everything before that may be forged. An IPv6 address is cut to its /64, because
+// one client may use all addresses of such a network.
 func (s *service) client(r *http.Request) (string, error) {
 	list := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
 	for i := len(list) - 1; i >= 0; i-- {
@@ -118,14 +121,14 @@ func (s *service) client(r *http.Request) (string, error) {
 		switch {
 		case err != nil && i == len(list)-1:
 			return "", malformed("the gateway has to set X-Forwarded-For, with the address of its client at the end")
-		case err != nil: // written by a client: the proxy after it counts
+		case err != nil: // forged by a client: the last good address is that of the client itself
 			a, _ = parseAddress(strings.TrimSpace(list[i+1]))
 		case i > 0 && s.trusts(a):
 			continue
 		}
 		return network(a), nil
 	}
-	return "", fmt.Errorf("%w: no address", errInternal) // not reached: the first of the list returns
+	return "", fmt.Errorf("%w: no address", errInternal) // not reached: the loop returns at the first address at the latest
 }
 
 func (s *service) trusts(a netip.Addr) bool {

@@ -18,34 +18,36 @@ import (
 	"time"
 )
 
-// config is what the flags of serve say. What may hold a secret is never a default that -help would print.
+// config holds the flags of serve. A value that may hold a secret is never the default of a flag, because -help prints
+// those.
 type config struct {
 	rules  []string
 	source string
 
-	grpc, http, admin string // addresses; "" is no listener
+	grpc, http, admin string // listen addresses; "" opens no listener
 	tlsCert, tlsKey   string
 	tlsClientCA       string
 	reflection        bool
 
 	storage, redisURL, postgresURL string
 	redisTag                       bool
-	redisTimeout, postgresTimeout  time.Duration // 0 is the default of the storage
+	redisTimeout, postgresTimeout  time.Duration // 0: the default of the storage
 
 	onStorageError, onUnknownDomain string
 
-	domain  string        // of forward-auth
-	headers []headerEntry // of forward-auth
+	domain  string        // of forward-auth requests
+	headers []headerEntry // of forward-auth requests
 	trusted []netip.Prefix
 
 	adminToken string
 	drain      time.Duration
 }
 
-// headerEntry makes an entry of a header of a forward-auth request.
+// headerEntry makes an entry with this key from a header of a forward-auth request.
 type headerEntry struct{ key, header string }
 
-// parse reads the flags, and from the environment what is secret.
+// parse reads the flags. Secrets may come from the environment instead: a URL given by flag wins over the environment,
+// and -admin-token-file wins over THROTTLERD_ADMIN_TOKEN.
 func parse(args []string, env func(string) string, stderr io.Writer) (*config, error) {
 	c := &config{}
 	flags := flag.NewFlagSet("throttlerd", flag.ContinueOnError)
@@ -135,7 +137,7 @@ func (c *config) token(file string, env func(string) string) error {
 	return nil
 }
 
-// check finds all faults.
+// check returns all faults of the flags, joined.
 func (c *config) check() error {
 	var faults []error
 	fault := func(format string, args ...any) { faults = append(faults, usage(format, args...)) }
@@ -165,7 +167,7 @@ func (c *config) check() error {
 	return errors.Join(faults...)
 }
 
-// tls is nil without a certificate.
+// tls returns nil if no certificate is configured.
 func (c *config) tls() (*tls.Config, error) {
 	if c.tlsCert == "" {
 		return nil, nil //nolint:nilnil // no TLS is no fault

@@ -1,4 +1,4 @@
-// The daemon: its parts, its listeners, its beginning and its end.
+// The daemon: its parts, its listeners, how it starts and how it stops.
 
 package main
 
@@ -31,15 +31,15 @@ import (
 	"github.com/go-throttler/throttler/watch"
 )
 
-// daemon is what serves. newDaemon makes one, and serve ends it.
+// daemon is everything that a process serves. newDaemon makes one; serve runs it once and closes it.
 type daemon struct {
 	config  *config
 	log     *slog.Logger
-	closing closing // storages and sources
+	closing closing // storages and sources to close
 
 	engine   *rules.Engine
 	service  *service
-	admin    *admin // nil without a token
+	admin    *admin // nil without a token or an address
 	activity *activity
 	registry *prometheus.Registry
 
@@ -52,14 +52,14 @@ type daemon struct {
 	listeners []listener
 }
 
-// listener is an address that is served.
+// listener is an open address and the function that serves it.
 type listener struct {
 	name  string
 	l     net.Listener
 	serve func(net.Listener) error
 }
 
-// newDaemon opens everything and listens, but answers nobody yet.
+// newDaemon opens everything and listens, but serves no request yet.
 func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error) {
 	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: health.NewServer()}
 	err := d.open(ctx)
@@ -72,7 +72,8 @@ func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error
 	return d, nil
 }
 
-// open opens the storage and the rules.
+// open opens the storage and the rules. The engine reads the rules before any listener exists, so the daemon does not
+// start with faulty ones.
 func (d *daemon) open(ctx context.Context) error {
 	store, err := openStorage(ctx, d.config, d.log, &d.closing)
 	if err != nil {
@@ -100,7 +101,8 @@ func (d *daemon) open(ctx context.Context) error {
 	return err
 }
 
-// newThrottler is what decides, and who observes it. Without an admin API nobody could see the live page.
+// newThrottler makes the throttler that decides, with its observers. The live page is part of the admin API and exists
+// only with it.
 func (d *daemon) newThrottler(store storage.Storage) (*throttler.Throttler, error) {
 	m, err := d.newMetrics(store)
 	if err != nil {
@@ -119,7 +121,7 @@ func (d *daemon) newThrottler(store storage.Storage) (*throttler.Throttler, erro
 	return throttler.New(throttler.Config{Name: "rules", Storage: store, OnStorageError: policy, Observe: throttler.Observers(observers...)})
 }
 
-// stateOf is what a storage tells of itself, nil if that is nothing.
+// stateOf returns the function that describes the storage on the live page, or nil if the storage has no such state.
 func stateOf(s storage.Storage) func() any {
 	if f, ok := s.(*failover.Storage); ok {
 		return func() any { return f.State() }
@@ -127,7 +129,8 @@ func stateOf(s storage.Storage) func() any {
 	return nil
 }
 
-// loaded tells of newer rules.
+// loaded is called after the engine has looked for newer rules: with the new set, or with the error that kept the old
+// one.
 func (d *daemon) loaded(set *rules.Set, err error) {
 	if err != nil {
 		d.log.Error("the rules stay as they are, since the new ones are wrong", "error", err.Error())
@@ -137,7 +140,8 @@ func (d *daemon) loaded(set *rules.Set, err error) {
 	d.log.Info("the rules are loaded", "rules", len(set.Rules()), "etag", set.ETag())
 }
 
-// faults logs errors, at most one a second, and how many there were besides.
+// faults returns a function that logs errors, at most one a second. Each line says how many errors there were since the
+// line before, itself included. The function is safe for concurrent use.
 func faults(log *slog.Logger) func(error) {
 	var mu sync.Mutex
 	var last time.Time
@@ -153,7 +157,8 @@ func faults(log *slog.Logger) func(error) {
 	}
 }
 
-// bypassed tells of requests that were let through undecided.
+// bypassed returns an observer that logs requests which were admitted undecided because the storage failed. It is nil
+// unless -on-storage-error is allow.
 func (d *daemon) bypassed() func(context.Context, *throttler.Event) {
 	if d.config.onStorageError != "allow" {
 		return nil
@@ -187,12 +192,12 @@ func (d *daemon) listen(ctx context.Context) error {
 	return err
 }
 
-// streamWorkers is how many goroutines of gRPC stay between calls, more than usually wait for a storage at a time. In a new
-// one for each call the stack would grow anew, which was a seventh of the time of a call. Calls beyond them get one.
+// streamWorkers is how many goroutines gRPC keeps between calls: more than usually wait for a storage at a time. Calls
+// beyond them get a new goroutine each. Growing the stack of a new goroutine took a seventh of the time of a call.
 const streamWorkers = 512
 
-// windowSize is what a client may send before it is told to go on. A fixed size, as with a moving one the server pings the
-// client at every request to find the best.
+// windowSize is how much a client may send before the server must grant more. The size is fixed because with a dynamic
+// window gRPC pings the client at every request to estimate the best size.
 const windowSize = 1 << 20 // bytes
 
 func (d *daemon) listenGRPC(ctx context.Context, secure *tls.Config) error {
@@ -236,7 +241,9 @@ func (d *daemon) listenOn(ctx context.Context, name, address string, serve func(
 	return nil
 }
 
-// serve answers until the context is done or a listener fails, then finishes what has begun and closes everything.
+// serve serves until ctx is done or a listener fails. It then lets requests finish and closes everything. The deferred
+// calls run in this order: stop ends the background tasks, Wait waits for them, and only then are the engine and the
+// storage closed, which the tasks use.
 func (d *daemon) serve(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, d.close(context.WithoutCancel(ctx))) }()
 	running, stop := context.WithCancel(ctx)
@@ -267,7 +274,8 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	return err
 }
 
-// end accepts nothing new and waits for what has begun, as long as -drain says.
+// end accepts nothing new and waits for requests that have begun, for as long as -drain allows. What is unfinished then
+// is cut off.
 func (d *daemon) end(ctx context.Context) {
 	d.grpcReady.Shutdown() // NOT_SERVING
 	ctx, cancel := context.WithTimeout(ctx, d.config.drain)
@@ -289,10 +297,10 @@ func (d *daemon) end(ctx context.Context) {
 	tasks.Wait()
 }
 
-// close closes what open and listen opened.
+// close closes what open and listen opened. It may run after either of them failed halfway.
 func (d *daemon) close(ctx context.Context) error {
 	for _, l := range d.listeners {
-		_ = l.l.Close() // again, after a server that has ended
+		_ = l.l.Close() // closed already if its server has ended, which does no harm
 	}
 	if d.grpc != nil {
 		d.grpc.Stop()
@@ -312,7 +320,7 @@ func (d *daemon) reloadOn(ctx context.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-hangup:
-			_ = d.engine.Reload(ctx) // told by loaded
+			_ = d.engine.Reload(ctx) // loaded logs the error
 		case <-ctx.Done():
 			return
 		}

@@ -1,7 +1,7 @@
-// Envoy's rate limit protocol: envoy.service.ratelimit.v3 over gRPC, and the same in JSON as envoyproxy/ratelimit has it.
+// Envoy's rate limit protocol: envoy.service.ratelimit.v3 over gRPC, and the same in JSON as envoyproxy/ratelimit serves it.
 //
-// Envoy lets a request through after a gRPC error, unless its failure_mode_deny is set, and after the code UNKNOWN. So what
-// is wrong with a request, and by default a storage that fails, is answered OVER_LIMIT.
+// After a gRPC error Envoy lets the request through, unless its failure_mode_deny is set, and it does the same after the
+// code UNKNOWN. A faulty request is therefore answered with OVER_LIMIT, and so is, by default, a storage that fails.
 
 package main
 
@@ -39,9 +39,10 @@ type envoy struct {
 	*service
 }
 
-// ShouldRateLimit answers Envoy. An error is returned only to a caller that has gone, and for a storage that fails if
-// -on-storage-error says so. The storage ends a call by its own timeout: a decision that is never left halfway needs no
-// goroutine besides the one of the call, which on Redis was a quarter of its time.
+// ShouldRateLimit answers Envoy. It returns an error in two cases only: the caller has gone, or the decision failed on
+// the server's side and -on-storage-error is error. The decision does not see the cancellation of ctx, because the
+// storage bounds each call by its own timeout. A call that cannot be cancelled halfway needs no second goroutine, which
+// took a quarter of the time of a call on Redis.
 func (s envoy) ShouldRateLimit(ctx context.Context, r *ratelimitv3.RateLimitRequest) (*ratelimitv3.RateLimitResponse, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, status.FromContextError(err).Err()
@@ -64,7 +65,7 @@ func (s *service) decideEnvoy(ctx context.Context, r *ratelimitv3.RateLimitReque
 	return s.decide(ctx, asked)
 }
 
-// requestOf is the request in terms of rules.
+// requestOf translates the request for package rules.
 func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
 	asked := rules.Request{Domain: r.GetDomain(), Descriptors: make([]rules.Descriptor, len(r.GetDescriptors()))}
 	if len(asked.Descriptors) == 0 {
@@ -92,7 +93,8 @@ func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
 	return asked, nil
 }
 
-// costOf is the hits of a descriptor: 1 unless something is said. Negative ones take nothing, and give nothing back.
+// costOf returns the cost of a descriptor: its own hits_addend, or else that of the request, where 0 means 1. Negative
+// hits cost 0: they take nothing and return nothing.
 func costOf(r *ratelimitv3.RateLimitRequest, d *commonv3.RateLimitDescriptor) int64 {
 	switch {
 	case d.GetIsNegativeHits():
@@ -112,7 +114,8 @@ var units = map[typev3.RateLimitUnit]time.Duration{
 
 const longest = 366 * day // period of a bucket
 
-// override is the limit that a descriptor brings: a fixed window, as all limits of files of envoyproxy/ratelimit.
+// override returns the limit that a descriptor brings. It is a fixed window, as are all limits in files of
+// envoyproxy/ratelimit.
 func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Bucket, error) {
 	unit, known := units[o.GetUnit()]
 	if !known {
@@ -128,7 +131,7 @@ func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Buck
 	return throttler.NewBucket(time.Duration(times*int64(unit)), int64(o.GetRequestsPerUnit())).FixedWindow(), nil
 }
 
-// response tells Envoy what was decided. It has a status for each descriptor.
+// response translates the decision for Envoy, with one status for each descriptor.
 func (s *service) response(r *ratelimitv3.RateLimitRequest, d *decision) *ratelimitv3.RateLimitResponse {
 	out := &ratelimitv3.RateLimitResponse{OverallCode: codeOK, DynamicMetadata: d.metadata()}
 	if !d.v.Allowed {
@@ -146,10 +149,10 @@ func (s *service) response(r *ratelimitv3.RateLimitRequest, d *decision) *rateli
 	return out
 }
 
-// envoyFields are the fields of throttlerhttp that Envoy adds to its answer to the client.
+// envoyFields are the header fields of throttlerhttp that Envoy adds to its answer to the client.
 var envoyFields = []string{"ratelimit-policy", "ratelimit", "retry-after"}
 
-// metadata is for filters and logs of Envoy.
+// metadata returns what filters and access logs of Envoy can read about the decision; nil if there is nothing to say.
 func (d *decision) metadata() *structpb.Struct {
 	m := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	list := func(name string, ids []string) {
@@ -175,11 +178,11 @@ func (d *decision) metadata() *structpb.Struct {
 	return m
 }
 
-// status is that of one descriptor: of its limits the one that is nearest to denying.
+// status returns the status of one descriptor. It describes the limit that is closest to denying.
 func (d *decision) status(descriptor int) *ratelimitv3.RateLimitResponse_DescriptorStatus {
 	out := &ratelimitv3.RateLimitResponse_DescriptorStatus{Code: codeOK}
 	if !d.denied() {
-		out.Code = codeOver // nobody knows
+		out.Code = codeOver // undecided: see the top of this file
 	}
 	var nearest *throttler.Level
 	var of *rules.Rule
@@ -217,7 +220,7 @@ var unitsOfLimits = map[time.Duration]ratelimitv3.RateLimitResponse_RateLimit_Un
 	365 * day: ratelimitv3.RateLimitResponse_RateLimit_YEAR,
 }
 
-// describe tells of a limit. Envoy has no word for other periods, of which the unit is UNKNOWN.
+// describe writes a limit into out. For a period that Envoy has no unit for, the unit is UNKNOWN.
 func describe(out *ratelimitv3.RateLimitResponse_DescriptorStatus, l *throttler.Level, of *rules.Rule) {
 	out.CurrentLimit = &ratelimitv3.RateLimitResponse_RateLimit{Name: of.Name, RequestsPerUnit: clamp(l.Limit), Unit: unitsOfLimits[l.Period]}
 	out.LimitRemaining = clamp(l.Remaining)
@@ -232,7 +235,8 @@ func clamp(n int64) uint32 { return uint32(min(max(n, 0), math.MaxUint32)) } //n
 
 const maxBody = 1 << 20 // bytes
 
-// json is POST /json: 200, or 429 over the limit, with the response as JSON.
+// json is POST /json: 200, or 429 over the limit, with the response as JSON. Faults are answered with
+// application/problem+json.
 func (s *service) json(w http.ResponseWriter, r *http.Request) {
 	asked := &ratelimitv3.RateLimitRequest{}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
@@ -252,7 +256,7 @@ func (s *service) json(w http.ResponseWriter, r *http.Request) {
 	d.admit = func(w http.ResponseWriter, _ *http.Request) { writeProto(w, http.StatusOK, out) }
 	d.refuse = func(w http.ResponseWriter, _ *http.Request, refusal throttlerhttp.Refusal) {
 		if d.denied() {
-			writeProto(w, http.StatusTooManyRequests, out) // as envoyproxy/ratelimit answers it, also where waiting does not help
+			writeProto(w, http.StatusTooManyRequests, out) // as envoyproxy/ratelimit does, even where waiting does not help
 			return
 		}
 		problem(w, refusal.Status, title(d.err))

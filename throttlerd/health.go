@@ -14,14 +14,14 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// readiness is what the last look at the storage found.
-type readiness struct{ failed atomic.Pointer[string] } // nil: it answered
+// readiness is the result of the last probe of the storage.
+type readiness struct{ failed atomic.Pointer[string] } // the error's text; nil: the storage answered
 
-const lookEach = time.Second // activity.second wants that
+const lookEach = time.Second // also the pace that activity.second needs
 
 var probed = throttler.Using(throttler.NewBucket(time.Second, 1).Named("readiness"))
 
-// eachSecond looks at the storage until the context is done.
+// eachSecond probes the storage and takes a snapshot of the counts once a second, until ctx is done.
 func (d *daemon) eachSecond(ctx context.Context) {
 	tick := time.NewTicker(lookEach)
 	defer tick.Stop()
@@ -36,7 +36,8 @@ func (d *daemon) eachSecond(ctx context.Context) {
 	}
 }
 
-// probe asks the storage something that changes nothing. Postgres in place of a Redis that failed is ready.
+// probe sends the storage a call that changes nothing, and publishes whether it answered. A failover storage is ready
+// while Postgres stands in for a failed Redis.
 func (d *daemon) probe(ctx context.Context) {
 	asking, cancel := context.WithTimeout(ctx, lookEach)
 	defer cancel()
@@ -59,19 +60,19 @@ func (d *daemon) probe(ctx context.Context) {
 	if now != nil {
 		state = healthv1.HealthCheckResponse_NOT_SERVING
 	}
-	for _, service := range []string{"", "envoy.service.ratelimit.v3.RateLimitService", "ratelimit"} { // the last is asked of envoyproxy/ratelimit
+	for _, service := range []string{"", "envoy.service.ratelimit.v3.RateLimitService", "ratelimit"} { // clients of envoyproxy/ratelimit ask for the last one
 		d.grpcReady.SetServingStatus(service, state)
 	}
 }
 
-// ready is GET /readyz: 503 while the storage does not answer. Rules that are wrong are told, but the ones before still
-// decide.
+// ready is GET /readyz: 503 while the storage does not answer. Faulty rules are mentioned but do not make it 503, since
+// the rules before them still decide.
 func (d *daemon) ready(w http.ResponseWriter, _ *http.Request) {
 	body := struct {
 		Ready bool   `json:"ready"`
 		Rules int    `json:"rules"`
 		ETag  string `json:"etag"`
-		Stale string `json:"rules_error,omitempty"` // why newer rules do not count
+		Stale string `json:"rules_error,omitempty"` // why newer rules are not in force
 	}{d.readiness.failed.Load() == nil, len(d.engine.Rules().Rules()), d.engine.Rules().ETag(), ""}
 	if err := d.engine.Err(); err != nil {
 		body.Stale = err.Error()

@@ -1,4 +1,4 @@
-// What all HTTP listeners have in common, and POST /v1/decide for programs in any language.
+// What all HTTP listeners share, and POST /v1/decide for programs in any language.
 
 package main
 
@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// problem answers with application/problem+json. The detail is for people, and never from a storage.
+// problem answers with application/problem+json (RFC 9457). The detail is for people and never quotes a storage's error.
 func problem(w http.ResponseWriter, status int, detail string) {
 	h := w.Header()
 	h.Set("Content-Type", "application/problem+json")
@@ -29,10 +29,10 @@ func problem(w http.ResponseWriter, status int, detail string) {
 func writeJSON(w io.Writer, v any) {
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
-	_ = e.Encode(v) // whoever has gone is told nothing
+	_ = e.Encode(v) // fails only if the client has gone
 }
 
-// title is what callers are told of an error: what they did wrong, or nothing of what is inside.
+// title returns what callers may read about an error: what they did wrong, but nothing about the internals.
 func title(err error) string {
 	switch status := statusOf(err, 0); {
 	case status == 0:
@@ -45,7 +45,8 @@ func title(err error) string {
 	return err.Error()
 }
 
-// readJSON reads a body of at most maxBody bytes. Unknown words are errors. It reports false after it has answered.
+// readJSON reads a body of at most maxBody bytes; unknown words are errors. If it returns false it has answered the
+// request.
 func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
 	d.DisallowUnknownFields()
@@ -68,10 +69,10 @@ func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 // asking is the body of POST /v1/decide: one descriptor, or several.
 type asking struct {
 	Domain string `json:"domain"`
-	Mode   string `json:"mode"` // consume, the default, peek, charge or refund
+	Mode   string `json:"mode"` // consume, which is the default, peek, charge or refund
 	descriptor
 	Descriptors []descriptor `json:"descriptors"`
-	Receipt     wanted       `json:"receipt"` // true to get one; of a refund the one that was got
+	Receipt     wanted       `json:"receipt"` // true asks for one; a refund passes the text that it got
 }
 
 // wanted is true, or a text.
@@ -91,10 +92,10 @@ func (w *wanted) UnmarshalJSON(data []byte) error {
 type descriptor struct {
 	Entries entries `json:"entries"`
 	Cost    *int64  `json:"cost"`
-	Limit   string  `json:"limit"` // in the words of ParseBucket, in place of the rules
+	Limit   string  `json:"limit"` // in the syntax of ParseBucket; replaces the rules
 }
 
-// entries are an object, or a list of pairs where the order counts: [["path", "/x"], ["user", "42"]].
+// entries are an object, or a list of pairs such as [["path", "/x"], ["user", "42"]]. Their order is kept in both.
 type entries []rules.Entry
 
 func (e *entries) UnmarshalJSON(data []byte) error {
@@ -109,7 +110,8 @@ func (e *entries) UnmarshalJSON(data []byte) error {
 	return e.object(data)
 }
 
-// object reads an object in the order of its words.
+// object reads a JSON object. It keeps the order of the keys, which a Go map would lose and which counts in rules of
+// envoyproxy/ratelimit. The first pass checks that all values are texts.
 func (e *entries) object(data []byte) error {
 	var all map[string]string
 	if err := json.Unmarshal(data, &all); err != nil {
@@ -159,10 +161,10 @@ func (a *asking) request() (rules.Request, error) {
 	return r, nil
 }
 
-// answered is the body of the answer, of 200 and of denials.
+// answered is the body of an answer with status 200 and of a denial.
 type answered struct {
 	Allowed    bool          `json:"allowed"`
-	Degraded   bool          `json:"degraded,omitempty"`    // by -on-storage-error allow
+	Degraded   bool          `json:"degraded,omitempty"`    // the storage failed: by -on-storage-error allow, or the failover decided without Redis
 	RetryAfter float64       `json:"retry_after,omitempty"` // seconds
 	Receipt    string        `json:"receipt,omitempty"`
 	Rules      []appliedJSON `json:"rules"`
@@ -173,7 +175,7 @@ type appliedJSON struct {
 	Descriptor int         `json:"descriptor"`
 	Cost       int64       `json:"cost"`
 	Denied     bool        `json:"denied"`
-	Shadow     bool        `json:"shadow,omitempty"` // never denies; of quota_mode as well
+	Shadow     bool        `json:"shadow,omitempty"` // it never denies; also set for quota_mode
 	Unlimited  bool        `json:"unlimited,omitempty"`
 	Limits     []levelJSON `json:"limits,omitempty"`
 }
@@ -183,7 +185,7 @@ type levelJSON struct {
 	Limit      int64   `json:"limit"`
 	Remaining  int64   `json:"remaining"`
 	Debt       int64   `json:"debt,omitempty"`
-	Period     float64 `json:"period"` // this and what follows in seconds
+	Period     float64 `json:"period"` // this and the following are in seconds
 	ResetAfter float64 `json:"reset_after"`
 	RetryAfter float64 `json:"retry_after"`
 }
@@ -241,8 +243,8 @@ func (s *service) decideAsked(ctx context.Context, a *asking) *decision {
 	return s.decide(ctx, asked)
 }
 
-// refund gives back what a receipt is for. A receipt is used up also where the storage fails: some of it may have been
-// given back.
+// refund returns the tokens that a receipt stands for. The receipt is used up even if the storage fails, because some of
+// the tokens may have been returned by then: a second try could return them twice.
 func (s *service) refund(ctx context.Context, a *asking) (d *decision) {
 	if a.Receipt.id == "" || a.Entries != nil || a.Cost != nil || a.Limit != "" || len(a.Descriptors) > 0 {
 		return &decision{err: malformed("a refund has a receipt and nothing else")}
@@ -258,7 +260,7 @@ func (s *service) refund(ctx context.Context, a *asking) (d *decision) {
 	return d
 }
 
-// newServer bounds what a client can hold up.
+// newServer sets timeouts and a header limit, so that slow clients cannot hold connections forever.
 func newServer(h http.Handler) *http.Server {
 	return &http.Server{
 		Handler:           h,

@@ -1,12 +1,12 @@
-// Throttlerd answers whoever asks about rate limits: Envoy over gRPC, nginx, Caddy and Traefik by forward-auth, and programs in
-// any language over HTTP. The limits are files of rules, which may change while it runs.
+// Throttlerd is a rate limiting daemon. It serves Envoy over gRPC, nginx, Caddy and Traefik by forward-auth, and programs
+// in any language over HTTP. The limits are files of rules, which may change while it runs.
 //
-//	throttlerd -rules rules.d          # or "throttlerd serve …": answers until SIGTERM or SIGINT
-//	throttlerd check rules.d           # all faults of files, with their places; exits with 1 if there are any
+//	throttlerd -rules rules.d          # or "throttlerd serve …": serves until SIGTERM or SIGINT
+//	throttlerd check rules.d           # reports every fault of the files and its place; exits with 1 if there are any
 //	throttlerd match rules.d -domain api path=/api/x user=42    # which rules apply, and why the others do not
 //	throttlerd schema                  # the JSON Schema of files of rules, for editors
 //
-// docs/throttlerd.md has every flag, what each gateway needs, and what every error looks like to whoever asks.
+// docs/throttlerd.md describes every flag, what each gateway needs, and how every error looks to each kind of client.
 package main
 
 import (
@@ -29,18 +29,18 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from now on a second signal kills
+	context.AfterFunc(ctx, stop) // restore the default: a second signal kills the process
 	goredis.SetLogger(silent{})
 	os.Exit(command(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// silent keeps the client of Redis from writing a line for each connection that fails: what it cannot do is an error of a
-// call, which the log of the daemon tells once a second.
+// silent discards the log of the Redis client, which writes a line for each failed connection. A failed call returns an
+// error as well, and the daemon logs those at most once a second.
 type silent struct{}
 
 func (silent) Printf(context.Context, string, ...any) {}
 
-// command does what the arguments say and returns the exit status: 0, 1 for a failure, 2 for wrong arguments.
+// command runs the command that args name and returns the exit status: 0, 1 for a failure, 2 for wrong arguments.
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	name := "serve"
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
@@ -70,16 +70,17 @@ var commands = map[string]func(ctx context.Context, args []string, stdout, stder
 	},
 }
 
-// usageError is a fault of the arguments.
+// usageError is a fault of the arguments: the exit status is 2.
 type usageError struct{ error }
 
 func usage(format string, args ...any) error { return &usageError{fmt.Errorf(format, args...)} }
 
-// ballast is memory that is never touched, and so not there, but counts for the garbage collector: without it a daemon that
-// holds little would collect garbage a hundred times a second under load, for a tenth of its time.
+// ballast is allocated but never touched, so it takes no physical memory. The garbage collector counts it as live heap
+// and therefore runs less often: without it, a daemon that holds little would collect a hundred times a second under load
+// and spend a tenth of its time on that.
 const ballast = 32 << 20 // bytes
 
-// serve answers until the context is done.
+// serve runs the daemon until ctx is done.
 func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	c, err := parse(args, os.Getenv, stderr)
 	if err != nil {
@@ -94,7 +95,7 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return d.serve(ctx)
 }
 
-// check compiles files and tells all faults.
+// check compiles files and reports all of their faults.
 func check(ctx context.Context, args []string, stdout, _ io.Writer) error {
 	set, err := compile(ctx, args)
 	if err != nil {
@@ -115,7 +116,7 @@ func compile(ctx context.Context, paths []string) (*rules.Set, error) {
 	return rules.Compile(files...)
 }
 
-// match tells which rules apply to entries.
+// match prints which rules apply to entries, and why the others do not.
 func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
 		return usage("match wants a file or folder of rules, and then key=value…")
@@ -144,7 +145,7 @@ func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return nil
 }
 
-// entriesOf reads "key=value".
+// entriesOf parses words of the form "key=value".
 func entriesOf(words []string) (entries []rules.Entry, err error) {
 	for _, word := range words {
 		key, value, found := strings.Cut(word, "=")

@@ -1,4 +1,4 @@
-// What Prometheus is told: GET /metrics. docs/throttlerd.md has the names, which a test freezes.
+// The metrics for Prometheus: GET /metrics. docs/throttlerd.md lists their names, and a test keeps them from changing.
 
 package main
 
@@ -15,10 +15,10 @@ import (
 	"github.com/go-throttler/throttler/throttlerprom"
 )
 
-// maxBuckets is how many buckets have labels of their own. Their names are those of rules, or of limits that requests bring.
+// maxBuckets is how many buckets get labels of their own. Rules, and limits that requests bring, determine their names.
 const maxBuckets = 1000
 
-// newMetrics registers everything. The daemon has a registry of its own, as tests have several daemons.
+// newMetrics registers everything. Each daemon has its own registry, because tests run several daemons in one process.
 func (d *daemon) newMetrics(store storage.Storage) (m *throttlerprom.Metrics, err error) {
 	d.registry = prometheus.NewRegistry()
 	if m, err = throttlerprom.New(d.registry, &throttlerprom.Options{MaxBuckets: maxBuckets, NativeHistograms: true}); err != nil {
@@ -51,7 +51,8 @@ func (d *daemon) Describe(to chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect implements prometheus.Collector. What a rule never did is no series: with 10,000 rules most would be 0.
+// Collect implements prometheus.Collector. A result that a rule never had is no series: with 10,000 rules most would be
+// 0.
 func (d *daemon) Collect(to chan<- prometheus.Metric) {
 	gauge := func(desc *prometheus.Desc, value float64) {
 		to <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
@@ -75,5 +76,5 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// label is a text that Prometheus takes.
+// label replaces invalid UTF-8, which Prometheus rejects in label values.
 func label(text string) string { return strings.ToValidUTF8(text, "?") }

@@ -1,4 +1,4 @@
-// The admin page: what rules do now, why they apply to a request, and an editor. It asks the admin API.
+// The admin page: what the rules do now, why they apply to a request, and an editor that calls the admin API.
 
 package main
 
@@ -25,7 +25,8 @@ var pageHTML string
 
 var pages = template.Must(template.New("").Funcs(template.FuncMap{"rate": rate, "seconds": seconds}).Parse(pageHTML))
 
-// writePage writes a whole page, which loads nothing from elsewhere: the policy names its style and its script.
+// writePage writes a whole page. The page loads nothing from elsewhere: its Content-Security-Policy allows only its own
+// style and script, by their hashes.
 func writePage(w http.ResponseWriter, name string, status int, data any) {
 	var out bytes.Buffer
 	if err := pages.ExecuteTemplate(&out, name, data); err != nil {
@@ -38,7 +39,7 @@ func writePage(w http.ResponseWriter, name string, status int, data any) {
 	writeHTML(w, status, out.Bytes())
 }
 
-// hashOf is what a policy calls the text of the page's only element of a kind.
+// hashOf returns the policy's source expression for the text of the page's only element of a kind.
 func hashOf(page []byte, kind string) string {
 	_, rest, _ := bytes.Cut(page, []byte("<"+kind+">"))
 	text, _, _ := bytes.Cut(rest, []byte("</"+kind+">"))
@@ -51,10 +52,10 @@ func writeHTML(w http.ResponseWriter, status int, html []byte) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_, _ = w.Write(html) // fails when the client has gone: there is nobody to tell
+	_, _ = w.Write(html) // fails only if the client has gone
 }
 
-// writePart writes what the page puts into itself.
+// writePart writes a fragment that the page's script inserts into the page.
 func writePart(w http.ResponseWriter, name string, data any) {
 	var out bytes.Buffer
 	if err := pages.ExecuteTemplate(&out, name, data); err != nil {
@@ -69,32 +70,32 @@ func (a *admin) page(w http.ResponseWriter, _ *http.Request) {
 	writePage(w, "page", http.StatusOK, a.rulesNow(""))
 }
 
-// pageRules is GET /page/rules: the table of what rules do. ?find= is a part of names.
+// pageRules is GET /page/rules: the table of what the rules do. ?find= filters it by a part of the domain, ID or limits.
 func (a *admin) pageRules(w http.ResponseWriter, r *http.Request) {
 	writePart(w, "rules", a.rulesNow(r.URL.Query().Get("find")))
 }
 
-// maxRows is as many rules as the page shows at once.
+// maxRows is how many rules the page shows at once.
 const maxRows = 200
 
-// rulesNow is what the table has.
+// rulesNow is the content of the table.
 type rulesNow struct {
 	Rows     []row
-	Found    int // rows, also those beyond maxRows
+	Found    int // rows that match, including those beyond maxRows
 	Domains  []string
 	Writable bool
-	Error    string // why newer rules do not count
+	Error    string // why newer rules are not in force
 }
 
-// row is a rule.
+// row is one rule.
 type row struct {
 	Domain, Rule, Limits, Note string
-	File                       string // "" for the limits that requests bring
+	File                       string // "" for limits that requests bring
 	Line                       int
 
-	Allowed, Denied           float64 // requests a second, of the last ten
-	AllowedTotal, DeniedTotal int64   // since the daemon began; of shadows those that it would have denied
-	Failed                    int64   // could not be decided
+	Allowed, Denied           float64 // requests a second, over about the last ten seconds; Denied includes what never-denying rules would have denied
+	AllowedTotal, DeniedTotal int64   // since the daemon started; Denied as above
+	Failed                    int64   // could not be decided, or were admitted without a limit because the storage failed
 }
 
 func (a *admin) rulesNow(find string) rulesNow {
@@ -134,7 +135,7 @@ func rowOf(a *ruleActivity, r *rules.Rule) row {
 	out.File, out.Line, out.Note = r.File, r.Line, ""
 	var limits []string
 	for i := range r.Limits {
-		words, _, _ := strings.Cut(r.Limits[i].String(), " named ") // mostly that of the rule
+		words, _, _ := strings.Cut(r.Limits[i].String(), " named ") // the name is mostly that of the rule
 		limits = append(limits, words)
 	}
 	out.Limits = strings.Join(limits, ", ")
@@ -147,7 +148,7 @@ func rowOf(a *ruleActivity, r *rules.Rule) row {
 	return out
 }
 
-// explained is the answer to "what of this request?".
+// explained is the answer to "what would happen to this request?".
 type explained struct {
 	Problem string // why there is no answer
 	Denied  bool
@@ -155,7 +156,7 @@ type explained struct {
 	Wait    time.Duration
 	Applied []appliedRow
 	Others  []otherRow
-	More    int // others that are not shown
+	More    int // number of others that are not shown
 }
 
 type appliedRow struct {
@@ -172,8 +173,8 @@ type levelRow struct {
 
 type otherRow struct{ Rule, Why string }
 
-// pageMatch is GET /page/match, asked as GET /v1/match: which rules apply, whether they would admit the request now, and
-// why the others do not apply.
+// pageMatch is GET /page/match, with the parameters of GET /v1/match: which rules apply, whether they would admit the
+// request now, and why the others do not apply.
 func (a *admin) pageMatch(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	entries, err := entriesOf(query["entry"])
@@ -218,7 +219,7 @@ func (x *explained) decided(d *decision) {
 	}
 }
 
-// rate has one decimal where that says something.
+// rate formats a rate, with one decimal where that matters: above 0 and below 10.
 func rate(f float64) string {
 	if f == 0 || f >= 10 {
 		return strconv.FormatFloat(math.Round(f), 'f', 0, 64)
@@ -226,7 +227,7 @@ func rate(f float64) string {
 	return strconv.FormatFloat(f, 'f', 1, 64)
 }
 
-// seconds are never too few.
+// seconds formats a duration, rounded up to a tenth, so that nobody retries too early.
 func seconds(d time.Duration) string {
 	return strconv.FormatFloat(math.Ceil(d.Seconds()*10)/10, 'f', -1, 64)
 }

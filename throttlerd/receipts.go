@@ -1,4 +1,4 @@
-// Receipts of POST /v1/decide, by which what was taken can be given back.
+// Receipts of POST /v1/decide. A client uses one to return what a decision took.
 
 package main
 
@@ -12,14 +12,15 @@ import (
 
 const (
 	receiptLasts = 10 * time.Minute
-	maxReceipts  = 16384 // of about a kilobyte
+	maxReceipts  = 16384 // each takes about a kilobyte
 )
 
-// receipts are those that were given and not used, in the memory of this process. It is safe for concurrent use.
+// receipts holds the receipts that were issued and not used yet, in the memory of this process. It is safe for concurrent
+// use.
 type receipts struct {
 	mu    sync.Mutex
 	given map[string]receipt
-	order []string // as they were given, also those that were used since
+	order []string // in the order of issue, including those used since
 }
 
 type receipt struct {
@@ -27,7 +28,8 @@ type receipt struct {
 	until time.Time
 }
 
-// give returns a receipt that nobody can guess. The oldest is forgotten if there are too many.
+// give issues a receipt that nobody can guess. If there are too many, it forgets the oldest. A used receipt has no entry
+// in given and therefore counts as expired, so order shrinks too.
 func (r *receipts) give(v throttler.Verdict, now time.Time) string {
 	id := rand.Text()
 	r.mu.Lock()
@@ -44,7 +46,7 @@ func (r *receipts) give(v throttler.Verdict, now time.Time) string {
 	return id
 }
 
-// take returns what a receipt is for, once.
+// take returns the verdict that a receipt stands for. It succeeds at most once for each receipt.
 func (r *receipts) take(id string, now time.Time) (v throttler.Verdict, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -1,4 +1,4 @@
-// One decision, whatever protocol asked for it, and what is said of it.
+// One decision, whatever protocol asked for it, and how its outcome is described.
 
 package main
 
@@ -21,12 +21,12 @@ type service struct {
 	throttler *throttler.Throttler
 	engine    *rules.Engine
 	receipts  *receipts
-	limit     http.Handler    // answers what is in the context of a request
-	fault     func(error)     // is told of what is not the fault of the caller
-	count     func(*decision) // is told of all
+	limit     http.Handler    // writes the decision that is in the context of the request
+	fault     func(error)     // called with errors that are not the caller's fault
+	count     func(*decision) // called with every decision but those of Peek
 }
 
-// The errors of requests that no rule could be asked about.
+// The errors of requests that were never decided by a rule.
 var (
 	errUnknownDomain = errors.New("the domain has no rules")
 	errMalformed     = errors.New("the request is wrong")
@@ -57,7 +57,8 @@ func newService(t *throttler.Throttler, e *rules.Engine, c *config, count func(*
 	}, nil
 }
 
-// decision is the answer to a request. Its err is nil if it was admitted, or denied and waiting helps.
+// decision is the outcome of a request. Its err is nil if the request was admitted, or if it was denied and waiting
+// helps.
 type decision struct {
 	v       throttler.Verdict
 	applied []rules.Applied
@@ -67,11 +68,13 @@ type decision struct {
 	refuse func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal)
 }
 
+// denied reports whether the rules decided: if the request was not admitted, then because of a limit, not because of a
+// fault.
 func (d *decision) denied() bool {
 	return d.err == nil || errors.Is(d.err, throttler.ErrCostExceedsCapacity)
 }
 
-// bypassed reports whether the storage failed, and the request was allowed without a limit.
+// bypassed reports whether the storage failed and the request was admitted without a limit.
 func (d *decision) bypassed() bool {
 	return d.v.Allowed && d.v.Degraded() && !slices.ContainsFunc(d.applied, func(a rules.Applied) bool { return a.Rule.Unlimited || len(a.Levels) > 0 })
 }
@@ -83,10 +86,12 @@ func decided(r *http.Request) *decision {
 	return d
 }
 
-// maxDescriptors is as many as a decision has identifiers: more would cost time and be refused in the end.
+// maxDescriptors is how many identifiers one decision may have. A request with more descriptors would be denied in the
+// end anyway, after costing time.
 const maxDescriptors = 256
 
-// decide decides. A request that nobody can decide is not admitted, unless a flag says so.
+// decide decides a request. A request that cannot be decided is not admitted, unless -on-storage-error or
+// -on-unknown-domain allows it. A panic becomes errInternal, so that every protocol still gets an answer in its own form.
 func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	d = &decision{}
 	defer func() {
@@ -116,7 +121,7 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	return d
 }
 
-// unknown reports whether the domain has no rules and has to have some.
+// unknown reports whether the domain has no rules although -on-unknown-domain demands some.
 func (s *service) unknown(domain string) bool {
 	if domain == "" {
 		domain = rules.DefaultDomain
@@ -124,7 +129,7 @@ func (s *service) unknown(domain string) bool {
 	return s.config.onUnknownDomain == "deny" && !slices.Contains(s.engine.Rules().Domains(), domain)
 }
 
-// deniedBy is the rules that denied.
+// deniedBy returns the IDs of the rules that denied.
 func (d *decision) deniedBy() []string {
 	return d.ids(func(a *rules.Applied) bool { return a.Denied && !a.Rule.Shadow && !a.Rule.Quota })
 }
@@ -138,7 +143,8 @@ func (d *decision) ids(of func(*rules.Applied) bool) (ids []string) {
 	return ids
 }
 
-// statusOf is the HTTP status of an error, or otherwise that of package throttlerhttp.
+// statusOf returns the HTTP status for an error, or otherwise where package throttlerhttp chooses the status: for an
+// admission and a denial.
 func statusOf(err error, otherwise int) int {
 	switch {
 	case err == nil || errors.Is(err, throttler.ErrCostExceedsCapacity):
@@ -155,12 +161,12 @@ func statusOf(err error, otherwise int) int {
 	return http.StatusServiceUnavailable
 }
 
-// answer answers with the fields of package throttlerhttp.
+// answer writes the decision with the header fields of package throttlerhttp.
 func (s *service) answer(w http.ResponseWriter, r *http.Request, d *decision) {
 	s.limit.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), decisionKey{}, d)))
 }
 
-// fields are those that answer would set, for protocols that are not HTTP.
+// fields returns the header fields that answer would set, for protocols other than HTTP.
 func (s *service) fields(d *decision) http.Header {
 	w := fieldWriter{}
 	d.admit = func(http.ResponseWriter, *http.Request) {}
@@ -169,7 +175,7 @@ func (s *service) fields(d *decision) http.Header {
 	return http.Header(w)
 }
 
-// fieldWriter keeps fields and nothing else.
+// fieldWriter is a ResponseWriter that keeps the header fields and discards the rest.
 type fieldWriter http.Header
 
 func (w fieldWriter) Header() http.Header         { return http.Header(w) }

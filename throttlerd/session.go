@@ -1,5 +1,5 @@
-// How a browser says that it knows the token: once in a form, and then by a cookie that no script reads and no other site
-// makes it send.
+// How a browser authenticates: it sends the token once, in a form, and then a cookie. Scripts cannot read the cookie, and
+// other sites cannot make the browser send it.
 
 package main
 
@@ -21,14 +21,14 @@ const (
 	maxForm      = 4 << 10 // bytes
 )
 
-// sessions are the browsers that have said the token. They are forgotten when the process ends. It is safe for concurrent
+// sessions are the browsers that have logged in. They live in memory and end with the process. It is safe for concurrent
 // use.
 type sessions struct {
 	mu    sync.Mutex
-	until map[[sha256.Size]byte]time.Time // by the hash of what the cookie has
+	until map[[sha256.Size]byte]time.Time // by the hash of the cookie's value
 }
 
-// begin returns what the cookie has. Of too many sessions the one that ends first is ended.
+// begin starts a session and returns the value of its cookie. At maxSessions it ends the session that would expire first.
 func (s *sessions) begin(now time.Time) string {
 	id := rand.Text() + rand.Text()
 	s.mu.Lock()
@@ -61,7 +61,8 @@ func (s *sessions) end(id string) {
 	delete(s.until, sha256.Sum256([]byte(id)))
 }
 
-// cookieName has the port, as browsers send cookies to all ports of a host: several daemons would end each other's sessions.
+// cookieName includes the port. Browsers send a cookie to all ports of a host, so with one name several daemons on a host
+// would end each other's sessions.
 func cookieName(r *http.Request) string {
 	_, port, _ := net.SplitHostPort(r.Host)
 	return strings.TrimSuffix("throttlerd-"+port, "-")
@@ -77,7 +78,8 @@ func setCookie(w http.ResponseWriter, r *http.Request, id string) {
 	http.SetCookie(w, c)
 }
 
-// knows reports whether the request has the token, or the cookie of somebody who had it.
+// knows reports whether the request has the token or the cookie of a session. A request with an Authorization header is
+// judged by that alone.
 func (a *admin) knows(r *http.Request) bool {
 	if scheme, given, said := strings.Cut(r.Header.Get("Authorization"), " "); said {
 		return strings.EqualFold(scheme, "Bearer") && a.isToken(strings.TrimSpace(given))
@@ -86,7 +88,7 @@ func (a *admin) knows(r *http.Request) bool {
 	return err == nil && r.Header.Get("Authorization") == "" && a.sessions.has(c.Value, time.Now())
 }
 
-// isToken takes a time that does not depend on the token.
+// isToken compares in a time that does not depend on the token: it compares hashes, so the length does not show either.
 func (a *admin) isToken(given string) bool {
 	sum := sha256.Sum256([]byte(given))
 	return subtle.ConstantTimeCompare(sum[:], a.token[:]) == 1

@@ -1,4 +1,4 @@
-// Where the rules are.
+// Where the rules come from.
 
 package main
 
@@ -11,8 +11,8 @@ import (
 	pgrules "github.com/go-throttler/throttler/rules/postgres"
 )
 
-// openSource opens the source of the flags. One that is a rules.Store can be changed by the admin API; while it is empty
-// it gets the files of -rules.
+// openSource opens the source that the flags name. A source that is also a rules.Store can be changed by the admin API.
+// If it is empty at the start, the files of -rules are stored in it.
 func openSource(ctx context.Context, c *config, closing *closing) (rules.Source, error) {
 	files := rules.Files(c.rules...)
 	if c.source == "files" {
@@ -36,7 +36,8 @@ func openSource(ctx context.Context, c *config, closing *closing) (rules.Source,
 	return table, plant(ctx, table, seed)
 }
 
-// seedOf is the files of -rules, if there are any, without their folders.
+// seedOf returns the files of -rules, nil if there are none. Their names lose the folders, so two files of one name are
+// an error.
 func seedOf(ctx context.Context, c *config, files rules.Source) ([]rules.File, error) {
 	if len(c.rules) == 0 {
 		return nil, nil
@@ -59,7 +60,8 @@ func seedOf(ctx context.Context, c *config, files rules.Source) ([]rules.File, e
 	return seed, nil
 }
 
-// plant puts files into a store that has none. Of several processes that do so at once each file is that of one.
+// plant stores the files if the store has none. If several processes do this at once, each file comes from the process
+// that stores it first.
 func plant(ctx context.Context, s rules.Store, seed []rules.File) error {
 	had, err := s.Files(ctx)
 	if err != nil || len(had) > 0 {

@@ -1,4 +1,4 @@
-// Where the counts are.
+// Where the counts are kept.
 
 package main
 
@@ -19,7 +19,7 @@ import (
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
-// closing is what has been opened. The last is closed first.
+// closing are the functions that close what has been opened. They run in reverse order.
 type closing []func(context.Context) error
 
 func (c *closing) then(f func(context.Context) error) { *c = append(*c, f) }
@@ -33,7 +33,8 @@ func (c *closing) close(ctx context.Context) error {
 	return errors.Join(faults...)
 }
 
-// openStorage opens the storage of the flags. A Redis may be down, and Postgres may not, as its table is made here.
+// openStorage opens the storage that the flags name. Redis may be down at the start. Postgres must be up, because its
+// table is created here.
 func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *closing) (storage.Storage, error) {
 	switch c.storage {
 	case "redis":
@@ -59,7 +60,8 @@ func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *clos
 	return memstore.New(nil), nil
 }
 
-// opened makes no storage of one that is nil.
+// opened returns a nil interface for an error. Without it, a nil pointer of type S would become a storage that is not
+// nil.
 func opened[S storage.Storage](s S, err error) (storage.Storage, error) {
 	if err != nil {
 		return nil, err
@@ -93,8 +95,9 @@ func openPostgres(ctx context.Context, c *config, closing *closing) (*pgstore.St
 	return s, nil
 }
 
-// newPool tells nothing of a URL that pgx cannot read. The errors of pgx quote it, and hide only what certainly is
-// a password. One with an @ that is not encoded has its rest in the host or in the name of the database.
+// newPool never quotes a URL that cannot be parsed. The errors of pgx quote it and hide only what certainly is the
+// password. If the password has an unencoded @, the part after it would be parsed as the host or the database name and
+// shown.
 func newPool(ctx context.Context, url string, closing *closing) (*pgxpool.Pool, error) {
 	_, rest, _ := strings.Cut(url, "://")
 	_, path, _ := strings.Cut(rest, "/")
@@ -112,9 +115,9 @@ func newPool(ctx context.Context, url string, closing *closing) (*pgxpool.Pool, 
 	return pool, nil
 }
 
-// changes logs what changes, and not that it lasts.
+// changes returns an observer that logs changes of the failover's state, and not each event while a state lasts.
 func changes(log *slog.Logger) func(failover.Event) {
-	failing := false // Postgres could not be charged
+	failing := false // the last flush to Postgres failed
 	return func(e failover.Event) {
 		switch e.Kind {
 		case failover.PrimaryLost:
