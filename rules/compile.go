@@ -16,12 +16,12 @@ import (
 	"github.com/go-throttler/throttler/internal/nearest"
 )
 
-// Parse compiles the rules of one file. The error is Faults, all that is wrong with it.
+// Parse compiles the rules of one file. The error is of type Faults and lists all that is wrong with it.
 func Parse(name string, data []byte) (*Set, error) { return Compile(File{name, data}) }
 
-// Compile makes one Set of files, in their order. Files may share a domain; names are unique in one. The error is
-// Faults, all that is wrong with any of the files; a file without content is a fault, since that is what a file looks
-// like while it is written.
+// Compile makes one Set from files, in their order. Files may share a domain; a name is unique within its domain. The
+// error is of type Faults and lists all that is wrong with any of the files. An empty file is a fault, because a file
+// looks like that while it is being written.
 func Compile(files ...File) (*Set, error) {
 	c := &compiler{set: &Set{domains: map[string]*domain{}, etag: etag(files)}}
 	for _, f := range files {
@@ -51,10 +51,10 @@ func etag(files []File) string {
 type compiler struct {
 	set    *Set
 	faults Faults
-	names  []named // in replaces of native files, which have to be known
+	names  []named // names in replaces of native files, which must exist
 }
 
-// named is a name that stands for a rule of a domain.
+// named is a name in the file that must be a rule of the domain.
 type named struct {
 	rule *Rule
 	name string
@@ -88,7 +88,7 @@ func hasKey(n *yaml.Node, key string) bool {
 
 const maxDomain = 255 // bytes of its name
 
-// domain is the one of this name.
+// domain returns the domain of this name, and makes it if there is none.
 func (c *compiler) domain(r *reader, n *yaml.Node, name string) *domain {
 	if name == "" || len(name) > maxDomain {
 		r.fault(n, "", "the domain has %d bytes, must have 1 to %d", len(name), maxDomain)
@@ -99,7 +99,7 @@ func (c *compiler) domain(r *reader, n *yaml.Node, name string) *domain {
 	return c.set.domains[name]
 }
 
-// add makes a rule one of its domain.
+// add makes a rule part of its domain.
 func (c *compiler) add(r *reader, n *yaml.Node, rule *Rule) {
 	d := rule.domain
 	rule.Domain, rule.File, rule.Line, rule.Column = d.name, r.file, n.Line, n.Column
@@ -111,11 +111,12 @@ func (c *compiler) add(r *reader, n *yaml.Node, rule *Rule) {
 	c.set.rules = append(c.set.rules, rule)
 }
 
-// bind gives the rule its buckets, by names under which a storage finds what was spent when limits change.
+// bind names the buckets of the rule. A storage finds what was spent by these names, so they must stay the same when a
+// limit changes.
 func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
 	scope, names := rule.Name, map[string]bool{}
 	if rule.path != nil {
-		scope = "" // what was spent is found by the entries, as with envoyproxy/ratelimit
+		scope = "" // the entries identify what was spent, as in envoyproxy/ratelimit
 	}
 	for i := range rule.Limits {
 		b := limitNamed(scope, rule.Limits[i])
@@ -131,9 +132,10 @@ func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
 	rule.using = throttler.Using(rule.Limits...)
 }
 
-const maxLimits = 16 // as an identifier has buckets
+const maxLimits = 16 // how many buckets an identifier may have
 
-// limitNamed gives a bucket that has no name one that does not change with its capacity: "rule/period/kind".
+// limitNamed names a bucket that has no name "rule/period/kind", which does not change with its capacity. It omits
+// "rule/" if rule is empty, not printable or too long.
 func limitNamed(rule string, b throttler.Bucket) throttler.Bucket {
 	if b.Unlimited() || isNamed(b) {
 		return b
@@ -153,7 +155,7 @@ func isPrintable(s string) bool {
 
 func isNamed(b throttler.Bucket) bool { return strings.Contains(b.String(), " named ") }
 
-// resolve looks for what native rules replace, when all names are known.
+// resolve checks the names that native rules replace. It runs after all files are read, when all names are known.
 func (c *compiler) resolve() {
 	for _, n := range c.names {
 		d := n.rule.domain

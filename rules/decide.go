@@ -1,4 +1,4 @@
-// One decision: which rules apply, what each asks of whom, and who denied.
+// One decision: which rules apply, what each asks of which identifier, and which of them denied.
 
 package rules
 
@@ -12,46 +12,50 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Decide decides a request by all rules that apply to it, in one decision, all or nothing, and tells which these are.
-// Without any it is allowed, also in a domain that has no rules.
+// Decide decides a request by all rules that apply to it, in one decision, all or nothing, and returns these rules. If no
+// rule applies the request is allowed, even if the domain has no rules.
 //
-// A denial is a Verdict, also where a cost exceeds a capacity, and so in a bucket of capacity 0. Its RetryAfter is then
-// 0, as waiting does not help. Errors are those of the Throttler: ErrInvalidCost, also for an entry that should be a
-// cost and is no number; ErrInvalidIdentifier for over 256 descriptors or identifiers; ErrUnavailable and its like. What a
-// Charge of several buckets records in part is an error that joins a *throttler.DebtError for each.
+// A denial is a Verdict. That includes a cost above a capacity, such as any cost in a bucket of capacity 0: its
+// RetryAfter is 0, as waiting does not help. Errors are those of the Throttler. ErrInvalidCost is also returned if an
+// entry should be a cost but is no number. ErrInvalidIdentifier is returned for more than 256 descriptors or identifiers.
+// ErrUnavailable and its like come from the storage. If a Charge of several buckets is recorded only in part, the error
+// joins a *throttler.DebtError for each of those buckets.
 //
-// What Charge rules are asked for is charged after the others were asked, whatever these answered, and has no Levels.
+// Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels.
 //
-// Shadow and Quota rules are decided after the others have admitted, each by itself; an error of the storage then leaves
-// Applied without Levels.
+// Shadow and Quota rules are decided after the others have admitted the request, each in a call of its own. If the
+// storage fails then, Applied has no Levels for them.
 //
-// Two descriptors that one rule counts for the same are one, whose cost is the sum.
+// Two descriptors for which one rule has the same identifier count as one, whose cost is the sum.
 func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Applied, error) {
 	p := plan{engine: e, mode: r.Mode}
 	if err := p.make(e.set.Load(), &r); err != nil {
 		return throttler.Verdict{}, nil, err
 	}
+	// If the only parts are Charge rules with a cost of 0, the verdict of look is the answer.
 	v, err := p.ask(ctx, look)
 	if err == nil && v.Allowed && (p.has(decide) || !p.has(look)) {
 		v, err = p.ask(ctx, decide)
 	}
+	// Charged even after a denial or an error: the cost has been incurred already.
 	if _, uncharged := p.ask(ctx, charge); uncharged != nil {
 		v.Allowed, err = false, errors.Join(err, uncharged)
 	}
+	// A bypassed request means that the storage is failing. Asking it about shadow rules would only cost the caller time.
 	if bypassed := v.Degraded() && len(v.Levels()) == 0; v.Allowed && !bypassed {
 		p.shadows(ctx)
 	}
 	return v, p.applied, err
 }
 
-// plan is what one request asks.
+// plan is what one request asks of the throttler.
 type plan struct {
 	engine  *Engine
 	mode    Mode
 	applied []Applied
-	partOf  []int // of each applied rule, -1 if it asks nothing
+	partOf  []int // for each applied rule the index of its part; -1 if the rule asks for nothing
 	parts   []part
-	asked   int // parts that are not silent
+	asked   int // number of parts that are not silent
 }
 
 // part is what is asked of one identifier.
@@ -63,14 +67,14 @@ type part struct {
 
 func (p *part) silent() bool { return p.rule.Shadow || p.rule.Quota }
 
-// step is when a part is asked for.
+// step is when a part is asked. Each step but shadow is one call for all of its parts.
 type step int
 
 const (
-	look   step = iota // a Charge rule and a cost of 0: whether there is a token, before anything is taken
-	decide             // most
-	charge             // after that, whatever it was
-	shadow             // by itself, if all was admitted
+	look   step = iota // for a Charge rule and a cost of 0: is there a token left? Asked before anything is taken
+	decide             // the normal case
+	charge             // afterwards, whatever the others answered
+	shadow             // each in a call of its own, if all others admitted
 )
 
 func (p *plan) stepOf(part *part) step {
@@ -85,8 +89,8 @@ func (p *plan) stepOf(part *part) step {
 	return decide
 }
 
-// maxParts is as many identifiers as a Throttler decides on together. More descriptors are refused before they are
-// compared with each other, which takes the square of their number.
+// maxParts is how many identifiers a Throttler decides on together. A request with more descriptors is rejected early,
+// because comparing them with each other takes quadratic time.
 const maxParts = 256
 
 func (p *plan) make(set *Set, r *Request) error {
@@ -107,6 +111,7 @@ func (p *plan) make(set *Set, r *Request) error {
 	at := 0
 	for i := range descriptors {
 		for _, rule := range matched[at : at+counts[i]] {
+			// A rule is also replaced by a rule that another descriptor matched.
 			if isReplaced(rule, matched) {
 				continue
 			}
@@ -119,7 +124,7 @@ func (p *plan) make(set *Set, r *Request) error {
 	return nil
 }
 
-// add is what a rule asks for a descriptor.
+// add records what a rule asks for a descriptor.
 func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 	base := int64(1)
 	if d.Cost != nil {
@@ -141,8 +146,9 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 	return nil
 }
 
-// part adds a cost to what is asked of an identifier. Two limits of a request for one identifier are one part: that of
-// the smaller one.
+// part adds a cost to what is asked of an identifier and returns the index of the part. If a request brings two limits
+// for one identifier, they become one part with the smaller limit. Silent parts are kept apart from the others, because
+// they are asked separately.
 func (p *plan) part(rule *Rule, id string, cost int64) int {
 	for i := range p.parts {
 		if have := &p.parts[i]; have.id == id && have.silent() == (rule.Shadow || rule.Quota) {
@@ -160,7 +166,7 @@ func (p *plan) part(rule *Rule, id string, cost int64) int {
 	return len(p.parts) - 1
 }
 
-// add is the sum of two costs, or as much as there can be.
+// add returns the sum of two costs, at most maxCost.
 func add(a, b int64) int64 {
 	if a > maxCost-b {
 		return maxCost
@@ -172,7 +178,7 @@ func (p *plan) has(s step) bool {
 	return slices.ContainsFunc(p.parts, func(part part) bool { return p.stepOf(&part) == s })
 }
 
-// ask asks for the parts of a step, and gives the rules the levels of their buckets.
+// ask asks for the parts of a step in one call and gives the rules the levels of their buckets.
 func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error) {
 	var asked []throttler.Part
 	for i := range p.parts {
@@ -186,7 +192,7 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 	}
 	if len(asked) == 0 {
 		if v.Allowed = true; s == decide {
-			err = ctx.Err() // which a storage would have told
+			err = ctx.Err() // the error that a storage would have returned
 		}
 		return v, err
 	}
@@ -207,7 +213,8 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 	return v, err
 }
 
-// spread gives the rules of a step the levels of their buckets.
+// spread distributes the levels of a verdict to the rules of the step. The levels come in the order of the parts, and
+// within a part in the order of its limits.
 func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 	levels := v.Levels()
 	if len(levels) == 0 {
@@ -224,7 +231,8 @@ func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 	}
 }
 
-// give gives all rules of a part its levels.
+// give gives the levels of a part to all rules that share it. They denied if a level has a RetryAfter, or if its limit is
+// below the cost: waiting does not help then, so such a level has none.
 func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
 	denied, cost := false, p.parts[index].cost
 	if p.stepOf(&p.parts[index]) == look {
@@ -240,7 +248,7 @@ func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
 	}
 }
 
-// shadows decides what never denies.
+// shadows decides the Shadow and Quota rules. Their errors are dropped, because they must not affect the answer.
 func (p *plan) shadows(ctx context.Context) {
 	for i := range p.parts {
 		part := &p.parts[i]
@@ -265,7 +273,7 @@ func (p *plan) shadow(ctx context.Context, part *part) (throttler.Verdict, error
 	return p.engine.t.ConsumeContext(ctx, part.id, options...)
 }
 
-// match appends the rules for a descriptor: those that match, or the limit that it brings.
+// match appends the rules for a descriptor: those that match, or the one of the limit that it brings.
 func (e *Engine) match(dst []*Rule, set *Set, name string, d *Descriptor) []*Rule {
 	domain := set.domain(name)
 	switch {
@@ -277,8 +285,8 @@ func (e *Engine) match(dst []*Rule, set *Set, name string, d *Descriptor) []*Rul
 	return domain.match(dst, d.Entries)
 }
 
-// overrides are the limits that requests bring, by domain, number of entries and words. There are few of them, or they
-// are forgotten: making one again is only slower.
+// overrides caches the rules of limits that requests bring, by domain, number of entries and the words of the limit. At
+// maxOverrides it starts anew: that costs only the time to make the rules again.
 type overrides struct {
 	mu    sync.Mutex
 	known map[override]*Rule
@@ -292,8 +300,8 @@ type override struct {
 
 const maxOverrides = 1024
 
-// rule is the rule of the limit of a descriptor. What is spent is found by the entries and by the period and kind of the
-// limit, as with rules of files: so a client that asks for ever other limits has one bucket.
+// rule returns the rule for the limit of a descriptor. Consumption is found by the entries and by the period and kind of
+// the limit, as with rules of files. A client that keeps changing the capacity of its limit therefore uses one bucket.
 func (o *overrides) rule(d *domain, of *Descriptor) *Rule {
 	key := override{d.name, len(of.Entries), of.Limit.String()}
 	o.mu.Lock()

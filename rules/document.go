@@ -1,4 +1,4 @@
-// YAML and JSON as one tree whose nodes know their places, and reading what is in it: unknown words are faults.
+// YAML and JSON as one tree of nodes that know their positions, and the functions that read it. Unknown words are faults.
 
 package rules
 
@@ -19,21 +19,21 @@ import (
 	"github.com/go-throttler/throttler/internal/nearest"
 )
 
-// Bounds of what a file may ask of the reader, which aliases could make endless.
+// Bounds of what a file may make the reader do. Without them, aliases could make that endless.
 const (
-	maxNodes = 100_000 // and 10 for each byte of the file
+	maxNodes = 100_000 // plus 10 for each byte of the file
 	maxDepth = 64
 )
 
-// reader reads one file, and collects its faults.
+// reader reads one file and collects its faults.
 type reader struct {
 	file   string
 	faults Faults
-	nodes  int // that may still be visited
-	depth  int // of the node that is read
+	nodes  int // how many nodes may still be visited
+	depth  int // of the present node
 }
 
-// deeper reports whether the node may be read, and has to be followed by a call of up.
+// deeper enters a node and reports whether it may be read. The caller must call up afterwards in either case.
 func (r *reader) deeper(n *yaml.Node) bool {
 	if r.depth++; r.depth == maxDepth {
 		r.fault(n, "", "the file has over %d levels", maxDepth)
@@ -50,7 +50,7 @@ func (r *reader) fault(n *yaml.Node, meant, format string, args ...any) {
 	r.faults = append(r.faults, &Fault{r.file, n.Line, n.Column, fmt.Sprintf(format, args...), meant})
 }
 
-// documents are the roots of what is in a file.
+// documents returns the roots of the documents in a file.
 func (r *reader) documents(f File) (roots []*yaml.Node) {
 	if isJSON(f) {
 		return r.json(f.Data)
@@ -108,17 +108,17 @@ func (r *reader) json(data []byte) []*yaml.Node {
 	return []*yaml.Node{root}
 }
 
-// jsonDecoder makes nodes of JSON. Places are found as it goes on, so that a file is looked through once.
+// jsonDecoder makes YAML nodes from JSON. It counts lines as it goes, so the file is scanned for them only once.
 type jsonDecoder struct {
 	d    *json.Decoder
 	data []byte
 
 	depth       int
 	line        int
-	start, seen int64 // of the line, and how far lines have been counted
+	start, seen int64 // offset where the line starts, and offset up to which lines have been counted
 }
 
-// place sets where the offset is.
+// place sets the line and column of an offset. Offsets must not decrease from call to call.
 func (d *jsonDecoder) place(n *yaml.Node, at int64) {
 	at = min(at, int64(len(d.data)))
 	for ; d.seen < at; d.seen++ {
@@ -178,8 +178,9 @@ func (d *jsonDecoder) content(n *yaml.Node) error {
 	return err
 }
 
-// resolved is what a node stands for. It counts the nodes, so that a file in which aliases repeat aliases, or contain
-// themselves, ends: the caller then reads a null, and faults that follow from it are not told.
+// resolved returns the node that an alias stands for, or the node itself. It counts the nodes it visits, so that reading
+// ends even if aliases repeat aliases or contain themselves. Beyond the bound it returns a null, and the faults that
+// follow from that are not reported.
 func (r *reader) resolved(n *yaml.Node) *yaml.Node {
 	for n.Kind == yaml.AliasNode && n.Alias != nil && r.nodes > 0 {
 		n = n.Alias
@@ -194,13 +195,13 @@ func (r *reader) resolved(n *yaml.Node) *yaml.Node {
 	return n
 }
 
-// field is a word that a mapping may have, and what reads it.
+// field is a word that a mapping may have, and the function that reads its value.
 type field struct {
 	name string
 	read func(*yaml.Node)
 }
 
-// mapping reads the fields of n. It returns the keys that are there, or nil if n is no mapping.
+// mapping reads the fields of n. It returns the keys that are present, or nil if n is not a mapping.
 func (r *reader) mapping(n *yaml.Node, what string, fields []field) map[string]*yaml.Node {
 	pairs, ok := r.pairs(n, what)
 	if !ok {
@@ -225,7 +226,8 @@ func (r *reader) mapping(n *yaml.Node, what string, fields []field) map[string]*
 
 type pair struct{ key, value *yaml.Node }
 
-// pairs are the keys and values of a mapping. Those that it merges ("<<") come last, unless it has the key itself.
+// pairs returns the keys and values of a mapping. Merged ones ("<<") come last, and are left out if the mapping has the
+// key itself.
 func (r *reader) pairs(n *yaml.Node, what string) (pairs []pair, ok bool) {
 	defer r.up()
 	if !r.deeper(n) {
@@ -290,7 +292,7 @@ func (r *reader) list(n *yaml.Node, what string, read func(*yaml.Node)) {
 	}
 }
 
-// listOrOne is list that takes an element alone.
+// listOrOne is list, but also reads a single element that is not in a list.
 func (r *reader) listOrOne(n *yaml.Node, what string, read func(*yaml.Node)) {
 	if n = r.resolved(n); n.Kind == yaml.SequenceNode {
 		r.list(n, what, read)
@@ -299,7 +301,8 @@ func (r *reader) listOrOne(n *yaml.Node, what string, read func(*yaml.Node)) {
 	read(n)
 }
 
-// domainName reads a domain. One that is no text has been told then, and gets a name that has no fault of its own.
+// domainName reads the name of a domain. If that is not text, it reports the fault and returns DefaultDomain, so that no
+// second fault follows.
 func (r *reader) domainName(n *yaml.Node) string {
 	if name, ok := r.text(n, "domain"); ok {
 		return name
@@ -307,7 +310,7 @@ func (r *reader) domainName(n *yaml.Node) string {
 	return DefaultDomain
 }
 
-// text reads a scalar that is not null as it is written.
+// text reads a scalar as it is written. Null is a fault.
 func (r *reader) text(n *yaml.Node, what string) (string, bool) {
 	if n = r.resolved(n); n.Kind != yaml.ScalarNode || n.ShortTag() == "!!null" {
 		r.fault(n, "", "%s is %s, must be text", what, described(n))

@@ -1,4 +1,4 @@
-// The engine: the rules that count now, and looking for newer ones.
+// The engine: the rules in force, and how newer ones are loaded.
 
 package rules
 
@@ -13,19 +13,19 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// DefaultInterval is Options.Interval where that is 0.
+// DefaultInterval is the Interval of Options that leave it 0.
 const DefaultInterval = time.Second
 
-// Options of NewEngine. The zero value is the default.
+// Options are the options of NewEngine. The zero value means the defaults.
 type Options struct {
-	// Interval is how long after a look at the source the next one is, 0 for DefaultInterval. A Watcher is looked at
-	// earlier when it says so, and a source that failed after DefaultInterval at the latest.
+	// Interval is the time from one look at the source to the next; 0 is DefaultInterval. The engine looks earlier if a
+	// Watcher reports a change, and after at most DefaultInterval if the source failed.
 	Interval time.Duration
 
-	// OnLoad, if not nil, is called with the rules after each change, and after a source that failed is right again; and
-	// with an error, and no set, when a source begins to fail, or fails with another error: the rules then stay as they
-	// are. It is not called for the first load, whose error NewEngine returns. It is called by one goroutine at a time,
-	// and delays reloads until it returns.
+	// OnLoad, if not nil, is called with the new rules after each change, and with the rules when a source works again
+	// after a failure. It is called with an error and a nil set when a source begins to fail or fails with another error:
+	// the rules then stay as they are. It is not called for the first load, whose error NewEngine returns. It is called
+	// by one goroutine at a time, and reloads wait until it returns.
 	OnLoad func(set *Set, err error)
 }
 
@@ -35,11 +35,11 @@ type Engine struct {
 	source  Source
 	options Options
 	set     atomic.Pointer[Set]
-	failed  atomic.Pointer[failure] // nil if the last load was fine
+	failed  atomic.Pointer[failure] // why the last load failed; nil if it did not
 	limits  overrides
 
-	loading sync.Mutex // held by the one who loads; guards bad
-	bad     struct {   // the last files that did not compile
+	loading sync.Mutex // held during a load, so that an older set never replaces a newer one; guards bad
+	bad     struct {   // the last files that did not compile: they are not compiled again at each look
 		etag string
 		err  error
 	}
@@ -50,11 +50,12 @@ type Engine struct {
 
 type failure struct{ err error }
 
-// NewEngine loads the rules, and looks for newer ones until Close. The throttler decides: its Config.Name separates the
-// consumption of rules from that of others on its storage, and its buckets are not asked. Nil options are the default.
+// NewEngine loads the rules and looks for newer ones until Close. Decisions go through t. Its Config.Name separates the
+// consumption of rules from that of others on the same storage; its own buckets are not used. Nil options mean the
+// defaults.
 //
-// The error is Faults if the rules are wrong, or that of the source. Later such an error leaves the rules as they are:
-// Engine.Err and Options.OnLoad tell it.
+// The error is of type Faults if the rules are wrong; otherwise it is the error of the source. A later error leaves the
+// rules as they are: see Engine.Err and Options.OnLoad.
 func NewEngine(t *throttler.Throttler, s Source, o *Options) (*Engine, error) {
 	if t == nil || s == nil {
 		return nil, errors.New("rules: the Throttler and the Source must not be nil")
@@ -79,7 +80,7 @@ func NewEngine(t *throttler.Throttler, s Source, o *Options) (*Engine, error) {
 	return e, nil
 }
 
-// watch loads whenever the time has come, or the source says so.
+// watch starts the goroutines that load the rules at each interval and whenever the source reports a change.
 func (e *Engine) watch(ctx context.Context) {
 	changed := make(chan struct{}, 1)
 	if w, ok := e.source.(Watcher); ok {
@@ -87,7 +88,7 @@ func (e *Engine) watch(ctx context.Context) {
 			w.Watch(ctx, func() {
 				select {
 				case changed <- struct{}{}:
-				default: // the next look sees it
+				default: // a load is due anyway, and will see this change too
 				}
 			})
 		})
@@ -104,12 +105,13 @@ func (e *Engine) watch(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
-			_ = e.load(ctx, true) // told by Err and OnLoad
+			_ = e.load(ctx, true) // load reports the error by Err and OnLoad
 		}
 	})
 }
 
-// pause is until the next look: a source that failed is not left alone for long, as its word of a change may be lost.
+// pause returns the time to the next look. A source that failed is asked again soon, because it may have lost the notice
+// of a change. Faults are no failure of the source, so they do not shorten the pause.
 func (e *Engine) pause() time.Duration {
 	var faults Faults
 	if err := e.Err(); err != nil && !errors.As(err, &faults) {
@@ -118,17 +120,17 @@ func (e *Engine) pause() time.Duration {
 	return e.options.Interval
 }
 
-// Close ends looking for newer rules, and waits for it. Decisions go on with the rules that there are. The Throttler and
-// the source belong to the caller.
+// Close stops looking for newer rules and waits until that has stopped. Decisions go on with the present rules. The
+// Throttler and the source stay open: they belong to the caller.
 func (e *Engine) Close() {
 	e.stop()
 	e.tasks.Wait()
 }
 
-// Rules are those that count now.
+// Rules returns the rules in force.
 func (e *Engine) Rules() *Set { return e.set.Load() }
 
-// Err is why the rules that count are not the newest ones of the source: nil if they are.
+// Err returns why the rules in force are not the newest of the source, nil if they are.
 func (e *Engine) Err() error {
 	if f := e.failed.Load(); f != nil {
 		return f.err
@@ -136,16 +138,16 @@ func (e *Engine) Err() error {
 	return nil
 }
 
-// Reload looks at the source now. It returns Err.
+// Reload loads the rules now. Its error is that of Err, or of ctx if that ended before the load did.
 func (e *Engine) Reload(ctx context.Context) error { return e.load(ctx, true) }
 
-// load takes the newest rules, if these have no fault.
+// load puts the newest rules in force if they have no fault. It calls OnLoad only if tell is set and something changed.
 func (e *Engine) load(ctx context.Context, tell bool) error {
 	e.loading.Lock()
 	defer e.loading.Unlock()
 	set, err := e.newest(ctx)
 	if err != nil && ctx.Err() != nil {
-		return err // the source was not asked
+		return err // ctx ended, which says nothing about the source
 	}
 	before := e.Err()
 	if err != nil {
@@ -171,7 +173,8 @@ func (e *Engine) tell(set *Set, err error) {
 	}
 }
 
-// newest is the set of the source's files: the present one, if these are those.
+// newest compiles the files of the source. If they have not changed it returns the present set itself, so that load can
+// compare pointers.
 func (e *Engine) newest(ctx context.Context) (*Set, error) {
 	files, err := e.source.Files(ctx)
 	if err != nil {

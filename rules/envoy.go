@@ -13,14 +13,14 @@ import (
 	"github.com/go-throttler/throttler/internal/nearest"
 )
 
-// node is a level of descriptors.
+// node is one level of descriptors.
 type node struct {
-	rule *Rule // of entries that end here
+	rule *Rule // for requests whose entries end here, or nil
 	keys map[string]*nodeKey
 }
 
-// nodeKey has what follows a node by entries of one key: exact values come before patterns, of which the first in the
-// file counts, and these before any value.
+// nodeKey holds the children of a node for entries of one key. An exact value wins over a pattern, and a pattern wins
+// over "any value". If several patterns match, the first in the file wins.
 type nodeKey struct {
 	exact    map[string]*node
 	patterns patterns
@@ -28,7 +28,7 @@ type nodeKey struct {
 	anyValue *node
 }
 
-// find is the rule at the end of the path that all entries take, or nil.
+// find returns the rule where the path of all entries ends, or nil.
 func (n *node) find(entries []Entry) *Rule {
 	if n == nil || len(entries) == 0 {
 		return nil
@@ -58,8 +58,8 @@ func (k *nodeKey) next(value string) *node {
 	return k.anyValue
 }
 
-// path is how the entries of a rule make its identifier: the pattern where share_threshold lets all values that match it
-// share what they spend, else "" for the value.
+// path says how the entries of a rule form its identifier. An element is "" if the value of the entry counts. With
+// share_threshold it is the pattern instead, so that all matching values share one count.
 type path []string
 
 func (p path) appendTo(b []byte, entries []Entry) []byte {
@@ -97,7 +97,7 @@ func (f *envoyFile) read(root *yaml.Node) {
 	}
 }
 
-// children are the elements of a list that may be empty.
+// children returns the elements of a list that may be null.
 func (f *envoyFile) children(n *yaml.Node) (list []*yaml.Node) {
 	if n = f.resolved(n); n.ShortTag() != "!!null" {
 		f.list(n, "descriptors", func(n *yaml.Node) { list = append(list, n) })
@@ -105,7 +105,7 @@ func (f *envoyFile) children(n *yaml.Node) (list []*yaml.Node) {
 	return list
 }
 
-// descriptor reads a descriptor below a node.
+// descriptor reads a descriptor below the node parent. id and above are the ID and the path of its ancestors.
 func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path) {
 	defer f.up()
 	if !f.deeper(n) {
@@ -143,6 +143,7 @@ func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path
 	if share && !strings.Contains(val, "*") {
 		f.fault(shareAt, "", "share_threshold is for values with a *, this one is %q", val)
 	}
+	// Clip forces a copy, because the siblings append to the same path.
 	here := append(slices.Clip(above), "")
 	if share {
 		here[len(above)] = val
@@ -162,7 +163,7 @@ func (f *envoyFile) descriptor(parent *node, n *yaml.Node, id string, above path
 	}
 }
 
-// optional is text that may be empty.
+// optional reads text that may be null.
 func (r *reader) optional(n *yaml.Node, what string) string {
 	if n = r.resolved(n); n.ShortTag() == "!!null" {
 		return ""
@@ -171,7 +172,8 @@ func (r *reader) optional(n *yaml.Node, what string) string {
 	return text
 }
 
-// child makes the node below parent for a key and value. One that is there is a fault, since only the second would count.
+// child makes the node for a key and value below parent. It is a fault if there is one already, since only the second
+// would be found.
 func (f *envoyFile) child(parent *node, n *yaml.Node, key, val string) *node {
 	if parent.keys == nil {
 		parent.keys = map[string]*nodeKey{}
@@ -197,7 +199,7 @@ func (f *envoyFile) child(parent *node, n *yaml.Node, key, val string) *node {
 	return child
 }
 
-// limits reads what limits a descriptor, and reports whether there is anything.
+// limits reads the limits of a descriptor and reports whether there is any.
 func (f *envoyFile) limits(r *Rule, nodes []*yaml.Node) bool {
 	some := false
 	for _, n := range nodes {
@@ -221,7 +223,7 @@ func (f *envoyFile) limits(r *Rule, nodes []*yaml.Node) bool {
 	return some
 }
 
-// envoyLimit is a rate_limit as it is written.
+// envoyLimit is a rate_limit as written in the file.
 type envoyLimit struct {
 	unit, algorithm, name string
 	requests, burst       int64
@@ -274,7 +276,7 @@ func (f *envoyFile) bucketOf(r *Rule, n *yaml.Node, b throttler.Bucket, burst in
 	r.Limits = append(r.Limits, b)
 }
 
-// replaces reads {name: other}. A name that nothing has is no fault in these files.
+// replaces reads {name: other}. In these files a name that no rule has is not a fault.
 func (f *envoyFile) replaces(r *Rule, n *yaml.Node) {
 	name := ""
 	f.mapping(n, "an element of replaces", []field{{"name", func(n *yaml.Node) { name, _ = f.text(n, "name") }}})
@@ -284,7 +286,7 @@ func (f *envoyFile) replaces(r *Rule, n *yaml.Node) {
 	r.replaces = append(r.replaces, name)
 }
 
-const maxRequests = 1<<51 - 1 // of a unit
+const maxRequests = 1<<51 - 1 // per unit
 
 const day = 24 * time.Hour
 
@@ -292,7 +294,7 @@ var envoyUnits = map[string]time.Duration{
 	"second": time.Second, "minute": time.Minute, "hour": time.Hour, "day": day, "week": 7 * day, "month": 30 * day, "year": 365 * day,
 }
 
-// unit is the period of a unit.
+// unit returns the period of a unit.
 func (r *reader) unit(n *yaml.Node, given string) (time.Duration, bool) {
 	period, known := envoyUnits[strings.ToLower(given)]
 	if !known {
@@ -310,7 +312,8 @@ var algorithms = map[string]func(throttler.Bucket) throttler.Bucket{
 	"replenish":  func(b throttler.Bucket) throttler.Bucket { return b },
 }
 
-// algorithm is the kind of a bucket: a fixed window, unless something else is said.
+// algorithm returns the function that sets the kind of a bucket. The default is a fixed window, or continuous if the
+// limit has a burst.
 func (f *envoyFile) algorithm(n *yaml.Node, given string, burst int64) (func(throttler.Bucket) throttler.Bucket, bool) {
 	if given == "" && burst > 0 {
 		given = "continuous"

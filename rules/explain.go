@@ -1,4 +1,4 @@
-// Why rules apply to a request, or do not: for people.
+// Explanations for people: why rules apply to a request, or do not.
 
 package rules
 
@@ -11,14 +11,14 @@ import (
 	"strings"
 )
 
-// Explanation says of a rule whether it applies.
+// Explanation says whether a rule applies.
 type Explanation struct {
 	Rule    *Rule
 	Applies bool
-	Why     string // it does not apply; "" if it does
+	Why     string // why it does not apply; "" if it does
 }
 
-// Explain says of each rule of a domain whether it applies to a descriptor, and if not, why.
+// Explain says for each rule of a domain whether it applies to a descriptor, and if not, why.
 func (s *Set) Explain(domain string, entries []Entry) (all []Explanation) {
 	d := s.domain(domain)
 	if d == nil {
@@ -45,7 +45,7 @@ func (s *Set) Explain(domain string, entries []Entry) (all []Explanation) {
 	return all
 }
 
-// unmet is the first condition that does not hold.
+// unmet describes the first condition that does not hold.
 func (r *Rule) unmet(entries []Entry) string {
 	for i := range r.conditions {
 		c := &r.conditions[i]
@@ -61,7 +61,7 @@ func (r *Rule) unmet(entries []Entry) string {
 	return ""
 }
 
-// String is what the condition asks for.
+// String describes what the condition asks for.
 func (c *condition) String() string {
 	words := slices.Sorted(maps.Keys(c.exact))
 	for _, p := range c.patterns {
@@ -73,7 +73,7 @@ func (c *condition) String() string {
 	return strings.Join(words, " or ")
 }
 
-// lost says where the entries leave the descriptors of a file of envoyproxy/ratelimit.
+// lost says where the entries leave the tree of a file of envoyproxy/ratelimit.
 func (n *node) lost(entries []Entry) string {
 	for _, e := range entries {
 		k := n.keys[e.Key]
@@ -87,7 +87,8 @@ func (n *node) lost(entries []Entry) string {
 	return "the entries, all and in their order, lead elsewhere"
 }
 
-// Reset forgets what all rules that apply to the request count for its entries. All errors are joined.
+// Reset clears what all rules that apply to the request have counted for its entries. It tries all of them and joins the
+// errors.
 func (e *Engine) Reset(ctx context.Context, r Request) error {
 	p := plan{engine: e}
 	if err := p.make(e.set.Load(), &r); err != nil {

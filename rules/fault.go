@@ -1,4 +1,4 @@
-// What is wrong with files of rules, and where.
+// Faults of files of rules, and their positions.
 
 package rules
 
@@ -14,10 +14,10 @@ type Fault struct {
 	Line    int    `json:"line"`   // from 1; 0 if the file as a whole is wrong
 	Column  int    `json:"column"` // from 1, in characters
 	Problem string `json:"problem"`
-	Meant   string `json:"meant,omitempty"` // the nearest right word, where there is one
+	Meant   string `json:"meant,omitempty"` // the nearest correct word, if there is one
 }
 
-// Error is "file:line:column: problem".
+// Error returns "file:line:column: problem".
 func (f *Fault) Error() string {
 	where := f.File
 	if f.Line > 0 {
@@ -29,10 +29,11 @@ func (f *Fault) Error() string {
 	return strings.TrimPrefix(where+": "+f.Problem, ": ")
 }
 
-// Faults are all that is wrong with files, ordered by file and line: the error of Parse and Compile, for errors.As.
+// Faults are all that is wrong with files, ordered by file and position. It is the error type of Parse and Compile; use
+// errors.As.
 type Faults []*Fault
 
-// Error has a line for each fault.
+// Error returns a line for each fault.
 func (f Faults) Error() string {
 	lines := make([]string, len(f))
 	for i := range f {
@@ -41,7 +42,8 @@ func (f Faults) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// sorted orders the faults of each file by their places, and removes doubles, which aliases make.
+// sorted orders the faults by file and position. It removes duplicates, which arise if a node is read through several
+// aliases.
 func (f Faults) sorted() Faults {
 	files := map[string]int{}
 	for _, fault := range f {

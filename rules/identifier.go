@@ -1,4 +1,4 @@
-// Whom a rule counts for, and what it asks of a request.
+// The identifier that a rule counts for, and the cost that it asks for.
 
 package rules
 
@@ -13,8 +13,8 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Identifiers are written so that different ones never meet: each value follows its length. They begin with the domain,
-// by which a hash tag may put what one request asks into one slot of a Redis cluster.
+// Two different identifiers are never written alike: each value is preceded by its length. An identifier begins with the
+// domain. A hash tag can use that to put everything one request asks for into one slot of a Redis cluster.
 
 func nativePrefix(domain, rule string) string {
 	return string(appendValue(appendValue(nil, "domain", domain), "rule", rule))
@@ -36,7 +36,7 @@ func appendValue(b []byte, key, value string) []byte {
 	return append(append(b, ':'), value...)
 }
 
-// identifier is whom the rule counts a descriptor for.
+// identifier returns the identifier that the rule counts a descriptor for.
 func (r *Rule) identifier(entries []Entry) string {
 	var buf [256]byte
 	b := append(buf[:0], r.prefix...)
@@ -49,7 +49,7 @@ func (r *Rule) identifier(entries []Entry) string {
 	return hashed(b, r.prefix)
 }
 
-// value is that of the first entry with the key.
+// value returns the value of the first entry with the key, or "".
 func value(entries []Entry, key string) string {
 	for i := range entries {
 		if entries[i].Key == key {
@@ -61,7 +61,8 @@ func value(entries []Entry, key string) string {
 
 const maxIdentifier = 1024
 
-// hashed is the identifier b, or what stands for it if it is longer than a storage takes.
+// hashed returns the identifier b, or a hash of it if b is longer than a storage accepts. A hash cannot equal another
+// identifier: the value of an entry named sha256 would be preceded by its length and a colon.
 func hashed(b []byte, prefix string) string {
 	if len(b) <= maxIdentifier {
 		return string(b)
@@ -78,7 +79,8 @@ type cost struct {
 	key    string // of the entry, "" for the cost of the request
 }
 
-// of is the cost of a descriptor, that asks for base.
+// of returns what the rule r asks for a descriptor whose cost is base. Without the entry the cost is base. A product
+// above MaxInt64 becomes MaxInt64.
 func (c cost) of(r *Rule, base int64, entries []Entry) (int64, error) {
 	if c.key != "" {
 		if text := value(entries, c.key); text != "" {
@@ -98,8 +100,8 @@ func (c cost) of(r *Rule, base int64, entries []Entry) (int64, error) {
 	return base * c.factor, nil
 }
 
-// HashTag is the domain in an identifier of the engine, for redis.Options.HashTag: on a Redis cluster all that one request
-// asks has to be in one slot, and so is then all of a domain. Other identifiers are their own tag.
+// HashTag returns the domain in an identifier of the engine, for redis.Options.HashTag. On a Redis cluster, everything
+// that one request asks for must be in one slot; with this tag a whole domain is. Any other identifier is its own tag.
 func HashTag(identifier string) string {
 	key, rest, _ := strings.Cut(identifier, "=")
 	length, rest, ok := strings.Cut(rest, ":")

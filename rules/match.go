@@ -1,5 +1,5 @@
-// Which rules of native files match a request: each rule is found by one of its conditions, and then the others are
-// looked at.
+// How the rules of native files are matched. An index finds each rule by one of its conditions, and then the rule's other
+// conditions are checked.
 
 package rules
 
@@ -8,8 +8,7 @@ import (
 	"slices"
 )
 
-// condition is what a rule asks of the entries of one key: that one of them has a value that fits. Without any values
-// it is enough that there is one.
+// condition asks that at least one entry of its key has a value that fits. Without any values, any entry of the key fits.
 type condition struct {
 	key      string
 	exact    map[string]bool
@@ -50,21 +49,22 @@ func (c *condition) fits(value string) bool {
 // matcher finds rules by their conditions.
 type matcher struct {
 	keys   map[string]*keyIndex
-	always []*Rule // without conditions
+	always []*Rule // rules without conditions
 }
 
-// keyIndex has the rules that are found by the entries of one key.
+// keyIndex holds the rules that are found by the entries of one key.
 type keyIndex struct {
 	exact     map[string][]*Rule
 	patterns  patterns
 	ofPattern [][]*Rule // by the index of the pattern
 	indexes   map[string]int
 	networks  map[netip.Prefix][]*Rule
-	bits      []int // how long networks are
+	bits      []int // the different lengths of the networks
 	anyValue  []*Rule
 }
 
-// newMatcher finds each rule by the condition that it shares with the fewest rules.
+// newMatcher indexes each rule by the condition that it shares with the fewest other rules, so that a request looks at
+// few rules in vain.
 func newMatcher(rules []*Rule) matcher {
 	m := matcher{keys: map[string]*keyIndex{}}
 	shared := map[Entry]int{}
@@ -83,7 +83,7 @@ func newMatcher(rules []*Rule) matcher {
 	return m
 }
 
-// add makes the rule one that is found by its best condition.
+// add indexes the rule by its best condition.
 func (m *matcher) add(r *Rule, shared map[Entry]int) {
 	best := 0
 	for i := range r.conditions {
@@ -99,7 +99,8 @@ func (m *matcher) add(r *Rule, shared map[Entry]int) {
 	m.index(r.conditions[best].key).add(r, &r.conditions[best])
 }
 
-// share adds n to the number of rules that ask for each value of the condition, and returns the largest such number.
+// share adds n to the number of rules that ask for each value of the condition, and returns the largest such number. A
+// pattern counts as its first piece, because the index finds it by that.
 func (c *condition) share(shared map[Entry]int, n int) (most int) {
 	count := func(value string) {
 		e := Entry{c.key, value}
@@ -157,7 +158,7 @@ func (k *keyIndex) addPattern(r *Rule, p pattern) {
 	k.ofPattern[i] = append(k.ofPattern[i], r)
 }
 
-// match appends the rules all of whose conditions hold, in their order.
+// match appends the rules whose conditions all hold, in the order of the file.
 func (m *matcher) match(dst []*Rule, entries []Entry) []*Rule {
 	n := len(dst)
 	dst = append(dst, m.always...)
@@ -168,7 +169,7 @@ func (m *matcher) match(dst []*Rule, entries []Entry) []*Rule {
 	}
 	found := dst[n:]
 	slices.SortFunc(found, func(a, b *Rule) int { return a.order - b.order })
-	return dst[:n+len(slices.Compact(found))] // several values of a list may fit
+	return dst[:n+len(slices.Compact(found))] // a rule is found twice if several values fit
 }
 
 func (k *keyIndex) match(dst []*Rule, value string, entries []Entry) []*Rule {
@@ -193,14 +194,14 @@ func (k *keyIndex) matchNetworks(dst []*Rule, value string, entries []Entry) []*
 	}
 	a = a.Unmap().WithZone("")
 	for _, bits := range k.bits {
-		if n, err := a.Prefix(bits); err == nil { // or the address is too short
+		if n, err := a.Prefix(bits); err == nil { // fails if the address is shorter than bits
 			dst = appendHolding(dst, k.networks[n], entries)
 		}
 	}
 	return dst
 }
 
-// appendHolding appends those of the rules all of whose conditions hold.
+// appendHolding appends those of the rules whose remaining conditions hold.
 func appendHolding(dst, rules []*Rule, entries []Entry) []*Rule {
 	for _, r := range rules {
 		if r.holds(entries) {
@@ -210,7 +211,7 @@ func appendHolding(dst, rules []*Rule, entries []Entry) []*Rule {
 	return dst
 }
 
-// holds reports whether all conditions hold, besides the one by which the rule was found.
+// holds reports whether all conditions hold other than the one by which the rule was found.
 func (r *Rule) holds(entries []Entry) bool {
 	for _, c := range r.rest {
 		if !c.holds(entries) {

@@ -10,28 +10,28 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// MiddlewareOptions are those of Engine.Middleware. The zero value is the default.
+// MiddlewareOptions are the options of Engine.Middleware. The zero value means the defaults.
 type MiddlewareOptions struct {
 	Domain string // whose rules apply; "" is DefaultDomain
 
-	// Cost of a request in tokens, 0 or more. Nil is 1.
+	// Cost returns the cost of a request in tokens, 0 or more. Nil means 1.
 	Cost func(*http.Request) int64
 
-	// These are as in throttlerhttp.Options.
+	// The following are as in throttlerhttp.Options.
 	RefundIf func(status int) bool
 	Fields   throttlerhttp.Fields
 	Refuse   func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal)
 	OnError  func(*http.Request, error)
 }
 
-// Middleware limits the requests that a net/http server serves by what entries says of each: its path, its method, who
-// sent it. The answers are those of package throttlerhttp. Nil options are the default.
+// Middleware limits the requests of a net/http server. The function entries describes each request: its path, its method,
+// its sender. Package throttlerhttp writes the answers. Nil options mean the defaults.
 func (e *Engine) Middleware(entries func(*http.Request) []Entry, o *MiddlewareOptions) func(http.Handler) http.Handler {
 	if o == nil {
 		o = &MiddlewareOptions{}
 	}
 	domain, cost := o.Domain, o.Cost
-	limit, _ := throttlerhttp.New(e.t, &throttlerhttp.Options{ // no error: none of these can be faulty
+	limit, _ := throttlerhttp.New(e.t, &throttlerhttp.Options{ // no error is possible: none of these can be faulty
 		Decide: func(r *http.Request) (throttler.Verdict, error) {
 			asked := Request{Domain: domain, Entries: entries(r)}
 			if cost != nil {
@@ -48,7 +48,7 @@ func (e *Engine) Middleware(entries func(*http.Request) []Entry, o *MiddlewareOp
 	return limit
 }
 
-// deniedBy names the rules that deny.
+// deniedBy names the rules that denied.
 func deniedBy(applied []Applied) string {
 	names := "denied by"
 	for i := range applied {

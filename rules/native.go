@@ -1,4 +1,4 @@
-// Files of rules in the words of this package.
+// Files of rules in this package's own words.
 
 package rules
 
@@ -56,7 +56,7 @@ func (f *nativeFile) keys(n *yaml.Node, what string) (keys []string) {
 	return keys
 }
 
-// rule reads a rule, which is in the domain by then even if it is faulty: so its name is known to others.
+// rule reads a rule. It adds even a faulty rule to the domain, so that rules which replace it do not get a second fault.
 func (f *nativeFile) rule(n *yaml.Node) {
 	r := &Rule{domain: f.domain, cost: cost{factor: 1}, order: len(f.domain.rules)}
 	var replaces []*yaml.Node
@@ -101,7 +101,7 @@ func (f *nativeFile) rule(n *yaml.Node) {
 	f.domain.rules = append(f.domain.rules, r)
 }
 
-const maxRuleName = 40 // so that names of limits have room for the period
+const maxRuleName = 40 // leaves room for the period in the names of limits
 
 func (f *nativeFile) name(n *yaml.Node) string {
 	name, ok := f.text(n, "name")
@@ -111,7 +111,7 @@ func (f *nativeFile) name(n *yaml.Node) string {
 	return name
 }
 
-// complete looks for what the words of a rule say together.
+// complete checks which words of a rule go together.
 func (f *nativeFile) complete(r *Rule, n *yaml.Node, has map[string]*yaml.Node) {
 	switch {
 	case r.Unlimited && has["limits"] != nil:
@@ -131,7 +131,7 @@ func (f *nativeFile) when(r *Rule, n *yaml.Node) {
 	}
 }
 
-// condition reads the values that the entry of a key may have.
+// condition reads the values that an entry of the key may have.
 func (f *nativeFile) condition(r *Rule, key string, n *yaml.Node) {
 	c := condition{key: key, exact: map[string]bool{}}
 	anything, values := false, 0
@@ -240,7 +240,7 @@ func (f *nativeFile) replaces(r *Rule, n *yaml.Node) {
 	f.names = append(f.names, named{r, name, n})
 }
 
-// cost reads a factor, or the key of an entry.
+// cost reads a factor, or the key of an entry whose value is the cost.
 func (f *nativeFile) cost(n *yaml.Node) cost {
 	if n = f.resolved(n); n.ShortTag() == "!!int" {
 		return cost{factor: f.integer(n, "cost", 0, maxCost)}
@@ -249,7 +249,7 @@ func (f *nativeFile) cost(n *yaml.Node) cost {
 	return cost{factor: 1, key: key}
 }
 
-// mode reports whether it is to charge.
+// mode reports whether the rule is a Charge rule.
 func (r *reader) mode(n *yaml.Node) bool {
 	words := []string{"consume", "charge"}
 	text, ok := r.text(n, "mode")

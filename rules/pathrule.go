@@ -1,4 +1,4 @@
-// Rules of a path and descriptors, in place of when, per and limits:
+// Rules that have a path and descriptors instead of when, per and limits:
 //
 //	rules:
 //	  - path: /login
@@ -6,7 +6,8 @@
 //	      - {key: user, unit: minute, requests_per_unit: 5}
 //	      - {key: plan, value: free, unit: hour, requests_per_unit: 100}
 //
-// Each descriptor is a rule of its own: for the requests of the path, and of the value, or by each value of the key.
+// Each descriptor becomes a rule of its own for requests to the path. With a value it limits the requests that have this
+// value; without one it limits each value of the key separately.
 
 package rules
 

@@ -1,4 +1,4 @@
-// Patterns of values, in which * stands for anything, and finding those of many that match.
+// Patterns of values, in which * stands for any text, and an index that finds the matching ones among many.
 
 package rules
 
@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// pattern is what stands between the stars: a*b has the pieces a and b.
+// pattern is the pieces between the stars: a*b has the pieces a and b.
 type pattern []string
 
 func newPattern(s string) pattern { return strings.Split(s, "*") }
@@ -15,8 +15,8 @@ func newPattern(s string) pattern { return strings.Split(s, "*") }
 // exact reports whether the pattern has no star.
 func (p pattern) exact() bool { return len(p) == 1 }
 
-// match reports whether the pattern is the whole value. Each piece is taken where it comes first, so that it takes no
-// longer than to look for all pieces once.
+// match reports whether the pattern matches the whole value. It takes each piece at its first occurrence, which leaves
+// the most text for the pieces after it. So it never needs to go back, and searches for each piece only once.
 func (p pattern) match(value string) bool {
 	if p.exact() {
 		return value == p[0]
@@ -39,21 +39,22 @@ func (p pattern) match(value string) bool {
 	return true
 }
 
-// patterns finds those of many patterns that match a value, by a tree of their first pieces: it looks only at patterns
-// that begin as the value does.
+// patterns finds the patterns that match a value. It is a tree of their first pieces, and so tries only patterns that
+// begin as the value does.
 type patterns struct {
 	all  []pattern
 	root prefix
 }
 
-// prefix is a node of the tree: the label that leads to it, and what begins with all labels down to here.
+// prefix is a node of the tree. Its label leads to it from its parent; the labels from the root down to it are the prefix
+// of everything below.
 type prefix struct {
 	label    string
-	patterns []int32   // that have no more in their first piece
-	next     []*prefix // whose labels begin with different bytes, sorted
+	patterns []int32   // indexes of patterns whose first piece ends here
+	next     []*prefix // children, sorted; no two labels begin with the same byte
 }
 
-// add returns the index of the new pattern.
+// add adds a pattern and returns its index.
 func (p *patterns) add(new pattern) int {
 	n := len(p.all)
 	p.all = append(p.all, new)
@@ -76,6 +77,7 @@ func (n *prefix) add(rest string, index int32) {
 	for common < min(len(rest), len(child.label)) && rest[common] == child.label[common] {
 		common++
 	}
+	// The new piece leaves the label halfway, or ends there: split the label.
 	if common < len(child.label) {
 		n.next[i] = &prefix{label: rest[:common], next: []*prefix{child}}
 		child.label = child.label[common:]
@@ -108,5 +110,5 @@ func (p *patterns) match(dst []int32, value string) []int32 {
 	}
 }
 
-// String is the pattern as it was written.
+// String returns the pattern as it was written.
 func (p pattern) String() string { return strings.Join(p, "*") }

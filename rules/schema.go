@@ -5,7 +5,7 @@ import _ "embed"
 //go:embed rules.schema.json
 var schema string
 
-// Schema is the JSON Schema of files of rules, of both kinds, for editors: put
+// Schema returns the JSON Schema of files of rules, of both kinds. Editors use it: put
 //
 //	# yaml-language-server: $schema=rules.schema.json
 //

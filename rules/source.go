@@ -1,4 +1,4 @@
-// Where rules come from: files, and memory. Package rules/postgres has a table.
+// Where rules come from: files, and memory. Package rules/postgres keeps them in a table.
 
 package rules
 
@@ -16,48 +16,50 @@ import (
 	"time"
 )
 
-// Source has the files of an Engine. It is safe for concurrent use.
+// Source provides the files of an Engine. It must be safe for concurrent use.
 type Source interface {
-	// Files returns all files as they are now. It ends with its context.
+	// Files returns all files as they are now. It returns early, with an error, if ctx ends.
 	Files(ctx context.Context) ([]File, error)
 }
 
-// Watcher is a Source that knows of changes by itself, so that an Engine need not wait until it looks again.
+// Watcher is a Source that reports changes, so that an Engine learns of them before it looks again.
 type Watcher interface {
 	Source
 
-	// Watch calls changed when the files may have changed, until the context ends.
+	// Watch calls changed whenever the files may have changed. It returns when ctx ends.
 	Watch(ctx context.Context, changed func())
 }
 
-// Store is a Source that can be changed. What it is given is not compiled: Compile the files with the change before.
+// Store is a Source that can be changed. It does not compile what it is given: Compile all files with the change first.
 type Store interface {
 	Source
 
-	// Put adds the file, or replaces the one of its name. It returns ErrConflict, and changes nothing, unless ifMatch
-	// is the ETag of that file, Absent if there must be none, or "" if that does not matter.
+	// Put adds the file, or replaces the file of the same name. ifMatch is the expected ETag of that file, Absent if
+	// there must be none, or "" for no check. If it does not match, Put changes nothing and returns ErrConflict.
 	Put(ctx context.Context, f File, ifMatch string) error
 
-	// Delete removes the file of this name. ifMatch is that of Put. Without such a file it returns ErrNotFound.
+	// Delete removes the file of this name. It checks ifMatch as Put does, and returns ErrNotFound if there is no such
+	// file.
 	Delete(ctx context.Context, name, ifMatch string) error
 }
 
 // Absent is the ETag of a file that a Store does not have.
 const Absent = "absent"
 
-// The errors of a Store.
+// Errors of a Store.
 var (
 	ErrConflict = errors.New("rules: somebody else has changed the file")
 	ErrNotFound = errors.New("rules: no such file")
 )
 
-// ETag is a hash of the file's data.
+// ETag returns a hash of the file's data.
 func (f *File) ETag() string {
 	sum := sha256.Sum256(f.Data)
 	return hex.EncodeToString(sum[:16])
 }
 
-// Matches is the check that a Store makes of ifMatch. The file is nil if there is none.
+// Matches is the check of ifMatch that a Store makes. It returns an error that wraps ErrConflict, or nil. A nil file
+// stands for a file that does not exist.
 func (f *File) Matches(ifMatch string) error {
 	tag := Absent
 	if f != nil {
@@ -69,18 +71,18 @@ func (f *File) Matches(ifMatch string) error {
 	return fmt.Errorf("%w: its ETag is %q, not %q", ErrConflict, tag, ifMatch)
 }
 
-// Memory is a Store in this process. NewMemory makes one.
+// Memory is a Store in this process. NewMemory makes one. It is safe for concurrent use.
 type Memory struct {
 	mu      sync.Mutex
 	files   []File        // sorted by name
-	changed chan struct{} // closed by the next change
+	changed chan struct{} // closed by the next change, and replaced then
 }
 
-// NewMemory returns a Memory that has these files.
+// NewMemory returns a Memory with these files.
 func NewMemory(files ...File) *Memory {
 	m := &Memory{changed: make(chan struct{})}
 	for _, f := range files {
-		_ = m.Put(context.Background(), f, "") // cannot fail
+		_ = m.Put(context.Background(), f, "") // cannot fail without an ifMatch
 	}
 	return m
 }
@@ -92,7 +94,7 @@ func (m *Memory) Files(context.Context) ([]File, error) {
 	return slices.Clone(m.files), nil
 }
 
-// Put is that of Store. It keeps the data, which must not be changed afterwards.
+// Put implements Store. It keeps the data, which must not be changed afterwards.
 func (m *Memory) Put(_ context.Context, f File, ifMatch string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -109,7 +111,7 @@ func (m *Memory) Put(_ context.Context, f File, ifMatch string) error {
 	return nil
 }
 
-// Delete is that of Store.
+// Delete implements Store.
 func (m *Memory) Delete(_ context.Context, name, ifMatch string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -138,7 +140,7 @@ func (m *Memory) tell() {
 	m.changed = make(chan struct{})
 }
 
-// Watch is that of Watcher.
+// Watch implements Watcher.
 func (m *Memory) Watch(ctx context.Context, changed func()) {
 	for {
 		m.mu.Lock()
@@ -153,12 +155,12 @@ func (m *Memory) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// Files is a Source of files, and of folders, of which it has all files *.yaml, *.yml and *.json, by name, but none of
-// folders below, and none whose name begins with a dot. It looks at contents, and not at times or links, so that the
-// volumes of Kubernetes and any editor work.
+// Files returns a Source of files and folders. Of a folder it reads all files *.yaml, *.yml and *.json, by name, except
+// files in subfolders and files whose name begins with a dot. It compares contents rather than times or links, so it
+// works with the volumes of Kubernetes and with any editor.
 //
-// A file that changes is read again until it stays as it is for a tenth of a second. A folder without such files is an
-// error: rules that are gone by mistake would let everybody in.
+// A file that has changed is read again until it stays the same for a tenth of a second, at most ten times. A folder
+// without such files is an error: if the rules are gone by mistake, nothing would be limited.
 func Files(paths ...string) Source { return &files{paths: slices.Clone(paths)} }
 
 type files struct {
@@ -170,6 +172,7 @@ type files struct {
 
 const settled = 100 * time.Millisecond
 
+// The lock is held while waiting for files to settle: another caller would only read the same unfinished files.
 func (s *files) Files(ctx context.Context) ([]File, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -213,7 +216,7 @@ func (s *files) read() (all []File, err error) {
 	return all, nil
 }
 
-// filesIn is the path itself, or the files of the folder that it is.
+// filesIn returns the path itself, or the files in it if it is a folder.
 func filesIn(path string) (names []string, err error) {
 	info, err := os.Stat(path)
 	if err != nil {

@@ -114,8 +114,8 @@ var units = map[typev3.RateLimitUnit]time.Duration{
 
 const longest = 366 * day // period of a bucket
 
-// override returns the limit that a descriptor brings. It is a fixed window, as are all limits in files of
-// envoyproxy/ratelimit.
+// override returns the limit that a descriptor brings. It is a fixed window, which is also the default of limits in files
+// of envoyproxy/ratelimit.
 func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Bucket, error) {
 	unit, known := units[o.GetUnit()]
 	if !known {

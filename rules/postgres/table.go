@@ -1,13 +1,13 @@
-// Package postgres keeps files of rules in a table, which any number of processes share.
+// Package postgres keeps files of rules in a table that any number of processes share.
 //
 //	pool, err := pgxpool.New(ctx, "postgres://localhost/app")
 //	table, err := pgrules.New(ctx, pool, nil)
 //	engine, err := rules.NewEngine(t, table, nil)
 //	err = table.Put(ctx, rules.File{Name: "api.yaml", Data: data}, "")
 //
-// Import it as pgrules. Each engine listens for changes (LISTEN, for which a connection besides the pool's stays open), and
-// compares the table with what it has whenever it looks: so changes made by hand count as well, and notifications may be
-// lost, as behind a PgBouncer that pools transactions.
+// Import it as pgrules. Each engine listens for changes with LISTEN, which keeps one connection open besides those of the
+// pool. Whenever an engine looks, it compares the table with the files it has. Changes made by hand are therefore found
+// as well, and notifications may be lost, as behind a PgBouncer that pools transactions.
 package postgres
 
 import (
@@ -31,32 +31,32 @@ const (
 	DefaultTimeout = 2 * time.Second
 )
 
-// Options of a Table. The zero value and nil are the defaults.
+// Options are the options of a Table. The zero value and nil mean the defaults.
 type Options struct {
-	// Schema is where the table is, by default the first of the search_path of the role. It is not created.
+	// Schema is the schema of the table, by default the first in the search_path of the role. It is not created.
 	Schema string
 
-	// Table is its name, and that of the channel of notifications; by default DefaultTable.
+	// Table is the name of the table and of the notification channel, by default DefaultTable.
 	Table string
 
-	// Timeout is the longest that a call takes, whatever its context allows; by default DefaultTimeout.
+	// Timeout bounds each call, whatever its context allows; by default it is DefaultTimeout. It must not be below 0.
 	Timeout time.Duration
 
-	// NoSchema says that somebody else has executed Schema: New then creates nothing.
+	// NoSchema says that the SQL of Schema is executed elsewhere: New then creates nothing.
 	NoSchema bool
 }
 
-// Table is a rules.Store and a rules.Watcher. It is made by New, and safe for concurrent use.
+// Table is a rules.Store and a rules.Watcher. New makes one. It is safe for concurrent use.
 type Table struct {
 	pool    *pgxpool.Pool
 	options Options
 
-	mu    sync.Mutex // guards what was read last, by one call at a time
+	mu    sync.Mutex // guards the files that were read last; held during a query, so that calls read one after the other
 	hash  string
 	files []rules.File
 }
 
-// Schema returns the SQL that New executes: one table, for people who do that by migrations of their own. It may be
+// Schema returns the SQL that New executes, for people who run their own migrations. It creates one table and may be
 // executed any number of times.
 func Schema(o *Options) string {
 	return "CREATE TABLE IF NOT EXISTS " + o.withDefaults().table() + " (\n  name text PRIMARY KEY,\n  data text NOT NULL -- YAML or JSON\n)"
@@ -71,7 +71,7 @@ func (o *Options) withDefaults() Options {
 	return out
 }
 
-// table is its name, quoted.
+// table returns the quoted name of the table.
 func (o Options) table() string {
 	if o.Schema == "" {
 		return pgx.Identifier{o.Table}.Sanitize()
@@ -79,7 +79,7 @@ func (o Options) table() string {
 	return pgx.Identifier{o.Schema, o.Table}.Sanitize()
 }
 
-// New makes the table, unless it is there or Options.NoSchema is set. The pool belongs to the caller, who closes it after
+// New creates the table, unless it exists or Options.NoSchema is set. The pool belongs to the caller, who closes it after
 // the engines.
 func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 	t := &Table{pool: pool, options: o.withDefaults()}
@@ -92,7 +92,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 	err := t.change(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		var there bool
 		if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", t.options.table()).Scan(&there); there || err != nil {
-			return err // a role that may not create tables need not
+			return err // if the table exists, the role needs no right to create it
 		}
 		_, err := tx.Exec(ctx, Schema(&t.options))
 		return err
@@ -100,7 +100,8 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 	return t, err
 }
 
-// change does something in a transaction, one at a time for all processes.
+// change runs do in a transaction. An advisory lock lets only one change run at a time, over all processes. Without it,
+// two processes could both pass the check of ifMatch before either writes.
 func (t *Table) change(ctx context.Context, do func(context.Context, pgx.Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
@@ -120,7 +121,8 @@ func wrap(err error) error {
 	return fmt.Errorf("rules: postgres: %w", err)
 }
 
-// Files returns the files, sorted by name. What has not changed since the last call is not sent again.
+// Files returns the files, sorted by name. Postgres sends them only if they have changed since the last call: the query
+// compares a hash of the table with that of the last result.
 func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -138,7 +140,7 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	hash, files := t.hash, []rules.File{}
 	var name, data *string
 	_, err = pgx.ForEachRow(rows, []any{&hash, &name, &data}, func() error {
-		if name != nil { // else the table is empty
+		if name != nil { // otherwise the table is empty
 			files = append(files, rules.File{Name: *name, Data: []byte(*data)})
 		}
 		return nil
@@ -152,7 +154,7 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	return slices.Clone(t.files), nil
 }
 
-// Put is that of rules.Store. The data has to be UTF-8 without NUL.
+// Put implements rules.Store. The data must be UTF-8 without NUL.
 func (t *Table) Put(ctx context.Context, f rules.File, ifMatch string) error {
 	return t.change(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		had, err := t.find(ctx, tx, f.Name)
@@ -167,7 +169,7 @@ func (t *Table) Put(ctx context.Context, f rules.File, ifMatch string) error {
 	})
 }
 
-// Delete is that of rules.Store.
+// Delete implements rules.Store.
 func (t *Table) Delete(ctx context.Context, name, ifMatch string) error {
 	return t.change(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		had, err := t.find(ctx, tx, name)
@@ -185,7 +187,7 @@ func (t *Table) Delete(ctx context.Context, name, ifMatch string) error {
 	})
 }
 
-// find is the file of this name, or nil.
+// find returns the file of this name, or nil.
 func (t *Table) find(ctx context.Context, tx pgx.Tx, name string) (*rules.File, error) {
 	var data string
 	err := tx.QueryRow(ctx, "SELECT data FROM "+t.options.table()+" WHERE name = $1", name).Scan(&data)
@@ -195,7 +197,7 @@ func (t *Table) find(ctx context.Context, tx pgx.Tx, name string) (*rules.File, 
 	return &rules.File{Name: name, Data: []byte(data)}, err
 }
 
-// notified tells who listens, if err is nil.
+// notified notifies the listeners when the transaction commits, unless err is set.
 func (t *Table) notified(ctx context.Context, tx pgx.Tx, err error) error {
 	if err == nil {
 		_, err = tx.Exec(ctx, "SELECT pg_notify($1, '')", t.options.Table)
@@ -205,10 +207,10 @@ func (t *Table) notified(ctx context.Context, tx pgx.Tx, err error) error {
 
 const reconnect = 250 * time.Millisecond
 
-// Watch is that of rules.Watcher. It connects again after each failure.
+// Watch implements rules.Watcher. It connects again after each failure.
 func (t *Table) Watch(ctx context.Context, changed func()) {
 	for ctx.Err() == nil {
-		_ = t.listen(ctx, changed) // whoever looks at the table is told what is wrong with it
+		_ = t.listen(ctx, changed) // the next call of Files reports what is wrong
 		select {
 		case <-time.After(reconnect):
 		case <-ctx.Done():
@@ -216,7 +218,7 @@ func (t *Table) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// listen returns when the connection fails.
+// listen calls changed after each notification. It returns when the connection fails.
 func (t *Table) listen(ctx context.Context, changed func()) error {
 	connecting, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
@@ -232,7 +234,7 @@ func (t *Table) listen(ctx context.Context, changed func()) error {
 	if _, err := conn.Exec(connecting, "LISTEN "+pgx.Identifier{t.options.Table}.Sanitize()); err != nil {
 		return err
 	}
-	changed() // perhaps, before it listened
+	changed() // there may have been changes before LISTEN
 	for {
 		if _, err := conn.WaitForNotification(ctx); err != nil {
 			return err
