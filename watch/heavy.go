@@ -1,6 +1,6 @@
 package watch
 
-// Who asks most.
+// Which identifiers ask for most.
 
 import (
 	"maps"
@@ -10,14 +10,14 @@ import (
 )
 
 const (
-	counters = 1 << 10 // of a sketch
-	heavyOf  = 1000    // who asked for one in so many of all tokens is heavy
-	maxNames = 4096    // more than all sketches of a shard track: each three quarters of its counters
-	longest  = 128     // bytes of an identifier that are kept
-	mostCost = 1 << 40 // tokens that a call counts for at most, so that no sum overflows
+	counters = 1 << 10 // in one sketch
+	heavyOf  = 1000    // an identifier is heavy above one in this many of all tokens or denials
+	maxNames = 4096    // more than the four sketches of a shard track: three quarters of their counters each
+	longest  = 128     // bytes kept of an identifier
+	mostCost = 1 << 40 // tokens; a larger cost counts as this much, so that no sum overflows
 )
 
-// minute has what identifiers did in one minute, by their hashes, and how long decisions took.
+// minute holds what identifiers did in one minute, by their hashes, and how long decisions took.
 type minute struct {
 	number        int64
 	asked, denied *frequencies.LongsSketch
@@ -25,12 +25,12 @@ type minute struct {
 }
 
 func newMinute(number int64) *minute {
-	asked, _ := frequencies.NewLongsSketchWithMaxMapSize(counters) // fails only if that is no power of two
+	asked, _ := frequencies.NewLongsSketchWithMaxMapSize(counters) // fails only if the size is not a power of two
 	denied, _ := frequencies.NewLongsSketchWithMaxMapSize(counters)
 	return &minute{number: number, asked: asked, denied: denied}
 }
 
-// turnMinute begins a minute, if it is not the present one.
+// turnMinute begins the minute of this number, unless it is the present one.
 func (s *shard) turnMinute(number int64) {
 	if number == s.this.number {
 		return
@@ -42,13 +42,13 @@ func (s *shard) turnMinute(number int64) {
 	s.forgetNames()
 }
 
-// asked counts what an identifier asked for. Its name is kept only once it is heavy: so a flood of identifiers, each of
-// which asks for little, takes no memory.
+// asked counts what an identifier asked for. Its name is kept only once it is heavy, so a flood of identifiers that each
+// ask for little takes no memory.
 func (s *shard) asked(hash int64, a *asking) {
 	if a.cost <= 0 {
 		return
 	}
-	_ = s.this.asked.UpdateMany(hash, min(a.cost, mostCost)) // fails only below zero
+	_ = s.this.asked.UpdateMany(hash, min(a.cost, mostCost)) // fails only for a negative count
 	if a.denied {
 		_ = s.this.denied.UpdateMany(hash, 1)
 	}
@@ -76,8 +76,8 @@ func (s *shard) keepName(hash int64, id string) {
 	s.names[hash] = strings.Clone(id[:min(len(id), longest)])
 }
 
-// mask unlocks the shard if Mask panics, else all who come after would wait without end. Those that lock the shard do not
-// defer to unlock it, as that takes a tenth of the time.
+// mask calls Mask and unlocks the shard if that panics; otherwise all later calls would block forever. The functions that
+// lock the shard unlock it without defer, because defer takes a tenth of their time.
 func (s *shard) mask(id string) string {
 	panics := true
 	defer func() {
@@ -90,7 +90,7 @@ func (s *shard) mask(id string) string {
 	return id
 }
 
-// forgetNames forgets those that no sketch tracks any more.
+// forgetNames removes the names of identifiers that no sketch tracks any more.
 func (s *shard) forgetNames() {
 	clear(s.known[:])
 	maps.DeleteFunc(s.names, func(hash int64, _ string) bool {
@@ -99,7 +99,7 @@ func (s *shard) forgetNames() {
 	})
 }
 
-// heavy is what an identifier did in this minute and in the last one.
+// heavy returns what an identifier did in this minute and in the last one.
 func (s *shard) heavy(hash int64) (h Heavy) {
 	for _, m := range [...]*minute{s.this, s.last} {
 		asked, _ := m.asked.GetUpperBound(hash)

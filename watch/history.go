@@ -1,6 +1,6 @@
 package watch
 
-// What happened when: by second for five minutes, and by ten seconds for an hour.
+// The history: by second for five minutes, and by ten seconds for an hour.
 
 import (
 	"time"
@@ -10,14 +10,14 @@ import (
 
 const (
 	fine      = 300 // seconds that are kept one by one
-	step      = 10  // seconds of a step of the hour
-	steps     = 360 // of the hour
-	spikeOver = 3   // times the hour
-	spikeFrom = 100 // calls in ten seconds: fewer are no spike
-	nearOf    = 5   // what leaves less than this part of the limit is near it
+	step      = 10  // seconds in one step of the hour
+	steps     = 360 // in the hour
+	spikeOver = 3   // a spike is over this many times the rate of the hour
+	spikeFrom = 100 // calls in ten seconds; fewer are never a spike
+	nearOf    = 5   // a call that leaves less than one in this many tokens of the limit is near it
 )
 
-// outcome is what came of a decision.
+// outcome is the result of a decision.
 type outcome int
 
 const (
@@ -30,7 +30,7 @@ const (
 
 func outcomeOf(e *throttler.Event) outcome {
 	if e.Verdict.Allowed && !e.Bypassed() && e.Err == nil {
-		return allowed // as Result says, which takes longer
+		return allowed // the same as Result, but faster
 	}
 	switch e.Result() {
 	case "allowed":
@@ -43,12 +43,12 @@ func outcomeOf(e *throttler.Event) outcome {
 	return failed
 }
 
-// counts is what happened in some time.
+// counts holds what happened in some span of time.
 type counts struct {
 	calls          [outcomes]int64
-	degraded, near int64 // of these calls
-	tokens         int64 // taken, without those given back
-	peak           int64 // the most decisions in one second: known of a step only
+	degraded, near int64 // how many of these calls
+	tokens         int64 // taken, minus refunded
+	peak           int64 // the most decisions in one second; set only for a step of the hour
 }
 
 func (c *counts) decisions() (sum int64) {
@@ -68,14 +68,15 @@ func (c *counts) add(d *counts) {
 	c.peak = max(c.peak, d.peak)
 }
 
-// ring has the counts of the newest slots, each of so many seconds.
+// ring holds the counts of the newest slots. Each slot spans the given number of seconds.
 type ring struct {
 	seconds int64
-	newest  int64 // the number of the newest slot
+	newest  int64 // number of the newest slot
 	slots   []counts
 }
 
-// add adds to the slot of a second, and returns it: nil if that is forgotten already.
+// add adds c to the slot of a second and returns the slot, or nil if the ring no longer has it. It clears the slots
+// between the newest and this one, which it reuses.
 func (r *ring) add(second int64, c *counts) *counts {
 	n, size := second/r.seconds, int64(len(r.slots))
 	for i := max(r.newest, n-size) + 1; i <= n; i++ {
@@ -89,7 +90,7 @@ func (r *ring) add(second int64, c *counts) *counts {
 	return slot
 }
 
-// at is the slot of this number, or nil if there is none.
+// at returns the slot of number n, or nil if the ring does not have it.
 func (r *ring) at(n int64) *counts {
 	if n < 0 || n > r.newest || n <= r.newest-int64(len(r.slots)) {
 		return nil
@@ -97,7 +98,7 @@ func (r *ring) at(n int64) *counts {
 	return &r.slots[n%int64(len(r.slots))]
 }
 
-// sum adds up the slots from one to before another.
+// sum adds up the slots from (inclusive) to to (exclusive).
 func (r *ring) sum(from, to int64) (sum counts) {
 	for n := from; n < to; n++ {
 		if c := r.at(n); c != nil {
@@ -107,7 +108,7 @@ func (r *ring) sum(from, to int64) (sum counts) {
 	return sum
 }
 
-// series is the history of one source, of one bucket or of all.
+// series is the history of one source, of one bucket, or of everything.
 type series struct {
 	fine, hour ring
 	limit      int64 // of a bucket, as last seen
@@ -125,10 +126,10 @@ func (s *series) add(second int64, c *counts) {
 	}
 }
 
-// rate is how much happens before the second now, which is not over and does not count.
+// rate returns the rates before the second now, which is not over and does not count.
 func (s *series) rate(now int64) Rate {
 	last := s.fine.sum(now-step, now)
-	to := max(0, now-step) / step // the first step of the hour that is not wholly before those seconds
+	to := max(0, now-step) / step // first step of the hour that is not wholly before the last ten seconds
 	from := max(0, to-steps+1)
 	r := Rate{Now: float64(last.decisions()) / step, Peak: s.hour.sum(from, now/step+1).peak}
 	if to > from {

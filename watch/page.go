@@ -1,6 +1,6 @@
 package watch
 
-// The page: HTML made here, and made anew each second for whoever looks.
+// The page: HTML that is made here, and made again each second for each viewer.
 
 import (
 	"bytes"
@@ -27,10 +27,10 @@ var page = template.Must(template.New("page").Funcs(template.FuncMap{
 	"rate": rate, "count": count, "share": share, "took": took, "between": between, "printable": printable, "limit": limit, "chart": newChart, "pairs": pairs,
 }).Parse(pageHTML))
 
-// ServeHTTP serves the page at a path that ends with a slash, such as /debug/throttler/, and beside it json, which is the
-// Snapshot, and events, the page's main part each second as server-sent events. It only reads. Everybody who may ask sees
-// identifiers: put it behind a login, and let the contexts of requests end when the server shuts down
-// (http.Server.BaseContext), else Shutdown waits for who still looks.
+// ServeHTTP serves the page at a path that ends with a slash, such as /debug/throttler/. Beside it, json is the Snapshot,
+// and events is the main part of the page each second, as server-sent events. It only reads. Everybody who may call it
+// sees identifiers, so put it behind a login. Let the contexts of requests end when the server shuts down
+// (http.Server.BaseContext); otherwise Shutdown waits for those who have the page open.
 func (w *Watch) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	h := rw.Header()
 	h.Set("Cache-Control", "no-store")
@@ -62,10 +62,10 @@ func (w *Watch) servePage(rw http.ResponseWriter) {
 	rw.Header().Set("Content-Type", "text/html; charset=utf-8")
 	rw.Header().Set("Content-Security-Policy", fmt.Sprintf("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "+
 		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'", hash(out, "style"), hash(out, "script")))
-	_, _ = rw.Write(out) // fails when the client has gone: there is nobody to tell
+	_, _ = rw.Write(out) // fails only if the client has gone
 }
 
-// hash is what a policy calls the text of the page's only element of a kind.
+// hash returns the policy's source expression for the text of the page's only element of a kind.
 func hash(page []byte, kind string) string {
 	_, rest, _ := bytes.Cut(page, []byte("<"+kind+">"))
 	text, _, _ := bytes.Cut(rest, []byte("</"+kind+">"))
@@ -89,7 +89,7 @@ func (w *Watch) serveJSON(rw http.ResponseWriter) {
 	_, _ = rw.Write(out) // as above
 }
 
-// serveEvents sends the main part of the page until the client or the server ends it.
+// serveEvents sends the main part of the page each second, until the client leaves or the server ends.
 func (w *Watch) serveEvents(rw http.ResponseWriter, r *http.Request) {
 	rw.Header().Set("Content-Type", "text/event-stream")
 	if r.Method == http.MethodHead {
@@ -110,7 +110,8 @@ func (w *Watch) serveEvents(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// sendEvent sends the main part once. An Event ends with an empty line, so that its text must have none.
+// sendEvent sends the main part once. An empty line ends an event and each line of data needs a prefix, so newlines in
+// the HTML become spaces.
 func (w *Watch) sendEvent(ctx context.Context, rw http.ResponseWriter) error {
 	out, err := w.render("now")
 	if err != nil {
@@ -123,7 +124,7 @@ func (w *Watch) sendEvent(ctx context.Context, rw http.ResponseWriter) error {
 		return r
 	}, out)
 	to := http.NewResponseController(rw)
-	_ = to.SetWriteDeadline(time.Now().Add(10 * time.Second)) // where it can't be set, WriteTimeout ends this, and the page asks again
+	_ = to.SetWriteDeadline(time.Now().Add(10 * time.Second)) // where it cannot be set, WriteTimeout ends this, and the page asks again
 	if _, err := fmt.Fprintf(rw, "retry: 1000\ndata: %s\n\n", out); err != nil {
 		return err
 	}
@@ -133,9 +134,9 @@ func (w *Watch) sendEvent(ctx context.Context, rw http.ResponseWriter) error {
 	return ctx.Err()
 }
 
-// The functions of the page.
+// The functions that the template uses.
 
-// rate has as many decimals as are of use.
+// rate formats a rate with one decimal below 9.95 and none above.
 func rate(f float64) string {
 	if f == 0 || f >= 9.95 {
 		return count(int64(f + 0.5))
@@ -143,7 +144,7 @@ func rate(f float64) string {
 	return strconv.FormatFloat(f, 'f', 1, 64)
 }
 
-// count puts a comma between thousands.
+// count formats a number with a comma between thousands.
 func count(n int64) string {
 	text := strconv.FormatInt(n, 10)
 	for i := len(text) - 3; i > 0 && text[i-1] != '-'; i -= 3 {
@@ -168,7 +169,7 @@ func took(d time.Duration) string {
 	return d.Round(unit).String()
 }
 
-// between is a count and its bounds.
+// between formats a count, or its bounds if they differ.
 func between(most, least int64) string {
 	if most == least {
 		return count(most)
@@ -176,7 +177,8 @@ func between(most, least int64) string {
 	return count(least) + " – " + count(most)
 }
 
-// printable quotes what would not show as it is, but for the NUL that package throttlerhttp puts before a route.
+// printable quotes an identifier that would not show as it is. The NUL that package throttlerhttp puts before a route is
+// shown as a dot instead.
 func printable(id string) string {
 	text := strings.ReplaceAll(id, "\x00", " · ")
 	for _, r := range text {
@@ -189,7 +191,7 @@ func printable(id string) string {
 
 func limit(b Bucket) string {
 	if b.Limit == 0 {
-		return "" // of all others
+		return "" // the bucket "other" stands for many
 	}
 	return count(b.Limit) + " in " + period.Format(b.Period)
 }
@@ -214,16 +216,16 @@ func pairs(state any) (out []pair) {
 		}
 		text := ""
 		if json.Unmarshal(value, &text) != nil {
-			text = string(value) // is no string
+			text = string(value) // not a string: shown as JSON
 		}
 		out = append(out, pair{fmt.Sprint(key), text})
 	}
 	return out
 }
 
-// chart is a picture of decisions: areas upon each other, in a frame of 1000 by 100.
+// chart is a picture of decisions: areas stacked on each other, in a frame of 1000 by 100.
 type chart struct {
-	Most  float64 // at the upper edge
+	Most  float64 // decisions a second at the upper edge
 	Areas []area
 }
 
@@ -241,7 +243,7 @@ func newChart(seconds []Second) (c chart) {
 	return c
 }
 
-// pile puts an area upon those below, unless it is empty.
+// pile stacks an area on those below, unless it is empty.
 func (c *chart) pile(class string, below []float64, seconds []Second, of func(Second) float64) {
 	var upper, lower []string
 	empty, last := true, len(seconds)-1

@@ -1,6 +1,6 @@
 package watch
 
-// What a call counts for. All that is under the lock of a shard is here, so that a call locks once.
+// What a call counts for. Everything under the lock of a shard is here, so that a call locks once.
 
 import (
 	"sync"
@@ -9,24 +9,24 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// shard counts the calls of some identifiers.
+// shard counts the calls of some of the identifiers.
 type shard struct {
 	watch *Watch
 
-	mu      sync.Mutex    // held for what follows
-	second  int64         // that the tallies are of
-	until   time.Duration // its end, since the start of the watch
+	mu      sync.Mutex    // guards the fields below
+	second  int64         // the second that the tallies count
+	until   time.Duration // the end of that second, since the start of the watch
 	all     tally
 	sources []sourceTally
 	buckets []bucketTally
-	find    map[name]int // the index in buckets
+	find    map[name]int // indexes in buckets
 
 	this, last *minute
-	names      map[int64]string // of who is heavy, by the hash of the identifier
-	known      [64]int64        // some hashes that have a name, by their last bits: most calls are of few identifiers
+	names      map[int64]string // of heavy identifiers, by the hash of the identifier
+	known      [64]int64        // hashes that already have a name, a cache indexed by hash: most calls are of few identifiers
 }
 
-// tally has the counts of one second, and to which series they belong.
+// tally holds the counts of one second, and the series that they are added to.
 type tally struct {
 	counts
 	series *series
@@ -49,7 +49,8 @@ func (s *shard) begin(w *Watch) {
 	s.last, s.this, s.until = newMinute(-1), newMinute(0), time.Second
 }
 
-// turn moves on to the second of a time since the start of the watch, if that is later.
+// turn moves on to the second of a time since the start of the watch, if that is later. It is never moved back: an event
+// that arrives late counts in the present second.
 func (s *shard) turn(since time.Duration) {
 	if since < s.until {
 		return
@@ -60,7 +61,8 @@ func (s *shard) turn(since time.Duration) {
 	s.turnMinute(s.second / 60)
 }
 
-// flush adds the counts to the history.
+// flush adds the counts to the history. It takes the lock of the Watch, at most about once a second for each shard and
+// once for each Snapshot.
 func (s *shard) flush() {
 	s.watch.mu.Lock()
 	defer s.watch.mu.Unlock()
@@ -85,7 +87,7 @@ func (t *tally) flush(second int64) bool {
 	return true
 }
 
-// asking is what one identifier asked for in a call: the most tokens of one bucket.
+// asking is what one identifier asked for in a call: the largest number of tokens that any of its buckets was asked for.
 type asking struct {
 	identifier string
 	cost       int64
@@ -97,14 +99,14 @@ func (a *asking) add(l *throttler.Level, cost int64) {
 	a.denied = a.denied || l.RetryAfter > 0
 }
 
-// count counts an event, and says whether it was about further identifiers, which count elsewhere.
+// count counts an event. It reports whether the event was also about other identifiers, whose shards are not locked now.
 func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 	of := outcomeOf(e)
 	switch e.Op {
 	case throttler.OpConsume:
 		s.countSource(e, of)
 		if e.Attempt > 0 {
-			return false // the Wait counts
+			return false // the event of the Wait counts
 		}
 		s.all.calls[of]++
 	case throttler.OpWait:
@@ -123,7 +125,7 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 	return s.countBuckets(e, of, hash)
 }
 
-// countBuckets counts for the buckets of a call, and for its identifier.
+// countBuckets counts the buckets of a call and its identifier.
 func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
 	a, i := asking{identifier: e.Identifier}, 0
 	for l, cost := range e.Verdict.All() {
@@ -134,7 +136,7 @@ func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others
 			others = true
 		}
 	}
-	if i == 0 { // none was asked
+	if i == 0 { // no bucket was asked, so only the cost of the call is known
 		a.cost = e.Cost
 	}
 	s.asked(hash, &a)
@@ -147,6 +149,7 @@ func (s *shard) countSource(e *throttler.Event, of outcome) {
 		return
 	}
 	i := 0
+	// The first maxSources sources have a tally each. All others share the tally behind those.
 	for i < len(s.sources) && i < maxSources && s.sources[i].name != source {
 		i++
 	}
@@ -169,7 +172,7 @@ func (s *shard) addSource(source string) {
 	s.sources = append(s.sources, sourceTally{tally{series: s.watch.source(source)}, source})
 }
 
-// bucket finds the tally of a bucket that is number i of its call: most often it has that number here.
+// bucket returns the tally of bucket number i of a call. It usually has the same number here, which saves the map.
 func (s *shard) bucket(i int, of, bucket string) *bucketTally {
 	if i < len(s.buckets) {
 		if b := &s.buckets[i]; b.name.bucket == bucket && b.name.throttler == of {

@@ -7,76 +7,77 @@ import (
 	"time"
 )
 
-// named is how many identifiers a Snapshot has in each list.
+// named is how many identifiers a Snapshot has at most in each list.
 const named = 20
 
-// Snapshot is what a Watch has seen. It can be written as JSON, in which durations are nanoseconds.
+// Snapshot is what a Watch has seen. It can be encoded as JSON; durations are nanoseconds there.
 type Snapshot struct {
 	At    time.Time // when it was taken
-	Since time.Time // the Watch was made
+	Since time.Time // when the Watch was made
 
 	Rate    Rate     // of all calls of Consume, ConsumeAll and Wait
-	Minute  Calls    // the same, of the last 60 s
+	Minute  Calls    // the same, over the last 60 s
 	Seconds []Second // the last 300 seconds, the oldest first
-	Hour    []Second // the last hour: 360 means of ten seconds each
+	Hour    []Second // the last hour: 360 averages over ten seconds each
 	Buckets []Bucket // by name
 	Sources []Source // by name
 
-	HeavySince time.Time // the beginning of the last minute, since when the heavy ones are counted
-	MostAsked  []Heavy   // who asked for most tokens: at most 20
-	MostDenied []Heavy   // who was denied most often: at most 20
-	State      any       `json:",omitempty"` // of Options.State
+	HeavySince time.Time // the start of the last full minute; heavy identifiers are counted from then on
+	MostAsked  []Heavy   // identifiers that asked for most tokens: at most 20
+	MostDenied []Heavy   // identifiers that were denied most often: at most 20
+	State      any       `json:",omitempty"` // from Options.State
 }
 
-// Rate is how often something happens, in decisions a second.
+// Rate is a frequency in decisions a second.
 type Rate struct {
-	Now   float64 // in the last ten seconds
-	Hour  float64 // in the hour before them, or since the Watch was made
+	Now   float64 // over the last ten seconds
+	Hour  float64 // over the hour before those, or since the Watch was made
 	Peak  int64   // the most in one second of that hour
-	Spike bool    // Now is over three times Hour, and at least 10
+	Spike bool    // Now is over three times Hour and at least 10
 }
 
-// Calls are decisions, by what came of them.
+// Calls counts decisions by their result.
 type Calls struct {
 	Allowed, Denied int64
 	Bypassed        int64 // allowed by a policy, without asking a bucket
 	Failed          int64 // ended with an error
 }
 
-// Decisions is how many there were.
+// Decisions returns the sum of all results.
 func (c Calls) Decisions() int64 { return c.Allowed + c.Denied + c.Bypassed + c.Failed }
 
-// Second is what came of the decisions of a second, or of a mean one of several.
+// Second holds the decisions of one second by their result, or averages over several seconds.
 type Second struct{ Allowed, Denied, Bypassed, Failed float64 }
 
-// Bucket is the bucket of a name, in all identifiers.
+// Bucket sums up all buckets of one name, over all identifiers.
 type Bucket struct {
-	Throttler, Bucket string        // the Name of the Throttler, and that of the bucket
+	Throttler, Bucket string        // the Name of the Throttler, and the name of the bucket
 	Limit             int64         // tokens that an identifier may take, as last seen
 	Period            time.Duration // as last seen
-	Rate              Rate          // of calls that this bucket allowed or denied
+	Rate              Rate          // calls that this bucket allowed or denied
 	Allowed, Denied   int64         // calls in the last 60 s
-	Near              int64         // calls of those allowed that left less than a fifth of the limit
-	Tokens            int64         // taken in the last 60 s, without those given back
+	Near              int64         // how many of those allowed left less than a fifth of the limit
+	Tokens            int64         // taken in the last 60 s, minus refunded
 }
 
 // Source is a storage that decides.
 type Source struct {
 	Source   string
-	Percent  float64       // of the decisions of the last ten seconds
+	Percent  float64       // share of the decisions of the last ten seconds
 	Calls    int64         // in the last 60 s
-	Degraded int64         // calls of those that are not the regular way: a fallback answered
-	P50, P99 time.Duration // half, and 99 % of the decisions since HeavySince took less: up to a quarter too long
+	Degraded int64         // how many of those a fallback answered
+	P50, P99 time.Duration // since HeavySince, half and 99 % of the decisions took at most this long; at most a quarter too long
 }
 
-// Heavy is an identifier that asks for much. The true numbers lie between the least and the other, both included.
+// Heavy is an identifier that asks for much. Sketches count it, so the true numbers lie between AskedLeast and Asked, and
+// between DeniedLeast and Denied, bounds included.
 type Heavy struct {
-	Identifier          string // its first 128 bytes, or what Mask made of it
-	Asked, AskedLeast   int64  // tokens that it asked for, admitted or not
-	Denied, DeniedLeast int64  // calls
+	Identifier          string // its first 128 bytes, or those of what Mask returned
+	Asked, AskedLeast   int64  // tokens that it asked for, whether admitted or not
+	Denied, DeniedLeast int64  // calls that were denied
 }
 
-// Snapshot returns what the Watch has seen until now.
+// Snapshot returns what the Watch has seen up to now.
 func (w *Watch) Snapshot() Snapshot {
 	since := time.Since(w.start)
 	now := int64(since / time.Second)
@@ -95,7 +96,7 @@ func (w *Watch) Snapshot() Snapshot {
 	return s
 }
 
-// collect asks the shards who is heavy, and how long decisions took.
+// collect reads the heavy identifiers and the latencies from the shards, one shard at a time.
 func (w *Watch) collect(since time.Duration, s *Snapshot) map[string]*histogram {
 	latency, found := make(map[string]*histogram), []Heavy(nil)
 	var asked, denied int64
@@ -114,7 +115,7 @@ func (w *Watch) collect(since time.Duration, s *Snapshot) map[string]*histogram 
 	return latency
 }
 
-// collect adds those of the shard who have a name, and its latencies by source.
+// collect appends the identifiers of the shard that have a name, and adds its latencies by source.
 func (s *shard) collect(found []Heavy, latency map[string]*histogram) []Heavy {
 	for hash, id := range s.names {
 		h := s.heavy(hash)
@@ -132,7 +133,8 @@ func (s *shard) collect(found []Heavy, latency map[string]*histogram) []Heavy {
 	return found
 }
 
-// heaviest are those of whom it is certain that they are heavy: not by the error of the count.
+// heaviest returns the identifiers that are certainly heavy: by their lower bound, and only if the uncertainty of their
+// count is no larger than that bound.
 func heaviest(found []Heavy, total int64, of func(*Heavy) (most, least int64)) (out []Heavy) {
 	for i := range found {
 		if most, least := of(&found[i]); least > total/heavyOf && least >= most-least {
@@ -151,7 +153,7 @@ func callsOf(c *counts) Calls {
 	return Calls{c.calls[allowed], c.calls[denied], c.calls[bypassed], c.calls[failed]}
 }
 
-// secondsOf are the means of the slots from one to before another.
+// secondsOf returns the averages of the slots from (inclusive) to to (exclusive).
 func secondsOf(r *ring, from, to int64) (out []Second) {
 	for n := from; n < to; n++ {
 		var second Second
@@ -185,7 +187,7 @@ func (w *Watch) sourcesNow(now int64, latency map[string]*histogram) (out []Sour
 		last, c := s.fine.sum(now-step, now), s.fine.sum(now-60, now)
 		h := latency[name]
 		if h == nil {
-			h = new(histogram) // a call has come in between
+			h = new(histogram) // the first call of the source came after collect
 		}
 		out = append(out, Source{Source: name, Percent: 100 * float64(last.decisions()), Calls: c.decisions(), Degraded: c.degraded,
 			P50: h.quantile(0.5), P99: h.quantile(0.99)})

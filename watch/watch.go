@@ -1,12 +1,14 @@
-// Package watch shows what Throttlers decide while they do: decisions a second and their peak, each bucket, the heaviest
-// identifiers, how long it takes, who decides, and sudden spikes. It is about one process, and keeps all in its memory.
+// Package watch shows live what Throttlers decide: decisions a second and their peak, each bucket, the heaviest
+// identifiers, how long decisions take, which storage decides, and sudden spikes. It covers one process and keeps
+// everything in its memory.
 //
 //	w := watch.New(nil)
 //	t, err := throttler.New(throttler.Config{Observe: w.Observe, …})
 //	mux.Handle("/debug/throttler/", staffOnly(w)) // the page, behind your own login, and what it shows as JSON at json
 //	expvar.Publish("throttler", expvar.Func(func() any { return w.Snapshot() })) // with identifiers, for anybody at /debug/vars
 //
-// Memory is bounded, whoever calls: identifiers are counted by sketches, and only those of the heaviest are kept.
+// Memory is bounded, whatever the calls: identifiers are counted by sketches, and only the names of the heaviest are
+// kept.
 package watch
 
 import (
@@ -18,26 +20,26 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Options of a Watch. The zero value changes nothing.
+// Options are the options of a Watch. The zero value means the defaults.
 type Options struct {
-	// Mask, if not nil, returns what is kept and shown of an identifier, such as a hash. It is called once an identifier is
-	// found to be heavy. It must be quick and safe for concurrent use, and not call the Watch.
+	// Mask, if not nil, returns what is kept and shown in place of an identifier, such as a hash. It is called when an
+	// identifier is found to be heavy. It must be quick and safe for concurrent use, and must not call the Watch.
 	Mask func(identifier string) string
 
-	// State, if not nil, returns what else is shown, such as the state of a storage: something that encoding/json makes an
-	// object of. It is called for each Snapshot.
+	// State, if not nil, returns what else is shown, such as the state of a storage. encoding/json must be able to encode
+	// it, and should make an object of it. It is called for each Snapshot.
 	State func() any
 }
 
-// Watch watches any number of Throttlers. It is made by New only, and safe for concurrent use. It has no goroutine, and needs
+// Watch observes any number of Throttlers. Only New makes one. It is safe for concurrent use, has no goroutine and needs
 // no Close.
 type Watch struct {
 	options Options
-	seed    maphash.Seed // random, so that nobody can choose identifiers of one hash
-	start   time.Time    // time is counted from here, by the monotonic clock
+	seed    maphash.Seed // random, so that nobody can choose identifiers with equal hashes
+	start   time.Time    // times are counted from here, by the monotonic clock
 	shards  [shards]shard
 
-	mu      sync.Mutex // held for what follows; a shard is locked first
+	mu      sync.Mutex // guards the fields below; if a shard is locked too, that is locked first
 	all     *series
 	sources map[string]*series
 	buckets map[name]*series
@@ -45,15 +47,15 @@ type Watch struct {
 
 const (
 	shards     = 8  // by identifier, so that a call seldom waits for another
-	maxSources = 8  // those beyond count as other
-	maxBuckets = 64 // the same
+	maxSources = 8  // further sources count as other
+	maxBuckets = 64 // further buckets count as other
 	other      = "other"
 )
 
-// name is that of a bucket, with that of the Throttler.
+// name is the name of a bucket and of its Throttler.
 type name struct{ throttler, bucket string }
 
-// New returns a Watch. Nil options change nothing.
+// New returns a Watch. Nil options mean the defaults.
 func New(o *Options) *Watch {
 	w := &Watch{seed: maphash.MakeSeed(), start: time.Now(), all: newSeries(), sources: make(map[string]*series), buckets: make(map[name]*series)}
 	if o != nil {
@@ -65,7 +67,8 @@ func New(o *Options) *Watch {
 	return w
 }
 
-// Observe is for Config.Observe. It allocates only when a minute begins, and for a new bucket or who becomes heavy.
+// Observe is the function for Config.Observe. It allocates only when a minute begins, for a new source or bucket, and
+// when an identifier becomes heavy.
 func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 	hash := w.hash(e.Identifier)
 	s := w.shard(hash)
@@ -80,7 +83,8 @@ func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 	}
 }
 
-// countOthers counts what other identifiers than that of the event asked for: their shards are others too.
+// countOthers counts what identifiers other than that of the event asked for. They may belong to other shards, which are
+// locked one after the other and never together.
 func (w *Watch) countOthers(e *throttler.Event) {
 	a := asking{identifier: e.Identifier}
 	for l, cost := range e.Verdict.All() {
@@ -111,10 +115,11 @@ func (w *Watch) hash(id string) int64 { return int64(maphash.String(w.seed, id))
 
 func (w *Watch) shard(hash int64) *shard { return &w.shards[uint64(hash)>>32%shards] }
 
-// time is when a second began.
+// time returns when a second began.
 func (w *Watch) time(second int64) time.Time { return w.start.Add(time.Duration(second) * time.Second) }
 
-// source is the series of a source, and bucket that of a bucket: or of all beyond the first.
+// source returns the series of a source, and bucket that of a bucket. Beyond the first few it is the series that the
+// others share.
 func (w *Watch) source(of string) *series {
 	return seriesOf(w.sources, of, other, maxSources)
 }
