@@ -14,8 +14,8 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-// Observe is for Config.Observe, of one Throttler or of several, which their names tell apart. It allocates nothing for
-// labels that it has seen.
+// Observe is the function for Config.Observe of one or several Throttlers, whose names tell them apart. It allocates
+// nothing for labels that it has seen before.
 func (m *Metrics) Observe(_ context.Context, e *throttler.Event) {
 	d := m.decidedBy(e)
 	if e.Op == throttler.OpWait {
@@ -72,12 +72,12 @@ type decidedBy struct {
 	source string
 }
 
-// decided is the series of calls of one name, operation and source.
+// decided holds the series for the calls of one name, operation and source.
 type decided struct {
 	by                                decidedBy
 	named                             *named
 	allowed, denied, bypassed, failed prometheus.Counter
-	errors                            *prometheus.CounterVec // of the name
+	errors                            *prometheus.CounterVec // with the label name set
 	duration                          prometheus.Observer
 }
 
@@ -93,7 +93,8 @@ func (d *decided) counter(result string) prometheus.Counter {
 	return d.failed
 }
 
-// asked counts what is no wait, and so asked a storage once at most.
+// asked counts a call other than a Wait. The attempts of a Wait are such calls, so its errors and durations are counted
+// there.
 func (d *decided) asked(e *throttler.Event) {
 	if e.Duration > 0 {
 		d.duration.Observe(e.Duration.Seconds())
@@ -105,7 +106,7 @@ func (d *decided) asked(e *throttler.Event) {
 
 func (m *Metrics) decidedBy(e *throttler.Event) *decided {
 	by := decidedBy{e.Name, e.Op, e.Verdict.Source()}
-	if d := m.last.Load(); d != nil && d.by == by { // mostly, and a map takes longer
+	if d := m.last.Load(); d != nil && d.by == by { // the usual case, and faster than the map
 		return d
 	}
 	d := (*m.decided.Load())[by]
@@ -116,6 +117,7 @@ func (m *Metrics) decidedBy(e *throttler.Event) *decided {
 	return d
 }
 
+// The maps are copied and replaced, never changed: Observe reads them without a lock.
 func (m *Metrics) addDecided(by decidedBy) *decided {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -144,14 +146,14 @@ func (m *Metrics) newDecided(by decidedBy) *decided {
 	}
 }
 
-// named is the buckets of Throttlers of one name.
+// named holds the buckets of all Throttlers of one name.
 type named struct {
 	m       *Metrics
 	name    string
-	buckets atomic.Pointer[map[string]*bucket] // by their names
+	buckets atomic.Pointer[map[string]*bucket] // by bucket name; replaced as a whole
 }
 
-// other is the bucket of those that have no labels of their own.
+// other is the bucket label for all buckets that have no labels of their own.
 const other = "other"
 
 func (n *named) bucket(name string) *bucket {
@@ -170,7 +172,7 @@ func (n *named) add(name string) *bucket {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	known := maps.Clone(*n.buckets.Load())
-	if known[name] != nil { // meanwhile
+	if known[name] != nil { // another goroutine has added it meanwhile
 		return known[name]
 	}
 	if m.full.Load() {
@@ -186,11 +188,11 @@ func (n *named) add(name string) *bucket {
 	return known[name]
 }
 
-// bucket is the series of one bucket. That of many has no limit and period.
+// bucket holds the series of one bucket. The bucket "other" stands for many, so it has no limit and no period.
 type bucket struct {
 	denials, tokens, refunded, near prometheus.Counter
 	limit, full, period             prometheus.Gauge
-	lastLimit, lastPeriod           atomic.Int64 // as they were set, which they seldom are again
+	lastLimit, lastPeriod           atomic.Int64 // last values set; they seldom change
 }
 
 func (m *Metrics) newBucket(name, of string) *bucket {

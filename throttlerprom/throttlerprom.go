@@ -1,13 +1,13 @@
-// Package throttlerprom tells Prometheus what Throttlers decide.
+// Package throttlerprom exports what Throttlers decide to Prometheus.
 //
 //	m, err := throttlerprom.New(prometheus.DefaultRegisterer, nil)
 //	t, err := throttler.New(throttler.Config{Name: "api", Observe: m.Observe})
 //	m.Storage("main", store)
 //
-// No label has an identifier: there are as many as anybody likes to invent. The names of Throttlers, operations and
-// storages are of code, and so are nearly always those of buckets, of which no more than Options.MaxBuckets are labels.
+// No label contains an identifier, because clients could invent any number of those. The names of Throttlers, operations
+// and storages come from code. So do nearly all names of buckets, and at most Options.MaxBuckets of them become labels.
 //
-// The folder has a dashboard for Grafana, grafana.json, and rules for alerts, alerts.yaml.
+// The folder also has a dashboard for Grafana, grafana.json, and alerting rules, alerts.yaml.
 package throttlerprom
 
 import (
@@ -23,21 +23,21 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// DefaultMaxBuckets is Options.MaxBuckets if that is 0.
+// DefaultMaxBuckets is the MaxBuckets of Options that leave it 0.
 const DefaultMaxBuckets = 100
 
-// Options of New. A nil *Options is the defaults.
+// Options are the options of New. A nil *Options means the defaults.
 type Options struct {
-	// MaxBuckets is how many buckets have labels of their own, over all Throttlers. The first ones have; all others count
-	// as bucket "other" of their Throttler. 0 is DefaultMaxBuckets; below 0 is an error of New.
+	// MaxBuckets is how many buckets get labels of their own, over all Throttlers. The first ones get them; all others
+	// count as the bucket "other" of their Throttler. 0 is DefaultMaxBuckets. Below 0 New returns an error.
 	MaxBuckets int
 
-	// NativeHistograms gives the duration of decisions native buckets too, each a tenth wider than the one before, for a
-	// Prometheus that scrapes them. They cost a decision about 30 ns, and a few kilobytes for each source.
+	// NativeHistograms adds native buckets to the duration of decisions, each a tenth wider than the one before, for a
+	// Prometheus that scrapes them. They cost about 30 ns a decision, and a few kilobytes for each source.
 	NativeHistograms bool
 }
 
-// Metrics counts what it observes. It is safe for concurrent use, a prometheus.Collector, and made by New only.
+// Metrics counts what it observes and is a prometheus.Collector. Only New makes one. It is safe for concurrent use.
 type Metrics struct {
 	maxBuckets int
 
@@ -45,18 +45,18 @@ type Metrics struct {
 	waiting, limit, fullLimit, period                  *prometheus.GaugeVec
 	duration, wait                                     *prometheus.HistogramVec
 
-	// The series are found once, and then in maps that are never changed: to find them by their labels takes longer than to
-	// count.
+	// The series are looked up by their labels once, and afterwards in maps that are never changed: the lookup by labels
+	// takes longer than the counting.
 	decided  atomic.Pointer[map[decidedBy]*decided]
 	last     atomic.Pointer[decided]
-	full     atomic.Bool // whether further buckets are "other"
-	mu       sync.Mutex  // held to replace the maps, and for what follows
+	full     atomic.Bool // further buckets are "other"
+	mu       sync.Mutex  // held while a map is replaced; guards the fields below
 	names    map[string]*named
-	labelled int // buckets that are not "other"
+	labelled int // number of buckets that have labels of their own
 	storages map[string]any
 }
 
-// New registers the metrics. Where they already are, it returns those, with the Options of the first New.
+// New registers the metrics with r. If r already has them, it returns those, with the Options of the first New.
 func New(r prometheus.Registerer, o *Options) (*Metrics, error) {
 	m := &Metrics{maxBuckets: DefaultMaxBuckets, names: map[string]*named{}, storages: map[string]any{}}
 	if o != nil && o.MaxBuckets != 0 {
@@ -134,9 +134,9 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	}
 }
 
-// Storage adds what a storage tells of itself, under the label storage, each time that Prometheus asks: how many
-// identifiers the one in the process holds, and the state of failover. Others tell nothing yet. A storage of the same
-// name is replaced, and nil is none.
+// Storage adds the figures that a storage reports about itself, under the label storage. They are read at each scrape.
+// They are the number of identifiers of the storage in the process, and the state of failover and of lease; other
+// storages report none. A storage of the same name is replaced; nil removes it.
 func (m *Metrics) Storage(name string, storage any) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -145,13 +145,13 @@ func (m *Metrics) Storage(name string, storage any) {
 	}
 }
 
-// stat is a figure that storages tell of themselves.
+// stat is a figure that storages report about themselves.
 type stat struct {
 	desc *prometheus.Desc
 	kind prometheus.ValueType
 }
 
-// stats are those that are known, by the names that storages have for them.
+// stats are the known figures, by the names that storages use for them. A figure of any other name is not exported.
 var stats = func() map[string]stat {
 	all := map[string]stat{}
 	for _, s := range []struct {
