@@ -20,8 +20,8 @@ const (
 
 var paths = []string{"/", "/api/items", "/api/search"}
 
-// callFor calls the service over HTTP: each user about once a second, and after ten seconds the attacker some
-// hundred times a second.
+// callFor calls the service over HTTP for the time d: each user about once a second, and the attacker a few hundred times
+// a second. The attacker begins after ten seconds, or after a third of d if that is shorter.
 func callFor(ctx context.Context, base string, d time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
@@ -48,7 +48,7 @@ func callFor(ctx context.Context, base string, d time.Duration) {
 	callers.Wait()
 }
 
-// pause waits, and says whether to go on.
+// pause waits for d and reports whether ctx is still alive.
 func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -58,7 +58,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// call makes a call. Whatever becomes of it is seen on the page.
+// call makes one call. It ignores the result, which the page shows.
 func call(ctx context.Context, client *http.Client, url, user string) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -73,12 +73,12 @@ func call(ctx context.Context, client *http.Client, url, user string) {
 	_ = answer.Body.Close()
 }
 
-// report says in a line what the page shows.
+// report prints in short what the page shows.
 func report(out io.Writer, seen watch.Snapshot) {
 	_, _ = fmt.Fprintf(out, "At most %d calls came in one second.\n", seen.Rate.Peak)
 	if len(seen.MostDenied) > 0 {
 		h := seen.MostDenied[0]
-		key, route, _ := strings.Cut(h.Identifier, "\x00") // as throttlerhttp.RouteIdentifier has it
+		key, route, _ := strings.Cut(h.Identifier, "\x00") // the form of throttlerhttp.RouteIdentifier
 		_, _ = fmt.Fprintf(out, "Denied most: %s on %s, %d calls.\n", key, route, h.Denied)
 	}
 }

@@ -1,5 +1,5 @@
-// Observed is a small web service whose limits can be watched: a page shows live what is admitted and denied, and names
-// who asks most.
+// Observed is a small web service whose limits can be watched: a page shows live what is admitted and denied, and which
+// identifiers ask for most.
 //
 //	go run .                                         # on localhost:8000; -addr :8000 is on all interfaces
 //	go run . -load 30s                               # calls itself for so long, as 40 users and one attacker, and ends
@@ -9,8 +9,8 @@
 //	curl localhost:8000/metrics                      # for Prometheus; throttlerprom has a dashboard and alerts
 //	curl -i -H 'X-User: alice' localhost:8000        # 200 {"message":"Hello User, you have access!"}
 //
-// It is a module of its own, as are the packages that it shows. From the root of the repository "make demo-observe" is
-// the second line.
+// It is a separate module, as are the packages that it demonstrates. From the root of the repository, "make demo-observe"
+// runs the second line.
 package main
 
 import (
@@ -32,7 +32,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from now on a second signal kills
+	context.AfterFunc(ctx, stop) // restore the default: a second signal kills the process
 	w := watch.New(nil)
 	expvar.Publish("throttler", expvar.Func(func() any { return w.Snapshot() }))
 	if err := run(ctx, w, os.Args[1:], os.Stdout); err != nil {
@@ -41,7 +41,7 @@ func main() {
 	}
 }
 
-// run serves until the context is done, or the load has ended.
+// run serves until ctx is done or the load has ended.
 func run(ctx context.Context, w *watch.Watch, args []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("observed", flag.ExitOnError)
 	addr := flags.String("addr", "localhost:8000", "listen on this `address`; port 0 picks a free one")
@@ -60,7 +60,7 @@ func run(ctx context.Context, w *watch.Watch, args []string, stdout io.Writer) e
 	defer end()
 	server := &http.Server{
 		Handler:           handler,
-		BaseContext:       func(net.Listener) context.Context { return serving }, // its end is that of who looks at the page
+		BaseContext:       func(net.Listener) context.Context { return serving }, // its end ends the streams of open pages
 		ReadHeaderTimeout: 3 * time.Second,
 		WriteTimeout:      3 * time.Second,
 		IdleTimeout:       time.Minute,

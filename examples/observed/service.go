@@ -16,7 +16,7 @@ import (
 	"github.com/go-throttler/throttler/watch"
 )
 
-// user is whom a request counts for. It stands in for a login: a real service believes no such header.
+// user returns whom a request counts for. It stands in for a login: a real service does not trust such a header.
 func user(r *http.Request) string {
 	if name := r.Header.Get("X-User"); name != "" {
 		return "user:" + name
@@ -24,7 +24,7 @@ func user(r *http.Request) string {
 	return ""
 }
 
-// newHandler is the service, its limits, and what shows them.
+// newHandler returns the service, its limits, and the pages that show them.
 func newHandler(w *watch.Watch) (http.Handler, error) {
 	m, err := throttlerprom.New(prometheus.DefaultRegisterer, nil)
 	if err != nil {
@@ -63,6 +63,6 @@ func say(text string) http.Handler {
 	out, _ := json.Marshal(map[string]string{"message": text}) // cannot fail
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		_, _ = w.Write(out) // fails when the client has gone: there is nobody to tell
+		_, _ = w.Write(out) // fails only if the client has gone
 	})
 }
