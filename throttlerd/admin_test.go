@@ -18,7 +18,7 @@ const token = "correct-horse-battery"
 
 var withToken = map[string]string{"THROTTLERD_ADMIN_TOKEN": token}
 
-// administer asks the admin API with the token.
+// administer sends a request to the admin API with the token.
 func (r *running) administer(t *testing.T, method, path, body string, header ...string) answer {
 	t.Helper()
 	return do(t, method, "http://"+r.address("admin")+path, body, append([]string{"Authorization", "Bearer " + token}, header...)...)
@@ -133,7 +133,8 @@ func TestTheBodyOfAFileIsBounded(t *testing.T) {
 	require.Equal(t, http.StatusRequestEntityTooLarge, a.status)
 }
 
-// TestAnAnswerWaitsForTheReload has a source that tells nobody of changes, and an engine that does not look.
+// TestAnAnswerWaitsForTheReload uses a source that reports no changes and an engine that does not look for an hour. Only
+// the reload before the answer can put the new rules in force.
 func TestAnAnswerWaitsForTheReload(t *testing.T) {
 	t.Parallel()
 	limits, err := throttler.New(throttler.Config{})

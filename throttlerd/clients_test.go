@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Clients that are no Go programs of this module: Node, and grpcurl, which make test builds and names in GRPCURL.
+// Clients that are not Go programs of this module: Node, and grpcurl, which make test builds and names in GRPCURL.
 
 const clientRules = "domain: api\nrules:\n- {name: http, when: {path: /http}, limits: [LIMIT/1h]}\n- {name: grpc, when: {path: /grpc}, limits: [LIMIT/1h]}\n"
 
@@ -72,7 +72,7 @@ func TestGrpcurlSeesTheLimitAndTheReload(t *testing.T) {
 	require.Contains(t, run(t, os.Getenv("GRPCURL"), "-plaintext", d.address("grpc"), "grpc.health.v1.Health/Check"), `"SERVING"`)
 }
 
-// run is what a program prints.
+// run returns the output of a program.
 func run(t *testing.T, program string, args ...string) string {
 	t.Helper()
 	var stderr strings.Builder

@@ -17,12 +17,12 @@ import (
 	"github.com/go-throttler/throttler/internal/storecheck"
 )
 
-// crowdRules are no fixed windows, which midnight would end.
+// crowdRules are not fixed windows, because the test would fail if midnight ended one.
 const crowdRules = "domain: DOMAIN\ndescriptors: [{key: large, rate_limits: [100000/1d]}, {key: small, rate_limits: [1000/1d]}]\n"
 
 const calls = 4000
 
-// crowd is 64 callers of the gRPC listener, each with a connection of its own, who ask for two limits.
+// crowd is 64 callers of the gRPC listener. Each has its own connection and asks for two limits.
 type crowd struct {
 	domain   string
 	clients  []ratelimitv3.RateLimitServiceClient
@@ -30,7 +30,7 @@ type crowd struct {
 	admitted atomic.Int64
 }
 
-// newCrowd starts a daemon. Patient timeouts let a busy machine be slow: the numbers are what is tested.
+// newCrowd starts a daemon. Its timeouts are long, so that a busy machine may be slow: the test is about the numbers.
 func newCrowd(t *testing.T, flags ...string) *crowd {
 	t.Helper()
 	c := &crowd{domain: fmt.Sprintf("crowd%x", rand.Uint64())} //nolint:gosec // a name of its own on a server that others use
@@ -46,7 +46,8 @@ func (c *crowd) request() *ratelimitv3.RateLimitRequest {
 	return &ratelimitv3.RateLimitRequest{Domain: c.domain, Descriptors: []*commonv3.RateLimitDescriptor{described("large", "x"), described("small", "x")}}
 }
 
-// run asks calls times. Before the call of a number something happens, while the others go on.
+// run lets all clients make calls, as many as the constant calls says. Before call number at it runs happens, while the
+// other clients go on.
 func (c *crowd) run(t *testing.T, at int64, happens func()) {
 	t.Helper()
 	storecheck.Crowd(len(c.clients), func(i int) {
@@ -68,7 +69,7 @@ func (c *crowd) run(t *testing.T, at int64, happens func()) {
 	})
 }
 
-// left is what the two limits have, without taking any of it.
+// left returns what the two limits have left, and takes none of it.
 func (c *crowd) left(t *testing.T) (large, small uint32) {
 	t.Helper()
 	r := c.request()
@@ -103,7 +104,7 @@ func TestACrowdIsChargedExactlyAsOftenAsAdmitted(t *testing.T) {
 	}
 }
 
-// TestACrowdSeesNoErrorWhenRedisIsKilled kills it while Redis has admitted a part and Postgres has heard of less.
+// TestACrowdSeesNoErrorWhenRedisIsKilled kills Redis when it has admitted some calls and Postgres knows of fewer.
 func TestACrowdSeesNoErrorWhenRedisIsKilled(t *testing.T) {
 	t.Parallel()
 	redis := servers.Redis(t)

@@ -49,8 +49,8 @@ descriptors:
 `
 
 // TestAnswersAreThoseOfEnvoyproxyRatelimit compares random calls over gRPC and JSON with the real envoyproxy/ratelimit,
-// whose program RATELIMIT names. They have one descriptor and a cost of 1, or several and any cost of limits that are
-// never reached: there both are the same by design.
+// the program that RATELIMIT names. A call has either one descriptor and a cost of 1, or several descriptors, any cost,
+// and limits that are never reached. In other cases the two differ by design.
 func TestAnswersAreThoseOfEnvoyproxyRatelimit(t *testing.T) {
 	t.Parallel()
 	calls := 1000
@@ -87,7 +87,7 @@ func randomCall(random *rand.Rand, calls int) *ratelimitv3.RateLimitRequest {
 	if random.IntN(5) == 0 {
 		r := &ratelimitv3.RateLimitRequest{Domain: "d", HitsAddend: random.Uint32N(4)}
 		for i := range 1 + random.IntN(3) {
-			r.Descriptors = append(r.Descriptors, described("roomy", strconv.Itoa(3*random.IntN(20)+i))) // no one twice
+			r.Descriptors = append(r.Descriptors, described("roomy", strconv.Itoa(3*random.IntN(20)+i))) // no descriptor twice in a call
 		}
 		return r
 	}
@@ -97,7 +97,7 @@ func randomCall(random *rand.Rand, calls int) *ratelimitv3.RateLimitRequest {
 	}[random.IntN(6)]
 }
 
-// requireSame compares their answer a and ours b.
+// requireSame compares their answer a with ours, b.
 func requireSame(t *testing.T, a, b *ratelimitv3.RateLimitResponse, r *ratelimitv3.RateLimitRequest, what ...any) {
 	t.Helper()
 	require.Equal(t, a.GetOverallCode(), b.GetOverallCode(), what...)
@@ -106,7 +106,7 @@ func requireSame(t *testing.T, a, b *ratelimitv3.RateLimitResponse, r *ratelimit
 		x, y := a.GetStatuses()[i], b.GetStatuses()[i]
 		require.Equal(t, x.GetCode(), y.GetCode(), what...)
 		if r.GetDescriptors()[0].GetEntries()[0].GetKey() == "silent" {
-			continue // only they tell the limit
+			continue // only envoyproxy/ratelimit reports this limit
 		}
 		require.Equal(t, x.GetCurrentLimit().GetRequestsPerUnit(), y.GetCurrentLimit().GetRequestsPerUnit(), what...)
 		require.Equal(t, x.GetCurrentLimit().GetUnit(), y.GetCurrentLimit().GetUnit(), what...)
@@ -116,7 +116,7 @@ func requireSame(t *testing.T, a, b *ratelimitv3.RateLimitResponse, r *ratelimit
 	}
 }
 
-// overJSON asks POST /json. The status has to be that of the code.
+// overJSON asks by POST /json and checks that the HTTP status fits the code.
 func overJSON(t *testing.T, client *http.Client, url string, r *ratelimitv3.RateLimitRequest) *ratelimitv3.RateLimitResponse {
 	t.Helper()
 	body, err := protojson.Marshal(r)
@@ -140,7 +140,7 @@ func overJSON(t *testing.T, client *http.Client, url string, r *ratelimitv3.Rate
 	return out
 }
 
-// ratelimit starts an envoyproxy/ratelimit with rules of the domain d, on a Redis of its own.
+// ratelimit starts an envoyproxy/ratelimit with rules for the domain d and a Redis of its own.
 func ratelimit(t *testing.T, rules string) (client ratelimitv3.RateLimitServiceClient, url string) {
 	t.Helper()
 	port := freePort(t)
@@ -151,7 +151,7 @@ func ratelimit(t *testing.T, rules string) (client ratelimitv3.RateLimitServiceC
 	return envoyClient(conn), "http://127.0.0.1:" + port
 }
 
-// startRatelimit returns the gRPC address.
+// startRatelimit starts the program and returns its gRPC address.
 func startRatelimit(t testing.TB, redis, rules string, env ...string) (address string, pid int) {
 	t.Helper()
 	require.NotEmpty(t, os.Getenv("RATELIMIT"), "RATELIMIT must name the program of envoyproxy/ratelimit: make test builds it")

@@ -20,7 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// fields are the header fields that Envoy is to add to its answer.
+// fields returns the header fields that Envoy must add to its answer.
 func fields(r *ratelimitv3.RateLimitResponse) map[string]string {
 	all := map[string]string{}
 	for _, h := range r.GetResponseHeadersToAdd() {
@@ -161,8 +161,8 @@ func TestTheHealthOfGRPC(t *testing.T) {
 	}, "it serves")
 }
 
-// TestWhatEnvoySendsAfterTheStreamIsCharged asks as Envoy does where a filter has apply_on_stream_done: before with
-// hits_addend 0, and afterwards with what the answer has cost.
+// TestWhatEnvoySendsAfterTheStreamIsCharged asks as Envoy does if a filter has apply_on_stream_done: first with
+// hits_addend 0, and at the end with the cost of the answer.
 func TestWhatEnvoySendsAfterTheStreamIsCharged(t *testing.T) {
 	t.Parallel()
 	c := start(t, nil, "-rules", written(t, "domain: x\nrules: [{name: tokens, per: [user], limits: [1000/1h], mode: charge}]\n")).envoy(t)

@@ -36,12 +36,12 @@ rules:
 type situation struct {
 	name   string
 	flags  []string
-	domain string // api if empty
+	domain string // "" is api
 	path   string
 	size   string
-	gone   bool // the daemon is stopped
+	gone   bool // the daemon has stopped
 
-	// What is answered, where "-" is nothing.
+	// The expected answers; "-" is no answer.
 	grpc                       string
 	json, decide, nginx, caddy int
 }
@@ -61,7 +61,7 @@ var situations = []situation{
 	{name: "throttlerd is gone", path: "/free", gone: true, grpc: "Unavailable", nginx: 500, caddy: 502},
 }
 
-// noRedis names a port that nobody can listen on.
+// noRedis names a port that nobody listens on.
 func noRedis(more ...string) []string {
 	return append([]string{"-storage", "redis", "-redis-url", "redis://127.0.0.1:1"}, more...)
 }
@@ -188,7 +188,7 @@ func TestAFaultOfTheProgramLetsNobodyIn(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", "../examples/rules")
 	broken := *d.service
-	broken.engine = &rules.Engine{} // panics
+	broken.engine = &rules.Engine{} // its Decide panics
 	out := broken.decide(t.Context(), rules.Request{})
 	require.ErrorIs(t, out.err, errInternal)
 	require.False(t, out.v.Allowed)
@@ -253,7 +253,7 @@ func TestWithFailoverNobodySeesThatRedisDies(t *testing.T) {
 		}
 		require.True(t, time.Now().Before(deadline), d.log)
 	}
-	d.probe(t.Context()) // as each second
+	d.probe(t.Context()) // as it does each second
 	require.Equal(t, 200, d.get(t, "/readyz").status, "Postgres in place of Redis is ready")
 	require.Equal(t, []string{"1"}, d.scrape(t, `throttler_failover_degraded{storage="failover"} `))
 }

@@ -18,14 +18,15 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// gateway is an nginx or a Caddy of the configuration in deploy, before a server that counts what reaches it.
+// gateway is an nginx or a Caddy with the configuration in deploy. The server behind it counts the requests that reach
+// it.
 type gateway struct {
 	url    string
 	served *atomic.Int64
 	log    *text
 }
 
-// freePort is one that nobody listens on now.
+// freePort returns a port that nobody listens on at the moment.
 func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -36,7 +37,7 @@ func freePort(t testing.TB) string {
 	return port
 }
 
-// configured is a file of deploy with the ports of a test.
+// configured returns a file of deploy with the ports of the test.
 func configured(t *testing.T, file, port, daemon, backend string, more ...string) string {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("deploy", file))
@@ -47,7 +48,7 @@ func configured(t *testing.T, file, port, daemon, backend string, more ...string
 	return name
 }
 
-// program is the path of a gateway.
+// program returns the path of a gateway's program.
 func program(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(cmp.Or(os.Getenv(strings.ToUpper(name)), name))

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const patience = 30 * time.Second
 
-// text is a log that may be read while it is written.
+// text is a log that may be read while it is being written.
 type text struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -45,7 +45,7 @@ func (t *text) String() string {
 	return t.b.String()
 }
 
-// running is a daemon that serves until the test ends, or stop is called.
+// running is a daemon that serves until the test ends or stop is called.
 type running struct {
 	*daemon
 	log  *text
@@ -79,7 +79,7 @@ func (r *running) address(name string) string {
 	return ""
 }
 
-// envoy is a client of the gRPC listener.
+// envoy returns a client of the gRPC listener.
 func (r *running) envoy(t *testing.T) ratelimitv3.RateLimitServiceClient {
 	return envoyClient(r.dial(t))
 }
@@ -99,7 +99,7 @@ func (r *running) dial(t *testing.T, o ...grpc.DialOption) *grpc.ClientConn {
 	return conn
 }
 
-// answer is an HTTP answer that was read.
+// answer is an HTTP answer with its body.
 type answer struct {
 	status int
 	header http.Header
@@ -113,7 +113,7 @@ func (a answer) json(t *testing.T) map[string]any {
 	return out
 }
 
-// do sends a request; header are pairs of name and value.
+// do sends a request. header holds pairs of name and value.
 func do(t *testing.T, method, url, body string, header ...string) answer {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -142,7 +142,7 @@ func (r *running) get(t *testing.T, path string, header ...string) answer {
 	return do(t, http.MethodGet, "http://"+r.address("http")+path, "", header...)
 }
 
-// written is a file with these rules.
+// written returns the name of a file with these rules.
 func written(t *testing.T, rules string) string {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "rules.yaml")
@@ -150,7 +150,7 @@ func written(t *testing.T, rules string) string {
 	return name
 }
 
-// ask is a request of Envoy with one descriptor.
+// ask returns a request of Envoy with one descriptor.
 func ask(domain string, entries ...string) *ratelimitv3.RateLimitRequest {
 	return &ratelimitv3.RateLimitRequest{Domain: domain, Descriptors: []*commonv3.RateLimitDescriptor{described(entries...)}}
 }

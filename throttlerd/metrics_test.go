@@ -24,7 +24,7 @@ rules:
 - {name: unasked, when: {path: /unasked}, limits: [1/1h]}
 `
 
-// scrape is what /metrics says of names that begin with a text, a line each.
+// scrape returns the lines of /metrics that begin with the prefix, without it.
 func (r *running) scrape(t *testing.T, prefix string) (out []string) {
 	t.Helper()
 	a := r.get(t, "/metrics")
@@ -92,7 +92,7 @@ func TestWrongRulesAreInTheMetrics(t *testing.T) {
 	require.Equal(t, []string{`{domain="x",result="allowed",rule="free"} 1`}, d.scrape(t, "throttlerd_rule_decisions_total"), "a rule keeps its counts")
 }
 
-// TestTheNamesOfMetricsAreThese freezes them, and holds the doc to them.
+// TestTheNamesOfMetricsAreThese keeps the names from changing and compares them with the documentation.
 func TestTheNamesOfMetricsAreThese(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", written(t, countedRules))
@@ -137,7 +137,7 @@ func TestARuleThatGoesIsForgottenAndTheRateIsOfTenSeconds(t *testing.T) {
 	require.Zero(t, all[1].total)
 	a.loaded(set("rules: [{name: b, limits: 1/1s}]"))
 	require.Len(t, a.all(now), 1)
-	ask(1) // by a decision that began before
+	ask(1) // a decision that began before the rules were loaded
 	require.Len(t, a.all(now), 1)
 	require.Equal(t, "b", a.all(now)[0].id)
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// surfer is a browser, as far as cookies and redirects go.
+// surfer behaves like a browser with regard to cookies and redirects.
 type surfer struct {
 	*http.Client
 	base string
@@ -111,8 +111,8 @@ func TestBehindAProxyWithTLSTheCookieIsSecure(t *testing.T) {
 	require.Contains(t, a.header.Get("Set-Cookie"), "Secure")
 }
 
-// TestAPageOfAnotherOriginChangesNothing sends what browsers say of such requests, with the cookie that a browser would
-// send to another port of the host.
+// TestAPageOfAnotherOriginChangesNothing sends the header fields of a browser's cross-origin request, with the cookie
+// that a browser would send to another port of the host.
 func TestAPageOfAnotherOriginChangesNothing(t *testing.T) {
 	t.Parallel()
 	d := start(t, withToken, "-source", "memory", "-rules", written(t, "rules: [{name: a, limits: [1/1h]}]\n"))
@@ -166,7 +166,7 @@ func TestThePageShowsWhatRulesDoAndExplainsARequest(t *testing.T) {
 	require.Contains(t, a.body, "must be /never")
 	a = d.administer(t, "GET", "/page/match?domain=x&entry=path%3D/never", "")
 	require.Contains(t, a.body, "asks for more than there can be")
-	for range 2 { // nothing is taken
+	for range 2 { // asking takes nothing
 		a = d.administer(t, "GET", "/page/match?domain=x&entry=path%3D%3Cb%3E", "")
 		require.Contains(t, a.body, "Admitted</strong> by all rules")
 		require.NotContains(t, a.body, "<b>")
@@ -204,7 +204,7 @@ func TestRulesOfFilesAreCheckedAndNotSaved(t *testing.T) {
 	require.Equal(t, 409, d.administer(t, "PUT", path, a.body, "If-Match", tag).status)
 }
 
-// TestWhoLooksAtTheLivePageDoesNotHoldUpTheEnd is about events that a server sends for ever.
+// TestWhoLooksAtTheLivePageDoesNotHoldUpTheEnd opens the event stream of the live page, which never ends by itself.
 func TestWhoLooksAtTheLivePageDoesNotHoldUpTheEnd(t *testing.T) {
 	t.Parallel()
 	d := start(t, withToken, "-rules", "../examples/rules", "-drain", "10m")

@@ -37,18 +37,19 @@ descriptors:
   rate_limit: {unit: day, requests_per_unit: 100000000}
 `
 
-// contender is a server that is measured.
+// contender is a server to measure.
 type contender struct {
 	name  string
-	cpu   func() (server, redis time.Duration) // that they have used of processors
+	cpu   func() (server, redis time.Duration) // processor time that they have used
 	conns []*grpc.ClientConn
 }
 
 // measured is one round of a contender.
-type measured struct{ rate, p50, p99, cpu, redis float64 } // a second; milliseconds; microseconds of processors a call
+type measured struct{ rate, p50, p99, cpu, redis float64 } // calls a second; milliseconds; microseconds of processor time a call
 
-// BenchmarkBesideEnvoyproxyRatelimit measures throttlerd beside the real envoyproxy/ratelimit on one Redis, in turns:
-// calls of two descriptors, by 1, 64 and 256 callers, each with a connection of its own. "make bench-ratelimit" runs it.
+// BenchmarkBesideEnvoyproxyRatelimit measures throttlerd and the real envoyproxy/ratelimit in turns, on one Redis. Each
+// call has two descriptors. There are 1, 64 and 256 callers, each with its own connection. "make bench-ratelimit" runs
+// it.
 func BenchmarkBesideEnvoyproxyRatelimit(b *testing.B) {
 	server := servers.Redis(b)
 	var contenders []*contender
@@ -101,7 +102,7 @@ func rounds(b *testing.B) int {
 	return n
 }
 
-// median is that of each figure.
+// median returns the median of each figure.
 func median(all []measured) (m measured) {
 	of := func(f func(measured) float64) float64 {
 		var values []float64
@@ -114,7 +115,7 @@ func median(all []measured) (m measured) {
 	return measured{of(func(m measured) float64 { return m.rate }), of(func(m measured) float64 { return m.p50 }), of(func(m measured) float64 { return m.p99 }), of(func(m measured) float64 { return m.cpu }), of(func(m measured) float64 { return m.redis })}
 }
 
-// ratio is the median of the quotients of each round, in which both met the same machine.
+// ratio returns the median of the quotients of each round: within a round, both met the same state of the machine.
 func ratio(a, b []measured) float64 {
 	var all []float64
 	for i := range a {
@@ -153,7 +154,7 @@ func (c *contender) measure(b *testing.B, callers int) measured {
 	return measured{float64(len(took)) / elapsed.Seconds(), ms(took[len(took)/2]), ms(took[len(took)*99/100]), each(cpuAfter - cpu), each(redisAfter - redis)}
 }
 
-// used is the time of processors that a process has used.
+// used returns the processor time that a process has used.
 func used(b *testing.B, pid int) time.Duration {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -164,7 +165,7 @@ func used(b *testing.B, pid int) time.Duration {
 	require.NoError(b, err)
 	system, err := strconv.Atoi(fields[12])
 	require.NoError(b, err)
-	return time.Duration(user+system) * 10 * time.Millisecond // as Linux has it on all that Go runs on
+	return time.Duration(user+system) * 10 * time.Millisecond // the unit of Linux on all platforms that Go supports
 }
 
 func usedByRedis(b *testing.B, s *servers.Server) time.Duration {
@@ -182,7 +183,7 @@ func usedByRedis(b *testing.B, s *servers.Server) time.Duration {
 	return time.Duration(seconds * float64(time.Second))
 }
 
-// call asks until the context ends, for one of 1,000 users and of 100 organisations.
+// call makes calls until the context ends, each for one of 1,000 users and one of 100 organisations.
 func call(ctx context.Context, client ratelimitv3.RateLimitServiceClient) (took []time.Duration) {
 	for ctx.Err() == nil {
 		r := &ratelimitv3.RateLimitRequest{Domain: "d", Descriptors: []*commonv3.RateLimitDescriptor{
@@ -202,7 +203,7 @@ func dialAll(b *testing.B, address string) (conns []*grpc.ClientConn) {
 	b.Helper()
 	for range 256 {
 		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithInitialWindowSize(windowSize), grpc.WithInitialConnWindowSize(windowSize)) // as Envoy has it, which sends no pings to find a better one
+			grpc.WithInitialWindowSize(windowSize), grpc.WithInitialConnWindowSize(windowSize)) // as Envoy does, which therefore sends no pings to find a better size
 		require.NoError(b, err)
 		b.Cleanup(func() { _ = conn.Close() })
 		conns = append(conns, conn)
@@ -210,7 +211,7 @@ func dialAll(b *testing.B, address string) (conns []*grpc.ClientConn) {
 	return conns
 }
 
-// startProgram starts throttlerd in a process of its own, as envoyproxy/ratelimit is, and returns its gRPC address.
+// startProgram starts throttlerd in its own process, as envoyproxy/ratelimit is, and returns its gRPC address.
 func startProgram(b *testing.B, flags ...string) (address string, pid int) {
 	b.Helper()
 	program := os.Getenv("THROTTLERD")
