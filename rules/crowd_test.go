@@ -59,7 +59,7 @@ func TestACrowdIsChargedExactlyForWhatIsAdmitted(t *testing.T) {
 			t.Parallel()
 			l, err := throttler.New(throttler.Config{Storage: open(t), Name: fmt.Sprint("rules", time.Now().UnixNano())})
 			require.NoError(t, err)
-			// Not of fixed windows, which midnight would end.
+			// No fixed windows here: the test would fail if midnight ended one.
 			source := rules.NewMemory(rules.File{Name: "a", Data: []byte("domain: d\ndescriptors: [{key: large, rate_limits: [100000/1d]}, {key: small, rate_limits: [1000/1d]}]")})
 			e, err := rules.NewEngine(l, source, nil)
 			require.NoError(t, err)
@@ -93,7 +93,7 @@ func TestACrowdIsChargedExactlyForWhatIsAdmitted(t *testing.T) {
 
 func TestShadowsAreDecidedWhilePostgresAnswersForRedis(t *testing.T) {
 	t.Parallel()
-	gone, err := redisstore.Open("redis://127.0.0.1:1", nil) // nobody can listen there
+	gone, err := redisstore.Open("redis://127.0.0.1:1", nil) // a port that nobody listens on
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, gone.Close(context.Background())) })
 	s, err := failover.New(gone, postgres(t), &failover.Options{LedgerTimeout: storecheck.Patient})

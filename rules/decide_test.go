@@ -43,7 +43,7 @@ func TestModesTakePeekAndCharge(t *testing.T) {
 		{rules.Consume, 3, true, []int64{2, 6, 2}}, // the shadow denies, and so has nothing taken
 		{rules.Peek, 2, false, []int64{2, 6}},
 		{rules.Consume, 2, false, []int64{2, 6}},
-		{rules.Charge, 4, true, nil},
+		{rules.Charge, 4, true, nil}, // the shadow denies, so nothing is taken from it
 		{rules.Peek, 0, true, []int64{-6, 2, -2}},
 	} {
 		allowed, remaining := ask(test.mode, test.cost)
@@ -134,7 +134,7 @@ func TestTooManyDescriptorsAreRefusedBeforeTheyAreCompared(t *testing.T) {
 	require.NoError(t, ask(128), "of two rules each, and one that never denies")
 	require.ErrorIs(t, ask(129), throttler.ErrInvalidIdentifier)
 	require.ErrorContains(t, ask(257), "257 descriptors")
-	many := rules.Request{Descriptors: make([]rules.Descriptor, 1_000_000)} // compared with each other they would take hours
+	many := rules.Request{Descriptors: make([]rules.Descriptor, 1_000_000)} // comparing these with each other would take hours
 	_, _, err := e.Decide(t.Context(), many)
 	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
 }

@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// limit is a file with one rule for everybody, which has this limit.
+// limit returns a file with one rule for everybody that has this limit.
 func limit(words string) []byte {
 	return fmt.Appendf(nil, "rules: [{name: all, limits: [%s]}]\n", words)
 }
@@ -35,7 +35,7 @@ func write(t *testing.T, name string, data []byte) {
 	require.NoError(t, os.WriteFile(name, data, 0o600))
 }
 
-// folder is an engine of a folder with one file, in a bubble.
+// folder returns an engine over a folder with one file. It runs in a synctest bubble.
 func folder(t *testing.T, o *rules.Options) (e *rules.Engine, file string) {
 	t.Helper()
 	file = filepath.Join(t.TempDir(), "rules.yaml")
@@ -48,7 +48,7 @@ func folder(t *testing.T, o *rules.Options) (e *rules.Engine, file string) {
 	return e, file
 }
 
-// remaining asks for n tokens, and is what remains.
+// remaining asks for n tokens and returns what remains.
 func remaining(t *testing.T, e *rules.Engine, n int64) int64 {
 	t.Helper()
 	v, applied, err := e.Decide(t.Context(), rules.Request{Cost: &n})
@@ -115,7 +115,7 @@ func TestAFileIsNotReadWhileItIsWritten(t *testing.T) {
 		var told atomic.Int64
 		e, file := folder(t, &rules.Options{OnLoad: func(set *rules.Set, err error) { told.Add(1) }})
 		write(t, file, nil)
-		time.Sleep(1050 * time.Millisecond) // the engine has looked, and waits until the file stays as it is
+		time.Sleep(1050 * time.Millisecond) // the engine has looked and waits for the file to settle
 		write(t, file, []byte("rules: ["))
 		time.Sleep(60 * time.Millisecond)
 		write(t, file, limit("7/1h"))
@@ -129,7 +129,7 @@ func TestAFileIsNotReadWhileItIsWritten(t *testing.T) {
 func TestFilesThatLinksLeadToAreFollowed(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		// As Kubernetes mounts a ConfigMap: ..data is a link to a folder, which is exchanged.
+		// As Kubernetes mounts a ConfigMap: ..data is a link to a folder, and an update replaces the link.
 		dir := t.TempDir()
 		version := func(name, words string) {
 			require.NoError(t, os.Mkdir(filepath.Join(dir, name), 0o700))
@@ -219,7 +219,7 @@ func TestRulesThatDidNotChangeKeepTheirBuckets(t *testing.T) {
 	assert.Same(t, before, ask(), "a storage knows them by their address")
 }
 
-// spy is a storage that remembers what it was asked.
+// spy is a storage that records what it is asked.
 type spy struct {
 	storage.Storage
 	request atomic.Pointer[storage.Request]
@@ -272,7 +272,7 @@ func TestASourceThatFailedIsAskedAgainSoon(t *testing.T) {
 		e, file := folder(t, &rules.Options{Interval: time.Hour})
 		require.NoError(t, os.Rename(file, file+".away"))
 		require.Error(t, e.Reload(t.Context()))
-		time.Sleep(time.Hour) // the engine looks itself, and fails
+		time.Sleep(time.Hour) // the engine looks at the source meanwhile, and fails
 		write(t, file, limit("9/1h"))
 		time.Sleep(2 * time.Second)
 		require.NoError(t, e.Err())

@@ -15,8 +15,8 @@ import (
 	"github.com/go-throttler/throttler/rules"
 )
 
-// envoy has what the documentation of envoyproxy/ratelimit shows: nested descriptors, defaults by key, patterns,
-// unlimited, names, shadows.
+// envoy contains what the documentation of envoyproxy/ratelimit shows: nested descriptors, defaults by key, patterns,
+// unlimited descriptors, names and shadows.
 const envoy = `
 domain: mongo_cps
 descriptors:
@@ -246,7 +246,7 @@ func TestALimitOfTheRequestReplacesTheRules(t *testing.T) {
 	assert.Empty(t, applied)
 }
 
-// Rule and Descriptor are the words of a limiter by rules as it is often described: a path, and what is limited per unit.
+// Rule and Descriptor have the words that rule-based limiters are often described with: a path, and a limit per unit.
 type Rule struct {
 	Path        string       `json:"path"`
 	Descriptors []Descriptor `json:"descriptors"`

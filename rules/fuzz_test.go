@@ -15,7 +15,8 @@ import (
 	"github.com/go-throttler/throttler/rules"
 )
 
-// FuzzParse holds that no file panics, that each fault has a place in it, and that rules without one can decide.
+// FuzzParse checks that no file causes a panic, that each fault has a place in the file, and that rules without a fault
+// can decide.
 func FuzzParse(f *testing.F) {
 	for _, pattern := range []string{"testdata/faults/*", "../examples/rules/*"} {
 		names, err := filepath.Glob(pattern)
@@ -54,7 +55,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzMatch compares patterns with trying everything.
+// FuzzMatch compares patterns with a matcher that tries everything.
 func FuzzMatch(f *testing.F) {
 	f.Add("/api/*/x*", "/api/a/xy")
 	f.Add("*bot*", "a bot")

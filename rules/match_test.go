@@ -13,7 +13,7 @@ import (
 	"github.com/go-throttler/throttler/rules"
 )
 
-// many are files of a size that nobody is likely to have, and a request that some of their rules match.
+// many returns files larger than anybody is likely to have, and a request that some of their rules match.
 func many(tb testing.TB) map[string]struct {
 	set     *rules.Set
 	entries []rules.Entry
@@ -92,7 +92,7 @@ func BenchmarkParse(b *testing.B) {
 	}
 }
 
-// linear is what a rule asks for in words, and matching that looks at each of them.
+// linear is a rule as written, and matches by checking each of its values in turn.
 type linear struct {
 	name string
 	when [][2][]string // key, values
@@ -113,7 +113,7 @@ func (l linear) matches(entries []rules.Entry, addresses map[string]bool) bool {
 	return true
 }
 
-// fits reports whether a value is what a pattern says, tried in every way.
+// fits reports whether the pattern matches the value. It tries every way.
 func fits(pattern, value string, address bool) bool {
 	if address && pattern != "*" {
 		a, err := netip.ParseAddr(value)
@@ -140,7 +140,7 @@ func fits(pattern, value string, address bool) bool {
 	return false
 }
 
-// random makes rules and requests of few words, so that these often fit.
+// random returns rules and requests made of few words, so that they often match.
 type random struct{ *rand.Rand }
 
 func (r random) text(letters string, n int) string {

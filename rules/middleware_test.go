@@ -14,7 +14,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
 
-// request is what the middleware of the tests knows of a request.
+// request is what the middleware under test knows of a request.
 func request(r *http.Request) []rules.Entry {
 	out := []rules.Entry{{Key: "path", Value: r.URL.Path}, {Key: "method", Value: r.Method}}
 	if user := r.Header.Get("X-User"); user != "" {

@@ -44,7 +44,7 @@ func engine(t *testing.T, text string) *rules.Engine {
 	return e
 }
 
-// entries are made of keys and values in turns.
+// entries returns entries from alternating keys and values.
 func entries(s ...string) (out []rules.Entry) {
 	for i := 0; i < len(s); i += 2 {
 		out = append(out, rules.Entry{Key: s[i], Value: s[i+1]})

@@ -19,7 +19,7 @@ import (
 	"github.com/go-throttler/throttler/rules"
 )
 
-// schema judges values by the words of JSON Schema that rules.schema.json has. Any other word fails.
+// schema validates values by those words of JSON Schema that rules.schema.json uses. Any other word fails the test.
 type schema struct {
 	t    *testing.T
 	root map[string]any
@@ -41,7 +41,7 @@ func (s schema) word(by map[string]any, word string, arg, v any) bool {
 	number, isNumber := v.(float64)
 	switch word {
 	case "$schema", "$id", "title", "$defs", "description", "then", "else":
-		return true // the last two are looked at with "if"
+		return true // "if" handles the last two
 	case "$ref":
 		return s.fits(s.root["$defs"].(map[string]any)[strings.TrimPrefix(arg.(string), "#/$defs/")], v)
 	case "if":
@@ -88,7 +88,7 @@ func (s schema) word(by map[string]any, word string, arg, v any) bool {
 	return false
 }
 
-// properties reports whether each value of the object fits what is asked of it: nil is nothing, and false more than there is.
+// properties reports whether each value of the object fits its schema: nil accepts any value, and false accepts none.
 func (s schema) properties(object map[string]any, by func(string) any) bool {
 	for k, v := range object {
 		if asked := by(k); asked == false || asked != nil && !s.fits(asked, v) {
@@ -116,7 +116,7 @@ func is(t, v any) bool {
 	return false
 }
 
-// judged is what the schema says of YAML.
+// judged returns what the schema says about YAML.
 func judged(t *testing.T, text string) bool {
 	t.Helper()
 	s := schema{t: t}
@@ -147,8 +147,8 @@ func TestTheSchemaAllowsWhatTheParserReads(t *testing.T) {
 	}
 }
 
-// TestTheSchemaKnowsTheWordsOfTheParser writes each word wrong, and each value as another type: the schema must find what
-// the parser finds.
+// TestTheSchemaKnowsTheWordsOfTheParser misspells each word and gives each value another type. The schema must find
+// whatever the parser finds.
 func TestTheSchemaKnowsTheWordsOfTheParser(t *testing.T) {
 	t.Parallel()
 	whole := []string{
@@ -164,7 +164,7 @@ func TestTheSchemaKnowsTheWordsOfTheParser(t *testing.T) {
 		require.True(t, judged(t, text), text)
 		for _, at := range words.FindAllStringSubmatchIndex(text, -1) {
 			word := text[at[2]:at[3]]
-			if word == "k" { // of when: any word
+			if word == "k" { // in when, any word is a key
 				continue
 			}
 			wrong := text[:at[3]] + "x" + text[at[3]:]

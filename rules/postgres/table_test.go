@@ -25,7 +25,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var tables atomic.Int64
 
-// open returns a table of its own, of tests that share a server, and the pool that it uses.
+// open returns a table of its own on the shared server, and the pool that it uses.
 func open(t *testing.T, url string, o pgrules.Options) (*pgrules.Table, *pgxpool.Pool) {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), url)
@@ -69,7 +69,7 @@ func TestAChangeIsToldToEveryEngine(t *testing.T) {
 	url := servers.PostgresURL(t)
 	one, _ := open(t, url, o)
 	other, _ := open(t, url, o)
-	engines := []*rules.Engine{engine(t, one, time.Hour), engine(t, other, time.Hour)} // which do not look by themselves
+	engines := []*rules.Engine{engine(t, one, time.Hour), engine(t, other, time.Hour)} // so long that only notifications can make them look
 	for i := range int64(3) {
 		require.NoError(t, one.Put(t.Context(), file(int(i)), ""))
 		for _, e := range engines {
@@ -113,7 +113,7 @@ func TestEnginesAgreeAfterPostgresWasRestarted(t *testing.T) {
 	}
 	require.NoError(t, server.Kill())
 	storecheck.Until(t, "nobody notices", func() bool { return engines[0].Err() != nil })
-	agreed(t, engines[0], 1) // while it is down as well
+	agreed(t, engines[0], 1) // also while the server is down
 	require.NoError(t, server.Start())
 	storecheck.Recovery(t, storecheck.Patient, func() error { return one.Put(t.Context(), file(2), "") })
 	for _, e := range engines {
