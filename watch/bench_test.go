@@ -12,8 +12,8 @@ import (
 	"github.com/go-throttler/throttler/watch"
 )
 
-// BenchmarkObserve is what a watch costs beyond a function that does nothing: the least of many short runs of both, in
-// turns, which other programs do not disturb.
+// BenchmarkObserve reports what a watch costs beyond an observer that does nothing. Both make many short runs in turns
+// and the shortest of each counts, which other programs disturb least.
 func BenchmarkObserve(b *testing.B) {
 	for buckets := 1; buckets <= 4; buckets *= 2 {
 		b.Run(fmt.Sprintf("buckets=%d", buckets), func(b *testing.B) {

@@ -17,12 +17,12 @@ import (
 	"github.com/go-throttler/throttler/watch"
 )
 
-// ask observes a call for tokens of an identifier, of whatever came.
+// ask observes a call that asks for tokens of an identifier, whatever the result.
 func ask(w *watch.Watch, id string, cost int64) {
 	w.Observe(ctx, &throttler.Event{Op: throttler.OpConsume, Identifier: id, Cost: cost, Time: time.Now()})
 }
 
-// truth counts what identifiers ask, one by one.
+// truth counts exactly what each identifier asks for.
 type truth map[string]int64
 
 func (c truth) ask(w *watch.Watch, id string, cost int64) {
@@ -30,7 +30,7 @@ func (c truth) ask(w *watch.Watch, id string, cost int64) {
 	ask(w, id, cost)
 }
 
-// top is who asked most.
+// top returns the identifiers that asked for most.
 func (c truth) top(n int) (ids []string) {
 	for id := range c {
 		ids = append(ids, id)
@@ -49,7 +49,7 @@ func TestTheHeaviestOfAMillionAreFound(t *testing.T) {
 	found := w.Snapshot().MostAsked
 	require.Len(t, found, 20)
 	for i, id := range asked.top(20) {
-		require.Equal(t, asked[id], asked[found[i].Identifier], "rank %d", i) // of two that are equal either may come first
+		require.Equal(t, asked[id], asked[found[i].Identifier], "rank %d", i) // equal ones may come in any order
 		require.LessOrEqual(t, found[i].AskedLeast, asked[id])
 		require.InDelta(t, 1.025, float64(found[i].Asked)/float64(asked[id]), 0.025)
 	}
@@ -189,7 +189,7 @@ func TestAKeptIdentifierIsNotTheCallersMemory(t *testing.T) {
 	require.Equal(t, "user:42", w.Snapshot().MostAsked[0].Identifier)
 }
 
-// TestAFloodOfIdentifiersTakesNoMemory measures, so it runs alone.
+// TestAFloodOfIdentifiersTakesNoMemory measures memory, so it runs alone.
 func TestAFloodOfIdentifiersTakesNoMemory(t *testing.T) {
 	w := watch.New(nil)
 	for minute := range 3 {

@@ -93,7 +93,7 @@ func TestAStateThatIsNoObjectIsShownAllTheSame(t *testing.T) {
 	require.Equal(t, http.StatusInternalServerError, get(t, w, "/json").Code)
 }
 
-// events reads what a server sends: one text an event.
+// events opens the stream of server-sent events and returns a scanner of its lines.
 func events(t *testing.T, ctx context.Context, address string) *bufio.Scanner {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, address+"/events", nil)
 	require.NoError(t, err)
@@ -120,7 +120,7 @@ func TestEventsOutliveTheWriteTimeoutOfTheServer(t *testing.T) {
 	t.Parallel()
 	w := watch.New(nil)
 	server := httptest.NewUnstartedServer(w)
-	server.Config.WriteTimeout = 500 * time.Millisecond // less than to the second event
+	server.Config.WriteTimeout = 500 * time.Millisecond // shorter than the time to the second event
 	server.Start()
 	t.Cleanup(server.Close)
 	lines := events(t, t.Context(), server.URL)
@@ -142,7 +142,7 @@ func TestEventsEndWithTheServersContext(t *testing.T) {
 	for lines.Scan() {
 	}
 	require.NoError(t, lines.Err())
-	server.Close() // which waits for the handler
+	server.Close() // waits for the handler
 }
 
 func TestEventsNeedAFlusher(t *testing.T) {

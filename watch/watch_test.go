@@ -20,10 +20,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var ctx = context.Background()
 
-// plenty is a bucket that denies nothing here.
+// plenty is a bucket that never denies in these tests.
 var plenty = throttler.NewBucket(time.Hour, 1_000_000)
 
-// observed is a Throttler that is watched.
+// observed returns a Throttler that a Watch observes.
 func observed(t testing.TB, w *watch.Watch, c throttler.Config) *throttler.Throttler {
 	c.Observe = w.Observe
 	out, err := throttler.New(c)
@@ -31,7 +31,7 @@ func observed(t testing.TB, w *watch.Watch, c throttler.Config) *throttler.Throt
 	return out
 }
 
-// consume calls n times.
+// consume calls Consume n times.
 func consume(t testing.TB, from *throttler.Throttler, n int, id string, o ...throttler.Option) {
 	for range n {
 		_, err := from.Consume(id, o...)
@@ -39,7 +39,7 @@ func consume(t testing.TB, from *throttler.Throttler, n int, id string, o ...thr
 	}
 }
 
-// inABubble runs a test of which the time is made by sleeping.
+// inABubble runs a test in a synctest bubble, where sleeping moves the time.
 func inABubble(t *testing.T, test func(*testing.T)) {
 	t.Parallel()
 	synctest.Test(t, test)
@@ -130,9 +130,9 @@ func TestThePeakIsTheMostOfOneSecondOfTheHour(t *testing.T) {
 		all := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{plenty}})
 		for _, n := range []int{3, 50, 7} {
 			for i := range n {
-				consume(t, all, 1, fmt.Sprint(i)) // of all shards
+				consume(t, all, 1, fmt.Sprint(i)) // in all shards
 			}
-			w.Snapshot() // whoever looks changes nothing
+			w.Snapshot() // a look at the page changes nothing
 			time.Sleep(time.Second)
 		}
 		peaks := func() []int64 { s := w.Snapshot(); return []int64{s.Rate.Peak, s.Buckets[0].Rate.Peak} }
@@ -146,7 +146,7 @@ func TestThePeakIsTheMostOfOneSecondOfTheHour(t *testing.T) {
 
 func TestASpikeIsOverThreeTimesTheHour(t *testing.T) {
 	for name, c := range map[string]struct {
-		before, then int // a second
+		before, then int // calls a second
 		after        time.Duration
 		want         bool
 	}{
@@ -185,7 +185,7 @@ func TestABucketCountsItsTokens(t *testing.T) {
 		api := observed(t, w, throttler.Config{Name: "api", Buckets: []throttler.Bucket{short, long}})
 		v, err := api.Consume("a", throttler.Cost(9))
 		require.NoError(t, err)
-		consume(t, api, 3, "a", throttler.Cost(2)) // denied by one of them
+		consume(t, api, 3, "a", throttler.Cost(2)) // one of the buckets denies
 		require.NoError(t, api.Refund(ctx, v, throttler.Cost(4)))
 		require.NoError(t, api.Charge(ctx, "b", throttler.Cost(3)))
 		time.Sleep(time.Second)
@@ -229,7 +229,7 @@ func TestLatenciesAreTrueWithinAQuarter(t *testing.T) {
 	require.InDelta(t, 1.125, float64(s.P99)/float64(990*time.Millisecond), 0.125)
 }
 
-// event is what Observe is told of a call that is allowed by so many buckets.
+// event returns the event of a call that this many buckets allowed.
 func event(t testing.TB, id string, buckets int) *throttler.Event {
 	kept := new(throttler.Event)
 	c := throttler.Config{Observe: func(_ context.Context, e *throttler.Event) { *kept = *e }}
@@ -292,7 +292,8 @@ func TestObservingAllocatesNothing(t *testing.T) {
 	require.LessOrEqual(t, allocs(some), allocs(before), "half of them denied")
 }
 
-// TestObservingIsAPartOfADecision measures in turns, as the machine may be busy. It is about 0.4 of one, of two buckets.
+// TestObservingIsAPartOfADecision measures both in turns, because the machine may be busy. Observing takes about 0.4 of
+// the time of a decision on two buckets.
 func TestObservingIsAPartOfADecision(t *testing.T) {
 	c := throttler.Config{Buckets: []throttler.Bucket{plenty, throttler.NewBucket(time.Minute, 1_000_000)}}
 	some := observed(t, watch.New(nil), c)
@@ -308,7 +309,7 @@ func TestObservingIsAPartOfADecision(t *testing.T) {
 
 const calls = 1000
 
-// decisions is how long so many calls take.
+// decisions returns how long this many calls take.
 func decisions(t testing.TB, of *throttler.Throttler) time.Duration {
 	start := time.Now()
 	for range calls {
