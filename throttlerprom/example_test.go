@@ -55,7 +55,7 @@ func Example() {
 	// Output: 200
 }
 
-// operations is docs/operations.md.
+// operations is the text of docs/operations.md.
 func operations(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("../docs/operations.md")

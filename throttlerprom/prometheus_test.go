@@ -26,7 +26,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerprom"
 )
 
-// program is a program of Debian's package prometheus.
+// program returns the path of a program of Debian's package prometheus.
 func program(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -40,8 +40,8 @@ func TestEachAlertFiresWhenItShould(t *testing.T) {
 	require.NoError(t, err, string(out))
 }
 
-// TestPrometheusHasDataForEachPanelAndEachAlert runs a real Prometheus. Only what failover tells is invented, as that is the
-// only one that needs servers to say so.
+// TestPrometheusHasDataForEachPanelAndEachAlert runs a real Prometheus. Only the figures of failover are invented,
+// because a real failover storage needs servers.
 func TestPrometheusHasDataForEachPanelAndEachAlert(t *testing.T) {
 	t.Parallel()
 	r := prometheus.NewRegistry()
@@ -75,7 +75,7 @@ func TestPrometheusHasDataForEachPanelAndEachAlert(t *testing.T) {
 	assert.Len(t, names, 18+2*3, "each name, and of the two histograms three")
 }
 
-// load makes each kind of call, until the context ends.
+// load makes each kind of call until the context ends.
 func load(ctx context.Context, t *testing.T, m *throttlerprom.Metrics) {
 	store := memstore.New(nil)
 	m.Storage("memory", store)
@@ -100,8 +100,8 @@ func load(ctx context.Context, t *testing.T, m *throttlerprom.Metrics) {
 	}
 }
 
-// expressions are those of the dashboard and of the alerts, the latter without their thresholds: what is measured has data
-// while all is well.
+// expressions returns the expressions of the dashboard and of the alerts. Alerts lose their thresholds: what they measure
+// has data even when nothing is wrong.
 func expressions(t *testing.T) map[string]string {
 	t.Helper()
 	var d struct {
@@ -136,7 +136,7 @@ func expressions(t *testing.T) map[string]string {
 	return all
 }
 
-// startPrometheus scrapes the target, and returns the URL to query.
+// startPrometheus starts a Prometheus that scrapes the target, and returns the URL for queries.
 func startPrometheus(t *testing.T, target string) string {
 	t.Helper()
 	dir, port := t.TempDir(), freePort(t)
@@ -174,7 +174,7 @@ type sample struct {
 	Value  []any
 }
 
-// query returns the data of an expression, if there are any.
+// query returns the data of an expression, if there is any.
 func query(t *testing.T, api, expr string) []sample {
 	t.Helper()
 	r, err := http.Get(api + "/api/v1/query?query=" + url.QueryEscape(expr))

@@ -21,7 +21,7 @@ import (
 	"github.com/go-throttler/throttler/throttlerprom"
 )
 
-// measured is a registry with the metrics of a Throttler.
+// measured returns a registry with the metrics of a Throttler.
 func measured(t *testing.T, c throttler.Config, o *throttlerprom.Options) (*prometheus.Registry, *throttlerprom.Metrics, *throttler.Throttler) {
 	t.Helper()
 	r := prometheus.NewPedanticRegistry()
@@ -33,7 +33,7 @@ func measured(t *testing.T, c throttler.Config, o *throttlerprom.Options) (*prom
 	return r, m, th
 }
 
-// figures are all that is not 0, but for sums and buckets of histograms.
+// figures returns all values that are not 0, except the sums and buckets of histograms.
 func figures(t *testing.T, r prometheus.Gatherer) (out []string) {
 	t.Helper()
 	families, err := r.Gather()
@@ -53,7 +53,7 @@ func figures(t *testing.T, r prometheus.Gatherer) (out []string) {
 	return out
 }
 
-// failover tells what the failover storage tells, without servers.
+// failover reports the figures of the failover storage without any servers.
 type failover struct{}
 
 func (failover) Stats() iter.Seq2[string, float64] {
@@ -137,7 +137,7 @@ func TestCallsAreCountedByResultAndBucket(t *testing.T) {
 	require.NoError(t, th.Reset(t.Context(), "a"))
 	_, _ = th.Consume("a", throttler.Cost(-1))
 	assert.Equal(t, []string{
-		"decision_duration_seconds{} 1", // of the Reset, which no storage signs
+		"decision_duration_seconds{} 1", // of the Reset, which names no source
 		"decision_duration_seconds{runtime} 6",
 		"decisions_total{api charge allowed runtime} 1",
 		"decisions_total{api consume allowed runtime} 1",
@@ -216,7 +216,7 @@ func TestAWaitIsOneCall(t *testing.T) {
 
 func TestWhatAPolicyLetsPassIsCountedAsBypassed(t *testing.T) {
 	t.Parallel()
-	store := memstore.New(&memstore.Options{MaxIdentifiers: 1}) // fails for a second one
+	store := memstore.New(&memstore.Options{MaxIdentifiers: 1}) // fails for a second identifier
 	r, m, th := measured(t, throttler.Config{Storage: store, OnStorageError: throttler.Allow, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}}, nil)
 	m.Storage("memory", store)
 	_, _ = th.Consume("a")
