@@ -24,7 +24,8 @@ func TestTheDemonstrationNamesTheAttacker(t *testing.T) {
 	require.Regexp(t, `Denied most: user:mallory on /api/search, \d+ calls`, out.String())
 }
 
-// serve runs the service until the test ends, which also looks that it ends at once, and returns its address.
+// serve runs the service until the test ends, and returns its address. At the end it checks that the service stops at
+// once.
 func serve(t *testing.T, args ...string) string {
 	ctx, end := context.WithCancel(t.Context())
 	in, out := io.Pipe()
@@ -45,11 +46,11 @@ func serve(t *testing.T, args ...string) string {
 	lines := bufio.NewReader(in)
 	line, err := lines.ReadString('\n')
 	require.NoError(t, err)
-	go func() { _, _ = io.Copy(io.Discard, lines) }() // until out is closed
+	go func() { _, _ = io.Copy(io.Discard, lines) }() // drains the output until out is closed
 	return regexp.MustCompile(`http://[^/]+`).FindString(line)
 }
 
-// get returns the body of an answer.
+// get returns the body of the answer.
 func get(t *testing.T, url string) io.Reader {
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	require.NoError(t, err)

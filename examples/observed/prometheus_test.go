@@ -21,7 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// without is why panels have no data here, by how their titles begin.
+// without says why some panels have no data here, by the beginning of their titles.
 var without = map[string]string{
 	"Failover: ":      "the storage is in the memory of the process",
 	"Waiting ":        "nobody calls Wait",
@@ -45,7 +45,7 @@ func TestEachPanelOfTheDashboardHasDataOrAReasonWhyNot(t *testing.T) {
 	assert.Empty(t, missing)
 }
 
-// panels are the expressions of throttlerprom's dashboard.
+// panels returns the expressions of throttlerprom's dashboard, by panel title.
 func panels(t *testing.T) map[string]string {
 	read, err := os.ReadFile("../../throttlerprom/grafana.json")
 	require.NoError(t, err)
@@ -81,11 +81,11 @@ func scrape(t *testing.T, target string) string {
 		"--storage.tsdb.path", filepath.Join(dir, "data"), "--web.listen-address", address, "--log.level", "warn")
 	run.Cancel = func() error { return run.Process.Signal(syscall.SIGTERM) }
 	require.NoError(t, run.Start())
-	t.Cleanup(func() { _ = run.Wait() }) // it is told to end
+	t.Cleanup(func() { _ = run.Wait() }) // the process gets a signal before
 	return "http://" + address
 }
 
-// results is how many series an expression has. There are none while Prometheus starts.
+// results returns how many series an expression has. It is 0 while Prometheus starts.
 func results(t *testing.T, api, expr string) int {
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, api+"/api/v1/query?query="+url.QueryEscape(expr), nil)
 	require.NoError(t, err)
@@ -97,6 +97,6 @@ func results(t *testing.T, api, expr string) int {
 	var found struct {
 		Data struct{ Result []any }
 	}
-	_ = json.NewDecoder(answer.Body).Decode(&found) // fails while it starts
+	_ = json.NewDecoder(answer.Body).Decode(&found) // fails while Prometheus starts
 	return len(found.Data.Result)
 }
