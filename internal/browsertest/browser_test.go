@@ -45,7 +45,8 @@ func run(t *testing.T, example string, args ...string) []byte {
 	return runProgram(t, "examples/"+example, func([]byte) bool { return true }, nil, append(args, "-addr", "127.0.0.1:0")...)
 }
 
-// runProgram is run for any folder, which returns the first line that is wanted.
+// runProgram builds and runs the program of a folder until the test ends, and returns the first line of its output that
+// wanted accepts.
 func runProgram(t *testing.T, folder string, wanted func(line []byte) bool, env []string, args ...string) []byte {
 	program := filepath.Join(t.TempDir(), "program")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".")

@@ -27,7 +27,7 @@ rules:
 - {name: login, when: {path: /login}, per: [address], limits: [3/1h]}
 `
 
-// daemon starts throttlerd with rules from a source, and returns the addresses of the admin page and of its API.
+// daemon starts throttlerd with rules from the source, and returns the addresses of the admin page and of the HTTP API.
 func daemon(t *testing.T, source string) (admin, api string) {
 	rules := filepath.Join(t.TempDir(), "api.yaml")
 	require.NoError(t, os.WriteFile(rules, []byte(twoRules), 0o600))
@@ -45,7 +45,7 @@ func daemon(t *testing.T, source string) (admin, api string) {
 
 const request = `{"domain":"api","entries":{"path":"/api/x","user":"42"}}`
 
-// decide asks the daemon, as a gateway would.
+// decide asks the daemon for a decision, as a gateway does.
 func decide(t *testing.T, api string) int {
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, api+"/v1/decide", strings.NewReader(request))
 	require.NoError(t, err)
@@ -140,7 +140,7 @@ func is(t *testing.T, ctx context.Context, expression string) (b bool) {
 	return b
 }
 
-// put changes a file by the admin API, as somebody else.
+// put changes a file through the admin API, as another user would.
 func put(t *testing.T, admin, name, text string) {
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodPut, admin+"/v1/rules/"+name, bytes.NewBufferString(text))
 	require.NoError(t, err)

@@ -24,7 +24,7 @@ func observed(t *testing.T) string {
 	return string(address)
 }
 
-// requested returns a list to which the addresses that a page requests are added.
+// requested returns a list that collects the addresses which the page requests.
 func requested(t *testing.T, ctx context.Context) *[]string {
 	all := new([]string)
 	chromedp.ListenTarget(ctx, func(event any) {
