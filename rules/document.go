@@ -118,7 +118,7 @@ type jsonDecoder struct {
 	start, seen int64 // offset where the line starts, and offset up to which lines have been counted
 }
 
-// place sets the line and column of an offset. Offsets must not decrease from call to call.
+// place sets the line and column of an offset, which must not lie in a line before that of the last call.
 func (d *jsonDecoder) place(n *yaml.Node, at int64) {
 	at = min(at, int64(len(d.data)))
 	for ; d.seen < at; d.seen++ {

@@ -121,8 +121,8 @@ func (a *activity) count(d *decision) {
 }
 
 // of returns the counts of a rule. Three kinds of rules are not in byRule. A rule with Line 0 is the limit of a request
-// and gets counts. A rule whose name is known was just replaced by a reload, or loads just now: the name decides. Any
-// other rule was just added or removed; it goes to lost, because an entry for a removed rule would never be deleted.
+// and gets counts. Other rules belong to a set just before or after the loaded one. If their name is known, they share
+// its counts. If not, they go to lost: they may have been removed, and then nothing would delete counts made for them.
 func (a *activity) of(r *rules.Rule) *counts {
 	if c := (*a.byRule.Load())[r]; c != nil {
 		return c

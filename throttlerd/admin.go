@@ -32,7 +32,7 @@ type admin struct {
 	ended context.Context //nolint:containedctx // of all who look at the live page
 	leave func()          // cancels ended
 
-	changing sync.Mutex // held from compiling a change until it is stored, so that two changes cannot be valid alone and faulty together
+	changing sync.Mutex // held from compiling a change to storing it: two changes, each valid, could be faulty together
 }
 
 func newAdmin(token string, log *slog.Logger, activity *activity, live *watch.Watch) *admin {

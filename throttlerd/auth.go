@@ -1,5 +1,5 @@
-// Forward-auth: GET /auth for nginx's auth_request, Caddy's forward_auth and Traefik's ForwardAuth. The gateway lets the
-// request through at status 200 and at no other.
+// Forward-auth: GET /auth for nginx's auth_request, Caddy's forward_auth and Traefik's ForwardAuth. The answer
+// is 200 if the gateway may let the request through, and an error status otherwise.
 
 package main
 
@@ -121,7 +121,7 @@ func (s *service) client(r *http.Request) (string, error) {
 		switch {
 		case err != nil && i == len(list)-1:
 			return "", malformed("the gateway has to set X-Forwarded-For, with the address of its client at the end")
-		case err != nil: // forged by a client: the last good address is that of the client itself
+		case err != nil: // a client wrote this: the request counts for the proxy after it
 			a, _ = parseAddress(strings.TrimSpace(list[i+1]))
 		case i > 0 && s.trusts(a):
 			continue

@@ -164,7 +164,7 @@ func (a *asking) request() (rules.Request, error) {
 // answered is the body of an answer with status 200 and of a denial.
 type answered struct {
 	Allowed    bool          `json:"allowed"`
-	Degraded   bool          `json:"degraded,omitempty"`    // the storage failed: by -on-storage-error allow, or the failover decided without Redis
+	Degraded   bool          `json:"degraded,omitempty"`    // by -on-storage-error allow, or by a fallback
 	RetryAfter float64       `json:"retry_after,omitempty"` // seconds
 	Receipt    string        `json:"receipt,omitempty"`
 	Rules      []appliedJSON `json:"rules"`

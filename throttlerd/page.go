@@ -93,7 +93,7 @@ type row struct {
 	File                       string // "" for limits that requests bring
 	Line                       int
 
-	Allowed, Denied           float64 // requests a second, over about the last ten seconds; Denied includes what never-denying rules would have denied
+	Allowed, Denied           float64 // requests a second, of about the last ten; Denied includes what shadows would have denied
 	AllowedTotal, DeniedTotal int64   // since the daemon started; Denied as above
 	Failed                    int64   // could not be decided, or were admitted without a limit because the storage failed
 }

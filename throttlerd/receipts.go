@@ -28,8 +28,8 @@ type receipt struct {
 	until time.Time
 }
 
-// give issues a receipt that nobody can guess. If there are too many, it forgets the oldest. A used receipt has no entry
-// in given and therefore counts as expired, so order shrinks too.
+// give issues a receipt that nobody can guess. If there are too many, it forgets the oldest. A used receipt counts until it
+// is the oldest: it has no entry in given, so the zero time makes it look expired.
 func (r *receipts) give(v throttler.Verdict, now time.Time) string {
 	id := rand.Text()
 	r.mu.Lock()

@@ -86,8 +86,8 @@ func decided(r *http.Request) *decision {
 	return d
 }
 
-// maxDescriptors is how many identifiers one decision may have. A request with more descriptors would be denied in the
-// end anyway, after costing time.
+// maxDescriptors is how many identifiers one decision may have. A request with more descriptors would be rejected in
+// the end anyway, after costing time.
 const maxDescriptors = 256
 
 // decide decides a request. A request that cannot be decided is not admitted, unless -on-storage-error or

@@ -21,7 +21,7 @@ const (
 	maxForm      = 4 << 10 // bytes
 )
 
-// sessions are the browsers that have logged in. They live in memory and end with the process. It is safe for concurrent
+// sessions holds the browsers that have logged in, in memory, until the process ends. It is safe for concurrent
 // use.
 type sessions struct {
 	mu    sync.Mutex

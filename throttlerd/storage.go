@@ -60,8 +60,8 @@ func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *clos
 	return memstore.New(nil), nil
 }
 
-// opened returns a nil interface for an error. Without it, a nil pointer of type S would become a storage that is not
-// nil.
+// opened returns a nil interface together with an error. Converting s itself would make a storage that is not nil, but
+// holds a nil pointer.
 func opened[S storage.Storage](s S, err error) (storage.Storage, error) {
 	if err != nil {
 		return nil, err
