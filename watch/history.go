@@ -98,7 +98,7 @@ func (r *ring) at(n int64) *counts {
 	return &r.slots[n%int64(len(r.slots))]
 }
 
-// sum adds up the slots from (inclusive) to to (exclusive).
+// sum adds up the slots of [from, to).
 func (r *ring) sum(from, to int64) (sum counts) {
 	for n := from; n < to; n++ {
 		if c := r.at(n); c != nil {

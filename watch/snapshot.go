@@ -153,7 +153,7 @@ func callsOf(c *counts) Calls {
 	return Calls{c.calls[allowed], c.calls[denied], c.calls[bypassed], c.calls[failed]}
 }
 
-// secondsOf returns the averages of the slots from (inclusive) to to (exclusive).
+// secondsOf returns the averages of the slots of [from, to).
 func secondsOf(r *ring, from, to int64) (out []Second) {
 	for n := from; n < to; n++ {
 		var second Second

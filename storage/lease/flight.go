@@ -245,7 +245,9 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 	defer sh.mu.Unlock()
 	defer close(f.done)
 	p.flight, f.err = nil, err
-	s.giveBack(p, f.back) // empty if bringBack has done so
+	if p.resets == f.resets { // otherwise the shared storage has forgotten these tokens
+		s.giveBack(p, f.back) // empty if bringBack has done so
+	}
 	if err != nil {
 		return
 	}

@@ -19,7 +19,7 @@ import (
 //	            read before a call is answered (memory)
 //	locked      read under a lock. The condition always holds
 //	faulty      read, but not in the form of this package. All calls fail except a Reset, which replaces it
-//	changed     by a call. It must be written
+//	changed     by a call. It must be written back
 //	written     Postgres has executed the write. Until the commit is answered it may still roll back
 //
 // One rule keeps decisions exact: a call that changes a row is answered only after the commit, and any other call
