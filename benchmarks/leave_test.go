@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"runtime"
+	"runtime/metrics"
 	"slices"
 	"sync"
 	"testing"
@@ -113,6 +115,16 @@ func onStack(ctx context.Context, deep int) byte {
 	return frame[0]
 }
 
+// untilAllWait returns when no goroutine is ready to run, so that all that were started wait, or after a minute.
+func untilAllWait() {
+	ready := []metrics.Sample{{Name: "/sched/goroutines/runnable:goroutines"}}
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); runtime.Gosched() {
+		if metrics.Read(ready); ready[0].Value.Uint64() == 0 {
+			return
+		}
+	}
+}
+
 // leave returns how long a crowd takes to leave, and how late the other waits ended at most in the meantime.
 func leave(w waiting) (all, late time.Duration) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -126,8 +138,8 @@ func leave(w waiting) (all, late time.Duration) {
 		})
 	}
 	begun.Wait()
-	time.Sleep(time.Second) // give the last of them time to start waiting
-	stop := make(chan struct{})
+	untilAllWait()
+	stop, first := make(chan struct{}), make(chan struct{})
 	var lates []time.Duration
 	others.Go(func() {
 		for {
@@ -137,11 +149,13 @@ func leave(w waiting) (all, late time.Duration) {
 			default:
 				start := time.Now()
 				w.other()
-				lates = append(lates, time.Since(start)-time.Millisecond)
+				if lates = append(lates, time.Since(start)-time.Millisecond); len(lates) == 1 {
+					close(first)
+				}
 			}
 		}
 	})
-	time.Sleep(10 * time.Millisecond)
+	<-first
 	start := time.Now()
 	cancel()
 	left.Wait()

@@ -1,5 +1,5 @@
 // Package storecheck has what the tests of storages have in common. They ask a storage, alone or in crowds, count its
-// answers, and compare them with what was taken.
+// answers, and compare them with what was taken. simulation.go has the seeds and the mutants of simulations.
 package storecheck
 
 import (

@@ -5,9 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -26,18 +24,6 @@ import (
 // The simulation runs the storage itself in several processes, in virtual time, on stores and links that fail as a seed
 // determines. Afterwards an independent check compares what was admitted with the bound of docs/failover.md. A seed
 // that fails is printed, and THROTTLER_SEED runs it again.
-
-func seeds(t *testing.T, few int) (from, to uint64) {
-	if s := os.Getenv("THROTTLER_SEED"); s != "" {
-		seed, err := strconv.ParseUint(s, 10, 64)
-		require.NoError(t, err)
-		return seed, seed + 1
-	}
-	if n, err := strconv.Atoi(os.Getenv("THROTTLER_SEEDS")); err == nil {
-		few = n
-	}
-	return 0, uint64(few)
-}
 
 // admission is one that a process was told of.
 type admission struct {
@@ -300,7 +286,7 @@ func (w *world) end() {
 // bound.
 func TestTheBoundHoldsWhateverFails(t *testing.T) {
 	t.Parallel()
-	from, to := seeds(t, 200)
+	from, to := storecheck.Seeds(t, 200)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, seed, law.Kind(seed%5))
@@ -322,7 +308,7 @@ func TestTheBoundHoldsWhateverFails(t *testing.T) {
 // taken in that time, and they are used within a Lifetime.
 func TestTheBoundHoldsUnderLeases(t *testing.T) {
 	t.Parallel()
-	from, to := seeds(t, 20)
+	from, to := storecheck.Seeds(t, 20)
 	local := int64(0)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
@@ -413,7 +399,7 @@ func excess(all []admission, r *law.Rule) int64 {
 // fails.
 func TestAllIsBackWithinSixSecondsAfterTheLastFault(t *testing.T) {
 	t.Parallel()
-	from, to := seeds(t, 200)
+	from, to := storecheck.Seeds(t, 200)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, seed, law.Kind(seed%5))

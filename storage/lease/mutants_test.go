@@ -1,15 +1,9 @@
 package lease_test
 
 import (
-	"encoding/json"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 
-	"github.com/stretchr/testify/assert"
-	"github.com/stretchr/testify/require"
+	"github.com/go-throttler/throttler/internal/storecheck"
 )
 
 // The test checks the other tests. Each mutant removes one of the safeguards of the bound, and the simulation or a test of a
@@ -32,23 +26,7 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 		{"5, once", "flight.go", "			err = s.charge(s.lasting, c)\n", "			_ = s.charge(s.lasting, c)\n			err = s.charge(s.lasting, c)\n"},
 	} {
 		t.Run(m.rule, func(t *testing.T) {
-			source, err := os.ReadFile(m.file)
-			require.NoError(t, err)
-			mutant := strings.Replace(string(source), m.code, m.mutant, 1)
-			require.NotEqual(t, string(source), mutant, "the code has changed, and the mutant has not")
-			changed := filepath.Join(t.TempDir(), m.file)
-			require.NoError(t, os.WriteFile(changed, []byte(mutant), 0o600))
-			here, err := filepath.Abs(m.file)
-			require.NoError(t, err)
-			overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{here: changed}})
-			require.NoError(t, err)
-			list := filepath.Join(t.TempDir(), "overlay.json")
-			require.NoError(t, os.WriteFile(list, overlay, 0o600))
-			test := exec.CommandContext(t.Context(), "go", "test", "-overlay", list, "-count=1", "-vet=off", "-timeout=100s", "-run", "^(TestTheBound|TestRule)", ".")
-			test.Env = append(os.Environ(), "THROTTLER_SEEDS=60", "THROTTLER_SEED=")
-			out, err := test.CombinedOutput()
-			assert.Error(t, err)
-			assert.Contains(t, string(out), "--- FAIL", "it does not compile")
+			storecheck.AssertKilled(t, m.file, m.code, m.mutant, "^(TestTheBound|TestRule)", "THROTTLER_SEEDS=60", "THROTTLER_SEED=")
 		})
 	}
 }

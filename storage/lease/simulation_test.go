@@ -9,12 +9,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler/internal/law"
+	"github.com/go-throttler/throttler/internal/storecheck"
 )
 
 // TestTheBoundHolds checks the safety of the protocol: whatever the traffic, no kind of bucket exceeds its bound.
 func TestTheBoundHolds(t *testing.T) {
 	t.Parallel()
-	from, to := seeds(t, 200)
+	from, to := storecheck.Seeds(t, 200)
 	local, shared, denied := 0, 0, 0
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {

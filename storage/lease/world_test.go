@@ -5,9 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -25,18 +23,6 @@ import (
 // The simulation runs the real lease storage in virtual time, in several processes that share one storage. A seed determines
 // when the processes send bursts of calls, pause and crash. An independent check compares the admitted calls with the
 // bound. The seed of a failure is printed; THROTTLER_SEED runs it again.
-
-func seeds(t *testing.T, few int) (from, to uint64) {
-	if s := os.Getenv("THROTTLER_SEED"); s != "" {
-		seed, err := strconv.ParseUint(s, 10, 64)
-		require.NoError(t, err)
-		return seed, seed + 1
-	}
-	if n, err := strconv.Atoi(os.Getenv("THROTTLER_SEEDS")); err == nil {
-		few = n
-	}
-	return 0, uint64(few)
-}
 
 // server is the shared storage. Its own clock is ahead of that of the processes and runs a little faster or slower.
 type server struct {
