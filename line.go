@@ -4,6 +4,8 @@ package throttler
 
 import (
 	"container/list"
+	"context"
+	"hash/maphash"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +18,43 @@ type waiters struct {
 	most  int          // Config.MaxWaiters
 	lines sync.Map     // identifier -> *line
 	n     atomic.Int64 // upper bound of the number of lines; it is mostly 0, which saves a lookup in lines
+
+	// resets has a count for each identifier; those with equal hashes share one.
+	resets [64]resets
+}
+
+// resets counts the calls of Reset. A call that has reserved compares the counts of before and after: if they differ, a Reset
+// may have voided the reservation.
+type resets struct {
+	n      atomic.Uint32
+	latest atomic.Pointer[chan struct{}] // closed once the Reset that began last is over and all waiters have the news
+}
+
+var seed = maphash.MakeSeed()
+
+func (ws *waiters) resetsOf(id string) *resets {
+	return &ws.resets[maphash.String(seed, id)%uint64(len(ws.resets))]
+}
+
+// count returns how often the identifiers of a call were reset, in total.
+func (ws *waiters) count(parts []Part) (n uint32) {
+	for i := range parts {
+		n += ws.resetsOf(parts[i].id).n.Load()
+	}
+	return n
+}
+
+// settle waits for a Reset that is running. Otherwise a whole crowd could reserve between the Reset in the storage and the news
+// of it, and all these reservations would be dropped for nothing.
+func (ws *waiters) settle(ctx context.Context, parts []Part) {
+	for i := range parts {
+		if over := ws.resetsOf(parts[i].id).latest.Load(); over != nil {
+			select {
+			case <-*over:
+			case <-ctx.Done():
+			}
+		}
+	}
 }
 
 // line has the callers that wait for one identifier. Whoever needs both locks takes giving first, then mu.
@@ -43,6 +82,7 @@ type line struct {
 
 // waiter is one call of Wait that has to wait.
 type waiter struct {
+	home  *line // the first of lines; its turns have the waiter's reservation
 	lines []*line
 	seats []*list.Element // its elements in line.all, one for each of lines
 	turn  chan struct{}   // receives when this waiter may ask
@@ -119,6 +159,9 @@ func (ws *waiters) join(id string, w *waiter) bool {
 		l.mu.Lock()
 		gone, full := l.gone, ws.most > 0 && l.all.Len() >= ws.most
 		if !gone && !full {
+			if w.home == nil {
+				w.home = l
+			}
 			w.lines, w.seats = append(w.lines, l), append(w.seats, l.all.PushBack(w))
 		}
 		l.mu.Unlock()
@@ -157,6 +200,53 @@ func (ws *waiters) close(l *line) {
 	ws.n.Add(-1)
 }
 
+// whileReset calls do, which resets the buckets of an identifier in the storage. Then it makes all reservations of the waiters
+// void, and tells them. The count is raised first: a reservation that is registered before is voided here, and one that is
+// registered later is compared with the new count.
+func (ws *waiters) whileReset(id string, do func() error) error {
+	r := ws.resetsOf(id)
+	over := make(chan struct{})
+	r.latest.Store(&over)
+	defer close(over)
+	err := do()
+	r.n.Add(1)
+	for home := range ws.homes(id) {
+		home.void(id)
+	}
+	ws.tell(id, wasReset)
+	return err
+}
+
+// homes returns the lines whose turns may have waiters of an identifier: its own line, and with WaitAll those of other
+// identifiers.
+func (ws *waiters) homes(id string) map[*line]bool {
+	found, ok := ws.lines.Load(id)
+	if !ok {
+		return nil
+	}
+	homes, l := map[*line]bool{}, found.(*line)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for e := l.all.Front(); e != nil; e = e.Next() {
+		homes[e.Value.(*waiter).home] = true
+	}
+	return homes
+}
+
+// void makes the reservations void that include tokens of an identifier.
+func (l *line) void(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key, s := range l.turns {
+		for _, p := range s.due.Front().Value.(*Verdict).parts() {
+			if p.Identifier == id {
+				s.over = true
+				delete(l.turns, key)
+			}
+		}
+	}
+}
+
 // tell sends news to the waiters of an identifier. Freed tokens concern only the first in the queue.
 func (ws *waiters) tell(id string, n news) {
 	if ws.n.Load() == 0 {
@@ -174,12 +264,6 @@ func (ws *waiters) tell(id string, n news) {
 			first.Value.(*waiter).tell(n)
 		}
 		return
-	}
-	if n == wasReset { // under the lock, so that no new reservation gets among the forgotten ones
-		for _, s := range l.turns {
-			s.over = true
-		}
-		clear(l.turns)
 	}
 	// All waiters have the news before the first wakes up. Otherwise the first could make others ask again that do not
 	// have the news yet. It would reach these after they have asked, and they would ask once more.
@@ -230,7 +314,7 @@ func (w *waiter) lineOf(id string) *line {
 	if i := slices.IndexFunc(w.lines, func(l *line) bool { return l.id == id }); i >= 0 {
 		return w.lines[i]
 	}
-	return w.lines[0]
+	return w.home
 }
 
 // join adds a waiter to the end of the queue. It returns a lower bound of the tokens that those before it take from each bucket,

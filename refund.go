@@ -143,9 +143,8 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 	err := validIdentifier(id)
 	start := law.Elapsed()
 	if err == nil {
-		err = t.storage.Reset(ctx, t.name, id)
+		err = t.waiters.whileReset(id, func() error { return t.storage.Reset(ctx, t.name, id) })
 	}
-	t.waiters.tell(id, wasReset)
 	t.tidy()
 	if t.observe != nil {
 		t.tell(ctx, t.event(OpReset, 0, id, 0), &Verdict{}, err, start, law.Elapsed())

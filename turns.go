@@ -28,11 +28,15 @@ type turns struct {
 	flushes bool // a caller has undertaken to flush, which gives these back
 }
 
-// reserved adds a waiter and its reservation to the turns of its shape.
-func (w *waiter) reserved(v *Verdict) {
-	l, key := w.lines[0], shape(v)
+// reserved adds a waiter and its reservation to the turns of its shape. It does nothing and returns false if one of the buckets
+// was reset since the count of Resets was resets.
+func (ws *waiters) reserved(w *waiter, v *Verdict, resets uint32, parts []Part) bool {
+	l, key := w.home, shape(v)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if ws.count(parts) != resets { // under the lock: a Reset from here on makes the turns void
+		return false
+	}
 	s := l.turns[key]
 	if s == nil {
 		s = &turns{l: l, key: key}
@@ -53,6 +57,7 @@ func (w *waiter) reserved(v *Verdict) {
 	} else {
 		s.due.InsertAfter(&due, before)
 	}
+	return true
 }
 
 // shape returns a string that is equal for verdicts whose reservations are interchangeable.
@@ -76,6 +81,13 @@ func (s *turns) first(w *waiter) (at int64) {
 		return never
 	}
 	return dueAt(s.due.Front().Value.(*Verdict))
+}
+
+// void reports whether the reservations are void.
+func (s *turns) void() bool {
+	s.l.mu.Lock()
+	defer s.l.mu.Unlock()
+	return s.over
 }
 
 // last returns when the last reservation is due, or 0 if there is none.
@@ -190,7 +202,7 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 			denied(v)
 			return false, err
 		case news >= changed, news == nothing && until < at && t.forgotten(ctx, w, at, parts):
-			t.end(ctx, s, w, news == changed)
+			t.end(ctx, s, w, news >= changed)
 			return true, nil
 		case news == nothing && until == at:
 			if turn := s.take(w); turn != nil {
@@ -220,9 +232,12 @@ func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []
 	return now.Allowed || longest < w.turns.last()-now.at
 }
 
-// end makes all waiters of s ask again, and gives back their reservations if give is set. It returns once that is done, even if
-// another waiter does it. It holds giving meanwhile, so nobody reserves again before the tokens are free.
+// end makes all waiters of s ask again, and gives back their reservations if give is set. It holds giving meanwhile, so nobody
+// reserves again before the tokens are free. If the reservations are void already, it does nothing.
 func (t *Throttler) end(ctx context.Context, s *turns, w *waiter, give bool) {
+	if s.void() {
+		return
+	}
 	s.l.giving.Lock()
 	defer s.l.giving.Unlock()
 	last, n, all := s.end()

@@ -38,13 +38,13 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict
 	if t.observe != nil {
 		return t.WaitAll(ctx, For(id, slices.Clone(o)...))
 	}
-	nobody := t.waiters.none(id)
+	resets, nobody := t.waiters.resetsOf(id).n.Load(), t.waiters.none(id)
 	if nobody { // the fast path for the usual case: nobody waits, and the call is admitted at once
 		if err = t.aheadOne(ctx, &v, id, o); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, []Part{For(id, slices.Clone(o)...)})
+	err = t.wait(ctx, &v, nobody, resets, []Part{For(id, slices.Clone(o)...)})
 	return v, err
 }
 
@@ -72,19 +72,21 @@ func (t *Throttler) WaitAll(ctx context.Context, parts ...Part) (v Verdict, err 
 }
 
 func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err error) {
+	resets := t.waiters.count(parts)
 	nobody := !slices.ContainsFunc(parts, func(p Part) bool { return !t.waiters.none(p.id) })
 	if nobody {
 		if err = t.ahead(ctx, nil, &v, parts); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, parts)
+	err = t.wait(ctx, &v, nobody, resets, parts)
 	return v, err
 }
 
 // wait makes the call a waiter and returns once it is admitted or has failed. If asked is set, the call was decided already and
-// v is the answer. If there is no room for another waiter, a reservation in v is given back.
-func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Part) error {
+// v is the answer, asked for when the count of Resets was resets. If there is no room for another waiter, a reservation in v is
+// given back.
+func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, resets uint32, parts []Part) error {
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {
@@ -96,9 +98,7 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Pa
 	defer t.leave(ctx, w)
 	if asked {
 		w.attempts = 1
-		if v.Delay > 0 {
-			w.reserved(v)
-		}
+		asked = v.Delay == 0 || t.waiters.reserved(w, v, resets, parts)
 	}
 	for again := true; again; asked = false {
 		err := t.admit(ctx, w, v, parts, asked)
@@ -116,21 +116,27 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, parts []Pa
 // reservation.
 //
 // It holds giving for reading from the decision until the reservation is registered. So end and flush, which hold it for
-// writing, never give reservations back between the two.
+// writing, never give reservations back between the two. A reservation that a Reset may have voided meanwhile is dropped. It
+// is not given back: if the Reset came first, that would free tokens of others.
 func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Part) error {
 	*v = Verdict{}
 	within := t.within(ctx)
-	if w == nil || len(w.lines) == 0 {
+	if w == nil || w.home == nil {
 		return t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
 	}
-	w.news.Store(int32(nothing)) // the answer will include what happened so far
-	w.lines[0].giving.RLock()
-	defer w.lines[0].giving.RUnlock()
-	err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
-	if err == nil && v.Delay > 0 {
-		w.reserved(v)
+	w.home.giving.RLock()
+	defer w.home.giving.RUnlock()
+	for {
+		t.waiters.settle(ctx, parts)
+		resets := t.waiters.count(parts)
+		w.news.Store(int32(nothing)) // the answer will include what happened so far
+		err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
+		if err != nil || v.Delay == 0 || t.waiters.reserved(w, v, resets, parts) {
+			return err
+		}
+		*v = Verdict{}
+		within = t.within(ctx)
 	}
-	return err
 }
 
 // within returns how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.

@@ -471,6 +471,87 @@ func TestAResetIsHeardOnceByThoseBehindTheReservations(t *testing.T) {
 	})
 }
 
+// late is a storage that decides at once, but answers the calls of takes and resets later.
+type late struct {
+	*memstore.Storage
+	takes, resets atomic.Int64 // in nanoseconds
+}
+
+func (s *late) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	after := time.After(time.Duration(s.takes.Load()))
+	err := s.Storage.Decide(ctx, r, a)
+	<-after
+	return err
+}
+
+func (s *late) Reset(ctx context.Context, name, id string) error {
+	err := s.Storage.Reset(ctx, name, id)
+	<-time.After(time.Duration(s.resets.Load()))
+	return err
+}
+
+// oneInTenSeconds returns a Throttler whose callers have to reserve, over a storage whose answers can be delayed.
+func oneInTenSeconds(t *testing.T) (*throttler.Throttler, *late) {
+	t.Helper()
+	store := &late{Storage: memstore.New(nil)}
+	th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(10*time.Second, 1).Continuous()}})
+	require.NoError(t, err)
+	return th, store
+}
+
+func TestAReservationAnsweredAfterAResetVoidsNobodyElses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, store := oneInTenSeconds(t)
+		w := &waits{start: time.Now()}
+		for range 3 {
+			w.begin(t.Context(), th, "a", "a")
+		}
+		store.takes.Store(int64(time.Second))
+		w.begin(t.Context(), th, "a", "a")
+		store.takes.Store(0)
+		require.NoError(t, th.Reset(t.Context(), "a"))
+		<-time.After(time.Minute)
+		assert.Equal(t, []string{"a ok at 0s", "a ok at 0s", "a ok at 10s", "a ok at 20s"}, w.said())
+	})
+}
+
+func TestAResetOfWhichTheNewsComesLateVoidsNoLaterReservation(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, store := oneInTenSeconds(t)
+		w := &waits{start: time.Now()}
+		for range 4 {
+			w.begin(t.Context(), th, "a", "a")
+		}
+		store.resets.Store(int64(2500 * time.Millisecond))
+		require.NoError(t, th.Reset(t.Context(), "a"))
+		<-time.After(time.Minute)
+		assert.Equal(t, []string{"a ok at 0s", "a ok at 2.5s", "a ok at 12.5s", "a ok at 22.5s"}, w.said())
+	})
+}
+
+func TestAResetOfOneIdentifierVoidsWhatIsReservedTogetherWithOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, _ := oneInTenSeconds(t)
+		w := &waits{start: time.Now()}
+		_, err := th.Consume("b")
+		require.NoError(t, err)
+		for range 3 {
+			go func() {
+				_, err := th.WaitAll(t.Context(), throttler.For("a", throttler.Cost(0)), throttler.For("b"))
+				w.note("a", err)
+			}()
+			synctest.Wait()
+		}
+		<-time.After(500 * time.Millisecond)
+		require.NoError(t, th.Reset(t.Context(), "b"))
+		<-time.After(time.Minute)
+		assert.Equal(t, []string{"a ok at 500ms", "a ok at 10.5s", "a ok at 20.5s"}, w.said())
+	})
+}
+
 func TestThoseWhoLeaveTogetherAreGivenBackTogether(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -599,7 +680,7 @@ func comesAndGoes(t *testing.T, b throttler.Bucket, burst int, upset bool) {
 	}
 	stop()
 	all.Wait()
-	require.Greater(t, len(log), 90)
+	require.Greater(t, len(log), 95)
 	if !upset {
 		for i, from := range log {
 			for j, to := range log[i:] {
