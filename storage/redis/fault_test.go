@@ -176,11 +176,9 @@ func TestCloseOnAFrozenServerReturnsInTime(t *testing.T) {
 	s := open(t, server.URL(), prompt)
 	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Freeze())
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
 	storecheck.Crowd(20, func(i int) {
-		_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a")) // the batches stay in flight
-		assert.ErrorIs(t, err, context.DeadlineExceeded)
+		_, err := storecheck.Decide(endsOnceBegun(t), s, storecheck.FivePerHour(t, "a")) // the batches stay in flight
+		assert.ErrorIs(t, err, context.Canceled)
 	})
 	took := storecheck.Timed(1, func() { assert.NoError(t, s.Close(context.Background())) })
 	assert.Less(t, took[0], prompt.Timeout+time.Second, "Close hung")
@@ -195,11 +193,10 @@ func TestCloseWaitsNoLongerThanItsContext(t *testing.T) {
 	s := open(t, server.URL(), redisstore.Options{Timeout: time.Hour})
 	require.Equal(t, 1, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 1))
 	require.NoError(t, server.Freeze())
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
+	ctx := endsOnceBegun(t)
 	_, err := storecheck.Decide(ctx, s, storecheck.FivePerHour(t, "a"))
-	require.ErrorIs(t, err, context.DeadlineExceeded)
-	assert.ErrorIs(t, s.Close(ctx), context.DeadlineExceeded, "a call is in flight")
+	require.ErrorIs(t, err, context.Canceled)
+	assert.ErrorIs(t, s.Close(ctx), context.Canceled, "a call is in flight")
 	require.NoError(t, server.Thaw())
 }
 
