@@ -87,10 +87,12 @@ func (v *Verdict) levels(out []Level) []Level {
 // All yields the level of each bucket and the tokens it was asked for, in the order of the request. It does not allocate.
 func (v *Verdict) All() iter.Seq2[Level, int64] {
 	return func(yield func(Level, int64) bool) {
+		var l Level
 		n, costs, counts := 0, v.asked(), v.all()
 		for _, p := range v.parts() {
+			l.Identifier = p.Identifier
 			for j := range p.Rules.Rules {
-				l := level(p.Identifier, &p.Rules.Rules[j], &counts[n])
+				l.of(&p.Rules.Rules[j], &counts[n])
 				if v.Allowed {
 					l.RetryAfter = 0
 				}
@@ -103,13 +105,10 @@ func (v *Verdict) All() iter.Seq2[Level, int64] {
 	}
 }
 
-func level(id string, r *law.Rule, c *storage.Count) Level {
-	return Level{
-		Identifier: id, Bucket: r.Name,
-		Limit: r.Capacity, Full: r.Full, Remaining: max(0, c.Remaining), Debt: max(0, -c.Remaining),
-		Period: duration(r.Period), Window: duration(r.Window),
-		ResetAfter: duration(c.ResetAfter), NextAfter: duration(c.NextAfter), RetryAfter: duration(c.RetryAfter),
-	}
+func (l *Level) of(r *law.Rule, c *storage.Count) {
+	l.Bucket, l.Limit, l.Full, l.Period, l.Window = r.Name, r.Capacity, r.Full, duration(r.Period), duration(r.Window)
+	l.Remaining, l.Debt = max(0, c.Remaining), max(0, -c.Remaining)
+	l.ResetAfter, l.NextAfter, l.RetryAfter = duration(c.ResetAfter), duration(c.NextAfter), duration(c.RetryAfter)
 }
 
 // Tokens returns how many tokens were taken from the bucket that gave most: the cost, or less with AtMost. For a Peek it is
