@@ -127,20 +127,35 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 
 // countBuckets counts the buckets of a call and its identifier.
 func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
-	a, i := asking{identifier: e.Identifier}, 0
+	c := call{e: e, of: of, asking: asking{identifier: e.Identifier}}
 	for l, cost := range e.Verdict.All() {
-		s.bucket(i, e.Name, l.Bucket).count(e.Op, of, &l, cost)
-		if i++; l.Identifier == e.Identifier {
-			a.add(&l, cost)
-		} else {
-			others = true
-		}
+		s.countBucket(&c, &l, cost)
 	}
-	if i == 0 { // no bucket was asked, so only the cost of the call is known
-		a.cost = e.Cost
+	if c.buckets == 0 { // no bucket was asked, so only the cost of the call is known
+		c.cost = e.Cost
 	}
-	s.asked(hash, &a)
-	return others
+	s.asked(hash, &c.asking)
+	return c.others
+}
+
+// call is a call that is being counted, bucket by bucket.
+type call struct {
+	e       *throttler.Event
+	of      outcome
+	asking       // of the identifier of the event
+	buckets int  // counted so far
+	others  bool // some belong to other identifiers
+}
+
+// countBucket counts the next bucket of a call.
+func (s *shard) countBucket(c *call, l *throttler.Level, cost int64) {
+	s.bucket(c.buckets, c.e.Name, l.Bucket).count(c.e.Op, c.of, l, cost)
+	c.buckets++
+	if l.Identifier == c.identifier {
+		c.add(l, cost)
+	} else {
+		c.others = true
+	}
 }
 
 func (s *shard) countSource(e *throttler.Event, of outcome) {
