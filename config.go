@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/lease"
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
@@ -85,7 +86,7 @@ func New(c Config) (*Throttler, error) {
 		t.storage = runtime.New(nil)
 	}
 	t.memory, _ = t.storage.(*runtime.Storage)
-	t.quick, _ = t.storage.(quick)
+	t.leases, _ = t.storage.(*lease.Storage)
 	t.direct = t.memory != nil && t.clock == nil
 	if t.cost == 0 {
 		t.cost = 1

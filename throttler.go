@@ -27,6 +27,7 @@ import (
 
 	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/lease"
 	"github.com/go-throttler/throttler/storage/runtime"
 )
 
@@ -36,7 +37,7 @@ type Throttler struct {
 	name     string
 	storage  storage.Storage
 	memory   *runtime.Storage // storage, if it is the runtime storage: called without copies; otherwise nil
-	quick    quick            // storage, if it knows some answers at once; otherwise nil
+	leases   *lease.Storage   // storage, if it is this one; otherwise nil
 	direct   bool             // memory is set and uses its own clock: decideOne may be tried
 	cost     int64
 	defaults *set // nil: none
@@ -451,42 +452,22 @@ func (t *Throttler) inMemory(ctx context.Context, v *Verdict, mode storage.Mode,
 	return nil
 }
 
-// quick is a storage that knows some answers at once: a *lease.Storage.
-type quick interface {
-	// DecideNow reports whether it has decided. It keeps nothing of the request, and replaces identifiers by copies.
-	DecideNow(r *storage.Request, a *storage.Answer) bool
-}
-
-// scratch is a request of one part and its answer. The arguments of an interface's method are allocated, so they are reused.
-type scratch struct {
-	request storage.Request
-	answer  storage.Answer
-	parts   [1]storage.Part
-	costs   [inline]int64
-	counts  [inline]storage.Count
-}
-
-var scratches = sync.Pool{New: func() any { return new(scratch) }}
-
-// atOnce asks a storage that may know the answer, and reports whether it does.
-func (t *Throttler) atOnce(v *Verdict, mode storage.Mode, now int64) bool {
-	s, n := scratches.Get().(*scratch), v.nBuckets
-	s.parts[0], s.costs = v.few[0], v.costs
-	s.request = storage.Request{Name: t.name, Mode: mode, Now: now, Within: v.within, Parts: s.parts[:], Costs: s.costs[:n]}
-	s.answer = storage.Answer{Counts: s.counts[:n]}
-	done := t.quick.DecideNow(&s.request, &s.answer)
-	if done {
-		v.few[0], v.counts = s.parts[0], s.counts
-		v.answered(&s.answer, s.answer.Source, mode)
+// byLease lets the leases decide in place, as inMemory does, and reports whether they could.
+func (t *Throttler) byLease(v *Verdict, mode storage.Mode, now int64) bool {
+	var r storage.Request
+	var a storage.Answer
+	r.Name, r.Mode, r.Now, r.Within = t.name, mode, now, v.within
+	r.Parts, r.Costs, a.Counts = v.parts(), v.asked(), v.all()
+	if !t.leases.DecideNow(&r, &a) {
+		return false
 	}
-	s.parts[0] = storage.Part{}
-	scratches.Put(s)
-	return done
+	v.answered(&a, lease.Source, mode)
+	return true
 }
 
 // elsewhere lets any other storage decide, on copies: it may still use them after the caller has left with its context.
 func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
-	if t.quick != nil && v.more == nil && v.nParts == 1 && !clocked && ctx.Err() == nil && t.atOnce(v, mode, now) {
+	if t.leases != nil && !clocked && ctx.Err() == nil && t.byLease(v, mode, now) {
 		return nil
 	}
 	own := *v

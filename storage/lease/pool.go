@@ -175,7 +175,7 @@ func (p *pool) admits(r *storage.Request, a *storage.Answer, now int64) bool {
 		g, cost := &l.grants[i], r.Costs[i]
 		before := g.left
 		g.left -= cost
-		a.Counts[i] = g.count(&p.rules.Rules[i], p.buckets[i].rest, cost > 0, now)
+		g.count(&a.Counts[i], &p.rules.Rules[i], p.buckets[i].rest, cost > 0, now)
 		if r.Mode == storage.Peek {
 			g.left = before
 		}
