@@ -706,18 +706,18 @@ func TestArrowsPointDownOnly(t *testing.T) {
 	t.Parallel()
 	const module = "github.com/go-throttler/throttler"
 	allowed := map[string][]string{
-		"":                     {"/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest"},
+		"":                     {"/storage", "/storage/runtime", "/storage/lease", "/internal/law", "/internal/period", "/internal/nearest"},
 		"/internal/law":        {},
 		"/storage":             {"/internal/law"},
 		"/storage/runtime":     {"/storage", "/internal/law"},
 		"/storage/redis":       {"/storage", "/internal/replica", "/internal/law", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/sys"},
 		"/storage/postgres":    {"/storage", "/internal/replica", "/internal/law", "/internal/batch", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
 		"/storage/failover":    {"/internal/seldom", "/storage", "/internal/replica", "/internal/law", "/storage/redis", "/storage/postgres", "/storage/runtime", "/internal/batch", "github.com/redis/go-redis/v9", "github.com/cespare/xxhash", "go.uber.org/atomic", "golang.org/x/", "github.com/jackc/"},
-		"/throttlerslog":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/nearest", "/internal/period", "/internal/seldom"},
-		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv", "/internal/nearest"},
+		"/throttlerslog":       {"", "/storage", "/storage/runtime", "/storage/lease", "/internal/law", "/internal/nearest", "/internal/period", "/internal/seldom"},
+		"/throttlerhttp":       {"", "/storage", "/storage/runtime", "/storage/lease", "/internal/law", "/internal/period", "github.com/dunglas/httpsfv", "/internal/nearest"},
 		"/internal/storecheck": {"/storage", "/internal/law", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
-		"/rules":               {"", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4"},
-		"/rules/postgres":      {"", "/rules", "/storage", "/storage/runtime", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
+		"/rules":               {"", "/storage", "/storage/runtime", "/storage/lease", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4"},
+		"/rules/postgres":      {"", "/rules", "/storage", "/storage/runtime", "/storage/lease", "/internal/law", "/internal/period", "/internal/nearest", "/throttlerhttp", "github.com/dunglas/httpsfv", "go.yaml.in/yaml/v4", "github.com/jackc/", "golang.org/x/text", "golang.org/x/sync"},
 		"/storage/storagetest": {"/storage", "/internal/replica", "/internal/law", "/internal/period", "/internal/storecheck", "github.com/anishathalye/porcupine", "github.com/stretchr/testify", "go.yaml.in/yaml/v3"},
 	}
 	for pkg, may := range allowed {

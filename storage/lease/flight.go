@@ -3,6 +3,7 @@ package lease
 import (
 	"context"
 	"hash/maphash"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -330,9 +331,10 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 // their leases back first.
 func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{}) {
 	for i := range r.Parts {
-		sh := s.shardOf(r.Parts[i].Identifier)
+		h := s.hash(r.Name, r.Parts[i].Identifier)
+		sh := s.shard(h)
 		sh.mu.Lock()
-		if p := sh.pools[key{r.Name, r.Parts[i].Identifier}]; p != nil {
+		if p := sh.pool(h, r.Name, r.Parts[i].Identifier); p != nil {
 			if leases && !sh.closed {
 				s.giveBack(p, p.empty())
 			}
@@ -389,6 +391,13 @@ func (s *Storage) giveBack(p *pool, l lease) {
 	})
 }
 
-func (s *Storage) shardOf(identifier string) *shard {
-	return &s.shards[maphash.String(s.seed, identifier)>>56]
+// hash returns the place of an identifier. Another identifier may have the same, however unlikely that is.
+func (s *Storage) hash(name, identifier string) uint64 {
+	h := maphash.String(s.seed, identifier)
+	if name != "" {
+		h ^= bits.RotateLeft64(maphash.String(s.seed, name), 1)
+	}
+	return h
 }
+
+func (s *Storage) shard(h uint64) *shard { return &s.shards[h>>56] }

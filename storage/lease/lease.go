@@ -119,7 +119,7 @@ var _ storage.Storage = (*Storage)(nil)
 // shard holds the pools of one part of the identifiers.
 type shard struct {
 	mu                sync.Mutex // guards the shard and its pools; never held during I/O or while waiting for a goroutine
-	pools             map[key]*pool
+	pools             map[uint64]*pool   // by the hash of name and identifier
 	leased            map[*pool]struct{} // the pools that have a lease, so that sweeps and State need not visit the others
 	local, remembered int64              // State.Local and State.Remembered
 	closed            bool
@@ -142,7 +142,7 @@ func New(shared storage.Storage, o *Options) (*Storage, error) {
 	s.life, s.denial = s.options.Lifetime.Microseconds(), s.options.MaxDenial.Microseconds()
 	s.half = s.life / 2
 	for i := range s.shards {
-		s.shards[i].pools, s.shards[i].leased = make(map[key]*pool), make(map[*pool]struct{})
+		s.shards[i].pools, s.shards[i].leased = make(map[uint64]*pool), make(map[*pool]struct{})
 	}
 	s.lasting, s.giveUp = context.WithCancel(context.Background())
 	s.running.Go(s.sweep)
@@ -180,9 +180,10 @@ func (s *Storage) DecideNow(r *storage.Request, a *storage.Answer) bool {
 	if now == 0 {
 		now = law.Monotonic()
 	}
-	sh := s.shardOf(part.Identifier)
+	h := s.hash(r.Name, part.Identifier)
+	sh := s.shard(h)
 	sh.mu.Lock()
-	p := sh.pools[key{r.Name, part.Identifier}]
+	p := sh.pool(h, r.Name, part.Identifier)
 	known := p != nil && p.rules == part.Rules && !sh.closed && p.decides(r, a, now)
 	if known {
 		p.count(r.Costs, now, s.half)
@@ -202,8 +203,8 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 		return s.pass(ctx, r, a)
 	}
 	part := &r.Parts[0]
-	h := maphash.String(s.seed, part.Identifier)
-	sh := &s.shards[h>>56]
+	h := s.hash(r.Name, part.Identifier)
+	sh := s.shard(h)
 	// A call waits for at most one flight that another call started. If the lease then cannot decide, the call starts its
 	// own flight or asks the shared storage. So a call that misses the tokens of a lease does not wait forever.
 	for waited := false; ; waited = true {
@@ -319,12 +320,13 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 		part := &r.Parts[i]
 		from := n
 		n += len(part.Rules.Rules)
-		sh := s.shardOf(part.Identifier)
+		h := s.hash(r.Name, part.Identifier)
+		sh := s.shard(h)
 		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r)
 		sh.mu.Lock()
-		p := sh.pools[key{r.Name, part.Identifier}]
+		p := sh.pool(h, r.Name, part.Identifier)
 		if p == nil && denied { // a pool for the denial alone: it may save the next calls a round trip
-			p = s.add(sh, r, law.Monotonic())
+			p = s.add(sh, h, r, law.Monotonic())
 		}
 		if p != nil && p.rules == part.Rules {
 			if r.Mode != storage.Peek {
@@ -362,9 +364,10 @@ func (s *Storage) Charge(ctx context.Context, c *storage.Charge) error {
 // The pool is looked up again when the call is done: it may have been forgotten, or made, in the meantime. charging is
 // counted on the pool that was there at the beginning.
 func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
-	sh, k := s.shardOf(c.Identifier), key{c.Name, c.Identifier}
+	h := s.hash(c.Name, c.Identifier)
+	sh := s.shard(h)
 	sh.mu.Lock()
-	began := sh.pools[k]
+	began := sh.pool(h, c.Name, c.Identifier)
 	at := law.Monotonic()
 	if began != nil {
 		began.charging++
@@ -377,7 +380,7 @@ func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
 	if began != nil {
 		began.charging--
 	}
-	if p := sh.pools[k]; p != nil {
+	if p := sh.pool(h, c.Name, c.Identifier); p != nil {
 		p.until = 0
 		p.wasCharged(c, at, err)
 	}
@@ -400,10 +403,11 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 }
 
 func (s *Storage) forget(name, identifier string) {
-	sh := s.shardOf(identifier)
+	h := s.hash(name, identifier)
+	sh := s.shard(h)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	if p := sh.pools[key{name, identifier}]; p != nil {
+	if p := sh.pool(h, name, identifier); p != nil {
 		p.until = 0
 		p.resets++
 		p.empty()

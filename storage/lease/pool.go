@@ -55,13 +55,13 @@ type bucket struct {
 // old ones is given back, and no more calls join a flight for them.
 func (s *Storage) poolOf(sh *shard, h uint64, r *storage.Request, now int64) *pool {
 	part := &r.Parts[0]
-	p := sh.pools[key{r.Name, part.Identifier}]
+	p := sh.pool(h, r.Name, part.Identifier)
 	switch {
 	case p == nil:
 		if sh.closed || r.Mode != storage.Take || s.options.DenialsOnly || !s.warms(h, now) {
 			return nil
 		}
-		if p = s.add(sh, r, now); p == nil {
+		if p = s.add(sh, h, r, now); p == nil {
 			return nil
 		}
 		p.calls = hot
@@ -98,17 +98,25 @@ func (s *Storage) warms(h uint64, now int64) bool {
 	return n+1 >= hot
 }
 
-// add adds a pool, or returns nil if there are MaxIdentifiers already. The strings are cloned, because the caller may reuse
-// their memory.
-func (s *Storage) add(sh *shard, r *storage.Request, now int64) *pool {
-	if s.pools.Load() >= int64(s.options.MaxIdentifiers) {
+// pool returns the pool of an identifier with the hash h, or nil.
+func (sh *shard) pool(h uint64, name, identifier string) *pool {
+	if p := sh.pools[h]; p != nil && p.identifier == identifier && p.name == name {
+		return p
+	}
+	return nil
+}
+
+// add adds a pool, or returns nil if there are MaxIdentifiers already, or if another identifier with the same hash has one.
+// The strings are cloned, because the caller may reuse their memory.
+func (s *Storage) add(sh *shard, h uint64, r *storage.Request, now int64) *pool {
+	if s.pools.Load() >= int64(s.options.MaxIdentifiers) || sh.pools[h] != nil {
 		return nil
 	}
 	s.pools.Add(1)
 	part := &r.Parts[0]
 	p := &pool{key: key{strings.Clone(r.Name), strings.Clone(part.Identifier)}, shard: sh, rules: part.Rules,
 		buckets: make([]bucket, len(part.Rules.Rules)), since: now, used: now}
-	sh.pools[p.key] = p
+	sh.pools[h] = p
 	return p
 }
 
