@@ -2,6 +2,9 @@ package faulttest_test
 
 import (
 	"cmp"
+	"fmt"
+	"os"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -129,7 +132,18 @@ func (r *record) assertBound(t testing.TB, g *target) {
 
 func micros(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
 
-// assertPrompt asserts how long calls took: 99 % of them at most limit, and all at most a second more.
+// busy returns how many programs want each processor now, but at least 1: about how much longer everything takes than on an
+// idle machine.
+func busy() float64 {
+	var load float64
+	if data, err := os.ReadFile("/proc/loadavg"); err == nil {
+		_, _ = fmt.Sscan(string(data), &load)
+	}
+	return max(1, load/float64(runtime.NumCPU()))
+}
+
+// assertPrompt asserts how long calls took: 99 % of them at most limit, and all at most a second more. On a busy machine all
+// may take longer.
 func (r *record) assertPrompt(t testing.TB, limit time.Duration) {
 	t.Helper()
 	var took []int64
@@ -139,8 +153,9 @@ func (r *record) assertPrompt(t testing.TB, limit time.Duration) {
 		}
 	}
 	t.Logf("%d calls: median %v, 99th percentile %v, longest %v", len(took), micros(quantile(took, 0.5)), micros(quantile(took, 0.99)), micros(quantile(took, 1)))
-	assert.LessOrEqual(t, micros(quantile(took, 0.99)), limit, "calls outlast their time")
-	assert.LessOrEqual(t, micros(quantile(took, 1)), limit+time.Second, "a call hung")
+	times := busy()
+	assert.LessOrEqual(t, float64(quantile(took, 0.99)), times*float64(limit.Microseconds()), "calls outlast their time, the machine being %.1f times busy", times)
+	assert.LessOrEqual(t, float64(quantile(took, 1)), times*float64((limit+time.Second).Microseconds()), "a call hung, the machine being %.1f times busy", times)
 }
 
 func TestTheCheckerFindsWhatIsTooMuch(t *testing.T) {

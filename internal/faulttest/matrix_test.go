@@ -299,7 +299,7 @@ func TestAPostgresThatIsKilledWithSomethingPendingIsToldOnce(t *testing.T) {
 	t.Parallel()
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t)
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL()})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), RedisTimeout: storecheck.Patient})
 	targets := ofEachKind(t, 1000)
 	for i := range 3 {
 		require.Equal(t, five(20), n.times(20, targets))
@@ -404,7 +404,7 @@ func TestAClusterNodeThatDiesHandsOutNothingTwice(t *testing.T) {
 func TestAPoolWithoutAConnectionIsUnavailableInTime(t *testing.T) {
 	var r record
 	redis := servers.Redis(t)
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL()})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient})
 	targets := ofEachKind(t, 100)
 	require.Equal(t, five(10), n.times(10, targets))
 	n.settled(t)
@@ -496,7 +496,7 @@ func TestACommitWhoseAnswerIsLostIsChargedOnce(t *testing.T) {
 	var r record
 	server := postgres(t)
 	p := before(t, server)
-	n := local(t, &r, stores{Redis: servers.Redis(t).URL(), Postgres: p.URL()})
+	n := local(t, &r, stores{Redis: servers.Redis(t).URL(), Postgres: p.URL(), RedisTimeout: storecheck.Patient})
 	told, targets := ledger(t, server), ofEachKind(t, 10_000)
 	n.times(1, targets)
 	n.settled(t)
