@@ -30,6 +30,7 @@ type config struct {
 	reflection        bool
 
 	storage, redisURL, postgresURL string
+	lease                          bool
 	redisTag                       bool
 	redisTimeout, postgresTimeout  time.Duration // 0: the default of the storage
 
@@ -85,6 +86,7 @@ func (c *config) define(flags *flag.FlagSet) (tokenFile *string) {
 	flags.StringVar(&c.tlsClientCA, "tls-client-ca", "", "a `file` with the authorities of clients, which then need a certificate")
 	flags.BoolVar(&c.reflection, "reflection", false, "let gRPC clients such as grpcurl ask which methods there are")
 	flags.StringVar(&c.storage, "storage", "runtime", "where the counts are: `runtime` (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
+	flags.BoolVar(&c.lease, "lease", false, "decide busy identifiers in this process, with tokens that it takes ahead from -storage redis, postgres or failover")
 	flags.StringVar(&c.redisURL, "redis-url", "", "the `URL` of a server, a cluster or sentinels; or put it in THROTTLERD_REDIS_URL")
 	flags.StringVar(&c.postgresURL, "postgres-url", "", "the `URL` of a database; or put it in THROTTLERD_POSTGRES_URL")
 	flags.DurationVar(&c.redisTimeout, "redis-timeout", 0, "how long Redis may take; 0 is 250ms, or 50ms of a failover")
@@ -150,6 +152,9 @@ func (c *config) check() error {
 	one("storage", c.storage, "runtime", "redis", "postgres", "failover")
 	one("on-storage-error", c.onStorageError, "deny", "error", "allow")
 	one("on-unknown-domain", c.onUnknownDomain, "deny", "allow")
+	if c.lease && c.storage == "runtime" {
+		fault("-lease is given with -storage runtime, must be with redis, postgres or failover: runtime decides in this process anyway")
+	}
 	if c.source == "files" && len(c.rules) == 0 {
 		fault("name the rules by -rules, such as -rules ../examples/rules")
 	}

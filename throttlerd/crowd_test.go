@@ -85,6 +85,9 @@ func TestACrowdIsChargedExactlyAsOftenAsAdmitted(t *testing.T) {
 	for name, flags := range map[string]func(t *testing.T) []string{
 		"runtime": func(*testing.T) []string { return nil },
 		"redis":   func(t *testing.T) []string { return []string{"-storage", "redis", "-redis-url", servers.RedisURL(t)} },
+		"redis, by leases": func(t *testing.T) []string {
+			return []string{"-storage", "redis", "-redis-url", servers.RedisURL(t), "-lease"}
+		},
 		"postgres": func(t *testing.T) []string {
 			return []string{"-storage", "postgres", "-postgres-url", servers.PostgresURL(t)}
 		},

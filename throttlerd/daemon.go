@@ -26,8 +26,6 @@ import (
 
 	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/rules"
-	"github.com/go-throttler/throttler/storage"
-	"github.com/go-throttler/throttler/storage/failover"
 	"github.com/go-throttler/throttler/watch"
 )
 
@@ -75,14 +73,14 @@ func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error
 // open opens the storage and the rules. The engine reads the rules before any listener exists, so the daemon does not
 // start with faulty ones.
 func (d *daemon) open(ctx context.Context) error {
-	store, err := openStorage(ctx, d.config, d.log, &d.closing)
+	stores, err := openStores(ctx, d.config, d.log, &d.closing)
 	if err != nil {
 		return err
 	}
-	if d.probed, err = throttler.New(throttler.Config{Name: "rules", Storage: store}); err != nil {
+	if d.probed, err = throttler.New(throttler.Config{Name: "rules", Storage: stores.shared}); err != nil {
 		return err
 	}
-	decides, err := d.newThrottler(store)
+	decides, err := d.newThrottler(&stores)
 	if err != nil {
 		return err
 	}
@@ -103,14 +101,14 @@ func (d *daemon) open(ctx context.Context) error {
 
 // newThrottler makes the throttler that decides, with its observers. The live page is part of the admin API and exists
 // only with it.
-func (d *daemon) newThrottler(store storage.Storage) (*throttler.Throttler, error) {
-	m, err := d.newMetrics(store)
+func (d *daemon) newThrottler(s *stores) (*throttler.Throttler, error) {
+	m, err := d.newMetrics(s)
 	if err != nil {
 		return nil, err
 	}
 	observers := []func(context.Context, *throttler.Event){m.Observe, d.bypassed()}
 	if d.config.adminToken != "" && d.config.admin != "" {
-		live := watch.New(&watch.Options{State: stateOf(store)})
+		live := watch.New(&watch.Options{State: s.state()})
 		observers = append(observers, live.Observe)
 		d.admin = newAdmin(d.config.adminToken, d.log, d.activity, live)
 	}
@@ -118,15 +116,7 @@ func (d *daemon) newThrottler(store storage.Storage) (*throttler.Throttler, erro
 	if d.config.onStorageError == "allow" {
 		policy = throttler.Allow
 	}
-	return throttler.New(throttler.Config{Name: "rules", Storage: store, OnStorageError: policy, Observe: throttler.Observers(observers...)})
-}
-
-// stateOf returns the function that describes the storage on the live page, or nil if the storage has no such state.
-func stateOf(s storage.Storage) func() any {
-	if f, ok := s.(*failover.Storage); ok {
-		return func() any { return f.State() }
-	}
-	return nil
+	return throttler.New(throttler.Config{Name: "rules", Storage: s.decides(), OnStorageError: policy, Observe: throttler.Observers(observers...)})
 }
 
 // loaded is called after the engine has looked for newer rules: with the new set, or with the error that kept the old
@@ -200,11 +190,16 @@ const streamWorkers = 512
 // window gRPC pings the client at every request to estimate the best size.
 const windowSize = 1 << 20 // bytes
 
+// serverOptions are those of the gRPC server.
+func serverOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.InitialWindowSize(windowSize), grpc.InitialConnWindowSize(windowSize)}
+}
+
 func (d *daemon) listenGRPC(ctx context.Context, secure *tls.Config) error {
 	if d.config.grpc == "" {
 		return nil
 	}
-	options := []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.InitialWindowSize(windowSize), grpc.InitialConnWindowSize(windowSize)}
+	options := serverOptions()
 	if secure != nil {
 		options = append(options, grpc.Creds(credentials.NewTLS(secure)))
 	}

@@ -1,16 +1,20 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,7 +27,64 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// programs are those that the program of the tests becomes if TEST_PROGRAM names one. Tests run them in processes of
+// their own.
+var programs = map[string]func(){"throttlerd": main}
+
+func TestMain(m *testing.M) {
+	if program := programs[os.Getenv("TEST_PROGRAM")]; program != nil {
+		program()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// process is a program that runs in a process of its own.
+type process struct {
+	address string // where it listens for gRPC
+	pid     int
+	stop    func() error // sends SIGTERM and waits for the end
+}
+
+// launch starts one of programs, or the program of that file. The log on its standard output has to name the address for
+// gRPC.
+func launch(t testing.TB, program string, flags ...string) *process {
+	t.Helper()
+	file := program
+	if programs[program] != nil {
+		var err error
+		file, err = os.Executable()
+		require.NoError(t, err)
+	}
+	c := exec.Command(file, flags...)
+	c.Env = append(os.Environ(), "TEST_PROGRAM="+program)
+	stderr := &text{}
+	c.Stderr = stderr
+	stdout, err := c.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, c.Start())
+	p := &process{pid: c.Process.Pid}
+	read := make(chan struct{})
+	p.stop = sync.OnceValue(func() error {
+		err := c.Process.Signal(syscall.SIGTERM)
+		<-read
+		return errors.Join(err, c.Wait())
+	})
+	t.Cleanup(func() { _ = p.stop() })
+	lines := bufio.NewScanner(stdout)
+	for p.address == "" && lines.Scan() {
+		var said struct{ For, Address string }
+		if json.Unmarshal(lines.Bytes(), &said) == nil && said.For == "grpc" {
+			p.address = said.Address
+		}
+	}
+	go func() {
+		defer close(read)
+		_, _ = io.Copy(io.Discard, stdout) // so that the log never blocks the program
+	}()
+	require.NotEmpty(t, p.address, "%s has ended: %s", program, stderr)
+	return p
+}
 
 const patience = 30 * time.Second
 
@@ -212,6 +273,9 @@ func TestWrongFlagsAreAllTold(t *testing.T) {
 	for _, args := range [][]string{{"walk"}, {"serve", "-nope"}, {"serve", "-rules", "x", "y"}, {"-entry", "path=X", "-rules", "x"}, {"-trust", "x", "-rules", "y"}, {"check"}, {"match"}, {"match", "../examples/rules", "x"}} {
 		require.Equal(t, 2, command(t.Context(), args, io.Discard, io.Discard), args)
 	}
+	stderr.Reset()
+	require.Equal(t, 2, command(t.Context(), []string{"-rules", "x", "-lease"}, io.Discard, &stderr))
+	require.Contains(t, stderr.String(), "-lease is given with -storage runtime, must be with redis, postgres or failover")
 	require.Equal(t, 0, command(t.Context(), []string{"serve", "-help"}, io.Discard, io.Discard))
 }
 

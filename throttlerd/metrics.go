@@ -11,7 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/go-throttler/throttler/storage"
+	"github.com/go-throttler/throttler/storage/lease"
 	"github.com/go-throttler/throttler/throttlerprom"
 )
 
@@ -19,12 +19,15 @@ import (
 const maxBuckets = 1000
 
 // newMetrics registers everything. Each daemon has its own registry, because tests run several daemons in one process.
-func (d *daemon) newMetrics(store storage.Storage) (m *throttlerprom.Metrics, err error) {
+func (d *daemon) newMetrics(s *stores) (m *throttlerprom.Metrics, err error) {
 	d.registry = prometheus.NewRegistry()
 	if m, err = throttlerprom.New(d.registry, &throttlerprom.Options{MaxBuckets: maxBuckets, NativeHistograms: true}); err != nil {
 		return nil, err
 	}
-	m.Storage(d.config.storage, store)
+	m.Storage(d.config.storage, s.shared)
+	if s.leases != nil {
+		m.Storage(lease.Source, s.leases)
+	}
 	for _, c := range []prometheus.Collector{d, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
 		if err := d.registry.Register(c); err != nil {
 			return nil, err

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 	"github.com/go-throttler/throttler/rules"
 	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/failover"
+	"github.com/go-throttler/throttler/storage/lease"
 	pgstore "github.com/go-throttler/throttler/storage/postgres"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
@@ -33,7 +35,57 @@ func (c *closing) close(ctx context.Context) error {
 	return errors.Join(faults...)
 }
 
-// openStorage opens the storage that the flags name. Redis may be down at the start. Postgres must be up, because its
+// stores are the storages of a daemon.
+type stores struct {
+	shared storage.Storage // the one that -storage names
+	leases *lease.Storage  // in front of it; nil without -lease
+}
+
+// openStores opens the storages that the flags name. Leases are opened last and therefore closed first: they give their
+// tokens back to the shared storage.
+func openStores(ctx context.Context, c *config, log *slog.Logger, closing *closing) (s stores, err error) {
+	if s.shared, err = openStorage(ctx, c, log, closing); err != nil || !c.lease {
+		return s, err
+	}
+	if s.leases, err = lease.New(s.shared, nil); err != nil {
+		return s, err
+	}
+	closing.then(s.leases.Close)
+	return s, nil
+}
+
+// decides returns the storage that decides requests.
+func (s *stores) decides() storage.Storage {
+	if s.leases != nil {
+		return s.leases
+	}
+	return s.shared
+}
+
+// state returns the function that describes the storages on the live page, or nil if they have no such state. Figures of
+// leases are named as in the metrics.
+func (s *stores) state() func() any {
+	f, _ := s.shared.(*failover.Storage)
+	switch {
+	case s.leases == nil && f == nil:
+		return nil
+	case s.leases == nil:
+		return func() any { return f.State() }
+	}
+	return func() any {
+		all := map[string]any{}
+		if f != nil {
+			text, _ := json.Marshal(f.State()) // has an encoding for whatever is in it
+			_ = json.Unmarshal(text, &all)
+		}
+		for name, value := range s.leases.Stats() {
+			all[name] = value
+		}
+		return all
+	}
+}
+
+// openStorage opens the storage that -storage names. Redis may be down at the start. Postgres must be up, because its
 // table is created here.
 func openStorage(ctx context.Context, c *config, log *slog.Logger, closing *closing) (storage.Storage, error) {
 	switch c.storage {
