@@ -87,17 +87,23 @@ func BenchmarkBesideEnvoyproxyRatelimit(b *testing.B) {
 		all = []int{n}
 	}
 	n := descriptors(b)
-	for _, callers := range all {
-		results := make([][]measured, len(contenders))
-		for range rounds(b) {
-			for i, c := range contenders {
-				results[i] = append(results[i], c.measure(b, callers, n))
-			}
-		}
+	for _, callers := range all { // each is a benchmark, because of one benchmark only ten lines are printed
+		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) { inTurns(b, contenders, callers, n) })
+	}
+}
+
+// inTurns measures the contenders and prints a line for each.
+func inTurns(b *testing.B, contenders []*contender, callers, descriptors int) {
+	b.Helper()
+	results := make([][]measured, len(contenders))
+	for range rounds(b) {
 		for i, c := range contenders {
-			m := median(results[i])
-			b.Logf("%3d callers  %-25s  %7.0f/s  %5.2f times  p50 %6.2f ms  p99 %6.2f ms  processors %4.0f µs a call and %4.0f µs of Redis", callers, c.name, m.rate, ratio(results[i], results[0]), m.p50, m.p99, m.cpu, m.redis)
+			results[i] = append(results[i], c.measure(b, callers, descriptors))
 		}
+	}
+	for i, c := range contenders {
+		m := median(results[i])
+		b.Logf("%-25s  %7.0f/s  %5.2f times  p50 %6.2f ms  p99 %6.2f ms  processors %4.0f µs a call and %4.0f µs of Redis", c.name, m.rate, ratio(results[i], results[0]), m.p50, m.p99, m.cpu, m.redis)
 	}
 }
 
