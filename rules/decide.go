@@ -134,7 +134,8 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 	if err != nil {
 		return err
 	}
-	p.applied = append(p.applied, Applied{Rule: rule, Descriptor: i, Cost: cost})
+	fromEntry := rule.cost.key != "" && value(d.Entries, rule.cost.key) != ""
+	p.applied = append(p.applied, Applied{Rule: rule, Descriptor: i, Cost: cost, fromEntry: fromEntry})
 	index := -1
 	if !rule.Unlimited {
 		index = p.part(rule, rule.identifier(d.Entries), cost)

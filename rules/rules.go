@@ -140,6 +140,8 @@ type Applied struct {
 	// Unlimited, if it was charged, if the storage could not tell, or for a Shadow or Quota rule of a request that other
 	// rules denied.
 	Levels []throttler.Level
+
+	fromEntry bool // the Cost is the value of an entry, times the factor
 }
 
 // Set is a compiled set of rules. It never changes and is safe for concurrent use. The zero value has no rules.
