@@ -69,10 +69,10 @@ func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 // asking is the body of POST /v1/decide: one descriptor, or several.
 type asking struct {
 	Domain string `json:"domain"`
-	Mode   string `json:"mode"` // consume, which is the default, peek, charge or refund
+	Mode   string `json:"mode"` // consume, which is the default, peek, charge, refund or settle
 	descriptor
 	Descriptors []descriptor `json:"descriptors"`
-	Receipt     wanted       `json:"receipt"` // true asks for one; a refund passes the text that it got
+	Receipt     wanted       `json:"receipt"` // true asks for one; a refund and a settle pass the text that was got
 }
 
 // wanted is true, or a text.
@@ -85,7 +85,7 @@ func (w *wanted) UnmarshalJSON(data []byte) error {
 	if json.Unmarshal(data, &w.wants) == nil || json.Unmarshal(data, &w.id) == nil {
 		return nil
 	}
-	return errors.New("receipt must be true, or in a refund the text that was got")
+	return errors.New("receipt must be true, or in a refund and a settle the text that was got")
 }
 
 // descriptor is one description of a request.
@@ -134,10 +134,10 @@ var modes = map[string]rules.Mode{"": rules.Consume, "consume": rules.Consume, "
 func (a *asking) request() (rules.Request, error) {
 	mode, known := modes[a.Mode]
 	if !known {
-		return rules.Request{}, malformed("mode is %.64q, must be consume, peek, charge or refund", a.Mode)
+		return rules.Request{}, malformed("mode is %.64q, must be consume, peek, charge, refund or settle", a.Mode)
 	}
 	if a.Receipt.id != "" || a.Receipt.wants && mode != rules.Consume {
-		return rules.Request{}, malformed("receipt must be true, and the mode consume; or the mode is refund")
+		return rules.Request{}, malformed("receipt must be true, and the mode consume; or the mode is refund or settle")
 	}
 	all := a.Descriptors
 	if a.Entries != nil || a.Cost != nil || a.Limit != "" {
@@ -210,14 +210,17 @@ func (s *service) decideHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var d *decision
-	if a.Mode == "refund" {
+	switch a.Mode {
+	case "refund":
 		d = s.refund(r.Context(), &a)
-	} else {
+	case "settle":
+		d = s.settle(r.Context(), &a)
+	default:
 		d = s.decideAsked(r.Context(), &a)
 	}
 	body := d.body()
 	if a.Receipt.wants && d.err == nil && d.v.Taken() {
-		body.Receipt = s.receipts.give(d.v, time.Now())
+		body.Receipt = s.receipts.give(d, time.Now())
 	}
 	write := func(w http.ResponseWriter, status int) {
 		w.Header().Set("Content-Type", "application/json")
@@ -243,18 +246,35 @@ func (s *service) decideAsked(ctx context.Context, a *asking) *decision {
 	return s.decide(ctx, asked)
 }
 
-// refund returns the tokens that a receipt stands for. The receipt is used up even if the storage fails, because some of
-// the tokens may have been returned by then: a second try could return them twice.
-func (s *service) refund(ctx context.Context, a *asking) (d *decision) {
+// refund returns the tokens that a receipt stands for.
+func (s *service) refund(ctx context.Context, a *asking) *decision {
 	if a.Receipt.id == "" || a.Entries != nil || a.Cost != nil || a.Limit != "" || len(a.Descriptors) > 0 {
 		return &decision{err: malformed("a refund has a receipt and nothing else")}
 	}
-	d = &decision{}
-	v, ok := s.receipts.take(a.Receipt.id, time.Now())
-	if !ok {
-		d.err = errUnknownReceipt
-	} else if d.err = s.throttler.Refund(context.WithoutCancel(ctx), v); d.err != nil {
-		s.fault(d.err)
+	return s.redeem(a, func(r *receipt) error { return s.throttler.Refund(context.WithoutCancel(ctx), r.v) })
+}
+
+// settle makes what a receipt stands for the real cost.
+func (s *service) settle(ctx context.Context, a *asking) *decision {
+	if a.Receipt.id == "" || a.Cost == nil && len(a.Entries) == 0 || a.Limit != "" || len(a.Descriptors) > 0 {
+		return &decision{err: malformed("a settle has a receipt, and the real cost, or the entries that are costs, and nothing else")}
+	}
+	real := rules.Descriptor{Cost: a.Cost, Entries: a.Entries}
+	return s.redeem(a, func(r *receipt) error { return s.engine.Settle(context.WithoutCancel(ctx), r.v, r.applied, real) })
+}
+
+// redeem uses a receipt. It is used up even if the storage fails, because some of the tokens may have been returned by
+// then: a second try could return them twice. Only a wrong request, which changes nothing, leaves it valid.
+func (s *service) redeem(a *asking, by func(*receipt) error) *decision {
+	d := &decision{err: errUnknownReceipt}
+	if r, ok := s.receipts.take(a.Receipt.id, time.Now()); ok {
+		d.err = by(r)
+		switch status := statusOf(d.err, 0); {
+		case errors.Is(d.err, throttler.ErrInvalidCost):
+			s.receipts.put(r, time.Now())
+		case status >= http.StatusInternalServerError:
+			s.fault(d.err)
+		}
 	}
 	d.v.Allowed = d.err == nil
 	return d

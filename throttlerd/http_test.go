@@ -1,14 +1,14 @@
 package main
 
 import (
+	"encoding/json"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-
-	"github.com/go-throttler/throttler"
 )
 
 func TestDecideConsumesPeeksAndCharges(t *testing.T) {
@@ -96,21 +96,78 @@ func TestAReceiptGivesBackOnce(t *testing.T) {
 	require.Equal(t, 404, d.post(t, "/v1/decide", `{"mode":"refund","receipt":"nobody gave it"}`).status)
 }
 
+// left returns what each limit has left, in the order of the rules, less its debt.
+func (r *running) left(t *testing.T, descriptor string) (left []int64) {
+	t.Helper()
+	a := r.post(t, "/v1/decide", `{"mode":"peek","domain":"x","cost":0,"entries":`+descriptor+`}`)
+	var out answered
+	require.NoError(t, json.Unmarshal([]byte(a.body), &out), a.body)
+	for _, rule := range out.Rules {
+		for _, l := range rule.Limits {
+			left = append(left, l.Remaining-l.Debt)
+		}
+	}
+	return left
+}
+
+func TestASettleMakesTheEstimateTheRealCostOnce(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "domain: x\nrules:\n- {name: calls, per: [user], limits: [10/1h]}\n- {name: units, per: [user], cost: 10, limits: [1000/1h]}\n- {name: tokens, per: [user], cost: tokens, limits: [100/1h continuous burst 100]}\n"))
+	for i, test := range []struct {
+		settle string
+		left   []int64 // of calls, units and tokens
+	}{
+		{`"cost":1`, []int64{9, 990, 40}},
+		{`"cost":12`, []int64{-2, 880, 40}},
+		{`"entries":{"tokens":"25"}`, []int64{6, 960, 75}},
+		{`"cost":3,"entries":[["tokens","110"]]`, []int64{7, 970, -10}},
+	} {
+		user := strconv.Itoa(i)
+		first := d.post(t, "/v1/decide", `{"domain":"x","cost":4,"receipt":true,"entries":{"tokens":"60","user":"`+user+`"}}`)
+		receipt, _ := first.json(t)["receipt"].(string)
+		require.NotEmpty(t, receipt, first.body)
+		settle := `{"mode":"settle","receipt":"` + receipt + `",` + test.settle + `}`
+		for _, wrong := range []string{`"cost":-1`, `"entries":{"user":"1"}`, `"entries":{"tokens":"many"}`, `"cost":1,"limit":"1/1h"`, `"cost":1,"descriptors":[{"cost":1}]`, `"domain":"x"`} {
+			a := d.post(t, "/v1/decide", `{"mode":"settle","receipt":"`+receipt+`",`+wrong+`}`)
+			require.Equal(t, 400, a.status, wrong)
+		}
+		require.Equal(t, []int64{6, 960, 40}, d.left(t, `{"tokens":"0","user":"`+user+`"}`), "what is wrong changes nothing")
+		a := d.post(t, "/v1/decide", settle)
+		require.Equal(t, 200, a.status, a.body)
+		require.JSONEq(t, `{"allowed":true,"rules":[]}`, a.body)
+		require.Equal(t, test.left, d.left(t, `{"tokens":"0","user":"`+user+`"}`), test.settle)
+		require.Equal(t, 404, d.post(t, "/v1/decide", settle).status, "a receipt is used once")
+	}
+	require.Equal(t, 400, d.post(t, "/v1/decide", `{"mode":"settle","cost":1}`).status)
+	require.Equal(t, 400, d.post(t, "/v1/decide", `{"mode":"settle","receipt":true,"cost":1}`).status)
+	require.Equal(t, 404, d.post(t, "/v1/decide", `{"mode":"settle","receipt":"nobody gave it","cost":1}`).status)
+}
+
 func TestReceiptsEndAndAreFew(t *testing.T) {
 	t.Parallel()
 	var r receipts
 	now := time.Now()
-	first := r.give(throttler.Verdict{}, now)
+	d := &decision{}
+	first := r.give(d, now)
 	_, ok := r.take(first, now.Add(receiptLasts))
 	require.False(t, ok, "it is too old")
-	second := r.give(throttler.Verdict{}, now)
+	second := r.give(d, now)
 	for range maxReceipts {
-		r.give(throttler.Verdict{}, now)
+		used := r.give(d, now)
+		_, ok = r.take(used, now)
+		require.True(t, ok)
 	}
-	require.Len(t, r.order, maxReceipts)
-	require.LessOrEqual(t, len(r.given), maxReceipts)
+	given, ok := r.take(second, now)
+	require.True(t, ok, "those that were used do not count")
+	r.put(given, now)
+	for range maxReceipts {
+		r.give(d, now)
+	}
+	require.Equal(t, maxReceipts, r.order.Len())
+	require.Len(t, r.given, maxReceipts)
 	_, ok = r.take(second, now)
 	require.False(t, ok, "the oldest is forgotten")
-	r.give(throttler.Verdict{}, now.Add(receiptLasts))
+	r.give(d, now.Add(receiptLasts))
 	require.Len(t, r.given, 1, "those that are too old are too")
+	require.Equal(t, 1, r.order.Len())
 }

@@ -1,56 +1,76 @@
-// Receipts of POST /v1/decide. A client uses one to return what a decision took.
+// Receipts of POST /v1/decide. A client uses one to return what a decision took, or to make it the real cost.
 
 package main
 
 import (
+	"container/list"
 	"crypto/rand"
 	"sync"
 	"time"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/rules"
 )
 
 const (
 	receiptLasts = 10 * time.Minute
-	maxReceipts  = 16384 // each takes about a kilobyte
+	maxReceipts  = 16384 // each takes about two kilobytes
 )
 
 // receipts holds the receipts that were issued and not used yet, in the memory of this process. It is safe for concurrent
 // use.
 type receipts struct {
 	mu    sync.Mutex
-	given map[string]receipt
-	order []string // in the order of issue, including those used since
+	given map[string]*list.Element
+	order list.List // of *receipt, in the order of issue
 }
 
 type receipt struct {
-	v     throttler.Verdict
-	until time.Time
+	id      string
+	v       throttler.Verdict
+	applied []rules.Applied
+	until   time.Time
 }
 
-// give issues a receipt that nobody can guess. If there are too many, it forgets the oldest. A used receipt counts until it
-// is the oldest: it has no entry in given, so the zero time makes it look expired.
-func (r *receipts) give(v throttler.Verdict, now time.Time) string {
-	id := rand.Text()
+// give issues a receipt that nobody can guess. If there are too many, it forgets the oldest.
+func (r *receipts) give(d *decision, now time.Time) string {
+	given := &receipt{rand.Text(), d.v, d.applied, now.Add(receiptLasts)}
+	r.put(given, now)
+	return given.id
+}
+
+// put keeps a receipt, also one that was taken and not used.
+func (r *receipts) put(given *receipt, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.given == nil {
-		r.given = map[string]receipt{}
+		r.given = map[string]*list.Element{}
 	}
-	for len(r.order) > 0 && (len(r.order) >= maxReceipts || !now.Before(r.given[r.order[0]].until)) {
-		delete(r.given, r.order[0])
-		r.order = r.order[1:]
+	for len(r.given) >= maxReceipts || len(r.given) > 0 && !now.Before(r.oldest().until) {
+		r.remove(r.oldest())
 	}
-	r.given[id] = receipt{v, now.Add(receiptLasts)}
-	r.order = append(r.order, id)
-	return id
+	r.given[given.id] = r.order.PushBack(given)
 }
 
-// take returns the verdict that a receipt stands for. It succeeds at most once for each receipt.
-func (r *receipts) take(id string, now time.Time) (v throttler.Verdict, ok bool) {
+func (r *receipts) oldest() *receipt {
+	given, _ := r.order.Front().Value.(*receipt)
+	return given
+}
+
+func (r *receipts) remove(given *receipt) {
+	r.order.Remove(r.given[given.id])
+	delete(r.given, given.id)
+}
+
+// take returns the decision that a receipt stands for. It succeeds at most once for each receipt.
+func (r *receipts) take(id string, now time.Time) (*receipt, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	given, ok := r.given[id]
-	delete(r.given, id)
-	return given.v, ok && now.Before(given.until)
+	e := r.given[id]
+	if e == nil {
+		return nil, false
+	}
+	given, _ := e.Value.(*receipt)
+	r.remove(given)
+	return given, now.Before(given.until)
 }
