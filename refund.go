@@ -137,6 +137,56 @@ func refundOf(bucket string, taken int64, options []Option) int64 {
 	return n
 }
 
+// GiveBack gives back tokens that an identifier has spent, for callers who do not have the Verdict that took them: Refund
+// is exact, so use that if you have it. Cost and CostOf say how many, as for Charge. A bucket gets back at most what is
+// spent of it, and so is never more than full.
+//
+// What was taken last is given back first, and nothing that is further from it than half a period; of a SlidingLog, than
+// a 256th of one. Nobody knows who took it: trust the caller to give back only what is its own. Behind package
+// storage/lease, what a process has taken ahead counts as spent. It takes two calls of the storage, of which the first
+// only looks.
+func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error {
+	var v Verdict
+	start := law.Elapsed()
+	err := t.add(&v, storage.Force, id, o)
+	if err != nil && !errors.Is(err, ErrCostExceedsCapacity) {
+		t.rejected(ctx, OpRefund, 0, id, err)
+		return err
+	}
+	if len(v.parts()) == 0 {
+		t.tidy()
+		return nil
+	}
+	c := storage.Charge{Name: t.name, Identifier: id, Rules: v.parts()[0].Rules}
+	for _, n := range v.asked() {
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n})
+	}
+	clear(v.asked())
+	v.parts()[0].AtMost = false
+	if err = t.answer(ctx, &v, storage.Peek, 0); err == nil {
+		c.Now, c.Clocked, err = t.now()
+	}
+	if err != nil {
+		if t.observe != nil {
+			t.tell(ctx, t.event(OpRefund, 0, id, 0), &Verdict{}, err, start, law.Elapsed())
+		}
+		return err
+	}
+	for i := range c.Amounts {
+		c.Amounts[i].In = heldFor(&c.Rules.Rules[i], &v.all()[i])
+	}
+	return t.change(ctx, &v, &c)
+}
+
+// heldFor returns how long what was taken last is held, of a bucket that has been looked at. A SlidingWindow is full up to
+// a period before its last hold has faded, by how few tokens that has: the middle is nearer to it than to any other.
+func heldFor(r *law.Rule, c *storage.Count) int64 {
+	if r.Kind == law.SlidingWindow && c.ResetAfter > 0 {
+		return c.ResetAfter + r.Period/2
+	}
+	return c.ResetAfter
+}
+
 // Reset makes all buckets of an identifier full. It forgets all tokens that were spent, including reserved ones. Callers of Wait
 // on this Throttler ask again at once.
 func (t *Throttler) Reset(ctx context.Context, id string) error {

@@ -1,6 +1,9 @@
 package throttler_test
 
 import (
+	"context"
+	"fmt"
+	"math"
 	"testing"
 	"time"
 
@@ -130,4 +133,62 @@ func TestACostAboveACapacityComesWithTheLevels(t *testing.T) {
 	require.Len(t, v.Levels(), 2)
 	assert.Equal(t, "org:7", v.Levels()[1].Identifier)
 	assert.Equal(t, []int64{10}, left(t, th, "user:42"))
+}
+
+func TestWhatIsGivenBackWithoutAVerdictIsAtMostWhatWasSpent(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		th, _ := throttled(t, kind(throttler.NewBucket(time.Hour, 10)).Named("a"), kind(throttler.NewBucket(2*time.Hour, 20)).Named("b"))
+		require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3)))
+		assert.Equal(t, []int64{10, 20}, left(t, th, "user:42"), "nothing was spent")
+		for range 3 {
+			_, err := th.Consume("user:42", throttler.Cost(2))
+			require.NoError(t, err)
+		}
+		require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3), throttler.CostOf("b", 1)))
+		assert.Equal(t, []int64{7, 15}, left(t, th, "user:42"))
+		require.NoError(t, th.GiveBack(t.Context(), "user:7", throttler.Cost(3)))
+		assert.Equal(t, []int64{7, 15}, left(t, th, "user:42"), "it was of somebody else")
+		require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(math.MaxInt64)))
+		assert.Equal(t, []int64{10, 20}, left(t, th, "user:42"), "a bucket is never more than full")
+		require.NoError(t, th.Charge(t.Context(), "user:42", throttler.Cost(15)))
+		require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(6)))
+		assert.Equal(t, []int64{1, 11}, left(t, th, "user:42"), "of a debt too")
+		require.ErrorIs(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(-1)), throttler.ErrInvalidCost)
+		require.ErrorIs(t, th.GiveBack(t.Context(), ""), throttler.ErrInvalidIdentifier)
+	}
+}
+
+func TestWhatIsGivenBackWithoutAVerdictHasNotComeBackByItself(t *testing.T) {
+	t.Parallel()
+	for i, kind := range kinds {
+		th, clock := throttled(t, kind(throttler.NewBucket(time.Hour, 10)))
+		_, err := th.Consume("user:42", throttler.Cost(4))
+		require.NoError(t, err)
+		clock.Add(3*time.Hour + 7*time.Minute)
+		for _, n := range []int64{1, 9} {
+			_, err = th.Consume("user:42", throttler.Cost(n))
+			require.NoError(t, err)
+			require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(9)))
+			require.Equal(t, []int64{10}, left(t, th, "user:42"), i)
+		}
+	}
+}
+
+func TestWhatIsGivenBackIsTold(t *testing.T) {
+	t.Parallel()
+	var told []string
+	th, err := throttler.New(throttler.Config{
+		Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 10)},
+		Observe: func(_ context.Context, e *throttler.Event) {
+			for l, cost := range e.Buckets() {
+				told = append(told, fmt.Sprint(e.Op, " ", e.Cost, " ", l.Remaining, " ", cost, " ", e.Err))
+			}
+		},
+	})
+	require.NoError(t, err)
+	_, err = th.Consume("user:42", throttler.Cost(4))
+	require.NoError(t, err)
+	require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3)))
+	assert.Equal(t, []string{"consume 4 6 4 <nil>", "refund 3 6 3 <nil>"}, told)
 }
