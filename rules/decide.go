@@ -26,7 +26,12 @@ import (
 // Shadow and Quota rules are decided after the others have admitted the request, each in a call of its own. If the
 // storage fails then, Applied has no Levels for them.
 //
-// Two descriptors for which one rule has the same identifier count as one, whose cost is the sum.
+// What descriptors with GiveBack name is given back last, and only if all others were admitted: a request that was denied
+// changes nothing, so nobody gains by adding it to requests that are. All rules that match get it back, Charge, Shadow
+// and Quota rules too. Their Levels are those afterwards.
+//
+// Two descriptors for which one rule has the same identifier count as one, whose cost is the sum. What is given back is
+// not set off against what is asked.
 func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Applied, error) {
 	p := plan{engine: e, mode: r.Mode}
 	if err := p.make(e.set.Load(), &r); err != nil {
@@ -44,6 +49,9 @@ func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Ap
 	// A bypassed request means that the storage is failing. Asking it about shadow rules would only cost the caller time.
 	if bypassed := v.Degraded() && len(v.Levels()) == 0; v.Allowed && !bypassed {
 		p.shadows(ctx)
+		if unreturned := p.giveBack(ctx); unreturned != nil {
+			v.Allowed, err = false, unreturned
+		}
 	}
 	return v, p.applied, err
 }
@@ -55,7 +63,7 @@ type plan struct {
 	applied []Applied
 	partOf  []int // for each applied rule the index of its part; -1 if the rule asks for nothing
 	parts   []part
-	asked   int // number of parts that are not silent
+	asked   int // number of parts that are asked together
 }
 
 // part is what is asked of one identifier.
@@ -63,6 +71,7 @@ type part struct {
 	id   string
 	rule *Rule
 	cost int64
+	back bool // the cost is given back
 }
 
 func (p *part) silent() bool { return p.rule.Shadow || p.rule.Quota }
@@ -75,10 +84,13 @@ const (
 	decide             // the normal case
 	charge             // afterwards, whatever the others answered
 	shadow             // each in a call of its own, if all others admitted
+	back               // given back, if all others admitted
 )
 
 func (p *plan) stepOf(part *part) step {
 	switch {
+	case part.back:
+		return back
 	case part.silent():
 		return shadow
 	case p.mode == Charge, p.mode == Consume && part.rule.Charge && part.cost > 0:
@@ -135,10 +147,10 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 		return err
 	}
 	fromEntry := rule.cost.key != "" && value(d.Entries, rule.cost.key) != ""
-	p.applied = append(p.applied, Applied{Rule: rule, Descriptor: i, Cost: cost, fromEntry: fromEntry})
+	p.applied = append(p.applied, Applied{Rule: rule, Descriptor: i, Cost: cost, fromEntry: fromEntry, back: d.GiveBack})
 	index := -1
 	if !rule.Unlimited {
-		index = p.part(rule, rule.identifier(d.Entries), cost)
+		index = p.part(part{rule.identifier(d.Entries), rule, cost, d.GiveBack})
 	}
 	p.partOf = append(p.partOf, index)
 	if p.asked > maxParts {
@@ -149,19 +161,19 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 
 // part adds a cost to what is asked of an identifier and returns the index of the part. If a request brings two limits
 // for one identifier, they become one part with the smaller limit. Silent parts are kept apart from the others, because
-// they are asked separately.
-func (p *plan) part(rule *Rule, id string, cost int64) int {
+// they are asked separately, and so are parts that are given back.
+func (p *plan) part(new part) int {
 	for i := range p.parts {
-		if have := &p.parts[i]; have.id == id && have.silent() == (rule.Shadow || rule.Quota) {
-			have.cost = add(have.cost, cost)
-			if rule != have.rule && rule.Limits[0].Capacity() < have.rule.Limits[0].Capacity() {
-				have.rule = rule
+		if have := &p.parts[i]; have.id == new.id && have.back == new.back && (have.back || have.silent() == new.silent()) {
+			have.cost = add(have.cost, new.cost)
+			if new.rule != have.rule && new.rule.Limits[0].Capacity() < have.rule.Limits[0].Capacity() {
+				have.rule = new.rule
 			}
 			return i
 		}
 	}
-	p.parts = append(p.parts, part{id, rule, cost})
-	if !p.parts[len(p.parts)-1].silent() {
+	p.parts = append(p.parts, new)
+	if new.back || !new.silent() {
 		p.asked++
 	}
 	return len(p.parts) - 1
@@ -185,8 +197,11 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 	for i := range p.parts {
 		if part := &p.parts[i]; p.stepOf(part) == s {
 			cost := part.cost
-			if s == look {
+			switch s {
+			case look:
 				cost = 1
+			case back:
+				cost = 0
 			}
 			asked = append(asked, throttler.For(part.id, part.rule.using, throttler.Cost(cost)))
 		}
@@ -200,7 +215,7 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 	switch {
 	case s == charge:
 		return v, p.engine.t.ChargeAll(ctx, asked...)
-	case s == look || p.mode == Peek:
+	case s == look || s == back || p.mode == Peek:
 		v, err = p.engine.t.PeekAll(ctx, asked...)
 	case p.mode == Consume:
 		v, err = p.engine.t.ConsumeAll(ctx, asked...)
@@ -253,7 +268,7 @@ func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
 func (p *plan) shadows(ctx context.Context) {
 	for i := range p.parts {
 		part := &p.parts[i]
-		if !part.silent() {
+		if p.stepOf(part) != shadow {
 			continue
 		}
 		v, err := p.shadow(ctx, part)
@@ -272,6 +287,25 @@ func (p *plan) shadow(ctx context.Context, part *part) (throttler.Verdict, error
 		return throttler.Verdict{}, p.engine.t.Charge(ctx, part.id, options...)
 	}
 	return p.engine.t.ConsumeContext(ctx, part.id, options...)
+}
+
+// giveBack gives back what the descriptors name, and looks what is left then. Errors of Shadow and Quota rules are
+// dropped, as in shadows, and so is one of the look.
+func (p *plan) giveBack(ctx context.Context) error {
+	var failed []error
+	for i := range p.parts {
+		part := &p.parts[i]
+		if !part.back || p.mode == Peek {
+			continue
+		}
+		if err := p.engine.t.GiveBack(ctx, part.id, part.rule.using, throttler.Cost(part.cost)); err != nil && !part.silent() {
+			failed = append(failed, err)
+		}
+	}
+	if failed == nil {
+		_, _ = p.ask(ctx, back)
+	}
+	return errors.Join(failed...)
 }
 
 // match appends the rules for a descriptor: those that match, or the one of the limit that it brings.

@@ -191,3 +191,44 @@ func TestWhatOnlyLooksTellsTheLevels(t *testing.T) {
 	require.False(t, v.Allowed)
 	require.True(t, applied[0].Denied, "there never is a token")
 }
+
+func TestWhatIsGivenBackIsWhatWasSpentAndOnlyIfAllElseIsAdmitted(t *testing.T) {
+	t.Parallel()
+	e := engine(t, modes+"- {name: spend, per: user, mode: charge, limits: [10/1h]}\n- {name: other, when: {other: \"*\"}, limits: [2/1h]}\n")
+	left := func(s ...string) (all []int64) {
+		_, applied, err := e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Cost: new(int64(0)), Entries: entries(s...)})
+		require.NoError(t, err)
+		for _, a := range applied {
+			all = append(all, a.Levels[0].Remaining)
+		}
+		return all
+	}
+	ask := func(d ...rules.Descriptor) (bool, []rules.Applied) {
+		v, applied, err := e.Decide(t.Context(), rules.Request{Descriptors: d})
+		require.NoError(t, err)
+		return v.Allowed, applied
+	}
+	user := entries("user", "42")
+	allowed, _ := ask(rules.Descriptor{Entries: user, Cost: new(int64(3))})
+	require.True(t, allowed)
+	require.Equal(t, []int64{4, 7, 0, 7}, left("user", "42"), "all, user, try and spend")
+
+	allowed, applied := ask(rules.Descriptor{Entries: user, Cost: new(int64(2)), GiveBack: true})
+	require.True(t, allowed)
+	require.Equal(t, int64(4), applied[0].Cost, "a factor counts")
+	require.Equal(t, int64(8), applied[0].Levels[0].Remaining, "they are told what is left afterwards")
+	require.Equal(t, []int64{8, 9, 2, 9}, left("user", "42"))
+
+	allowed, _ = ask(rules.Descriptor{Entries: user, Cost: new(int64(1)), GiveBack: true}, rules.Descriptor{Entries: entries("other", "x"), Cost: new(int64(3))})
+	require.False(t, allowed)
+	require.Equal(t, []int64{8, 9, 2, 9}, left("user", "42"), "nothing is given back by a request that is denied")
+
+	allowed, _ = ask(rules.Descriptor{Entries: user, Cost: new(int64(100)), GiveBack: true}, rules.Descriptor{Entries: user, Cost: new(int64(1))})
+	require.True(t, allowed)
+	require.Equal(t, []int64{10, 10, 3, 10}, left("user", "42"), "first it takes, and then no bucket is more than full")
+
+	v, _, err := e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Descriptors: []rules.Descriptor{{Entries: user, GiveBack: true}}})
+	require.NoError(t, err)
+	require.True(t, v.Allowed)
+	require.Equal(t, []int64{10, 10, 3, 10}, left("user", "42"))
+}

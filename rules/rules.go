@@ -122,6 +122,10 @@ type Descriptor struct {
 	// Cost is in tokens, 0 or more; nil is 1. A cost of 0 takes nothing.
 	Cost *int64
 
+	// GiveBack gives the cost back instead of taking it, if everything else in the request is admitted: see
+	// Throttler.GiveBack. No bucket becomes more than full. Nothing denies it; a Peek only looks.
+	GiveBack bool
+
 	// Limit, if not nil, replaces the rules: it limits the entries, with one bucket for each combination of values.
 	// Envoy's limit overrides use it. The domain must have rules, otherwise nothing limits the request.
 	Limit *throttler.Bucket
@@ -142,6 +146,7 @@ type Applied struct {
 	Levels []throttler.Level
 
 	fromEntry bool // the Cost is the value of an entry, times the factor
+	back      bool // the Cost was given back
 }
 
 // Set is a compiled set of rules. It never changes and is safe for concurrent use. The zero value has no rules.

@@ -60,7 +60,7 @@ func differences(applied []Applied, real *Descriptor) (all []difference, err err
 	asked, used := real.Cost == nil, make([]bool, len(real.Entries))
 	for i := range applied {
 		a := &applied[i]
-		if r := a.Rule; r.Unlimited || r.Shadow || r.Quota || r.Charge || len(a.Levels) == 0 {
+		if r := a.Rule; r.Unlimited || r.Shadow || r.Quota || r.Charge || a.back || len(a.Levels) == 0 {
 			continue
 		}
 		if len(all) > 0 && all[0].Descriptor != a.Descriptor {

@@ -50,7 +50,8 @@ descriptors:
 
 // TestAnswersAreThoseOfEnvoyproxyRatelimit compares random calls over gRPC and JSON with the real envoyproxy/ratelimit,
 // the program that RATELIMIT names. A call has either one descriptor and a cost of 1, or several descriptors, any cost,
-// and limits that are never reached. In other cases the two differ by design.
+// and limits that are never reached. In other cases the two differ by design, and so they do for negative hits, which
+// envoyproxy/ratelimit takes as any others.
 func TestAnswersAreThoseOfEnvoyproxyRatelimit(t *testing.T) {
 	t.Parallel()
 	calls := 1000

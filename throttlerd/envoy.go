@@ -76,7 +76,7 @@ func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
 	}
 	for i, d := range r.GetDescriptors() {
 		to := &asked.Descriptors[i]
-		to.Cost = new(costOf(r, d))
+		to.Cost, to.GiveBack = new(costOf(r, d)), d.GetIsNegativeHits()
 		to.Entries = make([]rules.Entry, len(d.GetEntries()))
 		for j, e := range d.GetEntries() {
 			to.Entries[j] = rules.Entry{Key: e.GetKey(), Value: e.GetValue()}
@@ -93,13 +93,10 @@ func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
 	return asked, nil
 }
 
-// costOf returns the cost of a descriptor: its own hits_addend, or else that of the request, where 0 means 1. Negative
-// hits cost 0: they take nothing and return nothing.
+// costOf returns the cost of a descriptor: its own hits_addend, or else that of the request, where 0 means 1. If its hits
+// are negative, that much is given back.
 func costOf(r *ratelimitv3.RateLimitRequest, d *commonv3.RateLimitDescriptor) int64 {
-	switch {
-	case d.GetIsNegativeHits():
-		return 0
-	case d.GetHitsAddend() != nil:
+	if d.GetHitsAddend() != nil {
 		return int64(min(d.GetHitsAddend().GetValue(), math.MaxInt64)) //nolint:gosec // it is not larger
 	}
 	return int64(max(1, r.GetHitsAddend()))

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"math"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,6 +20,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/go-throttler/throttler/internal/servers"
 )
 
 // fields returns the header fields that Envoy must add to its answer.
@@ -96,10 +100,55 @@ func TestHits(t *testing.T) {
 	require.Equal(t, codeOver, out.GetOverallCode())
 	require.Equal(t, uint32(1), out.GetStatuses()[0].GetLimitRemaining())
 	require.NotContains(t, fields(out), "retry-after", "waiting does not help")
-	r.Descriptors[0].IsNegativeHits = true
-	out = should(t, c, r)
-	require.Equal(t, codeOK, out.GetOverallCode())
-	require.Equal(t, uint32(1), out.GetStatuses()[0].GetLimitRemaining(), "nothing is given back")
+}
+
+func TestNegativeHitsGiveBackWhatWasSpent(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string]func(*testing.T) []string{
+		"runtime": func(*testing.T) []string { return nil },
+		"redis":   func(t *testing.T) []string { return []string{"-storage", "redis", "-redis-url", servers.RedisURL(t)} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := start(t, nil, append(flags(t), "-rules", written(t, "domain: x\ndescriptors:\n- key: user\n  rate_limit: {unit: day, requests_per_unit: 10}\n- key: other\n  rate_limit: {unit: day, requests_per_unit: 1}\n"+
+				"---\ndomain: x\nrules: [{name: kinds, per: kinds, limits: [10/1h, 10/2h continuous, 10/3h fixed, 10/4h sliding, 10/5h log]}]\n"))...)
+			c := d.envoy(t)
+			user := rand.Text()
+			hits := func(n uint64, negative bool) *commonv3.RateLimitDescriptor {
+				to := described("user", user)
+				to.HitsAddend, to.IsNegativeHits = wrapperspb.UInt64(n), negative
+				return to
+			}
+			send := func(code ratelimitv3.RateLimitResponse_Code, d ...*commonv3.RateLimitDescriptor) []*ratelimitv3.RateLimitResponse_DescriptorStatus {
+				out := should(t, c, &ratelimitv3.RateLimitRequest{Domain: "x", Descriptors: d})
+				require.Equal(t, code, out.GetOverallCode())
+				return out.GetStatuses()
+			}
+			require.Equal(t, uint32(3), send(codeOK, hits(7, false))[0].GetLimitRemaining())
+			require.Equal(t, uint32(5), send(codeOK, hits(2, true))[0].GetLimitRemaining(), "it is told what is left afterwards")
+
+			other := described("other", user)
+			require.Equal(t, uint32(6), send(codeOK, hits(1, true), other)[0].GetLimitRemaining())
+			send(codeOver, hits(1, true), other)
+			require.Equal(t, uint32(6), send(codeOK, hits(0, false))[0].GetLimitRemaining(), "what is denied gives nothing back")
+
+			require.Equal(t, uint32(10), send(codeOK, hits(math.MaxUint64, true))[0].GetLimitRemaining(), "it is never more than full")
+			require.Equal(t, uint32(0), send(codeOK, hits(10, false))[0].GetLimitRemaining())
+			send(codeOver, hits(1, false), hits(1, true))
+			require.Equal(t, uint32(1), send(codeOK, hits(1, true))[0].GetLimitRemaining(), "nothing denies what is given back")
+			send(codeOK, described("nobody", "limits this"), hits(0, true))
+
+			kinds := described("kinds", user)
+			kinds.HitsAddend = wrapperspb.UInt64(7)
+			send(codeOK, kinds)
+			kinds.HitsAddend, kinds.IsNegativeHits = wrapperspb.UInt64(2), true
+			send(codeOK, kinds)
+			require.Equal(t, []int64{5, 5, 5, 5, 5}, d.left(t, `{"kinds":"`+user+`"}`), "of every kind")
+
+			a := d.post(t, "/json", `{"domain":"x","hitsAddend":4,"descriptors":[{"entries":[{"key":"user","value":"`+user+`"}],"isNegativeHits":true}]}`)
+			require.Contains(t, strings.ReplaceAll(a.body, " ", ""), `"limitRemaining":5`, "without hits of its own it has those of the request")
+		})
+	}
 }
 
 func TestADescriptorTwiceCountsTwice(t *testing.T) {
