@@ -52,14 +52,25 @@ func (r *reader) fault(n *yaml.Node, meant, format string, args ...any) {
 
 // documents returns the roots of the documents in a file.
 func (r *reader) documents(f File) (roots []*yaml.Node) {
+	for _, doc := range r.trees(f) {
+		roots = append(roots, doc.Content[0])
+	}
+	return roots
+}
+
+// trees returns the documents in a file, each a node whose only content is its root.
+func (r *reader) trees(f File) (docs []*yaml.Node) {
 	if isJSON(f) {
-		return r.json(f.Data)
+		if roots := r.json(f.Data); roots != nil {
+			docs = append(docs, &yaml.Node{Kind: yaml.DocumentNode, Content: roots})
+		}
+		return docs
 	}
 	l, err := yaml.NewLoader(bytes.NewReader(f.Data))
 	for err == nil {
 		var n yaml.Node
 		if err = l.Load(&n); err == nil && len(n.Content) > 0 {
-			roots = append(roots, n.Content[0])
+			docs = append(docs, &n)
 		}
 	}
 	var fault *yaml.LoadError
@@ -70,7 +81,7 @@ func (r *reader) documents(f File) (roots []*yaml.Node) {
 	default:
 		r.fault(&yaml.Node{}, "", "is not YAML: %v", err)
 	}
-	return roots
+	return docs
 }
 
 func isJSON(f File) bool {
