@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -52,6 +53,7 @@ func (a *admin) handler() http.Handler {
 	mux.HandleFunc("GET /v1/rules", a.list)
 	mux.HandleFunc("GET /v1/rules/{name}", a.read)
 	mux.HandleFunc("PUT /v1/rules/{name}", a.put)
+	mux.HandleFunc("PATCH /v1/rules/{name}", a.patch)
 	mux.HandleFunc("DELETE /v1/rules/{name}", a.remove)
 	mux.HandleFunc("GET /v1/match", a.match)
 	mux.HandleFunc("GET /v1/levels", a.levels)
@@ -196,11 +198,21 @@ func condition(w http.ResponseWriter, r *http.Request) (ifMatch string, ok bool)
 	return "", false
 }
 
+// bodyOf reads the body of a change. If that fails, it answers the request and returns false.
+func bodyOf(w http.ResponseWriter, r *http.Request) ([]byte, bool) {
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRules))
+	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		problem(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is too large, must have at most %d bytes", maxRules))
+	} else if err != nil {
+		problem(w, http.StatusBadRequest, "the body did not arrive as a whole")
+	}
+	return data, err == nil
+}
+
 // put is PUT /v1/rules/{name}. With ?dry-run it checks the file and changes nothing.
 func (a *admin) put(w http.ResponseWriter, r *http.Request) {
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRules))
-	if err != nil {
-		problem(w, http.StatusRequestEntityTooLarge, "the body is too large, or did not arrive")
+	data, ok := bodyOf(w, r)
+	if !ok {
 		return
 	}
 	name := r.PathValue("name")
@@ -208,16 +220,38 @@ func (a *admin) put(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusBadRequest, "the name must have at most 255 bytes, none of which is a control character")
 		return
 	}
-	a.change(w, r, &rules.File{Name: name, Data: data})
+	a.change(w, r, func(*rules.File) (*rules.File, error) { return &rules.File{Name: name, Data: data}, nil })
+}
+
+// patch is PATCH /v1/rules/{name}: some rules of the file change. With ?dry-run it checks the file and changes nothing.
+func (a *admin) patch(w http.ResponseWriter, r *http.Request) {
+	patch, ok := bodyOf(w, r)
+	if !ok {
+		return
+	}
+	a.change(w, r, func(before *rules.File) (*rules.File, error) {
+		if before == nil {
+			return nil, rules.ErrNotFound
+		}
+		f, err := rules.Patch(*before, patch)
+		return &f, err
+	})
 }
 
 // remove is DELETE /v1/rules/{name}. With ?dry-run it checks the remaining files and changes nothing.
-func (a *admin) remove(w http.ResponseWriter, r *http.Request) { a.change(w, r, nil) }
+func (a *admin) remove(w http.ResponseWriter, r *http.Request) {
+	a.change(w, r, func(before *rules.File) (*rules.File, error) {
+		if before == nil {
+			return nil, rules.ErrNotFound
+		}
+		return nil, nil //nolint:nilnil // no file is what is left
+	})
+}
 
-// change stores f under the name in the path, or deletes that file if f is nil. It does so only if all files together
-// compile afterwards. The store checks ifMatch again as it writes, because another process may change the file at the
-// same time.
-func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
+// change stores what edit makes of the file that the path names, or deletes that file if this is nil. It does so only if
+// all files together compile afterwards. The store checks ifMatch again as it writes, because another process may change
+// the file at the same time.
+func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before *rules.File) (after *rules.File, err error)) {
 	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
 	if a.store == nil && !dry {
 		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
@@ -229,9 +263,12 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, f *rules.File) {
 	}
 	a.changing.Lock()
 	defer a.changing.Unlock()
-	set, before, err := a.changed(r.Context(), name, f)
+	set, before, f, err := a.changed(r.Context(), name, edit)
 	if err == nil {
 		err = before.Matches(ifMatch)
+	}
+	if r.Method == http.MethodPatch {
+		ifMatch = tagOf(before) // it was made of this version, also with If-Match: *
 	}
 	if err == nil && !dry {
 		err = a.stored(r.Context(), name, f, ifMatch)
@@ -257,13 +294,13 @@ func tagOf(f *rules.File) string {
 	return f.ETag()
 }
 
-// changed returns the rules as they would be after the change, and the present file of that name, nil if there is none.
-func (a *admin) changed(ctx context.Context, name string, f *rules.File) (*rules.Set, *rules.File, error) {
+// changed returns the rules as they would be after the change, and the file of that name before and after it, nil where
+// there is none.
+func (a *admin) changed(ctx context.Context, name string, edit func(before *rules.File) (after *rules.File, err error)) (set *rules.Set, before, after *rules.File, err error) {
 	files, err := a.source.Files(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	var before *rules.File
 	var all []rules.File
 	for i := range files {
 		if files[i].Name == name {
@@ -272,14 +309,14 @@ func (a *admin) changed(ctx context.Context, name string, f *rules.File) (*rules
 			all = append(all, files[i])
 		}
 	}
-	switch {
-	case f != nil:
-		all = append(all, *f)
-	case before == nil:
-		return nil, nil, rules.ErrNotFound
+	if after, err = edit(before); err != nil {
+		return nil, before, nil, err
 	}
-	set, err := rules.Compile(all...)
-	return set, before, err
+	if after != nil {
+		all = append(all, *after)
+	}
+	set, err = rules.Compile(all...)
+	return set, before, after, err
 }
 
 func (a *admin) stored(ctx context.Context, name string, f *rules.File, ifMatch string) error {

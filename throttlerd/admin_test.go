@@ -1,11 +1,13 @@
 package main
 
 import (
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -97,6 +99,61 @@ func TestWrongRulesAreRefusedWithAllFaults(t *testing.T) {
 	require.Contains(t, a.body, `"meant":"limits"`)
 	require.Contains(t, a.body, "must be unique")
 	require.Len(t, d.engine.Rules().Rules(), 1)
+}
+
+func TestAPatchChangesOneRuleAndKeepsTheRest(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", written(t, "rules:\n# the first\n- {name: a, limits: [1/1h]}\n- name: b # the second\n  when: {path: /b}\n  limits: [1/1h]\n"), "-source", "memory")
+	const file, patch = "/v1/rules/rules.yaml", `{"rules":[{"name":"a","limits":["3/1h"]}]}`
+	body := `{"entries":{"path":"/a"}}`
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status)
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+	tag := d.administer(t, "GET", file, "").header.Get("Etag")
+
+	require.Equal(t, http.StatusPreconditionRequired, d.administer(t, "PATCH", file, patch).status)
+	require.Equal(t, http.StatusPreconditionFailed, d.administer(t, "PATCH", file, patch, "If-Match", `"other"`).status)
+	require.Equal(t, http.StatusPreconditionFailed, d.administer(t, "PATCH", file, patch, "If-None-Match", "*").status)
+	require.Equal(t, http.StatusNotFound, d.administer(t, "PATCH", "/v1/rules/other.yaml", patch, "If-Match", "*").status)
+	dry := d.administer(t, "PATCH", file+"?dry-run", patch, "If-Match", tag)
+	require.Equal(t, 200, dry.status, dry.body)
+	require.Contains(t, dry.body, `"changed":false`)
+	require.NotEqual(t, tag, dry.header.Get("Etag"))
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status, "a dry run changes nothing")
+
+	for wrong, says := range map[string]string{
+		`{"rules":[{"name":"aa","limits":["3/1h"]}]}`: `"meant":"a"`,
+		`{"rules":[{"name":"a","limit":["3/1h"]}]}`:   `"meant":"limits"`,
+		`{"rules":[{"name":"a","limits":null}]}`:      "has no limits",
+		`rules`:                                       `"file":"the patch","line":1`,
+	} {
+		a := d.administer(t, "PATCH", file, wrong, "If-Match", tag)
+		require.Equal(t, http.StatusUnprocessableEntity, a.status, a.body)
+		require.Contains(t, a.body, says)
+	}
+	require.Equal(t, tag, d.administer(t, "GET", file, "").header.Get("Etag"), "what is wrong changes nothing")
+
+	a := d.administer(t, "PATCH", file, patch, "If-Match", tag, "Content-Type", "application/merge-patch+json")
+	require.Equal(t, 200, a.status, a.body)
+	require.Equal(t, dry.header.Get("Etag"), a.header.Get("Etag"))
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status, "it counts before the answer, and what was spent stays spent")
+	require.Equal(t, 200, d.post(t, "/v1/decide", body).status)
+	require.Equal(t, 429, d.post(t, "/v1/decide", body).status)
+	now := d.administer(t, "GET", file, "")
+	require.Equal(t, a.header.Get("Etag"), now.header.Get("Etag"))
+	require.Equal(t, "rules:\n# the first\n- {name: a, limits: [3/1h]}\n- name: b # the second\n  when: {path: /b}\n  limits: [1/1h]\n", now.body)
+	require.Contains(t, d.log.String(), `"method":"PATCH"`)
+	require.Contains(t, d.log.String(), strings.Trim(a.header.Get("Etag"), `"`), "the audit has the ETag after")
+}
+
+// TestABodyThatBreaksOffIsNoneThatIsTooLarge sends less than it says.
+func TestABodyThatBreaksOffIsNoneThatIsTooLarge(t *testing.T) {
+	t.Parallel()
+	for _, put := range []func(*admin, http.ResponseWriter, *http.Request){(*admin).put, (*admin).patch} {
+		w := httptest.NewRecorder()
+		put(&admin{}, w, httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/rules/x", iotest.ErrReader(io.ErrUnexpectedEOF)))
+		require.Equal(t, http.StatusBadRequest, w.Code)
+		require.Contains(t, w.Body.String(), "did not arrive")
+	}
 }
 
 func TestRulesOfFilesAreReadOnly(t *testing.T) {
