@@ -38,8 +38,8 @@ type Engine struct {
 	failed  atomic.Pointer[failure] // why the last load failed; nil if it did not
 	limits  overrides
 
-	loading sync.Mutex // held during a load, so that an older set never replaces a newer one; guards bad
-	bad     struct {   // the last files that did not compile: they are not compiled again at each look
+	loading turn     // held during a load, so that an older set never replaces a newer one; guards bad
+	bad     struct { // the last files that did not compile: they are not compiled again at each look
 		etag string
 		err  error
 	}
@@ -60,7 +60,7 @@ func NewEngine(t *throttler.Throttler, s Source, o *Options) (*Engine, error) {
 	if t == nil || s == nil {
 		return nil, errors.New("rules: the Throttler and the Source must not be nil")
 	}
-	e := &Engine{t: t, source: s}
+	e := &Engine{t: t, source: s, loading: newTurn()}
 	if o != nil {
 		e.options = *o
 	}
@@ -143,8 +143,10 @@ func (e *Engine) Reload(ctx context.Context) error { return e.load(ctx, true) }
 
 // load puts the newest rules in force if they have no fault. It calls OnLoad only if tell is set and something changed.
 func (e *Engine) load(ctx context.Context, tell bool) error {
-	e.loading.Lock()
-	defer e.loading.Unlock()
+	if err := e.loading.take(ctx); err != nil {
+		return err
+	}
+	defer e.loading.leave()
 	set, err := e.newest(ctx)
 	if err != nil && ctx.Err() != nil {
 		return err // ctx ended, which says nothing about the source

@@ -305,3 +305,54 @@ func TestAnEngineNeedsRulesThatAreRight(t *testing.T) {
 	e.Close()
 	e.Close()
 }
+
+// TestWhoWaitsForAnotherReadLeavesWithItsContext reads a file that another call waits for to settle.
+func TestWhoWaitsForAnotherReadLeavesWithItsContext(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "a.yaml")
+	write(t, file, limit("1/1h"))
+	synctest.Test(t, func(t *testing.T) {
+		source := rules.Files(file)
+		_, err := source.Files(t.Context())
+		require.NoError(t, err)
+		write(t, file, limit("2/1h"))
+		go func() { _, _ = source.Files(t.Context()) }()
+		synctest.Wait()
+		left, leave := context.WithCancel(t.Context())
+		leave()
+		_, err = source.Files(left)
+		require.ErrorIs(t, err, context.Canceled)
+	})
+}
+
+// held is a source that answers at once, and from the second time on when it is told to.
+type held struct {
+	asked  chan struct{}
+	answer chan struct{}
+}
+
+func (h held) Files(context.Context) ([]rules.File, error) {
+	h.asked <- struct{}{}
+	<-h.answer
+	return []rules.File{{Name: "a", Data: limit("1/1h")}}, nil
+}
+
+func TestWhoWaitsForAnotherReloadLeavesWithItsContext(t *testing.T) {
+	t.Parallel()
+	h := held{make(chan struct{}, 1), make(chan struct{}, 1)}
+	th, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	h.answer <- struct{}{}
+	e, err := rules.NewEngine(th, h, &rules.Options{Interval: time.Hour})
+	require.NoError(t, err)
+	<-h.asked
+	done := make(chan error)
+	go func() { done <- e.Reload(context.WithoutCancel(t.Context())) }()
+	<-h.asked
+	left, leave := context.WithCancel(t.Context())
+	leave()
+	require.ErrorIs(t, e.Reload(left), context.Canceled)
+	h.answer <- struct{}{}
+	require.NoError(t, <-done)
+	e.Close()
+}

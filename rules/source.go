@@ -161,21 +161,39 @@ func (m *Memory) Watch(ctx context.Context, changed func()) {
 //
 // A file that has changed is read again until it stays the same for a tenth of a second, at most ten times. A folder
 // without such files is an error: if the rules are gone by mistake, nothing would be limited.
-func Files(paths ...string) Source { return &files{paths: slices.Clone(paths)} }
+func Files(paths ...string) Source { return &files{paths: slices.Clone(paths), turn: newTurn()} }
 
 type files struct {
 	paths []string
 
-	mu   sync.Mutex
+	turn turn // guards last
 	last []File
 }
 
+// turn is a lock that callers wait for no longer than their context lasts.
+type turn chan struct{}
+
+func newTurn() turn { return make(turn, 1) }
+
+func (t turn) take(ctx context.Context) error {
+	select {
+	case t <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t turn) leave() { <-t }
+
 const settled = 100 * time.Millisecond
 
-// The lock is held while waiting for files to settle: another caller would only read the same unfinished files.
+// The turn is kept while waiting for files to settle: another caller would only read the same unfinished files.
 func (s *files) Files(ctx context.Context) ([]File, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	if err := s.turn.take(ctx); err != nil {
+		return nil, err
+	}
+	defer s.turn.leave()
 	now, err := s.read()
 	for range 10 {
 		if err != nil || s.last == nil || equal(s.last, now) {

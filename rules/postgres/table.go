@@ -51,7 +51,7 @@ type Table struct {
 	pool    *pgxpool.Pool
 	options Options
 
-	mu    sync.Mutex // guards the files that were read last; held during a query, so that calls read one after the other
+	mu    sync.Mutex // guards the files that were read last, and their hash
 	hash  string
 	files []rules.File
 }
@@ -125,7 +125,8 @@ func wrap(err error) error {
 // compares a hash of the table with that of the last result.
 func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	hash, files := t.hash, t.files
+	t.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
 	rows, err := t.pool.Query(ctx, `
@@ -133,13 +134,16 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 		FROM (SELECT md5(coalesce(string_agg(md5(name) || md5(data), '' ORDER BY name COLLATE "C"), '')) AS hash FROM `+t.options.table()+`) f
 		LEFT JOIN `+t.options.table()+` t ON true
 		WHERE f.hash <> $1
-		ORDER BY t.name COLLATE "C"`, t.hash)
+		ORDER BY t.name COLLATE "C"`, hash)
 	if err != nil {
 		return nil, wrap(err)
 	}
-	hash, files := t.hash, []rules.File{}
 	var name, data *string
+	changed := false
 	_, err = pgx.ForEachRow(rows, []any{&hash, &name, &data}, func() error {
+		if !changed {
+			changed, files = true, []rules.File{}
+		}
 		if name != nil { // otherwise the table is empty
 			files = append(files, rules.File{Name: *name, Data: []byte(*data)})
 		}
@@ -148,10 +152,12 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	if err != nil {
 		return nil, wrap(err)
 	}
-	if hash != t.hash {
+	if changed { // another call may have read newer ones; then the next call reads them again
+		t.mu.Lock()
 		t.hash, t.files = hash, files
+		t.mu.Unlock()
 	}
-	return slices.Clone(t.files), nil
+	return slices.Clone(files), nil
 }
 
 // Put implements rules.Store. The data must be UTF-8 without NUL.
