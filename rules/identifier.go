@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -16,8 +17,17 @@ import (
 // Two different identifiers are never written alike: each value is preceded by its length. An identifier begins with the
 // domain. A hash tag can use that to put everything one request asks for into one slot of a Redis cluster.
 
+// nativePrefix returns what the identifiers of a rule begin with. The name of a rule with a path may be longer than an
+// identifier, and is hashed then: the prefix leaves room for the hash of the values. No other name is written "sha256:",
+// because a length stands before it.
 func nativePrefix(domain, rule string) string {
-	return string(appendValue(appendValue(nil, "domain", domain), "rule", rule))
+	of := appendValue(nil, "domain", domain)
+	b := appendValue(slices.Clip(of), "rule", rule)
+	if len(b) > maxIdentifier-len(hashKey)-2*sha256.Size {
+		sum := sha256.Sum256([]byte(rule))
+		b = append(of, " rule=sha256:"+hex.EncodeToString(sum[:])...)
+	}
+	return string(b)
 }
 
 func envoyPrefix(domain string) string { return string(appendValue(nil, "envoy", domain)) }
@@ -59,7 +69,10 @@ func value(entries []Entry, key string) string {
 	return ""
 }
 
-const maxIdentifier = 1024
+const (
+	maxIdentifier = 1024
+	hashKey       = " sha256="
+)
 
 // hashed returns the identifier b, or a hash of it if b is longer than a storage accepts. A hash cannot equal another
 // identifier: the value of an entry named sha256 would be preceded by its length and a colon.
@@ -68,7 +81,7 @@ func hashed(b []byte, prefix string) string {
 		return string(b)
 	}
 	sum := sha256.Sum256(b)
-	return prefix + " sha256=" + hex.EncodeToString(sum[:])
+	return prefix + hashKey + hex.EncodeToString(sum[:])
 }
 
 const maxCost = math.MaxInt64
