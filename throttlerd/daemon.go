@@ -41,6 +41,9 @@ type daemon struct {
 	activity *activity
 	registry *prometheus.Registry
 
+	undecided        faults // of requests
+	undecidedAllowed faults // by -on-storage-error allow
+
 	probed    *throttler.Throttler
 	readiness readiness
 	grpcReady *health.Server
@@ -59,7 +62,7 @@ type listener struct {
 
 // newDaemon opens everything and listens, but serves no request yet.
 func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error) {
-	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: health.NewServer()}
+	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: health.NewServer(), undecided: faults{log: log}, undecidedAllowed: faults{log: log}}
 	err := d.open(ctx)
 	if err == nil {
 		err = d.listen(ctx)
@@ -95,7 +98,7 @@ func (d *daemon) open(ctx context.Context) error {
 	if d.admin != nil {
 		d.admin.serves(d.engine, source)
 	}
-	d.service, err = newService(decides, d.engine, d.config, d.activity.count, faults(d.log))
+	d.service, err = newService(decides, d.engine, d.config, d.activity.count, d.undecided.tell)
 	return err
 }
 
@@ -130,21 +133,47 @@ func (d *daemon) loaded(set *rules.Set, err error) {
 	d.log.Info("the rules are loaded", "rules", len(set.Rules()), "etag", set.ETag())
 }
 
-// faults returns a function that logs errors, at most one a second. Each line says how many errors there were since the
-// line before, itself included. The function is safe for concurrent use.
-func faults(log *slog.Logger) func(error) {
-	var mu sync.Mutex
-	var last time.Time
-	more := 0
-	return func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if more++; time.Since(last) < time.Second {
-			return
-		}
-		log.Error("a request could not be decided", "error", err.Error(), "requests", more)
-		last, more = time.Now(), 0
+// faults logs errors, at most one a second. Each line says how many errors there were since the line before, itself
+// included. It is safe for concurrent use.
+type faults struct {
+	log *slog.Logger
+
+	mu   sync.Mutex // guards the fields below
+	last time.Time  // of the last line
+	err  error      // of the newest error that stands in no line yet
+	more int        // how many those are
+}
+
+func (f *faults) tell(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err = err
+	f.more++
+	f.write(time.Second)
+}
+
+// due writes the errors that were left out, if a second has passed. Without it the last of them would wait for another
+// error, perhaps for hours. It is called each second.
+func (f *faults) due() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.write(time.Second)
+}
+
+// end writes the errors that were left out, now.
+func (f *faults) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.write(0)
+}
+
+// write expects mu to be held.
+func (f *faults) write(after time.Duration) {
+	if f.more == 0 || time.Since(f.last) < after {
+		return
 	}
+	f.log.Error("a request could not be decided", "error", f.err.Error(), "requests", f.more)
+	f.last, f.err, f.more = time.Now(), nil, 0
 }
 
 // bypassed returns an observer that logs requests which were admitted undecided because the storage failed. It is nil
@@ -153,10 +182,9 @@ func (d *daemon) bypassed() func(context.Context, *throttler.Event) {
 	if d.config.onStorageError != "allow" {
 		return nil
 	}
-	tell := faults(d.log)
 	return func(_ context.Context, e *throttler.Event) {
 		if e.Err != nil && e.Bypassed() {
-			tell(fmt.Errorf("allowed without a limit: %w", e.Err))
+			d.undecidedAllowed.tell(fmt.Errorf("allowed without a limit: %w", e.Err))
 		}
 	}
 }
@@ -265,6 +293,8 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	case <-ctx.Done():
 	}
 	d.end(context.WithoutCancel(ctx))
+	d.undecided.end()
+	d.undecidedAllowed.end()
 	d.log.Info("stopped")
 	return err
 }

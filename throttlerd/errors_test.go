@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"os"
@@ -11,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
@@ -289,4 +292,27 @@ func TestOnAClusterADomainIsInOneSlotOrDenied(t *testing.T) {
 	out = should(t, apart, ask("api", "k", "2"))
 	require.Equal(t, codeOver, out.GetOverallCode())
 	require.NotEmpty(t, out.GetDynamicMetadata().AsMap()["error"])
+}
+
+func TestAnErrorThatWasLeftOutIsToldWithinASecondToo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := &text{}
+		f := &faults{log: slog.New(slog.NewJSONHandler(log, nil))}
+		lines := func() []string { return regexp.MustCompile(`"error":.*}`).FindAllString(log.String(), -1) }
+		for _, err := range []string{"first", "second", "third"} {
+			f.tell(errors.New(err))
+			f.due()
+		}
+		require.Equal(t, []string{`"error":"first","requests":1}`}, lines())
+		time.Sleep(time.Second)
+		f.due()
+		f.due()
+		require.Equal(t, []string{`"error":"first","requests":1}`, `"error":"third","requests":2}`}, lines(), "though no other follows")
+		f.tell(errors.New("last"))
+		f.end()
+		f.end()
+		require.Equal(t, `"error":"last","requests":1}`, lines()[2], "the end waits for nothing")
+		require.Len(t, lines(), 3)
+	})
 }

@@ -21,7 +21,8 @@ const lookEach = time.Second // also the pace that activity.second needs
 
 var probed = throttler.Using(throttler.NewBucket(time.Second, 1).Named("readiness"))
 
-// eachSecond probes the storage and takes a snapshot of the counts once a second, until ctx is done.
+// eachSecond probes the storage, takes a snapshot of the counts and logs errors that were left out, once a second, until
+// ctx is done.
 func (d *daemon) eachSecond(ctx context.Context) {
 	tick := time.NewTicker(lookEach)
 	defer tick.Stop()
@@ -29,6 +30,8 @@ func (d *daemon) eachSecond(ctx context.Context) {
 		select {
 		case now := <-tick.C:
 			d.activity.second(now)
+			d.undecided.due()
+			d.undecidedAllowed.due()
 			d.probe(ctx)
 		case <-ctx.Done():
 			return
