@@ -50,7 +50,7 @@ type Event struct {
 	Cost   int64  // the largest cost asked of one bucket, or given back to one, in tokens; Buckets yields all
 	Bucket string // the bucket that denied with the longest RetryAfter, empty if none did; Buckets yields all
 
-	// Verdict is the caller's. It is empty after an error. For OpRefund it is the refunded one.
+	// Verdict is the caller's. It is empty after an error. For OpRefund it is the refunded one, and for a GiveBack a Peek.
 	Verdict Verdict
 
 	Err      error         // the failure, also if a policy then allowed the call
