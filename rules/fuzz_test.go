@@ -73,3 +73,38 @@ func FuzzMatch(f *testing.F) {
 		require.Equal(t, fits(pattern, value, false), len(set.Match("", entries("k", value))) == 1, "%q %q", pattern, value)
 	})
 }
+
+// FuzzPatch patches what compiles. A patch that says nothing new changes no rule.
+func FuzzPatch(f *testing.F) {
+	f.Add(unpatched, "health", "other")
+	f.Add(`{"rules":[{"name":"a<b","limits":["1/1s"],"cost":2,"metadata":{"a":[1,null,"x"]}}]}`, "a<b", "")
+	f.Add("rules:\n- name: a\n  when: {k: 'x\n\n   y', \"\\u2028\": \"\\t\"}\n  limits: |-\n    1/1s\n", "a", "default")
+	f.Fuzz(func(t *testing.T, text, name, domain string) {
+		file := rules.File{Name: "a", Data: []byte(text)}
+		before, err := rules.Compile(file)
+		if err != nil || !utf8.ValidString(text) {
+			return
+		}
+		patch := map[string]any{"rules": []any{map[string]any{"name": name}}}
+		if domain != "" {
+			patch["domain"] = domain
+		}
+		data, err := json.Marshal(patch)
+		require.NoError(t, err)
+		after, err := rules.Patch(file, data)
+		if err != nil {
+			require.ErrorAs(t, err, new(rules.Faults))
+			return
+		}
+		set, err := rules.Compile(after)
+		require.NoError(t, err, "%s", after.Data)
+		was, is := before.Rules(), set.Rules()
+		require.Len(t, is, len(was))
+		for i := range was {
+			require.Equal(t, was[i].ID, is[i].ID)
+			require.Equal(t, was[i].Domain, is[i].Domain)
+			require.Equal(t, was[i].Limits, is[i].Limits)
+			require.Equal(t, was[i].Metadata, is[i].Metadata)
+		}
+	})
+}
