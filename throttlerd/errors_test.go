@@ -198,6 +198,17 @@ func TestAFaultOfTheProgramLetsNobodyIn(t *testing.T) {
 	require.Equal(t, codeOver, broken.response(ask("x", "a", "b"), out).GetOverallCode())
 }
 
+func TestWhatCouldNotBeGivenBackIsADenial(t *testing.T) {
+	t.Parallel()
+	c := start(t, nil, append(noRedis("-on-storage-error", "allow"), "-rules", written(t, tableRules))...).envoy(t)
+	r := ask("api", "path", "/spent")
+	require.Equal(t, codeOK, should(t, c, r).GetOverallCode())
+	r.Descriptors[0].IsNegativeHits = true
+	require.Equal(t, codeOver, should(t, c, r).GetOverallCode())
+	r.Descriptors = append(r.Descriptors, described("path", "/sized"))
+	require.Equal(t, codeOK, should(t, c, r).GetOverallCode(), "nothing is given back by what was not decided")
+}
+
 func TestAStateOfSomebodyElseLetsNobodyIn(t *testing.T) {
 	t.Parallel()
 	server := servers.Redis(t)
