@@ -107,6 +107,12 @@ func TestNegativeHitsGiveBackWhatWasSpent(t *testing.T) {
 	for name, flags := range map[string]func(*testing.T) []string{
 		"runtime": func(*testing.T) []string { return nil },
 		"redis":   func(t *testing.T) []string { return []string{"-storage", "redis", "-redis-url", servers.RedisURL(t)} },
+		"postgres": func(t *testing.T) []string {
+			return []string{"-storage", "postgres", "-postgres-url", servers.PostgresURL(t)}
+		},
+		"failover": func(t *testing.T) []string {
+			return []string{"-storage", "failover", "-redis-url", servers.RedisURL(t), "-postgres-url", servers.PostgresURL(t)}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
