@@ -401,7 +401,7 @@ func meanTime(all []admission) float64 {
 func TestT9PostgresMayBeDownAsLongAsRedisIsThere(t *testing.T) {
 	var r record
 	redis, pg := servers.Redis(t), servers.Postgres(t)
-	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), RedisTimeout: storecheck.Patient})
+	n := local(t, &r, stores{Redis: redis.URL(), Postgres: pg.URL(), RedisTimeout: storecheck.Patient, PostgresTimeout: storecheck.Patient})
 	fast, slowly := quick(t, 50, 500*time.Millisecond), ofEachKind(t, 100)
 	require.Equal(t, five(60), n.times(60, slowly))
 	n.begin(order{Targets: fast, Workers: 5, Pause: 2 * time.Millisecond, Alone: true})

@@ -105,10 +105,10 @@ func TestAContextThatEndsCostsACallAtMostOnce(t *testing.T) {
 	var r record
 	server := servers.Redis(t)
 	p := before(t, server)
-	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL()})
+	n := local(t, &r, stores{Redis: p.URL(), Postgres: postgres(t).URL(), RedisTimeout: storecheck.Patient})
 	targets := ofEachKind(t, 1000)
 	n.times(10, targets)
-	heal := p.poison(t, "latency", replies, attributes{"latency": 25})
+	heal := p.poison(t, "latency", replies, attributes{"latency": 250})
 	var late []int64
 	for range 10 {
 		for i := range targets {
