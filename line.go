@@ -4,8 +4,6 @@ package throttler
 
 import (
 	"container/list"
-	"context"
-	"hash/maphash"
 	"slices"
 	"strings"
 	"sync"
@@ -19,42 +17,7 @@ type waiters struct {
 	lines sync.Map     // identifier -> *line
 	n     atomic.Int64 // upper bound of the number of lines; it is mostly 0, which saves a lookup in lines
 
-	// resets has a count for each identifier; those with equal hashes share one.
-	resets [64]resets
-}
-
-// resets counts the calls of Reset. A call that has reserved compares the counts of before and after: if they differ, a Reset
-// may have voided the reservation.
-type resets struct {
-	n      atomic.Uint32
-	latest atomic.Pointer[chan struct{}] // closed once the Reset that began last is over and all waiters have the news
-}
-
-var seed = maphash.MakeSeed()
-
-func (ws *waiters) resetsOf(id string) *resets {
-	return &ws.resets[maphash.String(seed, id)%uint64(len(ws.resets))]
-}
-
-// count returns how often the identifiers of a call were reset, in total.
-func (ws *waiters) count(parts []Part) (n uint32) {
-	for i := range parts {
-		n += ws.resetsOf(parts[i].id).n.Load()
-	}
-	return n
-}
-
-// settle waits for a Reset that is running. Otherwise a whole crowd could reserve between the Reset in the storage and the news
-// of it, and all these reservations would be dropped for nothing.
-func (ws *waiters) settle(ctx context.Context, parts []Part) {
-	for i := range parts {
-		if over := ws.resetsOf(parts[i].id).latest.Load(); over != nil {
-			select {
-			case <-*over:
-			case <-ctx.Done():
-			}
-		}
-	}
+	resets resets
 }
 
 // line has the callers that wait for one identifier. Whoever needs both locks takes giving first, then mu.
@@ -179,8 +142,11 @@ func (ws *waiters) exit(w *waiter) (flush *turns) {
 		if w.queue == l {
 			l.leave(w, 0)
 		}
-		if s := w.turns; s != nil && s.l == l && s.quit(w) {
-			flush = s
+		if s := w.turns; s != nil && s.l == l {
+			if s.quit(w) {
+				flush = s
+			}
+			s.mark = ws.resets.ended.Load()
 		}
 		l.all.Remove(w.seats[i])
 		ws.close(l)
@@ -200,31 +166,32 @@ func (ws *waiters) close(l *line) {
 	ws.n.Add(-1)
 }
 
-// whileReset calls do, which resets the buckets of an identifier in the storage. Then it makes all reservations of the waiters
-// void, and tells them. The count is raised first: a reservation that is registered before is voided here, and one that is
-// registered later is compared with the new count.
-func (ws *waiters) whileReset(id string, do func() error) error {
-	r := ws.resetsOf(id)
-	over := make(chan struct{})
-	r.latest.Store(&over)
-	defer close(over)
-	err := do()
-	r.n.Add(1)
+// whileReset calls reset, which resets the buckets of an identifier in the storage. Then it makes all reservations of the
+// waiters void, and tells them. If reset fails it does neither: if the storage has made the Reset all the same, the first
+// waiter notices within a second.
+func (ws *waiters) whileReset(id string, reset func() error) error {
+	ws.resets.begin(id)
+	defer ws.resets.end(id)
+	if err := reset(); err != nil {
+		return err
+	}
+	ws.resets.note(id) // first: what is registered before it is voided here, and what is registered later was asked later
 	for home := range ws.homes(id) {
 		home.void(id)
 	}
 	ws.tell(id, wasReset)
-	return err
+	return nil
 }
 
-// homes returns the lines whose turns may have waiters of an identifier: its own line, and with WaitAll those of other
+// homes returns the lines whose turns may have reservations of an identifier: its own line, and with WaitAll those of other
 // identifiers.
 func (ws *waiters) homes(id string) map[*line]bool {
 	found, ok := ws.lines.Load(id)
 	if !ok {
 		return nil
 	}
-	homes, l := map[*line]bool{}, found.(*line)
+	l := found.(*line)
+	homes := map[*line]bool{l: true}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for e := l.all.Front(); e != nil; e = e.Next() {

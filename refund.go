@@ -193,6 +193,9 @@ func (t *Throttler) Reset(ctx context.Context, id string) error {
 	err := validIdentifier(id)
 	start := law.Elapsed()
 	if err == nil {
+		err = ctx.Err()
+	}
+	if err == nil {
 		err = t.waiters.whileReset(id, func() error { return t.storage.Reset(ctx, t.name, id) })
 	}
 	t.tidy()

@@ -24,17 +24,18 @@ type turns struct {
 	due     list.List // of *Verdict: the reservations, earliest first
 	over    bool      // the reservations are void; all waiters have to ask again
 
-	left    int  // waiters that have left while their reservations are still in due
-	flushes bool // a caller has undertaken to flush, which gives these back
+	left    int    // waiters that have left while their reservations are still in due
+	mark    uint64 // resets.ended when the last of them left
+	flushes bool   // a caller has undertaken to flush, which gives these back
 }
 
-// reserved adds a waiter and its reservation to the turns of its shape. It does nothing and returns false if one of the buckets
-// was reset since the count of Resets was resets.
-func (ws *waiters) reserved(w *waiter, v *Verdict, resets uint32, parts []Part) bool {
+// reserved adds a waiter and its reservation to the turns of its shape. It does nothing and returns false if one of the
+// identifiers was reset since the number of Resets was mark.
+func (ws *waiters) reserved(w *waiter, v *Verdict, mark uint64) bool {
 	l, key := w.home, shape(v)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if ws.count(parts) != resets { // under the lock: a Reset from here on makes the turns void
+	if ws.resets.since(mark, v.parts()) { // under the lock: a Reset from here on makes the turns void
 		return false
 	}
 	s := l.turns[key]
@@ -153,6 +154,10 @@ func (s *turns) callFirst() {
 func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
+	if s.waiting.Len() == 0 && s.left > 0 && !s.over && ws.resets.since(s.mark, s.due.Front().Value.(*Verdict).parts()) {
+		s.over = true // a Reset of another identifier of WaitAll finds these turns by their waiters only
+		delete(s.l.turns, s.key)
+	}
 	for ; s.left > 0 && !s.over; s.left-- {
 		last := s.due.Remove(s.due.Back()).(*Verdict)
 		if n++; v == nil {
@@ -276,14 +281,18 @@ func (t *Throttler) flush(ctx context.Context, s *turns) bool {
 }
 
 // giveBack gives back n times what v took, even if the context has ended. Errors are ignored: the tokens are then refilled as if
-// they had been used.
+// they had been used. From a Reset on nothing is given back, since the storage may have forgotten v already.
 func (t *Throttler) giveBack(ctx context.Context, v *Verdict, n int64) {
+	mark := t.waiters.resets.ended.Load()
 	ctx = context.WithoutCancel(ctx)
 	charges, err := t.refunds(v, nil)
 	if err != nil {
 		return
 	}
 	for _, c := range charges {
+		if t.waiters.resets.runs(v.parts()) || t.waiters.resets.since(mark, v.parts()) {
+			return
+		}
 		for i := range c.Amounts {
 			c.Amounts[i].N *= n
 		}

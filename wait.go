@@ -25,10 +25,11 @@ import (
 // refilled, as many calls as there are tokens ask at the same time. Lines of different processes are not ordered among
 // each other.
 //
-// A Reset, an AddBucket or a RemoveBucket of this Throttler takes effect at once. For a line, so does its Refund or Charge.
-// A line notices within a second what other processes do. Callers with a reservation notice within a second that a Refund
-// has freed tokens, or that another process has called Reset. They miss a Reset if other callers have taken as many tokens
-// again since; then those callers act in addition to them.
+// A Reset, an AddBucket or a RemoveBucket of this Throttler takes effect at once: callers with a reservation ask again, in
+// no particular order. For a line, a Refund or a Charge of this Throttler takes effect at once too. A line notices within a
+// second what other processes do. Callers with a reservation notice within a second that a Refund has freed tokens, or that
+// another process has called Reset. They miss a Reset if other callers have taken as many tokens again since; then those
+// callers act in addition to them.
 //
 // If the context's deadline comes before RetryAfter, or before the calls ahead in the line can be admitted, Wait returns
 // the denied Verdict at once, with an error that wraps context.DeadlineExceeded. If the context ends later, Wait returns the
@@ -38,13 +39,13 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict
 	if t.observe != nil {
 		return t.WaitAll(ctx, For(id, slices.Clone(o)...))
 	}
-	resets, nobody := t.waiters.resetsOf(id).n.Load(), t.waiters.none(id)
+	mark, nobody := t.waiters.resets.ended.Load(), t.waiters.none(id)
 	if nobody { // the fast path for the usual case: nobody waits, and the call is admitted at once
 		if err = t.aheadOne(ctx, &v, id, o); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, resets, []Part{For(id, slices.Clone(o)...)})
+	err = t.wait(ctx, &v, nobody, mark, []Part{For(id, slices.Clone(o)...)})
 	return v, err
 }
 
@@ -72,25 +73,27 @@ func (t *Throttler) WaitAll(ctx context.Context, parts ...Part) (v Verdict, err 
 }
 
 func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err error) {
-	resets := t.waiters.count(parts)
+	mark := t.waiters.resets.ended.Load()
 	nobody := !slices.ContainsFunc(parts, func(p Part) bool { return !t.waiters.none(p.id) })
 	if nobody {
 		if err = t.ahead(ctx, nil, &v, parts); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, resets, parts)
+	err = t.wait(ctx, &v, nobody, mark, parts)
 	return v, err
 }
 
 // wait makes the call a waiter and returns once it is admitted or has failed. If asked is set, the call was decided already and
-// v is the answer, asked for when the count of Resets was resets. If there is no room for another waiter, a reservation in v is
+// v is the answer, asked for when the number of Resets was mark. If there is no room for another waiter, a reservation in v is
 // given back.
-func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, resets uint32, parts []Part) error {
+func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, mark uint64, parts []Part) error {
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {
-			t.giveBack(ctx, v, 1)
+			if !t.waiters.resets.since(mark, v.parts()) {
+				t.giveBack(ctx, v, 1)
+			}
 			denied(v)
 		}
 		return fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
@@ -98,9 +101,12 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, resets uin
 	defer t.leave(ctx, w)
 	if asked {
 		w.attempts = 1
-		asked = v.Delay == 0 || t.waiters.reserved(w, v, resets, parts)
+		asked = v.Delay == 0 || t.waiters.reserved(w, v, mark)
 	}
 	for again := true; again; asked = false {
+		if !asked {
+			*v = Verdict{} // not what was voided
+		}
 		err := t.admit(ctx, w, v, parts, asked)
 		if err == nil {
 			again, err = t.due(ctx, w, v, parts)
@@ -115,28 +121,30 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, resets uin
 // ahead asks once. If the buckets allow it, it reserves up to the deadline. If w is a waiter, it then joins those with a
 // reservation.
 //
-// It holds giving for reading from the decision until the reservation is registered. So end and flush, which hold it for
-// writing, never give reservations back between the two. A reservation that a Reset may have voided meanwhile is dropped. It
-// is not given back: if the Reset came first, that would free tokens of others.
+// A reservation that a Reset may have voided meanwhile is dropped, and ahead asks again.
 func (t *Throttler) ahead(ctx context.Context, w *waiter, v *Verdict, parts []Part) error {
-	*v = Verdict{}
-	within := t.within(ctx)
 	if w == nil || w.home == nil {
-		return t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
+		*v = Verdict{}
+		return t.decideAll(ctx, v, storage.Take, t.within(ctx), w.again(), parts)
 	}
-	w.home.giving.RLock()
-	defer w.home.giving.RUnlock()
 	for {
-		t.waiters.settle(ctx, parts)
-		resets := t.waiters.count(parts)
-		w.news.Store(int32(nothing)) // the answer will include what happened so far
-		err := t.decideAll(ctx, v, storage.Take, within, w.again(), parts)
-		if err != nil || v.Delay == 0 || t.waiters.reserved(w, v, resets, parts) {
+		t.waiters.resets.settle(ctx, parts) // without giving, which those who leave need
+		if valid, err := t.askAhead(ctx, w, v, parts); valid || err != nil {
 			return err
 		}
-		*v = Verdict{}
-		within = t.within(ctx)
 	}
+}
+
+// askAhead asks once for a waiter, and reports whether the answer holds. It holds giving for reading from the decision until
+// the reservation is registered. So end and flush, which hold it for writing, never give reservations back between the two.
+func (t *Throttler) askAhead(ctx context.Context, w *waiter, v *Verdict, parts []Part) (valid bool, err error) {
+	w.home.giving.RLock()
+	defer w.home.giving.RUnlock()
+	*v = Verdict{}
+	w.news.Store(int32(nothing)) // the answer will include what happened so far
+	mark := t.waiters.resets.ended.Load()
+	err = t.decideAll(ctx, v, storage.Take, t.within(ctx), w.again(), parts)
+	return v.Delay == 0 || t.waiters.reserved(w, v, mark), err
 }
 
 // within returns how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.

@@ -118,7 +118,7 @@ var _ storage.Storage = (*Storage)(nil)
 
 // shard holds the pools of one part of the identifiers.
 type shard struct {
-	mu                sync.Mutex // guards the shard and its pools; never held during I/O or while waiting for a goroutine
+	mu                sync.Mutex         // guards the shard and its pools; never held during I/O or while waiting for a goroutine
 	pools             map[uint64]*pool   // by the hash of name and identifier
 	leased            map[*pool]struct{} // the pools that have a lease, so that sweeps and State need not visit the others
 	local, remembered int64              // State.Local and State.Remembered
