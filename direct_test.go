@@ -26,7 +26,7 @@ func TestTheShortWaysInProcessAnswerAsTheStorageDoes(t *testing.T) {
 			buckets := someBuckets(rnd)
 			direct, behind := throttlerOver(t, memstore.New(nil), buckets), throttlerOver(t, struct{ storage.Storage }{memstore.New(nil)}, buckets)
 			for i := range calls {
-				time.Sleep(time.Duration(rnd.IntN(3)*rnd.IntN(2_000_000)) * time.Microsecond)
+				<-time.After(time.Duration(rnd.IntN(3)*rnd.IntN(2_000_000)) * time.Microsecond)
 				call := someCall(rnd, buckets, identifiers)
 				want, wantErr := call(behind)
 				got, gotErr := call(direct)
