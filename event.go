@@ -66,8 +66,8 @@ type Event struct {
 // Buckets yields each bucket that answered, with the tokens it was asked for. A bucket that denied has a RetryAfter above
 // 0. After an error it yields nothing, except after a *DebtError and for a Wait that gave up. For OpRefund it yields the
 // buckets of Identifier, with their levels before the refund and the tokens to be given back. It does not allocate.
-func (e *Event) Buckets() iter.Seq2[Level, int64] {
-	return func(yield func(Level, int64) bool) {
+func (e *Event) Buckets() iter.Seq2[*Level, int64] {
+	return func(yield func(*Level, int64) bool) {
 		for l, cost := range e.Verdict.All() {
 			if e.refund != nil {
 				if l.Identifier != e.Identifier {

@@ -78,24 +78,26 @@ type Level struct {
 func (v *Verdict) Levels() []Level { return v.levels(make([]Level, 0, inline)) }
 
 func (v *Verdict) levels(out []Level) []Level {
-	for l := range v.All() {
-		out = append(out, l)
+	n, counts := 0, v.all()
+	for _, p := range v.parts() {
+		for j := range p.Rules.Rules {
+			out = append(out, Level{})
+			out[len(out)-1].set(p.Identifier, &p.Rules.Rules[j], &counts[n], v.Allowed)
+			n++
+		}
 	}
 	return out
 }
 
-// All yields the level of each bucket and the tokens it was asked for, in the order of the request. It does not allocate.
-func (v *Verdict) All() iter.Seq2[Level, int64] {
-	return func(yield func(Level, int64) bool) {
-		var l Level
+// All yields the level of each bucket and the tokens it was asked for, in the order of the request. Each Level is a new one,
+// which the caller may keep. All does not allocate as long as the Levels do not outlive the loop.
+func (v *Verdict) All() iter.Seq2[*Level, int64] {
+	return func(yield func(*Level, int64) bool) {
 		n, costs, counts := 0, v.asked(), v.all()
 		for _, p := range v.parts() {
-			l.Identifier = p.Identifier
 			for j := range p.Rules.Rules {
-				l.of(&p.Rules.Rules[j], &counts[n])
-				if v.Allowed {
-					l.RetryAfter = 0
-				}
+				l := new(Level)
+				l.set(p.Identifier, &p.Rules.Rules[j], &counts[n], v.Allowed)
 				if !yield(l, costs[n]) {
 					return
 				}
@@ -105,10 +107,15 @@ func (v *Verdict) All() iter.Seq2[Level, int64] {
 	}
 }
 
-func (l *Level) of(r *law.Rule, c *storage.Count) {
-	l.Bucket, l.Limit, l.Full, l.Period, l.Window = r.Name, r.Capacity, r.Full, duration(r.Period), duration(r.Window)
+// set fills in a zero Level, in the place where it stays: a copy of what was just written field by field would wait for these
+// writes.
+func (l *Level) set(id string, r *law.Rule, c *storage.Count, allowed bool) {
+	l.Identifier, l.Bucket, l.Limit, l.Full, l.Period, l.Window = id, r.Name, r.Capacity, r.Full, duration(r.Period), duration(r.Window)
 	l.Remaining, l.Debt = max(0, c.Remaining), max(0, -c.Remaining)
-	l.ResetAfter, l.NextAfter, l.RetryAfter = duration(c.ResetAfter), duration(c.NextAfter), duration(c.RetryAfter)
+	l.ResetAfter, l.NextAfter = duration(c.ResetAfter), duration(c.NextAfter)
+	if !allowed {
+		l.RetryAfter = duration(c.RetryAfter)
+	}
 }
 
 // Tokens returns how many tokens were taken from the bucket that gave most: the cost, or less with AtMost. For a Peek it is

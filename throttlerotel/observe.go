@@ -75,7 +75,7 @@ func (m *Metrics) observeBuckets(ctx context.Context, e *throttler.Event, result
 		b := m.bucket(e.Name, l.Bucket)
 		switch {
 		case takes:
-			b.took(&l, cost)
+			b.took(l, cost)
 		case allowed && e.Op == throttler.OpRefund:
 			b.refunded.Add(cost)
 		case asks && l.RetryAfter > 0:

@@ -54,10 +54,10 @@ func (d *decided) observeBuckets(e *throttler.Event, result string) {
 	takes := allowed && (asks || e.Op == throttler.OpCharge)
 	for l, cost := range e.Buckets() {
 		b := d.named.bucket(l.Bucket)
-		b.limited(&l)
+		b.limited(l)
 		switch {
 		case takes:
-			b.took(&l, cost)
+			b.took(l, cost)
 		case allowed && e.Op == throttler.OpRefund:
 			b.refunded.Add(float64(cost))
 		case asks && l.RetryAfter > 0:

@@ -5,6 +5,7 @@ package watch
 import (
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/go-throttler/throttler"
 )
@@ -127,35 +128,21 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 
 // countBuckets counts the buckets of a call and its identifier.
 func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
-	c := call{e: e, of: of, asking: asking{identifier: e.Identifier}}
+	a, n := asking{identifier: e.Identifier}, 0
 	for l, cost := range e.Verdict.All() {
-		s.countBucket(&c, &l, cost)
+		s.bucket(n, e.Name, l.Bucket).count(e.Op, of, l, cost)
+		n++
+		if same(l.Identifier, e.Identifier) {
+			a.add(l, cost)
+		} else {
+			others = true
+		}
 	}
-	if c.buckets == 0 { // no bucket was asked, so only the cost of the call is known
-		c.cost = e.Cost
+	if n == 0 { // no bucket was asked, so only the cost of the call is known
+		a.cost = e.Cost
 	}
-	s.asked(hash, &c.asking)
-	return c.others
-}
-
-// call is a call that is being counted, bucket by bucket.
-type call struct {
-	e       *throttler.Event
-	of      outcome
-	asking       // of the identifier of the event
-	buckets int  // counted so far
-	others  bool // some belong to other identifiers
-}
-
-// countBucket counts the next bucket of a call.
-func (s *shard) countBucket(c *call, l *throttler.Level, cost int64) {
-	s.bucket(c.buckets, c.e.Name, l.Bucket).count(c.e.Op, c.of, l, cost)
-	c.buckets++
-	if l.Identifier == c.identifier {
-		c.add(l, cost)
-	} else {
-		c.others = true
-	}
+	s.asked(hash, &a)
+	return others
 }
 
 func (s *shard) countSource(e *throttler.Event, of outcome) {
@@ -165,7 +152,7 @@ func (s *shard) countSource(e *throttler.Event, of outcome) {
 	}
 	i := 0
 	// The first maxSources sources have a tally each. All others share the tally behind those.
-	for i < len(s.sources) && i < maxSources && s.sources[i].name != source {
+	for i < len(s.sources) && i < maxSources && !same(s.sources[i].name, source) {
 		i++
 	}
 	if i == len(s.sources) {
@@ -190,7 +177,7 @@ func (s *shard) addSource(source string) {
 // bucket returns the tally of bucket number i of a call. It usually has the same number here, which saves the map.
 func (s *shard) bucket(i int, of, bucket string) *bucketTally {
 	if i < len(s.buckets) {
-		if b := &s.buckets[i]; b.name.bucket == bucket && b.name.throttler == of {
+		if b := &s.buckets[i]; same(b.name.bucket, bucket) && same(b.name.throttler, of) {
 			return b
 		}
 	}
@@ -234,4 +221,9 @@ func (b *bucketTally) count(op throttler.Op, of outcome, l *throttler.Level, cos
 			b.near++
 		}
 	}
+}
+
+// same reports whether two strings are equal. Mostly they are the same memory, and then it takes no call to see that.
+func same(a, b string) bool {
+	return len(a) == len(b) && (unsafe.StringData(a) == unsafe.StringData(b) || a == b)
 }

@@ -92,7 +92,7 @@ func (w *Watch) countOthers(e *throttler.Event) {
 			w.countOther(e, &a)
 			a = asking{identifier: l.Identifier}
 		}
-		a.add(&l, cost)
+		a.add(l, cost)
 	}
 	w.countOther(e, &a)
 }
