@@ -93,7 +93,7 @@ func (e *Event) givenBack(bucket string) int64 {
 
 // Bypassed reports whether the call was allowed without asking a bucket, by Config.OnUnknownIdentifier or
 // Config.OnStorageError. In the second case Err is the failure, except for OpWait: there the attempts have it.
-func (e *Event) Bypassed() bool { return e.Verdict.Allowed && len(e.Verdict.parts()) == 0 }
+func (e *Event) Bypassed() bool { return e.Verdict.Allowed && e.Verdict.empty() }
 
 // Result is "allowed", "denied", "bypassed" or "error", for the labels of metrics. A Wait that gave up because its context
 // ended, or would have ended before its turn, is "denied". A Charge, Refund or Reset without an error is "allowed".

@@ -153,7 +153,7 @@ func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error 
 		t.rejected(ctx, OpRefund, 0, id, err)
 		return err
 	}
-	if len(v.parts()) == 0 {
+	if v.empty() {
 		t.tidy()
 		return nil
 	}

@@ -276,7 +276,7 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		s, cost = t.setOf(id, options)
 	}
 	if s == nil || len(s.buckets) == 0 {
-		if len(v.parts()) == 0 {
+		if v.empty() {
 			v.few[0].Identifier = id // read by first, for Observe
 		}
 		return t.unknownIdentifier(id, cost)
@@ -414,7 +414,7 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 // it, in microseconds. A storage in the process decides by it, which saves a second reading, unless there is a
 // Config.Clock.
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
-	if len(v.parts()) == 0 { // nothing limits the call
+	if v.empty() { // nothing limits the call
 		t.tidy()
 		*v = Verdict{Allowed: true}
 		return nil

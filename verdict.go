@@ -152,7 +152,7 @@ func (v *Verdict) Source() string { return v.source }
 func (v *Verdict) Degraded() bool { return v.degraded }
 
 // Taken reports whether costs were taken: v is Allowed, a storage decided it, and it is not the answer to a Peek.
-func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && len(v.parts()) > 0 }
+func (v *Verdict) Taken() bool { return v.Allowed && !v.peeked && !v.empty() }
 
 // add appends an identifier to the request and returns its costs, which are 0. The slice is valid until the next add, which
 // may move the costs.
@@ -192,6 +192,9 @@ func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	clear(m.costs[from:]) // the room that Grow makes may hold anything
 	return m.costs[from:], nil
 }
+
+// empty reports whether the request has no parts, so that no bucket is asked.
+func (v *Verdict) empty() bool { return v.nParts == 0 && v.more == nil }
 
 // parts returns the parts of the request.
 func (v *Verdict) parts() []storage.Part {

@@ -42,17 +42,38 @@ func (s *shard) turnMinute(number int64) {
 	s.forgetNames()
 }
 
+// known is an identifier whose name is kept, and what it did since the last flush. Most calls are of few identifiers, and
+// adding to these numbers takes less time than a sketch.
+type known struct{ hash, asked, denied int64 }
+
+func (s *shard) knownAt(hash int64) *known { return &s.known[uint64(hash)%uint64(len(s.known))] }
+
+// flush moves the numbers to the sketches of the minute.
+func (k *known) flush(m *minute) {
+	if k.asked > 0 {
+		_ = m.asked.UpdateMany(k.hash, k.asked) // fails only for a negative count
+		_ = m.denied.UpdateMany(k.hash, k.denied)
+	}
+	k.asked, k.denied = 0, 0
+}
+
 // asked counts what an identifier asked for. Its name is kept only once it is heavy, so a flood of identifiers that each
 // ask for little takes no memory.
 func (s *shard) asked(hash int64, a *asking) {
 	if a.cost <= 0 {
 		return
 	}
-	_ = s.this.asked.UpdateMany(hash, min(a.cost, mostCost)) // fails only for a negative count
+	now := known{hash: hash, asked: min(a.cost, mostCost)}
 	if a.denied {
-		_ = s.this.denied.UpdateMany(hash, 1)
+		now.denied = 1
 	}
-	if s.known[uint64(hash)%uint64(len(s.known))] != hash && (heavyIn(s.this.asked, hash) || a.denied && heavyIn(s.this.denied, hash)) {
+	if k := s.knownAt(hash); k.hash == hash {
+		k.asked += now.asked
+		k.denied += now.denied
+		return
+	}
+	now.flush(s.this)
+	if heavyIn(s.this.asked, hash) || a.denied && heavyIn(s.this.denied, hash) {
 		s.keepName(hash, a.identifier)
 	}
 }
@@ -63,7 +84,9 @@ func heavyIn(s *frequencies.LongsSketch, hash int64) bool {
 }
 
 func (s *shard) keepName(hash int64, id string) {
-	s.known[uint64(hash)%uint64(len(s.known))] = hash
+	k := s.knownAt(hash)
+	k.flush(s.this)
+	k.hash = hash
 	if _, ok := s.names[hash]; ok {
 		return
 	}
@@ -90,8 +113,15 @@ func (s *shard) mask(id string) string {
 	return id
 }
 
+func (s *shard) flushKnown() {
+	for i := range s.known {
+		s.known[i].flush(s.this)
+	}
+}
+
 // forgetNames removes the names of identifiers that no sketch tracks any more.
 func (s *shard) forgetNames() {
+	s.flushKnown()
 	clear(s.known[:])
 	maps.DeleteFunc(s.names, func(hash int64, _ string) bool {
 		h := s.heavy(hash)

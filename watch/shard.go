@@ -14,9 +14,9 @@ import (
 type shard struct {
 	watch *Watch
 
-	mu      sync.Mutex    // guards the fields below
-	second  int64         // the second that the tallies count
-	until   time.Duration // the end of that second, since the start of the watch
+	mu      sync.Mutex // guards the fields below
+	second  int64      // the second that the tallies count
+	until   time.Time  // the end of that second
 	all     tally
 	sources []sourceTally
 	buckets []bucketTally
@@ -24,7 +24,7 @@ type shard struct {
 
 	this, last *minute
 	names      map[int64]string // of heavy identifiers, by the hash of the identifier
-	known      [64]int64        // hashes that already have a name, a cache indexed by hash: most calls are of few identifiers
+	known      [64]known        // some of those, indexed by hash
 }
 
 // tally holds the counts of one second, and the series that they are added to.
@@ -47,24 +47,25 @@ type bucketTally struct {
 
 func (s *shard) begin(w *Watch) {
 	s.watch, s.all.series, s.find, s.names = w, w.all, make(map[name]int), make(map[int64]string)
-	s.last, s.this, s.until = newMinute(-1), newMinute(0), time.Second
+	s.last, s.this, s.until = newMinute(-1), newMinute(0), w.time(1)
 }
 
-// turn moves on to the second of a time since the start of the watch, if that is later. It is never moved back: an event
-// that arrives late counts in the present second.
-func (s *shard) turn(since time.Duration) {
-	if since < s.until {
+// turn moves on to the second of a time, if that is later. It is never moved back: an event that arrives late counts in the
+// present second.
+func (s *shard) turn(now time.Time) {
+	if now.Before(s.until) {
 		return
 	}
 	s.flush()
-	s.second = int64(since / time.Second)
-	s.until = time.Duration(s.second+1) * time.Second
+	s.second = int64(now.Sub(s.watch.start) / time.Second)
+	s.until = s.watch.time(s.second + 1)
 	s.turnMinute(s.second / 60)
 }
 
 // flush adds the counts to the history. It takes the lock of the Watch, at most about once a second for each shard and
 // once for each Snapshot.
 func (s *shard) flush() {
+	s.flushKnown()
 	s.watch.mu.Lock()
 	defer s.watch.mu.Unlock()
 	s.all.flush(s.second)
@@ -130,7 +131,11 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
 	a, n := asking{identifier: e.Identifier}, 0
 	for l, cost := range e.Verdict.All() {
-		s.bucket(n, e.Name, l.Bucket).count(e.Op, of, l, cost)
+		if n < len(s.buckets) && same(s.buckets[n].name.bucket, l.Bucket) && same(s.buckets[n].name.throttler, e.Name) {
+			s.buckets[n].count(e.Op, of, l, cost)
+		} else {
+			s.findBucket(name{e.Name, l.Bucket}).count(e.Op, of, l, cost)
+		}
 		n++
 		if same(l.Identifier, e.Identifier) {
 			a.add(l, cost)

@@ -79,10 +79,10 @@ type Heavy struct {
 
 // Snapshot returns what the Watch has seen up to now.
 func (w *Watch) Snapshot() Snapshot {
-	since := time.Since(w.start)
-	now := int64(since / time.Second)
-	s := Snapshot{At: w.start.Add(since), Since: w.start, HeavySince: w.time(max(0, now/60-1) * 60)}
-	latency := w.collect(since, &s)
+	at := time.Now()
+	now := int64(at.Sub(w.start) / time.Second)
+	s := Snapshot{At: at, Since: w.start, HeavySince: w.time(max(0, now/60-1) * 60)}
+	latency := w.collect(&s)
 	w.mu.Lock()
 	minute := w.all.fine.sum(now-60, now)
 	s.Rate, s.Minute = w.all.rate(now), callsOf(&minute)
@@ -97,13 +97,13 @@ func (w *Watch) Snapshot() Snapshot {
 }
 
 // collect reads the heavy identifiers and the latencies from the shards, one shard at a time.
-func (w *Watch) collect(since time.Duration, s *Snapshot) map[string]*histogram {
+func (w *Watch) collect(s *Snapshot) map[string]*histogram {
 	latency, found := make(map[string]*histogram), []Heavy(nil)
 	var asked, denied int64
 	for i := range w.shards {
 		h := &w.shards[i]
 		h.mu.Lock()
-		h.turn(since)
+		h.turn(s.At)
 		h.flush()
 		found = h.collect(found, latency)
 		asked += h.this.asked.GetStreamLength() + h.last.asked.GetStreamLength()

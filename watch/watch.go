@@ -73,8 +73,8 @@ func (w *Watch) Observe(_ context.Context, e *throttler.Event) {
 	hash := w.hash(e.Identifier)
 	s := w.shard(hash)
 	s.mu.Lock()
-	if since := e.Time.Sub(w.start); since >= s.until {
-		s.turn(since)
+	if !e.Time.Before(s.until) {
+		s.turn(e.Time)
 	}
 	others := s.count(e, hash)
 	s.mu.Unlock()
@@ -104,8 +104,8 @@ func (w *Watch) countOther(e *throttler.Event, a *asking) {
 	hash := w.hash(a.identifier)
 	s := w.shard(hash)
 	s.mu.Lock()
-	if since := e.Time.Sub(w.start); since >= s.until {
-		s.turn(since)
+	if !e.Time.Before(s.until) {
+		s.turn(e.Time)
 	}
 	s.asked(hash, a)
 	s.mu.Unlock()
