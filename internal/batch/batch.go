@@ -38,6 +38,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/storage"
 )
 
@@ -64,7 +65,7 @@ type Call[Q, A any] struct {
 
 	next, prev *Call[Q, A]   // the neighbours in the queue, nil outside of it
 	done       chan struct{} // gets one token when Answer and Err are set; its buffer keeps the sender from waiting
-	timer      *time.Timer   // ends the wait of the caller
+	alarm      chan struct{} // of the queue when the call entered
 	sent       bool          // taken into a batch
 	lost       bool          // the caller left after the call was sent: the batch may still touch it
 }
@@ -80,7 +81,7 @@ type Queue[Q, A any] struct {
 	calls   sync.Pool
 	drained chan struct{} // closed when the queue is closed and nothing is in flight
 
-	// mu guards the fields below, the links and sent of calls in the queue, and running, late and deadline of all
+	// mu guards the fields below, the links, alarm and sent of calls in the queue, and running, late and deadline of all
 	// batches. It is held for short steps only, and never while run executes.
 	//
 	// The invariant: when mu is unlocked, either the queue is empty or no further batch may start. Everything that adds
@@ -91,6 +92,9 @@ type Queue[Q, A any] struct {
 	late     int            // overdue batches: in flight for longer than Timeout
 	idle     []*batch[Q, A] // batches to be used again
 	closed   bool           // never set back; then the queue stays empty
+
+	alarm, before chan struct{} // of the calls that have entered since the last ring, and of those before; nil for none
+	bell          *time.Timer   // calls ring if there is any
 }
 
 // New returns a queue. Run executes a batch, whose calls are in the order of their arrival. It sets Answer and Err of
@@ -112,9 +116,7 @@ func New[Q, A any](o Options, run func(ctx context.Context, calls []*Call[Q, A])
 	q := &Queue[Q, A]{run: run, options: o, drained: make(chan struct{})}
 	q.waiting.next, q.waiting.prev = &q.waiting, &q.waiting
 	q.calls.New = func() any {
-		c := &Call[Q, A]{done: make(chan struct{}, 1), timer: time.NewTimer(o.Timeout)}
-		c.timer.Stop()
-		return c
+		return &Call[Q, A]{done: make(chan struct{}, 1)}
 	}
 	return q
 }
@@ -127,7 +129,7 @@ func (q *Queue[Q, A]) Put(c *Call[Q, A]) {
 	if c.lost { // a batch may still set its Answer, which another caller would get
 		return
 	}
-	*c = Call[Q, A]{done: c.done, timer: c.timer}
+	*c = Call[Q, A]{done: c.done}
 	q.calls.Put(c)
 }
 
@@ -165,8 +167,7 @@ func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c.timer.Reset(q.options.Timeout)
-	defer c.timer.Stop()
+	entered := law.Elapsed()
 	if !q.enter(c) {
 		return storage.ErrClosed
 	}
@@ -175,7 +176,16 @@ func (q *Queue[Q, A]) do(ctx context.Context, c *Call[Q, A]) error {
 		return c.Err
 	case <-ctx.Done():
 		return q.leave(c, ctx.Err())
-	case <-c.timer.C:
+	case <-c.alarm:
+	}
+	rest := time.NewTimer(entered + q.options.Timeout - law.Elapsed())
+	defer rest.Stop()
+	select {
+	case <-c.done:
+		return c.Err
+	case <-ctx.Done():
+		return q.leave(c, ctx.Err())
+	case <-rest.C:
 		return q.leave(c, ErrTimeout)
 	}
 }
@@ -189,8 +199,44 @@ func (q *Queue[Q, A]) enter(c *Call[Q, A]) bool {
 	}
 	c.prev, c.next = q.waiting.prev, &q.waiting
 	c.prev.next, c.next.prev = c, c
+	c.alarm = q.setAlarm()
 	q.start()
 	return true
+}
+
+// setAlarm returns a channel that is closed after half of the Timeout at the earliest, and after the whole at the latest. A
+// call that still waits then makes a timer of its own. Few do, and a timer for every call would take a tenth of a decision.
+// The caller holds mu.
+func (q *Queue[Q, A]) setAlarm() chan struct{} {
+	if q.alarm == nil {
+		q.alarm = make(chan struct{})
+		if q.before == nil { // otherwise the next ring is due already
+			q.ringLater()
+		}
+	}
+	return q.alarm
+}
+
+// ringLater rings after half of the Timeout. The caller holds mu.
+func (q *Queue[Q, A]) ringLater() {
+	if q.bell == nil {
+		q.bell = time.AfterFunc(q.options.Timeout/2, q.ring)
+	} else {
+		q.bell.Reset(q.options.Timeout / 2)
+	}
+}
+
+// ring closes the alarm of the calls that entered before the last ring.
+func (q *Queue[Q, A]) ring() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.before != nil {
+		close(q.before)
+	}
+	q.before, q.alarm = q.alarm, nil
+	if q.before != nil {
+		q.ringLater()
+	}
 }
 
 // alone returns a batch with only this call, for its caller to run. It returns nil if other calls wait, as they come

@@ -288,6 +288,26 @@ func TestNoCallWaitsLongerThanTheTimeoutInLineAndBatch(t *testing.T) {
 	})
 }
 
+func TestCallsThatEnterAtAnyMomentWaitForTheWholeTimeout(t *testing.T) {
+	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
+		first := send(t.Context(), q, "first")
+		var all []<-chan outcome
+		for range 40 { // for four times half of the timeout, after which an alarm rings
+			<-time.After(50 * time.Millisecond)
+			all = append(all, send(t.Context(), q, "a"))
+		}
+		assert.Equal(t, outcome{err: batch.ErrTimeout, sent: true, after: time.Second}, <-first)
+		for i, one := range all {
+			assert.Equal(t, time.Second, (<-one).after, i)
+		}
+		<-time.After(time.Hour) // no alarm is left
+		late := send(t.Context(), q, "late")
+		<-time.After(750 * time.Millisecond)
+		close(s.land)
+		assert.Equal(t, outcome{answer: "LATE", sent: true, after: 750 * time.Millisecond}, <-late)
+	})
+}
+
 func TestACallThatTimesOutInLineWasNotSent(t *testing.T) {
 	inBubble(t, batch.Options{InFlight: 1}, func(t *testing.T, q *queue, s *server) {
 		stuck(t, q, 17)
