@@ -54,6 +54,9 @@ type measured struct{ rate, p50, p99, cpu, redis float64 } // calls a second; mi
 // Each call has two descriptors: one of 1,000 users and one of 100 organisations. Leases decide none of those, so the
 // figures of -lease are what it costs in vain. With DESCRIPTORS=1 a call has the organisation alone, and leases decide.
 //
+// With "fields" envoyproxy/ratelimit answers with header fields for the client, which it does not by default and throttlerd
+// does.
+//
 // "gRPC alone" is the floor: a server with the options of throttlerd that answers OK at once and decides nothing. No
 // server that uses grpc-go can be faster. The rest of what throttlerd takes is its own.
 func BenchmarkBesideEnvoyproxyRatelimit(b *testing.B) {
@@ -66,6 +69,9 @@ func BenchmarkBesideEnvoyproxyRatelimit(b *testing.B) {
 		redis bool
 	}{
 		{"envoyproxy/ratelimit", func() (string, int) { return startRatelimit(b, server.Addr(), speedRules) }, true},
+		{"envoyproxy/ratelimit, fields", func() (string, int) {
+			return startRatelimit(b, server.Addr(), speedRules, "LIMIT_RESPONSE_HEADERS_ENABLED=true")
+		}, true},
 		{"throttlerd, redis", func() (string, int) { return startProgram(b, onRedis...) }, true},
 		{"throttlerd, redis, -lease", func() (string, int) { return startProgram(b, append(onRedis, "-lease")...) }, true},
 		{"throttlerd, runtime", func() (string, int) { return startProgram(b) }, false},
@@ -103,7 +109,7 @@ func inTurns(b *testing.B, contenders []*contender, callers, descriptors int) {
 	}
 	for i, c := range contenders {
 		m := median(results[i])
-		b.Logf("%-25s  %7.0f/s  %5.2f times  p50 %6.2f ms  p99 %6.2f ms  processors %4.0f µs a call and %4.0f µs of Redis", c.name, m.rate, ratio(results[i], results[0]), m.p50, m.p99, m.cpu, m.redis)
+		b.Logf("%-28s  %7.0f/s  %5.2f times  p50 %6.2f ms  p99 %6.2f ms  processors %4.0f µs a call and %4.0f µs of Redis", c.name, m.rate, ratio(results[i], results[0]), m.p50, m.p99, m.cpu, m.redis)
 	}
 }
 
