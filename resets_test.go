@@ -121,6 +121,24 @@ func TestTwoResetsAtATimeVoidNoLaterReservation(t *testing.T) {
 	})
 }
 
+func TestAResetCountsHoweverManyOthersFollow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, store := oneInTenSeconds(t, 0)
+		w := &waits{start: time.Now()}
+		w.begin(t.Context(), th, "a", "a")
+		store.takes.Store(int64(time.Second))
+		w.begin(t.Context(), th, "a", "a")
+		store.takes.Store(0)
+		require.NoError(t, th.Reset(t.Context(), "a"))
+		for i := range 2000 { // more than are remembered
+			require.NoError(t, th.Reset(t.Context(), fmt.Sprint("b", i)))
+		}
+		<-time.After(time.Minute)
+		assert.Equal(t, []string{"a ok at 0s", "a ok at 1s"}, w.said())
+	})
+}
+
 func TestResetsOfOthersNeitherVoidNorDelayAReservation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -21,7 +21,7 @@ const leavers = 100_000
 //
 // It reports the minimum of all rounds. It fails if the waiters take more than 3 times as long as the floor.
 //
-//	cd benchmarks && go test -run xxx -bench Leave -benchtime 5x -cpu 1 .
+//	cd benchmarks && go test -run xxx -bench Leave -benchtime 5x .
 func BenchmarkLeave(b *testing.B) {
 	for name, bucket := range map[string]throttler.Bucket{
 		"reserved": throttler.NewBucket(time.Hour, 2*leavers).Continuous().Burst(1),

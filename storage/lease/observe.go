@@ -4,12 +4,12 @@ import "iter"
 
 // State describes a Storage at one moment, for metrics. The counters start at zero when New returns and never decrease.
 type State struct {
-	Identifiers int   // that have a pool
-	Tokens      int64 // leased and unused, summed over all buckets
-	Calls       int64 // calls to the shared storage: decisions, charges and resets
-	Local       int64 // calls admitted by a lease, including Peeks
-	Remembered  int64 // calls denied by a remembered denial
-	Returned    int64 // attempts to give a lease back
+	Identifiers int   `json:"identifiers"` // that have a pool
+	Tokens      int64 `json:"tokens"`      // leased and unused, summed over all buckets
+	Calls       int64 `json:"calls"`       // calls to the shared storage: decisions, charges and resets
+	Local       int64 `json:"local"`       // calls admitted by a lease, including Peeks
+	Remembered  int64 `json:"remembered"`  // calls denied by a remembered denial
+	Returned    int64 `json:"returned"`    // attempts to give a lease back
 }
 
 // State returns the current state. It does no I/O.
