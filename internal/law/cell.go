@@ -123,10 +123,17 @@ func decideCells(mode Mode, now, within int64, counts []Count, parts []Asked, be
 		did, took = parts[i].take(mode, now, within, counts[n:], before[n:])
 		n += took
 	}
-	if did != taken || mode == Peek {
-		putBack(before[:n], parts)
+	if did == taken && mode != Peek {
+		return true, true
 	}
-	return did.of(counts, n-1, parts, now)
+	putBack(before[:n], parts)
+	switch did {
+	case taken:
+		return true, true
+	case denied:
+		return false, lookAll(counts, n-1, parts, now)
+	}
+	return false, false
 }
 
 // DecideOne is DecideCells for nearly all decisions: those on one part with up to OneBuckets buckets. It repeats the
@@ -145,8 +152,22 @@ func DecideOne(mode Mode, now, within int64, counts []Count, set *RuleSet, costs
 	if did == taken && mode != Peek {
 		return true, true
 	}
-	copy(cells, before[:n])
-	return did.of(counts, n-1, []Asked{{set, costs, cells}}, now)
+	if did != taken {
+		n-- // that cell has not changed
+	}
+	for i := range n {
+		cells[i] = before[i]
+	}
+	switch did {
+	case taken:
+		return true, true
+	case denied:
+		known = true
+		for i := range costs {
+			known = known && (i == n || cells[i].look(&counts[i], &rules[i], costs[i], now))
+		}
+	}
+	return false, known
 }
 
 // OneBuckets is the most buckets that DecideOne decides on.
@@ -162,15 +183,6 @@ func (p *Asked) take(mode Mode, now, within int64, counts []Count, before []Cell
 		n++
 	}
 	return did, n
-}
-
-// of returns the result of the decision, given that the last bucket asked had the outcome did. If that is a denial it
-// counts the other buckets too, whose cells are as they were before.
-func (did outcome) of(counts []Count, last int, parts []Asked, now int64) (allowed, known bool) {
-	if did == unknown || did == denied && !look(counts, last, parts, now) {
-		return false, false
-	}
-	return did == taken, true
 }
 
 // putBack gives the first len(before) cells of the parts back what they had.
@@ -281,23 +293,30 @@ func (c *Cell) deny(count *Count, r *Rule, spent, cost, now int64) {
 	}
 }
 
-// look sets the counts of all buckets as they are, for a call that was denied; the bucket that denied first, number
-// first, has its count already. It returns false if a cell cannot tell.
-func look(counts []Count, first int, parts []Asked, now int64) bool {
+// lookAll sets the counts of all buckets of a call that was denied, but for the one that denied first, number first, which
+// has its count already. It returns false if a cell cannot tell.
+func lookAll(counts []Count, first int, parts []Asked, now int64) bool {
 	n := 0
 	for i := range parts {
 		p := &parts[i]
-		for j := range p.Rules.Rules {
-			c, r, cost, count := &p.Cells[j], &p.Rules.Rules[j], p.Costs[j], &counts[n]
-			if n++; n-1 != first {
-				if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now, 0) != taken {
-					return false
-				}
-				if cost > count.Remaining && cost > 0 {
-					c.deny(count, r, r.Capacity-count.Remaining, cost, now)
-				}
+		for j := range p.Costs {
+			if n != first && !p.Cells[j].look(&counts[n], &p.Rules.Rules[j], p.Costs[j], now) {
+				return false
 			}
+			n++
 		}
+	}
+	return true
+}
+
+// look sets the count of a bucket as it is, for a call that was denied by another one. It returns false if the cell cannot
+// tell.
+func (c *Cell) look(count *Count, r *Rule, cost, now int64) bool {
+	if cost < 0 || cost > r.Capacity || c.take(count, r, 0, Peek, now, 0) != taken {
+		return false
+	}
+	if cost > count.Remaining && cost > 0 {
+		c.deny(count, r, r.Capacity-count.Remaining, cost, now)
 	}
 	return true
 }
