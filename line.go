@@ -205,7 +205,7 @@ func (l *line) void(id string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for key, s := range l.turns {
-		for _, p := range s.due.Front().Value.(*Verdict).parts() {
+		for _, p := range s.due[0].parts() {
 			if p.Identifier == id {
 				s.over = true
 				delete(l.turns, key)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,9 +21,9 @@ type turns struct {
 	l   *line
 	key string
 
-	waiting list.List // of *waiter, in the order of their arrival
-	due     list.List // of *Verdict: the reservations, earliest first
-	over    bool      // the reservations are void; all waiters have to ask again
+	waiting list.List  // of *waiter, in the order of their arrival
+	due     []*Verdict // the reservations, earliest first
+	over    bool       // the reservations are void; all waiters have to ask again
 
 	left    int    // waiters that have left while their reservations are still in due
 	mark    uint64 // resets.ended when the last of them left
@@ -47,16 +48,14 @@ func (ws *waiters) reserved(w *waiter, v *Verdict, mark uint64) bool {
 		l.turns[key] = s
 	}
 	w.turns, w.inTurns = s, s.waiting.PushBack(w)
-	before := s.due.Back()
-	for before != nil && dueAt(before.Value.(*Verdict)) > dueAt(v) {
-		before = before.Prev()
+	i := len(s.due)
+	for i > 0 && dueAt(s.due[i-1]) > dueAt(v) {
+		i--
 	}
 	due := *v
-	if before == nil {
-		s.due.PushFront(&due)
+	s.due = slices.Insert(s.due, i, &due)
+	if i == 0 {
 		s.callFirst() // the first waiter may have to wake up earlier
-	} else {
-		s.due.InsertAfter(&due, before)
 	}
 	return true
 }
@@ -81,7 +80,7 @@ func (s *turns) first(w *waiter) (at int64) {
 	if s.over || s.waiting.Front() != w.inTurns {
 		return never
 	}
-	return dueAt(s.due.Front().Value.(*Verdict))
+	return dueAt(s.due[0])
 }
 
 // void reports whether the reservations are void.
@@ -95,8 +94,8 @@ func (s *turns) void() bool {
 func (s *turns) last() int64 {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
-	if last := s.due.Back(); last != nil {
-		return dueAt(last.Value.(*Verdict))
+	if n := len(s.due); n > 0 {
+		return dueAt(s.due[n-1])
 	}
 	return 0
 }
@@ -108,8 +107,11 @@ func (s *turns) take(w *waiter) *Verdict {
 	if s.over {
 		return nil
 	}
+	first := s.due[0]
+	s.due[0] = nil // or the array would keep it in memory
+	s.due = s.due[1:]
 	s.remove(w)
-	return s.due.Remove(s.due.Front()).(*Verdict)
+	return first
 }
 
 // quit removes a waiter that gives up its turn. It reports whether the waiter has to flush: of a crowd that leaves, one waiter
@@ -154,15 +156,15 @@ func (s *turns) callFirst() {
 func (ws *waiters) left(s *turns) (v *Verdict, n int) {
 	s.l.mu.Lock()
 	defer s.l.mu.Unlock()
-	if s.waiting.Len() == 0 && s.left > 0 && !s.over && ws.resets.since(s.mark, s.due.Front().Value.(*Verdict).parts()) {
+	if s.waiting.Len() == 0 && s.left > 0 && !s.over && ws.resets.since(s.mark, s.due[0].parts()) {
 		s.over = true // a Reset of another identifier of WaitAll finds these turns by their waiters only
 		delete(s.l.turns, s.key)
 	}
-	for ; s.left > 0 && !s.over; s.left-- {
-		last := s.due.Remove(s.due.Back()).(*Verdict)
-		if n++; v == nil {
-			v = last
-		}
+	if s.left > 0 && !s.over {
+		rest := len(s.due) - s.left
+		v, n = s.due[len(s.due)-1], s.left
+		clear(s.due[rest:])
+		s.due, s.left = s.due[:rest], 0
 	}
 	s.flushes = n > 0
 	s.forget()
@@ -185,7 +187,7 @@ func (s *turns) end() (v *Verdict, n int, all []*waiter) {
 	for e := s.waiting.Front(); e != nil; e = e.Next() {
 		all = append(all, e.Value.(*waiter))
 	}
-	return s.due.Back().Value.(*Verdict), s.due.Len(), all
+	return s.due[len(s.due)-1], len(s.due), all
 }
 
 // due sleeps until it is the waiter's turn, and sets v to the reservation that it takes. It returns again if the waiter has to
