@@ -130,11 +130,17 @@ func (t *tokens) took(l *throttler.Level, cost int64) {
 // bucket returns the counts of a bucket. Once MaxBuckets buckets have attributes of their own, a further one is counted as
 // "other".
 func (m *Metrics) bucket(name, of string) *tokens {
-	k := bucket{name, of}
-	if b := m.buckets.known()[k]; b != nil {
+	if b := m.buckets.known()[bucket{name, of}]; b != nil {
 		return b
 	}
-	if len(m.buckets.known()) >= m.maxBuckets {
+	return m.addBucket(name, of)
+}
+
+func (m *Metrics) addBucket(name, of string) *tokens {
+	m.adding.Lock()
+	defer m.adding.Unlock()
+	k := bucket{name, of}
+	if known := m.buckets.known(); known[k] == nil && len(known) >= m.maxBuckets {
 		k.bucket = "other"
 	}
 	return m.buckets.get(k, func(bucket) *tokens { return new(tokens) })

@@ -56,6 +56,7 @@ type Metrics struct {
 	calls   kept[call, *calls]
 	failed  kept[failure, *atomic.Int64]
 	buckets kept[bucket, *tokens]
+	adding  sync.Mutex // held to add to buckets, so that they are no more than maxBuckets
 
 	waiting        metric.Int64UpDownCounter
 	duration, wait metric.Float64Histogram

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -252,6 +253,33 @@ func TestMoreBucketsThanMaxBucketsAreOneOther(t *testing.T) {
 	assert.Subset(t, got, []string{"tokens{other api} 3", "tokens{user 0 api} 1", "tokens{user 1 api} 1"})
 	_, err := throttlerotel.New(&throttlerotel.Options{MaxBuckets: -1})
 	assert.EqualError(t, err, "throttlerotel: Options.MaxBuckets is -1, must be 0 or more")
+}
+
+func TestConcurrentCallsGetNoMoreThanMaxBuckets(t *testing.T) {
+	t.Parallel()
+	for range 200 {
+		r, m, _ := measured(t, throttler.Config{}, 1)
+		var all sync.WaitGroup
+		begin := make(chan struct{})
+		for i := range 4 {
+			th, err := throttler.New(throttler.Config{Observe: m.Observe, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 9).Named(fmt.Sprint("user ", i))}})
+			require.NoError(t, err)
+			all.Go(func() {
+				<-begin
+				_, err := th.Consume("a")
+				assert.NoError(t, err)
+			})
+		}
+		close(begin)
+		all.Wait()
+		own := 0
+		for _, f := range figures(t, r) {
+			if strings.HasPrefix(f, "tokens{user") {
+				own++
+			}
+		}
+		require.Equal(t, 1, own)
+	}
 }
 
 func TestObservingAllocatesNothing(t *testing.T) {
