@@ -115,7 +115,7 @@ func TestAFileIsNotReadWhileItIsWritten(t *testing.T) {
 		var told atomic.Int64
 		e, file := folder(t, &rules.Options{OnLoad: func(set *rules.Set, err error) { told.Add(1) }})
 		write(t, file, nil)
-		time.Sleep(1050 * time.Millisecond) // the engine has looked and waits for the file to settle
+		<-time.After(1050 * time.Millisecond) // the engine has looked and waits for the file to settle
 		write(t, file, []byte("rules: ["))
 		<-time.After(60 * time.Millisecond)
 		write(t, file, limit("7/1h"))
@@ -272,7 +272,7 @@ func TestASourceThatFailedIsAskedAgainSoon(t *testing.T) {
 		e, file := folder(t, &rules.Options{Interval: time.Hour})
 		require.NoError(t, os.Rename(file, file+".away"))
 		require.Error(t, e.Reload(t.Context()))
-		time.Sleep(time.Hour) // the engine looks at the source meanwhile, and fails
+		<-time.After(time.Hour) // the engine looks at the source meanwhile, and fails
 		write(t, file, limit("9/1h"))
 		<-time.After(2 * time.Second)
 		require.NoError(t, e.Err())

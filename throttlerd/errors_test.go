@@ -316,7 +316,7 @@ func TestAnErrorThatWasLeftOutIsToldWithinASecondToo(t *testing.T) {
 			f.due()
 		}
 		require.Equal(t, []string{`"error":"first","requests":1}`}, lines())
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		f.due()
 		f.due()
 		require.Equal(t, []string{`"error":"first","requests":1}`, `"error":"third","requests":2}`}, lines(), "though no other follows")

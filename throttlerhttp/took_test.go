@@ -22,11 +22,11 @@ func TestTookIsToldHowLongTheHandlerTookToBegin(t *testing.T) {
 			Routes:  []throttlerhttp.Route{{Pattern: "/free", Free: true}},
 			Took:    func(d time.Duration) { took = append(took, d) },
 		}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			time.Sleep(time.Second)
+			<-time.After(time.Second)
 			switch r.URL.Path {
 			case "/streams":
 				w.WriteHeader(http.StatusAccepted)
-				time.Sleep(time.Minute)
+				<-time.After(time.Minute)
 			case "/panics":
 				panic("a fault of the handler")
 			}
@@ -54,7 +54,7 @@ func TestLimitsFollowTheLatencyOfTheHandler(t *testing.T) {
 			Buckets: buckets(perHour(1000).Elastic(10)), Took: latency.Took,
 		}, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 			if slow {
-				time.Sleep(time.Second)
+				<-time.After(time.Second)
 			}
 		}))
 		for range 10 {
@@ -62,7 +62,7 @@ func TestLimitsFollowTheLatencyOfTheHandler(t *testing.T) {
 		}
 		assert.Less(t, c.Share(), 1.0)
 		slow = false
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		assert.InDelta(t, 1, c.Share(), 0)
 	})
 }

@@ -60,9 +60,9 @@ func TestEachCallCountsForWhatCameOfIt(t *testing.T) {
 		require.NoError(t, limited.Reset(ctx, "a"))
 
 		require.Zero(t, w.Snapshot().Minute, "the present second is not over")
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		require.Equal(t, watch.Calls{Allowed: 3, Denied: 2, Bypassed: 4, Failed: 1}, w.Snapshot().Minute)
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		require.Zero(t, w.Snapshot().Minute)
 	})
 }
@@ -83,7 +83,7 @@ func TestTheAttemptsOfAWaitAreNoDenials(t *testing.T) {
 		defer cancel()
 		_, err := one.Wait(soon, "a")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		s := w.Snapshot()
 		require.Equal(t, watch.Calls{Allowed: 5, Denied: 1}, s.Minute)
 		require.EqualValues(t, 5, s.Buckets[0].Allowed)
@@ -109,17 +109,17 @@ func TestSecondsAreKeptForFiveMinutesAndTensForAnHour(t *testing.T) {
 			require.Len(t, s.Hour, 360)
 			return []float64{sum(s.Seconds), sum(s.Hour)}
 		}
-		time.Sleep(300 * time.Second)
+		<-time.After(300 * time.Second)
 		require.Equal(t, []float64{70, 7}, seen())
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		consume(t, all, 10, "a")
-		time.Sleep(10 * time.Second)
+		<-time.After(10 * time.Second)
 		require.Equal(t, []float64{10, 8}, seen())
-		time.Sleep(time.Hour - 311*time.Second)
+		<-time.After(time.Hour - 311*time.Second)
 		require.Equal(t, []float64{0, 8}, seen())
-		time.Sleep(10 * time.Second)
+		<-time.After(10 * time.Second)
 		require.Equal(t, []float64{0, 1}, seen())
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		require.Equal(t, []float64{0, 0}, seen())
 	})
 }
@@ -133,13 +133,13 @@ func TestThePeakIsTheMostOfOneSecondOfTheHour(t *testing.T) {
 				consume(t, all, 1, fmt.Sprint(i)) // in all shards
 			}
 			w.Snapshot() // a look at the page changes nothing
-			time.Sleep(time.Second)
+			<-time.After(time.Second)
 		}
 		peaks := func() []int64 { s := w.Snapshot(); return []int64{s.Rate.Peak, s.Buckets[0].Rate.Peak} }
 		require.Equal(t, []int64{50, 50}, peaks())
-		time.Sleep(50 * time.Minute)
+		<-time.After(50 * time.Minute)
 		require.Equal(t, []int64{50, 50}, peaks())
-		time.Sleep(11 * time.Minute)
+		<-time.After(11 * time.Minute)
 		require.Equal(t, []int64{0, 0}, peaks())
 	})
 }
@@ -164,7 +164,7 @@ func TestASpikeIsOverThreeTimesTheHour(t *testing.T) {
 				each := func(n int, d time.Duration) {
 					for range d / time.Second {
 						consume(t, all, n, "a")
-						time.Sleep(time.Second)
+						<-time.After(time.Second)
 					}
 				}
 				each(c.before, c.after)
@@ -188,7 +188,7 @@ func TestABucketCountsItsTokens(t *testing.T) {
 		consume(t, api, 3, "a", throttler.Cost(2)) // one of the buckets denies
 		require.NoError(t, api.Refund(ctx, v, throttler.Cost(4)))
 		require.NoError(t, api.Charge(ctx, "b", throttler.Cost(3)))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		rate := watch.Rate{Now: 0.4, Peak: 4}
 		require.Equal(t, watch.Bucket{Throttler: "api", Bucket: "10/1m", Limit: 10, Period: time.Minute, Rate: rate, Allowed: 1, Denied: 3, Near: 1, Tokens: 8}, w.Snapshot().Buckets[0])
 		rate = watch.Rate{Now: 0.1, Peak: 1}
@@ -204,7 +204,7 @@ func TestBucketsBeyondTheFirstAreOthers(t *testing.T) {
 			name := fmt.Sprintf("bucket of user %d", i)
 			consume(t, all, 2, name, throttler.Using(plenty.Named(name)))
 		}
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		buckets, sum := w.Snapshot().Buckets, int64(0)
 		require.Len(t, buckets, 65)
 		for _, b := range buckets {
@@ -265,13 +265,13 @@ func TestConcurrentCallsAreAllCounted(t *testing.T) {
 					}
 					if n%50 == 0 {
 						w.Snapshot()
-						time.Sleep(time.Second)
+						<-time.After(time.Second)
 					}
 				}
 			})
 		}
 		callers.Wait()
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		s := w.Snapshot()
 		require.EqualValues(t, 2400, s.Minute.Allowed)
 		require.EqualValues(t, 2400, s.Buckets[0].Tokens)

@@ -25,7 +25,7 @@ type deaf struct {
 }
 
 func (l deaf) Record(ctx context.Context, origin string, seq int64, batch []storage.Charge) ([]replica.Debt, error) {
-	time.Sleep(l.time)
+	<-time.After(l.time)
 	l.told.Add(1)
 	if l.refuses && len(batch) > 1 {
 		return nil, storage.ErrCorruptState
@@ -68,7 +68,7 @@ func TestRuleCloseEndsWithItsContextThoughTheLedgerDoesNot(t *testing.T) {
 			took, err := closeIn(p, 50*time.Millisecond)
 			require.ErrorIs(t, err, context.DeadlineExceeded, name)
 			assert.Equal(t, 50*time.Millisecond, took, name)
-			time.Sleep(2 * time.Hour)
+			<-time.After(2 * time.Hour)
 			assert.LessOrEqual(t, told.Load(), int64(2), "%s: it goes on after Close", name)
 			assert.ErrorIs(t, p.storage.Close(bg), context.DeadlineExceeded, "%s: twice", name)
 		}
@@ -81,13 +81,13 @@ func TestRule10CloseEndsAFlushThatHasBegun(t *testing.T) {
 		require.True(t, w.do(p, "a", 1))
 		p.pg.timeout = time.Hour
 		p.pg.set(swallows)
-		time.Sleep(interval + 50*time.Millisecond)
+		<-time.After(interval + 50*time.Millisecond)
 		took, err := closeIn(p, 50*time.Millisecond)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		assert.Equal(t, 50*time.Millisecond, took)
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 		assert.Error(t, p.storage.State().FlushError, "it is still waited for")
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 	})
 }
 
@@ -96,7 +96,7 @@ func TestRule10ASecondCloseHasItsOwnContext(t *testing.T) {
 		p, _ := w.deafProcess(deaf{time: 500 * time.Millisecond}, 1)
 		first := make(chan error)
 		go func() { first <- p.storage.Close(bg) }()
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 		took, err := closeIn(p, 50*time.Millisecond)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		assert.Equal(t, 50*time.Millisecond, took)

@@ -70,10 +70,10 @@ func TestRegressionASecondProcessSeesTheRestartToo(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p, other := w.process(nil), w.process(nil)
 		require.True(t, w.do(p, "a", 60))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		w.redis.restore(empty())
 		require.True(t, w.do(other, "b", 1))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.False(t, w.do(p, "a", 60), "one process uses a, which was quiet for 2 s")
 	})
 }
@@ -84,11 +84,11 @@ func TestRegressionASecondRestartBeginsTheDoubtAnew(t *testing.T) {
 		w.redis.restore(empty())
 		require.True(t, w.do(p, "a", 1))
 		require.True(t, w.do(p, "b", 1))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		before := w.redis.snapshot()
 		require.True(t, w.do(p, "a", 60))
 		require.True(t, w.do(p, "b", 60))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		w.redis.restore(before)
 		assert.False(t, w.do(p, "a", 60), "a")
 		assert.False(t, w.do(p, "b", 60), "b")
@@ -99,7 +99,7 @@ func TestRegressionAForceDoesNotEndTheDoubt(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 60))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		w.redis.setDown(true)
 		require.True(t, w.do(p, "a", 20))
 		w.redis.restore(empty())
@@ -116,7 +116,7 @@ func TestRegressionAChargeDoesNotEndTheDoubt(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 60))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		w.redis.setDown(true)
 		require.True(t, w.do(p, "a", 20))
 		w.redis.restore(empty())
@@ -134,21 +134,21 @@ func TestRegressionRefundsDoNotKeepRedisFromBeingRaised(t *testing.T) {
 		done := make(chan struct{})
 		for i := range 20 {
 			go func() {
-				time.Sleep(time.Duration(i) * 300 * time.Microsecond)
+				<-time.After(time.Duration(i) * 300 * time.Microsecond)
 				for time.Now().Before(stop) {
 					v, err := storecheck.Decide(bg, other.storage, w.req("a", 1))
 					if err == nil && v.Allowed {
-						time.Sleep(5 * time.Millisecond)
+						<-time.After(5 * time.Millisecond)
 						_ = w.giveBack(other, "a", &v)
 					}
-					time.Sleep(3 * time.Millisecond)
+					<-time.After(3 * time.Millisecond)
 				}
 				done <- struct{}{}
 			}()
 		}
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		require.True(t, w.do(cut, "a", 60))
-		time.Sleep(3500 * time.Millisecond)
+		<-time.After(3500 * time.Millisecond)
 		assert.GreaterOrEqual(t, w.owes(w.redis, "a"), int64(50))
 		for range 20 {
 			<-done
@@ -166,9 +166,9 @@ func TestRegressionDebtIsRecordedAfterPostgresWasAway(t *testing.T) {
 			_, err := storecheck.Decide(bg, p.storage, r)
 			require.NoError(t, err)
 		}
-		time.Sleep(3 * time.Second)
+		<-time.After(3 * time.Second)
 		p.pg.set(fine)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.EqualValues(t, 300, w.owes(w.redis, "a"))
 		assert.EqualValues(t, 300, w.owes(w.pg, "a"))
 	})
@@ -178,12 +178,12 @@ func TestRegressionAChargeIsRecordedAfterPostgresWasAway(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 50))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		p.pg.set(refuses)
 		require.NoError(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: 10, In: 100 * time.Hour.Microseconds()}}}))
-		time.Sleep(3 * time.Second)
+		<-time.After(3 * time.Second)
 		p.pg.set(fine)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.EqualValues(t, 60, w.owes(w.pg, "a"))
 	})
 }
@@ -192,14 +192,14 @@ func TestRegressionAResetIsRecordedBeyondMaxPending(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{MaxPending: 5})
 		require.True(t, w.do(p, "a", 50))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		p.pg.set(refuses)
 		for i := range 1000 { // more than the 512 that may be in flight
 			w.do(p, fmt.Sprint("x", i), 1)
 		}
 		require.NoError(t, p.storage.Reset(bg, "", "a"))
 		p.pg.set(fine)
-		time.Sleep(3 * time.Second)
+		<-time.After(3 * time.Second)
 		assert.Zero(t, w.owes(w.pg, "a"))
 	})
 }
@@ -208,14 +208,14 @@ func TestRegressionALateResetTakesNothingBack(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		p.redis.set(swallows)
-		go func() { time.Sleep(102 * time.Millisecond); p.redis.set(fine) }()
+		go func() { <-time.After(102 * time.Millisecond); p.redis.set(fine) }()
 		require.NoError(t, p.storage.Reset(bg, "", "a"))
 		p.redis.set(fine)
 		require.False(t, p.storage.State().Degraded)
 		require.True(t, w.do(p, "a", 60))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.False(t, w.do(p, "a", 60))
 	})
 }
@@ -224,12 +224,12 @@ func TestRegressionALateResetNeedsNoTraffic(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		p.redis.set(swallows)
-		go func() { time.Sleep(102 * time.Millisecond); p.redis.set(fine) }()
+		go func() { <-time.After(102 * time.Millisecond); p.redis.set(fine) }()
 		require.NoError(t, p.storage.Reset(bg, "", "a"))
 		p.redis.set(fine)
-		time.Sleep(20 * time.Second)
+		<-time.After(20 * time.Second)
 		assert.Zero(t, w.owes(w.redis, "a"))
 	})
 }
@@ -238,10 +238,10 @@ func TestRegressionACallInDoubtTakesNoLonger(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		w.redis.restore(empty())
 		p.pg.set(swallows)
-		go func() { time.Sleep(20 * time.Millisecond); p.redis.set(swallows) }()
+		go func() { <-time.After(20 * time.Millisecond); p.redis.set(swallows) }()
 		p.redis.slow(30 * time.Millisecond) // 15 to 45 ms each way
 		began := time.Now()
 		_, _ = storecheck.Decide(bg, p.storage, w.req("a", 1))
@@ -253,16 +253,16 @@ func TestRegressionALongIntervalChargesLevelsToo(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(&failover.Options{FlushInterval: 5 * time.Second})
 		require.True(t, w.do(p, "a", 40))
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		p.redis.set(refuses)
 		require.True(t, w.do(p, "a", 10))
 		p.redis.set(fine)
 		for p.storage.State().Degraded {
-			time.Sleep(10 * time.Millisecond)
+			<-time.After(10 * time.Millisecond)
 		}
-		time.Sleep(20 * time.Second)
+		<-time.After(20 * time.Second)
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(20 * time.Second)
+		<-time.After(20 * time.Second)
 		assert.EqualValues(t, 80, w.owes(w.pg, "a"))
 	})
 }
@@ -278,7 +278,7 @@ func TestRegressionManyRefundsPushOutNothing(t *testing.T) {
 			require.NoError(t, w.giveBack(p, "a", &v))
 		}
 		p.pg.set(fine)
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		assert.InDelta(t, 60, w.owes(w.pg, "a"), 2)
 	})
 }
@@ -293,7 +293,7 @@ func TestRegressionManyBucketsLoseNothingOfOthers(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, v.Allowed)
 		}
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.EqualValues(t, 60, w.owes(w.pg, "a"))
 	})
 }
@@ -304,9 +304,9 @@ func TestRegressionACorruptRowLosesNothingOfOthers(t *testing.T) {
 		p.pg.set(refuses)
 		require.True(t, w.do(p, "corrupt", 1))
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		p.pg.set(fine)
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		assert.EqualValues(t, 30, w.owes(w.pg, "a"))
 	})
 }
@@ -321,7 +321,7 @@ func TestRegressionWhatTheLedgerLeavesOutIsForgotten(t *testing.T) {
 		}})
 		require.True(t, w.do(p, "unreadable", 1))
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		assert.EqualValues(t, 30, w.owes(w.pg, "a"))
 		assert.EqualValues(t, 1, p.storage.State().Forgotten)
 		assert.ErrorIs(t, fault, storage.ErrCorruptState)
@@ -334,13 +334,13 @@ func TestRegressionWhatFollowsARejectedBatchIsRecorded(t *testing.T) {
 		p.pg.set(loses)
 		require.True(t, w.do(p, "corrupt", 1))
 		require.True(t, w.do(p, "a", 30))
-		time.Sleep(150 * time.Millisecond) // the batch is recorded, and its answer lost
+		<-time.After(150 * time.Millisecond) // the batch is recorded, and its answer lost
 		p.pg.set(refuses)
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		p.pg.set(fine)
-		time.Sleep(400 * time.Millisecond) // the batch is tried again, which the ledger has already
+		<-time.After(400 * time.Millisecond) // the batch is tried again, which the ledger has already
 		require.True(t, w.do(p, "b", 60))
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		assert.EqualValues(t, 60, w.owes(w.pg, "b"))
 	})
 }
@@ -354,19 +354,19 @@ func TestRegressionManyIdentifiersAreReadThroughAtOnce(t *testing.T) {
 		for i := range n {
 			go w.do(p, fmt.Sprint("i", i), 60)
 		}
-		time.Sleep(3 * time.Second)
+		<-time.After(3 * time.Second)
 		w.redis.setDown(true)
 		for i := range n {
 			go w.do(p, fmt.Sprint("i", i), 30)
 		}
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		w.redis.restore(empty())
 		w.back()
 		over := 0
 		done := make(chan bool)
 		for i := range n {
 			go func() {
-				time.Sleep(time.Duration(i) * time.Millisecond)
+				<-time.After(time.Duration(i) * time.Millisecond)
 				v, err := storecheck.Decide(bg, p.storage, w.req(fmt.Sprint("i", i), 30))
 				done <- err == nil && v.Allowed
 			}()

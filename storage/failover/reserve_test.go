@@ -25,7 +25,7 @@ func line(t *testing.T, test func(*testing.T, *world)) {
 		for _, p := range w.processes {
 			_ = p.storage.Close(bg)
 		}
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 	})
 }
 

@@ -37,7 +37,7 @@ func each(t *testing.T, test func(*testing.T, *world)) {
 				for _, p := range w.processes {
 					_ = p.storage.Close(bg)
 				}
-				time.Sleep(2 * time.Second)
+				<-time.After(2 * time.Second)
 			})
 		})
 	}
@@ -95,7 +95,7 @@ func (w *world) takes(p *process, n int) (taken int) {
 func (w *world) owed(s *store) int64 { return w.owes(s, "a") }
 
 // settle waits until everything admitted is recorded.
-func settle() { time.Sleep(2*interval + 20*time.Millisecond) }
+func settle() { <-time.After(2*interval + 20*time.Millisecond) }
 
 func empty() map[id]map[law.BucketID]law.State {
 	return map[id]map[law.BucketID]law.State{}
@@ -104,7 +104,7 @@ func empty() map[id]map[law.BucketID]law.State {
 // back waits until Redis decides in every process.
 func (w *world) back() {
 	w.t.Helper()
-	time.Sleep(6 * time.Second)
+	<-time.After(6 * time.Second)
 	for _, p := range w.processes {
 		require.False(w.t, p.storage.State().Degraded)
 	}
@@ -127,9 +127,9 @@ func TestRule2ChargedOnceWhenTheAnswerIsLost(t *testing.T) {
 		p := w.process(nil)
 		p.pg.set(loses)
 		require.Equal(t, 30, w.takes(p, 30))
-		time.Sleep(600 * time.Millisecond)
+		<-time.After(600 * time.Millisecond)
 		p.pg.set(fine)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.EqualValues(t, 30, w.owed(w.pg))
 		require.Equal(t, 5, w.takes(p, 5))
 		settle()
@@ -144,10 +144,10 @@ func TestRule2WhatIsPendingForLongCountsOnce(t *testing.T) {
 		other.pg.set(swallows)
 		require.Equal(t, 20, w.takes(p, 20))
 		require.Equal(t, 30, w.takes(other, 30))
-		time.Sleep(10 * time.Second)
+		<-time.After(10 * time.Second)
 		p.pg.set(fine)
 		other.pg.set(fine)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.EqualValues(t, 50, w.owed(w.pg), "the sum of both, as Redis has it")
 		assert.EqualValues(t, 50, w.owed(w.redis))
 		assert.Equal(t, 50, w.takes(p, 60))
@@ -279,7 +279,7 @@ func TestRule7PostgresDecidesIfRaisingFails(t *testing.T) {
 		settle()
 		p.pg.slow(15 * time.Millisecond)
 		w.redis.restore(empty())
-		go func() { time.Sleep(5 * time.Millisecond); p.redis.set(swallows) }()
+		go func() { <-time.After(5 * time.Millisecond); p.redis.set(swallows) }()
 		began := time.Now()
 		require.Equal(t, 1, w.takes(p, 1))
 		assert.LessOrEqual(t, time.Since(began), 260*time.Millisecond)
@@ -297,7 +297,7 @@ func TestRule7AReadThatTakesLongIsMadeUpFor(t *testing.T) {
 		require.Equal(t, 1, w.takes(p, 1))
 		assert.LessOrEqual(t, time.Since(began), 110*time.Millisecond)
 		p.pg.set(fine)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		assert.Equal(t, 39, w.takes(p, 100))
 	})
 }
@@ -350,7 +350,7 @@ func TestRule8AResetClearsBothStores(t *testing.T) {
 		require.Equal(t, 5, w.takes(p, 5))
 		assert.EqualValues(t, 60, w.owed(w.pg))
 		p.pg.set(fine)
-		time.Sleep(500 * time.Millisecond)
+		<-time.After(500 * time.Millisecond)
 		assert.EqualValues(t, 5, w.owed(w.pg))
 
 		w.redis.setDown(true)
@@ -417,13 +417,13 @@ func TestRule9IsolationEndsAfterItsTime(t *testing.T) {
 		p := w.process(&failover.Options{MaxIsolation: time.Second})
 		p.pg.set(refuses)
 		require.Equal(t, 5, w.takes(p, 5))
-		time.Sleep(500 * time.Millisecond)
+		<-time.After(500 * time.Millisecond)
 		require.Equal(t, 5, w.takes(p, 5))
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		_, err := storecheck.Decide(bg, p.storage, w.request(1))
 		require.ErrorIs(t, err, storage.ErrUnavailable)
 		p.pg.set(fine)
-		time.Sleep(500 * time.Millisecond)
+		<-time.After(500 * time.Millisecond)
 		assert.Equal(t, 5, w.takes(p, 5))
 	})
 }
@@ -438,7 +438,7 @@ func TestRule6ACallerThatLeavesChangesNothing(t *testing.T) {
 			cancel()
 			assert.ErrorIs(t, err, context.DeadlineExceeded)
 		}
-		time.Sleep(50 * time.Millisecond)
+		<-time.After(50 * time.Millisecond)
 		assert.True(t, p.storage.State().Degraded)
 
 		ctx, cancel := context.WithCancel(bg)
@@ -466,10 +466,10 @@ func TestRule6AFlappingLinkIsLeftAlone(t *testing.T) {
 		for range 200 {
 			p.redis.set(swallows)
 			assert.LessOrEqual(t, w.takes(p, 1), 1)
-			time.Sleep(50 * time.Millisecond)
+			<-time.After(50 * time.Millisecond)
 			p.redis.set(fine)
 			assert.LessOrEqual(t, w.takes(p, 1), 1)
-			time.Sleep(50 * time.Millisecond)
+			<-time.After(50 * time.Millisecond)
 		}
 		w.back()
 		mu.Lock()
@@ -654,7 +654,7 @@ func TestRule2WhatIsInFlightIsPending(t *testing.T) {
 		p := w.process(nil)
 		p.pg.set(swallows)
 		require.Equal(t, 1, w.takes(p, 1))
-		time.Sleep(interval + 50*time.Millisecond)
+		<-time.After(interval + 50*time.Millisecond)
 		st := p.storage.State()
 		require.NoError(t, st.FlushError, "it is still on its way")
 		assert.Equal(t, 1, st.Pending)

@@ -144,7 +144,7 @@ func (w *world) load(p *process, rnd *rand.Rand) {
 		for range calls {
 			which, cost, wait := rnd.IntN(len(w.ids)), 1+rnd.Int64N(2)*rnd.Int64N(4), time.Duration(rnd.IntN(1000))*time.Microsecond
 			w.wait.Go(func() {
-				time.Sleep(wait)
+				<-time.After(wait)
 				w.take(p, w.ids[which], cost)
 			})
 		}
@@ -257,12 +257,12 @@ func (w *world) lose(from time.Duration) {
 func (w *world) cut(l *link, f fault, d time.Duration) {
 	l.set(f)
 	w.wait.Go(func() {
-		time.Sleep(d)
+		<-time.After(d)
 		l.heal(f)
 	})
 }
 
-func (w *world) sleep(d time.Duration) { time.Sleep(d) }
+func (w *world) sleep(d time.Duration) { <-time.After(d) }
 
 // end stops the load and closes everything.
 func (w *world) end() {
@@ -279,7 +279,7 @@ func (w *world) end() {
 		}
 		_ = p.storage.Close(context.Background())
 	}
-	time.Sleep(10 * time.Second) // for calls that are still on their way
+	<-time.After(10 * time.Second) // for calls that are still on their way
 }
 
 // TestTheBoundHoldsWhateverFails tests the safety of the protocol: with faults all along, no more is admitted than the

@@ -259,7 +259,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 		fallthrough
 	default:
 		go func() {
-			time.Sleep(there)
+			<-time.After(there)
 			l.to.mu.Lock()
 			var err error
 			if l.to.down {
@@ -268,7 +268,7 @@ func (l *link) call(ctx context.Context, op func() error) error {
 				err = op()
 			}
 			l.to.mu.Unlock()
-			time.Sleep(back)
+			<-time.After(back)
 			if f != loses && (f != sometimes || r%3 > 0) {
 				answer <- err
 			}

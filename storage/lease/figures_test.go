@@ -37,12 +37,12 @@ func TestCallsToTheSharedStorageAreFew(t *testing.T) {
 				w.options, w.shortest = lease.Options{}, time.Millisecond
 				w.server.ahead, w.server.drift = 0, 0
 				w.rules = []law.Rule{w.rule("limit", c.kind, time.Second, c.capacity, c.capacity)}
-				time.Sleep(time.Duration(1_000_000-law.Monotonic()%1_000_000) * time.Microsecond)
+				<-time.After(time.Duration(1_000_000-law.Monotonic()%1_000_000) * time.Microsecond)
 				for range 4 {
 					p, rnd := w.steady(), rand.New(rand.NewPCG(w.rnd.Uint64(), 1))
 					w.load.Go(func() {
 						for began := time.Now(); ; {
-							time.Sleep(time.Duration(rnd.ExpFloat64() * 4 / c.rate * float64(time.Second)))
+							<-time.After(time.Duration(rnd.ExpFloat64() * 4 / c.rate * float64(time.Second)))
 							if time.Since(began) >= seconds*time.Second {
 								return
 							}

@@ -182,7 +182,7 @@ func TestIdentifiersThatAreNotAskedForAreForgotten(t *testing.T) {
 		}
 		w.load.Wait()
 		assert.Equal(t, 10, p.State().Identifiers)
-		time.Sleep(30 * lease.DefaultLifetime)
+		<-time.After(30 * lease.DefaultLifetime)
 		assert.Zero(t, p.State().Identifiers)
 		w.leases(p)
 	})

@@ -27,7 +27,7 @@ func fixed(t *testing.T, kind law.Kind, period time.Duration, capacity int64, te
 		w.options, w.shortest = lease.Options{}, time.Millisecond
 		w.server.ahead, w.server.drift = 0, 0
 		w.rules = []law.Rule{w.rule("limit", kind, period, capacity, capacity)}
-		time.Sleep(period - time.Duration(law.Monotonic()%period.Microseconds())*time.Microsecond)
+		<-time.After(period - time.Duration(law.Monotonic()%period.Microseconds())*time.Microsecond)
 		test(t, w)
 		w.end()
 	})
@@ -86,14 +86,14 @@ func TestRule1ADenialIsBelievedUntilItMayBeOver(t *testing.T) {
 		require.Equal(t, "server", v.Source())
 		retry, before := v.RetryAfter, w.server.calls.Load()
 		for retry > 100*time.Millisecond {
-			time.Sleep(50 * time.Millisecond)
+			<-time.After(50 * time.Millisecond)
 			again := w.take(p, "id", 1)
 			require.Equal(t, lease.Source, again.Source())
 			require.LessOrEqual(t, again.RetryAfter, retry-50*time.Millisecond)
 			retry = again.RetryAfter
 		}
 		assert.Equal(t, before, w.server.calls.Load(), "the server was asked")
-		time.Sleep(retry)
+		<-time.After(retry)
 		assert.Equal(t, 3, w.asks(p, 3))
 	})
 }
@@ -104,7 +104,7 @@ func TestRule1ADenialIsBelievedForMaxDenialAtMost(t *testing.T) {
 		require.Equal(t, 1, w.asks(p, 4))
 		require.NoError(t, other.Reset(t.Context(), "sim", "id"))
 		require.Zero(t, w.asks(p, 1))
-		time.Sleep(lease.DefaultMaxDenial)
+		<-time.After(lease.DefaultMaxDenial)
 		assert.Equal(t, 1, w.asks(p, 1))
 	})
 }
@@ -134,19 +134,19 @@ func TestRule1RetryAfterIsTrueForAProcessAlone(t *testing.T) {
 				return v
 			}
 			for range 300 {
-				time.Sleep(time.Duration(w.rnd.IntN(2000)) * time.Microsecond)
+				<-time.After(time.Duration(w.rnd.IntN(2000)) * time.Microsecond)
 				cost := 1 + w.rnd.Int64N(3)
 				if v := ask(storage.Take, cost); v.Allowed {
 					continue
 				}
-				time.Sleep(time.Duration(w.rnd.IntN(100)) * time.Microsecond)
+				<-time.After(time.Duration(w.rnd.IntN(100)) * time.Microsecond)
 				v := ask(storage.Take, cost) // mostly answered by the remembered denial
 				if v.Allowed || v.RetryAfter < time.Microsecond {
 					continue
 				}
-				time.Sleep(v.RetryAfter - time.Microsecond)
+				<-time.After(v.RetryAfter - time.Microsecond)
 				require.False(t, ask(storage.Peek, cost).Allowed, "seed %d: a microsecond too early", seed)
-				time.Sleep(time.Microsecond)
+				<-time.After(time.Microsecond)
 				require.True(t, ask(storage.Take, cost).Allowed, "seed %d: after %v by %s", seed, v.RetryAfter, v.Source())
 				checked++
 			}
@@ -163,10 +163,10 @@ func TestRule2ALeaseIsUsedForItsLifetimeAtMost(t *testing.T) {
 		began, tokens := time.Now(), p.State().Tokens
 		for time.Since(began) < 195*time.Millisecond {
 			require.Equal(t, lease.Source, w.source(p), "after %v", time.Since(began))
-			time.Sleep(19 * time.Millisecond)
+			<-time.After(19 * time.Millisecond)
 		}
 		require.Greater(t, tokens, int64(11))
-		time.Sleep(time.Until(began.Add(lease.DefaultLifetime)))
+		<-time.After(time.Until(began.Add(lease.DefaultLifetime)))
 		assert.NotEqual(t, lease.Source, w.source(p))
 	})
 }
@@ -209,11 +209,11 @@ func TestRule2APeekDoesNotCountTwiceWhatIsGivenBackMeanwhile(t *testing.T) {
 		go func() {
 			assert.NoError(t, p.Charge(t.Context(), &storage.Charge{Name: "sim", Identifier: "id", Rules: part.Rules, Amounts: []storage.Amount{{N: -5, In: time.Hour.Microseconds()}}}))
 		}()
-		time.Sleep(12 * time.Millisecond) // the server has processed the Charge
+		<-time.After(12 * time.Millisecond) // the server has processed the Charge
 		p.link.takes(time.Millisecond)
 		v := w.take(p, "id", 200)
 		require.True(t, v.Allowed)
-		time.Sleep(20 * time.Millisecond) // the answer to the Charge has arrived
+		<-time.After(20 * time.Millisecond) // the answer to the Charge has arrived
 		v, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Mode: storage.Peek, Parts: []storecheck.Part{part}})
 		require.NoError(t, err)
 		assert.Equal(t, left+5-200, v.Count(0).Remaining, "by %s", v.Source())
@@ -242,7 +242,7 @@ func TestRule3ALeaseIsAnEighthOfWhatRemainsAtMost(t *testing.T) {
 		}
 		rest -= 8
 		assert.InDelta(t, (1-math.Pow(7.0/8, 4))*float64(rest), float64(rest-w.remaining()), 10)
-		time.Sleep(3*lease.DefaultLifetime/2 + time.Millisecond)
+		<-time.After(3*lease.DefaultLifetime/2 + time.Millisecond)
 		assert.Equal(t, rest, w.remaining(), "all is back after one and a half lifetimes and a round trip")
 	})
 }
@@ -255,7 +255,7 @@ func TestRule3ALeaseFromBeforeAResetIsNotUsed(t *testing.T) {
 		require.Zero(t, p.State().Tokens)
 		p.link.takes(20 * time.Millisecond)
 		w.load.Go(func() { w.asks(p, 1) }) // it asks for a lease as well
-		time.Sleep(11 * time.Millisecond)  // the server has granted the lease, and the answer is on its way
+		<-time.After(11 * time.Millisecond)  // the server has granted the lease, and the answer is on its way
 		p.link.takes(time.Millisecond)
 		require.NoError(t, p.Reset(t.Context(), "sim", "id"))
 		w.load.Wait()
@@ -294,7 +294,7 @@ func TestRule4WhoIsProvidedForWaitsAndOthersDoNot(t *testing.T) {
 		calls := w.server.calls.Load()
 		for range 10 { // the first call takes tokens ahead for the others
 			w.load.Go(func() { w.asks(p, 1) })
-			time.Sleep(10 * time.Microsecond)
+			<-time.After(10 * time.Microsecond)
 		}
 		w.load.Go(func() { w.take(p, "id", 1000) })
 		w.load.Wait()
@@ -309,7 +309,7 @@ func TestRule5WhatIsNotUsedIsGivenBack(t *testing.T) {
 				p := w.steady()
 				used := w.leases(p)
 				require.Equal(t, 1000-used-p.State().Tokens, w.remaining())
-				time.Sleep(lease.DefaultLifetime + time.Millisecond)
+				<-time.After(lease.DefaultLifetime + time.Millisecond)
 				assert.Equal(t, 1000-used, w.remaining())
 				assert.Zero(t, p.State().Tokens)
 				assert.Equal(t, int64(1), p.State().Returned)
@@ -323,7 +323,7 @@ func TestRule5WhatHasDrainedIsNotGivenBack(t *testing.T) {
 		p, other := w.steady(), w.steady()
 		p.link.takes(20 * time.Millisecond)
 		other.link.takes(0)
-		time.Sleep(40 * time.Millisecond)
+		<-time.After(40 * time.Millisecond)
 		for range 100 { // these tokens drain in 100 ms, the leased ones after that
 			w.load.Go(func() { w.asks(p, 1) })
 		}
@@ -331,11 +331,11 @@ func TestRule5WhatHasDrainedIsNotGivenBack(t *testing.T) {
 		w.asks(p, 1)
 		require.Greater(t, p.State().Tokens, int64(50))
 		for p.State().Tokens > 0 {
-			time.Sleep(100 * time.Microsecond)
+			<-time.After(100 * time.Microsecond)
 		}
 		require.True(t, w.take(other, "id", 5000).Allowed, "while what is left is on its way back")
 		took := time.Now()
-		time.Sleep(15 * time.Millisecond)
+		<-time.After(15 * time.Millisecond)
 		require.Equal(t, int64(1), p.State().Returned)
 		assert.LessOrEqual(t, w.remaining(), 5000+time.Since(took).Milliseconds())
 	})
@@ -351,9 +351,9 @@ func TestRule5ACallerThatLeavesLosesNoTokens(t *testing.T) {
 		part := storecheck.NewPart("id", w.rules, 1)
 		_, err := storecheck.Decide(ctx, p, storecheck.Request{Name: "sim", Parts: []storecheck.Part{part}})
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 		assert.Positive(t, p.State().Tokens)
-		time.Sleep(lease.DefaultLifetime)
+		<-time.After(lease.DefaultLifetime)
 		assert.Equal(t, 1000-used-1, w.remaining(), "what it asked for itself is charged")
 	})
 }
@@ -375,7 +375,7 @@ func TestACrashLosesWhatWasLeasedUntilItsHoldEnds(t *testing.T) {
 		w.crash(p)
 		other := w.steady()
 		assert.Equal(t, 1000-len(w.admitted["id"])-int(p.State().Tokens), w.asks(other, 1000))
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		assert.Equal(t, 1000, w.asks(other, 1001))
 	})
 }

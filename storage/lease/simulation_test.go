@@ -52,9 +52,9 @@ func (w *world) hostile() {
 				if edge {
 					now := w.server.clock(law.Monotonic())
 					until := time.Duration(w.rules[0].Period-now%w.rules[0].Period)*time.Microsecond - time.Duration(rnd.IntN(150))*time.Millisecond
-					time.Sleep(max(0, until))
+					<-time.After(max(0, until))
 				} else if rnd.IntN(2) == 0 {
-					time.Sleep(time.Duration(rnd.IntN(400)) * time.Millisecond)
+					<-time.After(time.Duration(rnd.IntN(400)) * time.Millisecond)
 				}
 				for range 3 {
 					w.storm(p, rnd, 1+rnd.IntN(250), time.Duration(1+rnd.IntN([]int{100, 1000, 5000}[rnd.IntN(3)]))*time.Microsecond)
@@ -63,7 +63,7 @@ func (w *world) hostile() {
 		})
 		if crash >= 0 {
 			w.load.Go(func() {
-				time.Sleep(crash)
+				<-time.After(crash)
 				w.crash(p)
 			})
 		}

@@ -69,7 +69,7 @@ func (l *link) way() {
 		}
 	}
 	l.mu.Unlock()
-	time.Sleep(min(d, 25*time.Millisecond).Truncate(time.Microsecond))
+	<-time.After(min(d, 25*time.Millisecond).Truncate(time.Microsecond))
 }
 
 func (l *link) takes(d time.Duration) {
@@ -221,7 +221,7 @@ func (w *world) take(p *process, id string, costs ...int64) storecheck.Verdict {
 // storm makes so many calls with random pauses of the given mean. It does not wait for the answers.
 func (w *world) storm(p *process, rnd *rand.Rand, calls int, pause time.Duration) {
 	for range calls {
-		time.Sleep(time.Duration(rnd.Int64N(2*int64(pause) + 1)))
+		<-time.After(time.Duration(rnd.Int64N(2*int64(pause) + 1)))
 		cost := int64(1)
 		if rnd.IntN(20) == 0 {
 			cost += rnd.Int64N(5)

@@ -59,7 +59,7 @@ func worlds(t *testing.T, test func(t *testing.T, w world)) {
 		t.Parallel()
 		synctest.Test(t, func(t *testing.T) {
 			s := memstore.New(nil)
-			test(t, world{named(t, s, "", once), lenient(t, s, nil), s, nil, time.Sleep})
+			test(t, world{named(t, s, "", once), lenient(t, s, nil), s, nil, func(d time.Duration) { <-time.After(d) }})
 		})
 	})
 	t.Run("injected clock", func(t *testing.T) {
@@ -236,7 +236,7 @@ func TestCallsByAnInjectedClockSweepThoseByNoneToo(t *testing.T) {
 		const n = 2000
 		flood(t, th, "flood-", n)
 		flood(t, named(t, s, "real", once), "flood-", n)
-		time.Sleep(time.Minute) // of the bubble
+		<-time.After(time.Minute) // of the bubble
 		for range n {
 			consume(t, th, "hot")
 		}
@@ -369,7 +369,7 @@ func TestSweepRemovesFullIdentifiersAndNoOthers(t *testing.T) {
 		removed, err := s.Sweep(t.Context())
 		require.NoError(t, err)
 		require.Zero(t, removed)
-		time.Sleep(time.Minute) // of the bubble
+		<-time.After(time.Minute) // of the bubble
 		removed, err = s.Sweep(cancelled(t))
 		require.ErrorIs(t, err, context.Canceled)
 		require.Zero(t, removed)
@@ -377,7 +377,7 @@ func TestSweepRemovesFullIdentifiersAndNoOthers(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, int64(n), removed)
 		assert.Equal(t, 2*n, s.Len())
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		removed, err = s.Sweep(t.Context())
 		require.NoError(t, err)
 		assert.Equal(t, int64(n), removed)
