@@ -63,10 +63,10 @@ func (e *elastic) make(n int) *storage.RuleSet {
 // the full limits instead: a call that the full bucket can serve must not fail only because of the load.
 func (s *set) validCosts(v *Verdict, costs []int64, id string) error {
 	last := &v.parts()[len(v.parts())-1]
-	err := validCosts(costs, last.Rules, id)
+	err := validCosts(costs, last.AtMost, last.Rules, id)
 	if last.Rules != s.rules && errors.Is(err, ErrCostExceedsCapacity) {
 		last.Rules = s.rules
-		err = validCosts(costs, s.rules, id)
+		err = validCosts(costs, last.AtMost, s.rules, id)
 	}
 	return err
 }

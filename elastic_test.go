@@ -285,3 +285,20 @@ func TestABucketOfNothingStaysThatBesideAnElasticOne(t *testing.T) {
 		assert.EqualValues(t, 0, got[1].Limit, b.Name())
 	}
 }
+
+func TestAtMostTakesNoMoreThanAShrunkBucketHas(t *testing.T) {
+	t.Parallel()
+	th, err := throttler.New(throttler.Config{
+		Load: func() float64 { return 0 }, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100).Elastic(10)},
+	})
+	require.NoError(t, err)
+	v, err := th.Consume("a", throttler.AtMost(100))
+	require.NoError(t, err)
+	assert.EqualValues(t, 10, v.Tokens())
+	v, err = th.Consume("a", throttler.AtMost(11))
+	require.NoError(t, err)
+	assert.False(t, v.Allowed)
+	v, err = th.Consume("b", throttler.Cost(100))
+	require.NoError(t, err)
+	assert.True(t, v.Allowed, "a cost that only the full bucket can hold is not refused")
+}

@@ -27,7 +27,7 @@ func Cost(n int64) Option { return Option{kind: costOption, n: n} }
 
 // AtMost asks every bucket for up to n tokens instead of Config.Cost. The call takes the same number from each bucket: as
 // many as all of them have, at most n. Verdict.Tokens says how many. If a bucket has none the call is denied. It is no
-// error if n exceeds a capacity.
+// error if n exceeds a capacity, unless that is 0.
 //
 // A cost set by CostOf becomes an upper bound too. A Reserve takes what the buckets hold now, or else one token that is
 // refilled in time. In a ConsumeAll the parts with AtMost take what all of them have, and the other parts take their whole

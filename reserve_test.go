@@ -305,6 +305,50 @@ func TestAtMostOfSeveralIdentifiersTakesWhatAllHave(t *testing.T) {
 	assert.EqualValues(t, 4, v.Tokens())
 }
 
+func TestAtMostOfWhatNothingLimitsIsAllOfIt(t *testing.T) {
+	t.Parallel()
+	free := reserver(t, throttler.Unlimited())
+	unknown, err := throttler.New(throttler.Config{OnUnknownIdentifier: throttler.Allow})
+	require.NoError(t, err)
+	failed, err := throttler.New(throttler.Config{
+		Storage: failing{err: throttler.ErrUnavailable}, OnStorageError: throttler.Allow, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 2)},
+	})
+	require.NoError(t, err)
+	for _, th := range []*throttler.Throttler{free, unknown, failed} {
+		v, err := th.Consume("a", throttler.AtMost(500))
+		require.NoError(t, err)
+		assert.EqualValues(t, 500, v.Tokens())
+		v, err = th.ConsumeAll(t.Context(), throttler.For("a"), throttler.For("b", throttler.AtMost(7)))
+		require.NoError(t, err)
+		assert.EqualValues(t, 7, v.Tokens())
+	}
+	v, err := free.Consume("a", throttler.CostOf(throttler.Unlimited().Name(), 9))
+	require.NoError(t, err)
+	assert.EqualValues(t, 9, v.Tokens())
+}
+
+func TestBucketsYieldWhatAtMostTook(t *testing.T) {
+	t.Parallel()
+	var costs []int64
+	th, err := throttler.New(throttler.Config{
+		Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 3)},
+		Observe: func(_ context.Context, e *throttler.Event) {
+			for _, cost := range e.Buckets() {
+				costs = append(costs, cost)
+			}
+		},
+	})
+	require.NoError(t, err)
+	v, err := th.Consume("a", throttler.AtMost(500))
+	require.NoError(t, err)
+	require.NoError(t, th.Refund(t.Context(), v))
+	_, err = th.Consume("a", throttler.Cost(3))
+	require.NoError(t, err)
+	_, err = th.Consume("a", throttler.AtMost(500))
+	require.NoError(t, err)
+	assert.Equal(t, []int64{3, 3, 3, 500}, costs, "taken, given back, taken, asked for and denied")
+}
+
 func TestALaterOptionReplacesAtMost(t *testing.T) {
 	t.Parallel()
 	th := reserver(t, throttler.NewBucket(time.Hour, 3))

@@ -279,12 +279,14 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		if v.empty() {
 			v.few[0].Identifier = id // read by first, for Observe
 		}
+		v.unlimited(cost, options)
 		return t.unknownIdentifier(id, cost)
 	}
 	if s.err != nil {
 		return s.err
 	}
 	if s.rules == nil { // all buckets are Unlimited: no storage is asked
+		v.unlimited(cost, options)
 		return s.costsOf(nil, id, cost, options)
 	}
 	rules := s.rules
@@ -305,7 +307,6 @@ func (t *Throttler) add(v *Verdict, mode storage.Mode, id string, options []Opti
 		if contentWithLess(options) {
 			all := v.parts()
 			all[len(all)-1].AtMost = true
-			return lawful(s.validCosts(v, costs, id))
 		}
 	}
 	if len(options) > 0 || cost < 0 || cost > rules.Least { // any other cost is valid for every bucket
@@ -322,14 +323,6 @@ func contentWithLess(options []Option) (atMost bool) {
 		}
 	}
 	return atMost
-}
-
-// lawful drops the error of a cost above a capacity, which AtMost permits.
-func lawful(err error) error {
-	if errors.Is(err, ErrCostExceedsCapacity) {
-		return nil
-	}
-	return err
 }
 
 // costsOf sets the costs that CostOf options name. The names of Unlimited buckets are valid too; their costs are only
@@ -381,13 +374,13 @@ func validIdentifier(id string) error {
 }
 
 // validCosts returns the first negative cost as an error, otherwise the first one above a capacity. Callers of a Charge
-// ignore the latter.
-func validCosts(costs []int64, rules *storage.RuleSet, id string) (err error) {
+// ignore the latter. With atMost a cost may exceed a capacity, but not one of 0, which never has the one token that it needs.
+func validCosts(costs []int64, atMost bool, rules *storage.RuleSet, id string) (err error) {
 	for i, cost := range costs {
 		if cost < 0 {
 			return fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, must be 0 or more", ErrInvalidCost, cost, rules.Rules[i].Name, id)
 		}
-		if r := &rules.Rules[i]; cost > r.Capacity && err == nil {
+		if r := &rules.Rules[i]; cost > r.Capacity && (!atMost || r.Capacity == 0) && err == nil {
 			err = fmt.Errorf("%w: %d tokens asked of bucket %q of identifier %.64q, which holds %d: waiting never helps", ErrCostExceedsCapacity, cost, r.Name, id, r.Capacity)
 		}
 	}
@@ -399,13 +392,14 @@ func (t *Throttler) ask(ctx context.Context, v *Verdict, mode storage.Mode, atte
 	if t.observe != nil {
 		return t.askObserved(ctx, v, mode, attempt)
 	}
-	return t.orAllow(ctx, v, mode, t.answer(ctx, v, mode, 0))
+	cost := largestCost(v)
+	return t.orAllow(ctx, v, mode, cost, t.answer(ctx, v, mode, 0))
 }
 
 func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mode, attempt int) error {
 	id, cost, start := first(v), largestCost(v), law.Elapsed()
 	cause := t.answer(ctx, v, mode, law.MonotonicAt(start))
-	err := t.orAllow(ctx, v, mode, cause)
+	err := t.orAllow(ctx, v, mode, cost, cause)
 	t.tell(ctx, t.event(opOf(mode), attempt, id, cost), v, cause, start, law.Elapsed())
 	return err
 }
@@ -416,7 +410,7 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
 	if v.empty() { // nothing limits the call
 		t.tidy()
-		*v = Verdict{Allowed: true}
+		*v = Verdict{Allowed: true, tokens: v.tokens}
 		return nil
 	}
 	now, clocked, err := t.now()
@@ -486,11 +480,11 @@ func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode
 	return nil
 }
 
-// orAllow turns the failure of the storage into an admission if the policy says so. Charges, and calls whose context is
-// done, fail in any case.
-func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, err error) error {
+// orAllow turns the failure of the storage into an admission of the cost if the policy says so. Charges, and calls whose
+// context is done, fail in any case.
+func (t *Throttler) orAllow(ctx context.Context, v *Verdict, mode storage.Mode, cost int64, err error) error {
 	if err != nil && t.failed == Allow && mode != storage.Force && errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
-		*v, err = Verdict{Allowed: true, degraded: true}, nil
+		*v, err = Verdict{Allowed: true, degraded: true, tokens: cost}, nil
 	}
 	return err
 }

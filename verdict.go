@@ -38,7 +38,7 @@ type Verdict struct {
 	source   string
 	at       int64 // when the storage decided: storage.Answer.At
 	within   int64 // storage.Request.Within
-	tokens   int64 // storage.Answer.Tokens
+	tokens   int64 // storage.Answer.Tokens; without parts, the largest cost
 
 	// The request, and what the storage counted for each bucket. For more than two parts or more than four buckets all of
 	// it is in more, and the fields here are unused. A Verdict must stay small: copying it is a part of every call.
@@ -89,8 +89,9 @@ func (v *Verdict) levels(out []Level) []Level {
 	return out
 }
 
-// All yields the level of each bucket and the tokens it was asked for, in the order of the request. Each Level is a new one,
-// which the caller may keep. All does not allocate as long as the Levels do not outlive the loop.
+// All yields the level of each bucket and the tokens it was asked for, in the order of the request. With AtMost it is the
+// tokens that were taken, if the call was admitted. Each Level is a new one, which the caller may keep. All does not allocate
+// as long as the Levels do not outlive the loop.
 func (v *Verdict) All() iter.Seq2[*Level, int64] {
 	return func(yield func(*Level, int64) bool) {
 		n, costs, counts := 0, v.asked(), v.all()
@@ -98,7 +99,11 @@ func (v *Verdict) All() iter.Seq2[*Level, int64] {
 			for j := range p.Rules.Rules {
 				l := new(Level)
 				l.set(p.Identifier, &p.Rules.Rules[j], &counts[n], v.Allowed)
-				if !yield(l, costs[n]) {
+				cost := costs[n]
+				if p.AtMost && v.Allowed {
+					cost = min(cost, v.tokens)
+				}
+				if !yield(l, cost) {
 					return
 				}
 				n++
@@ -119,10 +124,13 @@ func (l *Level) set(id string, r *law.Rule, c *storage.Count, allowed bool) {
 }
 
 // Tokens returns how many tokens were taken from the bucket that gave most: the cost, or less with AtMost. For a Peek it is
-// what would have been taken. It is 0 if v is not Allowed.
+// what would have been taken. If nothing limits the call it is the cost. It is 0 if v is not Allowed.
 func (v *Verdict) Tokens() (most int64) {
 	if !v.Allowed {
 		return 0
+	}
+	if v.empty() {
+		return v.tokens
 	}
 	n := 0
 	for i, p := range v.parts() {
@@ -191,6 +199,16 @@ func (v *Verdict) addMore(id string, rules *storage.RuleSet) ([]int64, error) {
 	m.counts = slices.Grow(m.counts, n)[:from+n]
 	clear(m.costs[from:]) // the room that Grow makes may hold anything
 	return m.costs[from:], nil
+}
+
+// unlimited notes the largest cost of a part that nothing limits, for Tokens.
+func (v *Verdict) unlimited(cost int64, options []Option) {
+	v.tokens = max(v.tokens, cost)
+	for i := range options {
+		if o := &options[i]; o.kind == costOfOption {
+			v.tokens = max(v.tokens, o.n)
+		}
+	}
 }
 
 // empty reports whether the request has no parts, so that no bucket is asked.

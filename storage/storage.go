@@ -16,7 +16,8 @@
 //   - An identifier has 1 to 1024 bytes of any values.
 //   - A request has 1 to 256 parts with different identifiers, and a part 1 to 16 rules with different names.
 //   - There is a cost for each rule, and a Count for each in the Answer.
-//   - A cost is 0 or more, and at most the capacity unless the Mode is Force or the part is AtMost.
+//   - A cost is 0 or more, and at most the capacity unless the Mode is Force or the part is AtMost. Only a Force asks a
+//     bucket of capacity 0 for anything.
 //   - A time is in the years 1970 to 2184.
 package storage
 
