@@ -330,16 +330,19 @@ func (l *line) leave(w *waiter, tokens int64) {
 	}
 }
 
-// asked ends the asking of a waiter. If it was the last that asked, the next ones may ask: one for each token left, but
-// at least one. The caller holds the mutex.
+// asked ends the asking of a waiter. If it was the last that asked, the next ones may ask: as many as there are tokens for, but
+// at least one. So a call never asks together with a dearer one before it that has to be denied. The caller holds the mutex.
 func (l *line) asked(w *waiter) {
 	w.asks = false
 	if l.asking--; l.asking > 0 {
 		return
 	}
-	turns := max(1, l.tokens)
-	for e := l.queue.Front(); e != nil && turns > 0; e, turns = e.Next(), turns-1 {
+	tokens := l.tokens
+	for e := l.queue.Front(); e != nil; e = e.Next() {
 		next := e.Value.(*waiter)
+		if tokens -= max(1, next.least); tokens < 0 && l.asking > 0 {
+			break
+		}
 		next.asks = true
 		l.asking++
 		next.turn <- struct{}{}

@@ -214,6 +214,7 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 		case news == nothing && until == at:
 			if turn := s.take(w); turn != nil {
 				*v = *turn
+				v.Delay = 0 // it has passed
 				return false, nil
 			}
 		}

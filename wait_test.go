@@ -3,6 +3,7 @@ package throttler_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -382,6 +383,43 @@ func TestWaitAllTakesFromAllOrNone(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestADearCallIsNotOvertakenByACheaperOne(t *testing.T) {
+	t.Parallel()
+	for _, costs := range [][]int64{{5, 6, 3}, {1, 5, 6, 3}, {1, 1, 9, 1, 1, 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10)}})
+			require.NoError(t, err)
+			_, err = th.Consume("a", throttler.Cost(10))
+			require.NoError(t, err)
+			start, at := time.Now(), make([]time.Duration, len(costs))
+			for i, n := range costs {
+				go func() {
+					_, err := th.Wait(t.Context(), "a", throttler.Cost(n))
+					assert.NoError(t, err)
+					at[i] = time.Since(start)
+				}()
+				synctest.Wait()
+			}
+			<-time.After(time.Minute)
+			synctest.Wait()
+			assert.True(t, slices.IsSorted(at), "%v were admitted after %v", costs, at)
+		})
+	}
+}
+
+func TestAWaitHasNoDelayAfterwards(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Second, 10).Continuous().Burst(1)}})
+		require.NoError(t, err)
+		for range 3 {
+			v, err := th.Wait(t.Context(), "a")
+			require.NoError(t, err)
+			assert.Zero(t, v.Delay)
+		}
+	})
 }
 
 func TestAWaitThatIsContentWithLessTakesWhatIsThere(t *testing.T) {

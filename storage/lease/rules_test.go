@@ -254,8 +254,8 @@ func TestRule3ALeaseFromBeforeAResetIsNotUsed(t *testing.T) {
 		w.asks(p, int(p.State().Tokens))
 		require.Zero(t, p.State().Tokens)
 		p.link.takes(20 * time.Millisecond)
-		w.load.Go(func() { w.asks(p, 1) }) // it asks for a lease as well
-		<-time.After(11 * time.Millisecond)  // the server has granted the lease, and the answer is on its way
+		w.load.Go(func() { w.asks(p, 1) })  // it asks for a lease as well
+		<-time.After(11 * time.Millisecond) // the server has granted the lease, and the answer is on its way
 		p.link.takes(time.Millisecond)
 		require.NoError(t, p.Reset(t.Context(), "sim", "id"))
 		w.load.Wait()
