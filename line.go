@@ -33,7 +33,7 @@ type line struct {
 	gone bool       // removed from waiters.lines; newcomers need a new line
 
 	// queue has the denied callers in the order of their arrival. Some at the front are asking, or pause before they ask
-	// again; the others wait for their turn. When the last of them has asked, the next ones do: as many as there are tokens,
+	// again; the others wait for their turn. When the last of them has asked, the next ones do: as many as there are tokens for,
 	// but at least one.
 	queue  list.List
 	asking int

@@ -22,7 +22,7 @@ import (
 //
 // In all other cases denied calls wait in a line: for other buckets, with AtMost, and if no more can be reserved. Each
 // Throttler has one line for each identifier. The first call in the line asks again after RetryAfter. Once tokens are
-// refilled, as many calls as there are tokens ask at the same time. Lines of different processes are not ordered among
+// refilled, as many calls as there are tokens for ask at the same time. Lines of different processes are not ordered among
 // each other.
 //
 // A Reset, an AddBucket or a RemoveBucket of this Throttler takes effect at once: callers with a reservation ask again, in
