@@ -82,6 +82,9 @@ type TransportOptions struct {
 	// MaxWait bounds how long one request waits in total, before it is first sent and between its attempts. The time
 	// that the server takes to answer does not count. Zero means a minute. If it is negative, a request is sent at once
 	// or fails at once.
+	//
+	// The time that the storage of Limit takes counts, if the request can wait for a millisecond or more. If it cannot,
+	// Limit is asked once, and the answer is awaited.
 	MaxWait time.Duration
 
 	// Attempts is how often one request is sent at most. Zero means 3. With 1 or a negative number no request is sent
@@ -95,8 +98,9 @@ type TransportOptions struct {
 	RetryPercent int
 	RetryBurst   int
 
-	// Limit is a client-side limit. Before each attempt Limit.Wait takes the cost. Its errors, such as a failure of its
-	// storage, become the error of the request. Nil means no limit.
+	// Limit is a client-side limit. Before each attempt Limit.Wait takes the cost, or Limit.ConsumeContext if the request can
+	// wait for less than a millisecond. Its errors, such as a failure of its storage, become the error of the request.
+	// Nil means no limit.
 	Limit *throttler.Throttler
 
 	// Key returns the identifier of Limit that a request counts for. A request with the key "" is not limited. A nil Key
@@ -144,16 +148,23 @@ func (t *Transport) CloseIdleConnections() {
 // the request's deadline and within MaxWait. It wraps context.DeadlineExceeded.
 type NotSentError struct {
 	Host  string    // scheme, name and port
+	Limit string    // the identifier that Limit could not admit in time; "" if the server closed the host, route or policy
 	At    time.Time // when the server, or Limit, may be asked again; if not after Until, other requests were going first
 	Until time.Time // how long the request could have waited
 }
 
 func (e *NotSentError) Error() string {
-	may := "may be asked again at " + e.At.Format(time.RFC3339Nano)
-	if !e.At.After(e.Until) {
+	who, may := e.Host, "may be asked again at "+e.At.Format(time.RFC3339Nano)
+	if e.Limit != "" {
+		who = fmt.Sprintf("the limit of %.64q", e.Limit)
+	}
+	switch first := !e.At.After(e.Until); {
+	case first && e.Limit != "":
+		may = "admits other requests first"
+	case first:
 		may = "has not yet answered the request that asks it again"
 	}
-	return fmt.Sprintf("throttlerhttp: not sent: %s %s, this request can wait until %s", e.Host, may, e.Until.Format(time.RFC3339Nano))
+	return fmt.Sprintf("throttlerhttp: not sent: %s %s, this request can wait until %s", who, may, e.Until.Format(time.RFC3339Nano))
 }
 
 // Unwrap returns context.DeadlineExceeded.
@@ -230,7 +241,11 @@ func (c *call) hold() error {
 	return err
 }
 
-// admitted waits for Limit. It turns the end of MaxWait or of the deadline into a NotSentError.
+// instant is the shortest time for which a request waits for Limit. The context of a shorter Wait could end before the
+// storage has answered, so a request that cannot wait this long asks once.
+const instant = time.Millisecond
+
+// admitted waits for Limit.
 func (c *call) admitted() (v throttler.Verdict, err error) {
 	if c.limit == nil {
 		return v, nil
@@ -240,15 +255,31 @@ func (c *call) admitted() (v throttler.Verdict, err error) {
 		return v, nil
 	}
 	start := time.Now()
-	until := start.Add(c.room(start))
+	room := c.room(start)
+	if room < instant {
+		v, err = c.limit.ConsumeContext(c.req.Context(), id)
+		if now := time.Now(); err == nil && !v.Allowed {
+			err = &NotSentError{Host: c.host, Limit: id, At: now.Add(v.RetryAfter), Until: now}
+		}
+		return v, err
+	}
+	defer func() { c.left -= time.Since(start) }()
+	return c.wait(id, start, start.Add(room))
+}
+
+// wait waits for Limit until a time. It turns the end of MaxWait or of the deadline into a NotSentError.
+func (c *call) wait(id string, start, until time.Time) (throttler.Verdict, error) {
 	ctx, cancel := context.WithDeadline(c.req.Context(), until)
 	defer cancel()
-	v, err = c.limit.Wait(ctx, id)
-	c.left -= time.Since(start)
-	if err != nil && errors.Is(err, context.DeadlineExceeded) && c.req.Context().Err() == nil {
-		err = &NotSentError{Host: c.host, At: start.Add(v.RetryAfter), Until: until}
+	v, err := c.limit.Wait(ctx, id)
+	if err == nil || !errors.Is(err, context.DeadlineExceeded) || c.req.Context().Err() != nil {
+		return v, err
 	}
-	return v, err
+	at := start // of the last answer, at the earliest
+	if ctx.Err() == nil {
+		at = time.Now() // the last answer left too little time, which Wait found at once
+	}
+	return v, &NotSentError{Host: c.host, Limit: id, At: at.Add(v.RetryAfter), Until: until}
 }
 
 // heed waits until all gates of the request let it through.

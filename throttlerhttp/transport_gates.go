@@ -202,7 +202,7 @@ func (c *call) closedAt(all []*gate, now time.Time, room time.Duration) (s stay,
 	}
 	wait, fits := closed.wait(now, room)
 	if !fits {
-		return s, &NotSentError{c.host, closed.until, now.Add(room)}
+		return s, &NotSentError{Host: c.host, At: closed.until, Until: now.Add(room)}
 	}
 	s.wait = wait
 	return s, nil
@@ -221,7 +221,7 @@ func (c *call) behind(all []*gate, now time.Time, room time.Duration) (stay, err
 // answer returns the stay until the next answer to a request that was sent through the gate.
 func (c *call) answer(at *gate, now time.Time, room time.Duration) (stay, error) {
 	if room == 0 {
-		return stay{}, &NotSentError{c.host, now, now}
+		return stay{}, &NotSentError{Host: c.host, At: now, Until: now}
 	}
 	return stay{room, at.change()}, nil
 }

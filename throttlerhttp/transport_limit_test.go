@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerhttp"
 )
@@ -93,6 +94,86 @@ func TestTransportSendsNothingThatItsLimitCannotAdmitInTime(t *testing.T) {
 		v, err := th.Peek(t.Context(), "http://api.example", throttler.Cost(0))
 		require.NoError(t, err)
 		assert.Zero(t, v.Levels()[0].Remaining)
+	})
+}
+
+// late is a storage whose decisions take a while. A decision ends early if its context does.
+type late struct {
+	storage.Storage
+
+	takes time.Duration
+}
+
+func (l late) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	select {
+	case <-time.After(l.takes):
+		return l.Storage.Decide(ctx, r, a)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func TestARequestThatMayNotWaitIsSentAtOnceOrFailsAtOnce(t *testing.T) {
+	t.Parallel()
+	const takes = 5 * time.Millisecond
+	for _, maxWait := range []time.Duration{-1, 1, time.Microsecond} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newFakeServer(served)
+			tr, _ := limitedBy(t, s, throttlerhttp.TransportOptions{MaxWait: maxWait}, throttler.Config{
+				Storage: late{memstore.New(nil), takes}, Buckets: buckets(perHour(3)),
+			})
+			for range 3 {
+				_, err := get(t.Context(), tr, api)
+				require.NoError(t, err)
+			}
+			waits(t, s, takes, takes, takes)
+			_, err := get(t.Context(), tr, api)
+			var unsent *throttlerhttp.NotSentError
+			require.ErrorAs(t, err, &unsent)
+			assert.Equal(t, "http://api.test", unsent.Limit)
+			assert.Equal(t, s.start.Add(takes+time.Hour), unsent.At, "the first request began the hour")
+			assert.Equal(t, time.Now(), unsent.Until)
+			assert.ErrorContains(t, err, `not sent: the limit of "http://api.test" may be asked again at 2000-01-01T01:00:00.005Z`)
+			assert.Len(t, s.at, 3)
+		})
+	}
+}
+
+func TestTheTimeOfTheLimitIsNoWaitOfARequestThatMayNotWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newFakeServer(limits(`"a";r=0;t=60`))
+		tr, _ := limitedBy(t, s, throttlerhttp.TransportOptions{MaxWait: -1}, throttler.Config{
+			Storage: late{memstore.New(nil), 5 * time.Millisecond}, Buckets: buckets(perHour(3)),
+		})
+		_, err := get(t.Context(), tr, api)
+		require.NoError(t, err)
+		s.takes = time.Second
+		var wait sync.WaitGroup
+		for range 2 { // both are in flight though nothing remains: neither could wait for the other's answer
+			wait.Go(func() {
+				_, err := get(t.Context(), tr, api)
+				assert.NoError(t, err)
+			})
+		}
+		wait.Wait()
+		waits(t, s, 5*time.Millisecond, 5*time.Millisecond, 0)
+	})
+}
+
+func TestTransportDoesNotNameATimeThatIsTooEarly(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		start, s := time.Now(), newFakeServer(served)
+		tr, _ := limitedBy(t, s, throttlerhttp.TransportOptions{}, throttler.Config{
+			Storage: late{memstore.New(nil), 5 * time.Millisecond}, Buckets: buckets(perHour(1)),
+		})
+		_, err := get(t.Context(), tr, api)
+		require.NoError(t, err)
+		_, err = get(t.Context(), tr, api)
+		var unsent *throttlerhttp.NotSentError
+		require.ErrorAs(t, err, &unsent)
+		assert.Equal(t, start.Add(5*time.Millisecond+time.Hour), unsent.At)
 	})
 }
 
