@@ -149,8 +149,11 @@ func (t *Transport) CloseIdleConnections() {
 type NotSentError struct {
 	Host  string    // scheme, name and port
 	Limit string    // the identifier that Limit could not admit in time; "" if the server closed the host, route or policy
-	At    time.Time // when the server, or Limit, may be asked again; if not after Until, other requests were going first
 	Until time.Time // how long the request could have waited
+
+	// At is when the server, or Limit, may be asked again. If it is not after Until, other requests were going first. It
+	// is zero if Limit has not answered.
+	At time.Time
 }
 
 func (e *NotSentError) Error() string {
@@ -159,6 +162,8 @@ func (e *NotSentError) Error() string {
 		who = fmt.Sprintf("the limit of %.64q", e.Limit)
 	}
 	switch first := !e.At.After(e.Until); {
+	case e.At.IsZero():
+		may = "has not answered"
 	case first && e.Limit != "":
 		may = "admits other requests first"
 	case first:
@@ -267,19 +272,24 @@ func (c *call) admitted() (v throttler.Verdict, err error) {
 	return c.wait(id, start, start.Add(room))
 }
 
-// wait waits for Limit until a time. It turns the end of MaxWait or of the deadline into a NotSentError.
+// wait waits for Limit until a time. It turns the end of MaxWait or of the deadline into a NotSentError, unless the storage
+// says that it is unavailable.
 func (c *call) wait(id string, start, until time.Time) (throttler.Verdict, error) {
 	ctx, cancel := context.WithDeadline(c.req.Context(), until)
 	defer cancel()
 	v, err := c.limit.Wait(ctx, id)
-	if err == nil || !errors.Is(err, context.DeadlineExceeded) || c.req.Context().Err() != nil {
+	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, throttler.ErrUnavailable) || c.req.Context().Err() != nil {
 		return v, err
 	}
-	at := start // of the last answer, at the earliest
-	if ctx.Err() == nil {
-		at = time.Now() // the last answer left too little time, which Wait found at once
+	unsent := &NotSentError{Host: c.host, Limit: id, Until: until}
+	switch {
+	case len(v.Levels()) == 0: // the storage has not answered
+	case ctx.Err() == nil: // the last answer left too little time, which Wait found at once
+		unsent.At = time.Now().Add(v.RetryAfter)
+	default:
+		unsent.At = start.Add(v.RetryAfter) // the last answer came later, but other requests go first anyhow
 	}
-	return v, &NotSentError{Host: c.host, Limit: id, At: at.Add(v.RetryAfter), Until: until}
+	return v, unsent
 }
 
 // heed waits until all gates of the request let it through.

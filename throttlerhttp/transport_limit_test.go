@@ -2,6 +2,7 @@ package throttlerhttp_test
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"sync"
 	"testing"
@@ -206,5 +207,49 @@ func TestTransportCountsARequestForItsKeyOrForNone(t *testing.T) {
 		v, err := th.Peek(t.Context(), "7", throttler.Cost(0))
 		require.NoError(t, err)
 		assert.EqualValues(t, 8, v.Levels()[0].Remaining)
+	})
+}
+
+func TestALimitThatDoesNotAnswerInTimeIsNamed(t *testing.T) {
+	t.Parallel()
+	for _, broken := range []error{nil, throttler.ErrUnavailable} {
+		synctest.Test(t, func(t *testing.T) {
+			start, s := time.Now(), newFakeServer(served)
+			tr, _ := limitedBy(t, s, throttlerhttp.TransportOptions{MaxWait: 100 * time.Millisecond}, throttler.Config{
+				Storage: slow{memstore.New(nil), make(chan struct{}, 1), broken}, Buckets: buckets(perHour(3)),
+			})
+			_, err := get(t.Context(), tr, api)
+			assert.Equal(t, 100*time.Millisecond, time.Since(start))
+			assert.Empty(t, s.at)
+			var unsent *throttlerhttp.NotSentError
+			if broken != nil {
+				require.ErrorIs(t, err, broken)
+				assert.False(t, errors.As(err, &unsent), "the error of the storage says more")
+				return
+			}
+			require.ErrorAs(t, err, &unsent)
+			assert.Zero(t, unsent.At, "nobody knows")
+			assert.EqualError(t, err, `throttlerhttp: not sent: the limit of "http://api.test" has not answered, this request can wait until 2000-01-01T00:00:00.1Z`)
+		})
+	}
+}
+
+func TestALimitThatAdmitsOthersFirstSaysSo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newFakeServer(served)
+		tr, th := limitedBy(t, s, throttlerhttp.TransportOptions{MaxWait: time.Second}, throttler.Config{Buckets: buckets(perHour(3))})
+		own := throttler.Using(perHour(1).Named("own"))
+		_, err := th.Wait(t.Context(), "http://api.test", own)
+		require.NoError(t, err)
+		ctx, leave := context.WithCancel(t.Context())
+		defer leave()
+		go func() { _, _ = th.Wait(ctx, "http://api.test", own) }()
+		synctest.Wait() // it is in the line now, an hour ahead of the request
+		_, err = get(t.Context(), tr, api)
+		assert.EqualError(t, err, `throttlerhttp: not sent: the limit of "http://api.test" admits other requests first, this request can wait until 2000-01-01T00:00:01Z`)
+		var unsent *throttlerhttp.NotSentError
+		require.ErrorAs(t, err, &unsent)
+		assert.False(t, unsent.At.IsZero() || unsent.At.After(unsent.Until))
 	})
 }
