@@ -71,3 +71,19 @@ func TestATierWithoutALimitStillHasTheLimitsOfRoutes(t *testing.T) {
 	assert.Equal(t, http.StatusOK, w.Code)
 	assert.Empty(t, w.Header().Get("RateLimit"))
 }
+
+func TestAfterDecideTheFieldsTellWhatWasLeftBeforeARefund(t *testing.T) {
+	t.Parallel()
+	l, err := throttler.New(throttler.Config{Buckets: buckets(perHour(3))})
+	require.NoError(t, err)
+	limit, err := throttlerhttp.New(l, &throttlerhttp.Options{
+		Decide:   func(r *http.Request) (throttler.Verdict, error) { return l.ConsumeContext(r.Context(), "user:42") },
+		RefundIf: func(int) bool { return true },
+	})
+	require.NoError(t, err)
+	for range 2 {
+		w := httptest.NewRecorder()
+		limit(ok).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
+		assert.Equal(t, `"3/1h";r=2;t=3600`, w.Header().Get("RateLimit"), "and after the refund 3 remain")
+	}
+}

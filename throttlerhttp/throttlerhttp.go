@@ -69,12 +69,13 @@ type Options struct {
 
 	// Decide, if not nil, decides instead of the Throttler. It is for limits of several identifiers, or for limits that
 	// are looked up for each request. Key, Buckets, Tiers, Cost and Routes with Buckets are then ignored. RefundIf gives
-	// back to the Throttler, so Decide must have asked the same one.
+	// back to the Throttler, so Decide must have asked the same one. Fields tell what was left before that,
+	// since only Decide knows which buckets to look at afterwards.
 	Decide func(*http.Request) (throttler.Verdict, error)
 
 	// RefundIf, if not nil, is called with the status of the answer, and the cost is refunded if it returns true. To
 	// limit failed logins only, refund those below 400. The tokens stay taken until the handler writes a status or a
-	// body. The refund comes before anything is sent, and Fields tell what is left after it.
+	// body. The refund comes before anything is sent, and Fields tell what is left after it, except with Decide.
 	//
 	// The status is the one that the handler writes. It is 500 if the handler panics before the refund, 499 if it
 	// writes nothing and the client has gone, and 101 if it hijacks the connection. Frameworks that write the status
