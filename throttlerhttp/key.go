@@ -61,7 +61,6 @@ func User(id func(context.Context) string) Key {
 //
 // APIKey does not check that the key was ever issued. A client that makes up a key for each request gets a fresh limit for
 // each one, also if the key is joined with Address. Use APIKey behind an authentication that rejects unknown keys.
-// each one, also if the key is joined with Address. Use APIKey behind the authentication that rejects unknown keys.
 func APIKey(header string) Key {
 	header = http.CanonicalHeaderKey(header)
 	authorization := header == "Authorization" || header == "Proxy-Authorization"
