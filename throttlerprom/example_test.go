@@ -38,9 +38,26 @@ func Example() {
 		if err != nil {
 			return err
 		}
+		v, err := t.Consume("user:42")
+		fmt.Println(v.Allowed)
+		return err
+	}()
+	if err != nil {
+		fmt.Println(err)
+	}
+	// Output: true
+}
+
+func Example_readiness() {
+	err := func() error {
+		t, err := throttler.New(throttler.Config{}) // the buckets come with AddBucket or Using, or with a middleware
+		if err != nil {
+			return err
+		}
 		mux := http.NewServeMux()
+		probe := throttler.Using(throttler.NewBucket(time.Minute, 1)) // of any size; without a bucket no storage is asked
 		mux.HandleFunc("GET /ready", func(w http.ResponseWriter, r *http.Request) {
-			if _, err := t.Peek(r.Context(), "ready"); err != nil { // takes nothing
+			if _, err := t.Peek(r.Context(), "ready", probe, throttler.Cost(0)); err != nil { // takes nothing
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			}
 		})
