@@ -88,21 +88,23 @@ func (e *DebtError) Unwrap() error { return ErrDebtLimit }
 
 // unrecorded returns a DebtError for each bucket that recorded only a part of a Charge. For such a bucket the storage
 // counts Remaining as if the whole charge, up to the limit, were recorded (see storage.Count); unrecorded corrects it to
-// what is recorded.
+// what is recorded, and the cost too.
 func unrecorded(v *Verdict) error {
 	var faults []error
 	n := 0
 	for _, p := range v.parts() {
 		for j := range p.Rules.Rules {
-			r, c, asked := &p.Rules.Rules[j], &v.all()[n], v.asked()[n]
-			limit := r.Ceiling()
+			r, c, cost := &p.Rules.Rules[j], &v.all()[n], &v.asked()[n]
+			asked, limit := *cost, r.Ceiling()
 			n++
 			if over := r.Capacity - c.Remaining - limit; over > 0 && asked > 0 {
 				most := min(asked, limit)
 				recorded := max(0, most-over)
 				c.Remaining += most - recorded
+				*cost = recorded
 				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, recorded, limit})
 			} else if asked > limit {
+				*cost = limit
 				faults = append(faults, &DebtError{p.Identifier, r.Name, asked, limit, limit})
 			}
 		}

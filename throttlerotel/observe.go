@@ -67,7 +67,7 @@ func (m *Metrics) observeWait(ctx context.Context, e *throttler.Event, result st
 func (m *Metrics) observeBuckets(ctx context.Context, e *throttler.Event, result string) {
 	asks := e.Op == throttler.OpConsume || e.Op == throttler.OpWait
 	allowed := result == "allowed"
-	takes := allowed && (asks || e.Op == throttler.OpCharge)
+	takes := allowed && (asks || e.Op == throttler.OpCharge) || e.Op == throttler.OpCharge && errors.Is(e.Err, throttler.ErrDebtLimit)
 	if asks && result == "denied" {
 		denied(ctx, e)
 	}

@@ -242,6 +242,14 @@ func TestADenialIsAnEventOnTheSpanOfTheCaller(t *testing.T) {
 	assert.NotContains(t, fmt.Sprint(got.Events()), "user:42")
 }
 
+func TestAChargeInPartCountsWhatWasRecorded(t *testing.T) {
+	t.Parallel()
+	r, _, th := measured(t, throttler.Config{Name: "api", Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10).Named("m"), throttler.NewBucket(time.Hour, 1000).Named("h")}}, 0)
+	require.NoError(t, th.Charge(t.Context(), "a", throttler.Cost(13)))
+	require.ErrorIs(t, th.Charge(t.Context(), "a", throttler.Cost(100)), throttler.ErrDebtLimit)
+	assert.Subset(t, figures(t, r), []string{"tokens{h api} 113", "tokens{m api} 40"})
+}
+
 func TestMoreBucketsThanMaxBucketsAreOneOther(t *testing.T) {
 	t.Parallel()
 	r, _, th := measured(t, throttler.Config{Name: "api"}, 2)

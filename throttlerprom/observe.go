@@ -51,7 +51,7 @@ func (m *Metrics) observeWait(e *throttler.Event) {
 func (d *decided) observeBuckets(e *throttler.Event, result string) {
 	asks := e.Op == throttler.OpConsume || e.Op == throttler.OpWait
 	allowed := result == "allowed"
-	takes := allowed && (asks || e.Op == throttler.OpCharge)
+	takes := allowed && (asks || e.Op == throttler.OpCharge) || e.Op == throttler.OpCharge && errors.Is(e.Err, throttler.ErrDebtLimit)
 	for l, cost := range e.Buckets() {
 		b := d.named.bucket(l.Bucket)
 		b.limited(l)

@@ -229,6 +229,14 @@ func TestWhatAPolicyLetsPassIsCountedAsBypassed(t *testing.T) {
 	assert.NotContains(t, figures(t, r), "identifiers{memory} 1")
 }
 
+func TestAChargeInPartCountsWhatWasRecorded(t *testing.T) {
+	t.Parallel()
+	r, _, th := measured(t, throttler.Config{Name: "api", Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10).Named("m"), throttler.NewBucket(time.Hour, 1000).Named("h")}}, nil)
+	require.NoError(t, th.Charge(t.Context(), "a", throttler.Cost(13)))
+	require.ErrorIs(t, th.Charge(t.Context(), "a", throttler.Cost(100)), throttler.ErrDebtLimit)
+	assert.Subset(t, figures(t, r), []string{"tokens_total{h api} 113", "tokens_total{m api} 40"})
+}
+
 func TestMoreBucketsThanMaxBucketsAreOneOther(t *testing.T) {
 	t.Parallel()
 	r, _, th := measured(t, throttler.Config{Name: "api"}, &throttlerprom.Options{MaxBuckets: 2})

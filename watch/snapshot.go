@@ -57,7 +57,7 @@ type Bucket struct {
 	Rate              Rate          // calls that this bucket allowed or denied
 	Allowed, Denied   int64         // calls in the last 60 s
 	Near              int64         // how many of those allowed left less than a fifth of the limit
-	Tokens            int64         // taken in the last 60 s, minus refunded; for a Charge also what was not recorded
+	Tokens            int64         // taken in the last 60 s, minus refunded
 }
 
 // Source is a storage that decides.

@@ -324,3 +324,14 @@ func median(all []time.Duration) time.Duration {
 	slices.Sort(all)
 	return all[len(all)/2]
 }
+
+func TestAChargeInPartCountsWhatWasRecorded(t *testing.T) {
+	inABubble(t, func(t *testing.T) {
+		w := watch.New(nil)
+		th := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 10)}})
+		require.NoError(t, th.Charge(ctx, "a", throttler.Cost(13)))
+		require.ErrorIs(t, th.Charge(ctx, "a", throttler.Cost(100)), throttler.ErrDebtLimit)
+		<-time.After(time.Second)
+		require.EqualValues(t, 40, w.Snapshot().Buckets[0].Tokens)
+	})
+}
