@@ -63,6 +63,9 @@ func (s *service) authEntries(r *http.Request) ([]rules.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
+	// To net/url a "#" is a character of a request's path. To the servers behind it begins a fragment, which is no part of
+	// the path.
+	uri, _, _ = strings.Cut(uri, "#")
 	u, err := url.ParseRequestURI(uri)
 	if err != nil {
 		return nil, malformed("X-Forwarded-Uri is no URI")
@@ -102,10 +105,11 @@ func (s *service) said(r *http.Request, header string) (string, error) {
 }
 
 // clean returns the path as a router sees it: "//a/../b/" becomes "/b/". Otherwise a client could escape a rule by
-// spelling the path differently.
+// spelling the path differently. A dot segment at the end leaves a slash, as in RFC 3986: "/b/." and "/b/c/.." are "/b/".
 func clean(p string) string {
-	c := path.Clean("/" + p)
-	if c != "/" && strings.HasSuffix(p, "/") {
+	p = "/" + p
+	c := path.Clean(p)
+	if last := p[strings.LastIndexByte(p, '/')+1:]; c != "/" && (last == "" || last == "." || last == "..") {
 		c += "/"
 	}
 	return c

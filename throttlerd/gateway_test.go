@@ -10,12 +10,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/rules"
 )
 
 // gateway is an nginx or a Caddy with the configuration in deploy. The server behind it counts the requests that reach
@@ -131,6 +134,37 @@ func TestAGatewayLetsThroughWhatIsAllowed(t *testing.T) {
 			eventually(t, func() bool { return do(t, "POST", g.url+"/login", "").status == 200 }, "the reload is seen")
 			require.Equal(t, 429, do(t, "POST", g.url+"/login", "").status)
 		})
+	}
+}
+
+// authEntry returns an entry that forward-auth makes of a request with a header field.
+func authEntry(t *testing.T, entry, field, value string) string {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), "GET", "/auth", http.NoBody)
+	for key, value := range map[string]string{"X-Forwarded-Uri": "/", "X-Forwarded-Method": "GET", "X-Forwarded-For": "192.0.2.1", field: value} {
+		r.Header.Set(key, value)
+	}
+	all, err := (&service{config: &config{}}).authEntries(r)
+	require.NoError(t, err, value)
+	i := slices.IndexFunc(all, func(e rules.Entry) bool { return e.Key == entry })
+	require.NotEqual(t, -1, i, entry)
+	return all[i].Value
+}
+
+func TestNoSpellingOfAPathEscapesItsRule(t *testing.T) {
+	t.Parallel()
+	for want, uris := range map[string][]string{
+		"/":         {"/", "//", "/.", "/..", "/%2e", "/x/..", "/x/../", "/#", "/?#", "http://h", "http://h/#x"},
+		"/login":    {"/login", "//login", "/x/../login", "/%6cogin", "/./login?y", "/login#x", "/login#", "/login#/y", "/login?x#y", "/login#?x", "http://h/login#x"},
+		"/dir/":     {"/dir/", "/dir/.", "/dir/..//dir/.", "/dir/x/..", "/dir/%2e", "/dir/%2E%2e/dir/%2e", "/dir/x/%2e%2e", "/dir/x%2f..", "/dir/#x", "/dir/.#x", "/dir/.?x"},
+		"/dir/...":  {"/dir/..."},
+		"/dir/x.":   {"/dir/x."},
+		"/login#x":  {"/login%23x"},
+		"/login?x/": {"/login%3fx/", "/login%3fx/."},
+	} {
+		for _, uri := range uris {
+			require.Equal(t, want, authEntry(t, "path", "X-Forwarded-Uri", uri), uri)
+		}
 	}
 }
 
