@@ -78,12 +78,8 @@ func (s *service) authEntries(r *http.Request) ([]rules.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	host := r.Header.Get("X-Forwarded-Host")
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
 	all := []rules.Entry{
-		{Key: "path", Value: clean(u.Path)}, {Key: "method", Value: method}, {Key: "host", Value: strings.ToLower(host)},
+		{Key: "path", Value: clean(u.Path)}, {Key: "method", Value: method}, {Key: "host", Value: usualHost(r.Header.Get("X-Forwarded-Host"))},
 		{Key: "address", Value: address}, {Key: "agent", Value: r.UserAgent()},
 	}
 	for _, h := range s.config.headers {
@@ -113,6 +109,17 @@ func clean(p string) string {
 		c += "/"
 	}
 	return c
+}
+
+// usualHost returns the host in one spelling: in lower case, without a port, the dot that a full name may end with, or the
+// brackets of an IPv6 address. Otherwise a client could escape a rule by spelling the host differently.
+func usualHost(host string) string {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	} else {
+		host = strings.Trim(host, "[]") // SplitHostPort removes them only where there is a port
+	}
+	return strings.TrimRight(strings.ToLower(host), ".")
 }
 
 // client returns the address of the client: the last address in X-Forwarded-For that is not a trusted proxy, since each

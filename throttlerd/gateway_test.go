@@ -168,6 +168,19 @@ func TestNoSpellingOfAPathEscapesItsRule(t *testing.T) {
 	}
 }
 
+func TestNoSpellingOfAHostEscapesItsRule(t *testing.T) {
+	t.Parallel()
+	for want, hosts := range map[string][]string{
+		"example.com": {"example.com", "EXAMPLE.com", "example.com:80", "example.com:", "example.com.", "example.com.:80", "Example.com.:"},
+		"2001:db8::1": {"[2001:db8::1]", "[2001:DB8::1]:80", "[2001:db8::1]:"},
+		"192.0.2.7":   {"192.0.2.7", "192.0.2.7.", "192.0.2.7:80"},
+	} {
+		for _, host := range hosts {
+			require.Equal(t, want, authEntry(t, "host", "X-Forwarded-Host", host), host)
+		}
+	}
+}
+
 func TestForwardAuthBelievesOnlyTheGateway(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", written(t, "domain: x\naddresses: [address]\nrules:\n- {name: a, per: [address], limits: [1/1h]}\n- {name: u, per: [user], limits: [1/1h]}\n"), "-domain", "x", "-trust", "198.51.100.0/24", "-entry", "user=X-User")
