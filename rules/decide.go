@@ -18,10 +18,12 @@ import (
 // A denial is a Verdict. That includes a cost above a capacity, such as any cost in a bucket of capacity 0: its
 // RetryAfter is 0, as waiting does not help. Errors are those of the Throttler. ErrInvalidCost is also returned if an
 // entry should be a cost but is no number. ErrInvalidIdentifier is returned for more than 256 descriptors or identifiers.
-// ErrUnavailable and its like come from the storage. If a Charge of several buckets is recorded only in part, the error
-// joins a *throttler.DebtError for each of those buckets.
+// ErrUnavailable and its like come from the storage. If a request of Mode Charge is recorded only in part, the error joins
+// a *throttler.DebtError for each bucket concerned.
 //
-// Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels.
+// Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels. What
+// their buckets cannot record (see Throttler.Charge) is lost. In Mode Consume that is no error, because they deny no cost;
+// Config.Observe of the Throttler is told.
 //
 // Shadow and Quota rules are decided after the others have admitted the request, each in a call of its own. If the
 // storage fails then, Applied has no Levels for them.
@@ -42,8 +44,9 @@ func (e *Engine) Decide(ctx context.Context, r Request) (throttler.Verdict, []Ap
 	if err == nil && v.Allowed && (p.has(decide) || !p.has(look)) {
 		v, err = p.ask(ctx, decide)
 	}
-	// Charged even after a denial or an error: the cost has been incurred already.
-	if _, uncharged := p.ask(ctx, charge); uncharged != nil {
+	// Charged even after a denial or an error: the cost has been incurred already. What the storage has decided and could
+	// not record in full is an error only to a caller that asked for a Charge: a Charge rule denies no cost.
+	if _, uncharged := p.ask(ctx, charge); uncharged != nil && (r.Mode == Charge || !errors.Is(uncharged, throttler.ErrDebtLimit)) {
 		v.Allowed, err = false, errors.Join(err, uncharged)
 	}
 	// A bypassed request means that the storage is failing. Asking it about shadow rules would only cost the caller time.

@@ -1,9 +1,11 @@
 package rules_test
 
 import (
+	"context"
 	"strconv"
 	"testing"
 
+	"github.com/benbjohnson/clock"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -172,6 +174,36 @@ func TestARuleOfModeChargeTakesWhateverThereIs(t *testing.T) {
 		assert.False(t, v.Allowed)
 		assert.Equal(t, []bool{true, true}, denied)
 	}
+}
+
+func TestWhatARuleOfModeChargeCannotRecordDeniesNothing(t *testing.T) {
+	t.Parallel()
+	var observed []error
+	l, err := throttler.New(throttler.Config{Clock: clock.NewMock(), Observe: func(_ context.Context, e *throttler.Event) { observed = append(observed, e.Err) }})
+	require.NoError(t, err)
+	e, err := rules.NewEngine(l, rules.NewMemory(rules.File{Name: "rules.yaml", Data: []byte(`
+rules:
+- {name: spend, per: user, mode: charge, cost: bytes, limits: [10/1h]}
+- {name: none, per: user, mode: charge, cost: bytes, limits: [0/1h]}
+- {name: calls, per: user, limits: [3/1h]}
+`)}), nil)
+	require.NoError(t, err)
+	t.Cleanup(e.Close)
+	for i := range 5 {
+		v, applied, err := e.Decide(t.Context(), rules.Request{Entries: entries("user", "42", "bytes", "100")})
+		require.NoError(t, err, i)
+		require.Equal(t, i < 3, v.Allowed, "the other rule decides")
+		require.Equal(t, i >= 3, v.RetryAfter > 0)
+		require.Equal(t, []bool{false, false, i >= 3}, []bool{applied[0].Denied, applied[1].Denied, applied[2].Denied})
+		require.Equal(t, max(0, 2-int64(i)), applied[2].Levels[0].Remaining)
+		require.ErrorAs(t, observed[len(observed)-1], new(*throttler.DebtError), "who observes still learns it")
+	}
+	_, _, err = e.Decide(t.Context(), rules.Request{Mode: rules.Charge, Entries: entries("user", "42", "bytes", "1")})
+	require.ErrorAs(t, err, new(*throttler.DebtError), "whoever asked for a charge is told that it is not recorded")
+	v, applied, err := e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Entries: entries("user", "42", "bytes", "0")})
+	require.NoError(t, err)
+	require.False(t, v.Allowed)
+	require.Equal(t, int64(30), applied[0].Levels[0].Debt, "of what it may owe it has recorded all")
 }
 
 func TestWhatOnlyLooksTellsTheLevels(t *testing.T) {

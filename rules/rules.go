@@ -70,7 +70,8 @@ type Rule struct {
 	Quota bool
 
 	// A Charge rule takes the cost whatever is left, and may leave a debt: it is for costs that are known only
-	// afterwards. It never denies a cost above 0. It denies a cost of 0 while not even one token is left.
+	// afterwards. It never denies a cost above 0, of which it records what Throttler.Charge can. It denies a cost of 0
+	// while not even one token is left.
 	Charge bool
 
 	// Metadata is for the program that reads the rule. The engine does not look at it.

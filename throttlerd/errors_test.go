@@ -33,6 +33,7 @@ rules:
 - {name: spent, when: {path: /spent}, limits: [1/1h]}
 - {name: sized, when: {path: /sized}, cost: size, limits: [5/1h]}
 - {name: never, when: {path: /never}, limits: [0/1h]}
+- {name: spend, when: {path: /spend}, mode: charge, cost: size, limits: [5/1h]}
 `
 
 // situation is a row of the table in docs/throttlerd.md.
@@ -54,6 +55,7 @@ var situations = []situation{
 	{name: "denied", path: "/spent", grpc: "OVER_LIMIT", json: 429, decide: 429, nginx: 429, caddy: 429},
 	{name: "the cost exceeds the capacity", path: "/sized", size: "6", grpc: "OVER_LIMIT", json: 429, decide: 413, nginx: 429, caddy: 413},
 	{name: "the capacity is 0", path: "/never", grpc: "OVER_LIMIT", json: 429, decide: 403, nginx: 429, caddy: 403},
+	{name: "a rule of mode: charge cannot record it all", path: "/spend", size: "100", grpc: "OK", json: 200, decide: 200, nginx: 200, caddy: 200},
 	{name: "the cost is no number", path: "/sized", size: "many", grpc: "OVER_LIMIT", json: 400, decide: 400, nginx: 500, caddy: 400},
 	{name: "the cost is below zero", path: "/sized", size: "-1", grpc: "OVER_LIMIT", json: 400, decide: 400, nginx: 500, caddy: 400},
 	{name: "the domain has no rules", domain: "nope", path: "/free", grpc: "OVER_LIMIT", json: 404, decide: 404, nginx: 500, caddy: 404},
