@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"go.yaml.in/yaml/v4"
@@ -240,13 +241,17 @@ func (f *nativeFile) replaces(r *Rule, n *yaml.Node) {
 	f.names = append(f.names, named{r, name, n})
 }
 
-// cost reads a factor, or the key of an entry whose value is the cost.
+// cost reads a factor, or the key of an entry whose value is the cost. Any other number is a fault, as is a truth value:
+// as a key it would be an entry that no request has, so that the rule would ask the cost of the request.
 func (f *nativeFile) cost(n *yaml.Node) cost {
-	if n = f.resolved(n); n.ShortTag() == "!!int" {
-		return cost{factor: f.integer(n, "cost", 0, maxCost)}
+	n = f.resolved(n)
+	switch factor, err := strconv.ParseInt(strings.ReplaceAll(n.Value, "_", ""), 0, 64); {
+	case n.ShortTag() == "!!int" && err == nil && factor >= 0:
+		return cost{factor: factor}
+	case n.ShortTag() != "!!str" || n.Value == "":
+		f.fault(n, "", "cost is %s, must be a whole number from 0 to %d, or the key of an entry", described(n), int64(maxCost))
 	}
-	key, _ := f.text(n, "cost")
-	return cost{factor: 1, key: key}
+	return cost{factor: 1, key: n.Value}
 }
 
 // mode reports whether the rule is a Charge rule.
