@@ -20,6 +20,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
@@ -220,7 +222,10 @@ const windowSize = 1 << 20 // bytes
 
 // serverOptions are those of the gRPC server.
 func serverOptions() []grpc.ServerOption {
-	return []grpc.ServerOption{grpc.NumStreamWorkers(streamWorkers), grpc.InitialWindowSize(windowSize), grpc.InitialConnWindowSize(windowSize)}
+	return []grpc.ServerOption{
+		grpc.NumStreamWorkers(streamWorkers), grpc.InitialWindowSize(windowSize), grpc.InitialConnWindowSize(windowSize),
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2(proto.Name)}),
+	}
 }
 
 func (d *daemon) listenGRPC(ctx context.Context, secure *tls.Config) error {

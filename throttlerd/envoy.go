@@ -18,6 +18,8 @@ import (
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -54,6 +56,20 @@ func (s envoy) ShouldRateLimit(ctx context.Context, r *ratelimitv3.RateLimitRequ
 	return s.response(r, d), nil
 }
 
+// codec is the codec of gRPC, but makes an empty request of one that cannot be read. gRPC would answer that with an error
+// before the service sees it. Clients can bring it about: Envoy makes entries of header fields as they come, and one of
+// them that is no UTF-8 makes the whole message invalid.
+type codec struct{ encoding.CodecV2 }
+
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	err := c.CodecV2.Unmarshal(data, v)
+	if r, ok := v.(*ratelimitv3.RateLimitRequest); ok && err != nil {
+		r.Reset() // it may have been read in part
+		err = nil
+	}
+	return err
+}
+
 func (s *service) decideEnvoy(ctx context.Context, r *ratelimitv3.RateLimitRequest) *decision {
 	asked, err := requestOf(r)
 	if err != nil {
@@ -66,7 +82,7 @@ func (s *service) decideEnvoy(ctx context.Context, r *ratelimitv3.RateLimitReque
 func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
 	asked := rules.Request{Domain: r.GetDomain(), Descriptors: make([]rules.Descriptor, len(r.GetDescriptors()))}
 	if len(asked.Descriptors) == 0 {
-		return asked, malformed("it has no descriptors")
+		return asked, malformed("it has no descriptors, or cannot be read")
 	}
 	if asked.Domain == "" {
 		return asked, malformed("it has no domain")
@@ -125,13 +141,14 @@ func override(o *commonv3.RateLimitDescriptor_RateLimitOverride) (throttler.Buck
 	return throttler.NewBucket(time.Duration(times*int64(unit)), int64(o.GetRequestsPerUnit())).FixedWindow(), nil
 }
 
-// response translates the decision for Envoy, with one status for each descriptor.
+// response translates the decision for Envoy, with one status for each descriptor. A request with too many descriptors
+// gets no more statuses than another may have: otherwise the answer would be twice as large as the message.
 func (s *service) response(r *ratelimitv3.RateLimitRequest, d *decision) *ratelimitv3.RateLimitResponse {
 	out := &ratelimitv3.RateLimitResponse{OverallCode: codeOK, DynamicMetadata: d.metadata()}
 	if !d.v.Allowed {
 		out.OverallCode = codeOver
 	}
-	for i := range r.GetDescriptors() {
+	for i := range min(len(r.GetDescriptors()), maxDescriptors) {
 		out.Statuses = append(out.Statuses, d.status(i))
 	}
 	fields := s.fields(d)

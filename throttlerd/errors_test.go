@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,9 +21,11 @@ import (
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/rules"
@@ -168,7 +171,7 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	} {
 		out := should(t, c, r)
 		require.Equal(t, codeOver, out.GetOverallCode(), name)
-		require.Len(t, out.GetStatuses(), len(r.GetDescriptors()), name)
+		require.Len(t, out.GetStatuses(), min(len(r.GetDescriptors()), maxDescriptors), name)
 		require.NotEmpty(t, out.GetDynamicMetadata().AsMap()["error"], name)
 	}
 	require.Contains(t, should(t, c, many).GetDynamicMetadata().AsMap()["error"], "301 descriptors")
@@ -180,6 +183,60 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	for _, body := range []string{"", "{", "[]", "{}", `{"entries":1}`, `{"entries":{"a":1}}`, `{"entries":{},"nope":1}`, `{"entries":{}} {}`, `{"entries":{},"mode":"steal"}`, `{"entries":{},"limit":"five"}`, `{"domain":"api","entries":{"path":"/api/x","user":"1"},"cost":-1}`} {
 		require.Equal(t, http.StatusBadRequest, d.post(t, "/v1/decide", body).status, body)
 	}
+}
+
+// rawCodec sends and receives messages as they are.
+type rawCodec struct{}
+
+func (rawCodec) Name() string { return "proto" }
+
+func (rawCodec) Marshal(v any) ([]byte, error) {
+	data, _ := v.(*[]byte)
+	return *data, nil
+}
+
+func (rawCodec) Unmarshal(data []byte, v any) error {
+	to, _ := v.(*[]byte)
+	*to = bytes.Clone(data)
+	return nil
+}
+
+// sendRaw sends a message for ShouldRateLimit, also one that no client of gRPC would send.
+func sendRaw(t *testing.T, d *running, message []byte) (out *ratelimitv3.RateLimitResponse, size int) {
+	t.Helper()
+	var data []byte
+	require.NoError(t, d.dial(t).Invoke(t.Context(), ratelimitv3.RateLimitService_ShouldRateLimit_FullMethodName, &message, &data, grpc.ForceCodec(rawCodec{})))
+	out = &ratelimitv3.RateLimitResponse{}
+	require.NoError(t, proto.Unmarshal(data, out))
+	return out, len(data)
+}
+
+func TestAMessageThatCannotBeReadIsOverTheLimit(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	good, err := proto.Marshal(ask("envoy", "remote_address", "x"))
+	require.NoError(t, err)
+	out, _ := sendRaw(t, d, good)
+	require.Equal(t, codeOK, out.GetOverallCode())
+	for name, message := range map[string][]byte{
+		"a value that is no UTF-8":  bytes.ReplaceAll(good, []byte("x"), []byte{0xff}),
+		"a domain that is no UTF-8": bytes.ReplaceAll(good, []byte("envoy"), []byte("envo\xff")),
+		"a message that is cut":     good[:len(good)-1],
+		"no message":                []byte("hello"),
+	} {
+		out, _ := sendRaw(t, d, message)
+		require.Equal(t, codeOver, out.GetOverallCode(), name)
+		require.Contains(t, out.GetDynamicMetadata().AsMap()["error"], "cannot be read", name)
+	}
+}
+
+func TestAnAnswerHasNoMoreStatusesThanARequestMayHaveDescriptors(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	out, size := sendRaw(t, d, append([]byte("\x0a\x01e"), bytes.Repeat([]byte{0x12, 0}, 100_000)...)) // empty ones
+	require.Equal(t, codeOver, out.GetOverallCode())
+	require.Len(t, out.GetStatuses(), maxDescriptors)
+	require.Less(t, size, 10_000)
 }
 
 func TestATooLargeMessageIsAGRPCError(t *testing.T) {
