@@ -66,7 +66,8 @@ type plan struct {
 	applied []Applied
 	partOf  []int // for each applied rule the index of its part; -1 if the rule asks for nothing
 	parts   []part
-	asked   int // number of parts that are asked together
+	asked   int  // number of parts that are asked together
+	shared  bool // several parts have one identifier
 }
 
 // part is what is asked of one identifier.
@@ -162,24 +163,39 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 	return nil
 }
 
-// part adds a cost to what is asked of an identifier and returns the index of the part. If a request brings two limits
-// for one identifier, they become one part with the smaller limit. Silent parts are kept apart from the others, because
-// they are asked separately, and so are parts that are given back.
+// part adds a cost to what is asked of an identifier and returns the index of the part. If a request brings two limits of
+// the same name, period and kind for one identifier, they become one part with the smaller limit; others are kept apart.
+// So are silent parts and those of Charge rules, because they are asked separately, and parts that are given back.
 func (p *plan) part(new part) int {
 	for i := range p.parts {
-		if have := &p.parts[i]; have.id == new.id && have.back == new.back && (have.back || have.silent() == new.silent()) {
-			have.cost = add(have.cost, new.cost)
-			if new.rule != have.rule && new.rule.Limits[0].Capacity() < have.rule.Limits[0].Capacity() {
-				have.rule = new.rule
-			}
-			return i
+		have := &p.parts[i]
+		if have.id != new.id || have.back != new.back || !have.back && have.silent() != new.silent() {
+			continue
 		}
+		if !have.rule.isLike(new.rule) {
+			p.shared = true
+			continue
+		}
+		have.cost = add(have.cost, new.cost)
+		if new.rule.Limits[0].Capacity() < have.rule.Limits[0].Capacity() {
+			have.rule = new.rule
+		}
+		return i
 	}
 	p.parts = append(p.parts, new)
 	if new.back || !new.silent() {
 		p.asked++
 	}
 	return len(p.parts) - 1
+}
+
+// isLike reports whether two rules take from the same bucket, or are one rule.
+func (r *Rule) isLike(other *Rule) bool {
+	return r == other || r.Charge == other.Charge && len(r.Limits) == 1 && len(other.Limits) == 1 && isSame(r.Limits[0], other.Limits[0])
+}
+
+func isSame(a, b throttler.Bucket) bool {
+	return a.Name() == b.Name() && a.Period() == b.Period() && a.Kind() == b.Kind()
 }
 
 // add returns the sum of two costs, at most maxCost.
@@ -196,19 +212,7 @@ func (p *plan) has(s step) bool {
 
 // ask asks for the parts of a step in one call and gives the rules the levels of their buckets.
 func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error) {
-	var asked []throttler.Part
-	for i := range p.parts {
-		if part := &p.parts[i]; p.stepOf(part) == s {
-			cost := part.cost
-			switch s {
-			case look:
-				cost = 1
-			case back:
-				cost = 0
-			}
-			asked = append(asked, throttler.For(part.id, part.rule.using, throttler.Cost(cost)))
-		}
-	}
+	asked := p.asks(s)
 	if len(asked) == 0 {
 		if v.Allowed = true; s == decide {
 			err = ctx.Err() // the error that a storage would have returned
@@ -232,8 +236,68 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 	return v, err
 }
 
+// asks returns what a step asks of each identifier.
+func (p *plan) asks(s step) (all []throttler.Part) {
+	for i := range p.parts {
+		one := &p.parts[i]
+		switch {
+		case p.stepOf(one) != s:
+		case !p.shared:
+			all = append(all, throttler.For(one.id, one.rule.using, throttler.Cost(p.costOf(one, ""))))
+		case !slices.ContainsFunc(p.parts[:i], func(before part) bool { return p.isOneCall(one, &before) }):
+			all = append(all, p.together(i))
+		}
+	}
+	return all
+}
+
+// isOneCall reports whether two parts have one identifier and are asked in one step.
+func (p *plan) isOneCall(a, b *part) bool { return a.id == b.id && p.stepOf(a) == p.stepOf(b) }
+
+// together returns what the part i and those after it ask of their identifier, because a call may have an identifier only
+// once. Of limits that are the same the smallest counts.
+func (p *plan) together(i int) throttler.Part {
+	first := &p.parts[i]
+	var limits []throttler.Bucket
+	for j := i; j < len(p.parts); j++ {
+		if !p.isOneCall(first, &p.parts[j]) {
+			continue
+		}
+		for _, b := range p.parts[j].rule.Limits {
+			if k := slices.IndexFunc(limits, func(have throttler.Bucket) bool { return isSame(have, b) }); k < 0 {
+				limits = append(limits, b)
+			} else if b.Capacity() < limits[k].Capacity() {
+				limits[k] = b
+			}
+		}
+	}
+	options := []throttler.Option{throttler.Using(limits...)}
+	for _, b := range limits {
+		options = append(options, throttler.CostOf(b.Name(), p.costOf(first, b.Name())))
+	}
+	return throttler.For(first.id, options...)
+}
+
+// costOf returns what the step of a part asks of a bucket of its identifier.
+func (p *plan) costOf(part *part, bucket string) (sum int64) {
+	switch s := p.stepOf(part); {
+	case s == look:
+		return 1
+	case s == back:
+		return 0
+	case s == shadow || !p.shared:
+		return part.cost
+	}
+	for i := range p.parts {
+		if other := &p.parts[i]; p.isOneCall(part, other) && slices.ContainsFunc(other.rule.Limits, func(b throttler.Bucket) bool { return b.Name() == bucket }) {
+			sum = add(sum, other.cost)
+		}
+	}
+	return sum
+}
+
 // spread distributes the levels of a verdict to the rules of the step. The levels come in the order of the parts, and
-// within a part in the order of its limits.
+// within a part in the order of its limits, unless parts share an identifier.
 func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 	levels := v.Levels()
 	if len(levels) == 0 {
@@ -244,21 +308,34 @@ func (p *plan) spread(v *throttler.Verdict, s step, tooLarge bool) {
 		if p.stepOf(part) != s {
 			continue
 		}
+		if p.shared {
+			p.give(i, levelsOf(part, levels), tooLarge)
+			continue
+		}
 		n := len(part.rule.Limits)
 		p.give(i, levels[:n:n], tooLarge)
 		levels = levels[n:]
 	}
 }
 
+// levelsOf returns those of the levels that are a part's.
+func levelsOf(part *part, levels []throttler.Level) (own []throttler.Level) {
+	for _, b := range part.rule.Limits {
+		for i := range levels {
+			if l := &levels[i]; l.Identifier == part.id && l.Bucket == b.Name() {
+				own = append(own, *l)
+			}
+		}
+	}
+	return own
+}
+
 // give gives the levels of a part to all rules that share it. They denied if a level has a RetryAfter, or if its limit is
 // below the cost: waiting does not help then, so such a level has none.
 func (p *plan) give(index int, levels []throttler.Level, tooLarge bool) {
-	denied, cost := false, p.parts[index].cost
-	if p.stepOf(&p.parts[index]) == look {
-		cost = 1
-	}
+	denied, part := false, &p.parts[index]
 	for i := range levels {
-		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < cost
+		denied = denied || levels[i].RetryAfter > 0 || tooLarge && levels[i].Limit < p.costOf(part, levels[i].Bucket)
 	}
 	for i := range p.applied {
 		if p.partOf[i] == index {

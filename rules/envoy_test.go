@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/benbjohnson/clock"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -244,6 +245,72 @@ func TestALimitOfTheRequestReplacesTheRules(t *testing.T) {
 	require.NoError(t, err)
 	assert.True(t, v.Allowed, "a domain without rules has no limits")
 	assert.Empty(t, applied)
+}
+
+func TestLimitsOfOneRequestForOneUserAllCount(t *testing.T) {
+	t.Parallel()
+	now := clock.NewMock()
+	l, err := throttler.New(throttler.Config{Clock: now})
+	require.NoError(t, err)
+	const text = "domain: d\ndescriptors:\n- {key: free}\n- {key: rule, rate_limits: [100/1s fixed, 10/1d fixed]}\n- {key: spend, rate_limit: 100/1h, mode: charge}\n"
+	e, err := rules.NewEngine(l, rules.NewMemory(rules.File{Name: "rules.yaml", Data: []byte(text)}), nil)
+	require.NoError(t, err)
+	t.Cleanup(e.Close)
+	limited := func(key string, cost int64, limit string) rules.Descriptor {
+		d := rules.Descriptor{Entries: entries(key, "x"), Cost: &cost}
+		if limit != "" {
+			b, err := throttler.ParseBucket(limit)
+			require.NoError(t, err)
+			d.Limit = &b
+		}
+		return d
+	}
+	// ask returns what each level of each descriptor has left, -1 where the descriptor has denied, and nil for an error.
+	ask := func(mode rules.Mode, d ...rules.Descriptor) (bool, [][]int64, error) {
+		v, applied, err := e.Decide(t.Context(), rules.Request{Domain: "d", Mode: mode, Descriptors: d})
+		left := make([][]int64, len(d))
+		for _, a := range applied {
+			for _, l := range a.Levels {
+				left[a.Descriptor] = append(left[a.Descriptor], l.Remaining)
+			}
+			if a.Denied {
+				left[a.Descriptor] = []int64{-1}
+			}
+		}
+		return v.Allowed, left, err
+	}
+	for i, test := range []struct {
+		mode    rules.Mode
+		d       []rules.Descriptor
+		allowed bool
+		left    [][]int64
+	}{
+		{rules.Consume, []rules.Descriptor{limited("free", 1, "10/1h fixed"), limited("free", 2, "5/1s fixed")}, true, [][]int64{{9}, {3}}},
+		{rules.Peek, []rules.Descriptor{limited("free", 4, "5/1s fixed"), limited("free", 1, "10/1h fixed")}, false, [][]int64{{-1}, {9}}},
+		{rules.Consume, []rules.Descriptor{limited("free", 10, "10/1h fixed"), limited("free", 1, "5/1s fixed")}, false, [][]int64{{-1}, {3}}},
+		{rules.Consume, []rules.Descriptor{limited("free", 1, "50/1h fixed"), limited("free", 1, "5/1s fixed"), limited("free", 1, "10/1h fixed")}, true, [][]int64{{7}, {2}, {7}}},
+		{rules.Consume, []rules.Descriptor{limited("rule", 1, ""), limited("rule", 2, "50/1s fixed")}, true, [][]int64{{47, 9}, {47}}},
+		{rules.Consume, []rules.Descriptor{limited("rule", 6, ""), limited("rule", 5, "10/1s fixed")}, false, [][]int64{{-1}, {-1}}},
+		{rules.Consume, []rules.Descriptor{limited("rule", 1, "20/1m"), limited("rule", 9, ""), limited("rule", 0, "50/1s fixed")}, true, [][]int64{{19}, {38, 0}, {38}}},
+		{rules.Consume, []rules.Descriptor{limited("spend", 300, ""), limited("spend", 1, "5/1s")}, true, [][]int64{nil, {4}}},
+		{rules.Charge, []rules.Descriptor{limited("spend", 50, ""), limited("spend", 1, "5/1s"), limited("spend", 1, "500/1h")}, true, [][]int64{nil, nil, nil}},
+		{rules.Peek, []rules.Descriptor{limited("spend", 0, "5/1s"), limited("spend", 0, "400/1h")}, true, [][]int64{{3}, {49}}},
+	} {
+		allowed, left, err := ask(test.mode, test.d...)
+		require.NoError(t, err, i)
+		assert.Equal(t, test.allowed, allowed, i)
+		assert.Equal(t, test.left, left, i)
+	}
+	back := limited("free", 2, "10/1h fixed")
+	back.GiveBack = true
+	backToo := limited("free", 1, "5/1s fixed")
+	backToo.GiveBack = true
+	_, left, err := ask(rules.Consume, back, backToo, limited("free", 0, "100/1d"))
+	require.NoError(t, err)
+	assert.Equal(t, [][]int64{{9}, {3}, {100}}, left)
+
+	_, _, err = ask(rules.Consume, limited("free", 1, "10/1h named x"), limited("free", 1, "5/1s named x"))
+	require.ErrorAs(t, err, new(*throttler.BucketError), "one name cannot be two limits")
 }
 
 // Rule and Descriptor have the words that rule-based limiters are often described with: a path, and a limit per unit.

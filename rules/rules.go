@@ -128,7 +128,8 @@ type Descriptor struct {
 	GiveBack bool
 
 	// Limit, if not nil, replaces the rules: it limits the entries, with one bucket for each combination of values.
-	// Envoy's limit overrides use it. The domain must have rules, otherwise nothing limits the request.
+	// Envoy's limit overrides use it. If descriptors have the same entries, all of their limits count; of those with the
+	// same name, period and kind the smallest. The domain must have rules, otherwise nothing limits the request.
 	Limit *throttler.Bucket
 }
 
