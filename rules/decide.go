@@ -124,11 +124,20 @@ func (p *plan) make(set *Set, r *Request) error {
 		matched = p.engine.match(matched, set, r.Domain, &descriptors[i])
 		counts[i] = len(matched) - n
 	}
+	asking := matched
+	if slices.ContainsFunc(descriptors, func(d Descriptor) bool { return d.GiveBack }) {
+		asking = matchedByAsking(descriptors, matched, counts)
+	}
 	at := 0
 	for i := range descriptors {
+		// A rule is also replaced by a rule that another descriptor matched. But a descriptor that only gives back takes no
+		// limit from those that ask: whoever may give back could otherwise ask for more than the limit.
+		by := asking
+		if descriptors[i].GiveBack {
+			by = matched
+		}
 		for _, rule := range matched[at : at+counts[i]] {
-			// A rule is also replaced by a rule that another descriptor matched.
-			if isReplaced(rule, matched) {
+			if isReplaced(rule, by) {
 				continue
 			}
 			if err := p.add(rule, i, &descriptors[i]); err != nil {
@@ -138,6 +147,18 @@ func (p *plan) make(set *Set, r *Request) error {
 		at += counts[i]
 	}
 	return nil
+}
+
+// matchedByAsking returns the rules that descriptors matched which do not give back. counts says how many each matched.
+func matchedByAsking(descriptors []Descriptor, matched []*Rule, counts []int) (asking []*Rule) {
+	at := 0
+	for i, n := range counts {
+		if !descriptors[i].GiveBack {
+			asking = append(asking, matched[at:at+n]...)
+		}
+		at += n
+	}
+	return asking
 }
 
 // add records what a rule asks for a descriptor.

@@ -264,3 +264,31 @@ func TestWhatIsGivenBackIsWhatWasSpentAndOnlyIfAllElseIsAdmitted(t *testing.T) {
 	require.True(t, v.Allowed)
 	require.Equal(t, []int64{10, 10, 3, 10}, left("user", "42"))
 }
+
+func TestWhatGivesBackReplacesNoRuleOfWhatAsks(t *testing.T) {
+	t.Parallel()
+	e := engine(t, "rules:\n- {name: api, when: {path: /api}, per: user, limits: [3/1h]}\n- {name: gold, when: {plan: gold}, per: user, limits: [100/1h], replaces: api}\n")
+	api := rules.Descriptor{Entries: entries("path", "/api", "user", "42")}
+	gold := rules.Descriptor{Entries: entries("plan", "gold", "user", "9"), Cost: new(int64(0))}
+	goldBack, apiBack := gold, api
+	goldBack.GiveBack, apiBack.GiveBack = true, true
+	for _, test := range []struct {
+		why  string
+		d    []rules.Descriptor
+		want []string
+	}{
+		{"it asks", []rules.Descriptor{api, gold}, []string{"gold"}},
+		{"it gives back", []rules.Descriptor{api, goldBack}, []string{"api", "gold"}},
+		{"it gives back, first", []rules.Descriptor{goldBack, api}, []string{"gold", "api"}},
+		{"both give back what both would have asked", []rules.Descriptor{apiBack, goldBack}, []string{"gold"}},
+		{"what asks replaces a rule that would get something back", []rules.Descriptor{apiBack, gold}, []string{"gold"}},
+	} {
+		_, applied, err := e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Descriptors: test.d})
+		require.NoError(t, err)
+		var got []string
+		for _, a := range applied {
+			got = append(got, a.Rule.ID)
+		}
+		assert.Equal(t, test.want, got, test.why)
+	}
+}

@@ -124,7 +124,8 @@ type Descriptor struct {
 	Cost *int64
 
 	// GiveBack gives the cost back instead of taking it, if everything else in the request is admitted: see
-	// Throttler.GiveBack. No bucket becomes more than full. Nothing denies it; a Peek only looks.
+	// Throttler.GiveBack. No bucket becomes more than full. Nothing denies it; a Peek only looks. Its rules replace none of
+	// the descriptors that take.
 	GiveBack bool
 
 	// Limit, if not nil, replaces the rules: it limits the entries, with one bucket for each combination of values.
