@@ -1,8 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
 	"testing"
@@ -94,6 +97,22 @@ func TestAReceiptGivesBackOnce(t *testing.T) {
 		require.Equal(t, 400, d.post(t, "/v1/decide", wrong).status, wrong)
 	}
 	require.Equal(t, 404, d.post(t, "/v1/decide", `{"mode":"refund","receipt":"nobody gave it"}`).status)
+}
+
+func TestADecisionIsMadeToTheEndThoughItsClientLeaves(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "domain: x\nrules:\n- {name: calls, per: [user], limits: [10/1h]}\n- {name: spend, per: [user], limits: [10/1h], mode: charge}\n"))
+	for i, test := range []struct{ path, body, left string }{
+		{"/v1/decide", `{"domain":"x","mode":"charge","entries":{"user":"%d"}}`, "one of each"},
+		{"/v1/decide", `{"domain":"x","entries":{"user":"%d"}}`, "what a rule of mode: charge asks for too"},
+		{"/json", `{"domain":"x","descriptors":[{"entries":[{"key":"user","value":"%d"}]}]}`, "as over gRPC"},
+	} {
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		r := httptest.NewRequestWithContext(gone, "POST", test.path, strings.NewReader(fmt.Sprintf(test.body, i)))
+		map[string]http.HandlerFunc{"/v1/decide": d.service.decideHTTP, "/json": d.service.json}[test.path](httptest.NewRecorder(), r)
+		require.Equal(t, []int64{9, 9}, d.left(t, fmt.Sprintf(`{"user":"%d"}`, i)), test.left)
+	}
 }
 
 // left returns what each limit has left, in the order of the rules, less its debt.

@@ -92,13 +92,17 @@ const maxDescriptors = 256
 
 // decide decides a request. A request that cannot be decided is not admitted, unless -on-storage-error or
 // -on-unknown-domain allows it. A panic becomes errInternal, so that every protocol still gets an answer in its own form.
+//
+// The decision does not see the cancellation of ctx: a client that leaves must not escape a charge for what has happened,
+// and the storage bounds each call by its own timeout. A call that cannot be cancelled halfway needs no second goroutine,
+// which took a quarter of the time of a call on Redis.
 func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	d = &decision{}
 	defer func() {
 		if p := recover(); p != nil {
 			*d = decision{err: fmt.Errorf("%w: %v", errInternal, p)}
 		}
-		if d.err != nil && statusOf(d.err, 0) >= http.StatusInternalServerError && ctx.Err() == nil {
+		if d.err != nil && statusOf(d.err, 0) >= http.StatusInternalServerError {
 			s.fault(d.err)
 		}
 	}()
@@ -106,7 +110,7 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 		d.err = malformed("it has %d descriptors, must have at most %d", len(r.Descriptors), maxDescriptors)
 		return d
 	}
-	d.v, d.applied, d.err = s.engine.Decide(ctx, r)
+	d.v, d.applied, d.err = s.engine.Decide(context.WithoutCancel(ctx), r)
 	switch {
 	case d.err == nil && d.v.Allowed && len(d.applied) == 0 && s.unknown(r.Domain):
 		d.v, d.err = throttler.Verdict{}, fmt.Errorf("%w: %.64q", errUnknownDomain, r.Domain)
