@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/go-throttler/throttler"
@@ -99,31 +100,44 @@ type descriptor struct {
 type entries []rules.Entry
 
 func (e *entries) UnmarshalJSON(data []byte) error {
-	*e = entries{}
-	var pairs [][2]string
-	if json.Unmarshal(data, &pairs) == nil {
-		for _, p := range pairs {
-			*e = append(*e, rules.Entry{Key: p[0], Value: p[1]})
-		}
-		return nil
+	*e = nil
+	if string(data) == "null" {
+		return nil // as if it were not there
 	}
-	return e.object(data)
+	var pairs [][]*string // not [2]string, which package json also makes of less, of more and of null
+	if json.Unmarshal(data, &pairs) != nil {
+		return e.object(data)
+	}
+	*e = entries{}
+	for _, p := range pairs {
+		if len(p) != 2 || p[0] == nil || p[1] == nil {
+			return errEntries
+		}
+		*e = append(*e, rules.Entry{Key: *p[0], Value: *p[1]})
+	}
+	return nil
 }
 
+var errEntries = errors.New("entries must be an object of texts, or a list of pairs of texts")
+
 // object reads a JSON object. It keeps the order of the keys, which a Go map would lose and which counts in rules of
-// envoyproxy/ratelimit. The first pass checks that all values are texts.
+// envoyproxy/ratelimit. The first pass checks that all values are texts or null, the second one that none is null.
 func (e *entries) object(data []byte) error {
 	var all map[string]string
 	if err := json.Unmarshal(data, &all); err != nil {
-		return errors.New("entries must be an object of texts, or a list of pairs of texts")
+		return errEntries
 	}
+	*e = entries{}
 	d := json.NewDecoder(bytes.NewReader(data))
 	_, _ = d.Token()
 	for d.More() {
 		key, _ := d.Token()
 		value, _ := d.Token()
 		k, _ := key.(string)
-		v, _ := value.(string)
+		v, isText := value.(string)
+		if !isText {
+			return errEntries
+		}
 		*e = append(*e, rules.Entry{Key: k, Value: v})
 	}
 	return nil
@@ -140,11 +154,16 @@ func (a *asking) request() (rules.Request, error) {
 		return rules.Request{}, malformed("receipt must be true, and the mode consume; or the mode is refund or settle")
 	}
 	all := a.Descriptors
-	if a.Entries != nil || a.Cost != nil || a.Limit != "" {
+	switch {
+	case a.Entries != nil:
 		all = append([]descriptor{a.descriptor}, all...)
-	}
-	if len(all) == 0 {
+	case len(all) == 0:
 		return rules.Request{}, malformed("it has no entries")
+	case a.Cost != nil || a.Limit != "":
+		return rules.Request{}, malformed("cost and limit are beside descriptors, and belong to no entries: each descriptor has its own")
+	}
+	if i := slices.IndexFunc(a.Descriptors, func(d descriptor) bool { return d.Entries == nil }); i >= 0 {
+		return rules.Request{}, malformed("descriptors[%d] has no entries", i)
 	}
 	r := rules.Request{Domain: a.Domain, Mode: mode}
 	for _, d := range all {

@@ -50,6 +50,42 @@ func TestDecideConsumesPeeksAndCharges(t *testing.T) {
 	require.Equal(t, 429, d.post(t, "/v1/decide", `{"entries":{"user":"9"},"limit":"1/1h"}`).status)
 }
 
+func TestWhatADecideDoesNotSayClearlyIsRefused(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "rules:\n- {name: all, limits: [9/1h]}\n- {name: user, per: [user], limits: [9/1h]}\n"))
+	for body, says := range map[string]string{
+		`{"entries":[["user"]]}`:                "pairs of texts",
+		`{"entries":[["user","42","x"]]}`:       "pairs of texts",
+		`{"entries":[["user",null]]}`:           "pairs of texts",
+		`{"entries":[["user",42]]}`:             "pairs of texts",
+		`{"entries":[null]}`:                    "pairs of texts",
+		`{"entries":[[]]}`:                      "pairs of texts",
+		`{"entries":{"user":null}}`:             "pairs of texts",
+		`{"entries":{"user":null,"user":"42"}}`: "pairs of texts",
+		`{"entries":"user"}`:                    "pairs of texts",
+		`{"entries":null}`:                      "it has no entries",
+		`{}`:                                    "it has no entries",
+		`{"cost":2}`:                            "it has no entries",
+		`{"descriptors":[null]}`:                "descriptors[0] has no entries",
+		`{"descriptors":[{"entries":{"user":"1"}},{"cost":1}]}`:             "descriptors[1] has no entries",
+		`{"descriptors":[{"entries":{"user":"1"}}],"cost":100}`:             "cost and limit are beside descriptors",
+		`{"descriptors":[{"entries":{"user":"1"}}],"limit":"5/1h"}`:         "cost and limit are beside descriptors",
+		`{"descriptors":[{"entries":{"user":"1"}}],"mode":"peek","cost":0}`: "cost and limit are beside descriptors",
+	} {
+		a := d.post(t, "/v1/decide", body)
+		require.Equal(t, 400, a.status, body)
+		detail, _ := a.json(t)["detail"].(string)
+		require.Contains(t, detail, says, body)
+	}
+	for _, body := range []string{
+		`{"entries":{}}`, `{"entries":[]}`, `{"entries":[["user","1"],["user",""]]}`, `{"entries":{"user":""},"cost":null,"limit":""}`,
+		`{"descriptors":[{"entries":{}}]}`, `{"entries":{},"cost":0,"descriptors":[{"entries":{"user":"1"},"cost":2}]}`,
+	} {
+		a := d.post(t, "/v1/decide", body)
+		require.Equal(t, 200, a.status, "%s: %s", body, a.body)
+	}
+}
+
 func TestReadyzAndHealthz(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", "../examples/rules")
