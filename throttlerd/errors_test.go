@@ -239,6 +239,16 @@ func TestAnAnswerHasNoMoreStatusesThanARequestMayHaveDescriptors(t *testing.T) {
 	require.Less(t, size, 10_000)
 }
 
+func TestADomainWithoutRulesIsNamed(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, tableRules))
+	for body, name := range map[string]string{`{"entries":{}}`: "default", `{"entries":{},"domain":"nope"}`: "nope"} {
+		a := d.post(t, "/v1/decide", body)
+		require.Equal(t, http.StatusNotFound, a.status, body)
+		require.Equal(t, `the domain has no rules: "`+name+`"`, a.json(t)["detail"])
+	}
+}
+
 func TestATooLargeMessageIsAGRPCError(t *testing.T) {
 	t.Parallel()
 	c := start(t, nil, "-rules", "../examples/rules").envoy(t)

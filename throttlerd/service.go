@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -113,7 +114,7 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 	d.v, d.applied, d.err = s.engine.Decide(context.WithoutCancel(ctx), r)
 	switch {
 	case d.err == nil && d.v.Allowed && len(d.applied) == 0 && s.unknown(r.Domain):
-		d.v, d.err = throttler.Verdict{}, fmt.Errorf("%w: %.64q", errUnknownDomain, r.Domain)
+		d.v, d.err = throttler.Verdict{}, fmt.Errorf("%w: %.64q", errUnknownDomain, cmp.Or(r.Domain, rules.DefaultDomain))
 	case d.err == nil && !d.v.Allowed && d.v.RetryAfter == 0:
 		d.err = fmt.Errorf("%w: denied by %q", throttler.ErrCostExceedsCapacity, d.deniedBy())
 	case d.err != nil:
@@ -127,10 +128,7 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 
 // unknown reports whether the domain has no rules although -on-unknown-domain demands some.
 func (s *service) unknown(domain string) bool {
-	if domain == "" {
-		domain = rules.DefaultDomain
-	}
-	return s.config.onUnknownDomain == "deny" && !slices.Contains(s.engine.Rules().Domains(), domain)
+	return s.config.onUnknownDomain == "deny" && !slices.Contains(s.engine.Rules().Domains(), cmp.Or(domain, rules.DefaultDomain))
 }
 
 // deniedBy returns the IDs of the rules that denied.
