@@ -78,6 +78,9 @@ func (s *service) decideEnvoy(ctx context.Context, r *ratelimitv3.RateLimitReque
 
 // requestOf translates the request for package rules.
 func requestOf(r *ratelimitv3.RateLimitRequest) (rules.Request, error) {
+	if err := bounded(len(r.GetDescriptors())); err != nil {
+		return rules.Request{}, err
+	}
 	asked := rules.Request{Domain: r.GetDomain(), Descriptors: make([]rules.Descriptor, len(r.GetDescriptors()))}
 	if len(asked.Descriptors) == 0 {
 		return asked, malformed("it has no descriptors, or cannot be read")

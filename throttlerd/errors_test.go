@@ -185,6 +185,14 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	}
 }
 
+func TestTooManyDescriptorsAreRefusedBeforeTheyAreCopied(t *testing.T) { //nolint:paralleltest // it counts allocations
+	many := &ratelimitv3.RateLimitRequest{Domain: "envoy", Descriptors: make([]*commonv3.RateLimitDescriptor, 100_000)}
+	require.Less(t, testing.AllocsPerRun(1, func() {
+		_, err := requestOf(many)
+		require.ErrorContains(t, err, "100000 descriptors")
+	}), 100.0)
+}
+
 // rawCodec sends and receives messages as they are.
 type rawCodec struct{}
 

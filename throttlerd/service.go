@@ -91,6 +91,14 @@ func decided(r *http.Request) *decision {
 // the end anyway, after costing time.
 const maxDescriptors = 256
 
+// bounded returns an error for more descriptors than that.
+func bounded(descriptors int) error {
+	if descriptors > maxDescriptors {
+		return malformed("it has %d descriptors, must have at most %d", descriptors, maxDescriptors)
+	}
+	return nil
+}
+
 // decide decides a request. A request that cannot be decided is not admitted, unless -on-storage-error or
 // -on-unknown-domain allows it. A panic becomes errInternal, so that every protocol still gets an answer in its own form.
 //
@@ -107,8 +115,7 @@ func (s *service) decide(ctx context.Context, r rules.Request) (d *decision) {
 			s.fault(d.err)
 		}
 	}()
-	if len(r.Descriptors) > maxDescriptors {
-		d.err = malformed("it has %d descriptors, must have at most %d", len(r.Descriptors), maxDescriptors)
+	if d.err = bounded(len(r.Descriptors)); d.err != nil {
 		return d
 	}
 	d.v, d.applied, d.err = s.engine.Decide(context.WithoutCancel(ctx), r)
