@@ -66,6 +66,9 @@ func (s *service) authEntries(r *http.Request) ([]rules.Entry, error) {
 	// To net/url a "#" is a character of a request's path. To the servers behind it begins a fragment, which is no part of
 	// the path.
 	uri, _, _ = strings.Cut(uri, "#")
+	if p, _, _ := strings.Cut(uri, "?"); strings.Contains(p, `\`) {
+		return nil, malformed(`X-Forwarded-Uri has a \ in its path, must have %%5C: some servers take it for a slash, and others do not`)
+	}
 	u, err := url.ParseRequestURI(uri)
 	if err != nil {
 		return nil, malformed("X-Forwarded-Uri is no URI")

@@ -168,6 +168,15 @@ func TestNoSpellingOfAPathEscapesItsRule(t *testing.T) {
 	}
 }
 
+func TestABackslashInAPathIsRefused(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", written(t, "domain: x\nrules:\n- {name: a, limits: [9/1h]}\n"), "-domain", "x")
+	for uri, status := range map[string]int{`/x\..\login`: 400, `/\login`: 400, `/login?a\b`: 200, `/x%5clogin`: 200} {
+		got := d.get(t, "/auth", "X-Forwarded-Uri", uri, "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.1")
+		require.Equal(t, status, got.status, uri)
+	}
+}
+
 func TestNoSpellingOfAHostEscapesItsRule(t *testing.T) {
 	t.Parallel()
 	for want, hosts := range map[string][]string{
