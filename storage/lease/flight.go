@@ -220,14 +220,14 @@ func (s *Storage) bringBack(f *flight) {
 	}
 }
 
-// question sends one request, and reduces extra to what the answer granted. It returns the time just before it was sent.
-func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent int64, err error) {
+// question sends one request, and reduces extra to what the answer granted. It returns the moment just before it was sent.
+func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent moment, err error) {
 	q := &storage.Request{Name: f.pool.name, Costs: make([]int64, len(f.costs)),
 		Parts: []storage.Part{{Identifier: f.pool.identifier, Rules: f.rules, AtMost: atMost}}}
 	for i := range q.Costs {
 		q.Costs[i] = f.costs[i] + f.extra[i]
 	}
-	sent = law.Monotonic()
+	sent = s.moment(q)
 	err = s.ask(ctx, q, &f.answer)
 	if atMost && err == nil && f.answer.Allowed {
 		for i := range f.extra {
@@ -241,7 +241,7 @@ func (s *Storage) question(ctx context.Context, f *flight, atMost bool) (sent in
 // land makes the granted tokens the lease of the pool, and wakes the calls that wait for the flight. The tokens are given back
 // at once if the pool has other rules by now or the storage is closed. They are dropped if the identifier was reset during
 // the flight: then the shared storage may count them as free already, and giving them back would free them twice.
-func (s *Storage) land(f *flight, sent int64, err error) {
+func (s *Storage) land(f *flight, sent moment, err error) {
 	p, sh, a := f.pool, f.pool.shard, &f.answer
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
@@ -255,15 +255,15 @@ func (s *Storage) land(f *flight, sent int64, err error) {
 	}
 	same := p.rules == f.rules
 	if same {
-		p.heard(a.Counts, sent)
+		p.heard(a.Counts, sent.at)
 	}
 	if !a.Allowed {
-		if same {
+		if same && s.freesOf(s.hash(p.name, p.identifier)).Load() == sent.freed {
 			p.deny(f.costs, a, s)
 		}
 		return
 	}
-	l := grantOf(f.rules, f.extra, a, sent, s.life)
+	l := grantOf(f.rules, f.extra, a, sent.at, s.life)
 	l.countIn(a.Counts)
 	switch {
 	case p.resets != f.resets: // it may have been forgotten

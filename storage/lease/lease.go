@@ -99,6 +99,7 @@ type Storage struct {
 	shards [256]shard
 	cold   [1 << 14]atomic.Uint64 // call counts of identifiers without a pool; see warms
 	pools  atomic.Int64
+	frees  [1 << 12]atomic.Uint32 // counts of what may have freed tokens; see freed
 
 	calls, returned atomic.Int64 // State.Calls and State.Returned
 
@@ -248,7 +249,7 @@ func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.A
 		return storage.ErrClosed
 	}
 	s.calls.Add(1)
-	sent := law.Monotonic()
+	sent := s.moment(r)
 	err := s.shared.Decide(ctx, r, a)
 	if err == nil && !a.Allowed {
 		s.learn(r, a, sent)
@@ -273,12 +274,13 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	if first || r.Mode == storage.Peek {
 		wait(ctx, away)
 	}
-	sent := law.Monotonic()
+	sent := s.moment(r)
 	err := s.ask(ctx, r, a)
 	if err == nil && !a.Allowed && r.Mode != storage.Force {
-		if away = append(away, s.returning(r, true)...); len(away) > 0 {
+		// A return may have begun and finished since the request was sent: then freed has counted it.
+		if away = append(away, s.returning(r, true)...); len(away) > 0 || s.freed(r) != sent.freed {
 			wait(ctx, away)
-			sent = law.Monotonic()
+			sent = s.moment(r)
 			err = s.ask(ctx, r, a)
 		}
 	}
@@ -312,9 +314,32 @@ func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer
 	return s.shared.Decide(ctx, r, a)
 }
 
-// learn updates the pools with the shared storage's answer to a request sent at the time sent. It also adds the tokens
-// that this process holds to the counts of the answer, since they can still be used.
-func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
+// moment is when a request was sent.
+type moment struct {
+	at    int64 // by law.Monotonic
+	freed uint32
+}
+
+func (s *Storage) moment(r *storage.Request) moment { return moment{law.Monotonic(), s.freed(r)} }
+
+// freed returns a number that changes whenever a Charge or a Reset of one of the request's identifiers ends. A denial may
+// have been decided before tokens became free, so it is remembered only if the number is still that of the moment when
+// the request was sent. The time would not do: the two may happen in the same microsecond.
+//
+// The counts are not in the pools, because an identifier may get its pool only with the denial. Identifiers that share a
+// count cost each other a round trip now and then.
+func (s *Storage) freed(r *storage.Request) (n uint32) {
+	for i := range r.Parts {
+		n += s.freesOf(s.hash(r.Name, r.Parts[i].Identifier)).Load()
+	}
+	return n
+}
+
+func (s *Storage) freesOf(h uint64) *atomic.Uint32 { return &s.frees[h%uint64(len(s.frees))] }
+
+// learn updates the pools with the shared storage's answer to a request. It also adds the tokens that this process holds
+// to the counts of the answer, since they can still be used.
+func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent moment) {
 	n := 0
 	for i := range r.Parts {
 		part := &r.Parts[i]
@@ -322,15 +347,15 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent int64) {
 		n += len(part.Rules.Rules)
 		h := s.hash(r.Name, part.Identifier)
 		sh := s.shard(h)
-		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r)
 		sh.mu.Lock()
+		denied := !a.Allowed && len(r.Parts) == 1 && r.Mode == storage.Take && plain(r) && s.freed(r) == sent.freed
 		p := sh.pool(h, r.Name, part.Identifier)
 		if p == nil && denied { // a pool for the denial alone: it may save the next calls a round trip
 			p = s.add(sh, h, r, law.Monotonic())
 		}
 		if p != nil && p.rules == part.Rules {
 			if r.Mode != storage.Peek {
-				p.heard(a.Counts[from:n], sent)
+				p.heard(a.Counts[from:n], sent.at)
 			}
 			if denied {
 				p.deny(r.Costs, a, s)
@@ -380,6 +405,7 @@ func (s *Storage) charge(ctx context.Context, c *storage.Charge) error {
 	if began != nil {
 		began.charging--
 	}
+	s.freesOf(h).Add(1)
 	if p := sh.pool(h, c.Name, c.Identifier); p != nil {
 		p.until = 0
 		p.wasCharged(c, at, err)
@@ -407,6 +433,7 @@ func (s *Storage) forget(name, identifier string) {
 	sh := s.shard(h)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
+	s.freesOf(h).Add(1)
 	if p := sh.pool(h, name, identifier); p != nil {
 		p.until = 0
 		p.resets++

@@ -12,6 +12,7 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 	t.Parallel()
 	for _, m := range []struct{ rule, file, code, mutant string }{
 		{"1, a denial ends", "pool.go", "if now >= p.until {", "if p.until == 0 {"},
+		{"1, a denial from before tokens were free is not remembered", "lease.go", "plain(r) && s.freed(r) == sent.freed", "plain(r)"},
 		{"2, a lease ends with its Lifetime", "flight.go", "end: sent + life,", "end: sent + 20*life,"},
 		{"2, a lease ends before its tokens are back", "flight.go", "		l.end = min(l.end, end)\n", "		_ = end\n"},
 		{"2, that is counted from before the question", "flight.go", "end := sent + c.HeldFor - margin", "end := law.Monotonic() + c.HeldFor - margin"},

@@ -2,6 +2,7 @@ package lease_test
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"testing"
@@ -106,6 +107,63 @@ func TestRule1ADenialIsBelievedForMaxDenialAtMost(t *testing.T) {
 		require.Zero(t, w.asks(p, 1))
 		<-time.After(lease.DefaultMaxDenial)
 		assert.Equal(t, 1, w.asks(p, 1))
+	})
+}
+
+// frees are what makes tokens free in the shared storage: what ends a remembered denial, and what keeps one from being
+// remembered. The process has spent at least 5 tokens.
+var frees = map[string]func(*process, *storage.RuleSet) error{
+	"a Refund": func(p *process, rules *storage.RuleSet) error {
+		return p.Charge(context.Background(), &storage.Charge{Name: "sim", Identifier: "id", Rules: rules, Amounts: []storage.Amount{{N: -5, In: time.Hour.Microseconds()}}})
+	},
+	"a Reset": func(p *process, _ *storage.RuleSet) error { return p.Reset(context.Background(), "sim", "id") },
+}
+
+// The denial is decided before the tokens are free, and arrives afterwards. The first identifier has no pool until then, and
+// the second has a flight.
+func TestRule1ADenialFromBeforeTokensWereFreeIsNotRemembered(t *testing.T) {
+	for what, free := range frees {
+		for _, hot := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, hot %v", what, hot), func(t *testing.T) {
+				fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
+					p, other := w.steady(), w.steady()
+					if hot {
+						w.leases(p)
+						w.asks(p, int(p.State().Tokens))
+					} else {
+						require.True(t, w.take(p, "id", 5).Allowed)
+					}
+					require.True(t, w.take(other, "id", w.remaining()).Allowed)
+					p.link.takes(20 * time.Millisecond)
+					w.load.Go(func() { assert.Zero(t, w.asks(p, 1)) })
+					<-time.After(11 * time.Millisecond)
+					p.link.takes(time.Millisecond)
+					require.NoError(t, free(p, storecheck.NewPart("id", w.rules, 0).Rules))
+					w.load.Wait()
+					assert.Equal(t, 5, w.asks(p, 5))
+				})
+			})
+		}
+	}
+}
+
+// The call is denied because of the lease, which is given back while the answer is on its way.
+func TestRule5ACallIsNotDeniedBecauseOfALeaseOnItsWayBack(t *testing.T) {
+	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
+		p := w.steady()
+		began := time.Now()
+		at := func(d time.Duration) { <-time.After(time.Until(began.Add(d))) }
+		at(50 * time.Millisecond)
+		used := w.leases(p) // until 250 ms and a little, which is noticed at 300 ms
+		at(190 * time.Millisecond)
+		require.Equal(t, lease.Source, w.source(p))
+		at(270 * time.Millisecond)
+		require.Positive(t, p.State().Tokens)
+		p.link.takes(50 * time.Millisecond)
+		w.load.Go(func() { assert.True(t, w.take(p, "id", 1000-used-1).Allowed) })
+		at(299 * time.Millisecond)
+		p.link.takes(time.Millisecond)
+		w.load.Wait()
 	})
 }
 
