@@ -9,6 +9,7 @@ package failover
 // A refund must not meet a raise of the same identifier in Redis. The debt that the raise carries was read before the
 // refund, so the raise would take the refunded tokens again. The journal therefore has a lock for each identifier,
 // which refunds share and a raise has alone: see the locks at journal, beginRefund and beginRaise.
+// A refund may also begin and end between the reading of a debt and the raise: see reading.
 //
 // A reset is a refund of everything, and follows the same rule.
 
@@ -129,7 +130,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 
 // resetPrimary queues the reset of the ledger and resets Redis. A reset is a refund of everything, so it waits for a
 // raise as a refund does. From then on the queued reset keeps Redis from being raised until the ledger is reset too
-// (hasRefunds). The reset of the ledger is queued even if Redis fails.
+// (beginRaise). The reset of the ledger is queued even if Redis fails.
 func (s *Storage) resetPrimary(ctx context.Context, id key) error {
 	return s.onPrimary(ctx, time.Now(), func(ctx context.Context) error {
 		err := s.journal.beginRefund(ctx, id)

@@ -99,31 +99,39 @@ func (s *Storage) readThrough(ctx context.Context, r *storage.Request, end time.
 	}
 	var mu sync.Mutex
 	err = each(parts, func(p *storage.Part) error {
-		d, asked, err := s.read(ctx, r, p)
-		if err == nil && slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
-			if err = s.raise(ctx, d, asked); ctx.Err() == nil && errors.Is(err, storage.ErrUnavailable) {
-				return err
-			}
-		}
-		if err != nil {
+		done, err := s.readOne(ctx, r, p)
+		if !done {
 			mu.Lock()
 			late = append(late, p)
 			mu.Unlock()
 		}
-		return nil
+		return err
 	})
 	return late, err
 }
 
-// read returns the ledger's debt of an identifier, and the time at which it was asked for, from which the debt ages.
-// What this process has pending of the identifier is written first, because Redis may have lost that too.
-func (s *Storage) read(ctx context.Context, r *storage.Request, p *storage.Part) (d replica.Debt, asked int64, err error) {
-	if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {
-		return d, 0, err
+// readOne is readThrough for one identifier. It reports whether Redis has all of the debt. What this process has pending
+// of the identifier is written first, because Redis may have lost that too. The debt ages from the time before it was
+// asked for.
+func (s *Storage) readOne(ctx context.Context, r *storage.Request, p *storage.Part) (done bool, err error) {
+	id := key{r.Name, p.Identifier}
+	reading := s.journal.beginRead(id)
+	defer s.journal.endRead(id, reading)
+	if s.settle(ctx, id) != nil {
+		return false, nil
 	}
-	asked = law.Monotonic()
-	d, err = s.ledger.Debt(ctx, replica.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
-	return d, asked, err
+	asked := law.Monotonic()
+	d, err := s.ledger.Debt(ctx, replica.Debt{Name: r.Name, Clocked: r.Clocked, Now: r.Now, Identifier: p.Identifier, Rules: p.Rules})
+	if err != nil {
+		return false, nil
+	}
+	if !slices.ContainsFunc(d.Amounts, func(a []storage.Amount) bool { return len(a) > 0 }) {
+		return true, nil
+	}
+	if err = s.raise(ctx, d, asked, reading); ctx.Err() == nil && errors.Is(err, storage.ErrUnavailable) {
+		return false, err
+	}
+	return err == nil, nil
 }
 
 // ledgerFails reports whether the last flush failed. That is at most as long ago as the pause between two tries

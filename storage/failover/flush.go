@@ -351,7 +351,7 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []replica.Deb
 		}
 	}
 	_ = each(higher, func(d replica.Debt) error {
-		_ = s.raise(ctx, d, asked)
+		_ = s.raise(ctx, d, asked, nil)
 		return s.breaker.cause() // once Redis is lost the other raises are not tried
 	})
 	return len(higher)
@@ -360,9 +360,9 @@ func (s *Storage) relay(ctx context.Context, batch []*entry, debts []replica.Deb
 // raise raises Redis to a debt that the ledger was asked for at the time asked. If refunds hold the lock of the
 // identifier (Rule 8), or Redis fails, the error is returned and Redis is raised with the next flush. Another error of
 // Redis, such as a state that it cannot read, is not returned: trying again would not help.
-func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64) error {
+func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64, read *reading) error {
 	id, err := key{d.Name, d.Identifier}, errRefunds
-	if may, own := s.journal.beginRaise(id); may {
+	if may, own := s.journal.beginRaise(id, read); may {
 		age(&d, asked)
 		err = s.primary.Raise(ctx, d)
 		if own { // otherwise an entry in flight has the lock and keeps it until it is finished

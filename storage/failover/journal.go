@@ -56,6 +56,7 @@ type journal struct {
 	resets    map[key]bool          // resets that Redis has missed
 	refunds   map[key]*int          // how many refunds hold the lock of an identifier; absent if none does
 	raises    map[key]chan struct{} // the identifiers whose lock a raise holds; the channel is closed when it ends
+	readings  map[key]*reading      // of debts that calls read from the ledger (Rule 7), but for the stale ones
 	forgotten int64                 // admissions that will never be recorded
 }
 
@@ -72,6 +73,7 @@ type entry struct {
 	clocked  bool             // the caller's clock is injected
 	now      int64            // the latest time by that clock
 	reset    bool             // the ledger is reset before it is charged
+	lowers   bool             // it lowers what the ledger has as spent: by a refund or by a reset
 	rules    *storage.RuleSet // those of the last call
 	buckets  []bucket         // one for each bucket that any call of the entry named
 	inline   [2]bucket        // the first memory of buckets: most identifiers need no more
@@ -91,7 +93,7 @@ type waiter struct {
 
 func newJournal(most int) journal {
 	return journal{most: most, work: make(chan struct{}, 1), queued: make(map[key]*entry), inFlight: make(map[key]*entry),
-		resets: make(map[key]bool), refunds: make(map[key]*int), raises: make(map[key]chan struct{})}
+		resets: make(map[key]bool), refunds: make(map[key]*int), raises: make(map[key]chan struct{}), readings: make(map[key]*reading)}
 }
 
 // find returns the queued entry of an identifier, and queues a new one if there is none. If the journal is full it
@@ -172,6 +174,9 @@ func (j *journal) charged(c *storage.Charge) {
 	}
 	e.clock(c.Clocked, c.Now)
 	e.rules = c.Rules
+	if gives(c) {
+		j.lower(e)
+	}
 	for i := range c.Amounts {
 		a, at := c.Amounts[i].Clamp(), int64(0)
 		if a.N == 0 {
@@ -242,6 +247,46 @@ func (j *journal) resetLedgerLater(id key) {
 	defer j.mu.Unlock()
 	e := j.find(id, true)
 	e.reset, e.buckets = true, e.inline[:0]
+	j.lower(e)
+}
+
+// lower notes that Redis has a refund or a reset that the ledger lacks until the entry is recorded. The debts that are
+// being read just now may contain what it frees. The caller holds mu.
+func (j *journal) lower(e *entry) {
+	e.lowers = true
+	if r := j.readings[e.key]; r != nil {
+		r.stale = true
+		delete(j.readings, e.key)
+	}
+}
+
+// reading is what the calls share that read the debt of an identifier at the same time.
+type reading struct {
+	calls int
+	stale bool // the debt may contain what a refund or a reset has freed in Redis
+}
+
+// beginRead begins the reading of a debt that Redis is to be raised to. It comes before settle, which has the refunds
+// recorded that are pending already, and endRead comes after the raise.
+func (j *journal) beginRead(id key) *reading {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	r := j.readings[id]
+	if r == nil {
+		r = &reading{}
+		j.readings[id.copied()] = r
+	}
+	r.calls++
+	return r
+}
+
+// endRead ends what beginRead has begun.
+func (j *journal) endRead(id key, r *reading) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if r.calls--; r.calls == 0 && j.readings[id] == r {
+		delete(j.readings, id)
+	}
 }
 
 // resetPrimaryLater remembers that Redis has missed a reset (Rule 8). resetMissed makes up for it.
@@ -296,17 +341,20 @@ func (j *journal) endRefund(id key) {
 }
 
 // beginRaise reports whether the caller may raise Redis now (Rule 8). It may not in three cases: refunds are in
-// progress, another raise is, or Redis has refunds or a reset that the ledger has not recorded yet. The ledger's debt
-// would contain the refunded tokens then.
+// progress, another raise is, or Redis has refunds or a reset that the ledger had not recorded when the debt was read.
+// The debt would contain the refunded tokens then.
+//
+// A call passes the reading of its debt, which knows of all refunds since. The flusher passes nil: its debt is the answer
+// to the entry in flight, so it lacks only what is queued.
 //
 // If own is true the caller must call endRaise afterwards. If it is false an entry in flight holds the lock on behalf
 // of this raise and of any other, until it is recorded: raising twice is raising once, so several may use it.
-func (j *journal) beginRaise(id key) (may, own bool) {
+func (j *journal) beginRaise(id key, r *reading) (may, own bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	inFlight := j.inFlight[id]
 	held := inFlight != nil && inFlight.blocks
-	if j.refunds[id] != nil || j.raises[id] != nil && !held || j.queued[id] != nil && j.queued[id].hasRefunds() {
+	if j.refunds[id] != nil || j.raises[id] != nil && !held || j.queued[id] != nil && j.queued[id].lowers || r != nil && r.stale {
 		return false, false
 	}
 	if !held {
@@ -326,16 +374,6 @@ func (j *journal) endRaise(id key) {
 func (j *journal) releaseRefunds(id key) {
 	close(j.raises[id])
 	delete(j.raises, id)
-}
-
-// hasRefunds reports whether an entry lowers what the ledger has as spent: by a refund or by a reset.
-func (e *entry) hasRefunds() bool {
-	for i := range e.buckets {
-		if len(e.buckets[i].refunded) > 0 {
-			return true
-		}
-	}
-	return e.reset
 }
 
 // missed returns the identifiers whose reset Redis has missed.

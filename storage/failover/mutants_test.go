@@ -16,6 +16,7 @@ func TestWithoutOneOfTheRulesATestFails(t *testing.T) {
 		{"4, what is pending is charged before Postgres decides", "decide.go", "if err := s.settle(ctx, key{r.Name, p.Identifier}); err != nil {", "if err := error(nil); err != nil && p.Rules == nil {"},
 		{"7, what Redis may have missed is read first", "decide.go", "late, err = s.readThrough(ctx, r, read)", "err = nil"},
 		{"8, the ledger is charged what Redis was charged", "charge.go", "s.journal.charged(c)", ""},
+		{"8, no debt from before a reset is raised after it", "journal.go", "		r.stale = true\n", ""},
 		{"10, Close writes what is pending", "failover.go", "written <- s.flushRest(ctx)", "written <- nil"},
 	} {
 		t.Run(m.rule, func(t *testing.T) { storecheck.AssertKilled(t, m.file, m.code, m.mutant, "^TestRule") })

@@ -2,6 +2,7 @@ package failover_test
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"sync"
 	"testing"
@@ -361,6 +362,41 @@ func TestRule8AResetClearsBothStores(t *testing.T) {
 		w.back()
 		assert.Equal(t, 100, w.takes(p, 110))
 	})
+}
+
+// A call reads the ledger's debt for Rule 7, and what that debt counts as spent becomes free before the call raises Redis
+// to it. The slow ledger makes the call read at any time before, during and after that.
+func TestRule8ADebtFromBeforeTokensWereFreeIsNotRaisedAfterwards(t *testing.T) {
+	for what, free := range map[string]func(*world, *process, *storecheck.Verdict) error{
+		"a Reset":  func(_ *world, p *process, _ *storecheck.Verdict) error { return p.storage.Reset(bg, "", "a") },
+		"a Refund": func(w *world, p *process, v *storecheck.Verdict) error { return w.giveBack(p, "a", v) },
+	} {
+		for after := 5 * time.Millisecond; after < 120*time.Millisecond; after += 5 * time.Millisecond {
+			t.Run(fmt.Sprintf("%s after %v", what, after), func(t *testing.T) {
+				each(t, func(t *testing.T, w *world) {
+					p := w.process(&failover.Options{FlushInterval: 5 * time.Millisecond, LedgerTimeout: time.Second})
+					v, err := storecheck.Decide(bg, p.storage, w.request(100))
+					require.NoError(t, err)
+					require.True(t, v.Allowed)
+					settle()
+					w.redis.setDown(true)
+					w.takes(p, 3)
+					w.redis.restore(empty()) // Redis comes back without what it had
+					w.back()
+					settle()
+					p.pg.slow(30 * time.Millisecond)
+					var first sync.WaitGroup
+					first.Go(func() { w.do(p, "a", 1) })
+					<-time.After(after)
+					require.NoError(t, free(w, p, &v))
+					first.Wait()
+					<-time.After(2 * time.Second)
+					assert.LessOrEqual(t, w.owed(w.pg), int64(1), "the ledger")
+					assert.GreaterOrEqual(t, w.takes(p, 100), 99)
+				})
+			})
+		}
+	}
 }
 
 func TestRule9TheErrorHasBothCauses(t *testing.T) {
