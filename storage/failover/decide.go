@@ -236,14 +236,14 @@ func (s *Storage) decideLocally(ctx context.Context, r *storage.Request, a *stor
 	return err
 }
 
-// share returns rules with this process's share of the capacities, at least 1. A Continuous bucket gets its share of
-// the refill by a longer period, because the refill must remain a whole number. Buckets of the other kinds keep their
-// period.
+// share returns rules with this process's share of the capacities, at least 1 unless there is nothing to share. A
+// Continuous bucket gets its share of the refill by a longer period, because the refill must remain a whole number.
+// Buckets of the other kinds keep their period.
 func (s *Storage) share(of *storage.RuleSet) (*storage.RuleSet, error) {
 	rules := make([]law.Rule, len(of.Rules))
 	for i := range of.Rules {
 		r, faults := &of.Rules[i], []law.Fault(nil)
-		capacity, period := max(1, int64(float64(r.Capacity)*s.options.Local.Share)), r.Period
+		capacity, period := max(min(1, r.Capacity), int64(float64(r.Capacity)*s.options.Local.Share)), r.Period
 		if r.Kind == law.Continuous {
 			period = rounded(int64(float64(r.Period) / s.options.Local.Share))
 		}

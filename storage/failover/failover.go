@@ -105,7 +105,7 @@ type Options struct {
 type LocalOptions struct {
 	// Share is this process's part of each bucket's capacity and refill, above 0 and at most 1. Set to 1/n for n
 	// processes it keeps the limit. The buckets begin full. Each hands out at least one token, however small its
-	// share, so n processes may admit n tokens of a bucket that holds fewer.
+	// share, so n processes may admit n tokens of a bucket that holds fewer. A bucket of capacity 0 hands out none.
 	Share float64
 }
 

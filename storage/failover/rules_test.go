@@ -435,6 +435,22 @@ func TestRule9AProcessHandsOutItsShare(t *testing.T) {
 	})
 }
 
+func TestRule9TheShareOfNothingIsNothing(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		none, faults := law.NewRule("none", w.rules[0].Kind, time.Hour, 0, 0)
+		require.Empty(t, faults)
+		p := w.process(&failover.Options{Local: &failover.LocalOptions{Share: 0.25}})
+		w.redis.setDown(true)
+		p.pg.set(refuses)
+		part := storecheck.NewPart("a", []law.Rule{none}, 5)
+		part.AtMost = true
+		v, err := storecheck.Decide(bg, p.storage, storecheck.Request{Parts: []storecheck.Part{part}})
+		require.NoError(t, err)
+		assert.Equal(t, "runtime", v.Source())
+		assert.False(t, v.Allowed)
+	})
+}
+
 func TestRule9WhenOnlyRedisIsLeftItDecides(t *testing.T) {
 	each(t, func(t *testing.T, w *world) {
 		p := w.process(nil)
