@@ -101,7 +101,8 @@ type Options struct {
 	Observe func(Event)
 }
 
-// LocalOptions say how a process decides by itself while neither store can.
+// LocalOptions say how a process decides by itself while neither store can. Do not refund a verdict whose Source is
+// "runtime": what it took is in neither store, so once a store is back the refund would free tokens of other calls.
 type LocalOptions struct {
 	// Share is this process's part of each bucket's capacity and refill, above 0 and at most 1. Set to 1/n for n
 	// processes it keeps the limit. The buckets begin full. Each hands out at least one token, however small its
