@@ -17,7 +17,8 @@ import (
 //
 // A denial is a Verdict. That includes a cost above a capacity, such as any cost in a bucket of capacity 0: its
 // RetryAfter is 0, as waiting does not help. Errors are those of the Throttler. ErrInvalidCost is also returned if an
-// entry should be a cost but is no number. ErrInvalidIdentifier is returned for more than 256 descriptors or identifiers.
+// entry should be a cost but is no number. ErrInvalidIdentifier is returned for more than 256 descriptors or identifiers,
+// for a descriptor of more than 64 entries, and for more than 256 KiB of keys and values.
 // ErrUnavailable and its like come from the storage. If a request of Mode Charge is recorded only in part, the error joins
 // a *throttler.DebtError for each bucket concerned.
 //
@@ -109,9 +110,41 @@ func (p *plan) stepOf(part *part) step {
 // because comparing them with each other takes quadratic time.
 const maxParts = 256
 
-func (p *plan) make(set *Set, r *Request) error {
+// Bounds of what the entries of a request may make the engine do. A rule is looked for by each entry of a descriptor, and
+// then looks at all of them, which takes quadratic time. A pattern reads the whole value.
+const (
+	maxEntries     = 64        // of a descriptor
+	maxEntryLength = 256 << 10 // bytes of all keys and values of a request
+)
+
+// bounded returns an error if the request has more of anything than one decision allows.
+func (r *Request) bounded() error {
 	if n := len(r.Descriptors); n > maxParts {
 		return fmt.Errorf("%w: the request has %d descriptors, must have at most %d", throttler.ErrInvalidIdentifier, n, maxParts)
+	}
+	length := 0
+	count := func(entries []Entry) error {
+		if n := len(entries); n > maxEntries {
+			return fmt.Errorf("%w: a descriptor has %d entries, must have at most %d", throttler.ErrInvalidIdentifier, n, maxEntries)
+		}
+		for i := range entries {
+			length += len(entries[i].Key) + len(entries[i].Value)
+		}
+		return nil
+	}
+	err := count(r.Entries)
+	for i := 0; i < len(r.Descriptors) && err == nil; i++ {
+		err = count(r.Descriptors[i].Entries)
+	}
+	if err == nil && length > maxEntryLength {
+		err = fmt.Errorf("%w: the entries have %d bytes, must have at most %d", throttler.ErrInvalidIdentifier, length, maxEntryLength)
+	}
+	return err
+}
+
+func (p *plan) make(set *Set, r *Request) error {
+	if err := r.bounded(); err != nil {
+		return err
 	}
 	descriptors := r.Descriptors
 	if r.Entries != nil || len(descriptors) == 0 {
@@ -421,17 +454,16 @@ func (e *Engine) match(dst []*Rule, set *Set, name string, d *Descriptor) []*Rul
 	return domain.match(dst, d.Entries)
 }
 
-// overrides caches the rules of limits that requests bring, by domain, number of entries and the words of the limit. At
-// maxOverrides it starts anew: that costs only the time to make the rules again.
+// overrides caches the rules of limits that requests bring, by domain and the words of the limit. At maxOverrides it
+// starts anew: that costs only the time to make the rules again. A rule holds nothing of the entries, so all of them take
+// at most about two megabytes.
 type overrides struct {
 	mu    sync.Mutex
 	known map[override]*Rule
 }
 
 type override struct {
-	domain  string
-	entries int
-	words   string
+	domain, words string
 }
 
 const maxOverrides = 1024
@@ -439,7 +471,7 @@ const maxOverrides = 1024
 // rule returns the rule for the limit of a descriptor. Consumption is found by the entries and by the period and kind of
 // the limit, as with rules of files. A client that keeps changing the capacity of its limit therefore uses one bucket.
 func (o *overrides) rule(d *domain, of *Descriptor) *Rule {
-	key := override{d.name, len(of.Entries), of.Limit.String()}
+	key := override{d.name, of.Limit.String()}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if r := o.known[key]; r != nil {
@@ -450,7 +482,7 @@ func (o *overrides) rule(d *domain, of *Descriptor) *Rule {
 	}
 	r := &Rule{
 		Domain: d.name, ID: "override", cost: cost{factor: 1},
-		path: make(path, len(of.Entries)), prefix: envoyPrefix(d.name),
+		path: path{}, prefix: envoyPrefix(d.name), // of such a path the value of each entry counts
 	}
 	if r.Unlimited = of.Limit.Unlimited(); !r.Unlimited {
 		r.Limits = []throttler.Bucket{limitNamed("", *of.Limit)}

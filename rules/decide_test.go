@@ -2,7 +2,9 @@ package rules_test
 
 import (
 	"context"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/benbjohnson/clock"
@@ -139,6 +141,36 @@ func TestTooManyDescriptorsAreRefusedBeforeTheyAreCompared(t *testing.T) {
 	many := rules.Request{Descriptors: make([]rules.Descriptor, 1_000_000)} // comparing these with each other would take hours
 	_, _, err := e.Decide(t.Context(), many)
 	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
+}
+
+func TestARequestOfTooMuchTextIsRefusedBeforeItIsMatched(t *testing.T) {
+	t.Parallel()
+	e := engine(t, "rules: [{name: a, when: {path: /x}, per: user, limits: 9/1h}, {name: b, when: {path: /x, plan: gold}, limits: 9/1h}]")
+	one := func(n int) rules.Descriptor {
+		return rules.Descriptor{Entries: slices.Repeat(entries("path", "/x"), n)}
+	}
+	text := func(bytes int) []rules.Entry { return entries("path", strings.Repeat("x", bytes-len("path"))) }
+	for _, test := range []struct {
+		asked rules.Request
+		says  string // "" if the request is right
+	}{
+		{rules.Request{Entries: one(64).Entries}, ""},
+		{rules.Request{Entries: one(65).Entries}, "a descriptor has 65 entries, must have at most 64"},
+		{rules.Request{Descriptors: []rules.Descriptor{one(1), one(65)}}, "a descriptor has 65 entries, must have at most 64"},
+		{rules.Request{Entries: one(1_000_000).Entries}, "1000000 entries"}, // matching these would take hours
+		{rules.Request{Entries: text(256 << 10)}, ""},
+		{rules.Request{Entries: text(256<<10 + 1)}, "the entries have 262145 bytes, must have at most 262144"},
+		{rules.Request{Entries: text(256 << 10), Descriptors: []rules.Descriptor{{Entries: text(5)}}}, "the entries have 262149 bytes"},
+	} {
+		_, _, err := e.Decide(t.Context(), test.asked)
+		if test.says == "" {
+			require.NoError(t, err)
+			continue
+		}
+		require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
+		require.ErrorContains(t, err, test.says)
+		require.ErrorContains(t, e.Reset(t.Context(), test.asked), test.says)
+	}
 }
 
 func TestARuleOfModeChargeTakesWhateverThereIs(t *testing.T) {

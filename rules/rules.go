@@ -102,7 +102,8 @@ const (
 	Charge              // take tokens even if there are too few: for costs that are known only afterwards; may leave a debt
 )
 
-// Request asks for one decision: all of its descriptors are admitted, or none.
+// Request asks for one decision: all of its descriptors are admitted, or none. It has at most 256 Descriptors of at most
+// 64 entries each, whose keys and values have at most 256 KiB.
 type Request struct {
 	Domain string // whose rules apply; "" is DefaultDomain
 	Mode   Mode

@@ -168,6 +168,7 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	for name, r := range map[string]*ratelimitv3.RateLimitRequest{
 		"nothing": {}, "no descriptors": {Domain: "envoy"}, "no domain": ask("", "remote_address", "1"),
 		"an override without a unit": wrongUnit, "over 256 descriptors": many,
+		"over 64 entries": ask("envoy", make([]string, 2*65)...), "too much text": ask("envoy", "remote_address", strings.Repeat("x", 257<<10)),
 	} {
 		out := should(t, c, r)
 		require.Equal(t, codeOver, out.GetOverallCode(), name)
@@ -180,7 +181,7 @@ func TestARequestThatIsWrongIsOverTheLimit(t *testing.T) {
 	for _, body := range []string{"", "{", "[]", `{"domain":1}`, `{"domain":"envoy"}`, `{"domain":"envoy","descriptors":[]}`, `{"nope":1}`} {
 		require.Equal(t, http.StatusBadRequest, d.post(t, "/json", body).status, body)
 	}
-	for _, body := range []string{"", "{", "[]", "{}", `{"entries":1}`, `{"entries":{"a":1}}`, `{"entries":{},"nope":1}`, `{"entries":{}} {}`, `{"entries":{},"mode":"steal"}`, `{"entries":{},"limit":"five"}`, `{"domain":"api","entries":{"path":"/api/x","user":"1"},"cost":-1}`} {
+	for _, body := range []string{"", "{", "[]", "{}", `{"entries":1}`, `{"entries":{"a":1}}`, `{"entries":{},"nope":1}`, `{"entries":{}} {}`, `{"entries":{},"mode":"steal"}`, `{"entries":{},"limit":"five"}`, `{"domain":"api","entries":{"path":"/api/x","user":"1"},"cost":-1}`, `{"entries":[` + strings.Repeat(`["a","b"],`, 64) + `["a","b"]]}`} {
 		require.Equal(t, http.StatusBadRequest, d.post(t, "/v1/decide", body).status, body)
 	}
 }

@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler/rules"
 )
 
 func TestDecideConsumesPeeksAndCharges(t *testing.T) {
@@ -225,4 +228,35 @@ func TestReceiptsEndAndAreFew(t *testing.T) {
 	r.give(d, now.Add(receiptLasts))
 	require.Len(t, r.given, 1, "those that are too old are too")
 	require.Equal(t, 1, r.order.Len())
+}
+
+// TestReceiptsTakeBoundedMemory gives large receipts, twice as many as there is room for.
+func TestReceiptsTakeBoundedMemory(t *testing.T) { //nolint:paralleltest // it measures memory
+	d := start(t, nil, "-rules", written(t, "rules: [{name: a, per: user, limits: [1000000/1h, 1000000/2h sliding]}]\n"))
+	asked := rules.Request{Descriptors: make([]rules.Descriptor, 256)}
+	for i := range asked.Descriptors {
+		asked.Descriptors[i].Entries = []rules.Entry{{Key: "user", Value: fmt.Sprintf("%0900d", i)}}
+	}
+	heap := func() int64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc) //nolint:gosec // it fits
+	}
+	d.service.decide(t.Context(), asked)
+	before := heap()
+	for range 2 * maxHeld / (256 * (900 + sizeOfApplied + 2*sizeOfLevel)) {
+		out := d.service.decide(t.Context(), asked)
+		require.NoError(t, out.err)
+		d.service.receipts.give(out, time.Now())
+	}
+	used := heap() - before
+	require.Less(t, used, int64(maxHeld))
+	require.Greater(t, used, int64(maxHeld/8), "storage runtime has the identifiers anyway, and the rest is not far off")
+	require.LessOrEqual(t, d.service.receipts.held, maxHeld)
+	for id := range d.service.receipts.given {
+		_, ok := d.service.receipts.take(id, time.Now())
+		require.True(t, ok)
+	}
+	require.Zero(t, d.service.receipts.held)
 }
