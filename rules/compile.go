@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -157,15 +158,38 @@ func isNamed(b throttler.Bucket) bool { return strings.Contains(b.String(), " na
 
 // resolve checks the names that native rules replace. It runs after all files are read, when all names are known.
 func (c *compiler) resolve() {
+	near := map[*domain]*nearestName{}
 	for _, n := range c.names {
 		d := n.rule.domain
 		if d.names[n.name] == nil && n.name != everything {
-			var names []string
-			for name := range d.names {
-				names = append(names, name)
+			if near[d] == nil {
+				near[d] = &nearestName{names: slices.Sorted(maps.Keys(d.names))}
 			}
-			slices.Sort(names)
-			c.faults = append(c.faults, &Fault{n.rule.File, n.node.Line, n.node.Column, fmt.Sprintf("replaces %q, which is no rule of the domain %q", n.name, d.name), nearest.Word(n.name, names)})
+			c.faults = append(c.faults, &Fault{n.rule.File, n.node.Line, n.node.Column, fmt.Sprintf("replaces %q, which is no rule of the domain %q", n.name, d.name), near[d].to(n.name)})
 		}
 	}
+}
+
+// nearestName finds the name that was probably meant by one that does not exist.
+type nearestName struct {
+	names    []string
+	found    map[string]string
+	compared int // how many names have been compared
+}
+
+// maxCompared is how many names are compared for the faults of a domain or a patch. Beyond it, faults name no nearest
+// word, since to compare each wrong name with all others takes quadratic time.
+const maxCompared = 100_000
+
+func (n *nearestName) to(given string) string {
+	word, known := n.found[given]
+	if !known && n.compared < maxCompared {
+		n.compared += len(n.names)
+		word = nearest.Word(given, n.names)
+		if n.found == nil {
+			n.found = map[string]string{}
+		}
+		n.found[given] = word
+	}
+	return word
 }

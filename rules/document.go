@@ -94,7 +94,7 @@ func isJSON(f File) bool {
 
 // json reads the one value of a JSON file.
 func (r *reader) json(data []byte) []*yaml.Node {
-	d := &jsonDecoder{d: json.NewDecoder(bytes.NewReader(data)), data: data, line: 1}
+	d := &jsonDecoder{d: json.NewDecoder(bytes.NewReader(data)), data: data, line: 1, column: 1}
 	d.d.UseNumber()
 	root, err := d.value()
 	if err == nil {
@@ -124,20 +124,22 @@ type jsonDecoder struct {
 	d    *json.Decoder
 	data []byte
 
-	depth       int
-	line        int
-	start, seen int64 // offset where the line starts, and offset up to which lines have been counted
+	depth        int
+	line, column int   // at the offset seen
+	seen         int64 // offset up to which lines and columns have been counted
 }
 
-// place sets the line and column of an offset, which must not lie in a line before that of the last call.
+// place sets the line and column of an offset, which must not lie before that of the last call.
 func (d *jsonDecoder) place(n *yaml.Node, at int64) {
-	at = min(at, int64(len(d.data)))
-	for ; d.seen < at; d.seen++ {
-		if d.data[d.seen] == '\n' {
-			d.line, d.start = d.line+1, d.seen+1
+	for ; d.seen < min(at, int64(len(d.data))); d.seen++ {
+		switch c := d.data[d.seen]; {
+		case c == '\n':
+			d.line, d.column = d.line+1, 1
+		case utf8.RuneStart(c):
+			d.column++
 		}
 	}
-	n.Line, n.Column = d.line, utf8.RuneCount(d.data[min(d.start, at):at])+1
+	n.Line, n.Column = d.line, d.column
 }
 
 func (d *jsonDecoder) value() (*yaml.Node, error) {
@@ -190,20 +192,49 @@ func (d *jsonDecoder) content(n *yaml.Node) error {
 }
 
 // resolved returns the node that an alias stands for, or the node itself. It counts the nodes it visits, so that reading
-// ends even if aliases repeat aliases or contain themselves. Beyond the bound it returns a null, and the faults that
-// follow from that are not reported.
+// ends even if aliases repeat aliases or contain themselves. Beyond the bound it returns a null.
 func (r *reader) resolved(n *yaml.Node) *yaml.Node {
-	for n.Kind == yaml.AliasNode && n.Alias != nil && r.nodes > 0 {
+	for n.Kind == yaml.AliasNode && n.Alias != nil && r.visit(n, 1) {
 		n = n.Alias
-		r.nodes--
 	}
-	if r.nodes--; r.nodes <= 0 {
-		if r.nodes == 0 {
-			r.fault(n, "", "the file has too many values, since its aliases repeat each other")
-		}
+	if !r.visit(n, 1) {
 		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!null", Line: n.Line, Column: n.Column}
 	}
 	return n
+}
+
+// visit counts nodes, and reports whether more may be visited. The first time that is not so is a fault. The faults that
+// follow from it are not reported.
+func (r *reader) visit(n *yaml.Node, nodes int) bool {
+	if r.nodes < 0 {
+		return false
+	}
+	if r.nodes -= nodes; r.nodes > 0 {
+		return true
+	}
+	r.nodes = 0
+	r.fault(n, "", "the file has too many values, since its aliases repeat each other")
+	r.nodes = -1
+	return false
+}
+
+// perCopy is how many visits a node of metadata counts for. Metadata are copied, which takes far more time and memory
+// than a visit. A file without aliases has no more than a node for every two of its bytes, so it stays within the bound.
+const perCopy = 10
+
+// copied counts the nodes that a copy of n has, which repeats what aliases and << stand for.
+func (r *reader) copied(n *yaml.Node) {
+	defer r.up()
+	if !r.deeper(n) {
+		return
+	}
+	n = r.resolved(n)
+	if !r.visit(n, perCopy) {
+		return
+	}
+	for _, child := range n.Content {
+		r.copied(child)
+	}
 }
 
 // field is a word that a mapping may have, and the function that reads its value.

@@ -24,7 +24,8 @@ type node struct {
 type nodeKey struct {
 	exact    map[string]*node
 	patterns patterns
-	matching []*node // by the index of the pattern
+	matching []*node         // by the index of the pattern
+	known    map[string]bool // the patterns as they are written
 	anyValue *node
 }
 
@@ -180,17 +181,17 @@ func (f *envoyFile) child(parent *node, n *yaml.Node, key, val string) *node {
 	}
 	k := parent.keys[key]
 	if k == nil {
-		k = &nodeKey{exact: map[string]*node{}}
+		k = &nodeKey{exact: map[string]*node{}, known: map[string]bool{}}
 		parent.keys[key] = k
 	}
 	child, p := &node{}, newPattern(val)
-	same := func(q pattern) bool { return slices.Equal(p, q) }
 	switch {
 	case val == "" && k.anyValue == nil:
 		k.anyValue = child
 	case val != "" && p.exact() && k.exact[val] == nil:
 		k.exact[val] = child
-	case !p.exact() && !slices.ContainsFunc(k.patterns.all, same):
+	case !p.exact() && !k.known[val]:
+		k.known[val] = true
 		k.patterns.add(p)
 		k.matching = append(k.matching, child)
 	default:

@@ -22,14 +22,14 @@ type nativeFile struct {
 	*compiler
 
 	domain    *domain
-	addresses []string // keys whose values are addresses
+	addresses map[string]bool // keys whose values are addresses
 }
 
 func (f *nativeFile) read(root *yaml.Node) {
 	name, at, list := DefaultDomain, root, []*yaml.Node(nil)
 	has := f.mapping(root, "a file", []field{
 		{"domain", func(n *yaml.Node) { name, at = f.domainName(n), n }},
-		{"addresses", func(n *yaml.Node) { f.addresses = f.keys(n, "addresses") }},
+		{"addresses", func(n *yaml.Node) { _, f.addresses = f.keys(n, "addresses") }},
 		{"rules", func(n *yaml.Node) { f.list(n, "rules", func(n *yaml.Node) { list = append(list, n) }) }},
 		{"$schema", func(*yaml.Node) {}}, // for editors
 	})
@@ -42,19 +42,20 @@ func (f *nativeFile) read(root *yaml.Node) {
 	}
 }
 
-// keys reads a list of keys of entries.
-func (f *nativeFile) keys(n *yaml.Node, what string) (keys []string) {
+// keys reads a list of keys of entries, and returns it as a set too.
+func (f *nativeFile) keys(n *yaml.Node, what string) (keys []string, set map[string]bool) {
+	set = map[string]bool{}
 	f.listOrOne(n, what, func(n *yaml.Node) {
 		key, ok := f.text(n, "a key of "+what)
 		if ok && key == "" {
 			f.fault(n, "", "a key of %s is empty", what)
 		}
-		if slices.Contains(keys, key) {
+		if set[key] {
 			f.fault(n, "", "%s has %q twice", what, key)
 		}
-		keys = append(keys, key)
+		keys, set[key] = append(keys, key), true
 	})
-	return keys
+	return keys, set
 }
 
 // rule reads a rule. It adds even a faulty rule to the domain, so that rules which replace it do not get a second fault.
@@ -64,7 +65,7 @@ func (f *nativeFile) rule(n *yaml.Node) {
 	has := f.mapping(n, "a rule", []field{
 		{"name", func(n *yaml.Node) { r.Name = f.name(n) }},
 		{"when", func(n *yaml.Node) { f.when(r, n) }},
-		{"per", func(n *yaml.Node) { r.per = f.keys(n, "per") }},
+		{"per", func(n *yaml.Node) { r.per, _ = f.keys(n, "per") }},
 		{"limits", func(n *yaml.Node) { f.limits(r, n) }},
 		{"unlimited", func(n *yaml.Node) { r.Unlimited = f.boolean(n, "unlimited") }},
 		{"replaces", func(n *yaml.Node) { f.listOrOne(n, "replaces", func(n *yaml.Node) { replaces = append(replaces, n) }) }},
@@ -92,8 +93,12 @@ func (f *nativeFile) rule(n *yaml.Node) {
 	for _, n := range replaces {
 		f.replaces(r, n)
 	}
+	conditions := map[string]bool{}
+	for i := range r.conditions {
+		conditions[r.conditions[i].key] = true
+	}
 	for _, key := range r.per {
-		if !slices.ContainsFunc(r.conditions, func(c condition) bool { return c.key == key }) {
+		if !conditions[key] {
 			r.conditions = append(r.conditions, condition{key: key})
 		}
 	}
@@ -155,7 +160,7 @@ func (f *nativeFile) condition(r *Rule, key string, n *yaml.Node) {
 
 // value adds a value to a condition.
 func (f *nativeFile) value(c *condition, n *yaml.Node, value string) {
-	if slices.Contains(f.addresses, c.key) {
+	if f.addresses[c.key] {
 		network, err := parseNetwork(value)
 		if err != nil {
 			f.fault(n, "", "%q is none of the addresses that %q has, must be one such as 192.0.2.1, or a network such as 192.0.2.0/24", value, c.key)
@@ -267,6 +272,10 @@ func (r *reader) mode(n *yaml.Node) bool {
 func (r *reader) metadata(n *yaml.Node) (m map[string]any) {
 	if n = r.resolved(n); n.Kind != yaml.MappingNode {
 		r.fault(n, "", "metadata is %s, must be a mapping", described(n))
+		return nil
+	}
+	faults := len(r.faults)
+	if r.copied(n); len(r.faults) > faults || r.nodes < 0 {
 		return nil
 	}
 	if err := n.Load(&m); err != nil {

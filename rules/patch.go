@@ -9,8 +9,6 @@ import (
 	"slices"
 
 	"go.yaml.in/yaml/v4"
-
-	"github.com/go-throttler/throttler/internal/nearest"
 )
 
 // patchName is the File of a Fault in a patch.
@@ -39,7 +37,12 @@ func Patch(f File, patch []byte) (File, error) {
 	return File{f.Name, data}, err
 }
 
-type patcher struct{ file, patch *reader }
+type patcher struct {
+	file, patch *reader
+
+	rules map[string][]*yaml.Node // of the domain that the patch says, by their names
+	near  nearestName
+}
 
 // apply changes the rules of the documents.
 func (p *patcher) apply(docs []*yaml.Node, changes *yaml.Node) {
@@ -51,6 +54,7 @@ func (p *patcher) apply(docs []*yaml.Node, changes *yaml.Node) {
 	if has != nil && len(list) == 0 {
 		p.patch.fault(changes, "", "the patch has no \"rules\"")
 	}
+	p.index(docs, domain)
 	for _, change := range list {
 		name, ok := "", false
 		pairs, _ := p.patch.pairs(change, "a rule of the patch")
@@ -61,15 +65,15 @@ func (p *patcher) apply(docs []*yaml.Node, changes *yaml.Node) {
 		}
 		if !ok {
 			p.patch.fault(change, "", "the rule has no name: which one is to change?")
-		} else if rule := p.find(docs, domain, name, change); rule != nil {
+		} else if rule := p.find(name, change); rule != nil {
 			merge(rule, change)
 		}
 	}
 }
 
-// find returns the rule of this name, or nil after a fault. A domain of "" is any, if only one has the rule.
-func (p *patcher) find(docs []*yaml.Node, domain, name string, change *yaml.Node) (found *yaml.Node) {
-	var names []string
+// index finds the rules that have names. A domain of "" is any.
+func (p *patcher) index(docs []*yaml.Node, domain string) {
+	p.rules = map[string][]*yaml.Node{}
 	for _, doc := range docs {
 		root := doc.Content[0]
 		if at := member(root, "domain"); domain != "" && (at < 0 && domain != DefaultDomain || at >= 0 && root.Content[at+1].Value != domain) {
@@ -80,28 +84,28 @@ func (p *patcher) find(docs []*yaml.Node, domain, name string, change *yaml.Node
 			continue
 		}
 		for _, rule := range root.Content[at+1].Content {
-			i := member(rule, "name")
-			if i < 0 {
-				continue
+			if i := member(rule, "name"); i >= 0 {
+				name := rule.Content[i+1].Value
+				p.rules[name] = append(p.rules[name], rule)
+				p.near.names = append(p.near.names, name)
 			}
-			if names = append(names, rule.Content[i+1].Value); rule.Content[i+1].Value != name {
-				continue
-			}
-			if found != nil {
-				p.patch.fault(change, "", "the file has several rules %q: say the domain", name)
-				return nil
-			}
-			found = rule
 		}
 	}
-	switch {
-	case found == nil:
-		p.patch.fault(change, nearest.Word(name, names), "the file has no rule %q", name)
-	case shares(found):
-		p.patch.fault(change, "", "the rule %q has anchors, aliases or << in line %d, which others may share: put the whole file", name, found.Line)
-		return nil
+}
+
+// find returns the rule of this name, or nil after a fault.
+func (p *patcher) find(name string, change *yaml.Node) *yaml.Node {
+	switch found := p.rules[name]; {
+	case len(found) == 0:
+		p.patch.fault(change, p.near.to(name), "the file has no rule %q", name)
+	case len(found) > 1:
+		p.patch.fault(change, "", "the file has several rules %q: say the domain", name)
+	case shares(found[0]):
+		p.patch.fault(change, "", "the rule %q has anchors, aliases or << in line %d, which others may share: put the whole file", name, found[0].Line)
+	default:
+		return found[0]
 	}
-	return found
+	return nil
 }
 
 // member returns the index of a key in the content of a mapping, or -1.

@@ -1,7 +1,10 @@
 package rules_test
 
 import (
+	"fmt"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/benbjohnson/clock"
 	"github.com/stretchr/testify/assert"
@@ -119,4 +122,55 @@ func TestARequestIsOneDecisionOfAllItsRules(t *testing.T) {
 	v, applied = ask("path", "/health")
 	assert.True(t, v.Allowed)
 	assert.Empty(t, applied[0].Levels)
+}
+
+// TestWhatIsLargeDoesNotTakeForever reads files for some of which quadratic time was minutes.
+func TestWhatIsLargeDoesNotTakeForever(t *testing.T) {
+	t.Parallel()
+	many := func(n int, format, between string) string {
+		all := make([]string, n)
+		for i := range all {
+			all[i] = fmt.Sprintf(format, i)
+		}
+		return strings.Join(all, between)
+	}
+	for name, test := range map[string]struct{ text, fault string }{
+		"names that no rule has":    {"rules:\n" + many(5_000, "- {name: rule-%d, limits: 5/1s, replaces: base-rule-%[1]d}\n", ""), `replaces "base-rule-7", which is no rule`},
+		"one name that no rule has": {"rules:\n" + many(5_000, "- {name: rule-%d, limits: 5/1s, replaces: base}\n", ""), `replaces "base", which is no rule`},
+		"merges in metadata": {
+			"rules:\n- {name: a, limits: 1/1s, metadata: &m {" + many(1000, "k%d: 1", ", ") + "}}\n" + many(1000, "- {name: b%d, limits: 1/1s, metadata: {<<: *m}}\n", ""),
+			"too many values",
+		},
+		"aliases in metadata": {
+			"rules:\n- {name: a, limits: 1/1s, metadata: &m {" + many(1000, "k%d: 1", ", ") + "}}\n" + many(1000, "- {name: b%d, limits: 1/1s, metadata: {m: *m}}\n", ""),
+			"too many values",
+		},
+		"patterns of envoyproxy/ratelimit": {"domain: d\ndescriptors:\n" + many(10_000, "- {key: path, value: /p%d/*, rate_limit: {unit: second, requests_per_unit: 5}}\n", ""), ""},
+		"JSON in one line":                 {`{"rules":[` + many(10_000, `{"name":"rule-%d","limits":["5/1s"],"per":["user"]}`, ",") + "]}", ""},
+		"keys of per":                      {"rules: [{name: a, limits: 1/1s, per: [" + many(50_000, "k%d", ",") + "]}]", ""},
+		"addresses":                        {"addresses: [" + many(10_000, "k%d", ",") + "]\nrules: [{name: a, limits: 1/1s, when: {k9999: [" + many(10_000, "'2001:db8::%x'", ",") + "]}}]", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			_, err := rules.Parse("", []byte(test.text))
+			if test.fault == "" {
+				assert.NoError(t, err)
+			} else {
+				assert.ErrorContains(t, err, test.fault)
+			}
+			assert.Less(t, time.Since(begun), time.Minute)
+		})
+	}
+}
+
+func TestAFaultNamesTheNearestOfAFewThousandNames(t *testing.T) {
+	t.Parallel()
+	text := "rules:\n"
+	for i := range 3000 {
+		text += fmt.Sprintf("- {name: rule-%d, limits: 5/1s}\n", i)
+	}
+	_, err := rules.Parse("", []byte(text+"- {name: a, limits: 5/1s, replaces: [rule-29999, rul-7]}\n"))
+	require.ErrorContains(t, err, `replaces "rule-29999", which is no rule of the domain "default": did you mean "rule-2999"?`)
+	require.ErrorContains(t, err, `replaces "rul-7", which is no rule of the domain "default": did you mean "rule-7"?`)
 }
