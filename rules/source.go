@@ -41,6 +41,11 @@ type Store interface {
 	// Delete removes the file of this name. It checks ifMatch as Put does, and returns ErrNotFound if there is no such
 	// file.
 	Delete(ctx context.Context, name, ifMatch string) error
+
+	// Change makes the files what edit makes of them, all of it or nothing. Nobody else changes the store between the
+	// read and the write, so what edit has found to be right together is right together afterwards. If edit returns an
+	// error, Change changes nothing and returns it. The names of the files must differ. edit must not use the store.
+	Change(ctx context.Context, edit func(files []File) ([]File, error)) error
 }
 
 // Absent is the ETag of a file that a Store does not have.
@@ -73,14 +78,16 @@ func (f *File) Matches(ifMatch string) error {
 
 // Memory is a Store in this process. NewMemory makes one. It is safe for concurrent use.
 type Memory struct {
-	mu      sync.Mutex
+	changing turn // held during a change
+
+	mu      sync.Mutex    // guards the following
 	files   []File        // sorted by name
 	changed chan struct{} // closed by the next change, and replaced then
 }
 
 // NewMemory returns a Memory with these files.
 func NewMemory(files ...File) *Memory {
-	m := &Memory{changed: make(chan struct{})}
+	m := &Memory{changing: newTurn(), changed: make(chan struct{})}
 	for _, f := range files {
 		_ = m.Put(context.Background(), f, "") // cannot fail without an ifMatch
 	}
@@ -95,44 +102,57 @@ func (m *Memory) Files(context.Context) ([]File, error) {
 }
 
 // Put implements Store. It keeps the data, which must not be changed afterwards.
-func (m *Memory) Put(_ context.Context, f File, ifMatch string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	i, had := m.find(f.Name)
-	if err := had.Matches(ifMatch); err != nil {
-		return err
-	}
-	if had != nil {
-		m.files[i] = f
-	} else {
-		m.files = slices.Insert(m.files, i, f)
-	}
-	m.tell()
-	return nil
+func (m *Memory) Put(ctx context.Context, f File, ifMatch string) error {
+	return m.Change(ctx, func(files []File) ([]File, error) {
+		i, had := find(files, f.Name)
+		if err := had.Matches(ifMatch); err != nil {
+			return nil, err
+		}
+		if had == nil {
+			return slices.Insert(files, i, f), nil
+		}
+		files[i] = f
+		return files, nil
+	})
 }
 
 // Delete implements Store.
-func (m *Memory) Delete(_ context.Context, name, ifMatch string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	i, had := m.find(name)
-	if had == nil {
-		return fmt.Errorf("%w: %q", ErrNotFound, name)
-	}
-	if err := had.Matches(ifMatch); err != nil {
+func (m *Memory) Delete(ctx context.Context, name, ifMatch string) error {
+	return m.Change(ctx, func(files []File) ([]File, error) {
+		i, had := find(files, name)
+		if had == nil {
+			return nil, fmt.Errorf("%w: %q", ErrNotFound, name)
+		}
+		return slices.Delete(files, i, i+1), had.Matches(ifMatch)
+	})
+}
+
+// Change implements Store. Files returns the files from before until edit has returned.
+func (m *Memory) Change(ctx context.Context, edit func([]File) ([]File, error)) error {
+	if err := m.changing.take(ctx); err != nil {
 		return err
 	}
-	m.files = slices.Delete(m.files, i, i+1)
+	defer m.changing.leave()
+	before, _ := m.Files(ctx)
+	after, err := edit(before)
+	if err != nil {
+		return err
+	}
+	after = slices.Clone(after)
+	slices.SortFunc(after, func(a, b File) int { return strings.Compare(a.Name, b.Name) })
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.files = after
 	m.tell()
 	return nil
 }
 
-func (m *Memory) find(name string) (int, *File) {
-	i, found := slices.BinarySearchFunc(m.files, name, func(f File, name string) int { return strings.Compare(f.Name, name) })
+func find(files []File, name string) (int, *File) {
+	i, found := slices.BinarySearchFunc(files, name, func(f File, name string) int { return strings.Compare(f.Name, name) })
 	if !found {
 		return i, nil
 	}
-	return i, &m.files[i]
+	return i, new(files[i])
 }
 
 func (m *Memory) tell() {

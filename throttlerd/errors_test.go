@@ -19,6 +19,7 @@ import (
 
 	commonv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
@@ -29,6 +30,7 @@ import (
 
 	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/rules"
+	pgrules "github.com/go-throttler/throttler/rules/postgres"
 )
 
 const tableRules = `domain: api
@@ -364,6 +366,26 @@ func TestTwoDaemonsWithATableAgree(t *testing.T) {
 	require.Equal(t, 429, a.post(t, "/v1/decide", body).status)
 	third := start(t, nil, "-source", "postgres", "-postgres-url", server.URL(), "-rules", "../examples/rules")
 	require.Len(t, third.engine.Rules().Rules(), 1, "a table that has rules gets no others")
+}
+
+func TestATableGetsAllFilesAtTheStartOrNone(t *testing.T) {
+	t.Parallel()
+	pool, err := pgxpool.New(t.Context(), servers.Postgres(t).URL())
+	require.NoError(t, err)
+	defer pool.Close()
+	table, err := pgrules.New(t.Context(), pool, nil)
+	require.NoError(t, err)
+	seed := []rules.File{{Name: "a.yaml", Data: []byte("domain: a\nrules: []")}, {Name: "b.yaml", Data: []byte("domain: b\nrules: [] # \xff")}}
+	require.Error(t, plant(t.Context(), table, seed), "Postgres cannot store the second")
+	files, err := table.Files(t.Context())
+	require.NoError(t, err)
+	require.Empty(t, files, "the next start would run with half of the rules")
+	seed[1].Data = []byte("domain: b\nrules: []")
+	require.NoError(t, plant(t.Context(), table, seed))
+	require.NoError(t, plant(t.Context(), table, seed[:1]), "a table that has files gets no others")
+	files, err = table.Files(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, seed, files)
 }
 
 func TestOnAClusterADomainIsInOneSlotOrDenied(t *testing.T) {

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"path/filepath"
 
 	"github.com/go-throttler/throttler/rules"
@@ -60,17 +59,17 @@ func seedOf(ctx context.Context, c *config, files rules.Source) ([]rules.File, e
 	return seed, nil
 }
 
-// plant stores the files if the store has none. If several processes do this at once, each file comes from the process
-// that stores it first.
+// plant stores the files if the store has none: all of them or none. Half of the rules would limit half of what they
+// should. If several processes do this at once, the files are those of one of them.
 func plant(ctx context.Context, s rules.Store, seed []rules.File) error {
 	had, err := s.Files(ctx)
 	if err != nil || len(had) > 0 {
 		return err
 	}
-	for _, f := range seed {
-		if err := s.Put(ctx, f, rules.Absent); err != nil && !errors.Is(err, rules.ErrConflict) {
-			return err
+	return s.Change(ctx, func(had []rules.File) ([]rules.File, error) {
+		if len(had) > 0 {
+			return had, nil
 		}
-	}
-	return nil
+		return seed, nil
+	})
 }

@@ -11,6 +11,7 @@
 package postgres
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -39,7 +40,8 @@ type Options struct {
 	// Table is the name of the table and of the notification channel, by default DefaultTable.
 	Table string
 
-	// Timeout bounds each call, whatever its context allows; by default it is DefaultTimeout. It must not be below 0.
+	// Timeout bounds each call, whatever its context allows; by default it is DefaultTimeout. It must not be below 0. Of
+	// Change it bounds what Postgres does, but neither edit nor the wait for other changes.
 	Timeout time.Duration
 
 	// NoSchema says that the SQL of Schema is executed elsewhere: New then creates nothing.
@@ -105,13 +107,18 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 func (t *Table) change(ctx context.Context, do func(context.Context, pgx.Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
-	err := pgx.BeginFunc(ctx, t.pool, func(tx pgx.Tx) error {
+	return wrap(t.locked(ctx, func(tx pgx.Tx) error { return do(ctx, tx) }))
+}
+
+// locked runs do in a transaction that holds the lock. The statements after the lock see what the change before has
+// written, which they would not if the default of the role were a stricter isolation.
+func (t *Table) locked(ctx context.Context, do func(pgx.Tx) error) error {
+	return pgx.BeginTxFunc(ctx, t.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtext($1))", t.options.Table); err != nil {
 			return err
 		}
-		return do(ctx, tx)
+		return do(tx)
 	})
-	return wrap(err)
 }
 
 func wrap(err error) error {
@@ -170,8 +177,7 @@ func (t *Table) Put(ctx context.Context, f rules.File, ifMatch string) error {
 		if err := had.Matches(ifMatch); err != nil {
 			return err
 		}
-		_, err = tx.Exec(ctx, "INSERT INTO "+t.options.table()+" (name, data) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET data = excluded.data", f.Name, string(f.Data))
-		return t.notified(ctx, tx, err)
+		return t.notified(ctx, tx, t.put(ctx, tx, f))
 	})
 }
 
@@ -188,9 +194,82 @@ func (t *Table) Delete(ctx context.Context, name, ifMatch string) error {
 		if err := had.Matches(ifMatch); err != nil {
 			return err
 		}
-		_, err = tx.Exec(ctx, "DELETE FROM "+t.options.table()+" WHERE name = $1", name)
-		return t.notified(ctx, tx, err)
+		return t.notified(ctx, tx, t.remove(ctx, tx, name))
 	})
+}
+
+// Change implements rules.Store, over all processes.
+func (t *Table) Change(ctx context.Context, edit func([]rules.File) ([]rules.File, error)) error {
+	var refused error // by edit
+	err := t.locked(ctx, func(tx pgx.Tx) error {
+		before, err := t.all(ctx, tx)
+		if err != nil {
+			return err
+		}
+		after, err := edit(slices.Clone(before))
+		if err != nil {
+			refused = err
+			return err
+		}
+		return t.write(ctx, tx, before, after)
+	})
+	if refused != nil {
+		return refused
+	}
+	return wrap(err)
+}
+
+// all reads the files.
+func (t *Table) all(ctx context.Context, tx pgx.Tx) (files []rules.File, err error) {
+	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
+	defer cancel()
+	rows, err := tx.Query(ctx, "SELECT name, data FROM "+t.options.table()+` ORDER BY name COLLATE "C"`)
+	if err != nil {
+		return nil, err
+	}
+	var name, data string
+	_, err = pgx.ForEachRow(rows, []any{&name, &data}, func() error {
+		files = append(files, rules.File{Name: name, Data: []byte(data)})
+		return nil
+	})
+	return files, err
+}
+
+// write stores how the files differ from before.
+func (t *Table) write(ctx context.Context, tx pgx.Tx, before, after []rules.File) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
+	defer cancel()
+	had, changes := map[string]*rules.File{}, 0
+	for i := range before {
+		had[before[i].Name] = &before[i]
+	}
+	for _, f := range after {
+		if old := had[f.Name]; err == nil && (old == nil || !bytes.Equal(old.Data, f.Data)) {
+			err = t.put(ctx, tx, f)
+			changes++
+		}
+		delete(had, f.Name)
+	}
+	for name := range had {
+		if err == nil {
+			err = t.remove(ctx, tx, name)
+			changes++
+		}
+	}
+	if err != nil || changes == 0 {
+		return err
+	}
+	return t.notified(ctx, tx, nil)
+}
+
+func (t *Table) put(ctx context.Context, tx pgx.Tx, f rules.File) error {
+	_, err := tx.Exec(ctx, "INSERT INTO "+t.options.table()+" (name, data) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET data = excluded.data", f.Name, string(f.Data))
+	return err
+}
+
+func (t *Table) remove(ctx context.Context, tx pgx.Tx, name string) error {
+	_, err := tx.Exec(ctx, "DELETE FROM "+t.options.table()+" WHERE name = $1", name)
+	return err
 }
 
 // find returns the file of this name, or nil.

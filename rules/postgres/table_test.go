@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -148,6 +149,57 @@ func TestOfTwoWritersWhoKnowOneVersionOneWins(t *testing.T) {
 	files, err := table.Files(ctx)
 	require.NoError(t, err)
 	assert.Empty(t, files)
+}
+
+// TestWhatTwoChangesFindRightStaysRight lets each change add a file only while there is none.
+func TestWhatTwoChangesFindRightStaysRight(t *testing.T) {
+	t.Parallel()
+	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_change", time.Now().UnixNano())}
+	url := servers.PostgresURL(t)
+	one, _ := open(t, url, o)
+	other, _ := open(t, url, o)
+	for name, stores := range map[string][]rules.Store{"tables": {one, other}, "memory": {rules.NewMemory()}} {
+		var changes sync.WaitGroup
+		for i := range 8 {
+			changes.Go(func() {
+				assert.NoError(t, stores[i%len(stores)].Change(t.Context(), func(files []rules.File) ([]rules.File, error) {
+					if len(files) > 0 {
+						return files, nil
+					}
+					return append(files, rules.File{Name: fmt.Sprint(i), Data: []byte("rules: []")}), nil
+				}))
+			})
+		}
+		changes.Wait()
+		files, err := stores[0].Files(t.Context())
+		require.NoError(t, err)
+		assert.Len(t, files, 1, name)
+	}
+}
+
+func TestAChangeOfSeveralFilesIsAllOrNothing(t *testing.T) {
+	t.Parallel()
+	table, _ := open(t, servers.PostgresURL(t), pgrules.Options{})
+	for name, s := range map[string]rules.Store{"table": table, "memory": rules.NewMemory()} {
+		named := func(name, text string) rules.File { return rules.File{Name: name, Data: []byte(text)} }
+		becomes := func(after ...rules.File) error {
+			return s.Change(t.Context(), func([]rules.File) ([]rules.File, error) { return after, nil })
+		}
+		require.NoError(t, becomes(named("c", "1"), named("a", "1"), named("b", "1")), name)
+		require.NoError(t, becomes(named("d", "1"), named("b", "2"), named("a", "1")), name)
+		want := []rules.File{named("a", "1"), named("b", "2"), named("d", "1")}
+		wrong := errors.New("wrong")
+		require.ErrorIs(t, s.Change(t.Context(), func(files []rules.File) ([]rules.File, error) {
+			files[0].Name = "e"
+			return nil, wrong
+		}), wrong, name)
+		if s == table {
+			require.Error(t, becomes(named("a", "3"), named("b", "\xff")), "Postgres cannot store it")
+		}
+		files, err := s.Files(t.Context())
+		require.NoError(t, err)
+		assert.Equal(t, want, files, name)
+	}
 }
 
 func TestEveryExecModeReadsAndWrites(t *testing.T) {
