@@ -33,7 +33,7 @@ type admin struct {
 	ended context.Context //nolint:containedctx // of all who look at the live page
 	leave func()          // cancels ended
 
-	changing sync.Mutex // held from compiling a change to storing it: two changes, each valid, could be faulty together
+	changing sync.Mutex // so that of all changes that wait for the store only one takes a connection
 }
 
 func newAdmin(token string, log *slog.Logger, activity *activity, live *watch.Watch) *admin {
@@ -249,10 +249,11 @@ func (a *admin) remove(w http.ResponseWriter, r *http.Request) {
 }
 
 // change stores what edit makes of the file that the path names, or deletes that file if this is nil. It does so only if
-// all files together compile afterwards. The store checks ifMatch again as it writes, because another process may change
-// the file at the same time.
+// all files together compile afterwards. The store lets no other process change a file meanwhile: two changes, each
+// valid, could be faulty together.
 func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before *rules.File) (after *rules.File, err error)) {
-	name, dry := r.PathValue("name"), r.URL.Query().Has("dry-run")
+	c := &change{name: r.PathValue("name"), edit: edit}
+	dry := r.URL.Query().Has("dry-run")
 	if a.store == nil && !dry {
 		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
 		return
@@ -261,30 +262,19 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before 
 	if !ok {
 		return
 	}
-	a.changing.Lock()
-	defer a.changing.Unlock()
-	set, before, f, err := a.changed(r.Context(), name, edit)
-	if err == nil {
-		err = before.Matches(ifMatch)
-	}
-	if r.Method == http.MethodPatch {
-		ifMatch = tagOf(before) // it was made of this version, also with If-Match: *
-	}
-	if err == nil && !dry {
-		err = a.stored(r.Context(), name, f, ifMatch)
-	}
-	if err != nil {
+	c.ifMatch = ifMatch
+	if err := a.changed(r.Context(), c, dry); err != nil {
 		a.failed(w, err)
 		return
 	}
 	if !dry {
-		a.audit(r, "changed", slog.String("file", name), slog.String("before", tagOf(before)), slog.String("after", tagOf(f)))
+		a.audit(r, "changed", slog.String("file", c.name), slog.String("before", tagOf(c.before)), slog.String("after", tagOf(c.after)))
 		_ = a.engine.Reload(r.Context()) // so that the change is in force before the answer; OnLoad logs errors
 	}
-	if f != nil {
-		w.Header().Set("ETag", quote(f.ETag()))
+	if c.after != nil {
+		w.Header().Set("ETag", quote(c.after.ETag()))
 	}
-	respond(w, http.StatusOK, map[string]any{"changed": !dry, "rules": len(set.Rules()), "domains": set.Domains()})
+	respond(w, http.StatusOK, map[string]any{"changed": !dry, "rules": len(c.set.Rules()), "domains": c.set.Domains()})
 }
 
 func tagOf(f *rules.File) string {
@@ -294,36 +284,48 @@ func tagOf(f *rules.File) string {
 	return f.ETag()
 }
 
-// changed returns the rules as they would be after the change, and the file of that name before and after it, nil where
-// there is none.
-func (a *admin) changed(ctx context.Context, name string, edit func(before *rules.File) (after *rules.File, err error)) (set *rules.Set, before, after *rules.File, err error) {
-	files, err := a.source.Files(ctx)
-	if err != nil {
-		return nil, nil, nil, err
+// changed makes the change, or only checks it.
+func (a *admin) changed(ctx context.Context, c *change, dry bool) error {
+	if dry {
+		files, err := a.source.Files(ctx)
+		if err == nil {
+			_, err = c.of(files)
+		}
+		return err
 	}
-	var all []rules.File
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	return a.store.Change(ctx, c.of)
+}
+
+// change is a change of one file.
+type change struct {
+	name, ifMatch string
+	edit          func(before *rules.File) (after *rules.File, err error)
+
+	before, after *rules.File // nil: there is none
+	set           *rules.Set  // of all files after the change
+}
+
+// of returns the files after the change.
+func (c *change) of(files []rules.File) (all []rules.File, err error) {
 	for i := range files {
-		if files[i].Name == name {
-			before = &files[i]
+		if files[i].Name == c.name {
+			c.before = &files[i]
 		} else {
 			all = append(all, files[i])
 		}
 	}
-	if after, err = edit(before); err != nil {
-		return nil, before, nil, err
+	if c.after, err = c.edit(c.before); err != nil {
+		return nil, err
 	}
-	if after != nil {
-		all = append(all, *after)
+	if c.after != nil {
+		all = append(all, *c.after)
 	}
-	set, err = rules.Compile(all...)
-	return set, before, after, err
-}
-
-func (a *admin) stored(ctx context.Context, name string, f *rules.File, ifMatch string) error {
-	if f == nil {
-		return a.store.Delete(ctx, name, ifMatch)
+	if c.set, err = rules.Compile(all...); err != nil {
+		return nil, err
 	}
-	return a.store.Put(ctx, *f, ifMatch)
+	return all, c.before.Matches(c.ifMatch)
 }
 
 // failed answers an error. Faulty rules are answered with all of their faults.

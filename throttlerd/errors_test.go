@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -366,6 +367,27 @@ func TestTwoDaemonsWithATableAgree(t *testing.T) {
 	require.Equal(t, 429, a.post(t, "/v1/decide", body).status)
 	third := start(t, nil, "-source", "postgres", "-postgres-url", server.URL(), "-rules", "../examples/rules")
 	require.Len(t, third.engine.Rules().Rules(), 1, "a table that has rules gets no others")
+}
+
+// TestChangesOfTwoDaemonsAreRightTogether puts pairs of files that are each right, and wrong together.
+func TestChangesOfTwoDaemonsAreRightTogether(t *testing.T) {
+	t.Parallel()
+	flags := []string{"-source", "postgres", "-postgres-url", servers.Postgres(t).URL(), "-rules", written(t, "domain: s\nrules: []\n")}
+	a, b := start(t, withToken, flags...), start(t, withToken, flags...)
+	for i := range 20 {
+		var puts sync.WaitGroup
+		var statuses [2]int
+		for j, d := range []*running{a, b} {
+			puts.Go(func() {
+				statuses[j] = d.administer(t, "PUT", fmt.Sprintf("/v1/rules/%d.yaml", j), fmt.Sprintf("domain: x\nrules: [{name: r%d, limits: [1/1h]}]\n", i), "If-Match", "*").status
+			})
+		}
+		puts.Wait()
+		require.ElementsMatch(t, []int{200, 422}, statuses[:])
+		for j := range 2 {
+			a.administer(t, "DELETE", fmt.Sprintf("/v1/rules/%d.yaml", j), "", "If-Match", "*")
+		}
+	}
 }
 
 func TestATableGetsAllFilesAtTheStartOrNone(t *testing.T) {
