@@ -12,12 +12,16 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/go-throttler/throttler/rules"
 	"github.com/go-throttler/throttler/watch"
 )
 
 const maxRules = 8 << 20 // bytes of one file
+
+// changeLasts bounds a change, with the wait for others. The largest files take some seconds to compile.
+const changeLasts = time.Minute
 
 // admin is the admin API. newAdmin makes one; it serves requests only after serves was called.
 type admin struct {
@@ -263,18 +267,35 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before 
 		return
 	}
 	c.ifMatch = ifMatch
-	if err := a.changed(r.Context(), c, dry); err != nil {
+	ctx, cancel := begun(w, r)
+	defer cancel()
+	err := a.changed(ctx, c, dry)
+	if !dry && c.right {
+		did := "changed"
+		if err != nil {
+			did = "perhaps changed" // the store failed, perhaps after it had stored the change
+		}
+		a.audit(r, did, slog.String("file", c.name), slog.String("before", tagOf(c.before)), slog.String("after", tagOf(c.after)))
+	}
+	if err != nil {
 		a.failed(w, err)
 		return
 	}
 	if !dry {
-		a.audit(r, "changed", slog.String("file", c.name), slog.String("before", tagOf(c.before)), slog.String("after", tagOf(c.after)))
-		_ = a.engine.Reload(r.Context()) // so that the change is in force before the answer; OnLoad logs errors
+		_ = a.engine.Reload(ctx) // so that the change is in force before the answer; OnLoad logs errors
 	}
 	if c.after != nil {
 		w.Header().Set("ETag", quote(c.after.ETag()))
 	}
 	respond(w, http.StatusOK, map[string]any{"changed": !dry, "rules": len(c.set.Rules()), "domains": c.set.Domains()})
+}
+
+// begun returns the context of a change. It does not end when the client leaves: what is stored then would not be in the
+// audit, and might not be in force. The answer may come later than others, which have the WriteTimeout of the server.
+func begun(w http.ResponseWriter, r *http.Request) (context.Context, context.CancelFunc) {
+	const answers = 10 * time.Second
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(changeLasts + answers)) // fails only in tests without a connection
+	return context.WithTimeout(context.WithoutCancel(r.Context()), changeLasts)
 }
 
 func tagOf(f *rules.File) string {
@@ -305,6 +326,7 @@ type change struct {
 
 	before, after *rules.File // nil: there is none
 	set           *rules.Set  // of all files after the change
+	right         bool        // of has found no fault
 }
 
 // of returns the files after the change.
@@ -325,7 +347,11 @@ func (c *change) of(files []rules.File) (all []rules.File, err error) {
 	if c.set, err = rules.Compile(all...); err != nil {
 		return nil, err
 	}
-	return all, c.before.Matches(c.ifMatch)
+	if err = c.before.Matches(c.ifMatch); err != nil {
+		return nil, err
+	}
+	c.right = true
+	return all, nil
 }
 
 // failed answers an error. Faulty rules are answered with all of their faults.
@@ -396,7 +422,9 @@ func (a *admin) reset(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	err := a.engine.Reset(r.Context(), rules.Request{Domain: domain, Entries: entries})
+	ctx, cancel := begun(w, r)
+	defer cancel()
+	err := a.engine.Reset(ctx, rules.Request{Domain: domain, Entries: entries})
 	if err != nil {
 		a.undecided(w, err)
 		return

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -190,25 +192,93 @@ func TestTheBodyOfAFileIsBounded(t *testing.T) {
 	require.Equal(t, http.StatusRequestEntityTooLarge, a.status)
 }
 
-// TestAnAnswerWaitsForTheReload uses a source that reports no changes and an engine that does not look for an hour. Only
-// the reload before the answer can put the new rules in force.
-func TestAnAnswerWaitsForTheReload(t *testing.T) {
-	t.Parallel()
+// administered returns an admin API whose engine does not look for newer rules within an hour.
+func administered(t *testing.T, source rules.Store, log *text) *admin {
+	t.Helper()
 	limits, err := throttler.New(throttler.Config{})
 	require.NoError(t, err)
-	source := struct{ rules.Store }{rules.NewMemory()}
 	engine, err := rules.NewEngine(limits, source, &rules.Options{Interval: time.Hour})
 	require.NoError(t, err)
-	defer engine.Close()
-	a := newAdmin(token, slog.New(slog.DiscardHandler), newActivity(), nil)
-	defer a.leave()
+	t.Cleanup(engine.Close)
+	a := newAdmin(token, slog.New(slog.NewJSONHandler(log, nil)), newActivity(), nil)
+	t.Cleanup(a.leave)
 	a.serves(engine, source)
-	api := a.handler()
-	r := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/rules/x", strings.NewReader("rules: [{name: a, limits: [1/1h]}]"))
+	return a
+}
+
+// putting returns a request that puts the file x.
+func putting(ctx context.Context, url string) *http.Request {
+	r, _ := http.NewRequestWithContext(ctx, http.MethodPut, url+"/v1/rules/x", strings.NewReader("rules: [{name: a, limits: [1/1h]}]"))
 	r.Header.Set("Authorization", "bearer "+token)
 	r.Header.Set("If-None-Match", "*")
+	return r
+}
+
+// TestAnAnswerWaitsForTheReload uses a source that reports no changes. Only the reload before the answer can put the new
+// rules in force.
+func TestAnAnswerWaitsForTheReload(t *testing.T) {
+	t.Parallel()
+	a := administered(t, struct{ rules.Store }{rules.NewMemory()}, &text{})
 	w := httptest.NewRecorder()
-	api.ServeHTTP(w, r)
+	a.handler().ServeHTTP(w, putting(t.Context(), ""))
 	require.Equal(t, http.StatusOK, w.Code, w.Body)
-	require.Len(t, engine.Rules().Rules(), 1)
+	require.Len(t, a.engine.Rules().Rules(), 1)
+}
+
+// watched is a Store that calls functions before and after a change.
+type watched struct {
+	rules.Store
+	before, after func()
+}
+
+func (w watched) Change(ctx context.Context, edit func([]rules.File) ([]rules.File, error)) error {
+	w.before()
+	defer w.after()
+	return errors.Join(ctx.Err(), w.Store.Change(ctx, edit))
+}
+
+func TestAChangeWhoseClientLeavesIsMadeAndInTheAudit(t *testing.T) {
+	t.Parallel()
+	for i := range 2 {
+		ctx, leave := context.WithCancel(t.Context())
+		leaves := []func(){func() {}, func() {}}
+		leaves[i] = leave
+		log := &text{}
+		a := administered(t, watched{rules.NewMemory(), leaves[0], leaves[1]}, log)
+		a.handler().ServeHTTP(httptest.NewRecorder(), putting(ctx, ""))
+		require.Contains(t, log.String(), `"did":"changed"`)
+		require.Len(t, a.engine.Rules().Rules(), 1)
+	}
+}
+
+// TestAChangeThatTakesLongIsAnswered takes longer than answers may.
+func TestAChangeThatTakesLongIsAnswered(t *testing.T) {
+	t.Parallel()
+	const answers = 200 * time.Millisecond
+	a := administered(t, watched{rules.NewMemory(), func() { <-time.After(2 * answers) }, func() {}}, &text{})
+	s := httptest.NewUnstartedServer(a.handler())
+	s.Config.WriteTimeout = answers
+	s.Start()
+	defer s.Close()
+	out, err := s.Client().Do(putting(t.Context(), s.URL))
+	require.NoError(t, err)
+	require.NoError(t, out.Body.Close())
+	require.Equal(t, http.StatusOK, out.StatusCode)
+}
+
+// committed is a Store that loses the answer of a commit.
+type committed struct{ rules.Store }
+
+func (c committed) Change(ctx context.Context, edit func([]rules.File) ([]rules.File, error)) error {
+	return errors.Join(c.Store.Change(ctx, edit), errors.New("the connection is lost"))
+}
+
+func TestAChangeThatMayBeStoredIsInTheAudit(t *testing.T) {
+	t.Parallel()
+	log := &text{}
+	a := administered(t, committed{rules.NewMemory()}, log)
+	w := httptest.NewRecorder()
+	a.handler().ServeHTTP(w, putting(t.Context(), ""))
+	require.Equal(t, http.StatusServiceUnavailable, w.Code)
+	require.Contains(t, log.String(), `"did":"perhaps changed"`)
 }
