@@ -183,23 +183,42 @@ func find(files []rules.File, name string) int {
 
 func quote(tag string) string { return `"` + tag + `"` }
 
-// condition reads which version of the file the caller wants to change. It is required: a change without one could undo
-// somebody else's change. If the header fields are missing or wrong, condition answers the request and returns false.
-func condition(w http.ResponseWriter, r *http.Request) (ifMatch string, ok bool) {
+// precondition is the version of a file that a change is of.
+type precondition struct {
+	tag    string // its ETag, "" for any
+	absent bool   // there must be no such file
+}
+
+var errThere = errors.New("there is a file of this name already")
+
+func (p precondition) check(before *rules.File) error {
+	switch {
+	case p.absent && before != nil:
+		return errThere
+	case p.tag != "" && (before == nil || before.ETag() != p.tag):
+		return rules.ErrConflict
+	}
+	return nil
+}
+
+// condition reads the precondition. It is required: a change without one could undo somebody else's change. If the header
+// fields are missing or wrong, condition answers the request and returns false.
+func condition(w http.ResponseWriter, r *http.Request) (p precondition, ok bool) {
 	match, none := r.Header.Get("If-Match"), r.Header.Get("If-None-Match")
+	tag := strings.Trim(match, `"`)
 	switch {
 	case match == "*" && none == "":
-		return "", true
+		return precondition{}, true
 	case match == "" && none == "*":
-		return rules.Absent, true
-	case none == "" && len(match) > 2 && match[0] == '"' && match[len(match)-1] == '"':
-		return match[1 : len(match)-1], true
+		return precondition{absent: true}, true
+	case none == "" && tag != "" && match == quote(tag) && !strings.Contains(tag, `"`):
+		return precondition{tag: tag}, true
 	case match == "" && none == "":
 		problem(w, http.StatusPreconditionRequired, `say If-Match: "the ETag that you have read", If-None-Match: * for a new file, or If-Match: * to change it whatever it is`)
 	default:
 		problem(w, http.StatusBadRequest, `If-Match must be * or one ETag in quotes, and If-None-Match *; not both`)
 	}
-	return "", false
+	return precondition{}, false
 }
 
 // bodyOf reads the body of a change. If that fails, it answers the request and returns false.
@@ -262,11 +281,11 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before 
 		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
 		return
 	}
-	ifMatch, ok := condition(w, r)
+	of, ok := condition(w, r)
 	if !ok {
 		return
 	}
-	c.ifMatch = ifMatch
+	c.of = of
 	ctx, cancel := begun(w, r)
 	defer cancel()
 	err := a.changed(ctx, c, dry)
@@ -310,33 +329,38 @@ func (a *admin) changed(ctx context.Context, c *change, dry bool) error {
 	if dry {
 		files, err := a.source.Files(ctx)
 		if err == nil {
-			_, err = c.of(files)
+			_, err = c.apply(files)
 		}
 		return err
 	}
 	a.changing.Lock()
 	defer a.changing.Unlock()
-	return a.store.Change(ctx, c.of)
+	return a.store.Change(ctx, c.apply)
 }
 
 // change is a change of one file.
 type change struct {
-	name, ifMatch string
-	edit          func(before *rules.File) (after *rules.File, err error)
+	name string
+	of   precondition
+	edit func(before *rules.File) (after *rules.File, err error)
 
 	before, after *rules.File // nil: there is none
 	set           *rules.Set  // of all files after the change
-	right         bool        // of has found no fault
+	right         bool        // apply has found no fault
 }
 
-// of returns the files after the change.
-func (c *change) of(files []rules.File) (all []rules.File, err error) {
+// apply returns the files after the change. It looks at the precondition first: of another version than the client has
+// read, the faults would tell it nothing.
+func (c *change) apply(files []rules.File) (all []rules.File, err error) {
 	for i := range files {
 		if files[i].Name == c.name {
 			c.before = &files[i]
 		} else {
 			all = append(all, files[i])
 		}
+	}
+	if err = c.of.check(c.before); err != nil {
+		return nil, err
 	}
 	if c.after, err = c.edit(c.before); err != nil {
 		return nil, err
@@ -345,9 +369,6 @@ func (c *change) of(files []rules.File) (all []rules.File, err error) {
 		all = append(all, *c.after)
 	}
 	if c.set, err = rules.Compile(all...); err != nil {
-		return nil, err
-	}
-	if err = c.before.Matches(c.ifMatch); err != nil {
 		return nil, err
 	}
 	c.right = true
@@ -360,6 +381,8 @@ func (a *admin) failed(w http.ResponseWriter, err error) {
 	switch {
 	case errors.As(err, &wrong):
 		respond(w, http.StatusUnprocessableEntity, map[string]any{"title": "the rules are wrong", "status": http.StatusUnprocessableEntity, "faults": wrong})
+	case errors.Is(err, errThere):
+		problem(w, http.StatusPreconditionFailed, errThere.Error())
 	case errors.Is(err, rules.ErrConflict):
 		problem(w, http.StatusPreconditionFailed, rules.ErrConflict.Error())
 	case errors.Is(err, rules.ErrNotFound):

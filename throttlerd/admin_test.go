@@ -147,6 +147,29 @@ func TestAPatchChangesOneRuleAndKeepsTheRest(t *testing.T) {
 	require.Contains(t, d.log.String(), strings.Trim(a.header.Get("Etag"), `"`), "the audit has the ETag after")
 }
 
+func TestWhatIsOutOfDateIsToldBeforeAnythingElse(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-source", "memory", "-rules", written(t, "rules: [{name: a, limits: [1/1h]}, {name: b, limits: [1/1h]}]\n"))
+	const file, patch, right = "/v1/rules/rules.yaml", `{"rules":[{"name":"a","limits":["3/1h"]}]}`, "domain: x\nrules: []\n"
+	stale := d.administer(t, "GET", file, "").header.Get("Etag")
+	require.Equal(t, 200, d.administer(t, "PUT", file, "rules: [{name: b, limits: [1/1h]}]\n", "If-Match", stale).status)
+	for _, dry := range []string{"", "?dry-run"} {
+		for _, asked := range [][]string{
+			{"PATCH", file, patch, "If-Match", stale}, {"PATCH", file, "wrong", "If-Match", stale}, {"PUT", file, "wrong", "If-Match", stale}, {"DELETE", file, "", "If-Match", stale},
+			{"PATCH", "/v1/rules/gone", patch, "If-Match", stale}, {"PUT", "/v1/rules/gone", right, "If-Match", stale}, {"DELETE", "/v1/rules/gone", "", "If-Match", stale},
+			{"PUT", "/v1/rules/gone", right, "If-Match", `"absent"`},
+		} {
+			a := d.administer(t, asked[0], asked[1]+dry, asked[2], asked[3:]...)
+			require.Equal(t, http.StatusPreconditionFailed, a.status, "%v: %s", asked, a.body)
+			require.Contains(t, a.body, "somebody else")
+		}
+		a := d.administer(t, "PUT", file+dry, "wrong", "If-None-Match", "*")
+		require.Equal(t, http.StatusPreconditionFailed, a.status)
+		require.Contains(t, a.body, "there is a file of this name already")
+		require.Equal(t, http.StatusBadRequest, d.administer(t, "PUT", file+dry, right, "If-Match", stale+", "+stale).status)
+	}
+}
+
 // TestABodyThatBreaksOffIsNoneThatIsTooLarge sends less than it says.
 func TestABodyThatBreaksOffIsNoneThatIsTooLarge(t *testing.T) {
 	t.Parallel()
