@@ -60,6 +60,9 @@ func (r *reader) documents(f File) (roots []*yaml.Node) {
 
 // trees returns the documents in a file, each a node whose only content is its root.
 func (r *reader) trees(f File) (docs []*yaml.Node) {
+	if !r.isText(f.Data) {
+		return nil
+	}
 	if isJSON(f) {
 		if roots := r.json(f.Data); roots != nil {
 			docs = append(docs, &yaml.Node{Kind: yaml.DocumentNode, Content: roots})
@@ -82,6 +85,30 @@ func (r *reader) trees(f File) (docs []*yaml.Node) {
 		r.fault(&yaml.Node{}, "", "is not YAML: %v", err)
 	}
 	return docs
+}
+
+// isText reports whether the data is UTF-8 without NUL; if not, it reports the fault. Of JSON the decoder would replace
+// what is not UTF-8 silently, and Postgres stores neither.
+func (r *reader) isText(data []byte) bool {
+	d := &jsonDecoder{data: data, line: 1, column: 1}
+	at, problem := bytes.IndexByte(data, 0), "has a NUL"
+	if !utf8.Valid(data) {
+		problem = "is not UTF-8"
+		for at = 0; ; {
+			c, size := utf8.DecodeRune(data[at:])
+			if c == utf8.RuneError && size == 1 {
+				break
+			}
+			at += size
+		}
+	}
+	if at < 0 {
+		return true
+	}
+	n := &yaml.Node{}
+	d.place(n, int64(at))
+	r.fault(n, "", "%s", problem)
+	return false
 }
 
 func isJSON(f File) bool {

@@ -65,6 +65,22 @@ func TestAFaultOfJSONHasItsPlace(t *testing.T) {
 	}
 }
 
+func TestAFileThatIsNotUTF8IsAFaultWithItsPlace(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"rules: []\n# J\xfcrgen":                                  "2:4: is not UTF-8",
+		"{\"rules\": [\n], \"metadata\": {\"é\": \"J\xfcrgen\"}}": "2:24: is not UTF-8",
+		"\xff\xfer\x00u\x00l\x00e\x00s\x00:\x00[\x00]\x00":        "1:1: is not UTF-8",
+		"rules: []\n#\x00":                                        "2:2: has a NUL",
+		"{\"rules\": [], \"$schema\": \"\x00\"}":                  "1:27: has a NUL",
+	} {
+		_, err := rules.Parse("", []byte(text))
+		require.ErrorContains(t, err, want, "%q", text)
+	}
+	_, err := rules.Patch(rules.File{Name: "a", Data: []byte("rules: [{name: a, limits: 1/1s}]")}, []byte("{\"rules\": [{\"name\": \"a\", \"metadata\": {\"who\": \"J\xfcrgen\"}}]}"))
+	require.ErrorContains(t, err, "the patch:1:48: is not UTF-8")
+}
+
 func TestYAMLAndJSONSayTheSame(t *testing.T) {
 	t.Parallel()
 	yaml, err := rules.Parse("a", []byte("domain: d\nrules: [{name: a, when: {n: [1, yes, 1.5]}, limits: 5/10s, cost: 2, unlimited: no, metadata: {x: [1]}}]"))

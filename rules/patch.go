@@ -26,7 +26,10 @@ const patchName = "the patch"
 func Patch(f File, patch []byte) (File, error) {
 	p := &patcher{file: &reader{file: f.Name, nodes: maxNodes + 10*len(f.Data)}, patch: &reader{file: patchName, nodes: maxNodes + 10*len(patch)}}
 	docs := p.file.trees(f)
-	changes := p.patch.json(patch)
+	var changes []*yaml.Node
+	if p.patch.isText(patch) {
+		changes = p.patch.json(patch)
+	}
 	if len(p.file.faults) == 0 && len(p.patch.faults) == 0 {
 		p.apply(docs, changes[0])
 	}

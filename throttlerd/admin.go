@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-throttler/throttler/rules"
 	"github.com/go-throttler/throttler/watch"
@@ -239,8 +240,8 @@ func (a *admin) put(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	name := r.PathValue("name")
-	if len(name) > 255 || strings.ContainsFunc(name, func(c rune) bool { return c < ' ' || c == '\x7f' }) {
-		problem(w, http.StatusBadRequest, "the name must have at most 255 bytes, none of which is a control character")
+	if len(name) > 255 || !utf8.ValidString(name) || strings.ContainsFunc(name, func(c rune) bool { return c < ' ' || c == '\x7f' }) {
+		problem(w, http.StatusBadRequest, "the name must be UTF-8 of at most 255 bytes, without control characters")
 		return
 	}
 	a.change(w, r, func(*rules.File) (*rules.File, error) { return &rules.File{Name: name, Data: data}, nil })

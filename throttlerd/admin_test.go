@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/servers"
 	"github.com/go-throttler/throttler/rules"
 )
 
@@ -206,6 +207,26 @@ func TestMatchLevelsAndReset(t *testing.T) {
 	require.Contains(t, d.administer(t, "GET", "/v1/levels"+query, "").body, `"limit":5,"remaining":5`)
 	require.Contains(t, d.log.String(), `"did":"reset"`)
 	require.Equal(t, http.StatusBadRequest, d.administer(t, "GET", "/v1/levels?entry=x", "").status)
+}
+
+func TestWhatPostgresCannotStoreIsAFaultOfTheClient(t *testing.T) {
+	t.Parallel()
+	for _, source := range [][]string{{"-source", "memory"}, {"-source", "postgres", "-postgres-url", servers.Postgres(t).URL()}} {
+		d := start(t, withToken, append(source, "-rules", written(t, "rules: []\n"))...)
+		for _, dry := range []string{"", "?dry-run"} {
+			const right = "domain: x\nrules: []\n"
+			a := d.administer(t, "PUT", "/v1/rules/b.json"+dry, "{\"domain\": \"x\", \"rules\": [], \"$schema\": \"J\xfcrgen\"}", "If-Match", "*")
+			require.Equal(t, http.StatusUnprocessableEntity, a.status, a.body)
+			require.Contains(t, a.body, "is not UTF-8")
+			require.Equal(t, http.StatusUnprocessableEntity, d.administer(t, "PUT", "/v1/rules/b.yaml"+dry, right+"# \x00", "If-Match", "*").status)
+			for _, name := range []string{"%ff.yaml", "a%00", "%ed%a0%80"} {
+				for method, status := range map[string]int{"PUT": 400, "GET": 404, "DELETE": 404} {
+					a := d.administer(t, method, "/v1/rules/"+name+dry, right, "If-Match", "*")
+					require.Equal(t, status, a.status, "%s %s: %s", method, name, a.body)
+				}
+			}
+		}
+	}
 }
 
 func TestTheBodyOfAFileIsBounded(t *testing.T) {
