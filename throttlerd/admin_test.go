@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -36,6 +37,22 @@ func TestWithoutATokenThereIsNoAdminAPI(t *testing.T) {
 	_, err := parse([]string{"-rules", "x"}, func(string) string { return "short" }, &text{})
 	require.ErrorContains(t, err, "at least 16")
 	require.NotContains(t, err.Error(), "short")
+}
+
+func TestATokenMayEndWithANewline(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "token")
+	overwrite(t, file, token+"\n")
+	none := func(string) string { return "" }
+	environment := func(string) string { return token + "\n" }
+	for _, test := range []struct {
+		args []string
+		env  func(string) string
+	}{{[]string{"-rules", "x", "-admin-token-file", file}, none}, {[]string{"-rules", "x"}, environment}} {
+		c, err := parse(test.args, test.env, io.Discard)
+		require.NoError(t, err)
+		require.Equal(t, token, c.adminToken)
+	}
 }
 
 func TestNothingIsDoneWithoutTheToken(t *testing.T) {

@@ -125,14 +125,15 @@ func (c *config) trust(s string) error {
 const leastToken = 16 // bytes
 
 func (c *config) token(file string, env func(string) string) error {
-	c.adminToken = env("THROTTLERD_ADMIN_TOKEN")
+	text := env("THROTTLERD_ADMIN_TOKEN")
 	if file != "" {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			return fmt.Errorf("-admin-token-file: %w", err)
 		}
-		c.adminToken = strings.TrimSpace(string(data))
+		text = string(data)
 	}
+	c.adminToken = strings.TrimSpace(text) // a Secret made by echo ends with a newline
 	if (c.adminToken != "" || file != "") && len(c.adminToken) < leastToken {
 		return usage("the token of the admin API has %d bytes, must have at least %d", len(c.adminToken), leastToken)
 	}
