@@ -22,7 +22,6 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
-	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
 
@@ -48,7 +47,7 @@ type daemon struct {
 
 	probed    *throttler.Throttler
 	readiness readiness
-	grpcReady *health.Server
+	grpcReady *healthServer
 
 	grpc      *grpc.Server
 	servers   []*http.Server
@@ -64,7 +63,7 @@ type listener struct {
 
 // newDaemon opens everything and listens, but serves no request yet.
 func newDaemon(ctx context.Context, c *config, log *slog.Logger) (*daemon, error) {
-	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: health.NewServer(), undecided: faults{log: log}, undecidedAllowed: faults{log: log}}
+	d := &daemon{config: c, log: log, activity: newActivity(), grpcReady: newHealthServer(), undecided: faults{log: log}, undecidedAllowed: faults{log: log}}
 	err := d.open(ctx)
 	if err == nil {
 		err = d.listen(ctx)
@@ -292,7 +291,11 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	if d.admin == nil && d.config.admin != "" {
 		d.log.Info("there is no admin API, since it has no token")
 	}
-	d.log.Info("ready", "rules", len(d.engine.Rules().Rules()), "domains", d.engine.Rules().Domains())
+	state := "ready"
+	if d.readiness.failed.Load() != nil {
+		state = "started, and not ready" // probe has logged why
+	}
+	d.log.Info(state, "rules", len(d.engine.Rules().Rules()), "domains", d.engine.Rules().Domains())
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
@@ -307,7 +310,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 // end accepts nothing new and waits for requests that have begun, for as long as -drain allows. What is unfinished then
 // is cut off.
 func (d *daemon) end(ctx context.Context) {
-	d.grpcReady.Shutdown() // NOT_SERVING
+	d.grpcReady.end()
 	ctx, cancel := context.WithTimeout(ctx, d.config.drain)
 	defer cancel()
 	var tasks sync.WaitGroup

@@ -325,7 +325,9 @@ func TestARedisThatComesBackIsReadyAgain(t *testing.T) {
 	require.NoError(t, server.Start())
 	eventually(t, func() bool { return d.get(t, "/readyz").status == 200 }, "it is ready")
 	require.Equal(t, 200, d.post(t, "/v1/decide", decideOf("api", "path", "/spent")).status)
-	require.Contains(t, d.log.String(), "not ready")
+	require.Contains(t, d.log.String(), `"msg":"started, and not ready"`)
+	require.NotContains(t, d.log.String(), `"msg":"ready"`)
+	require.Contains(t, d.log.String(), `"msg":"not ready`)
 	require.Contains(t, d.log.String(), "ready again")
 	require.False(t, passwords.MatchString(d.log.String()))
 }
@@ -351,6 +353,18 @@ func TestWithFailoverNobodySeesThatRedisDies(t *testing.T) {
 	d.probe(t.Context()) // as it does each second
 	require.Equal(t, 200, d.get(t, "/readyz").status, "Postgres in place of Redis is ready")
 	require.Equal(t, []string{"1"}, d.scrape(t, `throttler_failover_degraded{storage="failover"} `))
+}
+
+func TestReadinessNamesNothingOfTheTable(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	d := start(t, nil, "-source", "postgres", "-postgres-url", server.URL(), "-rules", written(t, "rules: []\n"))
+	require.NoError(t, server.Kill())
+	eventually(t, func() bool { return strings.Contains(d.get(t, "/readyz").body, "rules_error") }, "it is told")
+	require.Equal(t, "the source of the rules does not answer: the log says why", d.get(t, "/readyz").json(t)["rules_error"])
+	eventually(t, func() bool {
+		return strings.Contains(d.log.String(), "127.0.0.1") && strings.Contains(d.log.String(), "the rules stay as they are")
+	}, "the log says why")
 }
 
 func TestTwoDaemonsWithATableAgree(t *testing.T) {

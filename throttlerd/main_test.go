@@ -23,8 +23,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 // programs are those that the program of the tests becomes if TEST_PROGRAM names one. Tests run them in processes of
@@ -393,6 +395,33 @@ func TestTheEndAnswersWhatHasBegun(t *testing.T) {
 	require.Equal(t, 200, <-answered)
 	require.NoError(t, <-stopped)
 	require.Contains(t, d.log.String(), `"stopped"`)
+}
+
+// TestWhoWatchesTheHealthDoesNotHoldUpTheEnd watches a service that is ready, and one that nobody knows, of which the end
+// is no news.
+func TestWhoWatchesTheHealthDoesNotHoldUpTheEnd(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules", "-drain", "10m")
+	client := healthv1.NewHealthClient(d.dial(t))
+	var watches []healthv1.Health_WatchClient
+	for _, service := range []string{"", "nobody"} {
+		w, err := client.Watch(t.Context(), &healthv1.HealthCheckRequest{Service: service})
+		require.NoError(t, err)
+		_, err = w.Recv()
+		require.NoError(t, err)
+		watches = append(watches, w)
+	}
+	require.NoError(t, d.stop())
+	for _, w := range watches {
+		last, err := healthv1.HealthCheckResponse_UNKNOWN, error(nil)
+		for out := (*healthv1.HealthCheckResponse)(nil); err == nil; out, err = w.Recv() {
+			if out != nil {
+				last = out.GetStatus()
+			}
+		}
+		require.Equal(t, codes.Unavailable, status.Code(err))
+		require.Equal(t, healthv1.HealthCheckResponse_NOT_SERVING, last)
+	}
 }
 
 func overwrite(t *testing.T, file, text string) {
