@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -207,6 +208,18 @@ func TestRulesOfFilesAreReadOnly(t *testing.T) {
 	require.Contains(t, a.body, `"writable":false`)
 	require.Contains(t, a.body, "envoy.yaml")
 	require.Equal(t, http.StatusConflict, d.administer(t, "PUT", "/v1/rules/x", "rules: []", "If-Match", "*").status)
+}
+
+func TestTheCurlOfTheDocChecksAFile(t *testing.T) {
+	t.Parallel()
+	doc := read(t, "../docs/throttlerd.md")
+	found := regexp.MustCompile(`(?s)-T (\S+) \\\s+'localhost:8082(/v1/rules/\S+)'`).FindStringSubmatch(doc)
+	require.NotNil(t, found)
+	require.Contains(t, doc, "go run . -rules ../examples/rules\n")
+	d := start(t, withToken, "-rules", "../examples/rules")
+	a := d.administer(t, "PUT", found[2], read(t, found[1]), "If-Match", "*")
+	require.Equal(t, 200, a.status, a.body)
+	require.Contains(t, a.body, `"changed":false`)
 }
 
 func TestMatchLevelsAndReset(t *testing.T) {
