@@ -2,7 +2,6 @@ package throttlerhttp_test
 
 import (
 	"context"
-	"errors"
 	"net/http"
 	"sync"
 	"testing"
@@ -224,7 +223,7 @@ func TestALimitThatDoesNotAnswerInTimeIsNamed(t *testing.T) {
 			var unsent *throttlerhttp.NotSentError
 			if broken != nil {
 				require.ErrorIs(t, err, broken)
-				assert.False(t, errors.As(err, &unsent), "the error of the storage says more")
+				require.NotErrorAs(t, err, &unsent, "the error of the storage says more")
 				return
 			}
 			require.ErrorAs(t, err, &unsent)
