@@ -63,9 +63,10 @@ type Event struct {
 	refund *storage.Charge // of OpRefund
 }
 
-// Buckets yields each bucket that answered, with the tokens it was asked for. A bucket that denied has a RetryAfter above
-// 0. After an error it yields nothing, except after a *DebtError and for a Wait that gave up. For OpRefund it yields the
-// buckets of Identifier, with their levels before the refund and the tokens to be given back. It does not allocate.
+// Buckets yields each bucket that answered, with the tokens that Verdict.All has. A bucket that denied has a RetryAfter above
+// 0. After an error it yields nothing, except for a Wait that gave up, and after a *DebtError: then the tokens are those that
+// were recorded. For OpRefund it yields the buckets of Identifier, with their levels before the refund and the tokens to be
+// given back. It allocates no more than All does.
 func (e *Event) Buckets() iter.Seq2[*Level, int64] {
 	return func(yield func(*Level, int64) bool) {
 		for l, cost := range e.Verdict.All() {

@@ -290,7 +290,7 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before 
 	ctx, cancel := begun(w, r)
 	defer cancel()
 	err := a.changed(ctx, c, dry)
-	if !dry && c.right {
+	if !dry && c.set != nil {
 		did := "changed"
 		if err != nil {
 			did = "perhaps changed" // the store failed, perhaps after it had stored the change
@@ -346,8 +346,7 @@ type change struct {
 	edit func(before *rules.File) (after *rules.File, err error)
 
 	before, after *rules.File // nil: there is none
-	set           *rules.Set  // of all files after the change
-	right         bool        // apply has found no fault
+	set           *rules.Set  // of all files after the change; nil if apply has found a fault
 }
 
 // apply returns the files after the change. It looks at the precondition first: of another version than the client has
@@ -369,11 +368,8 @@ func (c *change) apply(files []rules.File) (all []rules.File, err error) {
 	if c.after != nil {
 		all = append(all, *c.after)
 	}
-	if c.set, err = rules.Compile(all...); err != nil {
-		return nil, err
-	}
-	c.right = true
-	return all, nil
+	c.set, err = rules.Compile(all...)
+	return all, err
 }
 
 // failed answers an error. Faulty rules are answered with all of their faults.

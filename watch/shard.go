@@ -131,6 +131,7 @@ func (s *shard) count(e *throttler.Event, hash int64) (others bool) {
 func (s *shard) countBuckets(e *throttler.Event, of outcome, hash int64) (others bool) {
 	a, n := asking{identifier: e.Identifier}, 0
 	for l, cost := range e.Verdict.All() {
+		// Bucket number n of a call usually has the same number here, which saves the map.
 		if n < len(s.buckets) && same(s.buckets[n].name.bucket, l.Bucket) && same(s.buckets[n].name.throttler, e.Name) {
 			s.buckets[n].count(e.Op, of, l, cost)
 		} else {
@@ -179,16 +180,6 @@ func (s *shard) addSource(source string) {
 	s.sources = append(s.sources, sourceTally{tally{series: s.watch.source(source)}, source})
 }
 
-// bucket returns the tally of bucket number i of a call. It usually has the same number here, which saves the map.
-func (s *shard) bucket(i int, of, bucket string) *bucketTally {
-	if i < len(s.buckets) {
-		if b := &s.buckets[i]; same(b.name.bucket, bucket) && same(b.name.throttler, of) {
-			return b
-		}
-	}
-	return s.findBucket(name{of, bucket})
-}
-
 func (s *shard) findBucket(n name) *bucketTally {
 	i, ok := s.find[n]
 	if !ok && len(s.buckets) >= maxBuckets {
@@ -207,7 +198,7 @@ func (s *shard) findBucket(n name) *bucketTally {
 
 func (s *shard) refund(e *throttler.Event) {
 	for l, cost := range e.Buckets() {
-		s.bucket(0, e.Name, l.Bucket).tokens -= cost
+		s.findBucket(name{e.Name, l.Bucket}).tokens -= cost
 	}
 }
 
