@@ -50,11 +50,18 @@ func oneInTenSeconds(t *testing.T, mostWaiters int) (*throttler.Throttler, *late
 	return th, store
 }
 
-func TestAReservationAnsweredAfterAResetVoidsNobodyElses(t *testing.T) {
+// inTenSeconds runs a test in virtual time, with a Throttler of oneInTenSeconds and a log of those who wait.
+func inTenSeconds(t *testing.T, test func(t *testing.T, th *throttler.Throttler, store *late, w *waits)) {
+	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		th, store := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+		test(t, th, store, &waits{start: time.Now()})
+	})
+}
+
+func TestAReservationAnsweredAfterAResetVoidsNobodyElses(t *testing.T) {
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, store *late, w *waits) {
 		for range 3 {
 			w.begin(t.Context(), th, "a", "a")
 		}
@@ -68,10 +75,7 @@ func TestAReservationAnsweredAfterAResetVoidsNobodyElses(t *testing.T) {
 }
 
 func TestAResetOfWhichTheNewsComesLateVoidsNoLaterReservation(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, store := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, store *late, w *waits) {
 		for range 4 {
 			w.begin(t.Context(), th, "a", "a")
 		}
@@ -83,10 +87,7 @@ func TestAResetOfWhichTheNewsComesLateVoidsNoLaterReservation(t *testing.T) {
 }
 
 func TestAResetOfOneIdentifierVoidsWhatIsReservedTogetherWithOthers(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, _ := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, _ *late, w *waits) {
 		_, err := th.Consume("b")
 		require.NoError(t, err)
 		for range 3 {
@@ -104,10 +105,7 @@ func TestAResetOfOneIdentifierVoidsWhatIsReservedTogetherWithOthers(t *testing.T
 }
 
 func TestTwoResetsAtATimeVoidNoLaterReservation(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, store := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, store *late, w *waits) {
 		for range 4 {
 			w.begin(t.Context(), th, "a", "a")
 		}
@@ -122,10 +120,7 @@ func TestTwoResetsAtATimeVoidNoLaterReservation(t *testing.T) {
 }
 
 func TestAResetCountsHoweverManyOthersFollow(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, store := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, store *late, w *waits) {
 		w.begin(t.Context(), th, "a", "a")
 		store.takes.Store(int64(time.Second))
 		w.begin(t.Context(), th, "a", "a")
@@ -140,10 +135,7 @@ func TestAResetCountsHoweverManyOthersFollow(t *testing.T) {
 }
 
 func TestResetsOfOthersNeitherVoidNorDelayAReservation(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, store := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, store *late, w *waits) {
 		w.begin(t.Context(), th, "a", "a")
 		store.takes.Store(int64(time.Second))
 		w.begin(t.Context(), th, "a", "a")
@@ -161,10 +153,7 @@ func TestResetsOfOthersNeitherVoidNorDelayAReservation(t *testing.T) {
 }
 
 func TestAResetThatFailsVoidsNothing(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		th, _ := oneInTenSeconds(t, 0)
-		w := &waits{start: time.Now()}
+	inTenSeconds(t, func(t *testing.T, th *throttler.Throttler, _ *late, w *waits) {
 		for i := range 3 {
 			w.begin(t.Context(), th, "a", i)
 		}
