@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -75,6 +76,11 @@ func TestAHangupReloadsAndDoesNotEnd(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", "../examples/rules")
 	eventually(t, func() bool { return d.get(t, "/readyz").status == 200 }, "it is ready")
+	// The kernel may deliver the signal after Kill has returned. It must come before the daemon ends, or it ends this process.
+	delivered := make(chan os.Signal, 1)
+	signal.Notify(delivered, syscall.SIGHUP)
+	defer signal.Stop(delivered)
 	require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGHUP))
+	<-delivered
 	require.Equal(t, 200, d.get(t, "/readyz").status)
 }
