@@ -161,6 +161,7 @@ func (p *plan) make(set *Set, r *Request) error {
 	if slices.ContainsFunc(descriptors, func(d Descriptor) bool { return d.GiveBack }) {
 		asking = matchedByAsking(descriptors, matched, counts)
 	}
+	p.applied, p.partOf, p.parts = make([]Applied, 0, len(matched)), make([]int, 0, len(matched)), make([]part, 0, len(matched))
 	at := 0
 	for i := range descriptors {
 		// A rule is also replaced by a rule that another descriptor matched. But a descriptor that only gives back takes no
@@ -292,12 +293,19 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 
 // asks returns what a step asks of each identifier.
 func (p *plan) asks(s step) (all []throttler.Part) {
+	if !p.has(s) {
+		return nil
+	}
+	all = make([]throttler.Part, 0, len(p.parts))
+	options := make([]throttler.Option, 0, 2*len(p.parts)) // of all parts: a part has two unless it is shared
 	for i := range p.parts {
 		one := &p.parts[i]
 		switch {
 		case p.stepOf(one) != s:
 		case !p.shared:
-			all = append(all, throttler.For(one.id, one.rule.using, throttler.Cost(p.costOf(one, ""))))
+			n := len(options)
+			options = append(options, one.rule.using, throttler.Cost(p.costOf(one, "")))
+			all = append(all, throttler.For(one.id, options[n:n+2:n+2]...))
 		case !slices.ContainsFunc(p.parts[:i], func(before part) bool { return p.isOneCall(one, &before) }):
 			all = append(all, p.together(i))
 		}

@@ -149,43 +149,52 @@ func (s *service) response(r *ratelimitv3.RateLimitRequest, d *decision) *rateli
 	if !d.v.Allowed {
 		out.OverallCode = codeOver
 	}
-	for i := range min(len(r.GetDescriptors()), maxDescriptors) {
+	out.Statuses = make([]*ratelimitv3.RateLimitResponse_DescriptorStatus, 0, min(len(r.GetDescriptors()), maxDescriptors))
+	for i := range cap(out.Statuses) {
 		out.Statuses = append(out.Statuses, d.status(i))
 	}
-	fields := s.fields(d)
-	for _, name := range envoyFields {
-		if value := fields.Get(name); value != "" {
-			out.ResponseHeadersToAdd = append(out.ResponseHeadersToAdd, &corev3.HeaderValue{Key: name, Value: value})
+	fields := make(http.Header, len(envoyFields))
+	throttlerhttp.SetFields(fields, d.v)
+	for _, f := range envoyFields {
+		if values := fields[f.name]; len(values) > 0 {
+			out.ResponseHeadersToAdd = append(out.ResponseHeadersToAdd, &corev3.HeaderValue{Key: f.envoy, Value: values[0]})
 		}
 	}
 	return out
 }
 
-// envoyFields are the header fields of throttlerhttp that Envoy adds to its answer to the client.
-var envoyFields = []string{"ratelimit-policy", "ratelimit", "retry-after"}
+// envoyFields are the header fields of throttlerhttp that Envoy adds to its answer to the client, by Envoy's names too.
+var envoyFields = [...]struct{ name, envoy string }{
+	{"Ratelimit-Policy", "ratelimit-policy"}, {"Ratelimit", "ratelimit"}, {"Retry-After", "retry-after"},
+}
 
 // metadata returns what filters and access logs of Envoy can read about the decision; nil if there is nothing to say.
 func (d *decision) metadata() *structpb.Struct {
-	m := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	var m *structpb.Struct
+	add := func(name string, v *structpb.Value) {
+		if m == nil {
+			m = &structpb.Struct{Fields: map[string]*structpb.Value{}}
+		}
+		m.Fields[name] = v
+	}
 	list := func(name string, ids []string) {
 		values := &structpb.ListValue{}
 		for _, id := range ids {
 			values.Values = append(values.Values, structpb.NewStringValue(id))
 		}
-		if len(ids) > 0 {
-			m.Fields[name] = structpb.NewListValue(values)
-		}
+		add(name, structpb.NewListValue(values))
 	}
-	list("denied_by", d.deniedBy())
-	list("over_quota", d.ids(func(a *rules.Applied) bool { return a.Denied && a.Rule.Quota }))
+	if ids := d.deniedBy(); len(ids) > 0 {
+		list("denied_by", ids)
+	}
+	if ids := d.ids(func(a *rules.Applied) bool { return a.Denied && a.Rule.Quota }); len(ids) > 0 {
+		list("over_quota", ids)
+	}
 	if !d.denied() {
-		m.Fields["error"] = structpb.NewStringValue(title(d.err))
+		add("error", structpb.NewStringValue(title(d.err)))
 	}
 	if d.v.Degraded() {
-		m.Fields["degraded"] = structpb.NewBoolValue(true)
-	}
-	if len(m.Fields) == 0 {
-		return nil
+		add("degraded", structpb.NewBoolValue(true))
 	}
 	return m
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"io"
+	"log/slog"
 	"math"
 	"net/http"
 	"strings"
@@ -244,4 +246,29 @@ func TestACallWhoseTimeIsOverIsNotDecided(t *testing.T) {
 	_, err := envoy{service: d.service}.ShouldRateLimit(over, ask("x", "k", "v"))
 	require.Equal(t, codes.Canceled, status.Code(err))
 	require.Equal(t, codeOK, should(t, d.envoy(t), ask("x", "k", "v")).GetOverallCode(), "nothing was taken")
+}
+
+// BenchmarkShouldRateLimit measures what of a call is not gRPC: two descriptors, with a rule each, in the memory of the process.
+func BenchmarkShouldRateLimit(b *testing.B) {
+	rules := written(b, `
+domain: d
+descriptors:
+- key: user
+  rate_limit: {unit: day, requests_per_unit: 100000000}
+- key: org
+  rate_limit: {unit: day, requests_per_unit: 100000000}
+`)
+	c, err := parse([]string{"-rules", rules, "-grpc", "127.0.0.1:0", "-http", "127.0.0.1:0"}, func(string) string { return "" }, io.Discard)
+	require.NoError(b, err)
+	d, err := newDaemon(b.Context(), c, slog.New(slog.DiscardHandler))
+	require.NoError(b, err)
+	defer func() { require.NoError(b, d.close(context.WithoutCancel(b.Context()))) }()
+	r := ask("d", "user", "1")
+	r.Descriptors = append(r.Descriptors, described("org", "1"))
+	b.ReportAllocs()
+	for b.Loop() {
+		if out, err := (envoy{service: d.service}).ShouldRateLimit(b.Context(), r); err != nil || out.GetOverallCode() != codeOK {
+			b.Fatal(out, err)
+		}
+	}
 }

@@ -206,7 +206,7 @@ func (r *running) get(t *testing.T, path string, header ...string) answer {
 }
 
 // written returns the name of a file with these rules.
-func written(t *testing.T, rules string) string {
+func written(t testing.TB, rules string) string {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "rules.yaml")
 	require.NoError(t, os.WriteFile(name, []byte(rules), 0o600))

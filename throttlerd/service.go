@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"slices"
 
 	"github.com/go-throttler/throttler"
@@ -174,19 +173,3 @@ func statusOf(err error, otherwise int) int {
 func (s *service) answer(w http.ResponseWriter, r *http.Request, d *decision) {
 	s.limit.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), decisionKey{}, d)))
 }
-
-// fields returns the header fields that answer would set, for protocols other than HTTP.
-func (s *service) fields(d *decision) http.Header {
-	w := fieldWriter{}
-	d.admit = func(http.ResponseWriter, *http.Request) {}
-	d.refuse = func(http.ResponseWriter, *http.Request, throttlerhttp.Refusal) {}
-	s.answer(w, &http.Request{Method: http.MethodGet, URL: &url.URL{Path: "/"}, Header: http.Header{}}, d)
-	return http.Header(w)
-}
-
-// fieldWriter is a ResponseWriter that keeps the header fields and discards the rest.
-type fieldWriter http.Header
-
-func (w fieldWriter) Header() http.Header         { return http.Header(w) }
-func (w fieldWriter) Write(b []byte) (int, error) { return len(b), nil }
-func (w fieldWriter) WriteHeader(int)             {}

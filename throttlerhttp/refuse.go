@@ -49,12 +49,27 @@ func (r *Refusal) Limits() []string {
 // uses Draft10 and Problem.
 func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 	v.Allowed = false
-	l := &limit{m: &middleware{}, refuse: Problem}
-	if outer := recorded(w); outer != nil {
-		l.m, l.refuse = outer.l.m, outer.l.refuse // but not its policies, which are cached for verdicts of its own
+	l := alone
+	if outer := recorded(w); outer != nil { // its policies are cached for verdicts of its own
+		l = &limit{m: outer.l.m, refuse: outer.l.refuse}
 	}
 	l.answer(w, r, v, nil)
 }
+
+// SetFields is for those who ask a Throttler themselves, also in other protocols than HTTP. It adds the fields of Draft10
+// to h, and Retry-After if v is a denial. Fields of other limiters in h are kept, as the middleware keeps them. A verdict
+// without levels adds nothing.
+func SetFields(h http.Header, v throttler.Verdict) {
+	if levels := v.Levels(); len(levels) > 0 {
+		new(said).say(alone, h, &v, levels)
+	}
+	if v.RetryAfter > 0 {
+		h.Set("Retry-After", strconv.FormatInt(RetryAfterSeconds(v), 10))
+	}
+}
+
+// alone is the limit of verdicts that no middleware has asked for.
+var alone = &limit{m: &middleware{}, refuse: Problem}
 
 // RetryAfterSeconds returns the Retry-After of a denial: its RetryAfter in seconds, rounded up, and at least 1. For a
 // Verdict that is Allowed it returns 0.

@@ -34,6 +34,37 @@ func TestRetryAfterSecondsIsRoundedUpOnce(t *testing.T) {
 	assert.Zero(t, throttlerhttp.RetryAfterSeconds(throttler.Verdict{Allowed: true}))
 }
 
+func TestSetFieldsSaysWhatTheMiddlewareSays(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{Clock: clock.NewMock(), Buckets: buckets(throttler.NewBucket(10*time.Second, 1).Named("short"))})
+	require.NoError(t, err)
+	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{Decide: func(r *http.Request) (throttler.Verdict, error) { return limiter.Consume(r.URL.Path) }})
+	require.NoError(t, err)
+	for _, status := range []int{http.StatusOK, http.StatusTooManyRequests} {
+		w := httptest.NewRecorder()
+		limit(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/middleware", nil))
+		require.Equal(t, status, w.Code)
+		want, have := http.Header{}, http.Header{}
+		for _, name := range []string{"Ratelimit", "Ratelimit-Policy", "Retry-After"} {
+			if values := w.Header().Values(name); values != nil {
+				want[name] = values
+			}
+		}
+		v, err := limiter.Consume("alone")
+		require.NoError(t, err)
+		throttlerhttp.SetFields(have, v)
+		assert.Equal(t, want, have)
+	}
+	h := http.Header{"Ratelimit": {`"theirs";r=1;t=2`}, "Ratelimit-Policy": {`"theirs";q=1;w=2`}}
+	v, err := limiter.Consume("alone")
+	require.NoError(t, err)
+	throttlerhttp.SetFields(h, v)
+	assert.Equal(t, http.Header{"Ratelimit": {`"theirs";r=1;t=2, "short";r=0;t=10`}, "Ratelimit-Policy": {`"theirs";q=1;w=2, "short";q=1;w=10`}, "Retry-After": {"10"}}, h)
+	none := http.Header{}
+	throttlerhttp.SetFields(none, throttler.Verdict{})
+	assert.Empty(t, none)
+}
+
 // asks returns a handler that asks a Throttler itself.
 func asks(t testing.TB, c throttler.Config) http.Handler {
 	t.Helper()
