@@ -22,8 +22,8 @@ import (
 // ErrUnavailable and its like come from the storage. If a request of Mode Charge is recorded only in part, the error joins
 // a *throttler.DebtError for each bucket concerned.
 //
-// Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels. What
-// their buckets cannot record (see Throttler.Charge) is lost. In Mode Consume that is no error, because they deny no cost;
+// Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels, except in
+// Mode Peek, where they have those before the charge. What their buckets cannot record (see Throttler.Charge) is lost. In Mode Consume that is no error, because they deny no cost;
 // Config.Observe of the Throttler is told.
 //
 // Shadow and Quota rules are decided after the others have admitted the request, each in a call of its own. If the
@@ -87,7 +87,7 @@ type step int
 const (
 	look   step = iota // for a Charge rule and a cost of 0: is there a token left? Asked before anything is taken
 	decide             // the normal case
-	charge             // afterwards, whatever the others answered
+	charge             // afterwards, whatever the others answered; a Peek only looks
 	shadow             // each in a call of its own, if all others admitted
 	back               // given back, if all others admitted
 )
@@ -98,7 +98,7 @@ func (p *plan) stepOf(part *part) step {
 		return back
 	case part.silent():
 		return shadow
-	case p.mode == Charge, p.mode == Consume && part.rule.Charge && part.cost > 0:
+	case p.mode == Charge, part.rule.Charge && part.cost > 0:
 		return charge
 	case p.mode == Consume && part.rule.Charge:
 		return look
@@ -275,7 +275,7 @@ func (p *plan) ask(ctx context.Context, s step) (v throttler.Verdict, err error)
 		return v, err
 	}
 	switch {
-	case s == charge:
+	case s == charge && p.mode != Peek:
 		return v, p.engine.t.ChargeAll(ctx, asked...)
 	case s == look || s == back || p.mode == Peek:
 		v, err = p.engine.t.PeekAll(ctx, asked...)
@@ -345,7 +345,7 @@ func (p *plan) costOf(part *part, bucket string) (sum int64) {
 	switch s := p.stepOf(part); {
 	case s == look:
 		return 1
-	case s == back:
+	case s == back, s == charge && p.mode == Peek: // a look at what is there
 		return 0
 	case s == shadow || !p.shared:
 		return part.cost

@@ -203,8 +203,8 @@ func TestARuleOfModeChargeTakesWhateverThereIs(t *testing.T) {
 		assert.Equal(t, []bool{true, false}, denied)
 		assert.Positive(t, v.RetryAfter)
 		v, denied = ask(rules.Peek, 1)
-		assert.False(t, v.Allowed)
-		assert.Equal(t, []bool{true, true}, denied)
+		assert.False(t, v.Allowed, "the other rule denies")
+		assert.Equal(t, []bool{false, true}, denied, "and this one denies no cost, as in Mode Consume")
 	}
 }
 
@@ -247,6 +247,10 @@ func TestWhatOnlyLooksTellsTheLevels(t *testing.T) {
 		require.Equal(t, remaining > 0, v.Allowed)
 		require.Len(t, v.Levels(), 1)
 		require.Equal(t, max(0, remaining-1), applied[0].Levels[0].Remaining, "as after one more")
+		v, applied, err = e.Decide(t.Context(), rules.Request{Mode: rules.Peek, Cost: new(int64(12))})
+		require.NoError(t, err)
+		require.True(t, v.Allowed, "a cost is never denied")
+		require.Equal(t, remaining, applied[0].Levels[0].Remaining)
 		_, _, err = e.Decide(t.Context(), rules.Request{Cost: new(int64(12))})
 		require.NoError(t, err)
 	}
