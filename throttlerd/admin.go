@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -277,7 +278,10 @@ func (a *admin) remove(w http.ResponseWriter, r *http.Request) {
 // valid, could be faulty together.
 func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before *rules.File) (after *rules.File, err error)) {
 	c := &change{name: r.PathValue("name"), edit: edit}
-	dry := r.URL.Query().Has("dry-run")
+	dry, ok := dryRun(w, r)
+	if !ok {
+		return
+	}
 	if a.store == nil && !dry {
 		problem(w, http.StatusConflict, "the rules are files: change those, or start with -source postgres or memory")
 		return
@@ -308,6 +312,20 @@ func (a *admin) change(w http.ResponseWriter, r *http.Request, edit func(before 
 		w.Header().Set("ETag", quote(c.after.ETag()))
 	}
 	respond(w, http.StatusOK, map[string]any{"changed": !dry, "rules": len(c.set.Rules()), "domains": c.set.Domains()})
+}
+
+// dryRun reports whether the change is only to be checked: ?dry-run, or ?dry-run=true. A value that is neither true nor false
+// is refused, because a change that was meant as a check must not be made.
+func dryRun(w http.ResponseWriter, r *http.Request) (dry, ok bool) {
+	value := r.URL.Query().Get("dry-run")
+	if value == "" {
+		return r.URL.Query().Has("dry-run"), true
+	}
+	dry, err := strconv.ParseBool(value)
+	if err != nil {
+		problem(w, http.StatusBadRequest, fmt.Sprintf("dry-run is %.64q, must be true or false", value))
+	}
+	return dry, err == nil
 }
 
 // begun returns the context of a change. It does not end when the client leaves: what is stored then would not be in the

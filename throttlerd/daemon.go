@@ -127,7 +127,7 @@ func (d *daemon) newThrottler(s *stores) (*throttler.Throttler, error) {
 // one.
 func (d *daemon) loaded(set *rules.Set, err error) {
 	if err != nil {
-		d.log.Error("the rules stay as they are, since the new ones are wrong", "error", err.Error())
+		d.log.Error("the rules stay as they are, since the new ones are wrong or cannot be read", "error", err.Error())
 		return
 	}
 	d.activity.loaded(set)

@@ -287,9 +287,11 @@ func (s *service) settle(ctx context.Context, a *asking) *decision {
 func (s *service) redeem(a *asking, by func(*receipt) error) *decision {
 	d := &decision{err: errUnknownReceipt}
 	if r, ok := s.receipts.take(a.Receipt.id, time.Now()); ok {
-		d.err = by(r)
+		if d.err = r.isOf(a.Domain); d.err == nil {
+			d.err = by(r)
+		}
 		switch status := statusOf(d.err, 0); {
-		case errors.Is(d.err, throttler.ErrInvalidCost):
+		case errors.Is(d.err, errMalformed), errors.Is(d.err, throttler.ErrInvalidCost):
 			s.receipts.put(r, time.Now())
 		case status >= http.StatusInternalServerError:
 			s.fault(d.err)

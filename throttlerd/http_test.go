@@ -119,6 +119,9 @@ func TestAReceiptGivesBackOnce(t *testing.T) {
 	denied := d.post(t, "/v1/decide", request)
 	require.Equal(t, 429, denied.status, "60 bytes more are too many")
 	require.NotContains(t, denied.body, "receipt")
+	a := d.post(t, "/v1/decide", `{"mode":"refund","domain":"y","receipt":"`+receipt+`"}`)
+	require.Equal(t, 400, a.status, "of another domain")
+	require.Contains(t, a.body, "domain")
 	refund := `{"mode":"refund","receipt":"` + receipt + `"}`
 	back := d.post(t, "/v1/decide", refund)
 	require.Equal(t, 200, back.status, back.body)
@@ -185,7 +188,7 @@ func TestASettleMakesTheEstimateTheRealCostOnce(t *testing.T) {
 		receipt, _ := first.json(t)["receipt"].(string)
 		require.NotEmpty(t, receipt, first.body)
 		settle := `{"mode":"settle","receipt":"` + receipt + `",` + test.settle + `}`
-		for _, wrong := range []string{`"cost":-1`, `"entries":{"user":"1"}`, `"entries":{"tokens":"many"}`, `"cost":1,"limit":"1/1h"`, `"cost":1,"descriptors":[{"cost":1}]`, `"domain":"x"`} {
+		for _, wrong := range []string{`"cost":-1`, `"entries":{"user":"1"}`, `"entries":{"tokens":"many"}`, `"cost":1,"limit":"1/1h"`, `"cost":1,"descriptors":[{"cost":1}]`, `"domain":"x"`, `"domain":"y","cost":1`} {
 			a := d.post(t, "/v1/decide", `{"mode":"settle","receipt":"`+receipt+`",`+wrong+`}`)
 			require.Equal(t, 400, a.status, wrong)
 		}

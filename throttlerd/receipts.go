@@ -35,6 +35,14 @@ type receipt struct {
 	size    int // bytes, about
 }
 
+// isOf returns an error if a request names another domain than that of the decision. It need not name any.
+func (r *receipt) isOf(domain string) error {
+	if domain != "" && len(r.applied) > 0 && r.applied[0].Rule.Domain != domain {
+		return malformed("the receipt is of the domain %.64q", r.applied[0].Rule.Domain)
+	}
+	return nil
+}
+
 // Sizes of the parts of a receipt, somewhat more than what they take in memory.
 const (
 	sizeOfReceipt = 1 << 10 // bytes
