@@ -1,0 +1,71 @@
+// Package observers measures what observing costs, for the benchmarks of the modules that observe.
+package observers
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-throttler/throttler"
+)
+
+const calls = 1000 // in one turn
+
+// Compare measures a decision on one, two and four buckets: with no observer, with one that does nothing, and with each of
+// the given ones. All of them make many short turns, one after the other, and the shortest turn of each counts. Other
+// programs, and a machine whose speed changes, disturb that least.
+//
+// It reports the nanoseconds of a decision without observer (ns-nobody), what an empty observer takes beyond that
+// (ns-empty-more), and what each of the others takes beyond the empty one.
+func Compare(b *testing.B, all map[string]func(context.Context, *throttler.Event)) {
+	b.Helper()
+	for buckets := 1; buckets <= 4; buckets *= 2 {
+		b.Run(fmt.Sprintf("buckets=%d", buckets), func(b *testing.B) { compare(b, buckets, all) })
+	}
+}
+
+func compare(b *testing.B, buckets int, all map[string]func(context.Context, *throttler.Event)) {
+	b.Helper()
+	least := map[string]time.Duration{}
+	limiters := map[string]*throttler.Throttler{}
+	add := func(name string, observe func(context.Context, *throttler.Event)) {
+		c := throttler.Config{Name: "api", Observe: observe}
+		for i := range buckets {
+			c.Buckets = append(c.Buckets, throttler.NewBucket(time.Hour, 1<<40).Named(fmt.Sprint("bucket ", i)))
+		}
+		t, err := throttler.New(c)
+		require.NoError(b, err)
+		limiters[name], least[name] = t, time.Hour
+	}
+	add("nobody", nil)
+	add("empty", func(context.Context, *throttler.Event) {})
+	for name, observe := range all {
+		add(name, observe)
+	}
+	for b.Loop() {
+		for name, t := range limiters {
+			least[name] = min(least[name], turn(b, t))
+		}
+	}
+	ns := func(d time.Duration) float64 { return float64(d) / calls }
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(ns(least["nobody"]), "ns-nobody")
+	b.ReportMetric(ns(least["empty"]-least["nobody"]), "ns-empty-more")
+	for name := range all {
+		b.ReportMetric(ns(least[name]-least["empty"]), "ns-"+name+"-more")
+	}
+}
+
+func turn(b *testing.B, of *throttler.Throttler) time.Duration {
+	b.Helper()
+	start := time.Now()
+	for range calls {
+		if _, err := of.Consume("user:42"); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return time.Since(start)
+}
