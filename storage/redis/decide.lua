@@ -28,23 +28,17 @@
 -- judges all parts and then writes all of them. The full way decides the others. Its functions are made only when the
 -- first request of a call needs them, as making them takes as long as a decision.
 --
+-- Most calls bring few decisions, and then half of their time goes into what is made once for a call. So the functions of
+-- this file capture no locals: each local that a function captures is one more allocation, in every call. They get what
+-- they use as parameters. Numbers have names such as $PEEK, which script.go replaces.
+--
 -- The numbers at the ends of lines are the steps of internal/law/decide.go.
 
-local REPLENISH, CONTINUOUS, FIXED, SLIDING, LOG = 0, 1, 2, 3, 4
-local TAKE, PEEK, FORCE = 0, 1, 2
+--#numbers REPLENISH CONTINUOUS FIXED SLIDING LOG
+--#numbers TAKE PEEK FORCE
 
 local byte, concat, list, pack, unpack = string.byte, table.concat, unpack, struct.pack, struct.unpack
 local ceil, floor, max, min, call, try = math.ceil, math.floor, math.max, math.min, redis.call, redis.pcall
-
--- The server's time in µs, read once for all requests of the call.
-local time
-local function server()
-  if not time then
-    local t = call('TIME')
-    time = t[1] * 1000000 + t[2]
-  end
-  return time
-end
 
 -- The fast way for one part. It returns the value before the decision and whether the part is admitted. If it is, the
 -- new value and its time to live in ms follow; 0 keeps the present one. It returns nothing if the full way must decide.
@@ -58,7 +52,7 @@ end
 --     because capacity and cost are whole numbers of tokens.
 --   - A SlidingWindow whose hold fades is left to the full way. Here its hold ends with the present window and counts
 --     in full, or it is gone.
-local function fast(key, s)
+local function fast(key, s, try, pack, unpack, ceil, list)
   local v, now, held = try('GET', key), s[$now], nil
   if v then
     if #v ~= s[$size] then return end
@@ -107,7 +101,7 @@ end
 
 -- The fast way for one bucket and for two buckets whose tokens come back at once, by the server's time. They keep the
 -- holds in locals: the table takes a sixth of the time. In the second bucket k units are spent until f.
-local function one(key, s)
+local function one(key, s, try, pack, unpack, ceil)
   local v, now, b = try('GET', key), s[$now], s[$buckets][1]
   local before, e, m = 0, 0, 0
   if v then
@@ -125,7 +119,7 @@ local function one(key, s)
   return v or '\0', true, pack(s[$form], s[$prefix], now, e, m), ceil((e - now) / 1000) + 1000
 end
 
-local function two(key, s)
+local function two(key, s, try, pack, unpack, ceil)
   local v, now, b, c = try('GET', key), s[$now], s[$buckets][1], s[$buckets][2]
   local before, e, m, f, k = 0, 0, 0, 0, 0
   if v then
@@ -150,78 +144,64 @@ end
 --#slots prefix form size mode now grace served more doubted rules buckets way within less
 --#slots kind tick grain capacity cost take most room finish join latest fade drain ticks
 
--- A bucket of a shape, with the numbers that the fast way needs:
+-- The numbers of a bucket that the fast way needs:
 --
 --   take    the cost in units
---   room    the cost is admitted if at most so many units are spent before it
 --   most    the largest number of units that may ever be spent
+--   room    the cost is admitted if at most so many units are spent before it
 --   finish  the end of a new hold
 --   join    a living hold that ends earlier cannot take the new tokens: then the full way decides
 --   latest  the latest possible end of a hold: if one ends later, the full way decides
 --   fade    how long after its end a hold is gone
 --   ticks   now in whole ticks, if the bucket drains
 --
--- A reservation has the room that there will be when its time within has passed. Force and a cost of 0 are bound only
--- by most.
-local function bucket(mode, now, within, kind, period, drain, tick, grain, one, capacity, cost)
-  local unit, finish, join, latest, fade, ticks, most, ahead = 1, 0, 0, now + period, 0, 0, 4 * capacity, 0
-  if kind == CONTINUOUS then
-    unit, latest, ticks = one, 0, (now - now % tick) / tick
-    most = max(most, min(4 * drain * (period / tick) / one, floor((2 ^ 53 - 1) / one)))
-    ahead = drain * (floor((now + within) / tick) - ticks)
-  elseif kind == REPLENISH then
-    finish = latest
-  else
-    finish = kind == LOG and latest or now - now % period + period
-    join, fade = finish, kind == SLIDING and period - tick or 0
-  end
-  most = most * unit
-  local room = min((capacity - cost) * unit + ahead, most - cost * unit)
-  if mode == FORCE or cost == 0 then room = most end
-  return { kind, tick, grain, capacity, cost, cost * unit, most, room, finish, join, latest, fade, drain, ticks }
-end
-
--- The function that decides a part of a shape, or nil if only the full way can: less than the cost may be taken, a
--- bucket may stay without a hold because its cost is 0, or a log has a grain.
-local function wayOf(mode, less, plain, buckets)
-  if less then return nil end
-  for _, b in ipairs(buckets) do
-    if b[$cost] == 0 and mode ~= PEEK or b[$grain] > 1 then return nil end
-    if b[$kind] == CONTINUOUS or b[$kind] == SLIDING then plain = false end
-  end
-  if plain and #buckets == 1 then return one end
-  if plain and #buckets == 2 then return two end
-  return fast
-end
-
--- Decodes a shape. Young becomes the latest time of change for which a state is in doubt.
-local function shapeOf(arg)
-  local prefix, form, size, mode, flags, now, within, young, n, p = unpack('<I2c0Bc0I2BBdddB', arg)
-  local served, grace = now < 0, 3601000
-  if served then now, grace = server(), 1000 end
-  local buckets = {}
-  for j = 1, n do
-    local kind, period, drain, tick, grain, unit, capacity, cost, after = unpack('<Bddddddd', arg, p)
-    buckets[j], p = bucket(mode, now, within, kind, period, drain, tick, grain, unit, capacity, cost), after
-  end
-  local doubted, less = flags % 4 > 1, flags > 3
-  local way = wayOf(mode, less, served and not doubted, buckets)
-  return { prefix, form, size, mode, now, grace, served, flags % 2 == 1, doubted and now - young, false, buckets, way, within, less }
-end
-
+-- The way of a shape is the function that decides its parts, or nil if only the full way can: less than the cost may be
+-- taken, a bucket may stay without a hold because its cost is 0, or a log has a grain.
 local index, shapes = ARGV[1], {}
-for i = 2, #ARGV do shapes[i - 1] = shapeOf(ARGV[i]) end
-
--- The shape of a key, by the number of the key.
-local function shape(key)
-  if index == '' then return shapes[1] end
-  local low, high = byte(index, 2 * key - 1, 2 * key)
-  return shapes[low + 256 * high + 1]
+local time -- the server's in µs, read once for all requests of the call
+for i = 2, #ARGV do
+  local prefix, form, size, mode, flags, now, within, young, n, p = unpack('<I2c0Bc0I2BBdddB', ARGV[i])
+  local served, doubted, less, grace = now < 0, flags % 4 > 1, flags > 3, 3601000
+  if served then
+    if not time then
+      local t = call('TIME')
+      time = t[1] * 1000000 + t[2]
+    end
+    now, grace = time, 1000
+  end
+  local buckets, way, plain = {}, fast, served and not doubted
+  for j = 1, n do
+    local kind, period, drain, tick, grain, token, capacity, cost, after = unpack('<Bddddddd', ARGV[i], p)
+    local unit, finish, join, latest, fade, ticks, most, ahead = 1, 0, 0, now + period, 0, 0, 4 * capacity, 0
+    if kind == $CONTINUOUS then
+      unit, latest, ticks, plain = token, 0, (now - now % tick) / tick, false
+      most = max(most, min(4 * drain * (period / tick) / token, floor((2 ^ 53 - 1) / token)))
+      ahead = drain * (floor((now + within) / tick) - ticks)
+    elseif kind == $REPLENISH then
+      finish = latest
+    else
+      finish = kind == $LOG and latest or now - now % period + period
+      join = finish
+      if kind == $SLIDING then fade, plain = period - tick, false end
+    end
+    most = most * unit
+    -- A reservation has the room that there will be when its time within has passed. Force and a cost of 0 are bound only
+    -- by most.
+    local room = min((capacity - cost) * unit + ahead, most - cost * unit)
+    if mode == $FORCE or cost == 0 then room = most end
+    if less or cost == 0 and mode ~= $PEEK or grain > 1 then way = nil end
+    buckets[j] = { kind, tick, grain, capacity, cost, cost * unit, most, room, finish, join, latest, fade, drain, ticks }
+    p = after
+  end
+  if way and plain and n == 1 then way = one elseif way and plain and n == 2 then way = two end
+  -- Young becomes the latest time of change for which a state is in doubt.
+  shapes[i - 1] = { prefix, form, size, mode, now, grace, served, flags % 2 == 1, doubted and now - young, false, buckets, way, within, less }
 end
 
 -- Makes the full way: a function that decides the request whose first part is at a key. It returns the answer and the
 -- first key of the next request.
-local function fullWay()
+local function fullWay(index, shapes)
+  local byte, call, try = string.byte, redis.call, redis.pcall
   --#include state.lua
 
   -- Adds a cost to a state, as far as the bucket may record it. Returns what is spent then.
@@ -248,7 +228,7 @@ local function fullWay()
       s[$rules] = {}
       for j, b in ipairs(s[$buckets]) do
         r, p = law(s[$prefix], p)
-        rule(r, b[$capacity], r.k == LOG and b[$grain] or b[$tick])
+        rule(r, b[$capacity], r.k == $LOG and b[$grain] or b[$tick])
         s[$rules][j], r.cost, p = r, b[$cost], p + 1
       end
     end
@@ -289,7 +269,11 @@ local function fullWay()
     local failed, allowed, stale, asked, parts, s = nil, true, false, false, {}, nil
     local unsure -- whether a state is doubted of which nothing is asked: it counts if all are only looked at
     repeat
-      s = shape(key)
+      s = shapes[1]
+      if index ~= '' then
+        local low, high = byte(index, 2 * key - 1, 2 * key)
+        s = shapes[low + 256 * high + 1]
+      end
       local of, real = rules(s), s[$now]
       local states, others = load(KEYS[key], of, real)
       if not states then
@@ -306,7 +290,7 @@ local function fullWay()
         if s[$doubted] and (not state or state[2] <= s[$doubted]) then stale, unsure = stale or r.cost > 0, true end
         least[j] = s[$less] and min(r.cost, 1) or r.cost
         room[j] = roomOf(r, state, spent[j], real, s[$within])
-        if least[j] > room[j] and r.cost > 0 and s[$mode] ~= FORCE then allowed = false end -- 4
+        if least[j] > room[j] and r.cost > 0 and s[$mode] ~= $FORCE then allowed = false end -- 4
       end
       parts[#parts + 1] = {
         key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served],
@@ -341,7 +325,7 @@ local function fullWay()
         local next = back(state, now, max(0, min(n, r.C) - 1), n)
         answer[#answer + 1] = pack('<I7I7I7I7I7I7', told, back(state, now, 0, n) - real, next - real, wait, held, cost)
       end
-      if changed and s[$mode] ~= PEEK then store(part.key, part.states, part.rules, part.others, real, not part.served) end
+      if changed and s[$mode] ~= $PEEK then store(part.key, part.states, part.rules, part.others, real, not part.served) end
     end
     return concat(answer), key
   end
@@ -349,15 +333,19 @@ end
 
 -- The requests. Each is tried by the fast way. If that cannot decide one of its parts, nothing of the request has been
 -- written, and the full way decides all of it. So a request is written only when all its parts are judged.
-local answer, n, full, values, lives = { pack('<I7', time or 0) }, 1, nil, {}, {}
+local KEYS, answer, n, full, values, lives = KEYS, { pack('<I7', time or 0) }, 1, nil, {}, {}
 local key, keys, s, same = 1, #KEYS, shapes[1], index == ''
 while key <= keys do
   local first, at, allowed, old, admitted = key, n + 1, true, nil, nil
   n = at
   repeat
-    if not same then s = shape(key) end
+    if not same then
+      local low, high = byte(index, 2 * key - 1, 2 * key)
+      s = shapes[low + 256 * high + 1]
+    end
     old = nil
-    if s[$way] then old, admitted, values[key], lives[key] = s[$way](KEYS[key], s) end
+    local k = key - first + 1
+    if s[$way] then old, admitted, values[k], lives[k] = s[$way](KEYS[key], s, try, pack, unpack, ceil, list) end
     if not old then break end
     n = n + 1
     answer[n] = old
@@ -365,17 +353,17 @@ while key <= keys do
     key = key + 1
   until not s[$more]
   if not old then
-    full = full or fullWay()
+    full = full or fullWay(index, shapes)
     answer[at], key = full(first)
     n = at
   else
     answer[at] = allowed and '\8' or '\7'
-    if allowed and s[$mode] ~= PEEK then
-      for k = first, key - 1 do
+    if allowed and s[$mode] ~= $PEEK then
+      for k = 1, key - first do
         if lives[k] == 0 then
-          call('SET', KEYS[k], values[k], 'KEEPTTL')
+          call('SET', KEYS[first + k - 1], values[k], 'KEEPTTL')
         else
-          call('SET', KEYS[k], values[k], 'PX', lives[k])
+          call('SET', KEYS[first + k - 1], values[k], 'PX', lives[k])
         end
       end
     end

@@ -11,6 +11,7 @@ import (
 	"math"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	goredis "github.com/redis/go-redis/v9"
@@ -43,10 +44,18 @@ var comment = regexp.MustCompile(`(?m)^ *--.*\n`)
 // named matches a line that gives names to the places of a list.
 var named = regexp.MustCompile(`(?m)^--#slots (.*)\n`)
 
+// numbered matches a line that gives names to the numbers from 0 on.
+var numbered = regexp.MustCompile(`(?m)^--#numbers (.*)\n`)
+
 // newScript makes the script that is sent from a file: it includes state.lua, replaces each [$name] by the number of
-// its place, and removes comment lines.
+// its place and each $NAME by its number, and removes comment lines.
 func newScript(text string) *script {
 	text = strings.Replace(text, "--#include state.lua\n", stateLua, 1)
+	for _, names := range numbered.FindAllStringSubmatch(text, -1) {
+		for i, name := range strings.Fields(names[1]) {
+			text = strings.ReplaceAll(text, "$"+name, strconv.Itoa(i))
+		}
+	}
 	for _, names := range named.FindAllStringSubmatch(text, -1) {
 		for i, name := range strings.Fields(names[1]) {
 			text = strings.ReplaceAll(text, "[$"+name+"]", fmt.Sprintf("[%d]", i+1))
