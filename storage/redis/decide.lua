@@ -1,8 +1,8 @@
 -- Decisions: Take, Peek and Force, for any number of requests, one after another.
 --
--- KEYS has one key for each part of each request, in order. ARGV[1] has for each key the index of its shape in the
--- other arguments (2 bytes); it is empty if there is only one shape. A shape is a part of a request without its
--- identifier:
+-- KEYS has one key for each part of each request, in order. The arguments after the first are shapes. A shape is a part
+-- of a request without its identifier; the shapes of one request follow each other. ARGV[1] has for each request the
+-- index of its first shape (2 bytes); it is empty if all requests begin with the first one. A shape:
 --
 --   prefix   the prefix of a plain value: one hold for each bucket, nothing else, and one time of change for all
 --   form     the format of a whole plain value for struct.unpack, and the length of such a value in bytes
@@ -198,10 +198,10 @@ for i = 2, #ARGV do
   shapes[i - 1] = { prefix, form, size, mode, now, grace, served, flags % 2 == 1, doubted and now - young, false, buckets, way, within, less }
 end
 
--- Makes the full way: a function that decides the request whose first part is at a key. It returns the answer and the
--- first key of the next request.
-local function fullWay(index, shapes)
-  local byte, call, try = string.byte, redis.call, redis.pcall
+-- Makes the full way: a function that decides the request with a first key and a first shape. It returns the answer and
+-- the first key of the next request.
+local function fullWay(shapes)
+  local call, try = redis.call, redis.pcall
   --#include state.lua
 
   -- Adds a cost to a state, as far as the bucket may record it. Returns what is spent then.
@@ -265,15 +265,11 @@ local function fullWay(index, shapes)
     return most
   end
 
-  return function(key)
+  return function(key, i)
     local failed, allowed, stale, asked, parts, s = nil, true, false, false, {}, nil
     local unsure -- whether a state is doubted of which nothing is asked: it counts if all are only looked at
     repeat
-      s = shapes[1]
-      if index ~= '' then
-        local low, high = byte(index, 2 * key - 1, 2 * key)
-        s = shapes[low + 256 * high + 1]
-      end
+      s = shapes[i]
       local of, real = rules(s), s[$now]
       local states, others = load(KEYS[key], of, real)
       if not states then
@@ -296,7 +292,7 @@ local function fullWay(index, shapes)
         key = KEYS[key], rules = of, states = states, others = others, spent = spent, real = real, served = s[$served],
         least = least, room = room, less = s[$less], within = s[$within],
       }
-      key = key + 1
+      key, i = key + 1, i + 1
     until not s[$more]
     -- An error of any part counts before doubt, and a doubt only if the request would be admitted. Nothing is written
     -- above this line.
@@ -334,27 +330,28 @@ end
 -- The requests. Each is tried by the fast way. If that cannot decide one of its parts, nothing of the request has been
 -- written, and the full way decides all of it. So a request is written only when all its parts are judged.
 local KEYS, answer, n, full, values, lives = KEYS, { pack('<I7', time or 0) }, 1, nil, {}, {}
-local key, keys, s, same = 1, #KEYS, shapes[1], index == ''
+local key, keys, same, request = 1, #KEYS, index == '', 0
 while key <= keys do
-  local first, at, allowed, old, admitted = key, n + 1, true, nil, nil
+  local first, at, i, allowed, old, admitted = key, n + 1, 1, true, nil, nil
+  if not same then
+    local low, high = byte(index, 2 * request + 1, 2 * request + 2)
+    i, request = low + 256 * high + 1, request + 1
+  end
+  local s, of = nil, i
   n = at
   repeat
-    if not same then
-      local low, high = byte(index, 2 * key - 1, 2 * key)
-      s = shapes[low + 256 * high + 1]
-    end
-    old = nil
+    s, old = shapes[of], nil
     local k = key - first + 1
     if s[$way] then old, admitted, values[k], lives[k] = s[$way](KEYS[key], s, try, pack, unpack, ceil, list) end
     if not old then break end
     n = n + 1
     answer[n] = old
     allowed = allowed and admitted
-    key = key + 1
+    key, of = key + 1, of + 1
   until not s[$more]
   if not old then
-    full = full or fullWay(index, shapes)
-    answer[at], key = full(first)
+    full = full or fullWay(shapes)
+    answer[at], key = full(first, i)
     n = at
   else
     answer[at] = allowed and '\8' or '\7'

@@ -123,11 +123,11 @@ const (
 // countBytes is the length of a bucket's counts in an answer: six integers of 7 bytes.
 const countBytes = 42
 
-// decideArgs returns the arguments of the decision script: the index and the shapes. The index is empty if there is
-// only one shape, which then is that of every key.
+// decideArgs returns the arguments of the decision script: the index and the shapes. The index is empty if all requests
+// begin with the first shape.
 func decideArgs(s *shapes) [][]byte {
 	var index []byte
-	if len(s.all) > 1 {
+	if slices.ContainsFunc(s.index, func(i int) bool { return i > 0 }) {
 		for _, i := range s.index {
 			index = binary.LittleEndian.AppendUint16(index, uint16(i))
 		}

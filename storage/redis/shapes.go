@@ -6,11 +6,11 @@ import (
 	"github.com/go-throttler/throttler/storage"
 )
 
-// shapes collects the different shapes of a batch's requests, and which shape each part has. Most parts differ only in
-// their identifiers, so sending each shape once makes a batch much smaller. The zero value is empty.
+// shapes collects the different shapes of a batch's requests. Most requests differ only in their identifiers, so sending
+// each shape once makes a batch much smaller. The zero value is empty.
 type shapes struct {
-	all   []shape
-	index []int // for each part that was added, its place in all
+	all   []shape // those of one request follow each other
+	index []int   // for each request that was added, the place of its first shape in all
 }
 
 // shape is a part of a request without its identifier.
@@ -26,33 +26,45 @@ type shape struct {
 	costs   []int64
 }
 
-// lookBack is how many of the newest shapes a new part is compared with. Usually a batch has few different shapes. If
-// it has many, comparing with all of them would take a time that grows with the square of their number; then some
-// shapes are sent twice.
+// lookBack is how many of the newest requests a new one is compared with. Usually a batch has few different ones. If it
+// has many, comparing with all of them would take a time that grows with the square of their number; then some shapes
+// are sent twice.
 const lookBack = 8
 
-// add adds the parts of a decision, in order.
+// add adds a decision.
 func (s *shapes) add(q *query) {
-	r, costs := &q.request, q.request.Costs
-	for i := range r.Parts {
-		p := &r.Parts[i]
-		rules := p.Rules
-		n := len(rules.Rules)
-		s.addOne(shape{r.Mode, r.Clocked, r.Now, r.Within, p.AtMost, i+1 < len(r.Parts), q.since, rules, costs[:n]})
-		costs = costs[n:]
-	}
-}
-
-// addOne adds a part of shape w.
-func (s *shapes) addOne(w shape) {
-	for n := len(s.all) - 1; n >= max(0, len(s.all)-lookBack); n-- {
-		if s.all[n].same(&w) {
+	parts := len(q.request.Parts)
+	for n := len(s.all) - parts; n >= max(0, len(s.all)-parts*lookBack); n-- {
+		if s.has(n, q) {
 			s.index = append(s.index, n)
 			return
 		}
 	}
 	s.index = append(s.index, len(s.all))
-	s.all = append(s.all, w)
+	for i, from := 0, 0; i < parts; i++ {
+		of := q.shape(i, from)
+		s.all, from = append(s.all, of), from+len(of.costs)
+	}
+}
+
+// has reports whether the shapes from place n on are those of a decision.
+func (s *shapes) has(n int, q *query) bool {
+	from := 0
+	for i := range q.request.Parts {
+		of := q.shape(i, from)
+		if !s.all[n+i].same(&of) {
+			return false
+		}
+		from += len(of.costs)
+	}
+	return true
+}
+
+// shape returns the shape of a part of a decision, whose costs begin at place from.
+func (q *query) shape(i, from int) shape {
+	r := &q.request
+	p := &r.Parts[i]
+	return shape{r.Mode, r.Clocked, r.Now, r.Within, p.AtMost, i+1 < len(r.Parts), q.since, p.Rules, r.Costs[from : from+len(p.Rules.Rules)]}
 }
 
 // same reports whether two shapes are equal. Equal rule sets are one pointer.
