@@ -21,7 +21,7 @@ type recorder struct {
 
 	l        *limit
 	r        *http.Request
-	id       string             // the identifier of the first part of the decision
+	id       string             // the identifier of the first part of the request; "" with Options.Decide
 	v        *throttler.Verdict // to be refunded; nil if there is no RefundIf
 	said     said
 	admitted time.Time // set if the middleware has a Took
@@ -50,7 +50,7 @@ func (r *recorder) self() *recorder { return r }
 // asked reports whether the same middleware is also further out, and counted this request for the same identifier there.
 func (l *limit) asked(w http.ResponseWriter, r *http.Request) bool {
 	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
-		if outer.l != l || outer.id == "" {
+		if outer.l != l {
 			continue
 		}
 		if l.m.Decide != nil {

@@ -291,6 +291,26 @@ func TestTheSameMiddlewareTwiceCountsOnce(t *testing.T) {
 	}
 }
 
+func TestTheSameMiddlewareTwiceCountsOnceAlsoWhereAPartHasNoLimit(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{
+		Key: whoever, Buckets: buckets(throttler.Unlimited()),
+		Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true, Buckets: buckets(perHour(3))}},
+	})
+	require.NoError(t, err)
+	assert.Equal(t, 3, admitted(limit(limit(ok)), 5, "GET /"))
+	asked := 0
+	limit, err = throttlerhttp.New(limiter, &throttlerhttp.Options{Decide: func(*http.Request) (throttler.Verdict, error) {
+		asked++
+		return throttler.Verdict{Allowed: true}, nil // as where no rule matches
+	}})
+	require.NoError(t, err)
+	require.Equal(t, 1, admitted(limit(limit(ok)), 1, "GET /"))
+	assert.Equal(t, 1, asked)
+}
+
 func TestTheSameMiddlewareInsideAsksForAnotherRouteOrKey(t *testing.T) {
 	t.Parallel()
 	limiter, err := throttler.New(throttler.Config{})

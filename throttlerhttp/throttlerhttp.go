@@ -199,10 +199,10 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		next.ServeHTTP(w, r)
 		return
 	}
-	v, err := l.ask(r)
+	v, id, err := l.ask(r)
 	switch {
 	case err == nil && v.Allowed:
-		l.admit(w, r, next, &v)
+		l.admit(w, r, next, &v, id)
 	case gone(r, err):
 		w.WriteHeader(statusClientClosed)
 	default:
@@ -212,13 +212,12 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 }
 
 // admit lets the handler serve the request, behind a recorder.
-func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler, v *throttler.Verdict) {
-	rec := &recorder{ResponseWriter: w, l: l, r: r}
+func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler, v *throttler.Verdict, id string) {
+	rec := &recorder{ResponseWriter: w, l: l, r: r, id: id}
 	if l.m.Took != nil {
 		rec.admitted = time.Now()
 	}
 	if levels := v.Levels(); len(levels) > 0 {
-		rec.id = levels[0].Identifier
 		rec.said.say(l, w.Header(), v, levels)
 	}
 	if l.refundIf != nil { // only then does the verdict have to be copied to the heap
@@ -247,19 +246,22 @@ func (m *middleware) unasked(r *http.Request, id string, err error) error {
 	return err
 }
 
-// ask lets the Throttler, or Options.Decide, decide.
-func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
+// ask lets the Throttler, or Options.Decide, decide. It returns the identifier of the first part too, which a verdict lacks
+// if nothing limits that part.
+func (l *limit) ask(r *http.Request) (v throttler.Verdict, id string, err error) {
 	if l.m.Decide != nil {
-		return l.m.Decide(r)
+		v, err = l.m.Decide(r)
+		return v, "", err
 	}
 	key := l.key(r)
 	if key == "" {
-		return v, l.m.unasked(r, "", fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr))
+		return v, "", l.m.unasked(r, "", fmt.Errorf("%w: its address is %.64q", ErrNoKey, r.RemoteAddr))
 	}
-	id, set, added := l.identifier(key), l.set, l.added
+	id = l.identifier(key)
+	set, added := l.set, l.added
 	if l.tiers != nil {
 		if set, err = l.tier(r); err != nil {
-			return v, l.m.unasked(r, id, err)
+			return v, id, l.m.unasked(r, id, err)
 		}
 	}
 	if l.cost != nil {
@@ -267,9 +269,11 @@ func (l *limit) ask(r *http.Request) (v throttler.Verdict, err error) {
 		set, added = with(set, cost), with(added, cost)
 	}
 	if l.added != nil {
-		return l.m.t.ConsumeAll(r.Context(), throttler.For(id, set...), throttler.For(RouteIdentifier(key, l.route), added...))
+		v, err = l.m.t.ConsumeAll(r.Context(), throttler.For(id, set...), throttler.For(RouteIdentifier(key, l.route), added...))
+	} else {
+		v, err = l.m.t.ConsumeContext(r.Context(), id, set...)
 	}
-	return l.m.t.ConsumeContext(r.Context(), id, set...)
+	return v, id, err
 }
 
 // look returns what the buckets of v hold now, by a Peek that costs nothing. It is zero for a verdict of Options.Decide.
