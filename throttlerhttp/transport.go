@@ -378,20 +378,22 @@ func (c *call) drain(denial *http.Response) {
 	}
 }
 
-// resend sends a copy of a denied request, with a new body.
+// resend sends a copy of a denied request, with a new body. The body comes first: if there is none, nothing is sent, and so
+// hold must not have taken anything.
 func (c *call) resend() (*http.Response, error) {
-	if err := c.hold(); err != nil {
-		return nil, err
-	}
 	req := c.req.Clone(c.req.Context())
 	if c.hasBody() {
 		body, err := c.req.GetBody()
 		if err != nil {
-			c.heard = news{} // hold counted the request as sent
-			c.gates.leave(c)
 			return nil, err
 		}
 		req.Body = body
+	}
+	if err := c.hold(); err != nil {
+		if req.Body != nil {
+			_ = req.Body.Close()
+		}
+		return nil, err
 	}
 	return c.send(req)
 }

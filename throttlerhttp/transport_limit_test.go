@@ -2,7 +2,10 @@ package throttlerhttp_test
 
 import (
 	"context"
+	"errors"
+	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -190,6 +193,38 @@ func TestTransportGivesBackWhatARequestTookThatTheServerHolds(t *testing.T) {
 		v, err := th.Peek(t.Context(), "http://api.example", throttler.Cost(0))
 		require.NoError(t, err)
 		assert.EqualValues(t, 9, v.Levels()[0].Remaining)
+	})
+}
+
+func TestTransportTakesNothingForWhatItCannotSendAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, gone := newFakeServer(limitedFor("1")), errors.New("gone")
+		tr, th := limitedBy(t, s, throttlerhttp.TransportOptions{}, throttler.Config{Buckets: buckets(perHour(10))})
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, api, strings.NewReader("cargo"))
+		require.NoError(t, err)
+		r.GetBody = func() (io.ReadCloser, error) { return nil, gone }
+		_, err = send(tr, r)
+		require.ErrorIs(t, err, gone)
+		v, err := th.Peek(t.Context(), "http://api.test", throttler.Cost(0))
+		require.NoError(t, err)
+		assert.EqualValues(t, 9, v.Levels()[0].Remaining, "it was sent once")
+	})
+}
+
+func TestTransportClosesTheNewBodyOfWhatItDoesNotSendAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		tr := throttlerhttp.NewTransport(newFakeServer(limitedFor("1")), nil)
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, api, strings.NewReader("cargo"))
+		require.NoError(t, err)
+		body := &closedBody{Reader: strings.NewReader("cargo")}
+		r.GetBody = func() (io.ReadCloser, error) { return body, nil }
+		time.AfterFunc(time.Millisecond, cancel)
+		_, err = send(tr, r)
+		require.ErrorIs(t, err, context.Canceled)
+		assert.True(t, body.closed)
 	})
 }
 
