@@ -20,6 +20,12 @@ func (b *blank) Header() http.Header         { return b.header }
 func (b *blank) Write(p []byte) (int, error) { return len(p), nil }
 func (b *blank) WriteHeader(int)             {}
 
+// again serves a request with a writer that was used before, whose header is empty again, as that of a new one.
+func again(h http.Handler, w http.ResponseWriter, r *http.Request) {
+	clear(w.Header())
+	h.ServeHTTP(w, r)
+}
+
 func limitedByAddress(t testing.TB, n int64, routes ...throttlerhttp.Route) (http.Handler, *http.Request) {
 	two := buckets(throttler.NewBucket(10*time.Second, n), throttler.NewBucket(time.Hour, n))
 	h := serve(t, throttler.Config{}, throttlerhttp.Options{Key: throttlerhttp.Address(nil), Buckets: two, Routes: routes},
@@ -39,7 +45,7 @@ func BenchmarkMiddleware(b *testing.B) {
 			w := &blank{http.Header{}}
 			b.ReportAllocs()
 			for b.Loop() {
-				h.ServeHTTP(w, r)
+				again(h, w, r)
 			}
 		})
 	}
@@ -52,7 +58,7 @@ func TestRequestsOfManySharesAddNoMoreAllocations(t *testing.T) {
 	w, r := &blank{http.Header{}}, httptest.NewRequest(http.MethodGet, "/", nil)
 	next := func() {
 		share = math.Mod(share, 1) + 1.0/64
-		h.ServeHTTP(w, r)
+		again(h, w, r)
 	}
 	for range 64 { // makes the rules before anything is measured
 		next()
@@ -69,6 +75,6 @@ func TestTheMiddlewareAddsThreeAllocationsToARequestAndFourOnARoute(t *testing.T
 	} {
 		h, r := limitedByAddress(t, 1<<40, routes...)
 		w := &blank{http.Header{}}
-		assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { h.ServeHTTP(w, r) }), most)
+		assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { again(h, w, r) }), most)
 	}
 }

@@ -47,13 +47,23 @@ type said struct {
 }
 
 // say adds the fields of a verdict to an answer. For Draft10 it allocates one string.
-func (s *said) say(l *limit, h http.Header, v *throttler.Verdict, levels []throttler.Level) {
-	p := s.tell(l, v, levels)
+func (s *said) say(l *limit, w http.ResponseWriter, v *throttler.Verdict, levels []throttler.Level) {
+	h, p := w.Header(), s.tell(l, v, levels)
 	var before said
-	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) {
-		before.draft[1] = have[0] // by this limiter or an equal one: put replaces it, and a recorder outside merges
+	if have := h["Ratelimit"]; len(have) == 1 && p.names(have[0]) && saidOutside(w, have[0]) {
+		before.draft[1] = have[0] // by this limiter or an equal one: put replaces it, and the recorder outside merges
 	}
 	s.put(h, &before, true, 0)
+}
+
+// saidOutside reports whether a recorder further out wrote this RateLimit field.
+func saidOutside(w http.ResponseWriter, limits string) bool {
+	for outer := recorded(w); outer != nil; outer = recorded(outer.ResponseWriter) {
+		if outer.said.draft[1] == limits {
+			return true
+		}
+	}
+	return false
 }
 
 // tell fills s with the fields of levels and returns the policy of Draft10. It adds them to no answer yet.

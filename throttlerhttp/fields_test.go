@@ -123,6 +123,30 @@ func TestOfTwoLimitsOfOneNameTheSmallerIsTold(t *testing.T) {
 	}
 }
 
+func TestOfTwoLimitsOfOneNameTheSmallerIsToldWhoeverTellsFirst(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{Clock: clock.NewMock(), Buckets: buckets(perHour(9))})
+	require.NoError(t, err)
+	limit, err := throttlerhttp.New(limiter, &throttlerhttp.Options{Key: whoever})
+	require.NoError(t, err)
+	few, err := limiter.Consume("org:7", throttler.Cost(8))
+	require.NoError(t, err)
+	many, err := limiter.Consume("org:8")
+	require.NoError(t, err)
+	tells := func(v throttler.Verdict, next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			throttlerhttp.SetFields(w.Header(), v)
+			next.ServeHTTP(w, r)
+		})
+	}
+	nothing := serve(t, throttler.Config{}, throttlerhttp.Options{Fields: throttlerhttp.NoFields, Buckets: buckets(perHour(9))}, tells(few, limit(ok)))
+	for i, h := range []http.Handler{
+		tells(few, tells(many, ok)), tells(many, tells(few, ok)), tells(few, limit(ok)), limit(tells(few, ok)), nothing,
+	} {
+		assert.Equal(t, []string{`"9/1h";r=1;t=3600`}, ask(h, "GET /").Header.Values("RateLimit"), i)
+	}
+}
+
 // proxied returns a limit around a ReverseProxy to a server.
 func proxied(t *testing.T, o throttlerhttp.Options, upstream http.Handler) http.Handler {
 	server := httptest.NewServer(upstream)

@@ -61,7 +61,9 @@ func Refuse(w http.ResponseWriter, r *http.Request, v throttler.Verdict) {
 // without levels adds nothing.
 func SetFields(h http.Header, v throttler.Verdict) {
 	if levels := v.Levels(); len(levels) > 0 {
-		new(said).say(alone, h, &v, levels)
+		own := new(said)
+		own.tell(alone, &v, levels)
+		own.put(h, &said{}, true, 0)
 	}
 	if v.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(RetryAfterSeconds(v), 10))
@@ -85,7 +87,7 @@ func (l *limit) answer(w http.ResponseWriter, r *http.Request, v throttler.Verdi
 	h := w.Header()
 	forget(w)
 	if levels := v.Levels(); len(levels) > 0 {
-		new(said).say(l, h, &v, levels)
+		new(said).say(l, w, &v, levels)
 	}
 	refusal := Refusal{Status: status(err), Err: err, Verdict: v}
 	if refusal.Status == http.StatusRequestEntityTooLarge && admitsNothing(&v) {

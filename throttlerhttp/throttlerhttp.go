@@ -218,7 +218,7 @@ func (l *limit) admit(w http.ResponseWriter, r *http.Request, next http.Handler,
 		rec.admitted = time.Now()
 	}
 	if levels := v.Levels(); len(levels) > 0 {
-		rec.said.say(l, w.Header(), v, levels)
+		rec.said.say(l, w, v, levels)
 	}
 	if l.refundIf != nil { // only then does the verdict have to be copied to the heap
 		taken := *v
