@@ -97,7 +97,10 @@ func (c *compiler) unrouted() error {
 		if tier == "" {
 			where = "Options.Buckets"
 		}
-		if _, named := c.Tiers[tier]; named && len(buckets) == 0 {
+		switch _, isTier := c.Tiers[tier]; {
+		case isTier && tier == "":
+			faults = append(faults, errors.New(`throttlerhttp: Options.Tiers[""] needs a name, since an empty one means Options.Buckets`))
+		case isTier && len(buckets) == 0:
 			faults = append(faults, fmt.Errorf("throttlerhttp: %s has no buckets", where))
 		}
 		if len(buckets) == 0 {

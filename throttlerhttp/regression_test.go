@@ -92,6 +92,15 @@ func TestATierWithoutBucketsIsAFault(t *testing.T) {
 	assert.Error(t, err)
 }
 
+func TestATierWithoutANameIsAFault(t *testing.T) {
+	t.Parallel()
+	limiter, err := throttler.New(throttler.Config{})
+	require.NoError(t, err)
+	_, err = throttlerhttp.New(limiter, &throttlerhttp.Options{Buckets: buckets(perHour(1)),
+		Tier: func(*http.Request) string { return "" }, Tiers: map[string][]throttler.Bucket{"": buckets(perHour(9))}})
+	assert.ErrorContains(t, err, `Options.Tiers[""]`, "an empty name means Options.Buckets")
+}
+
 func never(int) bool { return false }
 
 func TestAHandlerMayHijackUnderRefundIf(t *testing.T) {
