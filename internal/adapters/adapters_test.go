@@ -71,11 +71,11 @@ func fiberLimit(limit func(http.Handler) http.Handler) fiber.Handler {
 		admitted, answer := false, httptest.NewRecorder()
 		limit(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			admitted = true
-			err = c.Next()
+			if err = c.Next(); err != nil {
+				err = c.App().ErrorHandler(c, err) // answers at once, where the limit sees the status
+			}
 			status := c.Response().StatusCode()
-			if failed := (*fiber.Error)(nil); errors.As(err, &failed) {
-				status = failed.Code
-			} else if err != nil {
+			if err != nil {
 				status = http.StatusInternalServerError
 			}
 			w.WriteHeader(status) // tells RefundIf, and changes nothing
@@ -106,11 +106,11 @@ func fiber2Limit(limit func(http.Handler) http.Handler) fiberv2.Handler {
 		admitted, answer := false, httptest.NewRecorder()
 		limit(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			admitted = true
-			err = c.Next()
+			if err = c.Next(); err != nil {
+				err = c.App().ErrorHandler(c, err) // answers at once, where the limit sees the status
+			}
 			status := c.Response().StatusCode()
-			if failed := (*fiberv2.Error)(nil); errors.As(err, &failed) {
-				status = failed.Code
-			} else if err != nil {
+			if err != nil {
 				status = http.StatusInternalServerError
 			}
 			w.WriteHeader(status)
@@ -194,6 +194,24 @@ func onFiber(limit middleware, served func() int) client {
 	}
 }
 
+func onFiberThatHandlesErrors(limit middleware, served func() int) client {
+	app := fiber.New(fiber.Config{ErrorHandler: func(c fiber.Ctx, _ error) error { return c.SendStatus(served()) }})
+	app.Use(fiberLimit(limit))
+	app.Get("/", func(fiber.Ctx) error { return errors.New("of the application") })
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, fiber.TestConfig{}) })
+	}
+}
+
+func onFiber2ThatHandlesErrors(limit middleware, served func() int) client {
+	app := fiberv2.New(fiberv2.Config{ErrorHandler: func(c *fiberv2.Ctx, _ error) error { return c.SendStatus(served()) }})
+	app.Use(fiber2Limit(limit))
+	app.Get("/", func(*fiberv2.Ctx) error { return errors.New("of the application") })
+	return func(r *http.Request) *httptest.ResponseRecorder {
+		return copied(func() (*http.Response, error) { return app.Test(r, -1) })
+	}
+}
+
 func onFiber2(limit middleware, served func() int) client {
 	app := fiberv2.New()
 	app.Use(fiber2Limit(limit))
@@ -242,7 +260,9 @@ var routers = []struct {
 	{"gorilla", onGorilla, true},
 	{"fiber", onFiber, true},
 	{"fiber with an error", onFiberThatFails, true},
+	{"fiber with an error handler", onFiberThatHandlesErrors, true},
 	{"fiber 2", onFiber2, true},
+	{"fiber 2 with an error handler", onFiber2ThatHandlesErrors, true},
 }
 
 func init() { gin.SetMode(gin.ReleaseMode) }
@@ -291,7 +311,7 @@ func TestRefundSeesTheStatusOfTheAnswerOnlyWhereTheGuideSaysSo(t *testing.T) {
 	for _, router := range routers {
 		t.Run(router.name, func(t *testing.T) {
 			t.Parallel()
-			failed := limited(t, throttlerhttp.Options{RefundIf: func(status int) bool { return status < 400 }})
+			failed := limited(t, throttlerhttp.Options{RefundIf: func(status int) bool { return status != http.StatusUnauthorized }})
 			ask := router.on(failed, func() int { return http.StatusUnauthorized })
 			var got []int
 			for range 3 {
