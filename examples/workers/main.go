@@ -93,6 +93,9 @@ func run(args []string, out io.Writer) (sent []int, err error) {
 	d := flags.Duration("for", 15*time.Second, "end after this `time`")
 	rate := flags.Int("rate", 2, "keep to so many calls a second, and 50 times as many a minute")
 	_ = flags.Parse(args)
+	if *workers < 1 || *workers > 1000 {
+		return nil, fmt.Errorf("-workers is %d, must be from 1 to 1000", *workers)
+	}
 	redis, err := servers.StartRedis()
 	if err != nil {
 		return nil, err

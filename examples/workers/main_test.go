@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"io"
 	"os"
 	"testing"
 
@@ -24,6 +25,14 @@ func TestFiveWorkersKeepTheLimitTogether(t *testing.T) {
 	_, err := run([]string{"-for", "4s"}, &out)
 	require.NoError(t, err)
 	assert.Regexp(t, `^[5-8] calls, by the workers: \[`, out.String())
+}
+
+func TestANumberOfWorkersThatCannotBeIsAnError(t *testing.T) {
+	t.Parallel()
+	for _, n := range []string{"-1", "0", "9000000000000000000"} {
+		_, err := run([]string{"-workers", n}, io.Discard)
+		assert.ErrorContains(t, err, "-workers is "+n)
+	}
 }
 
 func TestFiveWorkersGetSharesWithin20PercentOfEachOther(t *testing.T) {
