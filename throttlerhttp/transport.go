@@ -220,6 +220,7 @@ type call struct {
 
 	closed closing // wait that its own denials asked for; kept in case the gates are forgotten
 	paced  bool    // it had its turn in the paces of its gates
+	turns  []turn  // the turns, until it is sent
 	passed []pass  // the gates through which it was sent
 	heard  news    // news of the last answer
 }

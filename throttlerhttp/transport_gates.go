@@ -29,6 +29,7 @@ type gate struct {
 	last      time.Time     // when the last request was or will be sent, or when the forecast arrived
 	pause     time.Duration // between two requests
 	reset     time.Time     // when the forecast ends
+	forecasts int           // number of forecasts so far
 }
 
 // closing is a time before which no request is sent.
@@ -123,6 +124,13 @@ type pass struct {
 	nth int64 // its number among the gate's passes
 }
 
+// turn is what a request has of a gate's forecast while it waits for its time.
+type turn struct {
+	*gate
+
+	forecast int // the gate's forecasts at that time
+}
+
 // gates is the memory of a Transport. Its mutex guards all gates.
 type gates struct {
 	longest time.Duration // longest wait of any request, at least a minute
@@ -179,6 +187,7 @@ func (g *gates) enter(c *call) (stay, error) {
 		c.paced = false
 		return s, err
 	}
+	c.paced = c.paced && c.counted(now)
 	if !c.paced {
 		if s, err = c.turn(all, now, room); err != nil || s.wait > 0 {
 			return s, err
@@ -254,7 +263,9 @@ func (c *call) turn(all []*gate, now time.Time, room time.Duration) (s stay, err
 // take takes a turn of each gate, and returns how long the request has to wait for those that it has room for. The
 // others count the request as well, since it is sent.
 func (c *call) take(all []*gate, now time.Time, room time.Duration) (wait time.Duration) {
+	c.turns = c.turns[:0]
 	for _, at := range all {
+		c.turns = append(c.turns, turn{at, at.forecasts})
 		next, _ := at.turn(now)
 		at.remaining = max(at.remaining-1, 0)
 		if next.Sub(now) <= room {
@@ -263,6 +274,21 @@ func (c *call) take(all []*gate, now time.Time, room time.Duration) (wait time.D
 		}
 	}
 	return wait
+}
+
+// counted makes the forecasts that are newer than the turns of the request count it too. It reports whether something
+// remains by all of these: if not, the server has less than it had said, and the turns are lost.
+func (c *call) counted(now time.Time) bool {
+	c.turns = slices.DeleteFunc(c.turns, func(t turn) bool { return t.forecast == t.forecasts || !now.Before(t.reset) })
+	for _, t := range c.turns {
+		if t.remaining == 0 {
+			return false
+		}
+	}
+	for _, t := range c.turns {
+		t.remaining--
+	}
+	return true
 }
 
 // leave ends the attempt of a request: it takes the request out of its gates and learns from the answer. Only an answer by the
@@ -353,7 +379,7 @@ func (g *gates) learn(c *call, n news, now time.Time) {
 
 // forecast replaces what is known about a policy. The server has not counted the requests that were sent after the answered
 // one, so they are subtracted. t is in whole seconds, so a reset in one second may be at any moment from now on: requests are
-// not spread over that.
+// not spread over that. Where none are spread, none has to wait behind those that wait for their turns.
 func (g *gates) forecast(c *call, policy string, l rateLimit, now time.Time) {
 	if l.reset == 0 && g.known[policy] == nil {
 		return
@@ -362,7 +388,10 @@ func (g *gates) forecast(c *call, policy string, l rateLimit, now time.Time) {
 	at.last, at.remaining, at.pause, at.reset = later(at.last, now), l.remaining, 0, now.Add(l.reset)
 	if l.remaining <= 10 && l.reset > time.Second {
 		at.pause = l.reset / time.Duration(l.remaining+1)
+	} else {
+		at.last = now
 	}
+	at.forecasts++
 	for _, p := range c.passed {
 		if p.gate == at {
 			at.remaining = max(l.remaining-(at.passes-p.nth), 0)

@@ -580,6 +580,43 @@ func TestTransportWakesThoseWhoWaitWhenMoreRemains(t *testing.T) {
 	})
 }
 
+func TestTransportCountsThoseWhoWaitForTheirTurnByTheLatestForecast(t *testing.T) {
+	t.Parallel()
+	for forecast, sent := range map[string][]time.Duration{ // of the last two: before the reset only as many as remain
+		`"a";r=0;t=90`:  {100 * time.Second, 100 * time.Second},
+		`"a";r=1;t=90`:  {20 * time.Second, 100 * time.Second},
+		`"a";r=8;t=90`:  {20 * time.Second, 30 * time.Second},
+		`"a";r=0;t=5`:   {20 * time.Second, 30 * time.Second},
+		`"a";r=99;t=90`: {20 * time.Second, 30 * time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			server := newFakeServer(limits(`"a";r=9;t=100`), limits(forecast), served)
+			tr := throttlerhttp.NewTransport(server, &throttlerhttp.TransportOptions{MaxWait: time.Hour})
+			fleet(t, tr, 1)
+			fleet(t, tr, 3)
+			for i, at := range sent {
+				assert.GreaterOrEqual(t, server.at[i+2], at, forecast)
+				assert.LessOrEqual(t, server.at[i+2], at+at/5, forecast)
+			}
+		})
+	}
+}
+
+func TestTransportLetsNobodyWaitBehindAnOldForecast(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		server := newFakeServer(limits(`"a";r=9;t=100`), limits(`"a";r=99;t=90`), served)
+		tr := throttlerhttp.NewTransport(server, nil)
+		fleet(t, tr, 1)
+		var others sync.WaitGroup
+		others.Go(func() { fleet(t, tr, 3) })
+		<-time.After(12 * time.Second) // the first of them was sent, the others are to come at 20 and 30 s
+		fleet(t, tr, 1)
+		assert.Equal(t, 12*time.Second, time.Since(server.start))
+		others.Wait()
+	})
+}
+
 func TestTransportAsksOneAtATimeWhenNothingRemainsForLong(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
