@@ -280,7 +280,7 @@ func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 		for j := range p.Rules.Rules {
 			r, c := &p.Rules.Rules[j], v.all()[n]
 			if v.asked()[n] > 0 {
-				wait = max(wait, duration(comesBack(r, &c, ahead+1-c.Remaining)))
+				wait = max(wait, duration(comesBack(r, &c, ahead+1)))
 			}
 			n++
 		}
@@ -288,19 +288,21 @@ func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 	return wait
 }
 
-// comesBack returns how many microseconds a bucket needs, at least, to refill n tokens more than it has.
+// comesBack returns how many microseconds a bucket needs, at least, until it has refilled n tokens in all, with those that it
+// has now. A debt is refilled first by a Continuous bucket, and forgiven by the others. A line may be so long that the time of
+// its end is no int64, so it is at most law.FarFuture after the first refill.
 func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
-	if n <= 0 {
+	if r.Kind == law.Continuous {
+		return int64(min(float64(max(0, n-c.Remaining-1))/float64(r.Refill)*float64(r.Period), float64(law.FarFuture)))
+	}
+	if n -= max(0, c.Remaining); n <= 0 {
 		return 0
 	}
 	periods := (n - 1) / r.Capacity // after the first refill, which may be of the whole capacity
-	switch r.Kind {
-	case law.Continuous:
-		return int64(float64(n-1) / float64(r.Refill) * float64(r.Period))
-	case law.SlidingWindow, law.SlidingLog: // they may refill nearly twice the capacity within a period, and a grain too early
+	if r.Kind == law.SlidingWindow || r.Kind == law.SlidingLog { // they may refill nearly twice the capacity within a period, and a grain too early
 		periods = max(0, periods-1)
 	}
-	return c.NextAfter + min(periods, math.MaxInt32)*r.Period
+	return c.NextAfter + min(periods, law.FarFuture/r.Period)*r.Period
 }
 
 // leastLeft returns the smallest number of tokens left in any bucket that the call took from.

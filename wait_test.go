@@ -330,6 +330,45 @@ func TestALineThatCannotBeOverInTimeIsNotJoined(t *testing.T) {
 	}
 }
 
+func TestADebtIsWaitedForNoLongerThanRetryAfter(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{kind(throttler.NewBucket(time.Minute, 10))}})
+			require.NoError(t, err)
+			require.NoError(t, th.Charge(t.Context(), "a", throttler.Cost(40)))
+			v, err := th.Peek(t.Context(), "a")
+			require.NoError(t, err)
+			ctx, cancel := context.WithTimeout(t.Context(), v.RetryAfter+time.Second)
+			defer cancel()
+			start := time.Now()
+			_, err = th.Wait(ctx, "a")
+			require.NoError(t, err)
+			assert.Equal(t, v.RetryAfter, time.Since(start))
+		})
+	}
+}
+
+func TestALineOfCenturiesIsNotJoinedEither(t *testing.T) {
+	t.Parallel()
+	for _, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{kind(throttler.NewBucket(366*24*time.Hour, 1))}})
+			require.NoError(t, err)
+			require.True(t, allowed(t, th, "a"))
+			for range 400 {
+				go func() { _, _ = th.Wait(t.Context(), "a") }()
+			}
+			synctest.Wait()
+			w := &waits{start: time.Now()}
+			ctx, cancel := context.WithTimeout(t.Context(), 3*366*24*time.Hour)
+			defer cancel()
+			w.begin(ctx, th, "a", "the last")
+			assert.Equal(t, []string{"the last left at 0s"}, w.said())
+		})
+	}
+}
+
 func TestMoreThanMaxWaitersAreAnError(t *testing.T) {
 	t.Parallel()
 	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 1), throttler.NewBucket(time.Minute, 1).Continuous()} {
