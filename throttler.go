@@ -116,6 +116,17 @@ func (t *Throttler) ChargeAll(ctx context.Context, parts ...Part) error {
 // decideAll is decide for several parts. If within, in microseconds, is above 0 and all buckets can be reserved ahead,
 // it makes a reservation.
 func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode, within int64, attempt int, parts []Part) error {
+	if err := t.addAll(ctx, v, mode, attempt, parts); err != nil {
+		return err
+	}
+	if within > 0 && reservable(v) {
+		v.within = within
+	}
+	return t.ask(ctx, v, mode, attempt)
+}
+
+// addAll appends all parts to the request in v, or ends a call that is wrong.
+func (t *Throttler) addAll(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, parts []Part) error {
 	for i := range parts {
 		err := t.add(v, mode, parts[i].id, parts[i].options)
 		if err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {
@@ -124,10 +135,7 @@ func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode
 			return err
 		}
 	}
-	if within > 0 && reservable(v) {
-		v.within = within
-	}
-	return t.ask(ctx, v, mode, attempt)
+	return nil
 }
 
 // reservable reports whether v can be reserved ahead: all of its buckets are Continuous, and no part has AtMost.

@@ -88,6 +88,15 @@ func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err e
 // v is the answer, asked for when the number of Resets was mark. If there is no room for another waiter, a reservation in v is
 // given back.
 func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, mark uint64, parts []Part) error {
+	if !asked { // a call that is wrong or that nothing limits has nothing to wait for, and no others wait for it
+		if err := t.addAll(ctx, v, storage.Take, 1, parts); err != nil {
+			return err
+		}
+		if v.empty() {
+			return t.ask(ctx, v, storage.Take, 1)
+		}
+		*v = Verdict{}
+	}
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {

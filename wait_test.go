@@ -369,6 +369,47 @@ func TestALineOfCenturiesIsNotJoinedEither(t *testing.T) {
 	}
 }
 
+func TestWhoIsNeverAdmittedWaitsForNobodyAndNobodyForIt(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)}})
+		require.NoError(t, err)
+		require.True(t, allowed(t, th, "a"))
+		w := &waits{start: time.Now()}
+		w.begin(t.Context(), th, "a", "first")
+		go func() {
+			v, err := th.Wait(t.Context(), "a", throttler.Cost(1000))
+			assert.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+			assert.Len(t, v.Levels(), 1)
+			_, err = th.Wait(t.Context(), "a", throttler.CostOf("none", 1))
+			w.note("wrong", err)
+		}()
+		require.Equal(t, []string{"wrong left at 0s"}, w.said())
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+		defer cancel()
+		w.begin(ctx, th, "a", "behind")
+		<-time.After(2 * time.Minute)
+		assert.Equal(t, []string{"first ok at 1m0s", "behind ok at 2m0s"}, w.said()[1:])
+	})
+}
+
+func TestWhomNothingLimitsWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th, err := throttler.New(throttler.Config{MaxWaiters: 1, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)}})
+		require.NoError(t, err)
+		require.True(t, allowed(t, th, "a"))
+		w := &waits{start: time.Now()}
+		w.begin(t.Context(), th, "a", "first")
+		go func() {
+			v, err := th.Wait(t.Context(), "a", throttler.Using(throttler.Unlimited()), throttler.Cost(5))
+			assert.Equal(t, int64(5), v.Tokens())
+			w.note("unlimited", err)
+		}()
+		assert.Equal(t, []string{"unlimited ok at 0s"}, w.said())
+	})
+}
+
 func TestMoreThanMaxWaitersAreAnError(t *testing.T) {
 	t.Parallel()
 	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 1), throttler.NewBucket(time.Minute, 1).Continuous()} {
