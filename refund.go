@@ -75,17 +75,13 @@ func (t *Throttler) change(ctx context.Context, v *Verdict, c *storage.Charge) e
 
 // refund fills c with the charge of part i of v. The costs and counts of the part begin at index from.
 //
-// HeldFor counts from the decision, so the time since then is subtracted, unless the clock has stepped back.
+// HeldFor counts from the decision, so the time since then is subtracted.
 func (t *Throttler) refund(c *storage.Charge, v *Verdict, i, from int, options []Option) error {
 	p := v.parts()[i]
 	c.Name, c.Identifier, c.Rules = t.name, p.Identifier, p.Rules
-	var err error
-	if c.Now, c.Clocked, err = t.now(); err != nil {
+	passed, err := t.since(c, v.at)
+	if err != nil {
 		return err
-	}
-	now := c.Now
-	if !c.Clocked {
-		now = law.Monotonic()
 	}
 	for j := range p.Rules.Rules {
 		bucket, taken := p.Rules.Rules[j].Name, v.took(i, from+j)
@@ -93,9 +89,22 @@ func (t *Throttler) refund(c *storage.Charge, v *Verdict, i, from int, options [
 		if n < 0 || n > taken {
 			return fmt.Errorf("%w: a refund of %d tokens to bucket %q, must be 0 to the %d that were taken", ErrInvalidCost, n, bucket, taken)
 		}
-		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.all()[from+j].HeldFor - max(0, now-v.at)})
+		c.Amounts = append(c.Amounts, storage.Amount{N: -n, In: v.all()[from+j].HeldFor - passed})
 	}
 	return nil
+}
+
+// since sets the time of a charge and returns how many microseconds have passed since a decision at the time at, or 0 if the
+// clock has stepped back.
+func (t *Throttler) since(c *storage.Charge, at int64) (passed int64, err error) {
+	if c.Now, c.Clocked, err = t.now(); err != nil {
+		return 0, err
+	}
+	now := c.Now
+	if !c.Clocked {
+		now = law.Monotonic()
+	}
+	return max(0, now-at), nil
 }
 
 // refundable checks that each CostOf names a bucket of v.
@@ -163,8 +172,9 @@ func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error 
 	}
 	clear(v.asked())
 	v.parts()[0].AtMost = false
+	passed := int64(0)
 	if err = t.answer(ctx, &v, storage.Peek, 0); err == nil {
-		c.Now, c.Clocked, err = t.now()
+		passed, err = t.since(&c, v.at)
 	}
 	if err != nil {
 		if t.observe != nil {
@@ -173,7 +183,7 @@ func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error 
 		return err
 	}
 	for i := range c.Amounts {
-		c.Amounts[i].In = heldFor(&c.Rules.Rules[i], &v.all()[i])
+		c.Amounts[i].In = heldFor(&c.Rules.Rules[i], &v.all()[i]) - passed
 	}
 	return t.change(ctx, &v, &c)
 }

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"math"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
 // kinds has a modifier for each kind of bucket.
@@ -172,6 +174,22 @@ func TestWhatIsGivenBackWithoutAVerdictHasNotComeBackByItself(t *testing.T) {
 			require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(9)))
 			require.Equal(t, []int64{10}, left(t, th, "user:42"), i)
 		}
+	}
+}
+
+func TestWhatIsGivenBackIsFoundThoughTheAnswerOfTheLookIsLate(t *testing.T) {
+	t.Parallel()
+	for i, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			store := &late{Storage: memstore.New(nil)}
+			store.takes.Store(int64(10 * time.Millisecond))
+			th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{kind(throttler.NewBucket(time.Second, 10))}})
+			require.NoError(t, err)
+			_, err = th.Consume("user:42", throttler.Cost(8))
+			require.NoError(t, err)
+			require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3)))
+			assert.Equal(t, []int64{5}, left(t, th, "user:42"), i)
+		})
 	}
 }
 
