@@ -31,6 +31,7 @@ type line struct {
 	mu   sync.Mutex // guards the fields below
 	all  list.List  // of *waiter: those in the queue or in turns, and those that are asking
 	gone bool       // removed from waiters.lines; newcomers need a new line
+	more int        // those of all that are in other lines too
 
 	// queue has the denied callers in the order of their arrival. Some at the front are asking, or pause before they ask
 	// again; the others wait for their turn. When the last of them has asked, the next ones do: as many as there are tokens for,
@@ -45,12 +46,13 @@ type line struct {
 
 // waiter is one call of Wait that has to wait.
 type waiter struct {
-	home  *line // the first of lines; its turns have the waiter's reservation
-	lines []*line
-	seats []*list.Element // its elements in line.all, one for each of lines
-	turn  chan struct{}   // receives when this waiter may ask
-	poke  chan struct{}   // receives when news has changed
-	news  atomic.Int32
+	home    *line // the first of lines; its turns have the waiter's reservation
+	lines   []*line
+	seats   []*list.Element // its elements in line.all, one for each of lines
+	several bool            // it waits for several identifiers
+	turn    chan struct{}   // receives when this waiter may ask
+	poke    chan struct{}   // receives when news has changed
+	news    atomic.Int32
 
 	attempts int   // how often it has asked
 	least    int64 // lower bound of the tokens that it takes from each of its buckets
@@ -61,7 +63,7 @@ type waiter struct {
 	inQueue *list.Element
 	turns   *turns
 	inTurns *list.Element
-	asks    bool
+	asks    atomic.Bool // read without the mutex by the other lines
 }
 
 // again counts an attempt and returns its number, from 1. For a nil waiter, a call that does not wait yet, it is the first.
@@ -96,7 +98,7 @@ func (ws *waiters) none(id string) bool {
 // enter makes a call a waiter. If MaxWaiters callers wait for one of its identifiers already, it returns nil and that
 // identifier.
 func (ws *waiters) enter(parts []Part, least int64) (w *waiter, full string) {
-	w = &waiter{least: least, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	w = &waiter{several: len(parts) > 1, least: least, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	for i := range parts {
 		if !ws.join(parts[i].id, w) {
 			ws.exit(w)
@@ -126,6 +128,9 @@ func (ws *waiters) join(id string, w *waiter) bool {
 				w.home = l
 			}
 			w.lines, w.seats = append(w.lines, l), append(w.seats, l.all.PushBack(w))
+			if w.several {
+				l.more++
+			}
 		}
 		l.mu.Unlock()
 		if !gone {
@@ -149,6 +154,9 @@ func (ws *waiters) exit(w *waiter) (flush *turns) {
 			s.mark = ws.resets.ended.Load()
 		}
 		l.all.Remove(w.seats[i])
+		if w.several {
+			l.more--
+		}
 		ws.close(l)
 		l.mu.Unlock()
 	}
@@ -214,7 +222,8 @@ func (l *line) void(id string) {
 	}
 }
 
-// tell sends news to the waiters of an identifier. Freed tokens concern only the first in the queue.
+// tell sends news to the waiters of an identifier. Freed tokens concern only the first in the queue, and those that ask in the
+// queue of another identifier for tokens of both.
 func (ws *waiters) tell(id string, n news) {
 	if ws.n.Load() == 0 {
 		return
@@ -229,6 +238,11 @@ func (ws *waiters) tell(id string, n news) {
 	if n == freed {
 		if first := l.queue.Front(); first != nil {
 			first.Value.(*waiter).tell(n)
+		}
+		for e := l.all.Front(); e != nil && l.more > 0; e = e.Next() {
+			if w := e.Value.(*waiter); w.asks.Load() {
+				w.tell(n)
+			}
 		}
 		return
 	}
@@ -293,7 +307,8 @@ func (l *line) join(w *waiter) (ahead int64, first bool) {
 	w.queue, w.inQueue = l, l.queue.PushBack(w)
 	l.ahead += w.least
 	if first {
-		w.asks, l.tokens = true, 1<<62
+		w.asks.Store(true)
+		l.tokens = 1 << 62
 		l.asking++
 	}
 	return ahead, first
@@ -324,7 +339,7 @@ func (l *line) leave(w *waiter, tokens int64) {
 	l.queue.Remove(w.inQueue)
 	w.queue = nil
 	l.ahead -= w.least
-	if w.asks {
+	if w.asks.Load() {
 		l.tokens = min(l.tokens, tokens)
 		l.asked(w)
 	}
@@ -333,7 +348,7 @@ func (l *line) leave(w *waiter, tokens int64) {
 // asked ends the asking of a waiter. If it was the last that asked, the next ones may ask: as many as there are tokens for, but
 // at least one. So a call never asks together with a dearer one before it that has to be denied. The caller holds the mutex.
 func (l *line) asked(w *waiter) {
-	w.asks = false
+	w.asks.Store(false)
 	if l.asking--; l.asking > 0 {
 		return
 	}
@@ -343,7 +358,7 @@ func (l *line) asked(w *waiter) {
 		if tokens -= max(1, next.least); tokens < 0 && l.asking > 0 {
 			break
 		}
-		next.asks = true
+		next.asks.Store(true)
 		l.asking++
 		next.turn <- struct{}{}
 	}

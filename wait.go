@@ -308,7 +308,8 @@ func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
 		return 0
 	}
 	periods := (n - 1) / r.Capacity // after the first refill, which may be of the whole capacity
-	if r.Kind == law.SlidingWindow || r.Kind == law.SlidingLog { // they may refill nearly twice the capacity within a period, and a grain too early
+	switch r.Kind {
+	case law.SlidingWindow, law.SlidingLog: // they may refill nearly twice the capacity within a period, and a grain too early
 		periods = max(0, periods-1)
 	}
 	return c.NextAfter + min(periods, law.FarFuture/r.Period)*r.Period

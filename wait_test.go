@@ -273,6 +273,30 @@ func TestARefundAndAChargeOfAnotherAreHeardByALine(t *testing.T) {
 	})
 }
 
+func TestARefundOfEitherIdentifierIsHeardByWhoWaitsForBoth(t *testing.T) {
+	t.Parallel()
+	for _, order := range [][2]int{{0, 1}, {1, 0}} {
+		synctest.Test(t, func(t *testing.T) {
+			th, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)}})
+			require.NoError(t, err)
+			user, err := th.Consume("user")
+			require.NoError(t, err)
+			org, err := th.Consume("org")
+			require.NoError(t, err)
+			w := &waits{start: time.Now()}
+			go func() {
+				_, err := th.WaitAll(t.Context(), throttler.For("user"), throttler.For("org"))
+				w.note("both", err)
+			}()
+			for _, i := range order {
+				require.Empty(t, w.said())
+				require.NoError(t, th.Refund(t.Context(), [...]throttler.Verdict{user, org}[i]))
+			}
+			assert.Equal(t, []string{"both ok at 0s"}, w.said())
+		})
+	}
+}
+
 func TestAsManyAsThereAreTokensAskTogether(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
