@@ -17,8 +17,14 @@ type waiters struct {
 	lines sync.Map     // identifier -> *line
 	n     atomic.Int64 // upper bound of the number of lines; it is mostly 0, which saves a lookup in lines
 
+	told   atomic.Uint64 // calls of tell
 	resets resets
 }
+
+// moment is what had been told before a call asked.
+type moment struct{ told, resets uint64 }
+
+func (ws *waiters) moment() moment { return moment{ws.told.Load(), ws.resets.ended.Load()} }
 
 // line has the callers that wait for one identifier. Whoever needs both locks takes giving first, then mu.
 type line struct {
@@ -54,8 +60,9 @@ type waiter struct {
 	poke    chan struct{}   // receives when news has changed
 	news    atomic.Int32
 
-	attempts int   // how often it has asked
-	least    int64 // lower bound of the tokens that it takes from each of its buckets
+	attempts int    // how often it has asked
+	before   moment // when it asked last
+	least    int64  // lower bound of the tokens that it takes from each of its buckets
 
 	// It waits in the queue of a line, or in turns; in both for a moment if it reserves while it is queued. Only the waiter's
 	// own goroutine sets queue and turns. The mutex of the line guards the other fields.
@@ -225,6 +232,7 @@ func (l *line) void(id string) {
 // tell sends news to the waiters of an identifier. Freed tokens concern only the first in the queue, and those that ask in the
 // queue of another identifier for tokens of both.
 func (ws *waiters) tell(id string, n news) {
+	ws.told.Add(1) // first, for those that are about to join the queue (Throttler.queue)
 	if ws.n.Load() == 0 {
 		return
 	}

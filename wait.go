@@ -39,13 +39,13 @@ func (t *Throttler) Wait(ctx context.Context, id string, o ...Option) (v Verdict
 	if t.observe != nil {
 		return t.WaitAll(ctx, For(id, slices.Clone(o)...))
 	}
-	mark, nobody := t.waiters.resets.ended.Load(), t.waiters.none(id)
+	before, nobody := t.waiters.moment(), t.waiters.none(id)
 	if nobody { // the fast path for the usual case: nobody waits, and the call is admitted at once
 		if err = t.aheadOne(ctx, &v, id, o); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, mark, []Part{For(id, slices.Clone(o)...)})
+	err = t.wait(ctx, &v, nobody, before, []Part{For(id, slices.Clone(o)...)})
 	return v, err
 }
 
@@ -73,21 +73,21 @@ func (t *Throttler) WaitAll(ctx context.Context, parts ...Part) (v Verdict, err 
 }
 
 func (t *Throttler) waitAll(ctx context.Context, parts []Part) (v Verdict, err error) {
-	mark := t.waiters.resets.ended.Load()
+	before := t.waiters.moment()
 	nobody := !slices.ContainsFunc(parts, func(p Part) bool { return !t.waiters.none(p.id) })
 	if nobody {
 		if err = t.ahead(ctx, nil, &v, parts); err != nil || v.Allowed && v.Delay == 0 {
 			return v, err
 		}
 	}
-	err = t.wait(ctx, &v, nobody, mark, parts)
+	err = t.wait(ctx, &v, nobody, before, parts)
 	return v, err
 }
 
 // wait makes the call a waiter and returns once it is admitted or has failed. If asked is set, the call was decided already and
-// v is the answer, asked for when the number of Resets was mark. If there is no room for another waiter, a reservation in v is
+// v is the answer, asked for after the moment before. If there is no room for another waiter, a reservation in v is
 // given back.
-func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, mark uint64, parts []Part) error {
+func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, before moment, parts []Part) error {
 	if !asked { // a call that is wrong or that nothing limits has nothing to wait for, and no others wait for it
 		if err := t.addAll(ctx, v, storage.Take, 1, parts); err != nil {
 			return err
@@ -100,7 +100,7 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, mark uint6
 	w, full := t.waiters.enter(parts, t.least(parts))
 	if w == nil {
 		if v.Allowed {
-			if !t.waiters.resets.since(mark, v.parts()) {
+			if !t.waiters.resets.since(before.resets, v.parts()) {
 				t.giveBack(ctx, v, 1)
 			}
 			denied(v)
@@ -109,8 +109,8 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, mark uint6
 	}
 	defer t.leave(ctx, w)
 	if asked {
-		w.attempts = 1
-		asked = v.Delay == 0 || t.waiters.reserved(w, v, mark)
+		w.attempts, w.before = 1, before
+		asked = v.Delay == 0 || t.waiters.reserved(w, v, before.resets)
 	}
 	for again := true; again; asked = false {
 		if !asked {
@@ -151,9 +151,9 @@ func (t *Throttler) askAhead(ctx context.Context, w *waiter, v *Verdict, parts [
 	defer w.home.giving.RUnlock()
 	*v = Verdict{}
 	w.news.Store(int32(nothing)) // the answer will include what happened so far
-	mark := t.waiters.resets.ended.Load()
+	w.before = t.waiters.moment()
 	err = t.decideAll(ctx, v, storage.Take, t.within(ctx), w.again(), parts)
-	return v.Delay == 0 || t.waiters.reserved(w, v, mark), err
+	return v.Delay == 0 || t.waiters.reserved(w, v, w.before.resets), err
 }
 
 // within returns how far ahead to reserve, in microseconds: until the deadline, but at most law.MaxWithin.
@@ -191,7 +191,8 @@ func (t *Throttler) queue(ctx context.Context, w *waiter, l *line, v *Verdict, p
 	if err := t.inTime(ctx, w, v, parts, ahead, asked); err != nil {
 		return err
 	}
-	for asked = asked && mine; ; asked = false {
+	// Nobody told the call what happened before it joined. If there was something, also for others, it asks at once.
+	for asked = asked && mine && t.waiters.told.Load() == w.before.told; ; asked = false {
 		if !mine {
 			select {
 			case <-w.turn:

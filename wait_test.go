@@ -297,6 +297,31 @@ func TestARefundOfEitherIdentifierIsHeardByWhoWaitsForBoth(t *testing.T) {
 	}
 }
 
+func TestWhatHappensDuringTheFirstDenialIsNotSleptThrough(t *testing.T) {
+	t.Parallel()
+	for what, happens := range map[string]func(*throttler.Throttler, throttler.Verdict) error{
+		"refund": func(th *throttler.Throttler, v throttler.Verdict) error { return th.Refund(context.Background(), v) },
+		"reset":  func(th *throttler.Throttler, _ throttler.Verdict) error { return th.Reset(context.Background(), "a") },
+		"bucket": func(th *throttler.Throttler, _ throttler.Verdict) error {
+			return th.AddBucket("a", throttler.NewBucket(time.Minute, 5))
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			store := &late{Storage: memstore.New(nil)}
+			th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)}})
+			require.NoError(t, err)
+			v, err := th.Consume("a")
+			require.NoError(t, err)
+			store.takes.Store(int64(10 * time.Millisecond))
+			w := &waits{start: time.Now()}
+			w.begin(t.Context(), th, "a", what)
+			require.NoError(t, happens(th, v))
+			<-time.After(time.Second)
+			assert.Equal(t, []string{what + " ok at 20ms"}, w.said(), "its first answer was on the way")
+		})
+	}
+}
+
 func TestAsManyAsThereAreTokensAskTogether(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
