@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 )
 
@@ -135,6 +137,32 @@ func TestACostAboveACapacityComesWithTheLevels(t *testing.T) {
 	require.Len(t, v.Levels(), 2)
 	assert.Equal(t, "org:7", v.Levels()[1].Identifier)
 	assert.Equal(t, []int64{10}, left(t, th, "user:42"))
+}
+
+// asked is a storage that remembers whom it was asked about.
+type asked struct {
+	*memstore.Storage
+	about []string
+}
+
+func (s *asked) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	for _, p := range r.Parts {
+		s.about = append(s.about, p.Identifier)
+	}
+	return s.Storage.Decide(ctx, r, a)
+}
+
+func TestACostAboveACapacityBesideAWrongIdentifierAsksNoStorage(t *testing.T) {
+	t.Parallel()
+	for _, wrong := range []string{"", strings.Repeat("x", 1025)} {
+		store := &asked{Storage: memstore.New(nil)}
+		th, err := throttler.New(throttler.Config{Storage: store, Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1)}})
+		require.NoError(t, err)
+		v, err := th.ConsumeAll(t.Context(), throttler.For("a", throttler.Cost(2)), throttler.For(wrong))
+		require.ErrorIs(t, err, throttler.ErrCostExceedsCapacity)
+		assert.Empty(t, v.Levels())
+		assert.Empty(t, store.about)
+	}
 }
 
 func TestWhatIsGivenBackWithoutAVerdictIsAtMostWhatWasSpent(t *testing.T) {

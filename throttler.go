@@ -237,13 +237,16 @@ func (t *Throttler) wrong(ctx context.Context, v *Verdict, mode storage.Mode, at
 	return err
 }
 
-// tooCostly returns the present levels to a call whose cost exceeds the capacity of a bucket. After any other error, or
-// if the storage fails, it returns a zero Verdict.
+// tooCostly returns the present levels to a call whose cost exceeds the capacity of a bucket. After any other error, if
+// another part is wrong too, or if the storage fails, it returns a zero Verdict.
 func (t *Throttler) tooCostly(ctx context.Context, err error, parts ...Part) (v Verdict) {
 	if !errors.Is(err, ErrCostExceedsCapacity) {
 		return v
 	}
 	for i := range parts {
+		if validIdentifier(parts[i].id) != nil { // the parts after the costly one were not looked at yet
+			return Verdict{}
+		}
 		if s, _ := t.setOf(parts[i].id, parts[i].options); s != nil && s.rules != nil {
 			if _, err := v.add(parts[i].id, s.rules); err != nil {
 				return Verdict{}
