@@ -65,7 +65,7 @@ func (b Bucket) String() string {
 			out.WriteString(" " + b.kind.String())
 		}
 	}
-	if b.hasBurst {
+	if b.hasBurst && !b.free {
 		fmt.Fprintf(&out, " burst %d", b.burst)
 	}
 	if b.named {

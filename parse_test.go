@@ -139,6 +139,11 @@ func TestALimitThatWasZeroKeepsWhatWasSpentBefore(t *testing.T) {
 	assert.Equal(t, int64(1), v.Levels()[0].Remaining)
 }
 
+func TestModifiersOfAnUnlimitedBucketAreNotInItsWords(t *testing.T) {
+	t.Parallel()
+	assert.Equal(t, "unlimited named x", throttler.Unlimited().Burst(5).Continuous().Elastic(2).Named("x").String())
+}
+
 func TestUnlimitedAdmitsEverythingAndAsksNobody(t *testing.T) {
 	t.Parallel()
 	l, err := throttler.New(throttler.Config{Storage: failing{}})
