@@ -57,7 +57,7 @@ type Config struct {
 
 	// Load, if not nil, returns the share of their limits that elastic buckets have now (Bucket.Elastic). 1 is the full
 	// limit, 0 is the least of each bucket, and values in between are rounded down to a multiple of 1/64. NaN counts as
-	// 1. Each decision calls it once for each identifier with elastic buckets, so it must be quick and safe for
+	// 1. Each decision calls it once or twice for each identifier with elastic buckets, so it must be quick and safe for
 	// concurrent use; package load has an implementation. A call that costs more than a shrunk bucket holds is decided
 	// by the full limits, and so is a Charge.
 	Load func() float64
