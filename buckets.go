@@ -61,13 +61,16 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 			rest = append(rest, b)
 		}
 	}
+	if len(rest) == len(had.buckets) {
+		return false
+	}
 	if len(rest) == 0 {
 		t.own.Delete(id)
 	} else {
 		t.own.Store(strings.Clone(id), newSet(rest))
 	}
 	t.waiters.tell(id, changed)
-	return len(rest) < len(had.buckets)
+	return true
 }
 
 // RemoveBuckets removes all buckets of the identifier's own; Config.Buckets then applies again. What was spent is not
@@ -75,6 +78,9 @@ func (t *Throttler) RemoveBucket(id, name string) bool {
 func (t *Throttler) RemoveBuckets(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.ownSet(id) == nil { // nothing changes, so nobody who waits has to reserve again and lose its place
+		return
+	}
 	t.own.Delete(id)
 	t.waiters.tell(id, changed)
 }

@@ -231,6 +231,32 @@ func TestAResetAndARaisedLimitCountAtOnceForThoseWhoWait(t *testing.T) {
 	}
 }
 
+func TestABucketThatIsNotThereIsRemovedWithoutTroublingThoseWhoWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int64
+		th, err := throttler.New(throttler.Config{
+			Buckets: []throttler.Bucket{throttler.NewBucket(time.Minute, 1).Continuous()},
+			Observe: func(_ context.Context, e *throttler.Event) { asked.Add(int64(min(e.Attempt, 1))) },
+		})
+		require.NoError(t, err)
+		require.NoError(t, th.AddBucket("own", throttler.NewBucket(time.Minute, 1).Continuous().Named("own")))
+		for _, id := range []string{"own", "default"} {
+			require.True(t, allowed(t, th, id))
+			go func() { _, _ = th.Wait(t.Context(), id) }()
+		}
+		synctest.Wait()
+		before := asked.Load()
+		assert.False(t, th.RemoveBucket("own", "another"))
+		th.RemoveBuckets("default")
+		synctest.Wait()
+		assert.Equal(t, before, asked.Load(), "nobody reserves again")
+		assert.True(t, th.RemoveBucket("own", "own"))
+		synctest.Wait()
+		assert.Greater(t, asked.Load(), before)
+	})
+}
+
 func TestALoweredLimitDoesNotMakeThoseWhoWaitPayTwice(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
