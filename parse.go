@@ -41,9 +41,9 @@ var kinds = map[string]law.Kind{
 // spaces or is a Go string in quotes. Case matters only in names.
 //
 // The error is a *BucketError, or several joined. It also covers a bucket that NewBucket would find faulty. For a
-// misspelled word it names the nearest one that is allowed.
+// misspelled word it names the nearest one that is allowed. After some faults the rest of the text is not read.
 func ParseBucket(s string) (Bucket, error) {
-	p := parser{given: s}
+	p := parser{given: s[:min(len(s), mostGiven)]}
 	p.bucket(s)
 	if len(p.faults) > 0 {
 		return Bucket{}, errors.Join(p.faults...)
@@ -81,6 +81,13 @@ func quotedName(name string) string {
 	return name
 }
 
+// Each fault quotes the text, which a request may have brought. Without a bound the error would grow with the square of its
+// length.
+const (
+	mostGiven  = 256 // bytes of the text that a fault quotes
+	mostFaults = 8   // after which the rest is not read
+)
+
 // parser builds a bucket and collects the faults of its text.
 type parser struct {
 	given  string
@@ -98,7 +105,7 @@ func (p *parser) bucket(s string) {
 		p.b = p.limit(limit)
 	}
 	kind := ""
-	for rest != "" {
+	for rest != "" && len(p.faults) < mostFaults {
 		var w string
 		if w, rest = word(rest); strings.EqualFold(w, "burst") {
 			rest = p.burst(rest)

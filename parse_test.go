@@ -3,6 +3,7 @@ package throttler_test
 import (
 	"fmt"
 	"math"
+	"strings"
 	"testing"
 	"time"
 
@@ -76,6 +77,15 @@ func TestFaultyWordsAreNamedWithTheNearestRightOne(t *testing.T) {
 		for _, part := range want {
 			assert.ErrorContains(t, err, part, words)
 		}
+	}
+}
+
+func TestTheErrorOfALongTextIsShort(t *testing.T) {
+	t.Parallel()
+	for _, words := range []string{strings.Repeat("a ", 2000), "1/1s " + strings.Repeat("log ", 2000), strings.Repeat("1", 4000) + "/1s"} {
+		_, err := throttler.ParseBucket(words)
+		require.Error(t, err)
+		assert.Less(t, len(err.Error()), 8000)
 	}
 }
 
