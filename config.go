@@ -63,7 +63,7 @@ type Config struct {
 	Load func() float64
 
 	// MaxWaiters is how many calls of Wait and WaitAll may wait for one identifier; 0 means any number. A further call
-	// gets ErrTooManyWaiters unless it is admitted at once.
+	// gets ErrTooManyWaiters, also if it has buckets of its own (Using) that would admit it, unless nothing limits it.
 	MaxWaiters int
 
 	// Observe, if not nil, is called after every decision, Charge, Refund and Reset, successful or not, in the caller's
