@@ -680,6 +680,30 @@ func TestAStoredEndBeyondAllTimesMakesNoNegativeVerdict(t *testing.T) {
 	assertCorruptOrValid(t, s, c, key, value[:end]+"\xff"+value[end+1:], r)
 }
 
+func TestStoredTokensWhoseSumFitsNoAnswerAreCorrupt(t *testing.T) {
+	t.Parallel()
+	server := servers.Redis(t)
+	s, c := open(t, server.URL(), redisstore.Options{}), client(t, server.URL())
+	const key, huge = redisstore.DefaultPrefix + ":a", "\x00\x00\x00\x00\x00\x00\x20" // 2^53 tokens
+	for _, kind := range []law.Kind{law.Replenish, law.FixedWindow, law.SlidingWindow, law.SlidingLog} {
+		r := storecheck.Request{Parts: []storecheck.Part{storecheck.NewPart("a", []law.Rule{storecheck.Rule(t, "a", kind, time.Hour, 1<<40)}, 1)}}
+		require.NoError(t, s.Reset(t.Context(), "", "a"))
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
+		value := do(t, c, "get", key).(string)
+		head, hold := value[:len(value)-21], value[len(value)-14:] // before both is the time of change, and before that the number of holds
+		value = head[:len(head)-1] + "\x10" + value[len(head):len(head)+7] + strings.Repeat(hold[:7]+huge, 16)
+		for call, ask := range allCalls {
+			if call == "Reset" {
+				continue // it removes what is damaged
+			}
+			do(t, c, "set", key, value)
+			_, err := ask(t.Context(), s, r)
+			assert.ErrorIs(t, err, storage.ErrCorruptState, "%v: %s", kind, call)
+			assert.Equal(t, value, do(t, c, "get", key), "%v: %s", kind, call)
+		}
+	}
+}
+
 // slowest is a valid value of a bucket that no rule can have: 2^52 units are spent, and one comes back each second.
 const slowest = "t2\x21" + "\x04slow" + "\x40\x42\x0f\x00\x00\x20" + "\x01\x00\x00\x00\x00\x00\x00" + "\x40\x42\x0f\x00\x00\x00" + "\x01" +
 	"\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x00" + "\x00\x00\x00\x00\x00\x00\x10"

@@ -59,7 +59,8 @@ local function rule(l, C, step)
 end
 
 -- Decodes a value. Returns the states at the indices of their rules, and a list of the states without a rule. It raises
--- an error if the value is not in the form above.
+-- an error if the value is not in the form above, or if the holds of a bucket have more tokens than an answer has room
+-- for. They may have twice 2^53, because those of a SlidingWindow that fade count in part.
 local function read(v, rules)
   if sub(v, 1, 2) ~= 't2' then error('foreign') end
   local flags, p = unpack('<B', v, 3)
@@ -85,13 +86,14 @@ local function read(v, rules)
   end
   local states, others, hold, seen = {}, {}, flags % 64 >= 32 and '<I7I7' or '<I7I4', nil
   for i = 1, #laws do
-    local last, at = 0, places[i]
+    local last, all, at = 0, 0, places[i]
     if flags >= 64 or i == 1 then seen, p = unpack('<I7', v, p) end
     local s = { laws[i], seen }
     for h = 3, 2 * counts[i] + 2, 2 do
       local e, m
       e, m, p = unpack(hold, v, p)
-      if e < last or e > exact or m > exact or m < 1 and s[1].k ~= 1 then error('not a hold') end
+      all = all + m
+      if e < last or e > exact or m > exact or all > 2 * exact or m < 1 and s[1].k ~= 1 then error('not a hold') end
       s[h], s[h + 1], last = e, m, e
     end
     if seen > exact or s[1].k == 1 and counts[i] > 1 or at and states[at] then error('not a state') end
