@@ -213,10 +213,14 @@ func (r *row) read(version int64, state []byte) {
 			own := l
 			b.name, b.state.Law = string(name), &own
 		}
-		end := int64(0)
+		end, all := int64(0), int64(0)
 		for n := d.number("number of holds", int64(len(d.rest))); n > 0; n-- {
-			end = min(most, end+d.number("end", most))
-			b.state.Append(law.Hold{End: end, N: d.number("tokens", most)})
+			h := law.Hold{End: min(most, end+d.number("end", most)), N: d.number("tokens", most)}
+			if end, all = h.End, all+h.N; all > mostHeld {
+				d.fail("tokens")
+				break
+			}
+			b.state.Append(h)
 		}
 		if l.Kind == law.Continuous && len(b.state.Holds()) > 1 {
 			d.fail("number of levels")
@@ -230,6 +234,10 @@ func (r *row) read(version int64, state []byte) {
 
 // most is the largest number that may be stored: the arithmetic is exact below 2^53.
 const most = 1<<53 - 1
+
+// mostHeld is the most tokens that all holds of a bucket may have together. It is twice the largest number because the
+// holds of a SlidingWindow that fade count in part.
+const mostHeld = 2 * (most + 1)
 
 // decoder decodes a state column. After a fault nothing is left, and everything further is zero.
 type decoder struct {

@@ -840,6 +840,11 @@ func foreignStates() (good []byte, bad map[string]foreignState) {
 	} {
 		bad[what] = foreignState{c.wrong, stateOf("hourly", c.numbers...)}
 	}
+	many := []uint64{0, hour, now, 2000, end, 1 << 52}
+	for range 1999 {
+		many = append(many, 0, 1<<52)
+	}
+	bad["tokens whose sum is no int64"] = foreignState{"tokens", stateOf("hourly", many...)}
 	return good, bad
 }
 
