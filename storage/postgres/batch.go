@@ -287,8 +287,7 @@ func (s *Storage) free(ctx context.Context, rows []*row) (free []*row) {
 }
 
 // queueWrites adds the statements that write rows, which must be sorted by id. When the answers are read they set
-// written on the rows that were. A row's next version is at least the server's time, so that a row which was deleted
-// and made again never has an earlier version.
+// written on the rows that were.
 func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool) {
 	written := func(r pgx.Rows) error {
 		_, err := pgx.ForEachRow(r, []any{nil}, func() error {
@@ -302,7 +301,7 @@ func (s *Storage) queueWrites(b *pgx.Batch, rows []*row, now int64, memory bool)
 	}
 	var inserts, updates columns
 	for _, r := range rows {
-		r.written, r.next = false, max(r.version+1, now)
+		r.written, r.next = false, r.nextVersion(now)
 		if r.version == 0 {
 			inserts.add(r)
 		} else {

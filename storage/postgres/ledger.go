@@ -330,12 +330,12 @@ func (r *record) columns(now int64) []any {
 		if row == r.origin || !row.changed {
 			continue
 		}
-		row.next = max(row.version+1, now)
+		row.next = row.nextVersion(now)
 		c.add(row)
 		at = append(at, row.at)
 	}
 	c.ids = append(c.ids, r.origin.id)
-	c.versions = append(c.versions, max(r.origin.version+1, now))
+	c.versions = append(c.versions, r.origin.nextVersion(now))
 	c.before = append(c.before, r.origin.version)
 	c.states = append(c.states, binary.AppendUvarint([]byte{originFormat}, uint64(r.seq)))
 	c.fullAts = append(c.fullAts, now+originTime)

@@ -51,6 +51,19 @@ type bucket struct {
 	state law.State
 }
 
+// lastVersion is the largest version that the table takes.
+const lastVersion = 1 << 62
+
+// nextVersion returns the version of the row once it is written at the server's time now. It is at least that time, so
+// that a row which was deleted and made again never has an earlier version. Only somebody who wrote it by hand can have
+// set the last version. Then the time is the next one, because no row has reached that by itself.
+func (r *row) nextVersion(now int64) int64 {
+	if r.version >= lastVersion {
+		return now
+	}
+	return max(r.version+1, now)
+}
+
 // is reports whether b is the bucket of a rule: name, kind and period are equal.
 func (b *bucket) is(r *law.Rule) bool { return b.name == r.Name && b.state.Law.Same(&r.Law) }
 

@@ -905,3 +905,26 @@ func TestTheTableTakesNoRowsOfAnImpossibleVersion(t *testing.T) {
 		assert.Equal(t, "23514", code(err), version)
 	}
 }
+
+// The largest version has no next one. Whoever writes it by hand must not stop the calls that share a batch with it.
+func TestARowOfTheLargestVersionIsChangedLikeAnyOther(t *testing.T) {
+	t.Parallel()
+	pool := connect(t, servers.Postgres(t, "-c", "fsync=off").URL())
+	s := open(t, pool, pgstore.Options{})
+	r := storecheck.FivePerHour(t, "a")
+	several := storecheck.FivePerHour(t, "b")
+	several.Parts = append(several.Parts, r.Parts...)
+	for what, change := range map[string]func() error{
+		"Decide":            func() error { _, err := storecheck.Decide(t.Context(), s, r); return err },
+		"Decide of several": func() error { _, err := storecheck.Decide(t.Context(), s, several); return err },
+		"Charge":            func() error { return charge(t.Context(), s, chargeOne(r)) },
+		"Record":            func() error { _, err := s.Record(t.Context(), "origin", 1, []storage.Charge{chargeOne(r)}); return err },
+		"Reset":             func() error { return s.Reset(t.Context(), "", "a") },
+	} {
+		require.Equal(t, 1, storecheck.Take(t, s, r, 1))
+		sqlDo(t, pool, "UPDATE throttler_state SET version = 4611686018427387904 WHERE id = ':a'")
+		assert.NoError(t, change(), what)
+		assert.Less(t, sqlGet[int64](t, pool, "SELECT version FROM throttler_state WHERE id = ':a'"), int64(1)<<62, what)
+		require.NoError(t, s.Reset(t.Context(), "", "a"))
+	}
+}
