@@ -307,7 +307,13 @@ func (t *Table) Watch(ctx context.Context, changed func()) {
 func (t *Table) listen(ctx context.Context, changed func()) error {
 	connecting, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
-	conn, err := pgx.ConnectConfig(connecting, t.pool.Config().ConnConfig)
+	config := t.pool.Config()
+	if config.BeforeConnect != nil { // it may set a password that changes
+		if err := config.BeforeConnect(connecting, config.ConnConfig); err != nil {
+			return err
+		}
+	}
+	conn, err := pgx.ConnectConfig(connecting, config.ConnConfig)
 	if err != nil {
 		return err
 	}

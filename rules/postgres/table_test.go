@@ -83,6 +83,38 @@ func TestAChangeIsToldToEveryEngine(t *testing.T) {
 	}
 }
 
+// A hook of the pool may set what a connection needs, such as a password that is valid for some minutes.
+func TestTheHookOfThePoolIsAskedBeforeListening(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(servers.PostgresURL(t))
+	require.NoError(t, err)
+	port := config.ConnConfig.Port
+	config.ConnConfig.Port = 1
+	config.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
+		c.Port = port
+		return nil
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	name := fmt.Sprintf("throttler_rules_%d_%d_state", time.Now().UnixNano(), tables.Add(1))
+	table, err := pgrules.New(t.Context(), pool, &pgrules.Options{Table: name, Timeout: storecheck.Patient})
+	require.NoError(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	listens, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		table.Watch(ctx, sync.OnceFunc(func() { close(listens) }))
+	}()
+	select {
+	case <-listens:
+	case <-time.After(storecheck.Patient):
+		t.Error("nobody listens")
+	}
+	stop()
+	<-done
+}
+
 func TestAChangeMadeByHandIsFound(t *testing.T) {
 	t.Parallel()
 	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_state", time.Now().UnixNano())}
