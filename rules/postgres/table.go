@@ -32,12 +32,15 @@ const (
 	DefaultTimeout = 2 * time.Second
 )
 
+// maxTable is the most bytes that Postgres takes as the name of a channel.
+const maxTable = 63
+
 // Options are the options of a Table. The zero value and nil mean the defaults.
 type Options struct {
 	// Schema is the schema of the table, by default the first in the search_path of the role. It is not created.
 	Schema string
 
-	// Table is the name of the table and of the notification channel, by default DefaultTable.
+	// Table is the name of the table and of the notification channel, by default DefaultTable. It has at most 63 bytes.
 	Table string
 
 	// Timeout bounds each call, whatever its context allows; by default it is DefaultTimeout. It must not be below 0. Of
@@ -87,6 +90,9 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 	t := &Table{pool: pool, options: o.withDefaults()}
 	if pool == nil || t.options.Timeout < 0 {
 		return nil, errors.New("rules: postgres: the pool must not be nil, and Options.Timeout not below 0")
+	}
+	if n := len(t.options.Table); n > maxTable {
+		return nil, fmt.Errorf("rules: postgres: Options.Table has %d bytes, must have at most %d", n, maxTable)
 	}
 	if t.options.NoSchema {
 		return t, nil

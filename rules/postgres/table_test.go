@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -252,6 +253,21 @@ func TestEveryExecModeReadsAndWrites(t *testing.T) {
 			require.NoError(t, err, mode)
 			assert.Equal(t, []rules.File{file(1), {Name: "é", Data: []byte("rules: [] # 'ü'\n")}}, files)
 		}
+	}
+}
+
+// Postgres shortens longer names of tables, but refuses them as channels: each change would fail.
+func TestATableWhoseNameIsTooLongIsRefused(t *testing.T) {
+	t.Parallel()
+	pool, err := pgxpool.New(t.Context(), servers.Postgres(t).URL())
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	table, err := pgrules.New(t.Context(), pool, &pgrules.Options{Table: strings.Repeat("a", 63)})
+	require.NoError(t, err)
+	require.NoError(t, table.Put(t.Context(), file(1), ""))
+	for _, noSchema := range []bool{false, true} {
+		_, err = pgrules.New(t.Context(), pool, &pgrules.Options{Table: strings.Repeat("é", 32), NoSchema: noSchema})
+		require.ErrorContains(t, err, "Options.Table has 64 bytes")
 	}
 }
 
