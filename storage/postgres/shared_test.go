@@ -695,6 +695,17 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	assert.EqualError(t, err, "throttler: postgres: Pool is nil")
 	_, err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: -time.Second, NoSchema: true})
 	assert.ErrorContains(t, err, "Timeout is -1s")
+	_, err = pgstore.New(t.Context(), pool, &pgstore.Options{Timeout: math.MaxInt64, NoSchema: true})
+	assert.ErrorContains(t, err, "Timeout is 2562047h47m16.854775807s", "Postgres takes no such time")
+}
+
+func TestTheLongestTimeoutDecidesAndRecords(t *testing.T) {
+	t.Parallel()
+	s := open(t, connect(t, servers.PostgresURL(t)), pgstore.Options{Timeout: math.MaxInt32 * time.Millisecond})
+	r := storecheck.FivePerHour(t, freshID(t))
+	assert.Equal(t, 1, storecheck.Take(t, s, r, 1))
+	_, err := s.Record(t.Context(), fmt.Sprint(time.Now().UnixNano()), 1, []storage.Charge{chargeOne(r)})
+	assert.NoError(t, err)
 }
 
 // Only transactions that write or lock a row get a number, and the numbers are consecutive.

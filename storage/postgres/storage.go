@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,9 @@ const (
 	DefaultTimeout     = 500 * time.Millisecond
 )
 
+// maxTimeout is the longest time that Postgres takes as a setting: 2^31 - 1 milliseconds.
+const maxTimeout = math.MaxInt32 * time.Millisecond
+
 // Options of a Storage. The zero value and nil are the defaults.
 type Options struct {
 	// Schema is the schema of the table. By default it is the one in which New finds the table by the role's
@@ -51,8 +55,9 @@ type Options struct {
 	// table is throttler_state.
 	TablePrefix string
 
-	// Timeout is the longest time that a call takes, even if its context allows more. It is at least 10 ms; zero means
-	// DefaultTimeout. The server ends a statement after nine tenths of it, and the wait for a lock a little earlier.
+	// Timeout is the longest time that a call takes, even if its context allows more. It is from 10 ms to 24 days, as
+	// Postgres takes no longer times; zero means DefaultTimeout. The server ends a statement after nine tenths of it,
+	// and the wait for a lock a little earlier.
 	Timeout time.Duration
 
 	// SynchronousCommit sets synchronous_commit for the transactions of this storage: "on", "off", "local",
@@ -168,8 +173,8 @@ func (o *Options) validate(pool *pgxpool.Pool) error {
 	if len(o.TablePrefix) > 40 {
 		fault("TablePrefix", "has %d bytes, must have at most 40", len(o.TablePrefix))
 	}
-	if o.Timeout < 10*time.Millisecond {
-		fault("Timeout", "is %v, must be at least 10ms, or 0 for %v", o.Timeout, DefaultTimeout)
+	if o.Timeout < 10*time.Millisecond || o.Timeout > maxTimeout {
+		fault("Timeout", "is %v, must be from 10ms to %v, or 0 for %v", o.Timeout, maxTimeout, DefaultTimeout)
 	}
 	switch o.SynchronousCommit {
 	case "", "on", "off", "local", "remote_write", "remote_apply":
