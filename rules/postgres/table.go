@@ -35,6 +35,10 @@ const (
 // maxTable is the most bytes that Postgres takes as the name of a channel.
 const maxTable = 63
 
+// unnamed has each statement sent without a name, whatever the mode of the pool. A PgBouncer that pools transactions may
+// give the next one a connection to the server on which a name does not exist.
+const unnamed = pgx.QueryExecModeExec
+
 // Options are the options of a Table. The zero value and nil mean the defaults.
 type Options struct {
 	// Schema is the schema of the table, by default the first in the search_path of the role. It is not created.
@@ -99,7 +103,7 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 	}
 	err := t.change(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		var there bool
-		if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", t.options.table()).Scan(&there); there || err != nil {
+		if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", unnamed, t.options.table()).Scan(&there); there || err != nil {
 			return err // if the table exists, the role needs no right to create it
 		}
 		_, err := tx.Exec(ctx, Schema(&t.options))
@@ -120,7 +124,7 @@ func (t *Table) change(ctx context.Context, do func(context.Context, pgx.Tx) err
 // written, which they would not if the default of the role were a stricter isolation.
 func (t *Table) locked(ctx context.Context, do func(pgx.Tx) error) error {
 	return pgx.BeginTxFunc(ctx, t.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtext($1))", t.options.Table); err != nil {
+		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtext($1))", unnamed, t.options.Table); err != nil {
 			return err
 		}
 		return do(tx)
@@ -147,7 +151,7 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 		FROM (SELECT md5(coalesce(string_agg(md5(name) || md5(data), '' ORDER BY name COLLATE "C"), '')) AS hash FROM `+t.options.table()+`) f
 		LEFT JOIN `+t.options.table()+` t ON true
 		WHERE f.hash <> $1
-		ORDER BY t.name COLLATE "C"`, hash)
+		ORDER BY t.name COLLATE "C"`, unnamed, hash)
 	if err != nil {
 		return nil, wrap(err)
 	}
@@ -229,7 +233,7 @@ func (t *Table) Change(ctx context.Context, edit func([]rules.File) ([]rules.Fil
 func (t *Table) all(ctx context.Context, tx pgx.Tx) (files []rules.File, err error) {
 	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()
-	rows, err := tx.Query(ctx, "SELECT name, data FROM "+t.options.table()+` ORDER BY name COLLATE "C"`)
+	rows, err := tx.Query(ctx, "SELECT name, data FROM "+t.options.table()+` ORDER BY name COLLATE "C"`, unnamed)
 	if err != nil {
 		return nil, err
 	}
@@ -269,19 +273,19 @@ func (t *Table) write(ctx context.Context, tx pgx.Tx, before, after []rules.File
 }
 
 func (t *Table) put(ctx context.Context, tx pgx.Tx, f rules.File) error {
-	_, err := tx.Exec(ctx, "INSERT INTO "+t.options.table()+" (name, data) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET data = excluded.data", f.Name, string(f.Data))
+	_, err := tx.Exec(ctx, "INSERT INTO "+t.options.table()+" (name, data) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET data = excluded.data", unnamed, f.Name, string(f.Data))
 	return err
 }
 
 func (t *Table) remove(ctx context.Context, tx pgx.Tx, name string) error {
-	_, err := tx.Exec(ctx, "DELETE FROM "+t.options.table()+" WHERE name = $1", name)
+	_, err := tx.Exec(ctx, "DELETE FROM "+t.options.table()+" WHERE name = $1", unnamed, name)
 	return err
 }
 
 // find returns the file of this name, or nil.
 func (t *Table) find(ctx context.Context, tx pgx.Tx, name string) (*rules.File, error) {
 	var data string
-	err := tx.QueryRow(ctx, "SELECT data FROM "+t.options.table()+" WHERE name = $1", name).Scan(&data)
+	err := tx.QueryRow(ctx, "SELECT data FROM "+t.options.table()+" WHERE name = $1", unnamed, name).Scan(&data)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, nil //nolint:nilnil // no file is no fault
 	}
@@ -291,7 +295,7 @@ func (t *Table) find(ctx context.Context, tx pgx.Tx, name string) (*rules.File, 
 // notified notifies the listeners when the transaction commits, unless err is set.
 func (t *Table) notified(ctx context.Context, tx pgx.Tx, err error) error {
 	if err == nil {
-		_, err = tx.Exec(ctx, "SELECT pg_notify($1, '')", t.options.Table)
+		_, err = tx.Exec(ctx, "SELECT pg_notify($1, '')", unnamed, t.options.Table)
 	}
 	return err
 }

@@ -256,6 +256,23 @@ func TestEveryExecModeReadsAndWrites(t *testing.T) {
 	}
 }
 
+func TestStatementsWorkThroughAPoolerOfTransactions(t *testing.T) {
+	t.Parallel()
+	url := servers.PgBouncer(t, servers.Postgres(t, "-c", "fsync=off"), "default_pool_size = 3").URL()
+	table, _ := open(t, url, pgrules.Options{})
+	storecheck.Crowd(8, func(i int) {
+		f := rules.File{Name: fmt.Sprint(i), Data: []byte("rules: []")}
+		for range 10 {
+			assert.NoError(t, table.Put(t.Context(), f, ""))
+			files, err := table.Files(t.Context())
+			assert.NoError(t, err)
+			assert.Contains(t, files, f)
+			assert.NoError(t, table.Change(t.Context(), func(files []rules.File) ([]rules.File, error) { return files, nil }))
+			assert.NoError(t, table.Delete(t.Context(), f.Name, ""))
+		}
+	})
+}
+
 // Postgres shortens longer names of tables, but refuses them as channels: each change would fail.
 func TestATableWhoseNameIsTooLongIsRefused(t *testing.T) {
 	t.Parallel()
