@@ -33,9 +33,12 @@ func dial(url string, timeout time.Duration) (client goredis.UniversalClient, er
 	if err := check(url); err != nil {
 		return nil, err
 	}
-	complete := func(retries, dials *int, pool int, idle *time.Duration, timeouts ...*time.Duration) {
-		if pool > maxPool {
-			panic(fmt.Sprintf("pool_size is %d, must be at most %d", pool, maxPool))
+	complete := func(retries, dials *int, pool int, idle, dial *time.Duration, timeouts ...*time.Duration) {
+		if pool < 0 || pool > maxPool {
+			panic(fmt.Sprintf("pool_size is %d, must be from 0 to %d", pool, maxPool))
+		}
+		if *dial <= 0 { // below 0 it was switched off, and then a dial of go-redis fails at once
+			*dial = timeout
 		}
 		*retries, *dials, *idle = cmp.Or(*retries, -1), cmp.Or(*dials, 1), cmp.Or(*idle, maxIdle)
 		for _, t := range timeouts {

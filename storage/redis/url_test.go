@@ -2,6 +2,7 @@ package redis_test
 
 import (
 	"context"
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -9,6 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler/internal/servers"
+	"github.com/go-throttler/throttler/internal/storecheck"
 	redisstore "github.com/go-throttler/throttler/storage/redis"
 )
 
@@ -69,6 +72,7 @@ func TestTheErrorOfAWrongURLSaysWhatIsWrong(t *testing.T) {
 		"redis://cache?secret":                                    "the parameter secret is unknown",
 		"redis://cache?read_timeout=secret":                       "the value of the parameter read_timeout must be a duration",
 		"redis://cache?pool_size=secret":                          "the value of the parameter pool_size must be a number",
+		"redis://cache?pool_size=-1":                              "pool_size is -1, must be from 0 to 65536",
 		"redis://cache?pool_fifo=secret":                          "the value of the parameter pool_fifo must be true or false",
 		"redis://cache?skip_verify=true":                          "the parameter skip_verify is unknown",
 		"redis://cache?client_name=%zz":                           "the value of the parameter client_name is not encoded",
@@ -98,6 +102,19 @@ func TestUsualURLsAreOpened(t *testing.T) {
 		s, err := redisstore.Open(url, nil)
 		if assert.NoError(t, err, "%q", url) {
 			assert.NoError(t, s.Close(context.Background()))
+		}
+	}
+}
+
+// go-redis takes 0 for no timeout, and then every dial fails at once.
+func TestAURLWithoutATimeoutWorks(t *testing.T) {
+	t.Parallel()
+	url := servers.Redis(t).URL()
+	for _, parameter := range []string{"dial_timeout", "read_timeout", "write_timeout", "pool_timeout"} {
+		for _, value := range []string{"0", "-1", "0s"} {
+			s := open(t, fmt.Sprintf("%s?%s=%s", url, parameter, value), redisstore.Options{})
+			_, err := storecheck.Decide(context.Background(), s, storecheck.FivePerHour(t, parameter+value))
+			assert.NoError(t, err, "%s=%s", parameter, value)
 		}
 	}
 }
