@@ -115,20 +115,36 @@ func New(ctx context.Context, pool *pgxpool.Pool, o *Options) (*Table, error) {
 // change runs do in a transaction. An advisory lock lets only one change run at a time, over all processes. Without it,
 // two processes could both pass the check of ifMatch before either writes.
 func (t *Table) change(ctx context.Context, do func(context.Context, pgx.Tx) error) error {
-	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
-	defer cancel()
-	return wrap(t.locked(ctx, func(tx pgx.Tx) error { return do(ctx, tx) }))
+	return wrap(t.inTime(ctx, func(ctx context.Context) error {
+		return t.locked(ctx, func(tx pgx.Tx) error { return do(ctx, tx) })
+	}))
 }
 
 // locked runs do in a transaction that holds the lock. The statements after the lock see what the change before has
 // written, which they would not if the default of the role were a stricter isolation.
 func (t *Table) locked(ctx context.Context, do func(pgx.Tx) error) error {
-	return pgx.BeginTxFunc(ctx, t.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtext($1))", unnamed, t.options.Table); err != nil {
-			return err
-		}
-		return do(tx)
-	})
+	var tx pgx.Tx
+	if err := t.inTime(ctx, func(ctx context.Context) (err error) {
+		tx, err = t.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+		return err
+	}); err != nil {
+		return err
+	}
+	defer func() { _ = t.inTime(ctx, tx.Rollback) }() // does nothing after the Commit
+	if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtext($1))", unnamed, t.options.Table); err != nil {
+		return err
+	}
+	if err := do(tx); err != nil {
+		return err
+	}
+	return t.inTime(ctx, tx.Commit)
+}
+
+// inTime calls do with a context that ends after Options.Timeout.
+func (t *Table) inTime(ctx context.Context, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, t.options.Timeout)
+	defer cancel()
+	return do(ctx)
 }
 
 func wrap(err error) error {

@@ -235,6 +235,31 @@ func TestAChangeOfSeveralFilesIsAllOrNothing(t *testing.T) {
 	}
 }
 
+func TestAChangeReturnsWhenPostgresHangs(t *testing.T) {
+	t.Parallel()
+	server := servers.Postgres(t)
+	_, pool := open(t, server.URL(), pgrules.Options{Table: "changed"})
+	table, err := pgrules.New(t.Context(), pool, &pgrules.Options{Table: "changed", NoSchema: true, Timeout: 200 * time.Millisecond})
+	require.NoError(t, err)
+	unchanged := func(files []rules.File) ([]rules.File, error) { return files, nil }
+	for when, change := range map[string]func(context.Context) error{
+		"before it begins": func(ctx context.Context) error {
+			require.NoError(t, server.Freeze())
+			return table.Change(ctx, unchanged)
+		},
+		"during edit": func(ctx context.Context) error {
+			return table.Change(ctx, func(files []rules.File) ([]rules.File, error) { return files, server.Freeze() })
+		},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), storecheck.Patient)
+		require.ErrorIs(t, change(ctx), context.DeadlineExceeded, when)
+		assert.NoError(t, ctx.Err(), when)
+		cancel()
+		require.NoError(t, server.Thaw())
+		storecheck.Until(t, when, func() bool { return table.Change(t.Context(), unchanged) == nil })
+	}
+}
+
 func TestEveryExecModeReadsAndWrites(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
