@@ -316,20 +316,29 @@ func (t *Table) notified(ctx context.Context, tx pgx.Tx, err error) error {
 	return err
 }
 
-const reconnect = 250 * time.Millisecond
+// The pause before Watch connects again doubles with each failure. Some servers, such as a standby, refuse LISTEN for
+// ever.
+const (
+	firstPause   = 250 * time.Millisecond
+	longestPause = 8 * time.Second
+)
 
 // Watch implements rules.Watcher. It connects again after each failure.
 func (t *Table) Watch(ctx context.Context, changed func()) {
-	for ctx.Err() == nil {
-		_ = t.listen(ctx, changed) // the next call of Files reports what is wrong
+	for pause := firstPause; ctx.Err() == nil; pause = min(2*pause, longestPause) {
+		// The next call of Files reports what is wrong.
+		_ = t.listen(ctx, func() {
+			pause = firstPause
+			changed()
+		})
 		select {
-		case <-time.After(reconnect):
+		case <-time.After(pause):
 		case <-ctx.Done():
 		}
 	}
 }
 
-// listen calls changed after each notification. It returns when the connection fails.
+// listen calls changed when it has begun, and after each notification. It returns when the connection fails.
 func (t *Table) listen(ctx context.Context, changed func()) error {
 	connecting, cancel := context.WithTimeout(ctx, t.options.Timeout)
 	defer cancel()

@@ -116,6 +116,37 @@ func TestTheHookOfThePoolIsAskedBeforeListening(t *testing.T) {
 	<-done
 }
 
+// A standby refuses LISTEN for ever, and writes each refusal into its log. All else that reads works there.
+func TestListeningThatFailsBecomesRare(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig("postgres://nobody.invalid/")
+	require.NoError(t, err)
+	tries := make(chan time.Time)
+	config.BeforeConnect = func(ctx context.Context, _ *pgx.ConnConfig) error {
+		select {
+		case tries <- time.Now():
+		case <-ctx.Done():
+		}
+		return errors.New("refused")
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	require.NoError(t, err)
+	t.Cleanup(pool.Close)
+	table, err := pgrules.New(t.Context(), pool, &pgrules.Options{NoSchema: true, Timeout: storecheck.Patient})
+	require.NoError(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); table.Watch(ctx, func() {}) }()
+	last, pause := <-tries, 250*time.Millisecond
+	for range 3 {
+		next := <-tries
+		assert.GreaterOrEqual(t, next.Sub(last), pause)
+		last, pause = next, 2*pause
+	}
+	stop()
+	<-done
+}
+
 func TestAChangeMadeByHandIsFound(t *testing.T) {
 	t.Parallel()
 	o := pgrules.Options{Table: fmt.Sprintf("throttler_rules_%d_state", time.Now().UnixNano())}
