@@ -124,6 +124,31 @@ func TestAWaitThatGivesUpIsToldWithTheDenial(t *testing.T) {
 	})
 }
 
+// A gauge of those who wait counts the first attempt up and the end down.
+func TestAWaitThatFindsTheLineFullHasAnAttemptThatSaysSo(t *testing.T) {
+	t.Parallel()
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Hour, 1).Named("b"), throttler.NewBucket(time.Hour, 1).Continuous().Named("b")} {
+		synctest.Test(t, func(t *testing.T) {
+			th, seen := watched(t, throttler.Config{MaxWaiters: 1, Buckets: []throttler.Bucket{b}})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			require.True(t, allowed(t, th, "a"))
+			go func() { _, _ = th.Wait(ctx, "a") }()
+			synctest.Wait()
+			before := len(*seen)
+			_, err := th.Wait(t.Context(), "a")
+			require.ErrorIs(t, err, throttler.ErrTooManyWaiters)
+			assert.Equal(t, []string{"consume 1 a cost 0 allowed false failed", "wait 0 a cost 0 allowed false failed"}, told((*seen)[before:]))
+			before = len(*seen)
+			_, err = th.WaitAll(t.Context(), throttler.For("b"), throttler.For("a"))
+			require.ErrorIs(t, err, throttler.ErrTooManyWaiters)
+			assert.Equal(t, []string{"consume 1 a cost 0 allowed false failed", "wait 0 b cost 0 allowed false failed"}, told((*seen)[before:]))
+			cancel()
+			synctest.Wait()
+		})
+	}
+}
+
 func TestTheLookOfAWaitThatQueuesIsItsFirstAttempt(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

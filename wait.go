@@ -105,7 +105,12 @@ func (t *Throttler) wait(ctx context.Context, v *Verdict, asked bool, before mom
 			}
 			denied(v)
 		}
-		return fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full)
+		err, attempt := fmt.Errorf("%w: %d wait for %.64q", ErrTooManyWaiters, t.waiters.most, full), 1
+		if asked {
+			attempt = 2
+		}
+		t.rejected(ctx, OpConsume, attempt, full, err) // every Wait that is told has a first attempt, and one that has its error
+		return err
 	}
 	defer t.leave(ctx, w)
 	if asked {

@@ -214,6 +214,26 @@ func TestAWaitIsOneCall(t *testing.T) {
 	})
 }
 
+func TestAWaitThatFindsTheLineFullIsAnErrorAndDoesNotWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r, _, th := measured(t, throttler.Config{Name: "api", MaxWaiters: 1, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1).Named("b")}}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		_, err := th.Wait(ctx, "a")
+		require.NoError(t, err)
+		go func() { _, _ = th.Wait(ctx, "a") }()
+		synctest.Wait()
+		for range 3 {
+			_, err = th.Wait(ctx, "a")
+			require.ErrorIs(t, err, throttler.ErrTooManyWaiters)
+		}
+		assert.Subset(t, figures(t, r), []string{"decisions_total{api wait error } 3", "errors_total{api other} 3", "waiting{api} 1"})
+		cancel()
+		synctest.Wait()
+		assert.NotContains(t, strings.Join(figures(t, r), " "), "waiting")
+	})
+}
+
 func TestWhatAPolicyLetsPassIsCountedAsBypassed(t *testing.T) {
 	t.Parallel()
 	store := memstore.New(&memstore.Options{MaxIdentifiers: 1}) // fails for a second identifier
