@@ -75,7 +75,7 @@ func TestMetricsOfAStorageThatFails(t *testing.T) {
 		d := start(t, nil, noRedis("-rules", written(t, countedRules), "-on-storage-error", policy)...)
 		d.post(t, "/v1/decide", `{"domain":"x","entries":{"path":"/small"}}`)
 		require.Contains(t, d.scrape(t, "throttlerd_rule_decisions_total"), `{domain="x",result="`+result+`",rule="small"} 1`)
-		require.Equal(t, []string{`{name="rules",type="unavailable"} 1`}, d.scrape(t, "throttler_errors_total"))
+		require.Contains(t, d.scrape(t, "throttler_errors_total"), `{name="rules",type="unavailable"} 1`)
 		eventually(t, func() bool { return slices.Equal(d.scrape(t, "throttlerd_ready "), []string{"0"}) }, "it is not ready")
 	}
 }

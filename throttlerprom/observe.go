@@ -139,12 +139,19 @@ func (m *Metrics) newDecided(by decidedBy) *decided {
 		n = &named{m: m, name: by.name}
 		n.buckets.Store(&map[string]*bucket{})
 		m.names[by.name] = n
+		for _, t := range errorTypes {
+			m.errors.WithLabelValues(by.name, t)
+		}
 	}
 	return &decided{
 		by, n, result("allowed"), result("denied"), result("bypassed"), result("error"),
 		m.errors.MustCurryWith(prometheus.Labels{"name": by.name}), m.duration.WithLabelValues(source),
 	}
 }
+
+// errorTypes are those of Event.ErrorType. Their series begin with the first call of a name. One that began with the first
+// error would begin with 1, which is no increase for Prometheus, so an alert would miss that error.
+var errorTypes = [...]string{"unavailable", "corrupt", "closed", "cancelled", "unknown_identifier", "debt_limit", "invalid", "other"}
 
 // named holds the buckets of all Throttlers of one name.
 type named struct {

@@ -234,6 +234,25 @@ func TestAWaitThatFindsTheLineFullIsAnErrorAndDoesNotWait(t *testing.T) {
 	})
 }
 
+// A counter that begins with 1 has not risen for Prometheus, so an alert about one error would not see the first.
+func TestCountersOfErrorsAreThereBeforeTheFirstError(t *testing.T) {
+	t.Parallel()
+	r, _, th := measured(t, throttler.Config{Name: "api", Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1)}}, nil)
+	_, err := th.Consume("a")
+	require.NoError(t, err)
+	families, err := r.Gather()
+	require.NoError(t, err)
+	var types []string
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "throttler_errors_total" {
+				types = append(types, m.GetLabel()[1].GetValue())
+			}
+		}
+	}
+	assert.Equal(t, []string{"cancelled", "closed", "corrupt", "debt_limit", "invalid", "other", "unavailable", "unknown_identifier"}, types)
+}
+
 func TestWhatAPolicyLetsPassIsCountedAsBypassed(t *testing.T) {
 	t.Parallel()
 	store := memstore.New(&memstore.Options{MaxIdentifiers: 1}) // fails for a second identifier
