@@ -117,7 +117,8 @@ type series struct {
 }
 
 func newSeries() *series {
-	return &series{fine: ring{seconds: 1, slots: make([]counts, fine)}, hour: ring{seconds: step, slots: make([]counts, steps)}}
+	// One slot more than is shown: the newest is not over, and must not take the place of the oldest that is shown.
+	return &series{fine: ring{seconds: 1, slots: make([]counts, fine+1)}, hour: ring{seconds: step, slots: make([]counts, steps+1)}}
 }
 
 func (s *series) add(second int64, c *counts) {

@@ -190,7 +190,7 @@ func printable(id string) string {
 }
 
 func limit(b Bucket) string {
-	if b.Limit == 0 {
+	if b.Period == 0 { // a limit of 0 is one that admits nothing
 		return "" // the bucket "other" stands for many
 	}
 	return count(b.Limit) + " in " + period.Format(b.Period)

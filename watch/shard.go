@@ -74,7 +74,7 @@ func (s *shard) flush() {
 	}
 	for i := range s.buckets {
 		b := &s.buckets[i]
-		if b.flush(s.second) {
+		if b.flush(s.second) && b.series != s.watch.buckets[many] {
 			b.series.limit, b.series.period = b.limit, b.period
 		}
 	}
@@ -183,7 +183,7 @@ func (s *shard) addSource(source string) {
 func (s *shard) findBucket(n name) *bucketTally {
 	i, ok := s.find[n]
 	if !ok && len(s.buckets) >= maxBuckets {
-		n = name{bucket: other}
+		n = many
 		i, ok = s.find[n]
 	}
 	if !ok {

@@ -55,6 +55,9 @@ const (
 // name is the name of a bucket and of its Throttler.
 type name struct{ throttler, bucket string }
 
+// many is the bucket that stands for all further ones. It has no limit, since theirs differ.
+var many = name{bucket: other}
+
 // New returns a Watch. Nil options mean the defaults.
 func New(o *Options) *Watch {
 	w := &Watch{seed: maphash.MakeSeed(), start: time.Now(), all: newSeries(), sources: make(map[string]*series), buckets: make(map[name]*series)}
@@ -125,7 +128,7 @@ func (w *Watch) source(of string) *series {
 }
 
 func (w *Watch) bucket(of name) *series {
-	return seriesOf(w.buckets, of, name{bucket: other}, maxBuckets)
+	return seriesOf(w.buckets, of, many, maxBuckets)
 }
 
 func seriesOf[K comparable](all map[K]*series, k, other K, most int) *series {

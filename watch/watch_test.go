@@ -335,3 +335,33 @@ func TestAChargeInPartCountsWhatWasRecorded(t *testing.T) {
 		require.EqualValues(t, 40, w.Snapshot().Buckets[0].Tokens)
 	})
 }
+
+func TestTheOldestSecondAndStepAreWholeWhileTheNewestBegins(t *testing.T) {
+	inABubble(t, func(t *testing.T) {
+		w := watch.New(nil)
+		th := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{plenty}})
+		for range 4000 {
+			consume(t, th, 10, "a")
+			<-time.After(time.Second)
+		}
+		consume(t, th, 10, "a")
+		s := w.Snapshot()
+		require.Equal(t, watch.Second{Allowed: 10}, s.Seconds[0])
+		require.Equal(t, watch.Second{Allowed: 10}, s.Hour[0])
+		require.Equal(t, watch.Rate{Now: 10, Hour: 10, Peak: 10}, s.Rate)
+	})
+}
+
+func TestTheBucketOfManyHasNoLimit(t *testing.T) {
+	inABubble(t, func(t *testing.T) {
+		w := watch.New(nil)
+		th := observed(t, w, throttler.Config{})
+		for i := range int64(70) {
+			consume(t, th, 1, fmt.Sprint(i), throttler.Using(throttler.NewBucket(time.Hour, i+5).Named(fmt.Sprint("b", i))))
+		}
+		<-time.After(time.Second)
+		all := w.Snapshot().Buckets
+		i := slices.IndexFunc(all, func(b watch.Bucket) bool { return b.Bucket == "other" })
+		require.Equal(t, watch.Bucket{Bucket: "other", Rate: watch.Rate{Now: 0.6, Peak: 6}, Allowed: 6, Tokens: 6}, all[i])
+	})
+}
