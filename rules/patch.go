@@ -20,7 +20,8 @@ const patchName = "the patch"
 // anything else, a list too, is replaced as a whole. A patch adds, removes and renames no rule.
 //
 // Comments, the order of rules and their words, and other rules stay. The text is written anew, so empty lines and
-// alignment go. A rule with anchors or aliases is a fault, because others may share what it has.
+// alignment go. A rule with anchors, aliases or << is a fault, because others may share what it has, and null would not
+// remove what is merged.
 //
 // The error is of type Faults. Patch does not compile the rules: Compile all files with the change.
 func Patch(f File, patch []byte) (File, error) {
@@ -122,7 +123,7 @@ func member(n *yaml.Node, key string) int {
 }
 
 func shares(n *yaml.Node) bool {
-	return n.Anchor != "" || n.Kind == yaml.AliasNode || slices.ContainsFunc(n.Content, shares)
+	return n.Anchor != "" || n.Kind == yaml.AliasNode || n.Kind == yaml.ScalarNode && n.ShortTag() == "!!merge" || slices.ContainsFunc(n.Content, shares)
 }
 
 // merge makes n what RFC 7396 makes of it. Comments and the style of what is replaced stay.

@@ -121,3 +121,13 @@ func TestAPatchThatIsWrongSaysWhy(t *testing.T) {
 	_, err = rules.Patch(rules.File{Name: "e.yaml", Data: []byte("domain: x\ndescriptors: [{key: a}]\n")}, []byte(`{"rules":[{"name":"a"}]}`))
 	require.ErrorContains(t, err, `no rule "a"`)
 }
+
+func TestARuleThatMergesAMappingOfItsOwnIsNotPatched(t *testing.T) {
+	t.Parallel()
+	f := rules.File{Name: "a.yaml", Data: []byte("rules:\n  - name: a\n    limits: [5/10s]\n    when: {<<: {plan: free}, path: /x}\n")}
+	_, err := rules.Patch(f, []byte(`{"rules":[{"name":"a","when":{"plan":null}}]}`))
+	require.ErrorContains(t, err, `the rule "a" has anchors, aliases or << in line 2`)
+	f.Data = []byte("rules:\n  - name: a\n    limits: [5/10s]\n    when: {\"<<\": free}\n")
+	_, err = rules.Patch(f, []byte(`{"rules":[{"name":"a","when":{"<<":"gold"}}]}`))
+	require.NoError(t, err, "a word in quotes merges nothing")
+}
