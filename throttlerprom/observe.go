@@ -199,7 +199,8 @@ func (n *named) add(name string) *bucket {
 type bucket struct {
 	denials, tokens, refunded, near prometheus.Counter
 	limit, full, period             prometheus.Gauge
-	lastLimit, lastPeriod           atomic.Int64 // last values set; they seldom change
+
+	lastLimit, lastFull, lastPeriod atomic.Int64 // last values set; they seldom change
 }
 
 func (m *Metrics) newBucket(name, of string) *bucket {
@@ -214,10 +215,11 @@ func (m *Metrics) newBucket(name, of string) *bucket {
 }
 
 func (b *bucket) limited(l *throttler.Level) {
-	if b.limit == nil || b.lastLimit.Load() == l.Limit && b.lastPeriod.Load() == int64(l.Period) {
+	if b.limit == nil || b.lastLimit.Load() == l.Limit && b.lastFull.Load() == l.Full && b.lastPeriod.Load() == int64(l.Period) {
 		return
 	}
 	b.lastLimit.Store(l.Limit)
+	b.lastFull.Store(l.Full)
 	b.lastPeriod.Store(int64(l.Period))
 	b.limit.Set(float64(l.Limit))
 	b.full.Set(float64(l.Full))

@@ -173,6 +173,16 @@ func TestTheShareOfAnElasticBucketIsTold(t *testing.T) {
 	assert.Subset(t, figures(t, r), []string{"limit_tokens{b api} 50", "limit_full_tokens{b api} 100"})
 }
 
+func TestTheLimitWithoutLoadIsThatOfTheLastCall(t *testing.T) {
+	t.Parallel()
+	r, _, th := measured(t, throttler.Config{Name: "api", Load: func() float64 { return 0.5 }}, nil)
+	for _, b := range []throttler.Bucket{throttler.NewBucket(time.Minute, 100).Named("b").Elastic(10), throttler.NewBucket(time.Minute, 50).Named("b")} {
+		_, err := th.Consume("a", throttler.Using(b))
+		require.NoError(t, err)
+	}
+	assert.Subset(t, figures(t, r), []string{"limit_tokens{b api} 50", "limit_full_tokens{b api} 50"})
+}
+
 func TestAWaitIsOneCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
