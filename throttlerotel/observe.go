@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -99,8 +100,11 @@ type call struct {
 }
 
 func (c call) attributes() attribute.Set {
-	return attribute.NewSet(nameKey.String(c.name), opKey.String(string(c.op)), resultKey.String(c.result), sourceKey.String(c.source))
+	return attribute.NewSet(nameKey.String(c.name), opKey.String(string(c.op)), resultKey.String(c.result), text(sourceKey, c.source))
 }
+
+// text is an attribute of UTF-8. OTLP sends nothing at all of a program of which one text is not.
+func text(k attribute.Key, s string) attribute.KeyValue { return k.String(strings.ToValidUTF8(s, "?")) }
 
 // calls counts the calls of one kind and has the options with which their duration is recorded. The options are kept,
 // because making them for each call would allocate.
@@ -110,7 +114,7 @@ type calls struct {
 }
 
 func newCalls(c call) *calls {
-	return &calls{duration: []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(sourceKey.String(c.source)))}}
+	return &calls{duration: []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(text(sourceKey, c.source)))}}
 }
 
 type failure struct{ name, kind string }

@@ -65,7 +65,7 @@ func (m *Metrics) observeStorages(o metric.Observer, known map[string]metric.Flo
 	storages := maps.Clone(m.storages)
 	m.mu.Unlock()
 	for name, s := range storages {
-		of := metric.WithAttributes(storageKey.String(name))
+		of := metric.WithAttributes(text(storageKey, name))
 		for stat, value := range statsOf(s) {
 			if instrument := known[stat]; instrument != nil {
 				o.ObserveFloat64(instrument, value, of)

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -22,6 +23,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/storage"
 	"github.com/go-throttler/throttler/storage/lease"
 	memstore "github.com/go-throttler/throttler/storage/runtime"
 	"github.com/go-throttler/throttler/throttlerotel"
@@ -320,4 +322,30 @@ func heap() int64 {
 	runtime.GC()
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+// OTLP sends nothing at all of what a program counts if one text of it is not UTF-8.
+func TestNamesThatAreNotUTF8AreMended(t *testing.T) {
+	t.Parallel()
+	r, m, _ := measured(t, throttler.Config{}, 0)
+	store := memstore.New(nil)
+	m.Storage("a\xff", store)
+	th, err := throttler.New(throttler.Config{Observe: m.Observe, Storage: oddlyNamed{store}, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 9)}})
+	require.NoError(t, err)
+	_, err = th.Consume("a")
+	require.NoError(t, err)
+	got := figures(t, r)
+	assert.Subset(t, got, []string{"decisions{ consume allowed b?} 1", "decision.duration{b?} 1", "identifiers{a?} 1"})
+	for _, f := range got {
+		assert.True(t, utf8.ValidString(f), "%q", f)
+	}
+}
+
+// oddlyNamed is a storage whose name is not UTF-8.
+type oddlyNamed struct{ storage.Storage }
+
+func (s oddlyNamed) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	err := s.Storage.Decide(ctx, r, a)
+	a.Source = "b\xff"
+	return err
 }
