@@ -70,8 +70,19 @@ func (p *patcher) apply(docs []*yaml.Node, changes *yaml.Node) {
 		if !ok {
 			p.patch.fault(change, "", "the rule has no name: which one is to change?")
 		} else if rule := p.find(name, change); rule != nil {
+			p.once(change)
 			merge(rule, change)
 		}
+	}
+}
+
+// once reports words that stand twice in a mapping: merge would take the last and say nothing.
+func (p *patcher) once(n *yaml.Node) {
+	if n.Kind == yaml.MappingNode {
+		p.patch.pairs(n, "a mapping")
+	}
+	for _, child := range n.Content {
+		p.once(child)
 	}
 }
 

@@ -131,3 +131,16 @@ func TestARuleThatMergesAMappingOfItsOwnIsNotPatched(t *testing.T) {
 	_, err = rules.Patch(f, []byte(`{"rules":[{"name":"a","when":{"<<":"gold"}}]}`))
 	require.NoError(t, err, "a word in quotes merges nothing")
 }
+
+func TestAWordThatStandsTwiceInAPatchIsAFault(t *testing.T) {
+	t.Parallel()
+	f := rules.File{Name: "a.yaml", Data: []byte("rules:\n  - name: a\n    limits: [5/10s]\n")}
+	for patch, fault := range map[string]string{
+		`{"rules":[{"name":"a","when":{"plan":"x","plan":"y"}}]}`:            `the patch:1:42: "plan" stands here twice, before in line 1`,
+		`{"rules":[{"name":"a","metadata":{"x":[{"y":1,"y":2}],"z":null}}]}`: `the patch:1:47: "y" stands here twice, before in line 1`,
+		`{"rules":[{"name":"a","shadow":true,"shadow":false}]}`:              `the patch:1:37: "shadow" stands here twice, before in line 1`,
+	} {
+		_, err := rules.Patch(f, []byte(patch))
+		require.EqualError(t, err, fault)
+	}
+}
