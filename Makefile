@@ -4,7 +4,7 @@
 GO ?= go
 
 # Each fuzz target runs for this long. A number of runs, like 10000x, does as well.
-test:      FUZZTIME ?= 5s
+test:      FUZZTIME ?= 3s
 test-long: FUZZTIME ?= 1m
 fuzz:      FUZZTIME ?= 5m
 
@@ -64,7 +64,7 @@ others = RATELIMIT='$(RATELIMIT)' GRPCURL='$(GRPCURL)'
 help: ## Show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: servers $(RATELIMIT) $(GRPCURL) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=5s
+test: servers $(RATELIMIT) $(GRPCURL) ## Vet, test with the race detector and on 32 bits, fuzz each target for FUZZTIME=3s
 	$(GO) vet ./...
 	$(GO) test -race ./...
 	$(test-32-bit)
