@@ -23,8 +23,8 @@ import (
 // a *throttler.DebtError for each bucket concerned.
 //
 // Charge rules are charged after the other rules have been asked, whatever those answered. They have no Levels, except in
-// Mode Peek, where they have those before the charge. What their buckets cannot record (see Throttler.Charge) is lost. In Mode Consume that is no error, because they deny no cost;
-// Config.Observe of the Throttler is told.
+// Mode Peek, where they have those before the charge. What their buckets cannot record (see Throttler.Charge) is lost. In
+// Mode Consume that is no error, because they deny no cost; Config.Observe of the Throttler is told.
 //
 // Shadow and Quota rules are decided after the others have admitted the request, each in a call of its own. If the
 // storage fails then, Applied has no Levels for them.

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/go-throttler/throttler"
+	"github.com/go-throttler/throttler/internal/observers"
 	"github.com/go-throttler/throttler/watch"
 )
 
@@ -283,11 +284,11 @@ func TestConcurrentCallsAreAllCounted(t *testing.T) {
 
 func TestObservingAllocatesNothing(t *testing.T) {
 	w := watch.New(nil)
-	some := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, calls/2), plenty}})
-	before, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, calls/2), plenty}})
+	some := observed(t, w, throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, observers.Calls/2), plenty}})
+	before, err := throttler.New(throttler.Config{Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, observers.Calls/2), plenty}})
 	require.NoError(t, err)
 	allocs := func(one *throttler.Throttler) float64 {
-		return testing.AllocsPerRun(calls, func() { _, _ = one.Consume("user:42") })
+		return testing.AllocsPerRun(observers.Calls, func() { _, _ = one.Consume("user:42") })
 	}
 	require.LessOrEqual(t, allocs(some), allocs(before), "half of them denied")
 }
@@ -302,22 +303,9 @@ func TestObservingIsAPartOfADecision(t *testing.T) {
 	require.NoError(t, err)
 	var took, least []time.Duration
 	for range 20 {
-		took, least = append(took, decisions(t, some)), append(least, decisions(t, none))
+		took, least = append(took, observers.Turn(t, some)), append(least, observers.Turn(t, none))
 	}
 	require.Less(t, median(took), 3*median(least))
-}
-
-const calls = 1000
-
-// decisions returns how long this many calls take.
-func decisions(t testing.TB, of *throttler.Throttler) time.Duration {
-	start := time.Now()
-	for range calls {
-		if _, err := of.Consume("user:42"); err != nil {
-			require.NoError(t, err)
-		}
-	}
-	return time.Since(start)
 }
 
 func median(all []time.Duration) time.Duration {

@@ -1,4 +1,4 @@
-// Package observers measures what observing costs, for the benchmarks of the modules that observe.
+// Package observers measures what observing costs, for the benchmarks and tests of the modules that observe.
 package observers
 
 import (
@@ -12,7 +12,8 @@ import (
 	"github.com/go-throttler/throttler"
 )
 
-const calls = 1000 // in one turn
+// Calls is the number of decisions in one turn.
+const Calls = 1000
 
 // Compare measures a decision on one, two and four buckets: with no observer, with one that does nothing, and with each of
 // the given ones. All of them make many short turns, one after the other, and the shortest turn of each counts. Other
@@ -47,10 +48,10 @@ func compare(b *testing.B, buckets int, all map[string]func(context.Context, *th
 	}
 	for b.Loop() {
 		for name, t := range limiters {
-			least[name] = min(least[name], turn(b, t))
+			least[name] = min(least[name], Turn(b, t))
 		}
 	}
-	ns := func(d time.Duration) float64 { return float64(d) / calls }
+	ns := func(d time.Duration) float64 { return float64(d) / Calls }
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(ns(least["nobody"]), "ns-nobody")
 	b.ReportMetric(ns(least["empty"]-least["nobody"]), "ns-empty-more")
@@ -59,12 +60,13 @@ func compare(b *testing.B, buckets int, all map[string]func(context.Context, *th
 	}
 }
 
-func turn(b *testing.B, of *throttler.Throttler) time.Duration {
-	b.Helper()
+// Turn returns how long one turn of a Throttler takes.
+func Turn(t testing.TB, of *throttler.Throttler) time.Duration {
+	t.Helper()
 	start := time.Now()
-	for range calls {
+	for range Calls {
 		if _, err := of.Consume("user:42"); err != nil {
-			b.Fatal(err)
+			t.Fatal(err)
 		}
 	}
 	return time.Since(start)
