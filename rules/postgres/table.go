@@ -155,7 +155,7 @@ func wrap(err error) error {
 }
 
 // Files returns the files, sorted by name. Postgres sends them only if they have changed since the last call: the query
-// compares a hash of the table with that of the last result.
+// compares a hash of the table with that of the last result. It is SHA-256, as servers in FIPS mode have no md5.
 func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	t.mu.Lock()
 	hash, files := t.hash, t.files
@@ -164,7 +164,10 @@ func (t *Table) Files(ctx context.Context) ([]rules.File, error) {
 	defer cancel()
 	rows, err := t.pool.Query(ctx, `
 		SELECT f.hash, t.name, t.data
-		FROM (SELECT md5(coalesce(string_agg(md5(name) || md5(data), '' ORDER BY name COLLATE "C"), '')) AS hash FROM `+t.options.table()+`) f
+		FROM (
+			SELECT encode(sha256(coalesce(string_agg(sha256(convert_to(name, 'UTF8')) || sha256(convert_to(data, 'UTF8')), '' ORDER BY name COLLATE "C"), '')), 'hex') AS hash
+			FROM `+t.options.table()+`
+		) f
 		LEFT JOIN `+t.options.table()+` t ON true
 		WHERE f.hash <> $1
 		ORDER BY t.name COLLATE "C"`, unnamed, hash)

@@ -330,6 +330,31 @@ func TestStatementsWorkThroughAPoolerOfTransactions(t *testing.T) {
 }
 
 // Postgres shortens longer names of tables, but refuses them as channels: each change would fail.
+// A server in FIPS mode has no md5. Here nobody may execute it.
+func TestAServerWithoutMD5IsEnough(t *testing.T) {
+	config, err := pgxpool.ParseConfig(servers.Postgres(t).URL())
+	require.NoError(t, err)
+	connect := func() *pgxpool.Pool {
+		pool, err := pgxpool.NewWithConfig(t.Context(), config.Copy())
+		require.NoError(t, err)
+		t.Cleanup(pool.Close)
+		return pool
+	}
+	_, err = connect().Exec(t.Context(), "REVOKE EXECUTE ON FUNCTION md5(text), md5(bytea) FROM PUBLIC; CREATE ROLE limited; GRANT CREATE ON SCHEMA public TO limited")
+	require.NoError(t, err)
+	config.ConnConfig.RuntimeParams["role"] = "limited"
+	pool := connect()
+	_, err = pool.Exec(t.Context(), "SELECT md5('')")
+	require.ErrorContains(t, err, "permission denied")
+
+	table, err := pgrules.New(t.Context(), pool, nil)
+	require.NoError(t, err)
+	require.NoError(t, table.Put(t.Context(), file(1), ""))
+	files, err := table.Files(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, []rules.File{file(1)}, files)
+}
+
 func TestATableWhoseNameIsTooLongIsRefused(t *testing.T) {
 	t.Parallel()
 	pool, err := pgxpool.New(t.Context(), servers.Postgres(t).URL())
