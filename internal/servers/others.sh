@@ -58,7 +58,7 @@ test_on() {
 
 [[ $(uname -s) == Linux ]] || { echo "$0: the servers are programs for Linux" >&2; exit 1; }
 using_redis=(./storage/redis/... ./internal/servers/...)
-using_postgres=(./storage/postgres/... ./internal/servers/...)
+using_postgres=(./storage/postgres/... ./rules/postgres/... ./internal/servers/...)
 [[ $# == 0 ]] || using_redis=("$@") using_postgres=("$@")
 
 [[ -d $trixie ]] || get_redis
