@@ -712,6 +712,15 @@ func TestTheSentencesOfTheGuideAreTrue(t *testing.T) {
 	mock.Add(time.Second)
 	assert.True(t, allowed(t, day, "a"), "a day begins at midnight UTC")
 
+	week, mock := throttled(t, throttler.NewBucket(7*24*time.Hour, 1).FixedWindow())
+	thursday := time.Date(2026, 3, 5, 0, 0, 0, 0, time.UTC)
+	mock.Set(thursday.Add(-time.Second))
+	assert.True(t, allowed(t, week, "a"))
+	assert.False(t, allowed(t, week, "a"))
+	mock.Set(thursday)
+	assert.Equal(t, time.Thursday, thursday.Weekday())
+	assert.True(t, allowed(t, week, "a"), "the README says on which day a week begins")
+
 	spaced, mock := throttled(t, throttler.NewBucket(time.Minute, 60).Continuous().Burst(1))
 	admitted := 0
 	for range 600 {
