@@ -416,8 +416,9 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 }
 
 // answer lets the storage decide the request in v. A real above 0 is the process's own clock as the caller has just read
-// it, in microseconds. A storage in the process decides by it, which saves a second reading, unless there is a
-// Config.Clock.
+// it, in microseconds. A storage that decides by that clock gets it, which saves a second reading, unless there is a
+// Config.Clock. Any other storage does not: with a time, each request to Redis would look different from the others, and
+// a batch would carry the limits of each.
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
 	if v.empty() { // nothing limits the call
 		t.tidy()
@@ -429,7 +430,7 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, r
 	case err != nil:
 		*v = Verdict{}
 		return err
-	case !clocked:
+	case !clocked && (t.memory != nil || t.leases != nil):
 		now = real
 	}
 	if t.memory != nil {

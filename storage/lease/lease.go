@@ -248,9 +248,8 @@ func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.A
 	if s.closed.Load() {
 		return storage.ErrClosed
 	}
-	s.calls.Add(1)
 	sent := s.moment(r)
-	err := s.shared.Decide(ctx, r, a)
+	err := s.ask(ctx, r, a)
 	if err == nil && !a.Allowed {
 		s.learn(r, a, sent)
 	}
@@ -302,8 +301,8 @@ func anyAtMost(parts []storage.Part) bool {
 	return false
 }
 
-// ask calls the shared storage. It drops the time of a request that was stamped by this process's clock: that time is
-// already in the past.
+// ask calls the shared storage. It drops the time of a request that was stamped by this process's clock: the shared
+// storage has a clock of its own.
 func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	s.calls.Add(1)
 	if r.Now != 0 && !r.Clocked {

@@ -130,6 +130,37 @@ func (f *failing) Charge(ctx context.Context, c *storage.Charge) error {
 	return f.Storage.Charge(ctx, c)
 }
 
+// timeless fails if a request has a time that is not by an injected clock: a storage outside of the process has another one.
+type timeless struct {
+	storage.Storage
+	t *testing.T
+}
+
+func (s timeless) Decide(ctx context.Context, r *storage.Request, a *storage.Answer) error {
+	if !r.Clocked {
+		assert.Zero(s.t, r.Now)
+	}
+	return s.Storage.Decide(ctx, r, a)
+}
+
+func TestTheSharedStorageGetsNoTimeOfThisProcess(t *testing.T) {
+	t.Parallel()
+	shared := timeless{runtime.New(nil), t}
+	for _, s := range []storage.Storage{shared, over(t, shared, nil)} {
+		l, err := throttler.New(throttler.Config{
+			Storage: s, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 100)},
+			Observe: func(context.Context, *throttler.Event) {}, // for which the Throttler reads the time
+		})
+		require.NoError(t, err)
+		for range 20 {
+			_, err = l.Consume("a")
+			require.NoError(t, err)
+		}
+		_, err = l.ConsumeAll(t.Context(), throttler.For("b"), throttler.For("c"))
+		require.NoError(t, err)
+	}
+}
+
 func TestCloseSaysThatSomethingCouldNotBeGivenBack(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

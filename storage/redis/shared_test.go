@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-throttler/throttler"
 	"github.com/go-throttler/throttler/internal/law"
 	"github.com/go-throttler/throttler/internal/replica"
 	"github.com/go-throttler/throttler/internal/servers"
@@ -484,6 +485,29 @@ func (g *shapely) part(id string) storecheck.Part {
 		p.Costs[i] = g.rnd.Int64N(4)
 	}
 	return p
+}
+
+func TestObservedCallsShareAShape(t *testing.T) {
+	t.Parallel()
+	s, ws := openWired(t, servers.RedisURL(t))
+	l, err := throttler.New(throttler.Config{
+		Name: freshName(), Storage: s, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 1000)},
+		Observe: func(context.Context, *throttler.Event) {},
+	})
+	require.NoError(t, err)
+	storecheck.Crowd(50, func(i int) {
+		for range 20 {
+			_, err := l.ConsumeAll(t.Context(), throttler.For(fmt.Sprint("user:", i)), throttler.For("org"))
+			assert.NoError(t, err)
+		}
+	})
+	sent, _ := ws.take()
+	most := 0
+	for _, f := range flights(sent) {
+		most = max(most, f.keys)
+		require.Equal(t, 2, f.shapes, "of a flight with %d keys", f.keys)
+	}
+	assert.Greater(t, most, 2, "keys of the largest flight")
 }
 
 // ruleSets returns rule sets with each kind alone and together with another kind, in either order.
