@@ -102,6 +102,10 @@ func (p *parser) fault(field, format string, args ...any) {
 func (p *parser) bucket(s string) {
 	limit, rest := word(s)
 	if p.b = Unlimited(); !strings.EqualFold(limit, unlimited) {
+		if !strings.Contains(limit, "/") { // it has another form, such as "5 per 10s", so the rest has no other words
+			p.fault("Capacity", "has to come first, as capacity/period, such as 5/10s%s", meant(limit, []string{unlimited}))
+			return
+		}
 		p.b = p.limit(limit)
 	}
 	kind := ""
@@ -133,11 +137,7 @@ func word(s string) (first, rest string) {
 
 // limit reads capacity/period.
 func (p *parser) limit(s string) Bucket {
-	n, per, ok := strings.Cut(s, "/")
-	if !ok {
-		p.fault("Capacity", "has to come first, as capacity/period, such as 5/10s%s", meant(s, []string{unlimited}))
-		return Bucket{}
-	}
+	n, per, _ := strings.Cut(s, "/")
 	capacity, err := strconv.ParseInt(n, 10, 64)
 	if err != nil {
 		p.fault("Capacity", "is %.64q, must be a whole number of tokens", n)

@@ -80,6 +80,15 @@ func TestFaultyWordsAreNamedWithTheNearestRightOne(t *testing.T) {
 	}
 }
 
+func TestALimitInOtherWordsIsOneFault(t *testing.T) {
+	t.Parallel()
+	for _, words := range []string{"5 per 10s", "5 / 10s", "10s 5"} {
+		_, err := throttler.ParseBucket(words)
+		require.ErrorContains(t, err, "such as 5/10s")
+		assert.NotContains(t, err.Error(), "\n", "faults joined")
+	}
+}
+
 func TestTheErrorOfALongTextIsShort(t *testing.T) {
 	t.Parallel()
 	for _, words := range []string{strings.Repeat("a ", 2000), "1/1s " + strings.Repeat("log ", 2000), strings.Repeat("1", 4000) + "/1s"} {
