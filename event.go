@@ -113,8 +113,8 @@ func (e *Event) Result() string {
 }
 
 // ErrorType classifies Err for the labels of metrics. It is "unavailable", "corrupt", "closed", "cancelled",
-// "unknown_identifier" or "debt_limit"; "invalid" for an invalid identifier, cost, clock or bucket and for a cost above a
-// capacity; and "other" for anything else. It is empty if there is no Err.
+// "unknown_identifier", "debt_limit" or "cost_exceeds_capacity", which is also what a bucket of capacity 0 refuses; "invalid"
+// for an invalid identifier, cost, clock or bucket; and "other" for anything else. It is empty if there is no Err.
 func (e *Event) ErrorType() string {
 	if e.Err == nil {
 		return ""
@@ -140,7 +140,7 @@ var errorTypes = [...]struct {
 }{
 	{ErrUnavailable, "unavailable"}, // first, since the end of a context may be its cause
 	{ErrCorruptState, "corrupt"}, {ErrClosed, "closed"}, {ErrUnknownIdentifier, "unknown_identifier"}, {ErrDebtLimit, "debt_limit"},
-	{ErrInvalidIdentifier, "invalid"}, {ErrInvalidCost, "invalid"}, {ErrCostExceedsCapacity, "invalid"}, {ErrInvalidClock, "invalid"},
+	{ErrInvalidIdentifier, "invalid"}, {ErrInvalidCost, "invalid"}, {ErrCostExceedsCapacity, "cost_exceeds_capacity"}, {ErrInvalidClock, "invalid"},
 	{ErrInvalidReserve, "invalid"},
 }
 

@@ -250,20 +250,21 @@ func TestTheResultAndTheErrorTypeOfAnEvent(t *testing.T) {
 		config throttler.Config
 		call   func(*throttler.Throttler)
 	}{
-		"allowed ":                 {one, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
-		"denied ":                  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a"); _, _ = l.Consume("a") }},
-		"bypassed ":                {allowing, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
-		"allowed  of a reset":      {one, func(l *throttler.Throttler) { _ = l.Reset(t.Context(), "a") }},
-		"allowed  of a charge":     {one, func(l *throttler.Throttler) { _ = l.Charge(t.Context(), "a", throttler.Cost(2)) }},
-		"denied cancelled":         {one, func(l *throttler.Throttler) { _, _ = l.Wait(canceled(t), "a") }},
-		"error cancelled":          {one, func(l *throttler.Throttler) { _, _ = l.ConsumeContext(canceled(t), "a") }},
-		"error unavailable":        {unanswered, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
-		"error unknown_identifier": {throttler.Config{}, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
-		"error debt_limit":         {one, func(l *throttler.Throttler) { assert.ErrorAs(t, l.Charge(t.Context(), "a", charged), &over) }},
-		"error invalid":            {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(2)) }},
-		"error invalid of CostOf":  {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.CostOf("none", 1)) }},
-		"error invalid of Reserve": {one, func(l *throttler.Throttler) { _, _ = l.Reserve(t.Context(), "a", -1) }},
-		"error other":              {one, func(l *throttler.Throttler) { l.Report(t.Context(), "a", errors.New("nobody")) }},
+		"allowed ":                    {one, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"denied ":                     {one, func(l *throttler.Throttler) { _, _ = l.Consume("a"); _, _ = l.Consume("a") }},
+		"bypassed ":                   {allowing, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"allowed  of a reset":         {one, func(l *throttler.Throttler) { _ = l.Reset(t.Context(), "a") }},
+		"allowed  of a charge":        {one, func(l *throttler.Throttler) { _ = l.Charge(t.Context(), "a", throttler.Cost(2)) }},
+		"denied cancelled":            {one, func(l *throttler.Throttler) { _, _ = l.Wait(canceled(t), "a") }},
+		"error cancelled":             {one, func(l *throttler.Throttler) { _, _ = l.ConsumeContext(canceled(t), "a") }},
+		"error unavailable":           {unanswered, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"error unknown_identifier":    {throttler.Config{}, func(l *throttler.Throttler) { _, _ = l.Consume("a") }},
+		"error debt_limit":            {one, func(l *throttler.Throttler) { assert.ErrorAs(t, l.Charge(t.Context(), "a", charged), &over) }},
+		"error invalid":               {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(-1)) }},
+		"error invalid of CostOf":     {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.CostOf("none", 1)) }},
+		"error invalid of Reserve":    {one, func(l *throttler.Throttler) { _, _ = l.Reserve(t.Context(), "a", -1) }},
+		"error cost_exceeds_capacity": {one, func(l *throttler.Throttler) { _, _ = l.Consume("a", throttler.Cost(2)) }},
+		"error other":                 {one, func(l *throttler.Throttler) { l.Report(t.Context(), "a", errors.New("nobody")) }},
 	} {
 		th, seen := watched(t, c.config)
 		c.call(th)

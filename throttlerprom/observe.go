@@ -151,7 +151,7 @@ func (m *Metrics) newDecided(by decidedBy) *decided {
 
 // errorTypes are those of Event.ErrorType. Their series begin with the first call of a name. One that began with the first
 // error would begin with 1, which is no increase for Prometheus, so an alert would miss that error.
-var errorTypes = [...]string{"unavailable", "corrupt", "closed", "cancelled", "unknown_identifier", "debt_limit", "invalid", "other"}
+var errorTypes = [...]string{"unavailable", "corrupt", "closed", "cancelled", "unknown_identifier", "debt_limit", "cost_exceeds_capacity", "invalid", "other"}
 
 // named holds the buckets of all Throttlers of one name.
 type named struct {

@@ -2,6 +2,7 @@ package throttlerprom_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"runtime"
@@ -260,7 +261,16 @@ func TestCountersOfErrorsAreThereBeforeTheFirstError(t *testing.T) {
 			}
 		}
 	}
-	assert.Equal(t, []string{"cancelled", "closed", "corrupt", "debt_limit", "invalid", "other", "unavailable", "unknown_identifier"}, types)
+	assert.Equal(t, []string{"cancelled", "closed", "corrupt", "cost_exceeds_capacity", "debt_limit", "invalid", "other", "unavailable", "unknown_identifier"}, types)
+
+	var told []string
+	for _, err := range []error{
+		throttler.ErrUnavailable, throttler.ErrCorruptState, throttler.ErrClosed, context.Canceled, throttler.ErrUnknownIdentifier,
+		throttler.ErrDebtLimit, throttler.ErrCostExceedsCapacity, throttler.ErrInvalidCost, errors.New("anything else"),
+	} {
+		told = append(told, (&throttler.Event{Err: err}).ErrorType())
+	}
+	assert.ElementsMatch(t, types, told, "what an Event may say")
 }
 
 func TestWhatAPolicyLetsPassIsCountedAsBypassed(t *testing.T) {
