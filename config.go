@@ -101,9 +101,12 @@ func New(c Config) (*Throttler, error) {
 	if c.MaxWaiters < 0 {
 		faults = append(faults, fmt.Errorf("throttler: Config.MaxWaiters is %d, must be 0 or more", c.MaxWaiters))
 	}
-	for _, p := range [...]Policy{t.unknown, t.failed} {
-		if p != Deny && p != Allow {
-			faults = append(faults, fmt.Errorf("throttler: a policy is %d, must be Deny or Allow", p))
+	for _, p := range [...]struct {
+		field string
+		Policy
+	}{{"OnUnknownIdentifier", t.unknown}, {"OnStorageError", t.failed}} {
+		if p.Policy != Deny && p.Policy != Allow {
+			faults = append(faults, fmt.Errorf("throttler: Config.%s is %d, must be Deny or Allow", p.field, p.Policy))
 		}
 	}
 	if len(c.Buckets) > 0 {

@@ -170,6 +170,7 @@ func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error 
 	for _, n := range v.asked() {
 		c.Amounts = append(c.Amounts, storage.Amount{N: -n})
 	}
+	given := largestCost(&v)
 	clear(v.asked())
 	v.parts()[0].AtMost = false
 	passed := int64(0)
@@ -178,7 +179,7 @@ func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error 
 	}
 	if err != nil {
 		if t.observe != nil {
-			t.tell(ctx, t.event(OpRefund, 0, id, 0), &Verdict{}, err, start, law.Elapsed())
+			t.tell(ctx, t.event(OpRefund, 0, id, given), &Verdict{}, err, start, law.Elapsed())
 		}
 		return err
 	}

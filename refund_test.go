@@ -238,3 +238,14 @@ func TestWhatIsGivenBackIsTold(t *testing.T) {
 	require.NoError(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3)))
 	assert.Equal(t, []string{"consume 4 6 4 <nil>", "refund 3 6 3 <nil>"}, told)
 }
+
+func TestAGiveBackThatFailsIsToldWithItsTokens(t *testing.T) {
+	t.Parallel()
+	th, seen := watched(t, throttler.Config{
+		Storage: failing{err: throttler.ErrUnavailable}, Buckets: []throttler.Bucket{throttler.NewBucket(time.Hour, 10)},
+	})
+	require.ErrorIs(t, th.GiveBack(t.Context(), "user:42", throttler.Cost(3)), throttler.ErrUnavailable)
+	require.Len(t, *seen, 1)
+	assert.Equal(t, int64(3), (*seen)[0].Cost)
+	assert.Equal(t, "error", (*seen)[0].Result())
+}

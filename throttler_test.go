@@ -367,9 +367,9 @@ func TestAnUnknownIdentifierIsAnErrorOrAllowedByPolicy(t *testing.T) {
 
 func TestConfigReportsAllItsFaults(t *testing.T) {
 	t.Parallel()
-	_, err := throttler.New(throttler.Config{Name: "a:b", Cost: -1, OnStorageError: 7, Buckets: []throttler.Bucket{throttler.NewBucket(0, 1)}})
+	_, err := throttler.New(throttler.Config{Name: "a:b", Cost: -1, OnStorageError: 7, OnUnknownIdentifier: 8, Buckets: []throttler.Bucket{throttler.NewBucket(0, 1)}})
 	require.ErrorIs(t, err, throttler.ErrInvalidCost)
-	for _, want := range []string{`Config.Name is "a:b"`, "policy is 7", "Period is 0s"} {
+	for _, want := range []string{`Config.Name is "a:b"`, "Config.OnStorageError is 7", "Config.OnUnknownIdentifier is 8", "Period is 0s"} {
 		assert.ErrorContains(t, err, want)
 	}
 	_, err = throttler.New(throttler.Config{Name: strings.Repeat("x", 65)})

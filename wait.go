@@ -1,4 +1,5 @@
-// Wait and WaitAll. line.go has the queue of denied callers, turns.go the callers that hold a reservation.
+// Wait and WaitAll. line.go has the queue of denied callers, turns.go the callers that hold a reservation, and resets.go
+// keeps these from holding one that a Reset made void.
 
 package throttler
 
