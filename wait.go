@@ -306,7 +306,8 @@ func earliest(v *Verdict, ahead int64) (wait time.Duration) {
 
 // comesBack returns how many microseconds a bucket needs, at least, until it has refilled n tokens in all, with those that it
 // has now. A debt is refilled first by a Continuous bucket, and forgiven by the others. A line may be so long that the time of
-// its end is no int64, so it is at most law.FarFuture after the first refill.
+// its end is no int64, so it is at most law.FarFuture after the first refill. The capacity is above 0: where it is not, a call
+// that costs anything is refused before it waits.
 func comesBack(r *law.Rule, c *storage.Count, n int64) int64 {
 	if r.Kind == law.Continuous {
 		return int64(min(float64(max(0, n-c.Remaining-1))/float64(r.Refill)*float64(r.Period), float64(law.FarFuture)))
