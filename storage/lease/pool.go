@@ -281,8 +281,8 @@ func (p *pool) wasCharged(c *storage.Charge, began int64, err error) {
 // All buckets are scaled down by the same factor. A bucket with few tokens would otherwise strand the tokens leased from
 // the others, since a lease decides only while it covers the cost in every bucket.
 //
-// The tokens are taken together with a call's own cost, so a lease never starts the period of a Replenish bucket that no
-// call has used.
+// A lease never starts the period of a Replenish bucket that no call has used: nothing is taken ahead of one that the call
+// itself takes nothing from. Such a period would end too early for the tokens that are used later.
 func (p *pool) ahead(s *Storage, costs []int64, now int64) []int64 {
 	if s.options.DenialsOnly || p.calls+p.before < hot || !leasable(p.rules.Rules, s.life) {
 		return nil
@@ -292,6 +292,9 @@ func (p *pool) ahead(s *Storage, costs []int64, now int64) []int64 {
 	scale, want := 1.0, [law.MaxBuckets]float64{}
 	for i := range p.buckets {
 		b := &p.buckets[i]
+		if costs[i] == 0 && p.rules.Rules[i].Kind == law.Replenish {
+			continue
+		}
 		want[i] = float64(b.asked-costs[i]) + float64(b.before)*left
 		if most := float64(b.rest-costs[i]) / share; want[i] >= 1 && want[i]*scale > most {
 			scale = max(0, most/want[i])

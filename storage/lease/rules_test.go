@@ -305,6 +305,19 @@ func TestRule3ALeaseIsAnEighthOfWhatRemainsAtMost(t *testing.T) {
 	})
 }
 
+func TestRule3ACallThatTakesNothingStartsNoPeriod(t *testing.T) {
+	fixed(t, law.Replenish, time.Second, 1000, func(t *testing.T, w *world) {
+		p, began := w.steady(), time.Now()
+		require.Equal(t, 1, w.asks(p, 1))
+		<-time.After(900 * time.Millisecond)
+		w.leases(p)
+		<-time.After(time.Until(began.Add(1010 * time.Millisecond))) // the next period has no call
+		v := w.take(p, "id", 0)
+		require.True(t, v.Allowed)
+		assert.Equal(t, int64(1000), w.remaining())
+	})
+}
+
 func TestRule3ALeaseFromBeforeAResetIsNotUsed(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
 		p := w.steady()
