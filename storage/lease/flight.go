@@ -207,11 +207,14 @@ func (s *Storage) fly(ctx context.Context, f *flight) {
 	s.land(f, sent, err)
 }
 
-// bringBack gives the previous lease back, and waits until all returns of the pool have reached the shared storage.
+// bringBack gives the previous lease back, and waits until all returns of the pool have reached the shared storage. As in
+// land, the lease is dropped if the identifier was reset during the flight.
 func (s *Storage) bringBack(f *flight) {
 	p, sh := f.pool, f.pool.shard
 	sh.mu.Lock()
-	s.giveBack(p, f.back)
+	if p.resets == f.resets {
+		s.giveBack(p, f.back)
+	}
 	f.back = lease{}
 	done := p.returning
 	sh.mu.Unlock()

@@ -335,6 +335,23 @@ func TestRule3ALeaseFromBeforeAResetIsNotUsed(t *testing.T) {
 	})
 }
 
+// The call is dearer than the lease and is denied, and another process uses what the Reset has freed.
+func TestRule5ALeaseFromBeforeAResetIsNotGivenBack(t *testing.T) {
+	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
+		p, other := w.steady(), w.steady()
+		w.leases(p)
+		require.True(t, w.take(other, "id", w.remaining()).Allowed)
+		p.link.takes(20 * time.Millisecond)
+		w.load.Go(func() { w.take(p, "id", 100) })
+		<-time.After(11 * time.Millisecond) // the server has denied it, and the answer is on its way
+		p.link.takes(time.Millisecond)
+		require.NoError(t, p.Reset(t.Context(), "sim", "id"))
+		require.True(t, w.take(other, "id", 1000).Allowed)
+		w.load.Wait()
+		assert.Zero(t, w.remaining())
+	})
+}
+
 func TestRule3NearTheLimitOneQuestionBringsWhatThereIs(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
 		p, other := w.steady(), w.steady()
