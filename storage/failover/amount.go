@@ -22,7 +22,7 @@ type bucket struct {
 	near     int64 // amounts that end within this time of each other are merged
 	taken    []amount
 	refunded []amount // their n is above 0 too
-	unshown  bool     // a Charge took tokens, and Redis reports no level after a Charge
+	unshown  bool     // a Charge took or gave back tokens, and Redis reports no level after a Charge
 	spent    int64    // tokens that Redis showed as spent after its last admission
 	resetAt  int64    // when all of these are back, as Redis said then
 }

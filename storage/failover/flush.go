@@ -304,8 +304,8 @@ func (e *entry) rulesOf(buckets []bucket) *storage.RuleSet {
 // that drained in the meantime would be counted again. Instead it raises the ledger to the level that Redis last
 // reported. The time until a level is empty says how high it is, so the number of tokens may be the ceiling.
 //
-// Two kinds of buckets are charged after all: those from which a Charge took, as Redis reports no level after a Charge,
-// and those beyond the MaxBuckets that one raise can name.
+// Two kinds of buckets are charged after all: those of which a Charge took or gave back tokens, as Redis reports no level
+// after a Charge and a raise gives nothing back, and those beyond the MaxBuckets that one raise can name.
 func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 	d := replica.Debt{Name: e.name, Identifier: e.identifier, Clocked: e.clocked, Now: e.now}
 	var raised []*bucket
@@ -327,7 +327,7 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 		return err
 	} // any other error is about this row alone, and must not hold up the batch
 	for _, b := range raised {
-		b.taken, b.refunded = nil, nil
+		b.taken = nil
 	}
 	return nil
 }

@@ -185,6 +185,7 @@ func (j *journal) charged(c *storage.Charge) {
 		b := e.bucket(&c.Rules.Rules[i], i)
 		if at = e.time() + a.In; a.N < 0 {
 			b.add(&b.refunded, -a.N, at)
+			b.unshown = true
 			continue
 		}
 		b.add(&b.taken, a.N, at)

@@ -391,3 +391,43 @@ func TestRegressionAChargeSucceedsWhenOnlyRedisIsLeft(t *testing.T) {
 		assert.NoError(t, p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{{N: 1, In: 1000000}}}))
 	})
 }
+
+// A raise lowers nothing, so it cannot bring a refund to the ledger, which would also raise Redis again.
+func TestRegressionARefundIsRecordedAfterPostgresWasAway(t *testing.T) {
+	each(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		v, err := storecheck.Decide(bg, p.storage, w.request(60))
+		require.NoError(t, err)
+		settle()
+		require.EqualValues(t, 60, w.owed(w.pg))
+		p.pg.set(swallows)
+		require.Equal(t, 20, w.takes(p, 20))
+		require.NoError(t, w.giveBack(p, "a", &v))
+		require.EqualValues(t, 20, w.owed(w.redis))
+		<-time.After(10 * time.Second)
+		p.pg.set(fine)
+		<-time.After(time.Second)
+		assert.EqualValues(t, 20, w.owed(w.pg))
+		require.Equal(t, 1, w.takes(p, 1))
+		settle()
+		assert.EqualValues(t, 21, w.owed(w.redis))
+	})
+}
+
+func TestRegressionACancellationIsRecordedAfterPostgresWasAway(t *testing.T) {
+	line(t, func(t *testing.T, w *world) {
+		p := w.process(nil)
+		p.pg.set(swallows)
+		w.reserves(p, "redis")
+		w.reserves(p, "redis")
+		last, _ := w.reserves(p, "redis")
+		w.cancel(p, last)
+		require.EqualValues(t, 2, w.owed(w.redis))
+		<-time.After(10 * time.Second)
+		p.pg.set(fine)
+		<-time.After(time.Second)
+		assert.EqualValues(t, 2, w.owed(w.pg))
+		_, at := w.reserves(p, "redis")
+		assert.InDelta(t, 2*36*time.Second, at, float64(time.Second))
+	})
+}
