@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/benbjohnson/clock"
@@ -301,4 +302,26 @@ func TestAtMostTakesNoMoreThanAShrunkBucketHas(t *testing.T) {
 	v, err = th.Consume("b", throttler.Cost(100))
 	require.NoError(t, err)
 	assert.True(t, v.Allowed, "a cost that only the full bucket can hold is not refused")
+}
+
+// The level that they have reserved drains faster then. That is neither a Reset nor a Refund by another process.
+func TestWhoHasReservedKeepsItsTurnWhenTheShareGrows(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &share{}
+		bucket := throttler.NewBucket(time.Minute, 60).Continuous().Burst(1).Elastic(30)
+		th, err := throttler.New(throttler.Config{Load: s.load, Buckets: []throttler.Bucket{bucket}})
+		require.NoError(t, err)
+		w := &waits{start: time.Now()}
+		for i := range 10 { // one every 2 s
+			w.begin(t.Context(), th, "a", i)
+		}
+		s.set(1)
+		for i := range 5 {
+			<-time.After(time.Until(w.start.Add(time.Duration(2*i)*time.Second + time.Millisecond)))
+			require.Len(t, w.said(), 1+i)
+		}
+		<-time.After(time.Until(w.start.Add(14 * time.Second)))
+		assert.Len(t, w.said(), 10, "once the level is empty the rest asks by the larger limit")
+	})
 }

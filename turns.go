@@ -225,6 +225,9 @@ func (t *Throttler) due(ctx context.Context, w *waiter, v *Verdict, parts []Part
 // Reset, or has given back so many that there are tokens now. In either case the reservations are not given back: after a
 // Reset, that would free tokens which other callers have taken since.
 //
+// The time of the reservations cannot be compared with that of other buckets. Those of the call have changed if the share of
+// an elastic one has: with a larger refill, the same tokens are back earlier.
+//
 // The Peek ends at the time at, when the turn of w is due, since a slow storage must not delay that.
 func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []Part) bool {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(at-t.micros())*time.Microsecond)
@@ -237,7 +240,7 @@ func (t *Throttler) forgotten(ctx context.Context, w *waiter, at int64, parts []
 	for _, c := range now.all() {
 		longest = max(longest, c.ResetAfter)
 	}
-	return now.Allowed || longest < w.turns.last()-now.at
+	return now.Allowed || shape(&now) == w.turns.key && longest < w.turns.last()-now.at
 }
 
 // end makes all waiters of s ask again, and gives back their reservations if give is set. It holds giving meanwhile, so nobody
