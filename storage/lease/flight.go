@@ -330,6 +330,23 @@ func (s *Storage) sweepShard(sh *shard, now int64, forget bool) {
 	}
 }
 
+// landed waits until the flights in progress for a request's identifiers have landed, or ctx ends.
+func (s *Storage) landed(ctx context.Context, r *storage.Request) {
+	for i := range r.Parts {
+		h := s.hash(r.Name, r.Parts[i].Identifier)
+		sh := s.shard(h)
+		sh.mu.Lock()
+		var done chan struct{}
+		if p := sh.pool(h, r.Name, r.Parts[i].Identifier); p != nil && p.flight != nil {
+			done = p.flight.done
+		}
+		sh.mu.Unlock()
+		if done != nil {
+			wait(ctx, []chan struct{}{done})
+		}
+	}
+}
+
 // returning returns the done channels of the returns in progress for a request's identifiers. If leases is set, it gives
 // their leases back first.
 func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{}) {
@@ -350,7 +367,7 @@ func (s *Storage) returning(r *storage.Request, leases bool) (all []chan struct{
 	return all
 }
 
-// wait waits until all returns are done, or ctx ends.
+// wait waits until all of these channels are closed, or ctx ends.
 func wait(ctx context.Context, all []chan struct{}) {
 	for _, done := range all {
 		select {

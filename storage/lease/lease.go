@@ -257,8 +257,8 @@ func (s *Storage) stranger(ctx context.Context, r *storage.Request, a *storage.A
 }
 
 // pass lets the shared storage decide. No call is denied because of tokens that this process holds: after a denial pass
-// gives the leases back and asks once more. A Reserve, an AtMost and a Force get an answer that depends on how many
-// tokens there are, so pass gives the leases back before it asks for them.
+// gives the leases back, also those that are on their way here, and asks once more. A Reserve, an AtMost and a Force get an
+// answer that depends on how many tokens there are, so pass gives the leases back before it asks for them.
 func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	if s.closed.Load() {
 		return storage.ErrClosed
@@ -267,6 +267,9 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 		return s.ask(ctx, r, a)
 	}
 	first := r.Mode == storage.Force || r.Within > 0 || anyAtMost(r.Parts)
+	if first {
+		s.landed(ctx, r)
+	}
 	// A Take does not wait for returns in progress, since it is usually admitted without them. If it is denied, it waits
 	// for them and asks again. A Peek waits, so that its answer includes them.
 	away := s.returning(r, first)
@@ -276,6 +279,7 @@ func (s *Storage) pass(ctx context.Context, r *storage.Request, a *storage.Answe
 	sent := s.moment(r)
 	err := s.ask(ctx, r, a)
 	if err == nil && !a.Allowed && r.Mode != storage.Force {
+		s.landed(ctx, r)
 		// A return may have begun and finished since the request was sent: then freed has counted it.
 		if away = append(away, s.returning(r, true)...); len(away) > 0 || s.freed(r) != sent.freed {
 			wait(ctx, away)

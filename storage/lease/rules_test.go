@@ -167,6 +167,28 @@ func TestRule5ACallIsNotDeniedBecauseOfALeaseOnItsWayBack(t *testing.T) {
 	})
 }
 
+func TestRule5ACallGetsTheTokensOfALeaseOnItsWayHere(t *testing.T) {
+	for name, atMost := range map[string]bool{"a call that is denied without them": false, "one that takes less": true} {
+		t.Run(name, func(t *testing.T) {
+			fixed(t, law.Replenish, time.Hour, 1000, func(t *testing.T, w *world) {
+				p := w.steady()
+				w.leases(p)
+				w.asks(p, int(p.State().Tokens))
+				p.link.takes(20 * time.Millisecond)
+				w.load.Go(func() { assert.Equal(t, 1, w.asks(p, 1)) })
+				<-time.After(11 * time.Millisecond) // the server has granted a lease, and the answer is on its way
+				p.link.takes(time.Millisecond)
+				cost := w.remaining() + 1
+				part := storecheck.NewPart("id", w.rules, cost)
+				part.AtMost = atMost
+				v, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Parts: []storecheck.Part{part}})
+				require.NoError(t, err)
+				assert.Equal(t, cost, v.Tokens())
+			})
+		})
+	}
+}
+
 func TestRule1AnotherCostIsAnotherQuestion(t *testing.T) {
 	fixed(t, law.Replenish, time.Hour, 10, func(t *testing.T, w *world) {
 		p := w.steady()
