@@ -266,6 +266,7 @@ func (s *Storage) land(f *flight, sent moment, err error) {
 		}
 		return
 	}
+	p.took(f.costs, sent.at)
 	l := grantOf(f.rules, f.extra, a, sent.at, s.life)
 	l.countIn(a.Counts)
 	switch {

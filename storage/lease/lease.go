@@ -356,6 +356,9 @@ func (s *Storage) learn(r *storage.Request, a *storage.Answer, sent moment) {
 		if p == nil && denied { // a pool for the denial alone: it may save the next calls a round trip
 			p = s.add(sh, h, r, law.Monotonic())
 		}
+		if p != nil && a.Allowed && r.Mode != storage.Peek {
+			p.took(r.Costs[from:n], sent.at)
+		}
 		if p != nil && p.rules == part.Rules {
 			if r.Mode != storage.Peek {
 				p.heard(a.Counts[from:n], sent.at)

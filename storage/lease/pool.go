@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/go-throttler/throttler/internal/law"
@@ -237,6 +238,14 @@ func (p *pool) deny(costs []int64, a *storage.Answer, s *Storage) {
 	}
 	p.denied, p.degraded = a.At, a.Degraded
 	p.until = min(p.denied+max(retry, gather), law.Monotonic()+s.denial)
+}
+
+// took forgets the denial if a call took tokens that was sent after it: the call that was denied has to wait longer now. A
+// call that was on its way meanwhile may have been decided before.
+func (p *pool) took(costs []int64, sent int64) {
+	if sent >= p.denied && slices.ContainsFunc(costs, func(n int64) bool { return n > 0 }) {
+		p.until = 0
+	}
 }
 
 // gather returns how many microseconds a denial lasts at least: pause, but no more than an eighth of the shortest fill time

@@ -198,6 +198,27 @@ func TestRule1AnotherCostIsAnotherQuestion(t *testing.T) {
 	})
 }
 
+// What the process takes itself makes the same call wait longer.
+func TestRule1ADenialFromBeforeTokensWereTakenIsForgotten(t *testing.T) {
+	for what, mode := range map[string]storage.Mode{"a Take": storage.Take, "a Charge": storage.Force} {
+		t.Run(what, func(t *testing.T) {
+			fixed(t, law.Continuous, time.Hour, 10, func(t *testing.T, w *world) {
+				p := w.steady()
+				require.True(t, w.take(p, "id", 8).Allowed)
+				before := w.take(p, "id", 3)
+				require.False(t, before.Allowed)
+				v, err := storecheck.Decide(t.Context(), p, storecheck.Request{Name: "sim", Mode: mode, Parts: []storecheck.Part{storecheck.NewPart("id", w.rules, 2)}})
+				require.NoError(t, err)
+				require.True(t, v.Allowed)
+				after := w.take(p, "id", 3)
+				require.False(t, after.Allowed)
+				assert.Zero(t, after.Count(0).Remaining)
+				assert.InDelta(t, before.RetryAfter+12*time.Minute, after.RetryAfter, float64(time.Second))
+			})
+		})
+	}
+}
+
 func TestRule1RetryAfterIsTrueForAProcessAlone(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(15) {
