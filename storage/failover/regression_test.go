@@ -20,9 +20,9 @@ import (
 // Each of these tests has failed once, for a fault in the code.
 
 // giveBack refunds what a verdict took.
-func (w *world) giveBack(p *process, id string, v *storecheck.Verdict) error {
+func (w *world) giveBack(p *process, v *storecheck.Verdict) error {
 	a := storage.Amount{N: -v.Part(0).Costs[0], In: v.Count(0).ResetAfter - (law.Monotonic() - v.At())}
-	return p.storage.Charge(bg, &storage.Charge{Identifier: id, Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{a}})
+	return p.storage.Charge(bg, &storage.Charge{Identifier: "a", Rules: law.NewRuleSet(w.rules...), Amounts: []storage.Amount{a}})
 }
 
 // strict is a ledger that rejects what a *postgres.Storage rejects.
@@ -139,7 +139,7 @@ func TestRegressionRefundsDoNotKeepRedisFromBeingRaised(t *testing.T) {
 					v, err := storecheck.Decide(bg, other.storage, w.req("a", 1))
 					if err == nil && v.Allowed {
 						<-time.After(5 * time.Millisecond)
-						_ = w.giveBack(other, "a", &v)
+						_ = w.giveBack(other, &v)
 					}
 					<-time.After(3 * time.Millisecond)
 				}
@@ -275,7 +275,7 @@ func TestRegressionManyRefundsPushOutNothing(t *testing.T) {
 		for range 300 {
 			v, err := storecheck.Decide(bg, p.storage, w.req("a", 1))
 			require.NoError(t, err)
-			require.NoError(t, w.giveBack(p, "a", &v))
+			require.NoError(t, w.giveBack(p, &v))
 		}
 		p.pg.set(fine)
 		<-time.After(2 * time.Second)
@@ -402,7 +402,7 @@ func TestRegressionARefundIsRecordedAfterPostgresWasAway(t *testing.T) {
 		require.EqualValues(t, 60, w.owed(w.pg))
 		p.pg.set(swallows)
 		require.Equal(t, 20, w.takes(p, 20))
-		require.NoError(t, w.giveBack(p, "a", &v))
+		require.NoError(t, w.giveBack(p, &v))
 		require.EqualValues(t, 20, w.owed(w.redis))
 		<-time.After(10 * time.Second)
 		p.pg.set(fine)

@@ -369,7 +369,7 @@ func TestRule8AResetClearsBothStores(t *testing.T) {
 func TestRule8ADebtFromBeforeTokensWereFreeIsNotRaisedAfterwards(t *testing.T) {
 	for what, free := range map[string]func(*world, *process, *storecheck.Verdict) error{
 		"a Reset":  func(_ *world, p *process, _ *storecheck.Verdict) error { return p.storage.Reset(bg, "", "a") },
-		"a Refund": func(w *world, p *process, v *storecheck.Verdict) error { return w.giveBack(p, "a", v) },
+		"a Refund": func(w *world, p *process, v *storecheck.Verdict) error { return w.giveBack(p, v) },
 	} {
 		for after := 5 * time.Millisecond; after < 120*time.Millisecond; after += 5 * time.Millisecond {
 			t.Run(fmt.Sprintf("%s after %v", what, after), func(t *testing.T) {
