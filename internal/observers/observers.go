@@ -19,8 +19,8 @@ const Calls = 1000
 type Observe = func(context.Context, *throttler.Event)
 
 // Compare measures a decision on one, two and four buckets: with no observer, with one that does nothing, and with each of
-// the given ones, made anew for each number of buckets. All of them make many short turns, one after the other, and the shortest turn of each counts. Other
-// programs, and a machine whose speed changes, disturb that least.
+// the given ones, made anew for each number of buckets. All of them make many short turns, one after the other, and the
+// shortest turn of each counts. Other programs, and a machine whose speed changes, disturb that least.
 //
 // It reports the nanoseconds of a decision without observer (ns-nobody), what an empty observer takes beyond that
 // (ns-empty-more), and what each of the others takes beyond the empty one.
