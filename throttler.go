@@ -416,8 +416,8 @@ func (t *Throttler) askObserved(ctx context.Context, v *Verdict, mode storage.Mo
 }
 
 // answer lets the storage decide the request in v. A real above 0 is the process's own clock as the caller has just read
-// it, in microseconds. A storage that decides by that clock gets it, which saves a second reading, unless there is a
-// Config.Clock. Any other storage does not: with a time, each request to Redis would look different from the others, and
+// it, in microseconds. A storage that decides in place by that clock gets it, which saves a second reading, unless there is
+// a Config.Clock. Any other storage does not: with a time, each request to Redis would look different from the others, and
 // a batch would carry the limits of each.
 func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, real int64) error {
 	if v.empty() { // nothing limits the call
@@ -430,7 +430,7 @@ func (t *Throttler) answer(ctx context.Context, v *Verdict, mode storage.Mode, r
 	case err != nil:
 		*v = Verdict{}
 		return err
-	case !clocked && (t.memory != nil || t.leases != nil):
+	case !clocked:
 		now = real
 	}
 	if t.memory != nil {
@@ -473,8 +473,11 @@ func (t *Throttler) byLease(v *Verdict, mode storage.Mode, now int64) bool {
 
 // elsewhere lets any other storage decide, on copies: it may still use them after the caller has left with its context.
 func (t *Throttler) elsewhere(ctx context.Context, v *Verdict, mode storage.Mode, clocked bool, now int64) error {
-	if t.leases != nil && !clocked && ctx.Err() == nil && t.byLease(v, mode, now) {
-		return nil
+	if !clocked {
+		if t.leases != nil && ctx.Err() == nil && t.byLease(v, mode, now) {
+			return nil
+		}
+		now = 0 // whoever decides now has a clock of its own
 	}
 	own := *v
 	parts := own.parts()

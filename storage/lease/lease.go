@@ -209,10 +209,7 @@ func (s *Storage) Decide(ctx context.Context, r *storage.Request, a *storage.Ans
 	// A call waits for at most one flight that another call started. If the lease then cannot decide, the call starts its
 	// own flight or asks the shared storage. So a call that misses the tokens of a lease does not wait forever.
 	for waited := false; ; waited = true {
-		now := r.Now
-		if now == 0 || waited { // after a wait the time in the request is over
-			now = law.Monotonic()
-		}
+		now := law.Monotonic()
 		sh.mu.Lock()
 		p := s.poolOf(sh, h, r, now)
 		if p == nil || sh.closed {
@@ -305,15 +302,9 @@ func anyAtMost(parts []storage.Part) bool {
 	return false
 }
 
-// ask calls the shared storage. It drops the time of a request that was stamped by this process's clock: the shared
-// storage has a clock of its own.
+// ask calls the shared storage.
 func (s *Storage) ask(ctx context.Context, r *storage.Request, a *storage.Answer) error {
 	s.calls.Add(1)
-	if r.Now != 0 && !r.Clocked {
-		later := *r
-		later.Now = 0
-		r = &later
-	}
 	return s.shared.Decide(ctx, r, a)
 }
 
