@@ -191,7 +191,7 @@ func TestALiveIdentifierStaysAndFewOthersDo(t *testing.T) {
 					_, err := w.Peek(t.Context(), fmt.Sprint("other-", i))
 					require.NoError(t, err)
 				}
-				assert.LessOrEqual(t, w.s.Len(), live+live/12+n.dead/20, "a few percent")
+				assert.LessOrEqual(t, w.s.Len(), live+live/10+n.dead/20, "a few percent: which depends on where the random seed of the hash puts identifiers")
 				for i := range live {
 					require.False(t, consume(t, w.Throttler, fmt.Sprint("live-", i), hour))
 				}
