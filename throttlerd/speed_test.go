@@ -25,7 +25,6 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/go-throttler/throttler/internal/servers"
 )
@@ -40,9 +39,9 @@ descriptors:
 
 // contender is a server to measure.
 type contender struct {
-	name  string
-	cpu   func() (server, redis time.Duration) // processor time that they have used
-	conns []*grpc.ClientConn
+	name    string
+	cpu     func() (server, redis time.Duration) // processor time that they have used
+	clients []*client
 }
 
 // measured is one round of a contender.
@@ -167,7 +166,7 @@ func (c *contender) measure(b *testing.B, callers, descriptors int) measured {
 	began := time.Now()
 	for i := range callers {
 		all.Go(func() {
-			mine := call(ctx, ratelimitv3.NewRateLimitServiceClient(c.conns[i]), descriptors)
+			mine := call(ctx, c.clients[i], descriptors)
 			mu.Lock()
 			defer mu.Unlock()
 			took = append(took, mine...)
@@ -214,14 +213,14 @@ func usedByRedis(b *testing.B, s *servers.Server) time.Duration {
 
 // call makes calls until the context ends, each for one of 100 organisations, and with two descriptors also for one of
 // 1,000 users.
-func call(ctx context.Context, client ratelimitv3.RateLimitServiceClient, descriptors int) (took []time.Duration) {
+func call(ctx context.Context, c *client, descriptors int) (took []time.Duration) {
 	for ctx.Err() == nil {
 		both := []*commonv3.RateLimitDescriptor{
 			described("user", strconv.Itoa(rand.IntN(1000))), described("org", strconv.Itoa(rand.IntN(100))), //nolint:gosec // a load
 		}
 		r := &ratelimitv3.RateLimitRequest{Domain: "d", Descriptors: both[len(both)-descriptors:]}
 		began := time.Now()
-		out, err := client.ShouldRateLimit(context.WithoutCancel(ctx), r)
+		out, err := c.ShouldRateLimit(r)
 		if err != nil || out.GetOverallCode() != codeOK {
 			panic(fmt.Sprint("a call was not admitted: ", out, err))
 		}
@@ -230,16 +229,12 @@ func call(ctx context.Context, client ratelimitv3.RateLimitServiceClient, descri
 	return took
 }
 
-func dialAll(b *testing.B, address string) (conns []*grpc.ClientConn) {
+func dialAll(b *testing.B, address string) (clients []*client) {
 	b.Helper()
 	for range 256 {
-		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithInitialWindowSize(windowSize), grpc.WithInitialConnWindowSize(windowSize)) // as Envoy does, which therefore sends no pings to find a better size
-		require.NoError(b, err)
-		b.Cleanup(func() { _ = conn.Close() })
-		conns = append(conns, conn)
+		clients = append(clients, dial(b, address))
 	}
-	return conns
+	return clients
 }
 
 // startProgram starts throttlerd in its own process, as envoyproxy/ratelimit is, and returns its gRPC address.
