@@ -44,6 +44,7 @@ func dial(b *testing.B, address string) *client {
 	c.out.WriteString(http2.ClientPreface)
 	require.NoError(b, c.framer.WriteSettings())
 	require.NoError(b, c.framer.WriteWindowUpdate(0, 1<<30)) // of all that a run answers, so that no call sends another
+	require.NoError(b, c.flush())                            // a server closes a connection that says nothing
 	return c
 }
 
