@@ -146,7 +146,7 @@ bench-observe: ## Run the Go benchmarks of observing: nobody, an empty function,
 		(set -x; cd $$module && $(GO) test -run '^$$' -bench Observe -benchtime $(BENCHTIME) -cpu 1 .); \
 	done
 
-bench-ratelimit: servers $(RATELIMIT) ## Measure throttlerd beside envoyproxy/ratelimit, in turns of ROUNDS=5, for two minutes
+bench-ratelimit: servers $(RATELIMIT) ## Measure throttlerd beside envoyproxy/ratelimit, in turns of ROUNDS=20, for two minutes
 	cd throttlerd && RATELIMIT='$(RATELIMIT)' $(GO) test -tags=ratelimit -run '^$$' -bench BesideEnvoyproxyRatelimit -benchtime 1x .
 
 bench-check: ## Fail if the hot path got slower since BASE, by default the last tag: in turns, by benchstat
