@@ -57,21 +57,26 @@ func (k *known) flush(m *minute) {
 	k.asked, k.denied = 0, 0
 }
 
+// add adds what was asked for in one call.
+func (k *known) add(cost int64, denied bool) {
+	if cost <= 0 {
+		return
+	}
+	k.asked += min(cost, mostCost)
+	if denied {
+		k.denied++
+	}
+}
+
 // asked counts what an identifier asked for. Its name is kept only once it is heavy, so a flood of identifiers that each
 // ask for little takes no memory.
-func (s *shard) asked(hash int64, a *asking) {
-	if a.cost <= 0 {
-		return
-	}
-	now := known{hash: hash, asked: min(a.cost, mostCost)}
-	if a.denied {
-		now.denied = 1
-	}
+func (s *shard) asked(hash int64, a asking) {
 	if k := s.knownAt(hash); k.hash == hash {
-		k.asked += now.asked
-		k.denied += now.denied
+		k.add(a.cost, a.denied)
 		return
 	}
+	now := known{hash: hash}
+	now.add(a.cost, a.denied)
 	now.flush(s.this)
 	if heavyIn(s.this.asked, hash) || a.denied && heavyIn(s.this.denied, hash) {
 		s.keepName(hash, a.identifier)

@@ -28,11 +28,8 @@ const (
 	outcomes
 )
 
-// outcomeOf is Result as an index. What was Taken is "allowed", which is found faster.
+// outcomeOf is Result as an index.
 func outcomeOf(e *throttler.Event) outcome {
-	if e.Err == nil && e.Verdict.Taken() {
-		return allowed
-	}
 	switch e.Result() {
 	case "allowed":
 		return allowed

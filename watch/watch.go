@@ -110,7 +110,7 @@ func (w *Watch) countOther(e *throttler.Event, a *asking) {
 	if !e.Time.Before(s.until) {
 		s.turn(e.Time)
 	}
-	s.asked(hash, a)
+	s.asked(hash, *a)
 	s.mu.Unlock()
 }
 
