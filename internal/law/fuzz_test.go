@@ -27,7 +27,7 @@ func TestDecideAgreesWithADumbTwinAtRefillInstants(t *testing.T) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()
 			random := rand.New(rand.NewPCG(seed, 0))
-			for range 300 {
+			for range 150 {
 				story := make([]byte, 10+random.IntN(80))
 				for i := range story {
 					story[i] = byte(random.Uint32())

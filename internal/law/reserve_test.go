@@ -69,7 +69,10 @@ func requireWithin(t *testing.T, r *law.Rule, uses []use, seed uint64) {
 		for _, last := range uses[i:] {
 			used += last.n
 			back := (last.at - first.at + r.Tick) / r.Tick * r.Drain
-			require.LessOrEqual(t, used*r.One, r.Capacity*r.One+back, "seed %d: %d tokens from %d to %d by %+v", seed, used, first.at, last.at, *r)
+			if used*r.One <= r.Capacity*r.One+back { // without require.LessOrEqual, which takes longer than all else here
+				continue
+			}
+			require.FailNow(t, "used too fast", "seed %d: %d tokens from %d to %d by %+v", seed, used, first.at, last.at, *r)
 		}
 	}
 }

@@ -286,7 +286,7 @@ func (w *world) end() {
 // bound.
 func TestTheBoundHoldsWhateverFails(t *testing.T) {
 	t.Parallel()
-	from, to := storecheck.Seeds(t, 100)
+	from, to := storecheck.Seeds(t, 60)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, seed, law.Kind(seed%5))
@@ -308,7 +308,7 @@ func TestTheBoundHoldsWhateverFails(t *testing.T) {
 // taken in that time, and they are used within a Lifetime.
 func TestTheBoundHoldsUnderLeases(t *testing.T) {
 	t.Parallel()
-	from, to := storecheck.Seeds(t, 10)
+	from, to := storecheck.Seeds(t, 6)
 	local := int64(0)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
@@ -399,7 +399,7 @@ func excess(all []admission, r *law.Rule) int64 {
 // fails.
 func TestAllIsBackWithinSixSecondsAfterTheLastFault(t *testing.T) {
 	t.Parallel()
-	from, to := storecheck.Seeds(t, 100)
+	from, to := storecheck.Seeds(t, 60)
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, seed, law.Kind(seed%5))

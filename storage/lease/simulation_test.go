@@ -15,7 +15,7 @@ import (
 // TestTheBoundHolds checks the safety of the protocol: whatever the traffic, no kind of bucket exceeds its bound.
 func TestTheBoundHolds(t *testing.T) {
 	t.Parallel()
-	from, to := storecheck.Seeds(t, 100)
+	from, to := storecheck.Seeds(t, 60)
 	local, shared, denied := 0, 0, 0
 	for seed := from; seed < to; seed++ {
 		synctest.Test(t, func(t *testing.T) {
