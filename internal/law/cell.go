@@ -204,10 +204,11 @@ const (
 // take is all steps for one bucket, as if it were the only one. Unless the outcome is taken, the cell has not changed.
 // The kinds whose tokens come back at once are handled here, because nearly all buckets are of these.
 //
+// A bucket of capacity 0, of which a Force may record nothing, is left to Decide too.
 // Steps 1 and 2 are left to Decide if the clock has stepped back, to a time before Seen. Every clock is ahead of the
 // Seen of a cell that was never charged, which is -1.
 func (c *Cell) take(count *Count, r *Rule, cost int64, mode Mode, now, within int64) outcome {
-	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && mode != Force { // 1, 2
+	if c.Seen > now || c.B == outside || cost < 0 || cost > r.Capacity && (mode != Force || r.Capacity == 0) { // 1, 2
 		return unknown
 	}
 	switch r.Kind {
@@ -335,7 +336,7 @@ func (c *Cell) count(count *Count, r *Rule, spent, now int64) {
 	}
 	*count = Count{Remaining: r.Capacity - spent, ResetAfter: back, NextAfter: back}
 	if !r.atOnce() && spent > 1 {
-		count.NextAfter = c.back(r, min(spent, r.Capacity)-1) - now
+		count.NextAfter = c.back(r, max(0, min(spent, r.Capacity)-1)) - now
 	}
 }
 

@@ -295,7 +295,7 @@ func (p *play) chooseCosts(mode law.Mode) {
 		d, a := &p.draws[i], &p.asks[i]
 		d.Within, d.AtMost = 0, false
 		c := p.cost(d)
-		if p.reserves {
+		if p.reserves && d.Rule.Capacity > 0 { // a Throttler refuses to ask others for anything
 			p.chooseTerms(d)
 		}
 		if mode != law.Force && !d.AtMost {
@@ -342,7 +342,7 @@ func (p *play) cost(d *law.Draw) int64 {
 	case 6:
 		return p.number() // beyond the capacity only in Force
 	case 7:
-		return p.among(4*most-1, 4*most, math.MaxInt64)
+		return p.among(max(0, 4*most-1), 4*most, math.MaxInt64)
 	case 8, 9, 10:
 		return 1 + most/16
 	}
@@ -392,7 +392,7 @@ func (p *play) period() time.Duration {
 }
 
 func (p *play) capacity() int64 {
-	common := [...]int64{1, 2, 3, 4, 5, 7, 10, 100, 255, 256, 257, 1000, 1_000_003, 1 << 31, 1 << 40, exact/4 - 1}
+	common := [...]int64{1, 2, 3, 0, 5, 7, 10, 100, 255, 256, 257, 1000, 1_000_003, 1 << 31, 1 << 40, exact/4 - 1}
 	if i := p.below(len(common) + 4); i < len(common) {
 		return common[i]
 	}

@@ -308,7 +308,7 @@ local function fullWay(shapes)
         if allowed and part.less then cost = min(cost, most) end
         if allowed and cost > 0 then -- 5
           state, now = open(state, r, real)
-          told = n + cost
+          told = n + min(cost, r.M)
           n = take(state, r, cost, now, n)
           part.states[j], changed, held = state, true, gone(state) - real
           if part.within > 0 and n > r.C then wait = back(state, now, r.C, n) - real end

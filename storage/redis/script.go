@@ -170,8 +170,11 @@ func (s *shape) arg() []byte {
 	b = append(appendNumbers(b, now, within, age), byte(len(rules)))
 	for i := range rules {
 		r := &rules[i]
+		// No more than the ceiling is recorded, so a larger cost need not be sent. 0 would mean that the bucket is not
+		// asked, also if the ceiling is 0.
+		cost := min(s.costs[i], max(1, r.Ceiling()))
 		b = append(b, byte(r.Kind))
-		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, min(s.costs[i], r.Ceiling()))
+		b = appendNumbers(b, r.Period, r.Drain, r.Tick, r.Grain, r.One, r.Capacity, cost)
 	}
 	return b
 }

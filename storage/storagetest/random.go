@@ -24,7 +24,7 @@ const (
 // are at a moment when something comes back, or a microsecond before or after it: other times hardly ever find a fault.
 func randomSequences(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
-		g := newGame(t, s, seed)
+		g := newGame(t, s, seed, false)
 		for i := range steps {
 			g.now += g.pause()
 			g.step(i)
@@ -37,8 +37,8 @@ func randomSequences(t *testing.T, s storage.Storage) {
 // full bucket, as it may, and the Model, which forgets none, would answer differently when the clock has gone back.
 func randomClock(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
-		g := newGame(t, s, 1000+seed)
-		g.ids, g.named = g.ids[:1], true
+		g := newGame(t, s, 1000+seed, true)
+		g.ids = g.ids[:1]
 		for i := range steps {
 			g.now += g.pause()
 			if g.rnd.IntN(5) == 0 {
@@ -53,7 +53,7 @@ func randomClock(t *testing.T, s storage.Storage) {
 // out: the ends of amounts are moved to holds, and the faults are where they just fit or just do not.
 func randomChanges(t *testing.T, s storage.Storage) {
 	for seed := range uint64(sequences) {
-		g := newGame(t, s, 2000+seed)
+		g := newGame(t, s, 2000+seed, false)
 		g.ids, g.changes = g.ids[:2], true
 		for i := range steps {
 			g.now += g.pause()
@@ -79,8 +79,8 @@ type game struct {
 	model   *Model
 }
 
-func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
-	g := &game{t: t, seed: seed, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel()}
+func newGame(t *testing.T, s storage.Storage, seed uint64, named bool) *game {
+	g := &game{t: t, seed: seed, named: named, rnd: rand.New(rand.NewPCG(seed, 42)), name: newName(), ids: []string{"a", "b", "c", "d", "e"}, tested: s, model: NewModel()}
 	g.now = g.rnd.Int64N(2) * (1_700_000_000_000_000 + g.rnd.Int64N(1_000_000_000))
 	for i := range 1 + g.rnd.IntN(5) {
 		g.rules = append(g.rules, g.rule(i))
@@ -88,7 +88,8 @@ func newGame(t *testing.T, s storage.Storage, seed uint64) *game {
 	return g
 }
 
-// rule returns a random rule for bucket i. Half of the rules for a bucket that there is keep its kind and period.
+// rule returns a random rule for bucket i. Half of the rules for a bucket that there is keep its kind and period. Every
+// tenth has capacity 0, unless named.
 func (g *game) rule(i int) law.Rule {
 	periods := []time.Duration{time.Microsecond, 7 * time.Microsecond, 1500 * time.Microsecond, time.Second, 10 * time.Second, 7 * time.Second, time.Hour, 31 * 24 * time.Hour}
 	kind := law.Kind(g.rnd.IntN(5))
@@ -98,7 +99,11 @@ func (g *game) rule(i int) law.Rule {
 		kind, period = g.rules[i].Kind, time.Duration(g.rules[i].Period)*time.Microsecond
 	}
 	for {
-		r, faults := law.NewRule(fmt.Sprint("bucket-", i), kind, period, 1+g.rnd.Int64N(most), 1+g.rnd.Int64N(most))
+		capacity := 1 + g.rnd.Int64N(most)
+		if !g.named && g.rnd.IntN(10) == 0 {
+			capacity = 0
+		}
+		r, faults := law.NewRule(fmt.Sprint("bucket-", i), kind, period, capacity, 1+g.rnd.Int64N(most))
 		if faults == nil {
 			return r
 		}
@@ -218,7 +223,7 @@ func (g *game) part(id string, mode storage.Mode) storecheck.Part {
 	p := storecheck.NewPart(id, rules, 1)
 	p.AtMost = g.rnd.IntN(5) == 0
 	for i, r := range rules {
-		n := []int64{0, 1, 1, 1, r.Capacity, 1 + g.rnd.Int64N(r.Capacity)}[g.rnd.IntN(6)]
+		n := min(r.Capacity, []int64{0, 1, 1, 1, r.Capacity, 1 + g.rnd.Int64N(max(1, r.Capacity))}[g.rnd.IntN(6)])
 		if mode == storage.Force {
 			n = []int64{n, 3 * r.Capacity, 1<<63 - 1}[g.rnd.IntN(3)]
 		}
@@ -285,7 +290,7 @@ func (g *game) debt() replica.Debt {
 	d := replica.Debt{Name: g.name, Clocked: true, Now: g.now, Identifier: g.id(), Rules: law.NewRuleSet(g.rules...), Amounts: make([][]storage.Amount, len(g.rules))}
 	for i, r := range g.rules {
 		for range g.rnd.IntN(4) {
-			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(2*r.Capacity) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
+			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: g.rnd.Int64N(max(1, 2*r.Capacity)) * []int64{1, 1, 1 << 20}[g.rnd.IntN(3)], In: g.rnd.Int64N(2 * r.Period)})
 		}
 		if g.named {
 			d.Amounts[i] = append(d.Amounts[i], storage.Amount{N: 1, In: 2 * r.Period})
