@@ -659,6 +659,35 @@ func TestCloseDuringLoadLeavesNoCallWithoutAnAnswer(t *testing.T) {
 	assert.NoError(t, pool.Ping(t.Context()), "the pool is the caller's")
 }
 
+func TestNewGivesUpAServerThatSaysNothing(t *testing.T) {
+	t.Parallel()
+	for name, silence := range map[string]func(*testing.T, *servers.Server, *pgxpool.Pool){
+		"frozen": func(t *testing.T, server *servers.Server, _ *pgxpool.Pool) { require.NoError(t, server.Freeze()) },
+		"without a connection that is free": func(t *testing.T, _ *servers.Server, pool *pgxpool.Pool) {
+			for range pool.Config().MaxConns {
+				conn, err := pool.Acquire(t.Context())
+				require.NoError(t, err)
+				t.Cleanup(conn.Release)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server, pool := harmed(t)
+			silence(t, server, pool)
+			began := time.Now()
+			_, err := pgstore.New(bg, pool, nil)
+			require.ErrorIs(t, err, storage.ErrUnavailable)
+			require.ErrorContains(t, err, "no answer from Postgres within 10s")
+			assert.GreaterOrEqual(t, time.Since(began), 10*time.Second)
+			ended, cancel := context.WithCancel(bg)
+			cancel()
+			_, err = pgstore.New(ended, pool, nil)
+			require.ErrorIs(t, err, context.Canceled)
+		})
+	}
+}
+
 // TestMain finds goroutines that Close leaves behind.
 func TestCloseReturnsInTime(t *testing.T) {
 	t.Parallel()

@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -42,7 +43,20 @@ func (o *Options) table() string {
 // install creates the table unless it exists; one process at a time does so. If Options.Schema is empty, install sets
 // it to the schema in which the table is or will be. So later changes of the search_path do not lead to another
 // table.
+//
+// A server may accept a connection and then say nothing. pgx would wait two minutes for it.
 func (s *Storage) install(ctx context.Context) error {
+	const patience = 10 * time.Second
+	bounded, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	err := s.create(bounded)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, patience, s.busy())
+	}
+	return err
+}
+
+func (s *Storage) create(ctx context.Context) error {
 	there, err := s.find(ctx)
 	if there || err != nil {
 		return err

@@ -124,8 +124,10 @@ var _ replica.Storage = (*Storage)(nil)
 //
 // New creates the table if it does not exist, unless NoSchema is set. Any number of processes may do so at once. If the
 // table exists, New needs no right to create. If something else has the table's name, New leaves it alone and returns
-// an *OptionError that wraps ErrCorruptState. All faults of the arguments are joined, each an *OptionError. New sends its
-// queries within ctx; an error of the server wraps ErrUnavailable.
+// an *OptionError that wraps ErrCorruptState. All faults of the arguments are joined, each an *OptionError.
+//
+// New waits for the server within ctx, and at most 10 s. If the server fails or does not answer, the error wraps
+// ErrUnavailable.
 //
 // The pool may have any size and any default_query_exec_mode. There may be a PgBouncer in between that pools sessions
 // or transactions.
