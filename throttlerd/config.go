@@ -68,7 +68,31 @@ func parse(args []string, env func(string) string, stderr io.Writer) (*config, e
 	if err := c.token(*tokenFile, env); err != nil {
 		return nil, err
 	}
-	return c, c.check()
+	faults := []error{c.check()}
+	flags.Visit(func(f *flag.Flag) {
+		if f.Value.String() != f.DefValue {
+			faults = append(faults, c.useless(f.Name))
+		}
+	})
+	return c, errors.Join(faults...)
+}
+
+// useless returns the fault of a flag that was given for a storage that is not used. Whoever gives -redis-url means to
+// count in Redis, and would find out much later that each process counts alone.
+func (c *config) useless(flag string) error {
+	var storages []string
+	switch flag {
+	case "redis-url", "redis-timeout", "redis-slot-by-domain":
+		storages = []string{"redis", "failover"}
+	case "postgres-url", "postgres-timeout":
+		storages = []string{"postgres", "failover"}
+	case "lease":
+		storages = []string{"redis", "postgres", "failover"}
+	}
+	if storages == nil || slices.Contains(storages, c.storage) || flag == "postgres-url" && c.source == "postgres" {
+		return nil
+	}
+	return usage("-%s is given with -storage %s, which does not use it: must be with -storage %s", flag, c.storage, strings.Join(storages, " or "))
 }
 
 func (c *config) define(flags *flag.FlagSet) (tokenFile *string) {
@@ -87,8 +111,8 @@ func (c *config) define(flags *flag.FlagSet) (tokenFile *string) {
 	flags.BoolVar(&c.reflection, "reflection", false, "let gRPC clients such as grpcurl ask which methods there are")
 	flags.StringVar(&c.storage, "storage", "runtime", "where the counts are: `runtime` (the memory of this process), redis, postgres or failover (redis, and postgres while it fails)")
 	flags.BoolVar(&c.lease, "lease", false, "decide busy identifiers in this process, with tokens that it takes ahead from -storage redis, postgres or failover")
-	flags.StringVar(&c.redisURL, "redis-url", "", "the `URL` of a server, a cluster or sentinels; or put it in THROTTLERD_REDIS_URL")
-	flags.StringVar(&c.postgresURL, "postgres-url", "", "the `URL` of a database; or put it in THROTTLERD_POSTGRES_URL")
+	flags.StringVar(&c.redisURL, "redis-url", "", "the `URL` of a server, a cluster or sentinels; or put it in THROTTLERD_REDIS_URL; without both redis://localhost:6379")
+	flags.StringVar(&c.postgresURL, "postgres-url", "", "the `URL` of a database; or put it in THROTTLERD_POSTGRES_URL; without both postgres://localhost:5432/postgres")
 	flags.DurationVar(&c.redisTimeout, "redis-timeout", 0, "how long Redis may take; 0 is 250ms, or 50ms of a failover")
 	flags.DurationVar(&c.postgresTimeout, "postgres-timeout", 0, "how long Postgres may take; 0 is 500ms, or 200ms of a failover")
 	flags.BoolVar(&c.redisTag, "redis-slot-by-domain", false, "keep all counts of a domain in one slot of a Redis cluster, so that several rules may limit one request")
@@ -153,9 +177,6 @@ func (c *config) check() error {
 	one("storage", c.storage, "runtime", "redis", "postgres", "failover")
 	one("on-storage-error", c.onStorageError, "deny", "error", "allow")
 	one("on-unknown-domain", c.onUnknownDomain, "deny", "allow")
-	if c.lease && c.storage == "runtime" {
-		fault("-lease is given with -storage runtime, must be with redis, postgres or failover: runtime decides in this process anyway")
-	}
 	if c.source == "files" && len(c.rules) == 0 {
 		fault("name the rules by -rules, such as -rules ../examples/rules")
 	}

@@ -295,7 +295,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	if d.readiness.failed.Load() != nil {
 		state = "started, and not ready" // probe has logged why
 	}
-	d.log.Info(state, "rules", len(d.engine.Rules().Rules()), "domains", d.engine.Rules().Domains())
+	d.log.Info(state, "storage", d.config.storage, "rules", len(d.engine.Rules().Rules()), "domains", d.engine.Rules().Domains())
 	select {
 	case err = <-failed:
 	case <-ctx.Done():

@@ -275,10 +275,38 @@ func TestWrongFlagsAreAllTold(t *testing.T) {
 	for _, args := range [][]string{{"walk"}, {"serve", "-nope"}, {"serve", "-rules", "x", "y"}, {"-entry", "path=X", "-rules", "x"}, {"-trust", "x", "-rules", "y"}, {"check"}, {"match"}, {"match", "../examples/rules", "x"}} {
 		require.Equal(t, 2, command(t.Context(), args, io.Discard, io.Discard), args)
 	}
-	stderr.Reset()
-	require.Equal(t, 2, command(t.Context(), []string{"-rules", "x", "-lease"}, io.Discard, &stderr))
-	require.Contains(t, stderr.String(), "-lease is given with -storage runtime, must be with redis, postgres or failover")
 	require.Equal(t, 0, command(t.Context(), []string{"serve", "-help"}, io.Discard, io.Discard))
+}
+
+func TestAFlagOfAStorageThatIsNotUsedIsRefused(t *testing.T) {
+	t.Parallel()
+	const redis, postgres = "redis://localhost", "postgres://localhost"
+	for _, c := range []struct {
+		args []string
+		want string // "" if it is right
+	}{
+		{[]string{"-redis-url", redis}, "-redis-url is given with -storage runtime, which does not use it: must be with -storage redis or failover"},
+		{[]string{"-redis-url", redis, "-storage", "postgres"}, "-redis-url is given with -storage postgres"},
+		{[]string{"-redis-timeout", "1s"}, "-redis-timeout is given"},
+		{[]string{"-redis-slot-by-domain"}, "-redis-slot-by-domain is given"},
+		{[]string{"-postgres-url", postgres}, "-postgres-url is given with -storage runtime, which does not use it: must be with -storage postgres or failover"},
+		{[]string{"-postgres-timeout", "1s", "-storage", "redis"}, "-postgres-timeout is given with -storage redis"},
+		{[]string{"-lease"}, "-lease is given with -storage runtime, which does not use it: must be with -storage redis or postgres or failover"},
+		{[]string{"-redis-url", redis, "-redis-timeout", "1s", "-redis-slot-by-domain", "-lease", "-storage", "redis"}, ""},
+		{[]string{"-redis-url", redis, "-postgres-url", postgres, "-postgres-timeout", "1s", "-storage", "failover"}, ""},
+		{[]string{"-postgres-url", postgres, "-source", "postgres"}, ""},
+		{[]string{"-lease=false", "-redis-timeout", "0"}, ""},
+	} {
+		_, err := parse(append(c.args, "-rules", "x"), func(string) string { return "" }, io.Discard)
+		if c.want == "" {
+			require.NoError(t, err, c.args)
+		} else {
+			require.ErrorContains(t, err, c.want, c.args)
+		}
+	}
+	everywhere := func(string) string { return redis } // the environment may be that of other programs too
+	_, err := parse([]string{"-rules", "x"}, everywhere, io.Discard)
+	require.NoError(t, err)
 }
 
 func TestSecretsAreInNoErrorAndNoHelp(t *testing.T) {
