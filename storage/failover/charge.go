@@ -123,7 +123,7 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 		return ctx.Err()
 	case cause != nil && err != nil:
 		return unavailable(cause, err)
-	case errors.Is(cause, storage.ErrCorruptState):
+	case errors.Is(cause, storage.ErrCorruptState), errors.Is(cause, storage.ErrClosed):
 		return cause
 	}
 	return nil

@@ -193,6 +193,12 @@ func fails(err error) bool {
 	return errors.Is(err, storage.ErrUnavailable) || errors.Is(err, storage.ErrCorruptState)
 }
 
+// silent reports whether a store does not answer, or never will because the program has closed it too early. Whatever
+// it was to be told is not known to it.
+func silent(err error) bool {
+	return errors.Is(err, storage.ErrUnavailable) || errors.Is(err, storage.ErrClosed)
+}
+
 // unavailable returns the error of Rule 9, neither store answers, with the causes of both.
 func unavailable(primary, ledger error) error {
 	return fmt.Errorf("%w: neither Redis (%w) nor Postgres (%w)", storage.ErrUnavailable, primary, ledger)

@@ -106,8 +106,8 @@ func (s *Storage) flushIn() time.Duration {
 
 // flush keeps Rules 2 and 3 for one batch.
 //
-// There are three outcomes. If the ledger confirms the batch, its entries are finished. If the ledger is unavailable,
-// the batch stays in flight under its number and is repeated. With any other error the ledger has rejected the batch
+// There are three outcomes. If the ledger confirms the batch, its entries are finished. If the ledger is silent, the
+// batch stays in flight under its number and is repeated. With any other error the ledger has rejected the batch
 // and charged nothing of it. Then each entry is written as a batch of its own, under a new number, to find the faulty
 // ones. An entry that is rejected alone is forgotten: one faulty entry must not hold up the rest.
 //
@@ -123,7 +123,7 @@ func (s *Storage) flush(ctx context.Context) {
 	since, relayed, rejected := f.batch[0].since, 0, error(nil)
 	for size := len(f.batch); len(f.batch) > 0; {
 		raised, err := s.flushSome(ctx, f.batch[:size])
-		if err != nil && (errors.Is(err, storage.ErrUnavailable) || ctx.Err() != nil) {
+		if err != nil && (silent(err) || ctx.Err() != nil) {
 			s.flushFailed(err)
 			return
 		}
@@ -323,7 +323,7 @@ func (s *Storage) raiseLevels(ctx context.Context, e *entry) error {
 		return nil
 	}
 	d.Rules = law.NewRuleSet(rules...)
-	if err := s.ledger.Raise(ctx, d); errors.Is(err, storage.ErrUnavailable) {
+	if err := s.ledger.Raise(ctx, d); silent(err) {
 		return err
 	} // any other error is about this row alone, and must not hold up the batch
 	for _, b := range raised {
@@ -369,7 +369,7 @@ func (s *Storage) raise(ctx context.Context, d replica.Debt, asked int64, read *
 			s.journal.endRaise(id)
 		}
 	}
-	if errors.Is(err, errRefunds) || errors.Is(err, storage.ErrUnavailable) || err != nil && ctx.Err() != nil {
+	if errors.Is(err, errRefunds) || silent(err) || err != nil && ctx.Err() != nil {
 		s.journal.raiseAgain(&d)
 		return err
 	}

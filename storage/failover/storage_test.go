@@ -3,6 +3,7 @@ package failover_test
 import (
 	"context"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/assert"
@@ -54,4 +55,28 @@ func TestTheStoragePassesTheSuite(t *testing.T) {
 	t.Parallel()
 	s := real(t, failover.Options{})
 	storagetest.Run(t, func(testing.TB) storage.Storage { return s })
+}
+
+func TestAStoreThatIsClosedTooEarlyIsToldByEveryCallThatNeedsIt(t *testing.T) {
+	t.Parallel()
+	bg := context.Background()
+	t.Run("Postgres", func(t *testing.T) {
+		t.Parallel()
+		r, p := stores(t)
+		s, err := failover.New(r, p, &failover.Options{FlushInterval: time.Minute, PrimaryTimeout: storecheck.Patient, LedgerTimeout: storecheck.Patient})
+		require.NoError(t, err)
+		require.Equal(t, 3, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 3))
+		require.NoError(t, p.Close(bg))
+		require.ErrorIs(t, s.Close(bg), storage.ErrClosed, "3 admissions were not written")
+		assert.Equal(t, 1, s.State().Pending)
+	})
+	t.Run("Redis", func(t *testing.T) {
+		t.Parallel()
+		r, p := stores(t)
+		s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: storecheck.Patient, LedgerTimeout: storecheck.Patient})
+		require.NoError(t, err)
+		require.NoError(t, r.Close(bg))
+		require.ErrorIs(t, s.Reset(bg, "", "a"), storage.ErrClosed)
+		require.NoError(t, s.Close(bg))
+	})
 }
