@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -100,6 +101,9 @@ func New(c Config) (*Throttler, error) {
 	}
 	if c.MaxWaiters < 0 {
 		faults = append(faults, fmt.Errorf("throttler: Config.MaxWaiters is %d, must be 0 or more", c.MaxWaiters))
+	}
+	if v := reflect.ValueOf(c.Storage); v.Kind() == reflect.Pointer && v.IsNil() {
+		faults = append(faults, fmt.Errorf("throttler: Config.Storage is a nil %T, must be one that its package has made, or nil for the memory of this process", c.Storage))
 	}
 	for _, p := range [...]struct {
 		field string

@@ -374,6 +374,8 @@ func TestConfigReportsAllItsFaults(t *testing.T) {
 	}
 	_, err = throttler.New(throttler.Config{Name: strings.Repeat("x", 65)})
 	require.Error(t, err)
+	_, err = throttler.New(throttler.Config{Storage: (*memstore.Storage)(nil)})
+	require.ErrorContains(t, err, "Config.Storage is a nil *runtime.Storage")
 	_, err = throttler.New(throttler.Config{Name: "A-z_0.9"})
 	require.NoError(t, err)
 }

@@ -34,6 +34,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -155,7 +156,7 @@ func (s *Storage) validate() error {
 	fault := func(field, format string, args ...any) {
 		faults = append(faults, &OptionError{field, fmt.Sprintf(format, args...)})
 	}
-	if s.shared == nil {
+	if v := reflect.ValueOf(s.shared); s.shared == nil || v.Kind() == reflect.Pointer && v.IsNil() {
 		fault("Shared", "is nil")
 	}
 	if d := s.options.Lifetime; d < 10*time.Millisecond || d > 10*time.Second {

@@ -28,6 +28,7 @@ func TestNewReturnsAllFaults(t *testing.T) {
 		want   []string
 	}{
 		{nil, lease.Options{}, []string{"Shared is nil"}},
+		{(*runtime.Storage)(nil), lease.Options{}, []string{"Shared is nil"}},
 		{runtime.New(nil), lease.Options{Lifetime: 9 * time.Millisecond}, []string{"Lifetime is 9ms, must be from 10ms to 10s"}},
 		{runtime.New(nil), lease.Options{Lifetime: 11 * time.Second, MaxDenial: -1, MaxIdentifiers: -1}, []string{
 			"Lifetime is 11s, must be from 10ms to 10s", "MaxDenial is -1ns, must be from 1ms to 1m", "MaxIdentifiers is -1, must be above 0, or 0 for 65536"}},
