@@ -3,13 +3,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -56,14 +60,14 @@ func (a *admin) serves(e *rules.Engine, s rules.Source) {
 
 func (a *admin) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/rules", a.list)
-	mux.HandleFunc("GET /v1/rules/{name}", a.read)
-	mux.HandleFunc("PUT /v1/rules/{name}", a.put)
-	mux.HandleFunc("PATCH /v1/rules/{name}", a.patch)
-	mux.HandleFunc("DELETE /v1/rules/{name}", a.remove)
-	mux.HandleFunc("GET /v1/match", a.match)
-	mux.HandleFunc("GET /v1/levels", a.levels)
-	mux.HandleFunc("DELETE /v1/levels", a.reset)
+	mux.HandleFunc("GET /v1/rules", taking(a.list))
+	mux.HandleFunc("GET /v1/rules/{name}", taking(a.read))
+	mux.HandleFunc("PUT /v1/rules/{name}", taking(a.put, "dry-run"))
+	mux.HandleFunc("PATCH /v1/rules/{name}", taking(a.patch, "dry-run"))
+	mux.HandleFunc("DELETE /v1/rules/{name}", taking(a.remove, "dry-run"))
+	mux.HandleFunc("GET /v1/match", taking(a.match, "domain", "entry"))
+	mux.HandleFunc("GET /v1/levels", taking(a.levels, "domain", "entry"))
+	mux.HandleFunc("DELETE /v1/levels", taking(a.reset, "domain", "entry"))
 	mux.HandleFunc("GET /{$}", a.page)
 	mux.HandleFunc("GET /page/rules", a.pageRules)
 	mux.HandleFunc("GET /page/match", a.pageMatch)
@@ -74,6 +78,25 @@ func (a *admin) handler() http.Handler {
 	anybody.HandleFunc("POST /login", a.login)
 	anybody.Handle("/", a.guarded(mux))
 	return a.sameOrigin(anybody)
+}
+
+// taking refuses requests with any other parameter than those. Without it a change with ?dryrun would be made, and a
+// reset with ?entries= would be of other entries than those that were meant.
+func taking(h http.HandlerFunc, parameters ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		query, err := url.ParseQuery(r.URL.RawQuery)
+		if err != nil {
+			problem(w, http.StatusBadRequest, "the query cannot be read: in a value & is written %26, ; is %3B and % is %25")
+			return
+		}
+		for _, name := range slices.Sorted(maps.Keys(query)) {
+			if !slices.Contains(parameters, name) {
+				problem(w, http.StatusBadRequest, fmt.Sprintf("the parameter %.64q is unknown here, must be %s", name, cmp.Or(strings.Join(parameters, " or "), "left out")))
+				return
+			}
+		}
+		h(w, r)
+	}
 }
 
 // sameOrigin rejects requests that a page of another origin makes a browser send. Another port of this host is another
@@ -408,12 +431,21 @@ func (a *admin) failed(w http.ResponseWriter, err error) {
 	}
 }
 
-// asked reads ?domain= and any number of ?entry=key=value. If one is wrong, it answers the request and returns false.
-func asked(w http.ResponseWriter, r *http.Request) (domain string, entries []rules.Entry, ok bool) {
+// asked reads ?domain= and any number of ?entry=key=value. If one is wrong, or the domain has no rules, it answers the
+// request and returns false.
+func (a *admin) asked(w http.ResponseWriter, r *http.Request) (domain string, entries []rules.Entry, ok bool) {
 	query := r.URL.Query()
 	entries, err := entriesOf(query["entry"])
 	if err != nil {
 		problem(w, http.StatusBadRequest, err.Error())
+		return "", nil, false
+	}
+	if len(query["domain"]) > 1 {
+		problem(w, http.StatusBadRequest, "domain is given more than once")
+		return "", nil, false
+	}
+	if err := hasRules(a.engine.Rules(), query.Get("domain")); err != nil {
+		problem(w, http.StatusNotFound, err.Error())
 		return "", nil, false
 	}
 	return query.Get("domain"), entries, true
@@ -421,7 +453,7 @@ func asked(w http.ResponseWriter, r *http.Request) (domain string, entries []rul
 
 // match is GET /v1/match: which rules apply to entries, and why the others do not.
 func (a *admin) match(w http.ResponseWriter, r *http.Request) {
-	domain, entries, ok := asked(w, r)
+	domain, entries, ok := a.asked(w, r)
 	if !ok {
 		return
 	}
@@ -441,7 +473,7 @@ func (a *admin) match(w http.ResponseWriter, r *http.Request) {
 
 // levels is GET /v1/levels: what the rules that apply to entries have left for them.
 func (a *admin) levels(w http.ResponseWriter, r *http.Request) {
-	domain, entries, ok := asked(w, r)
+	domain, entries, ok := a.asked(w, r)
 	if !ok {
 		return
 	}
@@ -456,8 +488,12 @@ func (a *admin) levels(w http.ResponseWriter, r *http.Request) {
 
 // reset is DELETE /v1/levels: it clears what the rules that apply to entries have counted for them.
 func (a *admin) reset(w http.ResponseWriter, r *http.Request) {
-	domain, entries, ok := asked(w, r)
+	domain, entries, ok := a.asked(w, r)
 	if !ok {
+		return
+	}
+	if len(a.engine.Rules().Match(domain, entries)) == 0 {
+		problem(w, http.StatusNotFound, "no rule applies to these entries: GET /v1/match says why")
 		return
 	}
 	ctx, cancel := begun(w, r)

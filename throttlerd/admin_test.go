@@ -241,6 +241,38 @@ func TestMatchLevelsAndReset(t *testing.T) {
 	require.Equal(t, http.StatusBadRequest, d.administer(t, "GET", "/v1/levels?entry=x", "").status)
 }
 
+func TestTheAdminAPIDoesNothingByWordsThatItDoesNotKnow(t *testing.T) {
+	t.Parallel()
+	d := start(t, withToken, "-rules", "../examples/rules", "-source", "memory")
+	before := d.engine.Rules().ETag()
+	for _, c := range []struct {
+		method, path string
+		status       int
+		want         string
+	}{
+		{"DELETE", "/v1/levels?domain=api&entries=user=42", 400, `the parameter \"entries\" is unknown here, must be domain or entry`},
+		{"DELETE", "/v1/levels?domain=api&entry=user", 400, "must be key=value"},
+		{"DELETE", "/v1/levels?domain=api&domain=auth&entry=user=42", 400, "more than once"},
+		{"DELETE", "/v1/levels?domain=api&entry=path=/a;b", 400, "; is %3B"},
+		{"DELETE", "/v1/levels?domain=apo&entry=user=42", 404, `the domain \"apo\" has no rules, 3 others have: [\"api\"`},
+		{"DELETE", "/v1/levels?domain=api&entry=usr=42", 404, "no rule applies"},
+		{"GET", "/v1/levels?domain=apo", 404, "has no rules"},
+		{"GET", "/v1/levels?Domain=api", 400, `\"Domain\" is unknown here`},
+		{"GET", "/v1/match?domain=apo", 404, "has no rules"},
+		{"GET", "/v1/match?domain=api&user=42", 400, `\"user\" is unknown here`},
+		{"GET", "/v1/rules?find=x", 400, `\"find\" is unknown here, must be left out`},
+		{"DELETE", "/v1/rules/api.yaml?dryrun", 400, `\"dryrun\" is unknown here, must be dry-run`},
+		{"PUT", "/v1/rules/api.yaml?dry_run=true", 400, `\"dry_run\" is unknown here`},
+		{"PATCH", "/v1/rules/api.yaml?dry-run&force", 400, `\"force\" is unknown here`},
+	} {
+		a := d.administer(t, c.method, c.path, "rules: []", "If-Match", "*")
+		require.Equal(t, c.status, a.status, "%s %s: %s", c.method, c.path, a.body)
+		require.Contains(t, a.body, c.want, c.path)
+	}
+	require.Equal(t, before, d.engine.Rules().ETag())
+	require.NotContains(t, d.log.String(), `"did":"reset"`)
+}
+
 func TestWhatPostgresCannotStoreIsAFaultOfTheClient(t *testing.T) {
 	t.Parallel()
 	for _, source := range [][]string{{"-source", "memory"}, {"-source", "postgres", "-postgres-url", servers.Postgres(t).URL()}} {

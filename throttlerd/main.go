@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -135,6 +136,9 @@ func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if err := hasRules(set, *domain); err != nil {
+		return err
+	}
 	for _, x := range set.Explain(*domain, entries) {
 		if x.Applies {
 			_, _ = fmt.Fprintf(stdout, "applies  %s\n", x.Rule.ID)
@@ -143,6 +147,15 @@ func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		}
 	}
 	return nil
+}
+
+// hasRules returns an error if there are no rules of a domain.
+func hasRules(set *rules.Set, domain string) error {
+	domains := set.Domains()
+	if slices.Contains(domains, domain) {
+		return nil
+	}
+	return fmt.Errorf("the domain %.64q has no rules, %d others have: %.64q", domain, len(domains), domains[:min(len(domains), 10)])
 }
 
 // entriesOf parses words of the form "key=value".

@@ -342,6 +342,10 @@ func TestMatchSaysWhichRulesApplyAndWhyOthersDoNot(t *testing.T) {
 	require.Equal(t, 0, command(t.Context(), args, &stdout, io.Discard))
 	require.Contains(t, stdout.String(), "applies  api\n")
 	require.Contains(t, stdout.String(), `does not login: `)
+
+	var stderr bytes.Buffer
+	require.Equal(t, 1, command(t.Context(), []string{"match", "../examples/rules", "-domain", "apo", "user=42"}, io.Discard, &stderr))
+	require.Contains(t, stderr.String(), `the domain "apo" has no rules, 3 others have: ["api" `)
 }
 
 func TestSchemaPrintsTheSchema(t *testing.T) {
