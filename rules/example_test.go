@@ -41,10 +41,13 @@ func ExampleEngine_Decide() {
 
 func serve(engine *rules.Engine, mux http.Handler) http.Handler {
 	limit := engine.Middleware(func(r *http.Request) []rules.Entry {
-		return []rules.Entry{
-			{Key: "path", Value: r.URL.Path}, {Key: "method", Value: r.Method},
-			{Key: "user", Value: r.Header.Get("X-User")}, {Key: "agent", Value: r.UserAgent()},
+		entries := []rules.Entry{
+			{Key: "path", Value: r.URL.Path}, {Key: "method", Value: r.Method}, {Key: "agent", Value: r.UserAgent()},
 		}
+		if user := r.Header.Get("X-User"); user != "" { // of a gateway that authenticates; "" would be a user too
+			entries = append(entries, rules.Entry{Key: "user", Value: user})
+		}
+		return entries
 	}, &rules.MiddlewareOptions{Domain: "api"})
 	handler := limit(mux)
 	return handler
@@ -64,8 +67,9 @@ func ExampleEngine_Middleware() {
 	defer engine.Close()
 	handler := serve(engine, http.NotFoundHandler())
 	for range 6 {
-		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/api/x", nil))
+		w, r := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/api/x", nil)
+		r.Header.Set("X-User", "42")
+		handler.ServeHTTP(w, r)
 		fmt.Print(w.Code, " ")
 	}
 	// Output: 404 404 404 404 404 429
