@@ -26,6 +26,12 @@ func (m *middleware) compile() error {
 	if m.Tier == nil && len(m.Tiers) > 0 {
 		faults = append(faults, errors.New("throttlerhttp: Options.Tiers needs a Tier that chooses one"))
 	}
+	if m.Tier != nil && len(m.Tiers) == 0 && m.Decide == nil {
+		faults = append(faults, errors.New("throttlerhttp: Options.Tier needs Tiers from which it chooses"))
+	}
+	if f := m.Fields; f >= NoFields<<1 || f&NoFields != 0 && f != NoFields {
+		faults = append(faults, fmt.Errorf("throttlerhttp: Options.Fields is %d, must be any of Draft10, XSeconds and XUnix joined by |, or NoFields alone", f))
+	}
 	probe, err := throttler.New(throttler.Config{})
 	c := &compiler{middleware: m, probe: probe, owners: map[string]different{}}
 	faults = append(faults, err, c.unrouted())
@@ -178,6 +184,8 @@ func (l *limit) override(r *Route) error {
 	switch {
 	case r.Free && (len(r.Buckets) > 0 || r.Adds):
 		return errors.New("it is Free and has Buckets")
+	case r.Free && (r.Key != nil || r.Cost != nil || r.RefundIf != nil):
+		return errors.New("it is Free, so its Key, Cost or RefundIf would never be asked")
 	case r.Adds && len(r.Buckets) == 0:
 		return errors.New("it has no Buckets that Adds could add")
 	}

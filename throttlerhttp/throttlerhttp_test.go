@@ -411,6 +411,15 @@ func TestFaultsOfOptionsAreNamed(t *testing.T) {
 	_, err = throttlerhttp.New(nil, &throttlerhttp.Options{Routes: []throttlerhttp.Route{{Pattern: "/", Adds: true, Buckets: buckets(perHour(1))}}})
 	assert.ErrorContains(t, err, "Throttler is nil")
 	assert.ErrorContains(t, err, "Adds needs Options.Buckets")
+	for _, fields := range []throttlerhttp.Fields{64, throttlerhttp.NoFields | throttlerhttp.Draft10} {
+		_, err = throttlerhttp.New(nil, &throttlerhttp.Options{
+			Tier: func(*http.Request) string { return "" }, Fields: fields,
+			Routes: []throttlerhttp.Route{{Pattern: "/", Free: true, RefundIf: func(int) bool { return true }}},
+		})
+		assert.ErrorContains(t, err, "Options.Tier needs Tiers")
+		assert.ErrorContains(t, err, fmt.Sprintf("Options.Fields is %d, must be any of Draft10", fields))
+		assert.ErrorContains(t, err, "it is Free, so its Key, Cost or RefundIf")
+	}
 }
 
 func TestTheRouteIsTheOneThatAServeMuxWouldChoose(t *testing.T) {
