@@ -183,7 +183,7 @@ func TestUnlimitedAdmitsEverythingAndAsksNobody(t *testing.T) {
 	_, err = l.Consume("admin", throttler.CostOf("tokens", -1))
 	require.ErrorIs(t, err, throttler.ErrInvalidCost)
 	_, err = l.Consume("admin", throttler.CostOf("other", 1))
-	require.ErrorContains(t, err, "names none of the buckets")
+	require.ErrorContains(t, err, `names none of the buckets of "admin", which are ["tokens"]`)
 	_, err = l.Consume("", throttler.Using(throttler.Unlimited()))
 	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
 }

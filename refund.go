@@ -114,12 +114,16 @@ options:
 		if o.kind != costOfOption {
 			continue
 		}
+		var names []string
 		for _, p := range v.parts() {
 			if p.Rules.Find(o.bucket) >= 0 {
 				continue options
 			}
+			for i := range p.Rules.Rules {
+				names = append(names, p.Rules.Rules[i].Name)
+			}
 		}
-		return noSuchBucket(o.bucket, v.parts()[0].Identifier)
+		return noSuchBucket(o.bucket, v.parts()[0].Identifier, names)
 	}
 	return nil
 }

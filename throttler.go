@@ -355,7 +355,11 @@ func (s *set) costsOf(costs []int64, id string, cost int64, options []Option) er
 		case j >= 0:
 			costs[j] = o.n
 		case !s.frees(o.bucket):
-			return noSuchBucket(o.bucket, id)
+			var names []string
+			for _, b := range s.buckets {
+				names = append(names, b.Name())
+			}
+			return noSuchBucket(o.bucket, id, names)
 		case o.n < 0:
 			return fmt.Errorf("%w: %d asked of bucket %q, must be 0 or more", ErrInvalidCost, o.n, o.bucket)
 		}
@@ -363,8 +367,8 @@ func (s *set) costsOf(costs []int64, id string, cost int64, options []Option) er
 	return nil
 }
 
-func noSuchBucket(bucket, id string) error {
-	return &BucketError{Bucket: bucket, Field: "CostOf", Reason: fmt.Sprintf("names none of the buckets of %.64q", id)}
+func noSuchBucket(bucket, id string, names []string) error {
+	return &BucketError{Bucket: bucket, Field: "CostOf", Reason: fmt.Sprintf("names none of the buckets of %.64q, which are %q", id, names)}
 }
 
 func (t *Throttler) unknownIdentifier(id string, cost int64) error {
@@ -374,7 +378,7 @@ func (t *Throttler) unknownIdentifier(id string, cost int64) error {
 	if t.unknown == Allow {
 		return nil
 	}
-	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets or Using", ErrUnknownIdentifier, id)
+	return fmt.Errorf("%w: %.64q has no buckets: use AddBucket, Config.Buckets, or Using with at least one", ErrUnknownIdentifier, id)
 }
 
 func validIdentifier(id string) error {

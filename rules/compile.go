@@ -121,7 +121,10 @@ func (c *compiler) bind(r *reader, n *yaml.Node, rule *Rule) {
 	}
 	for i := range rule.Limits {
 		b := limitNamed(scope, rule.Limits[i])
-		if names[b.Name()] {
+		switch {
+		case names[b.Name()] && isNamed(rule.Limits[i]):
+			r.fault(n, "", "two limits are named %q, must have different names", b.Name())
+		case names[b.Name()]:
 			r.fault(n, "", "two limits have one period and kind: keep the smaller one, or tell them apart by \"named\" (they are called %q)", b.Name())
 		}
 		names[b.Name()] = true

@@ -167,7 +167,7 @@ func TooManyBuckets(rules *RuleSet, n int) error {
 
 // The errors of a storage, usually wrapped with the particulars: test with errors.Is.
 var (
-	ErrUnavailable  = errors.New("throttler: storage unavailable") // it does not answer, has no room, or reports a failure
-	ErrCorruptState = errors.New("throttler: corrupt state")       // a stored value cannot be read, and was left as it is
-	ErrClosed       = errors.New("throttler: closed")              // the call came after Close
+	ErrUnavailable  = errors.New("throttler: storage unavailable")   // it does not answer, has no room, or reports a failure
+	ErrCorruptState = errors.New("throttler: corrupt state")         // a stored value cannot be read, and was left as it is
+	ErrClosed       = errors.New("throttler: the storage is closed") // the call came after Close
 )
