@@ -80,7 +80,7 @@ type DebtError struct {
 
 // Error says how much of the charge was recorded.
 func (e *DebtError) Error() string {
-	return fmt.Sprintf("%v: of %d tokens charged to bucket %q of %.64q, %d are recorded, as no more than %d may be out", ErrDebtLimit, e.Asked, e.Bucket, e.Identifier, e.Recorded, e.Limit)
+	return fmt.Sprintf("%v: of %d tokens charged to bucket %q of %.64q, %d are recorded, as no more than %d may be outstanding", ErrDebtLimit, e.Asked, e.Bucket, e.Identifier, e.Recorded, e.Limit)
 }
 
 // Unwrap returns ErrDebtLimit.

@@ -161,6 +161,10 @@ func (p *parser) burst(rest string) string {
 
 func (p *parser) named(rest string) string {
 	name, after := word(rest)
+	if name == "" {
+		p.fault("Name", "is missing after %q, must be 1 to 64 printable ASCII characters", "named")
+		return ""
+	}
 	if quoted, err := strconv.QuotedPrefix(rest); err == nil {
 		name, _ = strconv.Unquote(quoted) // cannot fail
 		after = strings.TrimSpace(rest[len(quoted):])

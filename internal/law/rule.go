@@ -67,7 +67,7 @@ func NewRule(name string, kind Kind, period time.Duration, capacity, refill int6
 		fault("Kind", "is %d, must be 0 to %d", kind, SlidingLog)
 	}
 	if period < time.Microsecond || period > maxPeriod {
-		fault("Period", "is %v, must be from 1µs to %v", period, maxPeriod)
+		fault("Period", "is %v, must be from 1µs to %d days", period, maxPeriod/(24*time.Hour))
 	}
 	if capacity < 0 || capacity >= exact/4 {
 		fault("Capacity", "is %d, must be from 0 to %d", capacity, exact/4-1)
