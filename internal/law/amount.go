@@ -82,9 +82,11 @@ func (s *State) received(now int64, a Amount) Hold {
 // Refund gives back a.N tokens that a decision took and that are all gone by themselves in a.In, which is Count.HeldFor
 // less the time since then.
 //
-// It takes them from the hold that the decision made, and if that has fewer, from the nearest holds. A hold further
-// away than clock skew can explain belongs to another call and is left alone: half a period, and in a SlidingLog a
-// 256th of it and a grain. A Continuous bucket gets back what has not drained since, to within a tick's refill. It gets
+// It takes them from the hold that the decision made, and if that has fewer, from the nearest holds. A refund takes time
+// on its way, so the hold ends at the time that is looked for or earlier. One that ends half a period earlier belongs to
+// another call and is left alone. So is one that ends half a period later, which skew of clocks could explain, and in a
+// SlidingLog a 256th of it and a grain. In a busy log another call's hold may be nearer. It differs from the right one by
+// at most twice the time on the way. A Continuous bucket gets back what has not drained since, to within a tick's refill. It gets
 // nothing back if its refill was raised in the meantime, because nobody knows since when.
 //
 // A reservation that is given back before its time gives back less, by what was taken after it. The calls behind it
@@ -104,18 +106,19 @@ func (s *State) Refund(r *Rule, a Amount, real int64) {
 		return
 	}
 	s.dropDead(&r.Law, now)
-	want, far := real+min(a.In, farFuture)-r.fade(), ceil(r.Period, 2)
+	want, before := real+min(a.In, farFuture)-r.fade(), ceil(r.Period, 2)
+	after := before
 	if r.Kind == SlidingLog {
-		far = ceil(r.Period, logEntries) + r.Grain
+		after = ceil(r.Period, logEntries) + r.Grain
 	}
-	for n > 0 && len(s.Holds()) > 0 {
-		holds, made := s.Holds(), 0
+	for n > 0 {
+		holds, made := s.Holds(), -1
 		for i, h := range holds {
-			if abs(h.End-want) <= abs(holds[made].End-want) {
+			if d := h.End - want; -d <= before && d <= after && (made < 0 || abs(d) <= abs(holds[made].End-want)) {
 				made = i
 			}
 		}
-		if abs(holds[made].End-want) > far {
+		if made < 0 {
 			return
 		}
 		if n < holds[made].N {

@@ -257,6 +257,21 @@ func TestARefundFindsItsTokensInABusyLogThoughTimePassedOnTheWay(t *testing.T) {
 	assert.Equal(t, int64(99), left(s, &r, 1))
 }
 
+func TestARefundIsWholeThoughItWasOnItsWayForUpToHalfAPeriod(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []law.Kind{law.Replenish, law.FixedWindow, law.SlidingWindow, law.SlidingLog} {
+		r := rule(t, kind, time.Second, 10, 0)
+		for _, late := range []int64{0, 1, 3_000, 60_000, 499_999} {
+			var s law.State
+			start := int64(1_700_000_000_000_000)
+			_, c := take(&s, &r, 4, start)
+			take(&s, &r, 1, start+late) // of another call
+			s.Refund(&r, law.Amount{N: 4, In: c.HeldFor}, start+late)
+			require.EqualValues(t, 9, left(s, &r, start+late), "%v, %d µs late", kind, late)
+		}
+	}
+}
+
 func TestARefundAfterTheLawChangedTakesFromTheNewestHold(t *testing.T) {
 	t.Parallel()
 	old, changed := rule(t, law.Replenish, 10*time.Second, 10, 0), rule(t, law.Replenish, time.Minute, 10, 0)

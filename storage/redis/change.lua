@@ -81,8 +81,8 @@ local function giveBack(s, r, n, time, now)
 end
 
 -- Refunds n tokens that would come back in the given time. It takes them from the hold whose end is nearest, then
--- from the next nearest. A hold that is over half a period away (in a log P/256 and a grain) belongs to other calls:
--- clocks do not differ that much. A Continuous bucket whose refill was raised gets nothing, as it is not known when
+-- from the next nearest. A hold that is over half a period away (in a log, P/256 and a grain later) belongs to other
+-- calls: refunds do not take that long, and clocks do not differ that much. A Continuous bucket whose refill was raised gets nothing, as it is not known when
 -- it was raised.
 local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
@@ -94,14 +94,15 @@ local function refund(s, r, n, time, real)
     return s
   end
   s = living(s, now)
-  local want, off = real + time - r.fade, ceil(r.P / 2)
-  if r.k == 4 then off = ceil(r.P / 256) + r.G end
-  while n > 0 and #s > 2 do
-    local made = 3
+  local want, before = real + time - r.fade, ceil(r.P / 2)
+  local after = r.k == 4 and ceil(r.P / 256) + r.G or before
+  while n > 0 do
+    local made
     for i = 3, #s, 2 do
-      if abs(s[i] - want) <= abs(s[made] - want) then made = i end
+      local d = s[i] - want
+      if -d <= before and d <= after and (not made or abs(d) <= abs(s[made] - want)) then made = i end
     end
-    if abs(s[made] - want) > off then return s end
+    if not made then return s end
     if n < s[made + 1] then
       s[made + 1] = s[made + 1] - n
       return s

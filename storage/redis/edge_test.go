@@ -146,3 +146,20 @@ func TestATimeToLiveOutlastsWhatAClockAheadHasWritten(t *testing.T) {
 	require.NoError(t, err)
 	assert.Greater(t, ttl, v.Levels()[0].ResetAfter)
 }
+
+func TestARefundIsWholeThoughTheServerIsSlow(t *testing.T) {
+	t.Parallel()
+	url := servers.Redis(t).URL()
+	for kind := range law.SlidingLog + 1 {
+		s, r := open(t, url, redisstore.Options{}), storecheck.Rule(t, "b", kind, 10*time.Second, 10)
+		name := freshName()
+		v, err := storecheck.Decide(t.Context(), s, storecheck.Request{Name: name, Parts: []storecheck.Part{storecheck.NewPart("u", []law.Rule{r}, 4)}})
+		require.NoError(t, err)
+		require.True(t, v.Allowed)
+		require.NoError(t, client(t, url).Do(t.Context(), "client", "pause", 60).Err()) // more than a 256th of the period
+		require.NoError(t, s.Charge(t.Context(), &storage.Charge{Name: name, Identifier: "u", Rules: law.NewRuleSet(r), Amounts: []storage.Amount{{N: -4, In: v.Count(0).HeldFor}}}))
+		v, err = storecheck.Decide(t.Context(), s, storecheck.Request{Name: name, Mode: storage.Peek, Parts: []storecheck.Part{storecheck.NewPart("u", []law.Rule{r}, 0)}})
+		require.NoError(t, err)
+		assert.EqualValues(t, 10, v.Levels()[0].Remaining, "%v", kind)
+	}
+}
