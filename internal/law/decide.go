@@ -66,12 +66,14 @@ type Count struct {
 // All times are microseconds since the epoch. All numbers are integers below 2^53.
 //
 // RetryAfter is exact: the same call is denied a microsecond earlier and admitted at that time, if nobody else takes.
-// Two cases are left out:
+// Three cases are left out:
 //
 //   - Of several buckets, one counts as empty by step 1 while another denies. As the denial changes nothing, the first
 //     is believed again once the clock has caught up, and may deny then, unless it was forgotten meanwhile.
 //   - The refill of a Continuous bucket was lowered. Then RetryAfter may be too late, because what was spent is back by
 //     the time at which it would have been under the refill before.
+//   - The capacity of a SlidingWindow was lowered. Then RetryAfter may be too late by a tick of the law before, because a
+//     storage forgets what was spent when it has faded by that law, and the last tick counts as over.
 
 // Draw is one bucket in a decision.
 type Draw struct {
