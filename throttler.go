@@ -91,7 +91,8 @@ func (t *Throttler) Charge(ctx context.Context, id string, o ...Option) error {
 }
 
 // ConsumeAll takes the costs from all buckets of all parts, or from none. There are at most 256 parts, and each
-// identifier may appear in one part only; otherwise the error is ErrInvalidIdentifier.
+// identifier may appear in one part only; otherwise the error is ErrInvalidIdentifier. Without parts it is
+// ErrUnknownIdentifier, unless Config.OnUnknownIdentifier allows that.
 func (t *Throttler) ConsumeAll(ctx context.Context, parts ...Part) (v Verdict, _ error) {
 	err := t.decideAll(ctx, &v, storage.Take, 0, 0, parts)
 	return v, err
@@ -125,8 +126,14 @@ func (t *Throttler) decideAll(ctx context.Context, v *Verdict, mode storage.Mode
 	return t.ask(ctx, v, mode, attempt)
 }
 
-// addAll appends all parts to the request in v, or ends a call that is wrong.
+// addAll appends all parts to the request in v, or ends a call that is wrong. A list that is empty by mistake must not admit
+// everything.
 func (t *Throttler) addAll(ctx context.Context, v *Verdict, mode storage.Mode, attempt int, parts []Part) error {
+	if len(parts) == 0 && mode != storage.Force && t.unknown != Allow {
+		err := fmt.Errorf("%w: the call names none", ErrUnknownIdentifier)
+		t.rejected(ctx, opOf(mode), attempt, "", err)
+		return err
+	}
 	for i := range parts {
 		err := t.add(v, mode, parts[i].id, parts[i].options)
 		if err != nil && (mode != storage.Force || !errors.Is(err, ErrCostExceedsCapacity)) {

@@ -343,6 +343,12 @@ func TestAnUnknownIdentifierIsAnErrorOrAllowedByPolicy(t *testing.T) {
 	require.ErrorIs(t, err, throttler.ErrInvalidIdentifier)
 	_, err = th.Consume("nobody", throttler.Using())
 	require.ErrorIs(t, err, throttler.ErrUnknownIdentifier)
+	for _, all := range []func(context.Context, ...throttler.Part) (throttler.Verdict, error){th.ConsumeAll, th.PeekAll, th.WaitAll} {
+		v, err := all(t.Context())
+		require.ErrorIs(t, err, throttler.ErrUnknownIdentifier, "a list that is empty by mistake")
+		require.False(t, v.Allowed)
+	}
+	require.NoError(t, th.ChargeAll(t.Context()))
 
 	th, err = throttler.New(throttler.Config{OnUnknownIdentifier: throttler.Allow})
 	require.NoError(t, err)

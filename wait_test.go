@@ -534,7 +534,7 @@ func TestWaitAllTakesFromAllOrNone(t *testing.T) {
 				<-time.After(2 * time.Minute)
 				require.Equal(t, []string{"both ok at 1m0s"}, w.said())
 				_, err = th.WaitAll(t.Context())
-				require.NoError(t, err)
+				require.ErrorIs(t, err, throttler.ErrUnknownIdentifier)
 			})
 		})
 	}

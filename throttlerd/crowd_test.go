@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -35,7 +36,13 @@ func newCrowd(t *testing.T, flags ...string) *crowd {
 	t.Helper()
 	c := &crowd{domain: fmt.Sprintf("crowd%x", rand.Uint64())} //nolint:gosec // a name of its own on a server that others use
 	rules := "domain: " + c.domain + crowdRules[len("domain: DOMAIN"):]
-	d := start(t, nil, append([]string{"-rules", written(t, rules), "-redis-timeout", storecheck.Patient.String(), "-postgres-timeout", storecheck.Patient.String()}, flags...)...)
+	flags = append([]string{"-rules", written(t, rules)}, flags...)
+	for _, server := range []string{"redis", "postgres"} {
+		if slices.Contains(flags, "-"+server+"-url") {
+			flags = append(flags, "-"+server+"-timeout", storecheck.Patient.String())
+		}
+	}
+	d := start(t, nil, flags...)
 	for range 64 {
 		c.clients = append(c.clients, d.envoy(t))
 	}
