@@ -172,7 +172,7 @@ type Storage struct {
 // the two stores; their owner closes them after the storage.
 //
 // Each fault is an *OptionError and all faults are joined, but if a store is nil the options are not checked. If the
-// primary was used before or is closed the error is that of package redis, an *OptionError of its own or ErrClosed.
+// primary was used before or is closed the error wraps that of package redis, an *OptionError of its own or ErrClosed.
 func New(primary *redis.Storage, ledger *postgres.Storage, o *Options) (*Storage, error) {
 	var faults []error
 	if primary == nil {
@@ -211,7 +211,7 @@ func open(primary primary, ledger ledger, o *Options) (*Storage, error) {
 	s.breaker.opened = func() { s.running.Go(func() { s.probeLoop(ctx) }) }
 	if err := primary.Watch(s.options.PrimaryTimeout, s.report); err != nil { // Rules 1 and 6
 		stop()
-		return nil, err
+		return nil, fmt.Errorf("throttler: failover: the primary must be open, and used by nothing else, before and after: %w", err)
 	}
 	s.running.Go(func() { s.flushLoop(ctx) })
 	return s, nil

@@ -75,6 +75,8 @@ func TestAStoreThatIsClosedTooEarlyIsToldByEveryCallThatNeedsIt(t *testing.T) {
 		r, p := stores(t)
 		s, err := failover.New(r, p, &failover.Options{PrimaryTimeout: storecheck.Patient, LedgerTimeout: storecheck.Patient})
 		require.NoError(t, err)
+		_, err = failover.New(r, p, nil)
+		require.ErrorContains(t, err, "must be open, and used by nothing else")
 		require.NoError(t, r.Close(bg))
 		require.ErrorIs(t, s.Reset(bg, "", "a"), storage.ErrClosed)
 		require.NoError(t, s.Close(bg))
