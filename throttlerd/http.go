@@ -4,12 +4,16 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-throttler/throttler"
@@ -62,9 +66,27 @@ func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 	case errors.As(err, &tooLarge):
 		problem(w, http.StatusRequestEntityTooLarge, "the body is too large")
 	case err != nil:
-		problem(w, http.StatusBadRequest, "the body is wrong: "+err.Error())
+		problem(w, http.StatusBadRequest, "the body is wrong: "+worded(err))
 	}
 	return err == nil
+}
+
+// worded returns the error of a decoder without the names of Go types, which say nothing to callers.
+func worded(err error) string {
+	var wrong *json.UnmarshalTypeError
+	switch {
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return "it ends before the value does"
+	case errors.Is(err, io.EOF):
+		return "it is empty"
+	case errors.As(err, &wrong):
+		word := wrong.Field[strings.LastIndexByte(wrong.Field, '.')+1:] // behind the names of embedded structs
+		kind, number, _ := strings.Cut(wrong.Value, " ")
+		given := map[string]string{"array": "a list", "object": "an object", "bool": "true or false", "string": "text", "number": "a number"}[kind]
+		must := map[reflect.Kind]string{reflect.Int64: "a whole number", reflect.String: "text", reflect.Slice: "a list"}[wrong.Type.Kind()]
+		return fmt.Sprintf("%s is %.64s, must be %s", cmp.Or(word, "it"), cmp.Or(number, given), cmp.Or(must, "an object"))
+	}
+	return strings.TrimPrefix(err.Error(), "json: ")
 }
 
 // asking is the body of POST /v1/decide: one descriptor, or several.

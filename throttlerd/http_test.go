@@ -89,6 +89,29 @@ func TestWhatADecideDoesNotSayClearlyIsRefused(t *testing.T) {
 	}
 }
 
+func TestAWrongBodyIsToldInWordsOfJSON(t *testing.T) {
+	t.Parallel()
+	d := start(t, nil, "-rules", "../examples/rules")
+	for body, want := range map[string]string{
+		``:                               "it is empty",
+		`{"domain":`:                     "it ends before the value does",
+		`[]`:                             "it is a list, must be an object",
+		`{"domain":5}`:                   "domain is a number, must be text",
+		`{"mode":true}`:                  "mode is true or false, must be text",
+		`{"cost":1e0}`:                   "cost is 1e0, must be a whole number",
+		`{"cost":92233720368547758080}`:  "cost is 92233720368547758080, must be a whole number",
+		`{"descriptors":{}}`:             "descriptors is an object, must be a list",
+		`{"descriptors":[{"cost":"x"}]}`: "cost is text, must be a whole number",
+		`{"descriptors":[5]}`:            "descriptors is a number, must be an object",
+		`{"domainn":"x"}`:                `unknown field \"domainn\"`,
+		`{} {}`:                          "more follows the value",
+	} {
+		a := d.post(t, "/v1/decide", body)
+		require.Equal(t, 400, a.status, body)
+		require.Contains(t, a.body, "the body is wrong: "+want+`"`, body)
+	}
+}
+
 func TestReadyzAndHealthz(t *testing.T) {
 	t.Parallel()
 	d := start(t, nil, "-rules", "../examples/rules")
