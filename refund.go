@@ -154,9 +154,9 @@ func refundOf(bucket string, taken int64, options []Option) int64 {
 // is exact, so use that if you have it. Cost and CostOf say how many, as for Charge. A bucket gets back at most what is
 // spent of it, and so is never more than full.
 //
-// What was taken last is given back first, and nothing that was taken more than half a period before it. Nobody knows who took it: trust the caller to give back only what is its own. Behind package
-// storage/lease, what a process has taken ahead counts as spent. It takes two calls of the storage, of which the first
-// only looks.
+// What was taken last is given back first, and nothing that was taken more than half a period before it. Nobody knows who
+// took it: trust the caller to give back only what is its own. Behind package storage/lease, what a process has taken
+// ahead counts as spent. It takes two calls of the storage, of which the first only looks.
 func (t *Throttler) GiveBack(ctx context.Context, id string, o ...Option) error {
 	var v Verdict
 	start := law.Elapsed()

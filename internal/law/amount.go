@@ -83,11 +83,13 @@ func (s *State) received(now int64, a Amount) Hold {
 // less the time since then.
 //
 // It takes them from the hold that the decision made, and if that has fewer, from the nearest holds. A refund takes time
-// on its way, so the hold ends at the time that is looked for or earlier. One that ends half a period earlier belongs to
-// another call and is left alone. So is one that ends half a period later, which skew of clocks could explain, and in a
-// SlidingLog a 256th of it and a grain. In a busy log another call's hold may be nearer. It differs from the right one by
-// at most twice the time on the way. A Continuous bucket gets back what has not drained since, to within a tick's refill. It gets
-// nothing back if its refill was raised in the meantime, because nobody knows since when.
+// on its way, so its hold ends at the time that is looked for or earlier. One that ends over half a period earlier
+// belongs to another call and is left alone. So is one that ends over half a period later, which skew of clocks could
+// explain, and in a SlidingLog over a 256th of it and a grain. In a busy log another call's hold may be the nearest. Its
+// end is off by at most twice the time on the way.
+//
+// A Continuous bucket gets back what has not drained since, to within a tick's refill. It gets nothing back if its refill
+// was raised in the meantime, because nobody knows since when.
 //
 // A reservation that is given back before its time gives back less, by what was taken after it. The calls behind it
 // keep their times, so another reservation in its place could be used at the same moment as one of these. Once a part

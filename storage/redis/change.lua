@@ -81,9 +81,9 @@ local function giveBack(s, r, n, time, now)
 end
 
 -- Refunds n tokens that would come back in the given time. It takes them from the hold whose end is nearest, then
--- from the next nearest. A hold that is over half a period away (in a log, P/256 and a grain later) belongs to other
--- calls: refunds do not take that long, and clocks do not differ that much. A Continuous bucket whose refill was raised gets nothing, as it is not known when
--- it was raised.
+-- from the next nearest. A hold that is over half a period away (in a log, over P/256 and a grain later) belongs to
+-- other calls: refunds do not take that long, and clocks do not differ that much. A Continuous bucket whose refill was
+-- raised gets nothing, as it is not known when it was raised.
 local function refund(s, r, n, time, real)
   if not s or time <= 0 then return s end
   local now = max(real, s[2])
