@@ -504,6 +504,7 @@ func TestAPoolThatOthersUseUpIsAnErrorInTime(t *testing.T) {
 	})
 	assertBackAfter(t, prompt.Timeout, took)
 	held[0].Release()
+	storecheck.Recovery(t, 10*time.Second, func() error { return s.Reset(t.Context(), "", "a") })
 	assert.Equal(t, 5, storecheck.Take(t, s, r, 7), "one connection is enough")
 }
 
