@@ -205,7 +205,7 @@ func (p *plan) add(rule *Rule, i int, d *Descriptor) error {
 	if err != nil {
 		return err
 	}
-	fromEntry := rule.cost.key != "" && value(d.Entries, rule.cost.key) != ""
+	fromEntry := rule.cost.entry(d.Entries) >= 0
 	p.applied = append(p.applied, Applied{Rule: rule, Descriptor: i, Cost: cost, fromEntry: fromEntry, back: d.GiveBack})
 	index := -1
 	if !rule.Unlimited {

@@ -76,7 +76,7 @@ func TestACostIsAnEntryOrAFactor(t *testing.T) {
 	assert.Equal(t, []int64{6, 0, 3}, costs(3, "user", "42", "bytes", "0"))
 	assert.Equal(t, []int64{6, 3, 3}, costs(3, "user", "42"), "without the entry it is the cost of the request")
 	assert.Equal(t, []int64{1<<63 - 1}, costs(1<<62+1), "too large to multiply")
-	for _, bytes := range []string{"x", "-1", "1.5", "9223372036854775808"} {
+	for _, bytes := range []string{"x", "-1", "1.5", "9223372036854775808", ""} {
 		_, _, err := e.Decide(t.Context(), rules.Request{Entries: entries("user", "42", "bytes", bytes)})
 		require.ErrorIs(t, err, throttler.ErrInvalidCost, bytes)
 	}

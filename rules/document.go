@@ -47,8 +47,17 @@ func (r *reader) fault(n *yaml.Node, meant, format string, args ...any) {
 	if r.nodes < 0 {
 		return
 	}
-	r.faults = append(r.faults, &Fault{r.file, n.Line, n.Column, fmt.Sprintf(format, args...), meant})
+	problem := fmt.Sprintf(format, args...)
+	switch {
+	case len(r.faults) > mostFaults:
+		return
+	case len(r.faults) == mostFaults:
+		problem, meant = fmt.Sprintf("this file has more than %d faults, and the others are not told", mostFaults), ""
+	}
+	r.faults = append(r.faults, &Fault{r.file, n.Line, n.Column, problem, meant})
 }
+
+const mostFaults = 1000 // of a file: without a bound, a file of 8 MB makes an error of 300
 
 // documents returns the roots of the documents in a file.
 func (r *reader) documents(f File) (roots []*yaml.Node) {

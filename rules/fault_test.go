@@ -125,6 +125,15 @@ rules:
 	assert.Equal(t, []string{"b"}, ids(set.Match("", entries("path", "/b"))))
 }
 
+func TestTheFaultsOfAFileAreBounded(t *testing.T) {
+	t.Parallel()
+	_, err := rules.Parse("a.yaml", []byte("rules:\n"+strings.Repeat("- {}\n", 50_000)))
+	var faults rules.Faults
+	require.ErrorAs(t, err, &faults)
+	assert.Len(t, faults, 1001)
+	assert.Contains(t, faults[1000].Problem, "more than 1000 faults")
+}
+
 func TestAFileThatIsEndlessEnds(t *testing.T) {
 	t.Parallel()
 	bomb := "a: &a0 [" + strings.Repeat("x, ", 10) + "]\n"

@@ -92,17 +92,21 @@ type cost struct {
 	key    string // of the entry, "" for the cost of the request
 }
 
+// entry returns the index of the entry that is the cost, or -1. One that is "" is there, and is no number: else whoever can
+// empty it would pay the cost of the request, which mostly is 1.
+func (c cost) entry(entries []Entry) int {
+	return slices.IndexFunc(entries, func(e Entry) bool { return c.key != "" && e.Key == c.key })
+}
+
 // of returns what the rule r asks for a descriptor whose cost is base. Without the entry the cost is base. A product
 // above MaxInt64 becomes MaxInt64.
 func (c cost) of(r *Rule, base int64, entries []Entry) (int64, error) {
-	if c.key != "" {
-		if text := value(entries, c.key); text != "" {
-			n, err := strconv.ParseInt(text, 10, 64)
-			if err != nil {
-				return 0, fmt.Errorf("%w: the rule %q takes its cost from the entry %q, which is %.64q, must be a whole number", throttler.ErrInvalidCost, r.ID, c.key, text)
-			}
-			base = n
+	if i := c.entry(entries); i >= 0 {
+		n, err := strconv.ParseInt(entries[i].Value, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%w: the rule %q takes its cost from the entry %q, which is %.64q, must be a whole number", throttler.ErrInvalidCost, r.ID, c.key, entries[i].Value)
 		}
+		base = n
 	}
 	if base < 0 {
 		return 0, fmt.Errorf("%w: %d, must be 0 or more", throttler.ErrInvalidCost, base)

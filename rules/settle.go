@@ -87,8 +87,7 @@ func differences(applied []Applied, real *Descriptor) (all []difference, err err
 
 // real returns the real cost of the rule, and the index of the entry that it comes from, or -1.
 func (a *Applied) real(d *Descriptor) (cost int64, entry int, err error) {
-	key := a.Rule.cost.key
-	entry = slices.IndexFunc(d.Entries, func(e Entry) bool { return key != "" && e.Key == key && e.Value != "" })
+	entry = a.Rule.cost.entry(d.Entries)
 	switch cost = a.Cost; {
 	case entry >= 0:
 		cost, err = a.Rule.cost.of(a.Rule, 0, d.Entries[entry:])

@@ -84,19 +84,29 @@ func (a *admin) handler() http.Handler {
 // reset with ?entries= would be of other entries than those that were meant.
 func taking(h http.HandlerFunc, parameters ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		query, err := url.ParseQuery(r.URL.RawQuery)
-		if err != nil {
-			problem(w, http.StatusBadRequest, "the query cannot be read: in a value & is written %26, ; is %3B and % is %25")
+		if _, err := once(r.URL.RawQuery, parameters...); err != nil {
+			problem(w, http.StatusBadRequest, err.Error())
 			return
-		}
-		for _, name := range slices.Sorted(maps.Keys(query)) {
-			if !slices.Contains(parameters, name) {
-				problem(w, http.StatusBadRequest, fmt.Sprintf("the parameter %.64q is unknown here, must be %s", name, cmp.Or(strings.Join(parameters, " or "), "left out")))
-				return
-			}
 		}
 		h(w, r)
 	}
+}
+
+// once parses a query that has no other parameters than those, and each at most once but for "entry".
+func once(raw string, parameters ...string) (url.Values, error) {
+	query, err := url.ParseQuery(raw)
+	if err != nil {
+		return nil, malformed("the query cannot be read: in a value & is written %%26, ; is %%3B and %% is %%25")
+	}
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		if !slices.Contains(parameters, name) {
+			return nil, malformed("the parameter %.64q is unknown here, must be %s", name, cmp.Or(strings.Join(parameters, " or "), "left out"))
+		}
+		if n := len(query[name]); n > 1 && name != "entry" {
+			return nil, malformed("the parameter %q is given %d times", name, n)
+		}
+	}
+	return query, nil
 }
 
 // sameOrigin rejects requests that a page of another origin makes a browser send. Another port of this host is another
@@ -232,6 +242,8 @@ func condition(w http.ResponseWriter, r *http.Request) (p precondition, ok bool)
 	match, none := r.Header.Get("If-Match"), r.Header.Get("If-None-Match")
 	tag := strings.Trim(match, `"`)
 	switch {
+	case len(r.Header.Values("If-Match")) > 1 || len(r.Header.Values("If-None-Match")) > 1:
+		problem(w, http.StatusBadRequest, "If-Match or If-None-Match stands there twice")
 	case match == "*" && none == "":
 		return precondition{}, true
 	case match == "" && none == "*":
@@ -438,10 +450,6 @@ func (a *admin) asked(w http.ResponseWriter, r *http.Request) (domain string, en
 	entries, err := entriesOf(query["entry"])
 	if err != nil {
 		problem(w, http.StatusBadRequest, err.Error())
-		return "", nil, false
-	}
-	if len(query["domain"]) > 1 {
-		problem(w, http.StatusBadRequest, "domain is given more than once")
 		return "", nil, false
 	}
 	if err := hasRules(a.engine.Rules(), query.Get("domain")); err != nil {

@@ -252,7 +252,8 @@ func TestTheAdminAPIDoesNothingByWordsThatItDoesNotKnow(t *testing.T) {
 	}{
 		{"DELETE", "/v1/levels?domain=api&entries=user=42", 400, `the parameter \"entries\" is unknown here, must be domain or entry`},
 		{"DELETE", "/v1/levels?domain=api&entry=user", 400, "must be key=value"},
-		{"DELETE", "/v1/levels?domain=api&domain=auth&entry=user=42", 400, "more than once"},
+		{"DELETE", "/v1/levels?domain=api&domain=auth&entry=user=42", 400, `the parameter \"domain\" is given 2 times`},
+		{"PUT", "/v1/rules/api.yaml?dry-run=false&dry-run=true", 400, `the parameter \"dry-run\" is given 2 times`},
 		{"DELETE", "/v1/levels?domain=api&entry=path=/a;b", 400, "; is %3B"},
 		{"DELETE", "/v1/levels?domain=apo&entry=user=42", 404, `the domain \"apo\" has no rules, 3 others have: [\"api\"`},
 		{"DELETE", "/v1/levels?domain=api&entry=usr=42", 404, "no rule applies"},
@@ -269,8 +270,26 @@ func TestTheAdminAPIDoesNothingByWordsThatItDoesNotKnow(t *testing.T) {
 		require.Equal(t, c.status, a.status, "%s %s: %s", c.method, c.path, a.body)
 		require.Contains(t, a.body, c.want, c.path)
 	}
+	r := httptest.NewRequest("PUT", "/v1/rules/api.yaml", strings.NewReader("rules: []"))
+	r.Header.Set("Authorization", "Bearer "+token)
+	r.Header["If-Match"] = []string{"*", `"zzz"`}
+	w := httptest.NewRecorder()
+	d.admin.handler().ServeHTTP(w, r)
+	require.Equal(t, http.StatusBadRequest, w.Code)
 	require.Equal(t, before, d.engine.Rules().ETag())
 	require.NotContains(t, d.log.String(), `"did":"reset"`)
+}
+
+func TestADomainThatIsNotNamedIsTheDefault(t *testing.T) {
+	t.Parallel()
+	file := written(t, "rules: [{name: a, per: [user], limits: [1/1h]}]\n")
+	d := start(t, withToken, "-rules", file)
+	for _, domain := range []string{"", "domain=default&"} {
+		require.Contains(t, d.administer(t, "GET", "/v1/match?"+domain+"entry=user=42", "").body, `"applies":true`)
+		require.Equal(t, 200, d.administer(t, "GET", "/v1/levels?"+domain+"entry=user=42", "").status)
+		require.Equal(t, http.StatusNoContent, d.administer(t, "DELETE", "/v1/levels?"+domain+"entry=user=42", "").status)
+	}
+	require.Equal(t, 0, command(t.Context(), []string{"match", file, "user=42"}, io.Discard, io.Discard))
 }
 
 func TestWhatPostgresCannotStoreIsAFaultOfTheClient(t *testing.T) {

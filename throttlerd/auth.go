@@ -44,7 +44,10 @@ func (s *service) auth(w http.ResponseWriter, r *http.Request) {
 
 // authRequest translates the gateway's request. denied is the status that it wants for denials, 0 if it names none.
 func (s *service) authRequest(r *http.Request) (asked rules.Request, denied int, err error) {
-	query := r.URL.Query()
+	query, err := once(r.URL.RawQuery, "domain", "denied")
+	if err != nil {
+		return asked, 0, err
+	}
 	if text := query.Get("denied"); text != "" {
 		if denied, err = strconv.Atoi(text); err != nil || denied < 400 || denied > 499 {
 			return asked, 0, malformed("denied is %.64q, must be a status from 400 to 499", text)
@@ -81,12 +84,20 @@ func (s *service) authEntries(r *http.Request) ([]rules.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
+	host, err := single(r, "X-Forwarded-Host")
+	if err != nil {
+		return nil, err
+	}
 	all := []rules.Entry{
-		{Key: "path", Value: clean(u.Path)}, {Key: "method", Value: method}, {Key: "host", Value: usualHost(r.Header.Get("X-Forwarded-Host"))},
+		{Key: "path", Value: clean(u.Path)}, {Key: "method", Value: method}, {Key: "host", Value: usualHost(host)},
 		{Key: "address", Value: address}, {Key: "agent", Value: r.UserAgent()},
 	}
 	for _, h := range s.config.headers {
-		if value := r.Header.Get(h.header); value != "" {
+		value, err := single(r, h.header)
+		if err != nil {
+			return nil, err
+		}
+		if value != "" {
 			all = append(all, rules.Entry{Key: h.key, Value: value})
 		}
 	}
@@ -101,6 +112,16 @@ func (s *service) said(r *http.Request, header string) (string, error) {
 		return "", malformed("the gateway has to set %s, once", header)
 	}
 	return lines[0], nil
+}
+
+// single returns a header field that the gateway may set, "" if it does not. Of two lines one may come from the client, and
+// nobody knows which.
+func single(r *http.Request, header string) (string, error) {
+	lines := r.Header.Values(header)
+	if len(lines) > 1 {
+		return "", malformed("%s stands there %d times, must come from the gateway alone", header, len(lines))
+	}
+	return strings.Join(lines, ""), nil
 }
 
 // clean returns the path as a router sees it: "//a/../b/" becomes "/b/". Otherwise a client could escape a rule by

@@ -89,7 +89,8 @@ func (c *config) useless(flag string) error {
 	case "lease":
 		storages = []string{"redis", "postgres", "failover"}
 	}
-	if storages == nil || slices.Contains(storages, c.storage) || flag == "postgres-url" && c.source == "postgres" {
+	known := slices.Contains([]string{"runtime", "redis", "postgres", "failover"}, c.storage) // check tells of others
+	if storages == nil || !known || slices.Contains(storages, c.storage) || flag == "postgres-url" && c.source == "postgres" {
 		return nil
 	}
 	return usage("-%s is given with -storage %s, which does not use it: must be with -storage %s", flag, c.storage, strings.Join(storages, " or "))
@@ -129,6 +130,9 @@ func (c *config) entry(s string) error {
 	key, header, found := strings.Cut(s, "=")
 	if !found || key == "" || header == "" {
 		return errors.New("must be key=Header")
+	}
+	if http.CanonicalHeaderKey(header) == "Host" {
+		return errors.New(`the header Host is that of throttlerd: the entry "host" is X-Forwarded-Host`)
 	}
 	if slices.Contains(known, key) {
 		return fmt.Errorf("the entry %q is there already", key)

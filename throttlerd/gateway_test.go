@@ -215,8 +215,13 @@ func TestForwardAuthBelievesOnlyTheGateway(t *testing.T) {
 		{"X-Forwarded-Uri", "%", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.77"},
 		{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "unknown"},
 		{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.77,"},
+		{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.77", "X-Forwarded-Host", "evil", "X-Forwarded-Host", "a"},
+		{"X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.77", "X-User", "evil", "X-User", "a"},
 	} {
 		require.Equal(t, 400, d.get(t, "/auth", header...).status, header)
+	}
+	for _, query := range []string{"domian=x", "domain=x;denied=403", "domain=x&domain=y", "denied=403&denied=429"} {
+		require.Equal(t, 400, d.get(t, "/auth?"+query, "X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.79").status, query)
 	}
 	require.Equal(t, 400, d.get(t, "/auth?denied=200", "X-Forwarded-Uri", "/", "X-Forwarded-Method", "GET", "X-Forwarded-For", "192.0.2.78").status)
 }

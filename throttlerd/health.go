@@ -6,7 +6,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
+	"path/filepath"
 	"sync/atomic"
 	"time"
 
@@ -125,8 +127,8 @@ func (d *daemon) probe(ctx context.Context) {
 	}
 }
 
-// ready is GET /readyz: 503 while the storage does not answer. Faulty rules are mentioned but do not make it 503, since
-// the rules before them still decide. An error of the source is in the log only: it may name hosts, users or folders, and
+// ready is GET /readyz: 503 while the storage does not answer. The first fault of wrong rules is mentioned, which do not
+// make it 503, since the rules before them still decide. An error of the source is in the log only: it may name hosts, users or folders, and
 // whoever reaches -http can ask.
 func (d *daemon) ready(w http.ResponseWriter, _ *http.Request) {
 	body := struct {
@@ -135,8 +137,13 @@ func (d *daemon) ready(w http.ResponseWriter, _ *http.Request) {
 		ETag  string `json:"etag"`
 		Stale string `json:"rules_error,omitempty"` // why newer rules are not in force
 	}{d.readiness.failed.Load() == nil, len(d.engine.Rules().Rules()), d.engine.Rules().ETag(), ""}
-	if err := d.engine.Err(); errors.As(err, new(rules.Faults)) {
-		body.Stale = err.Error()
+	var wrong rules.Faults
+	if err := d.engine.Err(); errors.As(err, &wrong) && len(wrong) > 0 {
+		first := *wrong[0]
+		first.File = filepath.Base(first.File)
+		if body.Stale = first.Error(); len(wrong) > 1 {
+			body.Stale += fmt.Sprintf("; and %d faults more, which are in the log", len(wrong)-1)
+		}
 	} else if err != nil {
 		body.Stale = "the source of the rules does not answer: the log says why"
 	}

@@ -10,6 +10,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -149,8 +150,9 @@ func match(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return nil
 }
 
-// hasRules returns an error if there are no rules of a domain.
+// hasRules returns an error if there are no rules of a domain, which is DefaultDomain if it is "".
 func hasRules(set *rules.Set, domain string) error {
+	domain = cmp.Or(domain, rules.DefaultDomain)
 	domains := set.Domains()
 	if slices.Contains(domains, domain) {
 		return nil

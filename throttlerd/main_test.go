@@ -272,7 +272,7 @@ func TestWrongFlagsAreAllTold(t *testing.T) {
 	for _, word := range []string{`-storage is "disk"`, `-on-storage-error is "shrug"`, "-tls-cert and -tls-key", "-rules"} {
 		require.Contains(t, stderr.String(), word)
 	}
-	for _, args := range [][]string{{"walk"}, {"serve", "-nope"}, {"serve", "-rules", "x", "y"}, {"-entry", "path=X", "-rules", "x"}, {"-trust", "x", "-rules", "y"}, {"check"}, {"match"}, {"match", "../examples/rules", "x"}} {
+	for _, args := range [][]string{{"walk"}, {"serve", "-nope"}, {"serve", "-rules", "x", "y"}, {"-entry", "path=X", "-rules", "x"}, {"-trust", "x", "-rules", "y"}, {"-entry", "tenant=host", "-rules", "x"}, {"check"}, {"match"}, {"match", "../examples/rules", "x"}} {
 		require.Equal(t, 2, command(t.Context(), args, io.Discard, io.Discard), args)
 	}
 	require.Equal(t, 0, command(t.Context(), []string{"serve", "-help"}, io.Discard, io.Discard))
@@ -291,6 +291,7 @@ func TestAFlagOfAStorageThatIsNotUsedIsRefused(t *testing.T) {
 		{[]string{"-redis-slot-by-domain"}, "-redis-slot-by-domain is given"},
 		{[]string{"-postgres-url", postgres}, "-postgres-url is given with -storage runtime, which does not use it: must be with -storage postgres or failover"},
 		{[]string{"-postgres-timeout", "1s", "-storage", "redis"}, "-postgres-timeout is given with -storage redis"},
+		{[]string{"-storage", "rediss", "-redis-url", redis}, `-storage is "rediss", must be runtime, redis, postgres, failover`},
 		{[]string{"-lease"}, "-lease is given with -storage runtime, which does not use it: must be with -storage redis or postgres or failover"},
 		{[]string{"-redis-url", redis, "-redis-timeout", "1s", "-redis-slot-by-domain", "-lease", "-storage", "redis"}, ""},
 		{[]string{"-redis-url", redis, "-postgres-url", postgres, "-postgres-timeout", "1s", "-storage", "failover"}, ""},
@@ -378,9 +379,13 @@ func TestAChangedFileCountsAndWhatWasSpentStaysSpent(t *testing.T) {
 	eventually(t, func() bool { return strings.Contains(d.get(t, "/readyz").body, "rules_error") }, "the fault is told")
 	a := d.get(t, "/readyz")
 	require.Equal(t, 200, a.status)
-	require.Contains(t, a.body, "rules.yaml:2:")
+	require.Contains(t, a.body, `"rules_error":"rules.yaml:2:`, "the folder is nobody's business")
 	require.Contains(t, d.log.String(), "rules.yaml:2:")
 	require.Equal(t, 429, d.post(t, "/v1/decide", body).status, "the rules before still decide")
+
+	require.NoError(t, os.WriteFile(file, []byte("domain: x\nrules: ["+strings.Repeat("{}, ", 5000)+"]\n"), 0o600))
+	eventually(t, func() bool { return strings.Contains(d.get(t, "/readyz").body, "; and 1000 faults more") }, "all faults are counted")
+	require.Less(t, len(d.get(t, "/readyz").body), 1000)
 
 	require.NoError(t, os.WriteFile(file, []byte("domain: x\nrules: [{name: a, limits: [4/1h]}]\n"), 0o600))
 	eventually(t, func() bool { return !strings.Contains(d.get(t, "/readyz").body, "rules_error") }, "the fault is mended")

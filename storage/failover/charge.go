@@ -101,7 +101,8 @@ func gives(c *storage.Charge) bool {
 }
 
 // Reset implements storage.Storage (Rule 8). A store that cannot be reached is reset once it can be, unless this
-// process ends before. It is an error only if neither can be reached now. What other processes have pending is charged
+// process ends before. It is an error only if neither can be reached now, or the
+// program has closed one. What other processes have pending is charged
 // after the reset, and counts as spent then.
 //
 // The reset of the ledger is an entry of the journal, as amounts are, so it keeps its place in the order of events: it
@@ -125,6 +126,8 @@ func (s *Storage) Reset(ctx context.Context, name, identifier string) error {
 		return unavailable(cause, err)
 	case errors.Is(cause, storage.ErrCorruptState), errors.Is(cause, storage.ErrClosed):
 		return cause
+	case errors.Is(err, storage.ErrClosed):
+		return err
 	}
 	return nil
 }

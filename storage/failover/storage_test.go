@@ -67,8 +67,9 @@ func TestAStoreThatIsClosedTooEarlyIsToldByEveryCallThatNeedsIt(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, 3, storecheck.Take(t, s, storecheck.FivePerHour(t, "a"), 3))
 		require.NoError(t, p.Close(bg))
+		require.ErrorIs(t, s.Reset(bg, "", "b"), storage.ErrClosed)
 		require.ErrorIs(t, s.Close(bg), storage.ErrClosed, "3 admissions were not written")
-		assert.Equal(t, 1, s.State().Pending)
+		assert.Equal(t, 2, s.State().Pending)
 	})
 	t.Run("Redis", func(t *testing.T) {
 		t.Parallel()

@@ -51,7 +51,7 @@ func (s *Storage) install(ctx context.Context) error {
 	defer cancel()
 	err := s.create(bounded)
 	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
-		return fmt.Errorf("%w: no answer from Postgres within %v%s", storage.ErrUnavailable, patience, s.busy())
+		return fmt.Errorf("%w: no answer from Postgres within %v, or another transaction is making a table of this name%s", storage.ErrUnavailable, patience, s.busy())
 	}
 	return err
 }
