@@ -50,16 +50,21 @@ func title(err error) string {
 	return err.Error()
 }
 
-// readJSON reads a body of at most maxBody bytes; unknown words are errors. If it returns false it has answered the
-// request.
+// readJSON reads a body of at most maxBody bytes; unknown words are errors, and so is a word that stands twice. If it
+// returns false it has answered the request.
 func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
-	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
-	d.DisallowUnknownFields()
-	err := d.Decode(to)
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if err == nil {
-		if _, more := d.Token(); !errors.Is(more, io.EOF) {
-			err = errors.New("more follows the value")
+		d := json.NewDecoder(bytes.NewReader(body))
+		d.DisallowUnknownFields()
+		if err = d.Decode(to); err == nil {
+			if _, more := d.Token(); !errors.Is(more, io.EOF) {
+				err = errors.New("more follows the value")
+			}
 		}
+	}
+	if err == nil {
+		err = repeated(body)
 	}
 	tooLarge := (*http.MaxBytesError)(nil)
 	switch {
@@ -69,6 +74,49 @@ func readJSON(w http.ResponseWriter, r *http.Request, to any) bool {
 		problem(w, http.StatusBadRequest, "the body is wrong: "+worded(err))
 	}
 	return err == nil
+}
+
+// repeated returns an error if an object of a JSON text has a key twice. Package json takes the last one, and merges lists
+// of objects: a descriptor would have the cost of another. It does not mind the case of keys, but entries have any keys.
+func repeated(text []byte) error {
+	type object struct {
+		keys  map[string]bool // nil in a list
+		last  string          // the last key
+		value bool            // its value follows
+		any   bool            // the keys are those of entries
+	}
+	open := []object{{}}
+	d := json.NewDecoder(bytes.NewReader(text))
+	for {
+		token, err := d.Token()
+		if err != nil {
+			return nil //nolint:nilerr // the end; the text was decoded before
+		}
+		in := &open[len(open)-1]
+		switch token {
+		case json.Delim('{'):
+			open = append(open, object{keys: map[string]bool{}, any: in.last == "entries"})
+			continue
+		case json.Delim('['):
+			open = append(open, object{})
+			continue
+		case json.Delim('}'), json.Delim(']'):
+			open = open[:len(open)-1]
+			in = &open[len(open)-1]
+		default:
+			if key, isText := token.(string); isText && in.keys != nil && !in.value {
+				if !in.any {
+					key = strings.ToLower(key)
+				}
+				if in.keys[key] {
+					return fmt.Errorf("%.64q stands there twice", key)
+				}
+				in.keys[key], in.last, in.value = true, key, true
+				continue
+			}
+		}
+		in.value = false
+	}
 }
 
 // worded returns the error of a decoder without the names of Go types, which say nothing to callers.

@@ -105,10 +105,19 @@ func TestAWrongBodyIsToldInWordsOfJSON(t *testing.T) {
 		`{"descriptors":[5]}`:            "descriptors is a number, must be an object",
 		`{"domainn":"x"}`:                `unknown field \"domainn\"`,
 		`{} {}`:                          "more follows the value",
+		`{"cost":5,"Cost":0}`:            `\"cost\" stands there twice`,
+		`{"descriptors":[{"entries":{"user":"x"},"cost":0}],"descriptors":[{"entries":{"user":"y"}}]}`: `\"descriptors\" stands there twice`,
+		`{"descriptors":[{"entries":{"a":"1","b":"2","a":"3"}}]}`:                                      `\"a\" stands there twice`,
 	} {
 		a := d.post(t, "/v1/decide", body)
 		require.Equal(t, 400, a.status, body)
 		require.Contains(t, a.body, "the body is wrong: "+want+`"`, body)
+	}
+	for _, right := range []string{
+		`{"entries":{"a":"a","A":"a","":"a","b":"a"}}`, `{"entries":[["a","a"],["a","a"]]}`,
+		`{"descriptors":[{"entries":{"a":"b"},"cost":null},{"entries":{"a":"b"},"cost":1}],"mode":"peek","domain":"mode"}`,
+	} {
+		require.NoError(t, repeated([]byte(right)), right)
 	}
 }
 
